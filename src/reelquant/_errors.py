@@ -1,0 +1,52 @@
+"""The exceptions of reelquant.
+
+    ReelQuantError
+    ├── RecipeError(ValueError)        a recipe, a --set override or a spec says something impossible
+    ├── SiteError(LookupError)         a layer pattern matches nothing, a layer is not where it should be
+    ├── UnsupportedError(NotImplementedError)   a combination that no mechanism here can compute
+    ├── CalibrationError(RuntimeError) the sampling pass failed: no prompts, NaN or inf activations, no denoiser calls
+    └── CheckpointError(OSError)       a folder or file is missing, truncated, corrupt, or already there
+
+Every message says what went wrong, where, the value that was given, and what would work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ReelQuantError(Exception):
+    """Base of everything reelquant raises on purpose; catch this one to catch them all."""
+
+
+class RecipeError(ReelQuantError, ValueError):
+    """A recipe, an override or a specification that cannot be followed."""
+
+
+class SiteError(ReelQuantError, LookupError):
+    """A layer or a pattern of layers that does not exist in this model."""
+
+
+class UnsupportedError(ReelQuantError, NotImplementedError):
+    """A combination of mechanisms that is known but cannot be computed here."""
+
+
+class CalibrationError(ReelQuantError, RuntimeError):
+    """Calibration could not collect usable statistics."""
+
+
+class CheckpointError(ReelQuantError, OSError):
+    """A checkpoint that is missing, broken, of a foreign format, or would be overwritten."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Close of an error message: the nearest known name if one is near, else all of them.
+
+    Example:
+        >>> nearest("qvd-w8a9", ["qvd-w8a8", "w4a16"])
+        "did you mean 'qvd-w8a8'?"
+    """
+    options = list(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(options)}"

@@ -1,0 +1,118 @@
+"""Who shares a scale. A granularity turns a tensor into ``[units, members]`` and back; one scale belongs to one row.
+
+| kind | units of a weight ``[64, 96, 3, 3]`` | units of an input ``[2, 16, 96]`` |
+|---|---|---|
+| tensor | 1 | 1 |
+| channel | 64 (output channels) | 96 (input channels) |
+| group-n | 64 * ceil(864 / n) | not used |
+| token | not used | 32 (every position) |
+| frame-n | not used | n, the leading axis being ``batch * frames`` |
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from reelquant._errors import RecipeError, nearest
+
+Kind = Literal["tensor", "channel", "group", "token", "frame"]
+KINDS: tuple[Kind, ...] = ("tensor", "channel", "group", "token", "frame")
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements share a scale.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        size: members of a group, or number of frames; 0 where it has no meaning.
+        axis: the channel axis: 0 for weights, -1 or 1 for inputs of linear layers or convolutions.
+    """
+
+    kind: Kind = "tensor"
+    size: int = 0
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise RecipeError(f"unknown granularity '{self.kind}'; {nearest(self.kind, KINDS)}")
+        if self.kind in ("group", "frame") and self.size < 1:
+            raise RecipeError(f"granularity '{self.kind}' needs a size, as in '{self.kind}-64'; got {self.size}")
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.size}" if self.size else self.kind
+
+    @property
+    def fixed_units(self) -> bool:
+        """True if the number of units does not depend on the number of positions, so that scales can be found offline."""
+        return self.kind != "token"
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """``[units, members]``; a last group that is too short is padded with zeros (which every range includes)."""
+        return _TO_BLOCKS[self.kind](x, self)
+
+    def unblock(self, blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Undo :meth:`blocks` for a tensor of this shape."""
+        return _FROM_BLOCKS[self.kind](blocks, self, shape)
+
+
+def parse_granularity(text: str, axis: int = 0) -> Granularity:
+    """Read ``tensor``, ``channel``, ``group-64``, ``token`` or ``frame-16``.
+
+    Raises:
+        RecipeError: if the text is none of these.
+    """
+    match = re.fullmatch(r"([a-z]+)(?:-(\d+))?", text)
+    if match is None:
+        raise RecipeError(f"cannot read granularity '{text}'; known: tensor, channel, group-64, token, frame-16")
+    return Granularity(match[1], int(match[2] or 0), axis)  # type: ignore[arg-type]
+
+
+def _group_blocks(x: Tensor, g: Granularity) -> Tensor:
+    rows = x.flatten(1)
+    short = -rows.shape[1] % g.size
+    return (F.pad(rows, (0, short)) if short else rows).reshape(-1, g.size)
+
+
+def _group_unblock(blocks: Tensor, g: Granularity, shape: tuple[int, ...]) -> Tensor:
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    return blocks.reshape(shape[0], -1)[:, :width].reshape(shape)
+
+
+def _frame_blocks(x: Tensor, g: Granularity) -> Tensor:
+    if x.shape[0] % g.size:
+        raise RecipeError(f"granularity frame-{g.size} needs a leading axis of batch * {g.size}, got shape {tuple(x.shape)}")
+    return x.reshape(-1, g.size, x[0].numel()).transpose(0, 1).reshape(g.size, -1)
+
+
+def _frame_unblock(blocks: Tensor, g: Granularity, shape: tuple[int, ...]) -> Tensor:
+    return blocks.reshape(g.size, shape[0] // g.size, -1).transpose(0, 1).reshape(shape)
+
+
+def _moved(shape: tuple[int, ...], axis: int, to: int) -> list[int]:
+    sizes = list(shape)
+    sizes.insert(to % len(shape), sizes.pop(axis))
+    return sizes
+
+
+_TO_BLOCKS = {
+    "tensor": lambda x, g: x.reshape(1, -1),
+    "channel": lambda x, g: x.movedim(g.axis, 0).reshape(x.shape[g.axis], -1),
+    "group": _group_blocks,
+    "token": lambda x, g: x.movedim(g.axis, -1).reshape(-1, x.shape[g.axis]),
+    "frame": _frame_blocks,
+}
+_FROM_BLOCKS = {
+    "tensor": lambda b, g, shape: b.reshape(shape),
+    "channel": lambda b, g, shape: b.reshape(_moved(shape, g.axis, 0)).movedim(0, g.axis),
+    "group": _group_unblock,
+    "token": lambda b, g, shape: b.reshape(_moved(shape, g.axis, -1)).movedim(-1, g.axis),
+    "frame": _frame_unblock,
+}

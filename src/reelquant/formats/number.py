@@ -1,0 +1,213 @@
+"""Number formats: which numbers exist. Pure tensor maths on *units*, that is on values already divided by their scale.
+
+Three families share one contract (:class:`NumberFormat`): integers, small floats, and any sorted table of levels. A code is always an
+index ``0 .. 2**bits - 1``; what it stands for is the format's business, how it is packed is :mod:`reelquant.formats.packing`'s.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from reelquant._errors import RecipeError
+
+Criterion = Callable[[Tensor, Tensor], Tensor]  # (float values, dequantized values) -> score, larger is better
+
+
+class NumberFormat(ABC):
+    """A finite set of numbers and the rounding onto it.
+
+    Attributes:
+        bits: bits per code.
+        low, high: the smallest and largest number, in units.
+        needs_zero_point: True if the numbers are ``0 .. 2**bits - 1`` and only an integer zero point makes negatives (affine integers).
+    """
+
+    bits: int
+    needs_zero_point: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The name recipes and config files use."""
+
+    @property
+    @abstractmethod
+    def low(self) -> float: ...
+
+    @property
+    @abstractmethod
+    def high(self) -> float: ...
+
+    @abstractmethod
+    def encode(self, unit: Tensor) -> Tensor:
+        """Nearest code of every unit value, as ``uint8`` indices; values outside ``[low, high]`` saturate."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Unit value of every code."""
+
+    def round(self, unit: Tensor) -> Tensor:
+        """Encode and decode in one go, in the dtype of ``unit``."""
+        return self.decode(self.encode(unit), unit.dtype)
+
+    def levels(self) -> Tensor:
+        """All distinct numbers, sorted: ``[<= 2**bits]`` float32."""
+        return self.decode(torch.arange(2**self.bits, dtype=torch.uint8)).unique()
+
+    def fit(self, values: Tensor, criterion: Criterion) -> NumberFormat:
+        """The member of this family that suits ``values`` best; a family of one returns itself."""
+        del values, criterion
+        return self
+
+    @property
+    def table(self) -> Tensor | None:
+        """Sorted levels that have to be stored with the layer, or None for formats that a name describes completely."""
+        return None
+
+
+@dataclass(frozen=True)
+class Int(NumberFormat):
+    """Evenly spaced integers: signed ``-2^(b-1) .. 2^(b-1)-1`` (``int8``) or affine ``0 .. 2^b-1`` with a zero point (``uint8``)."""
+
+    bits: int
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise RecipeError(f"an integer format has 2 to 8 bits, got {self.bits}")
+
+    @property
+    def needs_zero_point(self) -> bool:  # type: ignore[override]
+        return not self.signed
+
+    @property
+    def name(self) -> str:
+        return f"{'int' if self.signed else 'uint'}{self.bits}"
+
+    @property
+    def low(self) -> float:
+        return float(-(2 ** (self.bits - 1))) if self.signed else 0.0
+
+    @property
+    def high(self) -> float:
+        return self.low + 2**self.bits - 1
+
+    def encode(self, unit: Tensor) -> Tensor:
+        return unit.round().clamp(self.low, self.high).sub_(self.low).to(torch.uint8)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return codes.to(dtype).add_(self.low)
+
+    def round(self, unit: Tensor) -> Tensor:
+        return unit.round().clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class MiniFloat(NumberFormat):
+    """A float of ``1 + exponent + mantissa`` bits with subnormals and without infinities: e4m3, e5m2, e2m1.
+
+    Round to nearest, ties to even, saturating: the conversion of current hardware. e4m3 and e5m2 drop the codes that the OCP formats
+    reserve (e4m3: NaN; e5m2: inf and NaN), so their largest numbers are 448 and 57344.
+    """
+
+    exponent: int
+    mantissa: int
+    reserved: int = 0  # how many of the largest magnitudes are not numbers
+
+    @property
+    def bits(self) -> int:  # type: ignore[override]
+        return 1 + self.exponent + self.mantissa
+
+    @property
+    def name(self) -> str:
+        return f"e{self.exponent}m{self.mantissa}"
+
+    @property
+    def high(self) -> float:
+        return float(_magnitudes(self.exponent, self.mantissa, self.reserved)[-1])
+
+    @property
+    def low(self) -> float:
+        return -self.high
+
+    def round(self, unit: Tensor) -> Tensor:
+        bias = 2 ** (self.exponent - 1) - 1
+        value = unit.float().clamp(self.low, self.high)
+        exponent = torch.frexp(value)[1].sub(1).clamp(min=1 - bias)
+        step = torch.exp2((exponent - self.mantissa).float())
+        return ((value / step).round() * step).to(unit.dtype)
+
+    def encode(self, unit: Tensor) -> Tensor:
+        value = self.round(unit.float())
+        magnitudes = _magnitudes(self.exponent, self.mantissa, self.reserved).to(value.device)
+        index = torch.searchsorted(magnitudes, value.abs().contiguous())
+        return (index + torch.signbit(value) * 2 ** (self.bits - 1)).to(torch.uint8)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        half = 2 ** (self.bits - 1)
+        magnitudes = _magnitudes(self.exponent, self.mantissa, self.reserved).to(codes.device)
+        index = (codes.long() % half).clamp(max=len(magnitudes) - 1)  # reserved codes never come out of encode
+        value = magnitudes[index]
+        return torch.where(codes >= half, -value, value).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _magnitudes(exponent: int, mantissa: int, reserved: int) -> Tensor:
+    """The non-negative numbers of a small float, ascending: their index is their bit pattern."""
+    bias, steps = 2 ** (exponent - 1) - 1, 2**mantissa
+    values = [
+        (index % steps) / steps * 2.0 ** (1 - bias) if index < steps else (1 + index % steps / steps) * 2.0 ** (index // steps - bias)
+        for index in range(2 ** (exponent + mantissa) - reserved)
+    ]
+    return torch.tensor(values)
+
+
+class LevelFormat(NumberFormat):
+    """Base of formats given by a sorted table of at most ``2**bits`` levels; rounding goes to the nearest level (linear midpoint)."""
+
+    @property
+    @abstractmethod
+    def table(self) -> Tensor:  # type: ignore[override]
+        """Sorted distinct levels, float32."""
+
+    @property
+    def low(self) -> float:
+        return float(self.table[0])
+
+    @property
+    def high(self) -> float:
+        return float(self.table[-1])
+
+    def encode(self, unit: Tensor) -> Tensor:
+        table = self.table.to(unit.device)
+        midpoints = (table[1:] + table[:-1]) / 2
+        return torch.bucketize(unit.float().contiguous(), midpoints).to(torch.uint8)
+
+    def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        table = self.table.to(codes.device)
+        return table[codes.long().clamp(max=len(table) - 1)].to(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Levels(LevelFormat):
+    """Levels read from a tensor: what a fitted format becomes once it is stored in a checkpoint."""
+
+    values: Tensor
+    bits: int = 8
+    name: str = "levels"
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 1 or not 2 <= len(self.values) <= 2**self.bits or bool((self.values.diff() <= 0).any()):
+            raise RecipeError(
+                f"a level table is a sorted vector of 2 to {2**self.bits} distinct values, got shape {tuple(self.values.shape)}"
+            )
+
+    @property
+    def table(self) -> Tensor:
+        return self.values

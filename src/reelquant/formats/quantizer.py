@@ -1,0 +1,138 @@
+"""A specification bound to its scales: the only thing solvers and layers touch.
+
+:class:`QuantSpec` says what is wanted (format, granularity, range, slots); :func:`fit` looks at values and returns a
+:class:`Quantizer`, which rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reelquant._errors import UnsupportedError
+from reelquant.formats.granularity import Granularity
+from reelquant.formats.number import Int, NumberFormat
+from reelquant.formats.ranges import CRITERIA, ByCriterion, MinMax, RangeRule, scale_and_zero_point
+
+Slots = Literal["shared", "per_step"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What one tensor becomes: ``QuantSpec(Int(8), Granularity("channel"))``.
+
+    Attributes:
+        format: the numbers.
+        granularity: who shares a scale.
+        range: how the range is found.
+        slots: ``shared`` by all denoising steps, or one set of scales ``per_step``.
+        dynamic: find the range in the forward instead of at calibration (inputs only).
+        alternatives: further formats of the same bits; :func:`fit` keeps the one that the range rule's criterion prefers.
+    """
+
+    format: NumberFormat = field(default_factory=lambda: Int(8))
+    granularity: Granularity = field(default_factory=Granularity)
+    range: RangeRule = field(default_factory=MinMax)
+    slots: Slots = "shared"
+    dynamic: bool = False
+    alternatives: tuple[NumberFormat, ...] = ()
+
+    def __str__(self) -> str:
+        names = "|".join(f.name for f in (self.format, *self.alternatives))
+        notes = [str(self.granularity), *(["dynamic"] if self.dynamic else []), *(["per step"] if self.slots == "per_step" else [])]
+        return f"{names} {' '.join(notes)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Quantizer:
+    """Rounds tensors onto a format with given scales.
+
+    Attributes:
+        format: the numbers.
+        granularity: who shares a scale.
+        scale: ``[units]`` float32.
+        zero_point: ``[units]`` float32 integers, affine formats only.
+    """
+
+    format: NumberFormat
+    granularity: Granularity
+    scale: Tensor
+    zero_point: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize; keeps shape and dtype."""
+        rounded = self._from_unit(self.format.round(self._to_unit(self.granularity.blocks(x))))
+        return self.granularity.unblock(rounded.to(x.dtype), x.shape)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of a tensor: uint8 indices in the shape of ``x``."""
+        return self.granularity.unblock(self.format.encode(self._to_unit(self.granularity.blocks(x))), x.shape)
+
+    def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values of codes, in their shape."""
+        blocks = self._from_unit(self.format.decode(self.granularity.blocks(codes)))
+        return self.granularity.unblock(blocks.to(dtype), codes.shape)
+
+    def round_columns(self, weight: Tensor, first: int) -> Tensor:
+        """Fake-quantize columns ``first ...`` of a weight ``[out, in]``, given as ``[out, width]``, with the scales of their place.
+
+        Column solvers (gptq) round left to right and must meet the very scales the whole matrix has.
+        """
+        scale, zero = (self._columns(v, weight, first) for v in (self.scale, self.zero_point))
+        unit = weight.float() / scale
+        unit = unit if zero is None else unit + zero
+        rounded = self.format.round(unit)
+        return ((rounded if zero is None else rounded - zero) * scale).to(weight.dtype)
+
+    def _columns(self, values: Tensor | None, weight: Tensor, first: int) -> Tensor | None:
+        if values is None:
+            return None
+        if self.granularity.kind == "group":
+            index = torch.arange(first, first + weight.shape[1], device=weight.device) // self.granularity.size
+            return values.reshape(weight.shape[0], -1)[:, index]
+        if self.granularity.kind in ("tensor", "channel"):
+            return values.reshape(-1, 1)
+        raise UnsupportedError(f"weights cannot have granularity '{self.granularity}'; use tensor, channel or group-n")
+
+    def _to_unit(self, blocks: Tensor) -> Tensor:
+        unit = blocks.float() / self.scale[:, None]
+        return unit if self.zero_point is None else unit + self.zero_point[:, None]
+
+    def _from_unit(self, unit: Tensor) -> Tensor:
+        unit = unit if self.zero_point is None else unit - self.zero_point[:, None]
+        return unit * self.scale[:, None]
+
+
+def bind(fmt: NumberFormat, granularity: Granularity, low: Tensor, high: Tensor) -> Quantizer:
+    """The quantizer that covers ``[low, high]`` (each ``[units]``)."""
+    scale, zero = scale_and_zero_point(low, high, fmt)
+    return Quantizer(fmt, granularity, scale, zero)
+
+
+def fit(spec: QuantSpec, values: Tensor) -> Quantizer:
+    """Find the format member, the range and the scales that a specification asks for on these values.
+
+    Args:
+        spec: what is wanted; ``slots`` is the caller's business.
+        values: a weight ``[out, ...]`` or sampled inputs; with a criterion range, features ``[timesteps, dim]``.
+    """
+    criterion = CRITERIA[spec.range.score] if isinstance(spec.range, ByCriterion) else CRITERIA["nmse"]
+    candidates = [_fit_one(replace(spec, format=fmt.fit(values, criterion)), values) for fmt in (spec.format, *spec.alternatives)]
+    if len(candidates) == 1:
+        return candidates[0]
+    return max(candidates, key=lambda quantizer: float(criterion(values, quantizer(values))))
+
+
+def _fit_one(spec: QuantSpec, values: Tensor) -> Quantizer:
+    def rounding(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return bind(spec.format, spec.granularity, low, high)(values)
+
+    return bind(spec.format, spec.granularity, *spec.range.find(values, spec.granularity, rounding))
+
+
+def dynamic(spec: QuantSpec, x: Tensor) -> Quantizer:
+    """The quantizer of this very input: the range rule runs in the forward."""
+    return _fit_one(spec, x)

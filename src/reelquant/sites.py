@@ -1,0 +1,156 @@
+"""Addresses inside a denoiser: what discovery finds, and the one matcher that every recipe pattern goes through.
+
+Nothing here imports torch: a map of a model is plain data that can be printed, compared and stored.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from reelquant._errors import SiteError, nearest
+
+Role = Literal["main", "temporal", "prompt", "constant", "entry", "exit"]
+ROLES: tuple[Role, ...] = ("main", "temporal", "prompt", "constant", "entry", "exit")
+Part = Literal["weight", "input", "output"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One tensor of one layer: the thing that gets a :class:`~reelquant.formats.QuantSpec`."""
+
+    layer: str
+    part: Part
+    role: Role
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One quantizable layer (linear or convolution) as discovery saw it.
+
+    Attributes:
+        name: dotted module path inside the denoiser.
+        kind: class name of the module (``Linear``, ``Conv2d`` ...).
+        role: what the input depends on. ``main``: the latent. ``temporal``: the timestep and not the latent. ``prompt``: conditioning
+            only, constant over the steps. ``constant``: nothing. ``entry``: reads the latent itself, ``exit``: the last layer.
+        depends: the denoiser arguments that move the input, a subset of ``latent timestep prompt image other``.
+        shape: shape of the weight.
+        input_shape: shape of the input in the probing run.
+        channel_axis: axis of the input that holds the input channels (-1 for linear layers, 1 for convolutions).
+        calls: how many times the layer ran in one call of the denoiser (0: never).
+        order: position of the first call, -1 if it never ran.
+    """
+
+    name: str
+    kind: str
+    role: Role
+    depends: frozenset[str]
+    shape: tuple[int, ...]
+    input_shape: tuple[int, ...] = ()
+    channel_axis: int = -1
+    calls: int = 1
+    order: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that read the very same tensor (q/k/v, gate/up), and who wrote it.
+
+    Attributes:
+        layers: names in call order.
+        role: role shared by the layers.
+        producer: module whose output is that tensor, or None.
+        producer_kind: class name of the producer, or None.
+        foldable: True if a per-channel affine can move into the producer: it is an affine norm and nobody else reads its output.
+        seam: channel at which a ``torch.cat`` joined a skip connection to this input (Q-Diffusion's split), or None.
+    """
+
+    layers: tuple[str, ...]
+    role: Role
+    producer: str | None = None
+    producer_kind: str | None = None
+    foldable: bool = False
+    seam: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The first layer names the group."""
+        return self.layers[0]
+
+
+@dataclass(frozen=True)
+class DenoiserMap:
+    """Everything reelquant knows about a denoiser, observed by running it.
+
+    Attributes:
+        cls: class name of the denoiser.
+        layers: every linear and convolution by name, in execution order.
+        groups: a partition of the layers that ran.
+        blocks: module paths in execution order (reconstruction, caching, streaming work block by block).
+        timestep_argument, latent_argument, prompt_argument: names of the denoiser's forward arguments, or None.
+    """
+
+    cls: str
+    layers: dict[str, Layer]
+    groups: tuple[Group, ...]
+    blocks: tuple[str, ...] = ()
+    timestep_argument: str | None = "timestep"
+    latent_argument: str | None = "hidden_states"
+    prompt_argument: str | None = "encoder_hidden_states"
+    notes: tuple[str, ...] = field(default=())
+
+    def group_of(self, layer: str) -> Group:
+        """The group a layer belongs to."""
+        for group in self.groups:
+            if layer in group.layers:
+                return group
+        raise SiteError(f"layer '{layer}' is in no group of {self.cls}; {nearest(layer, self.layers)}")
+
+    def by_role(self, role: Role) -> tuple[str, ...]:
+        """Names of the layers with this role, in execution order."""
+        return tuple(layer.name for layer in self.layers.values() if layer.role == role)
+
+
+def matches(pattern: str, layer: Layer) -> bool:
+    """Does a pattern name this layer?
+
+    A pattern is alternatives separated by ``|``; each is one of: ``role:temporal``; ``class:Conv2d``; ``re:REGEX`` (full match on the
+    name); a glob (``blocks.*.attn1.to_q``); an exact name, which also stands for everything below it (``blocks.0``). A leading ``!``
+    negates an alternative and binds tighter than ``|``; terms joined by ``&`` must all hold.
+    """
+    return any(all(_term(term.strip(), layer) for term in option.split("&")) for option in _alternatives(pattern))
+
+
+def _alternatives(pattern: str) -> list[str]:
+    return [pattern] if pattern.strip().startswith("re:") else pattern.split("|")
+
+
+def _term(term: str, layer: Layer) -> bool:
+    if term.startswith("!"):
+        return not _term(term[1:].strip(), layer)
+    if term.startswith("role:"):
+        role = term[5:].strip()
+        if role not in ROLES:
+            raise SiteError(f"unknown role in pattern '{term}': {nearest(role, ROLES)}")
+        return layer.role == role
+    if term.startswith("class:"):
+        return layer.kind == term[6:].strip()
+    if term.startswith("re:"):
+        return re.fullmatch(term[3:], layer.name) is not None
+    return layer.name == term or layer.name.startswith(term + ".") or fnmatch.fnmatchcase(layer.name, term)
+
+
+def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:
+    """Names of the layers that a pattern matches.
+
+    Raises:
+        SiteError: if a pattern that names layers (not a role or a class) matches none; the message gives the nearest layer name.
+    """
+    known = list(layers)
+    found = tuple(layer.name for layer in known if matches(pattern, layer))
+    if not found and not all(term.strip().lstrip("!").startswith(("role:", "class:")) for term in re.split(r"[|&]", pattern)):
+        raise SiteError(f"pattern '{pattern}' matches none of {len(known)} layers; {nearest(pattern, (x.name for x in known))}")
+    return found
