@@ -64,7 +64,8 @@ class Group:
         role: role shared by the layers.
         producer: module whose output is that tensor, or None.
         producer_kind: class name of the producer, or None.
-        foldable: True if a per-channel affine can move into the producer: it is an affine norm and nobody else reads its output.
+        foldable: True if a per-channel scale can move into the producer: it is an affine norm and nobody else reads its output.
+        fold_shift: True if a per-channel shift can move there too: it also has a bias.
         seam: channel at which a ``torch.cat`` joined a skip connection to this input (Q-Diffusion's split), or None.
     """
 
@@ -74,6 +75,7 @@ class Group:
     producer_kind: str | None = None
     foldable: bool = False
     seam: int | None = None
+    fold_shift: bool = False
 
     @property
     def name(self) -> str:

@@ -1,0 +1,101 @@
+"""Looking: what a denoiser is made of, observed by running it a few times on tiny inputs.
+
+    from reelquant.discover import denoiser_of, discover
+    name, denoiser = denoiser_of(pipeline)
+    map = discover(denoiser)
+
+Nothing is listed by layer name or by model class (see ``docs/design.md``, "discover, don't hand-write"). One file per question:
+``arguments`` (what an argument means), ``inputs`` (tiny inputs), ``probe`` (runs that leave no trace), ``roles``, ``lineage`` (which
+tensor came from where), ``groups``, ``blocks``, ``components`` (the denoiser of a pipeline).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from reelquant.discover.arguments import argument_of, bind, kinds
+from reelquant.discover.blocks import find_blocks
+from reelquant.discover.components import denoiser_of, denoisers_of
+from reelquant.discover.groups import find_groups
+from reelquant.discover.inputs import dummy_inputs
+from reelquant.discover.lineage import Trace, channel_axis, trace
+from reelquant.discover.probe import quantizable, steady
+from reelquant.discover.roles import dependencies, role_of
+from reelquant.sites import DenoiserMap, Layer, Role
+
+__all__ = ["bind", "denoiser_of", "denoisers_of", "discover", "dummy_inputs"]
+
+
+def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> DenoiserMap:
+    """The map of a denoiser: roles, groups, blocks and the names of its arguments.
+
+    Runs the denoiser up to eight times. It is left exactly as it was: parameters, buffers, training flags, hooks and random state.
+
+    Args:
+        denoiser: a diffusers denoiser, in float32, bfloat16 or float16, anywhere.
+        inputs: keyword arguments of one recorded call (see :func:`bind` for calls with positional arguments). Without them tiny
+            random ones are made up by :func:`dummy_inputs`.
+
+    Raises:
+        UnsupportedError: if it cannot be probed: which argument, what was tried, what would work.
+    """
+    inputs = dummy_inputs(denoiser) if inputs is None else bind(denoiser, (), inputs)
+    found = kinds(inputs)
+    with steady(denoiser):
+        depends = dependencies(denoiser, inputs, found)
+        main = {name for name, its in depends.items() if "latent" in its}
+        traced = trace(denoiser, inputs, main)
+    layers = _layers(denoiser, depends, traced)
+    return DenoiserMap(
+        cls=type(denoiser).__name__,
+        layers=layers,
+        groups=find_groups(denoiser, layers, traced),
+        blocks=find_blocks(denoiser, layers),
+        timestep_argument=argument_of(found, "timestep"),
+        latent_argument=argument_of(found, "latent"),
+        prompt_argument=argument_of(found, "prompt"),
+        notes=_notes(layers),
+    )
+
+
+def _layers(denoiser: nn.Module, depends: dict[str, frozenset[str]], traced: Trace) -> dict[str, Layer]:
+    """Every layer in execution order, those that never ran at the end."""
+    roles = _roles(depends, traced)
+    modules = quantizable(denoiser)
+    found: dict[str, Layer] = {}
+    for order, name in enumerate([*traced.reads, *(name for name in modules if name not in traced.reads)]):
+        reads = traced.reads.get(name, [])
+        found[name] = Layer(
+            name=name,
+            kind=type(modules[name]).__name__,
+            role=roles.get(name, "constant"),
+            depends=depends.get(name, frozenset()),
+            shape=tuple(modules[name].weight.shape),
+            input_shape=reads[0].shape if reads else (),
+            channel_axis=channel_axis(modules[name]),
+            calls=len(reads),
+            order=order if reads else -1,
+        )
+    return found
+
+
+def _roles(depends: dict[str, frozenset[str]], traced: Trace) -> dict[str, Role]:
+    """Roles by dependency, then the ends: entries read the latent before any main layer did, exits are the last to reach the output."""
+    roles = {name: role_of(its) for name, its in depends.items()}
+    order = list(traced.reads)
+    main = [name for name in order if roles[name] == "main"]
+    exits = {order[last] for last in traced.last if last >= 0} or {main[-1]}
+    entries = {name for name in main if traced.reads[name][0].after < 0} or {main[0]}
+    return roles | dict.fromkeys(exits, "exit") | dict.fromkeys(entries, "entry")
+
+
+def _notes(layers: dict[str, Layer]) -> tuple[str, ...]:
+    idle = [layer.name for layer in layers.values() if not layer.calls]
+    mixed = [layer.name for layer in layers.values() if layer.role == "temporal" and layer.depends != {"timestep"}]
+    told = {
+        f"{len(idle)} layers never ran in the probing call, first '{idle[0]}'" if idle else "",
+        f"{len(mixed)} temporal layers also depend on the conditioning, first '{mixed[0]}': no table over the steps alone" if mixed else "",
+    }
+    return tuple(sorted(told - {""}))

@@ -1,0 +1,43 @@
+"""Blocks: the big repeated parts of a denoiser in execution order."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from reelquant.sites import Layer
+
+
+def find_blocks(denoiser: nn.Module, layers: dict[str, Layer]) -> tuple[str, ...]:
+    """Module paths that cut the denoiser into consecutive parts, ordered by the first layer that ran.
+
+    A block is a member of an outermost ``ModuleList`` (a transformer's blocks, a UNet's down and up blocks), or a module beside those
+    lists that is itself built of lists (a UNet's mid block). It must hold at least two layers that follow the latent, which leaves
+    out text refiners and lists of single projections.
+    """
+    found = _blocks_below(denoiser, "", _following(layers))
+    return tuple(sorted(found, key=lambda name: min(order for layer, order in _following(layers).items() if layer.startswith(name + "."))))
+
+
+def _following(layers: dict[str, Layer]) -> dict[str, int]:
+    return {layer.name: layer.order for layer in layers.values() if layer.order >= 0 and "latent" in layer.depends}
+
+
+def _blocks_below(module: nn.Module, path: str, following: dict[str, int]) -> list[str]:
+    found: list[str] = []
+    listed = False
+    for name, child in module.named_children():
+        here = f"{path}.{name}" if path else name
+        if isinstance(child, nn.ModuleList):
+            members = [f"{here}.{index}" for index in range(len(child))]
+            members = [member for member in members if _weighs(member, following)]
+            listed = listed or bool(members)
+            found += members
+        elif _weighs(here, following) and any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
+            found.append(here)
+    if not listed and len(found) == 1:  # a wrapper around the real denoiser
+        return _blocks_below(module.get_submodule(found[0][len(path) + 1 if path else 0 :]), found[0], following) or found
+    return found
+
+
+def _weighs(name: str, following: dict[str, int]) -> bool:
+    return sum(layer.startswith(name + ".") for layer in following) >= 2

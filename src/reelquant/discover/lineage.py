@@ -1,0 +1,225 @@
+"""Lineage: one run of the denoiser with every torch function watched, to know which tensor came from where and who read it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from reelquant.discover.probe import first_tensor, quantizable, run, tensors_in
+
+Key = tuple[int, int]  # serial number of the tensor object, its version (an in-place change makes it another tensor)
+
+# Same values in the same places, perhaps in another dtype or memory order.
+_SAME = frozenset({"to", "type_as", "type", "float", "half", "bfloat16", "double", "contiguous", "clone", "detach", "alias"})
+# Same values, other shape. The per-channel check in `groups` makes sure the channels stayed what they were.
+_VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze"})
+# Channel c of the output comes from channel c of the input (or, in a group norm, keeps its place): a seam survives these.
+_POINTWISE = frozenset({"silu", "gelu", "relu", "mish", "leaky_relu", "group_norm", "layer_norm", "rms_norm", "dropout", "mul", "add"})
+_CAT = frozenset({"cat", "concat", "concatenate"})
+# Looks at a tensor without looking at its values.
+_METADATA = frozenset({"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous",
+                       "element_size", "get_device", "__len__", "type", "is_signed", "storage_offset"})  # fmt: skip
+
+
+@dataclass
+class Read:
+    """What one layer read in one call.
+
+    Attributes:
+        same: the tensor, seen through casts. Layers with equal ``same`` read the very same values.
+        root: the tensor, seen through casts and changes of shape: what its producer wrote.
+        after: position of the last main layer in its history, -1 if none: it is made of the latent alone.
+        seam: axis and channel of the concatenation it carries.
+        low, high: smallest and largest value per channel, only where a norm wrote the tensor.
+    """
+
+    same: Key
+    root: Key
+    after: int
+    seam: tuple[int, int] | None
+    shape: tuple[int, ...]
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+
+@dataclass
+class Written:
+    """The module that wrote a tensor, and the extremes per channel if it is a norm."""
+
+    module: str
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+
+@dataclass
+class Trace:
+    """Everything one watched run tells.
+
+    Attributes:
+        reads: what each layer read, call by call, in execution order.
+        written: who wrote a tensor, by its root.
+        readers: how often something that is not a layer used the values of a tensor, by its root.
+        calls: how often each module ran.
+        last: position of the last main layer that reached each output tensor of the denoiser.
+    """
+
+    reads: dict[str, list[Read]] = field(default_factory=dict)
+    written: dict[Key, Written] = field(default_factory=dict)
+    readers: Counter[Key] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    last: tuple[int, ...] = ()
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every torch function: what it made, of what, and what that says about seams and histories."""
+
+    def __init__(self, readers: Counter[Key]) -> None:
+        super().__init__()
+        self.serials: Any = WeakTensorKeyDictionary()
+        self.count = 0
+        self.same: dict[Key, Key] = {}
+        self.root: dict[Key, Key] = {}
+        self.seam: dict[Key, tuple[int, int]] = {}
+        self.after: dict[Key, int] = {}
+        self.readers = readers
+        self.in_layer = False
+
+    def key(self, x: Tensor) -> Key:
+        serial = self.serials.get(x)
+        if serial is None:
+            self.count += 1
+            serial = self.serials[x] = self.count
+        return serial, x._version
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        sources = [(x, self.key(x)) for x in tensors_in((args, kwargs))]
+        result = func(*args, **kwargs)
+        products = [x for x in tensors_in(result)] or ([args[0]] if name == "__setitem__" else [])
+        if sources and (products or name not in _METADATA):
+            self._note(name, args, kwargs, sources, products)
+        return result
+
+    def _note(self, name: str, args: tuple, kwargs: dict, sources: list[tuple[Tensor, Key]], products: list[Tensor]) -> None:
+        before = {key for _, key in sources}
+        fresh = [x for x in products if self.key(x) not in before]  # `x.to(x.dtype)` gives back x: nothing happened
+        if not fresh and products:
+            return
+        alias = len(fresh) == 1 and sources[0][0].numel() == fresh[0].numel() and name in _SAME | _VIEWS
+        for x in fresh:
+            self.after[self.key(x)] = max(self.after.get(key, -1) for key in before)
+        if alias:
+            self._note_alias(name, sources[0][1], self.key(fresh[0]))
+        elif not self.in_layer:
+            self.readers.update(self.root.get(key, key) for key in before)
+        if name in _CAT:
+            self._note_cat(args, kwargs, fresh[0])
+        elif len(fresh) == 1 and name in _SAME | _POINTWISE:
+            self._pass_seam(sources, fresh[0])
+
+    def _note_alias(self, name: str, source: Key, product: Key) -> None:
+        self.root[product] = self.root.get(source, source)
+        if name in _SAME:
+            self.same[product] = self.same.get(source, source)
+
+    def _note_cat(self, args: tuple, kwargs: dict, product: Tensor) -> None:
+        parts = args[0] if args else kwargs.get("tensors", ())
+        axis = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
+        if len(parts) > 1:
+            self.seam[self.key(product)] = (axis % product.ndim, parts[0].shape[axis])
+
+    def _pass_seam(self, sources: list[tuple[Tensor, Key]], product: Tensor) -> None:
+        for x, key in sources:
+            if key in self.seam and x.shape == product.shape:
+                self.seam[self.key(product)] = self.seam[key]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """An affine normalisation whose ``weight`` multiplies its output channel by channel (and ``bias``, if any, is added)."""
+    from diffusers.models import normalization
+
+    classes = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, normalization.RMSNorm, normalization.MochiRMSNorm)
+    return isinstance(module, classes) and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def extremes(x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value per channel: they survive reshapes that keep the channels, and few others."""
+    flat = x.detach().movedim(channel_axis, 0).flatten(1)
+    return flat.amin(1), flat.amax(1)
+
+
+def channel_axis(module: nn.Module) -> int:
+    """Axis of the input channels: 1 for convolutions and group norms, else the last."""
+    return -1 if isinstance(module, nn.Linear) or not isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd) else 1
+
+
+def trace(denoiser: nn.Module, inputs: dict[str, Any], main: AbstractSet[str]) -> Trace:
+    """Run once with everything watched. ``main`` names the layers that depend on the latent. Call inside ``steady``."""
+    found = Trace()
+    watch = _Watch(found.readers)
+    layers = quantizable(denoiser)
+    with contextlib.ExitStack() as stack:
+        for name, module in denoiser.named_modules():
+            if name in layers:
+                stack.callback(module.register_forward_pre_hook(_on_read(found, watch, name), with_kwargs=True).remove)
+            if name:
+                order = _on_layer_done(found, watch, name in main) if name in layers else None
+                stack.callback(module.register_forward_hook(_on_write(found, watch, name, order), with_kwargs=True).remove)
+        with watch:
+            output = run(denoiser, inputs)
+        found.last = tuple(watch.after.get(watch.key(x), -1) for x in tensors_in(output) if x.is_floating_point())
+    return found
+
+
+def _on_read(found: Trace, watch: _Watch, name: str):
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = first_tensor(args, kwargs)
+        watch.in_layer = True
+        if x is None:
+            return
+        with torch._C.DisableTorchFunction():
+            key = watch.key(x)
+            root = watch.root.get(key, key)
+            read = Read(watch.same.get(key, key), root, watch.after.get(key, -1), watch.seam.get(key), tuple(x.shape))
+            writer = found.written.get(root)
+            if writer is not None and writer.low is not None:
+                read.low, read.high = extremes(x, channel_axis(module))
+            found.reads.setdefault(name, []).append(read)
+
+    return hook
+
+
+def _on_layer_done(found: Trace, watch: _Watch, is_main: bool):
+    def done(name: str, output: Tensor) -> None:
+        watch.in_layer = False
+        if is_main and name in found.reads:
+            watch.after[watch.key(output)] = list(found.reads).index(name)
+
+    return done
+
+
+def _on_write(found: Trace, watch: _Watch, name: str, layer_done: Any):
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            found.calls[name] += 1
+            history = max((watch.after.get(watch.key(x), -1) for x in tensors_in((args, kwargs))), default=-1)
+            for x in tensors_in(output):
+                key = watch.key(x)
+                watch.after.setdefault(key, history)  # made by something no torch function mode sees
+                if layer_done is not None:
+                    layer_done(name, x)
+                root = watch.root.get(key, key)
+                if root not in found.written:  # inner modules finish first: the leaf wins over the containers that hand it on
+                    low, high = extremes(x, channel_axis(module)) if is_norm(module) else (None, None)
+                    found.written[root] = Written(name, low, high)
+
+    return hook
