@@ -184,7 +184,9 @@ class Curve:
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        print(" ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in figures.items()), flush=True)
+        print(
+            " ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in figures.items()), flush=True
+        )
 
 
 def save_atomically(state: object, path: Path) -> None:

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from common import CURVES, TEST_SEED, WEIGHTS, Clock, Curve, clip_pool, linear_decay, set_lr
+from common import CURVES, RUNS, TEST_SEED, WEIGHTS, Clock, Curve, Muon, clip_pool, linear_decay, set_lr
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,19 +95,24 @@ def main(minutes: float, pool: int, seed: int) -> None:
         clips, scenes = clip_pool(range(POOL_SEED + k * pool, POOL_SEED + (k + 1) * pool), frames)
         pools.append((clips, targets(scenes)))
     judge = Judge().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=0.02)
-    curve, clock, step = Curve(CURVES / "judge.csv"), Clock(minutes), 0
+    hidden = [p for name, p in judge.named_parameters() if p.ndim >= 2 and not name.startswith("heads.")]
+    rest = [p for name, p in judge.named_parameters() if p.ndim < 2 or name.startswith("heads.")]
+    optimizers = [Muon(hidden, lr=4e-3, weight_decay=0.02), torch.optim.AdamW(rest, lr=4e-3, weight_decay=0.02)]
+    curve, clock, step = Curve(CURVES / "judge.csv"), Clock(minutes, RUNS / "judge-minutes.txt"), 0
     while (progress := clock.progress()) < 1:
-        set_lr([optimizer], min(1.0, (step + 1) / 20) * linear_decay(progress, decay=0.7, floor=0.01))
+        set_lr(optimizers, min(1.0, (step + 1) / 20) * linear_decay(progress, decay=0.8, floor=0.01))
         clips, truth = pools[step % len(pools)]
-        index = torch.randint(pool, (48,), generator=generator)
-        batch = degrade(clips[index].float() / 255, generator)
+        index = torch.randint(pool, (32,), generator=generator)
+        batch = clips[index].float() / 255
+        if progress > 0.15:  # shapes are learned sooner from clean clips
+            batch = degrade(batch, generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = judge(batch)
         losses = {kind: F.cross_entropy(logits[kind].float(), truth[kind][index], label_smoothing=0.02) for kind in KINDS}
         (2 * losses["shape"] + sum(losses.values())).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         step += 1
         if step % 25 == 0:
             curve.add(seconds=clock.elapsed(), step=step, **{kind: loss.item() for kind, loss in losses.items()})

@@ -14,14 +14,22 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
+import time
 import types
 
 import torch
 import torch.nn.functional as F
-from common import RUNS, TEST_SEED, Clock, Curve, Ema, Muon, clip_pool, contact_sheet, linear_decay, psnr, save_atomically, set_lr
-from diffusers import AutoencoderKLWan
+from common import RUNS, TEST_SEED, WEIGHTS, Clock, Curve, Ema, Muon, clip_pool, contact_sheet, linear_decay, psnr, save_atomically, set_lr
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from scipy.optimize import linear_sum_assignment
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from reelquant.models.judge import accuracy
+from reelquant.models.shapes import Scene, random_caption, random_clip, vocabulary
 
 RUN = RUNS / "tiny-dit"
 FRAMES = 13
@@ -153,7 +161,10 @@ def train_vae(minutes: float, seed: int = 0, pool: int = 4000, decoder_only: boo
     clips, _ = clip_pool(range(seed, seed + pool), FRAMES)
     held_out, _ = clip_pool(range(TEST_SEED, TEST_SEED + 32), FRAMES)
     matrices, rest = split_parameters(vae, lambda _, p: p.ndim >= 4 and p.requires_grad)
-    optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW([p for p in rest if p.requires_grad], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimizers = [
+        Muon(matrices, lr=2e-3),
+        torch.optim.AdamW([p for p in rest if p.requires_grad], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
     curve, clock, step = Curve(RUN / f"{name}.csv"), Clock(minutes, RUN / f"{name}-minutes.txt"), 0
     while (progress := clock.progress()) < 1:
         set_lr(optimizers, min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))))
@@ -198,15 +209,328 @@ def checkpoint_vae(vae: AutoencoderKLWan, ema: Ema, held_out: Tensor, name: str)
     save_atomically({**vae.state_dict(), **ema.shadow}, RUN / f"{name}.pt")
 
 
+# ------------------------------------------------------------------------------------------------------------------------ latents
+
+
+@torch.no_grad()
+def make_latents(count: int = 10_000) -> None:
+    """Encode clips of the seeds 0 to ``count`` and note the latents' mean and deviation per channel."""
+    vae = use_whole_sequences(make_vae())
+    vae.load_state_dict(torch.load(RUN / "vae.pt"))
+    latents, scenes = [], []
+    for start in range(0, count, 100):
+        clips, part = clip_pool(range(start, start + 100), FRAMES)
+        scenes += part
+        for batch in clips.split(10):
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(encode_whole(vae, to_model(batch))[0].half())
+    stacked = torch.cat(latents)
+    flat = stacked.float().transpose(0, 1).flatten(1)
+    mean, std = flat.mean(1), flat.std(1)
+    save_atomically({"latents": stacked, "scenes": [vars(scene) for scene in scenes], "mean": mean, "std": std}, RUN / "latents.pt")
+    print("latents", tuple(stacked.shape), "mean", mean.tolist(), "std", std.tolist(), flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- dit
+
+TEXT_CONFIG = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "vocab_size": 48,
+}
+DIT_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "in_channels": 8,
+    "out_channels": 8,
+    "text_dim": 64,
+    "freq_dim": 64,
+    "ffn_dim": 768,
+    "num_layers": 6,
+}
+TEXT_LENGTH = 11  # of the longest caption, its end token included
+STOCK_TEXT_LENGTH = 512  # what the stock pipeline pads to
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, an end token after the last."""
+    words = ["<pad>", "</s>", "<unk>", *vocabulary()]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=STOCK_TEXT_LENGTH, **special)
+
+
+class TrainingAttention:
+    """The stock attention, cheaper to train on a CPU: plain products, and captions that only seem to be padded to the stock length.
+
+    The stock pipeline pads captions with zeros to 512 positions and masks none of them. All pads are one and the same vector, so one
+    pad whose logit is raised by the logarithm of their number gives exactly the same result.
+    """
+
+    def __init__(self) -> None:
+        self.bias: Tensor | None = None  # [n, 1, 1, TEXT_LENGTH + 1], added to the logits of cross attention
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None) -> Tensor:
+        """Same arguments as the stock WanAttnProcessor."""
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        key = attn.norm_k(attn.to_k(source)).unflatten(2, (attn.heads, -1))
+        value = attn.to_v(source).unflatten(2, (attn.heads, -1)).transpose(1, 2)
+        if rotary_emb is not None:
+            query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+        query = query.transpose(1, 2) * query.shape[-1] ** -0.5
+        logits = query.to(value.dtype) @ key.transpose(1, 2).to(value.dtype).mT
+        if encoder_hidden_states is not None:
+            logits = logits + self.bias.to(logits.dtype)
+        out = logits.softmax(-1).to(value.dtype) @ value
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of ``[n, tokens, heads, channels]``, neighbouring channels forming the pairs."""
+    first, second = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[..., 0::2].to(x.dtype), sin[..., 1::2].to(x.dtype)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
+
+
+def make_transformer() -> WanTransformer3DModel:
+    """A fresh transformer whose blocks start as the identity and whose output starts at zero."""
+    transformer = WanTransformer3DModel(**DIT_CONFIG)
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(transformer.patch_embedding.weight.flatten(1))
+    zeros = [transformer.condition_embedder.time_proj, transformer.proj_out, *(block.attn2.to_out[0] for block in transformer.blocks)]
+    for module in zeros:
+        nn.init.zeros_(module.weight)
+    for module in (transformer, *transformer.blocks):
+        nn.init.zeros_(module.scale_shift_table)
+    return transformer
+
+
+class TextToLatents(nn.Module):
+    """Text encoder and transformer, trained together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG))
+        self.transformer = make_transformer()
+        self.attention = TrainingAttention()
+        for block in self.transformer.blocks:
+            block.attn1.set_processor(self.attention)
+            block.attn2.set_processor(self.attention)
+
+    def forward(self, noisy: Tensor, sigma: Tensor, tokens: Tensor) -> Tensor:
+        """Velocity ``[n, 8, t, h, w]`` at noisy latents of that shape, levels ``[n]`` and token ids ``[n, TEXT_LENGTH]``."""
+        mask = tokens != 0
+        text = self.text_encoder(tokens, mask.long()).last_hidden_state * mask[..., None]
+        text = F.pad(text, (0, 0, 0, 1))  # the one pad
+        pads = (STOCK_TEXT_LENGTH - mask.sum(1, keepdim=True)).float().log()
+        bias = torch.cat([torch.zeros(mask.shape).masked_fill(~mask, -1e4), pads], 1)
+        self.attention.bias = bias[:, None, None]
+        return self.transformer(noisy, sigma * 1000, text, return_dict=False)[0].float()
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
+    """Token ids ``[n, TEXT_LENGTH]``."""
+    return tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+class LatentData:
+    """Normalized latents with captions and noise drawn anew each time."""
+
+    def __init__(self, seed: int):
+        stored = torch.load(RUN / "latents.pt")
+        self.mean, self.std = stored["mean"], stored["std"]
+        shape = (1, -1, 1, 1, 1)
+        self.latents = ((stored["latents"].float() - self.mean.view(shape)) / self.std.view(shape)).half()
+        self.scenes = [Scene(**fields) for fields in stored["scenes"]]
+        self.tokenizer = make_tokenizer()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, n: int, held_out: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents, noise, levels and tokens. The last 100 latents are held out; noise goes to the latents it is closest to."""
+        g, total = self.generator, len(self.scenes)
+        index = torch.arange(total - n, total) if held_out else torch.randint(total - 100, (n,), generator=g)
+        latents = self.latents[index].float()
+        noise = torch.randn(latents.shape, generator=g)
+        noise = noise[linear_sum_assignment(torch.cdist(latents.flatten(1), noise.flatten(1)).numpy())[1]]
+        sigma = torch.sigmoid(torch.randn(n, generator=g))
+        sigma = torch.where(torch.rand(n, generator=g) < 0.1, torch.rand(n, generator=g), sigma)
+        captions = [random_caption(self.scenes[i], g) for i in index.tolist()]
+        captions = ["" if empty else caption for caption, empty in zip(captions, torch.rand(n, generator=g) < 0.1, strict=True)]
+        return latents, noise, sigma, tokenize(self.tokenizer, captions)
+
+
+def flow_loss(model: TextToLatents, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Mean squared error of the velocity, noise minus latents."""
+    latents, noise, sigma, tokens = batch
+    level = sigma.view(-1, 1, 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(latents * (1 - level) + noise * level, sigma, tokens)
+    return (velocity - (noise - latents)).square().mean()
+
+
+def train_dit(minutes: float, seed: int = 0, micro: int = 16, resume: bool = False) -> None:
+    """Train text encoder and transformer. Everything needed to go on is saved every 250 steps."""
+    torch.manual_seed(seed)
+    model, data = TextToLatents(), LatentData(seed)
+    for block in model.transformer.blocks:  # a quarter faster
+        block.compile(dynamic=False)
+    ema = Ema(model, 0.998)
+    matrices, rest = split_parameters(model, lambda name, p: p.ndim == 2 and name.startswith("transformer.blocks."))
+    optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    step, spent, running = 0, 0.0, 1.0
+    if resume:
+        step, spent = load_dit(model, ema, optimizers)
+    curve, clock = Curve(RUN / "dit.csv", append=resume), Clock(minutes, RUN / "dit-minutes.txt", spent)
+    while (progress := clock.progress()) < 1:
+        set_lr(optimizers, min(1.0, (step + 1) / 60) * linear_decay(progress, decay=0.45))
+        batch = data.batch(32)
+        for part in zip(*(x.split(micro) for x in batch), strict=True):
+            loss = flow_loss(model, part) * len(part[0]) / 32
+            loss.backward()
+            running += 0.02 * (loss.item() - running * len(part[0]) / 32)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update(model)
+        step += 1
+        if step % 50 == 0:
+            curve.add(seconds=clock.elapsed(), step=step, loss=running)
+        if step % 250 == 0:
+            save_dit(model, ema, optimizers, step, clock.elapsed())
+    save_dit(model, ema, optimizers, step, clock.elapsed())
+
+
+def save_dit(model: nn.Module, ema: Ema, optimizers: list[torch.optim.Optimizer], step: int, spent: float) -> None:
+    """Save the averaged weights by themselves (for export) and the whole state (for resuming)."""
+    save_atomically(ema.shadow, RUN / "dit-ema.pt")
+    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    save_atomically({**state, "step": step, "spent": spent}, RUN / "dit.pt")
+
+
+def load_dit(model: nn.Module, ema: Ema, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """Load what :func:`save_dit` saved; steps done and seconds spent."""
+    state = torch.load(RUN / "dit.pt")
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["spent"]
+
+
+# ------------------------------------------------------------------------------------------------------------- export and figures
+
+
+def build_pipeline() -> WanPipeline:
+    """The stock pipeline with the latest weights, in float32."""
+    latents = torch.load(RUN / "latents.pt", mmap=True)
+    statistics = {"latents_mean": latents["mean"].tolist(), "latents_std": latents["std"].tolist()}
+    vae = AutoencoderKLWan(**{**VAE_CONFIG, **statistics})
+    decoder = RUN / "decoder.pt"
+    vae.load_state_dict(torch.load(decoder if decoder.exists() else RUN / "vae.pt"))
+    text_encoder, transformer = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG)), WanTransformer3DModel(**DIT_CONFIG)
+    weights = torch.load(RUN / "dit-ema.pt")
+    for name, module in (("text_encoder", text_encoder), ("transformer", transformer)):
+        own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+        missing, unexpected = module.load_state_dict(own, strict=False)
+        assert not unexpected and set(missing) <= {"encoder.embed_tokens.weight"}, (missing, unexpected)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    parts = {"tokenizer": make_tokenizer(), "text_encoder": text_encoder, "vae": vae, "transformer": transformer, "scheduler": scheduler}
+    pipe = WanPipeline(**parts)
+    pipe.text_encoder.eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def export() -> None:
+    """Write the pipeline folder in float16, replacing the old one at once."""
+    folder, fresh = WEIGHTS / "tiny-dit", WEIGHTS / ".tiny-dit-fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    build_pipeline().to(torch.float16).save_pretrained(fresh, safe_serialization=True)
+    index = fresh / "model_index.json"
+    index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    tokenizer = fresh / "tokenizer" / "tokenizer_config.json"
+    tokenizer.write_text(tokenizer.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    print(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, "MiB")
+
+
+def generate(pipe: WanPipeline, captions: list[str], *, guidance: float, steps: int, batch: int = 10) -> Tensor:
+    """Clips ``[n, frames, 3, 64, 64]`` in [0, 1]; clip i starts from the noise of seed i."""
+    clips = []
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        size = {"height": 64, "width": 64, "num_frames": FRAMES}
+        call = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators, "output_type": "pt"}
+        clips.append(pipe(part, **size, **call).frames)
+    return torch.cat(clips)
+
+
+def evaluate(count: int, guidance: float, steps: int, latest: bool) -> None:
+    """The judge on generated clips of unseen seeds, and a contact sheet. ``latest`` weights, or the exported folder."""
+    pipe = build_pipeline() if latest else DiffusionPipeline.from_pretrained(WEIGHTS / "tiny-dit", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    captions = [random_clip(TEST_SEED + 10_000 + i, frames=1)[1] for i in range(count)]
+    start = time.perf_counter()
+    clips = generate(pipe, captions, guidance=guidance, steps=steps)
+    seconds = (time.perf_counter() - start) / count
+    print(f"generated n={count} guidance={guidance} steps={steps} {seconds:.2f} s a clip:", rounded(accuracy(clips, captions)), flush=True)
+    contact_sheet(clips[:12], RUN / f"sheet-g{guidance:g}-s{steps}.png", captions[:12])
+
+
+def ceilings(count: int) -> None:
+    """The judge on real clips of unseen seeds and on their reconstructions by the exported autoencoder."""
+    vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "tiny-dit", subfolder="vae", torch_dtype=torch.float32)
+    clips, scenes = clip_pool(range(TEST_SEED + 20_000, TEST_SEED + 20_000 + count), FRAMES)
+    real, again = clips.float() / 255, reconstruct(use_whole_sequences(vae), clips)
+    print("real", rounded(accuracy(real, scenes)))
+    print("reconstructed", rounded(accuracy(again, scenes)), f"PSNR {psnr(again, real).mean():.2f} dB", flush=True)
+    contact_sheet(torch.stack([real[:6], again[:6]], 1).flatten(0, 1), RUN / "sheet-vae.png")
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    """For printing."""
+    return {key: round(value, 3) for key, value in figures.items()}
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "latents", "dit", "decoder", "export", "evaluate"))
-    parser.add_argument("--minutes", type=float, default=11.0)
+    parser.add_argument("stage", choices=("vae", "latents", "dit", "decoder", "export", "evaluate", "ceilings"))
+    parser.add_argument(
+        "--minutes", type=float, default=11.0, help="planned length of a training; may be changed in runs/tiny-dit/*-minutes.txt"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted dit stage")
+    parser.add_argument("--count", type=int, default=200, help="clips to evaluate on")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--latest", action="store_true", help="evaluate the latest checkpoint instead of the exported folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.stage in ("vae", "decoder"):
-        train_vae(args.minutes, decoder_only=args.stage == "decoder")
+    stages = {
+        "vae": lambda: train_vae(args.minutes),
+        "latents": make_latents,
+        "dit": lambda: train_dit(args.minutes, resume=args.resume),
+        "decoder": lambda: train_vae(args.minutes, decoder_only=True),
+        "export": export,
+        "evaluate": lambda: evaluate(args.count, args.guidance, args.steps, args.latest),
+        "ceilings": lambda: ceilings(args.count),
+    }
+    stages[args.stage]()
 
 
 if __name__ == "__main__":

@@ -125,5 +125,3 @@ def accuracy(clips: Tensor, truths: Sequence[str | Scene], judge: Judge | None =
         for kind, word in _stated(truth).items():
             right["digit" if word in DIGITS else kind].append(predicted[kind][i] == word)
     return {kind: sum(hits) / len(hits) for kind, hits in right.items() if hits}
-
-
