@@ -1,7 +1,6 @@
 """The denoisers of twelve pipelines, tiny, with random weights: same classes, same wiring, a few thousand parameters.
 
-    from tests.tiny.configs import TINY
-    model = TINY["WanTransformer3DModel"]()
+Use: ``TINY["WanTransformer3DModel"]()``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from torch import nn
 
 from reelquant.discover.arguments import argument_of, bind, kinds
 from reelquant.discover.blocks import find_blocks
-from reelquant.discover.components import denoiser_of, denoisers_of
+from reelquant.discover.components import denoiser_of, denoisers_of, plain
 from reelquant.discover.groups import find_groups
 from reelquant.discover.inputs import dummy_inputs
 from reelquant.discover.lineage import Trace, channel_axis, trace
@@ -41,6 +41,7 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
     Raises:
         UnsupportedError: if it cannot be probed: which argument, what was tried, what would work.
     """
+    denoiser = plain(denoiser)
     inputs = dummy_inputs(denoiser) if inputs is None else bind(denoiser, (), inputs)
     found = kinds(inputs)
     with steady(denoiser):
@@ -72,7 +73,7 @@ def _layers(denoiser: nn.Module, depends: dict[str, frozenset[str]], traced: Tra
             kind=type(modules[name]).__name__,
             role=roles.get(name, "constant"),
             depends=depends.get(name, frozenset()),
-            shape=tuple(modules[name].weight.shape),
+            shape=tuple(modules[name].get_parameter("weight").shape),
             input_shape=reads[0].shape if reads else (),
             channel_axis=channel_axis(modules[name]),
             calls=len(reads),
@@ -83,12 +84,14 @@ def _layers(denoiser: nn.Module, depends: dict[str, frozenset[str]], traced: Tra
 
 def _roles(depends: dict[str, frozenset[str]], traced: Trace) -> dict[str, Role]:
     """Roles by dependency, then the ends: entries read the latent before any main layer did, exits are the last to reach the output."""
-    roles = {name: role_of(its) for name, its in depends.items()}
+    roles: dict[str, Role] = {name: role_of(its) for name, its in depends.items()}
     order = list(traced.reads)
     main = [name for name in order if roles[name] == "main"]
     exits = {order[last] for last in traced.last if last >= 0} or {main[-1]}
     entries = {name for name in main if traced.reads[name][0].after < 0} or {main[0]}
-    return roles | dict.fromkeys(exits, "exit") | dict.fromkeys(entries, "entry")
+    for name in roles:
+        roles[name] = "entry" if name in entries else "exit" if name in exits else roles[name]
+    return roles
 
 
 def _notes(layers: dict[str, Layer]) -> tuple[str, ...]:

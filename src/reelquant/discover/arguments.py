@@ -59,7 +59,7 @@ def kinds(inputs: dict[str, Any]) -> dict[Path, Kind]:
         UnsupportedError: if no argument can be the latent.
     """
     values = dict(leaves(inputs))
-    found = {path: kind_of(path) for path in values}
+    found: dict[Path, Kind] = {path: kind_of(path) for path in values}
     found = {path: kind for path, kind in found.items() if isinstance(values[path], Tensor) or kind == "timestep"}
     if "latent" not in found.values():
         found[_latent_by_shape(values, found)] = "latent"
@@ -104,7 +104,8 @@ def _changed(value: Any) -> Any:
         return type(value)(value / 2) if value else type(value)(1)
     if value.dtype == torch.bool or _is_mask(value):
         flipped = value.clone()
-        flipped[..., -1] = value[..., -1] == 0
+        last = flipped[..., -1] if value.ndim else flipped
+        last.copy_(last == 0)
         return flipped
     if not value.is_floating_point():
         return torch.where(value > 1, value // 2, value + 1)

@@ -14,12 +14,9 @@ def find_blocks(denoiser: nn.Module, layers: dict[str, Layer]) -> tuple[str, ...
     lists that is itself built of lists (a UNet's mid block). It must hold at least two layers that follow the latent, which leaves
     out text refiners and lists of single projections.
     """
-    found = _blocks_below(denoiser, "", _following(layers))
-    return tuple(sorted(found, key=lambda name: min(order for layer, order in _following(layers).items() if layer.startswith(name + "."))))
-
-
-def _following(layers: dict[str, Layer]) -> dict[str, int]:
-    return {layer.name: layer.order for layer in layers.values() if layer.order >= 0 and "latent" in layer.depends}
+    following = {layer.name: layer.order for layer in layers.values() if "latent" in layer.depends}
+    found = _blocks_below(denoiser, "", following)
+    return tuple(sorted(found, key=lambda name: min(order for layer, order in following.items() if layer.startswith(name + "."))))
 
 
 def _blocks_below(module: nn.Module, path: str, following: dict[str, int]) -> list[str]:
@@ -35,7 +32,7 @@ def _blocks_below(module: nn.Module, path: str, following: dict[str, int]) -> li
         elif _weighs(here, following) and any(isinstance(inner, nn.ModuleList) for inner in child.modules()):
             found.append(here)
     if not listed and len(found) == 1:  # a wrapper around the real denoiser
-        return _blocks_below(module.get_submodule(found[0][len(path) + 1 if path else 0 :]), found[0], following) or found
+        return _blocks_below(getattr(module, found[0].rpartition(".")[2]), found[0], following) or found
     return found
 
 

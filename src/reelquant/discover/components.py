@@ -34,7 +34,12 @@ def denoiser_of(pipeline: Any) -> tuple[str, nn.Module]:
     return next(iter(denoisers_of(pipeline).items()))
 
 
+def plain(module: nn.Module) -> nn.Module:
+    """The module inside what ``torch.compile(module)`` returns, which has no signature of its own."""
+    return getattr(module, "_orig_mod", module)
+
+
 def _denoises(module: nn.Module) -> bool:
-    names = inspect.signature(module.forward).parameters
+    names = inspect.signature(plain(module).forward).parameters
     kinds = {kind_of((name,)) for name in names}
     return {"latent", "timestep"} <= kinds and "controlnet_cond" not in names

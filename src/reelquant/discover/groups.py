@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from reelquant.discover.lineage import Key, Read, Trace, is_norm
 from reelquant.sites import Group, Layer
@@ -58,9 +59,11 @@ def _takes_affine(layer: nn.Module) -> bool:
     """Can weight and bias absorb ``x -> a x + b`` exactly? Zero padding does not follow the shift, groups mix up the channels."""
     if isinstance(layer, nn.Linear):
         return True
-    padding = getattr(layer, "padding", 1)
-    unpadded = padding == "valid" or (not isinstance(padding, str) and not any(padding))
-    return unpadded and getattr(layer, "groups", 1) == 1
+    return isinstance(layer, _ConvNd) and layer.groups == 1 and _unpadded(layer)
+
+
+def _unpadded(layer: _ConvNd) -> bool:
+    return layer.padding == "valid" if isinstance(layer.padding, str) else not any(layer.padding)
 
 
 def _same_channels(read: Read, low: Tensor | None, high: Tensor | None) -> bool:

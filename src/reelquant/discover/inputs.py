@@ -7,6 +7,7 @@ latent ``b c t h w`` or ``b t c h w``, or a row of tokens?) the layouts are trie
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ class Sketch:
         layout: axes of the latent, one of :data:`LAYOUTS`.
         frames, height, width: sizes of the latent.
         prompts: batch of the prompt; AnimateDiff's pipelines repeat it for every frame before they call the denoiser.
+        timestep: an integer as most samplers give it, or in [0, 1] for models that multiply it by 1000 themselves (Flux), where a large
+            one would overflow half precision.
     """
 
     denoiser: nn.Module
@@ -37,6 +40,7 @@ class Sketch:
     height: int
     width: int
     prompts: int = 1
+    timestep: float = 500
 
     def get(self, *keys: str) -> Any:
         """The first of these config keys (or attributes) that is set; of a tuple the first member."""
@@ -59,7 +63,7 @@ class Sketch:
         generator = torch.Generator().manual_seed(len(shape) + sum(shape))
         return torch.randn(*shape, generator=generator).to(_device(self.denoiser), _dtype(self.denoiser))
 
-    def whole(self, *values: int) -> Tensor:
+    def number(self, *values: float) -> Tensor:
         return torch.tensor(values, device=_device(self.denoiser))
 
 
@@ -74,8 +78,10 @@ def _setting(denoiser: nn.Module, *keys: str) -> Any:
 
 def _dtype(denoiser: nn.Module) -> torch.dtype:
     floating = (p.dtype for p in denoiser.parameters() if p.is_floating_point() and p.element_size() > 1)
-    own = getattr(denoiser, "dtype", None)
-    return own if isinstance(own, torch.dtype) and own.is_floating_point and own.itemsize > 1 else next(floating, torch.float32)
+    own = getattr(denoiser, "dtype", None)  # diffusers' own, which knows about modules kept in float32
+    if isinstance(own, torch.dtype) and own.is_floating_point and own.itemsize > 1:
+        return own
+    return next(floating, torch.float32)
 
 
 def _device(denoiser: nn.Module) -> torch.device:
@@ -133,14 +139,14 @@ def _positions(length: Callable[[Sketch], int]) -> Callable[[Sketch], Tensor | N
 
 
 def _class_label(s: Sketch) -> Tensor | None:
-    return s.whole(1) if s.get("num_class_embeds", "num_embeds_ada_norm") else None
+    return s.number(1) if s.get("num_class_embeds", "num_embeds_ada_norm") else None
 
 
 BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "hidden_states": _latent,
     "sample": _latent,
-    "timestep": lambda s: s.whole(500),
-    "timesteps": lambda s: s.whole(500),
+    "timestep": lambda s: s.number(s.timestep),
+    "timesteps": lambda s: s.number(s.timestep),
     "encoder_hidden_states": _prompt,
     "encoder_attention_mask": lambda s: torch.ones(1, s.tokens, dtype=torch.bool, device=_device(s.denoiser)),
     "encoder_hidden_states_image": _image_tokens,
@@ -153,7 +159,7 @@ BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "class_labels": _class_label,
     "img_ids": _positions(lambda s: s.sizes["n"]),
     "txt_ids": _positions(lambda s: s.tokens),
-    "fps": lambda s: s.whole(8),
+    "fps": lambda s: s.number(8),
     "image_latents": _latent,
     "image_embeddings": _vector("cross_attention_dim"),
     "num_frames": lambda s: s.frames,
@@ -165,7 +171,7 @@ _ONLY_IF_REQUIRED = {"encoder_attention_mask", "class_labels", "fps", "image_lat
 
 
 def _build(sketch: Sketch) -> dict[str, Any]:
-    """Values for every argument that has a builder and can be built; refuse if a required one cannot."""
+    """Values for every argument that has a builder and whose sizes the config tells."""
     values: dict[str, Any] = {}
     for name, parameter in inspect.signature(sketch.denoiser.forward).parameters.items():
         required = parameter.default is inspect.Parameter.empty
@@ -186,9 +192,8 @@ def _missing(denoiser: nn.Module, built: dict[str, Any]) -> list[str]:
 def _sketches(denoiser: nn.Module) -> Iterator[Sketch]:
     """Tiny sizes first; then the model's own, for those with learned positions."""
     for frames, height, width in (_tiny(denoiser), *_native(denoiser)):
-        for prompts in (1, frames):
-            for layout in LAYOUTS:
-                yield Sketch(denoiser, layout, frames, height, width, prompts)
+        for timestep, prompts, layout in itertools.product((500, 0.5), (1, frames), LAYOUTS):
+            yield Sketch(denoiser, layout, frames, height, width, prompts, timestep)
 
 
 def _spatial_step(denoiser: nn.Module) -> int:
@@ -232,17 +237,18 @@ def dummy_inputs(denoiser: nn.Module) -> dict[str, Any]:
     name = type(denoiser).__name__
     if _setting(denoiser, "in_channels") is None:
         raise UnsupportedError(f"{name} has no config.in_channels to build a latent from; pass inputs= with the arguments of one real call")
-    failures: list[str] = []
+    failures: dict[str, str] = {}
     for sketch in _sketches(denoiser):
         inputs = _attempt(sketch, failures)
         if inputs is not None:
             return inputs
     raise UnsupportedError(
-        f"no dummy inputs found for {name}; tried the latent as {'; '.join(failures)}; pass inputs= with the arguments of one real call"
+        f"no dummy inputs found for {name}; tried the latent as {'; '.join(failures.values())}; also with a prompt per frame, a timestep "
+        "in [0, 1] and the sizes of its config; pass inputs= with the arguments of one real call"
     )
 
 
-def _attempt(sketch: Sketch, failures: list[str]) -> dict[str, Any] | None:
+def _attempt(sketch: Sketch, failures: dict[str, str]) -> dict[str, Any] | None:
     denoiser = sketch.denoiser
     built = _build(sketch)
     missing = _missing(denoiser, built)
@@ -255,7 +261,7 @@ def _attempt(sketch: Sketch, failures: list[str]) -> dict[str, Any] | None:
         with steady(denoiser):
             run(denoiser, built)
     except Exception as error:  # a wrong layout fails in any way a model can fail
-        sizes = f"{sketch.layout} {sketch.frames}x{sketch.height}x{sketch.width} with {sketch.prompts} prompts"
-        failures.append(f"{sizes} ({type(error).__name__}: {str(error)[:120]})")
+        sizes = f"{sketch.frames}x{sketch.height}x{sketch.width}"
+        failures.setdefault(sketch.layout, f"{sketch.layout} {sizes} ({type(error).__name__}: {str(error)[:120]})")
         return None
     return built

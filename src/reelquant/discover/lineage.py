@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -159,7 +160,7 @@ def extremes(x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
 
 def channel_axis(module: nn.Module) -> int:
     """Axis of the input channels: 1 for convolutions and group norms, else the last."""
-    return -1 if isinstance(module, nn.Linear) or not isinstance(module, nn.GroupNorm | nn.modules.conv._ConvNd) else 1
+    return 1 if isinstance(module, nn.GroupNorm | _ConvNd) else -1
 
 
 def trace(denoiser: nn.Module, inputs: dict[str, Any], main: AbstractSet[str]) -> Trace:

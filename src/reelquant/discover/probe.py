@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,7 +74,8 @@ def steady(model: nn.Module) -> Iterator[None]:
     buffers = [(module, dict(module._buffers), {k: b.clone() for k, b in module._buffers.items() if b is not None}) for module in training]
     asleep = [(p, p.data) for p in model.parameters() if _all_zero(p)]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=cuda):
+        with torch.no_grad(), torch.random.fork_rng(devices=cuda), _eager(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # made-up inputs may well be unusual: none of the user's business
             model.eval()
             for seed, (parameter, zeros) in enumerate(asleep):
                 parameter.data = _noise(zeros, seed) * 0.02
@@ -85,6 +87,12 @@ def steady(model: nn.Module) -> Iterator[None]:
             module.training = flag
         for module, originals, copies in buffers:
             _restore_buffers(module, originals, copies)
+
+
+def _eager(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Compiled blocks would run past our hooks; asked for only where needed, since it imports the compiler."""
+    compiled = any(getattr(module, "_compiled_call_impl", None) for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 def _restore_buffers(module: nn.Module, originals: dict[str, Tensor | None], copies: dict[str, Tensor]) -> None:

@@ -30,7 +30,9 @@ def dependencies(denoiser: nn.Module, inputs: dict[str, Any], found: dict[Path, 
             for name in depends:
                 depends[name] |= {kind} if moved.get(name) != base[name] else set()
     if not any("latent" in kinds for kinds in depends.values()):
-        raise UnsupportedError(f"no layer of {type(denoiser).__name__} depends on the latent; pass inputs= with the arguments of one real call")
+        raise UnsupportedError(
+            f"no layer of {type(denoiser).__name__} depends on the latent; pass inputs= with the arguments of one real call"
+        )
     return {name: frozenset(kinds) for name, kinds in depends.items()}
 
 
