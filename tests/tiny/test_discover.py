@@ -16,7 +16,7 @@ from reelquant.discover.arguments import kind_of
 from reelquant.discover.lineage import extremes, is_norm
 from reelquant.discover.probe import fingerprint
 from reelquant.sites import DenoiserMap, Group
-from tests.tiny.configs import TINY
+from tests.tiny.configs import TINY, build
 
 UNET_BLOCKS = ("down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1")
 
@@ -299,6 +299,50 @@ def test_modulated_norms_do_not_fold_but_the_plain_one_of_wan_does() -> None:
     assert not found("UNetMotionModel").group_of("mid_block.motion_modules.0.transformer_blocks.0.attn1.to_q").foldable  # + positions
 
 
+OTHERS = {
+    "I2VGenXLUNet": dict(
+        block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        num_attention_heads=None,
+    ),
+    "DiTTransformer2DModel": dict(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=10,
+    ),
+    "QwenImageTransformer2DModel": dict(
+        patch_size=2, in_channels=8, out_channels=2, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, axes_dims_rope=(4, 4, 8),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cls", "ends", "temporal"),
+    [
+        ("I2VGenXLUNet", ("conv_in", "conv_out"), ("time_embedding.linear_N", "**.time_emb_proj")),
+        (
+            "DiTTransformer2DModel",
+            ("pos_embed.proj", "proj_out_2"),  # proj_out_1 makes the last modulation
+            ("transformer_blocks.N.norm1.{linear,emb.timestep_embedder.linear_1,emb.timestep_embedder.linear_2}", "proj_out_1"),
+        ),
+        (
+            "QwenImageTransformer2DModel",
+            ("img_in", "proj_out"),
+            (
+                "time_text_embed.timestep_embedder.linear_N",
+                "transformer_blocks.N.{img,txt}_mod.1",
+                "transformer_blocks.0.attn.add_{q,k,v}_proj",
+                "norm_out.linear",
+            ),
+        ),
+    ],
+)
+def test_denoisers_that_nobody_thought_of(cls: str, ends: tuple[str, str], temporal: tuple[str, ...]) -> None:
+    map_ = discover(build(cls, **OTHERS[cls]))
+    assert (map_.by_role("entry"), map_.by_role("exit")) == ((ends[0],), (ends[1],))
+    assert set(map_.by_role("temporal")) == expand(temporal, map_.layers)
+
+
 # --------------------------------------------------------------------------------------------------------- the model is left alone
 @pytest.mark.parametrize("cls", ["UNetMotionModel", "WanTransformer3DModel", "MochiTransformer3DModel"])
 def test_the_model_is_left_exactly_as_it_was(cls: str) -> None:
@@ -356,6 +400,15 @@ def test_a_recorded_call_gives_the_same_map_as_dummy_inputs(cls: str) -> None:
         model(*(dummy[name] for name in order), return_dict=False)  # by position, as some pipelines do
     hook.remove()
     assert discover(model, calls[0]) == found(cls)
+
+
+def test_attention_to_a_single_picture_token_is_constant() -> None:
+    # SVD's real condition is one token: the softmax over it is 1, so what leaves the attention follows the picture alone
+    model = TINY["UNetSpatioTemporalConditionModel"]()
+    inputs = dummy_inputs(model)
+    map_ = discover(model, inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"][:, :1]})
+    ordinary = found("UNetSpatioTemporalConditionModel").by_role("prompt")
+    assert set(map_.by_role("prompt")) - set(ordinary) == expand(("**.attn2.to_out.0",), map_.layers)
 
 
 def test_a_timestep_may_be_a_plain_number() -> None:

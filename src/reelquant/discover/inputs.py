@@ -32,6 +32,7 @@ class Sketch:
         prompts: batch of the prompt; AnimateDiff's pipelines repeat it for every frame before they call the denoiser.
         timestep: an integer as most samplers give it, or in [0, 1] for models that multiply it by 1000 themselves (Flux), where a large
             one would overflow half precision.
+        all_optional: also build what the signature calls optional and only some models need (I2VGen-XL, DiT).
     """
 
     denoiser: nn.Module
@@ -41,6 +42,7 @@ class Sketch:
     width: int
     prompts: int = 1
     timestep: float = 500
+    all_optional: bool = False
 
     def get(self, *keys: str) -> Any:
         """The first of these config keys (or attributes) that is set; of a tuple the first member."""
@@ -159,6 +161,8 @@ BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "class_labels": _class_label,
     "img_ids": _positions(lambda s: s.sizes["n"]),
     "txt_ids": _positions(lambda s: s.tokens),
+    "img_shapes": lambda s: [[(s.frames, s.height, s.width)]],
+    "txt_seq_lens": lambda s: [s.tokens],
     "fps": lambda s: s.number(8),
     "image_latents": _latent,
     "image_embeddings": _vector("cross_attention_dim"),
@@ -167,7 +171,7 @@ BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "width": lambda s: s.width,
     "return_dict": lambda s: False,
 }
-_ONLY_IF_REQUIRED = {"encoder_attention_mask", "class_labels", "fps", "image_latents", "image_embeddings"}
+_RARELY_NEEDED = {"encoder_attention_mask", "class_labels", "fps", "image_latents", "image_embeddings"}
 
 
 def _build(sketch: Sketch) -> dict[str, Any]:
@@ -175,7 +179,7 @@ def _build(sketch: Sketch) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, parameter in inspect.signature(sketch.denoiser.forward).parameters.items():
         required = parameter.default is inspect.Parameter.empty
-        if name not in BUILDERS or (name in _ONLY_IF_REQUIRED and not required):
+        if name not in BUILDERS or (name in _RARELY_NEEDED and not required and not sketch.all_optional):
             continue
         value = BUILDERS[name](sketch)
         if value is not None:
@@ -192,8 +196,8 @@ def _missing(denoiser: nn.Module, built: dict[str, Any]) -> list[str]:
 def _sketches(denoiser: nn.Module) -> Iterator[Sketch]:
     """Tiny sizes first; then the model's own, for those with learned positions."""
     for frames, height, width in (_tiny(denoiser), *_native(denoiser)):
-        for timestep, prompts, layout in itertools.product((500, 0.5), (1, frames), LAYOUTS):
-            yield Sketch(denoiser, layout, frames, height, width, prompts, timestep)
+        for timestep, prompts, all_optional, layout in itertools.product((500, 0.5), (1, frames), (False, True), LAYOUTS):
+            yield Sketch(denoiser, layout, frames, height, width, prompts, timestep, all_optional)
 
 
 def _spatial_step(denoiser: nn.Module) -> int:
@@ -243,8 +247,8 @@ def dummy_inputs(denoiser: nn.Module) -> dict[str, Any]:
         if inputs is not None:
             return inputs
     raise UnsupportedError(
-        f"no dummy inputs found for {name}; tried the latent as {'; '.join(failures.values())}; also with a prompt per frame, a timestep "
-        "in [0, 1] and the sizes of its config; pass inputs= with the arguments of one real call"
+        f"no dummy inputs found for {name}; tried the latent as {'; '.join(failures.values())}; also with all optional arguments, "
+        "a prompt per frame, a timestep in [0, 1] and the sizes of its config; pass inputs= with the arguments of one real call"
     )
 
 
