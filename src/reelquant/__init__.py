@@ -1,0 +1,23 @@
+"""reelquant: video diffusion pipelines in few bits, with proof that the videos are still good.
+
+import reelquant
+pipe = reelquant.open_pipeline("tiny-dit")
+report = reelquant.quantize(pipe, "qvd-w8a8")
+reelquant.save(pipe, "out", report)          # a stock diffusers folder; opens again after `import reelquant`
+"""
+
+from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
+from reelquant.api import open_pipeline, plan, quantize
+
+__version__ = "0.1.0"
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "RecipeError",
+    "ReelQuantError",
+    "SiteError",
+    "UnsupportedError",
+    "open_pipeline",
+    "plan",
+    "quantize",
+]

@@ -15,6 +15,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -46,6 +47,11 @@ class Granularity:
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.size}" if self.size else self.kind
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are rounded to before codes are chosen: bfloat16 for groups, which are many, float32 for all others."""
+        return torch.bfloat16 if self.kind == "group" else torch.float32
 
     @property
     def fixed_units(self) -> bool:

@@ -108,7 +108,7 @@ class Quantizer:
 
 def bind(fmt: NumberFormat, granularity: Granularity, low: Tensor, high: Tensor) -> Quantizer:
     """The quantizer that covers ``[low, high]`` (each ``[units]``)."""
-    scale, zero = scale_and_zero_point(low, high, fmt)
+    scale, zero = scale_and_zero_point(low, high, fmt, granularity.scale_dtype)
     return Quantizer(fmt, granularity, scale, zero)
 
 

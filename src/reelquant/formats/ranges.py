@@ -114,19 +114,21 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 RANGES: dict[str, type[RangeRule]] = {"minmax": MinMax, "percentile": Percentile, "mse": Mse, "criterion": ByCriterion}
 
 
-def scale_and_zero_point(low: Tensor, high: Tensor, fmt: NumberFormat) -> tuple[Tensor, Tensor | None]:
+def scale_and_zero_point(
+    low: Tensor, high: Tensor, fmt: NumberFormat, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
     """Scale ``[units]`` (float32, positive) and integer zero point ``[units]`` (affine formats only) that cover ``[low, high]``.
 
-    A range of zero width gets scale 1, so that a constant zero stays exact.
+    A range of zero width gets scale 1, so that a constant zero stays exact. The scale is rounded to ``dtype``, the one it is stored in.
     """
     low, high = low.float(), high.float()
     if fmt.needs_zero_point:
-        scale = _positive((high - low) / (fmt.high - fmt.low))
+        scale = _positive((high - low) / (fmt.high - fmt.low), dtype)
         return scale, (-low / scale).round().clamp(fmt.low, fmt.high)
     upper = high / fmt.high
     scale = torch.maximum(upper, low / fmt.low) if fmt.low < 0 else upper
-    return _positive(scale), None
+    return _positive(scale, dtype), None
 
 
-def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))
+def _positive(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale)).to(dtype).float()

@@ -1,0 +1,80 @@
+"""Which denoising step is running: a 0-d tensor that follows the timestep the denoiser is called with.
+
+Per-step scales are ``table.index_select(0, clock.slot)``, so one compiled graph serves all steps. Slots are found by the nearest stored
+timestep, never by a step counter: a 50-step calibration serves a 20-step sampler, and a sampler that repeats or skips steps stays right.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 1e-3  # relative; timesteps are stored as float32 and may come back as float16 or int64
+
+
+class Clock(nn.Module):
+    """Follows the timestep of a denoiser.
+
+    Attributes:
+        timesteps: ``[slots]`` float32, the timesteps of calibration in sampling order; model units (usually 0 to 1000).
+        slot: 0-d int64, index of the stored timestep nearest to the current one.
+        exact: True while the current call has a single timestep and it is a stored one. Only then may a table of outputs be used.
+    """
+
+    timesteps: Tensor
+    slot: Tensor
+
+    def __init__(self, timesteps: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
+        self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
+        self.exact = False
+        self._told = False
+
+    def tick(self, timestep: Tensor | float) -> None:
+        """Set :attr:`slot` (and, outside of a compiled graph, :attr:`exact`) for a call with this timestep."""
+        times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
+        distance = (self.timesteps - times.amax()).abs()  # amax: frames given as a condition carry timestep 0
+        self.slot.copy_(distance.argmin())
+        if not torch.compiler.is_compiling():
+            self._check(times, distance)
+
+    def _check(self, times: Tensor, distance: Tensor) -> None:
+        limit = TOLERANCE * max(1.0, float(self.timesteps.abs().amax()))
+        self.exact = bool(distance.min() <= limit) and bool((times == times[0]).all())
+        if not self.exact and not self._told:
+            logger.warning("timestep %g is not one of the %d calibrated ones: temporal layers are computed", times[0], len(self.timesteps))
+            self._told = True
+
+    def extra_repr(self) -> str:
+        return f"slots={len(self.timesteps)}"
+
+
+def timestep_reader(denoiser: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """A function that reads the timestep out of ``(args, kwargs)`` of a denoiser call; None if the call has none."""
+    parameters = list(inspect.signature(denoiser.forward).parameters)
+    position = parameters.index(argument)
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return kwargs.get(argument, args[position] if len(args) > position else None)
+
+    return read
+
+
+def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
+    """Tick the clock before every call of the denoiser, whose timestep is called ``argument``."""
+    read = timestep_reader(denoiser, argument)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = read(args, kwargs)
+        if timestep is not None:
+            clock.tick(timestep)
+
+    return denoiser.register_forward_pre_hook(before, with_kwargs=True)

@@ -1,0 +1,113 @@
+"""Open a pipeline by bundled name, folder or hub id, and know which texts to calibrate it with."""
+
+from __future__ import annotations
+
+import random
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reelquant._errors import CalibrationError, CheckpointError, nearest
+from reelquant.models.sampling import notes
+
+BUNDLED = ("tiny-dit", "tiny-unet")
+
+
+def bundled_path(name: str) -> Path:
+    """Folder of a bundled pipeline.
+
+    Raises:
+        CheckpointError: if the installation lacks it.
+    """
+    folder = Path(str(resources.files("reelquant.models").joinpath("weights", name)))
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"the bundled pipeline '{name}' is not in this installation; reinstall reelquant")
+    return folder
+
+
+def locate(model: str | Path) -> str:
+    """The folder of a bundled name, an existing folder, or a hub id as it is.
+
+    Raises:
+        CheckpointError: if it looks like a path and nothing is there.
+    """
+    text = str(model)
+    if text in BUNDLED:
+        return str(bundled_path(text))
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise CheckpointError(f"folder '{text}' is no diffusers pipeline: it has no model_index.json")
+        return text
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(
+            f"no pipeline at '{text}'; give a folder with model_index.json, a hub id (owner/name), or a bundled name: {nearest(text, BUNDLED)}"
+        )
+    return text
+
+
+def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Load a pipeline with stock ``DiffusionPipeline.from_pretrained``; safetensors only.
+
+    Raises:
+        CheckpointError: if it does not exist, is truncated or corrupt, or holds pickled weights.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = locate(model)
+    if Path(folder).is_dir():
+        check_folder(Path(folder))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    return pipe.to(device)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse pickled, truncated and corrupt weight files before anything is loaded.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
+            raise CheckpointError(f"'{file}' is a pickle file and is refused: it can run code. Convert it to safetensors first")
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"'{file}' is truncated or corrupt ({error}); download or save it again") from None
+
+
+def calibration_prompts(pipe: Any, count: int) -> list[str]:
+    """Texts that suit the pipeline: those its folder names, else the general video prompts that come with the library."""
+    own = notes(pipe).get("prompts")
+    texts = own or resources.files("reelquant.models").joinpath("prompts.txt").read_text().splitlines()
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt per line; blank lines and lines that start with # are skipped.
+
+    Raises:
+        CalibrationError: if there is no file or nothing in it.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise CalibrationError(f"prompt file '{path}' does not exist")
+    lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise CalibrationError(f"prompt file '{path}' holds no prompt: write one text per line")
+    return prompts
+
+
+def shuffled(texts: list[str], seed: int) -> list[str]:
+    """The same texts in an order that depends only on the seed."""
+    return random.Random(seed).sample(texts, len(texts))

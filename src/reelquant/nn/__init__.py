@@ -1,0 +1,33 @@
+"""Layers: quantized replacements of linear and convolution layers, and how they enter a model."""
+
+from reelquant.nn.layers import (
+    LAYERS,
+    LayerTensors,
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantLayer,
+    QuantLinear,
+    buffer_shapes,
+    quantized_class,
+)
+from reelquant.nn.spec import LayerLayout, TensorLayout
+from reelquant.nn.swap import get_module, quantized_layers, set_clock, set_module
+
+__all__ = [
+    "LAYERS",
+    "LayerLayout",
+    "LayerTensors",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantLayer",
+    "QuantLinear",
+    "TensorLayout",
+    "buffer_shapes",
+    "get_module",
+    "quantized_class",
+    "quantized_layers",
+    "set_clock",
+    "set_module",
+]

@@ -1,0 +1,86 @@
+"""One sampling pass: hooks on the denoiser and on the layers whose inputs somebody needs, then the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import CalibrationError
+from reelquant.observe.statistics import InputStatistics
+
+
+@dataclass
+class Steps:
+    """The timesteps seen so far, in sampling order; the current one is ``current``."""
+
+    timesteps: list[float] = field(default_factory=list)
+    current: int = -1
+    calls: int = 0
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the first denoiser call
+
+    def see(self, timestep: Tensor | float) -> None:
+        value = float(torch.as_tensor(timestep).float().amax())
+        if value not in self.timesteps:
+            self.timesteps.append(value)
+        self.current = self.timesteps.index(value)
+        self.calls += 1
+
+
+@contextmanager
+def _hooks() -> Iterator[list[Any]]:
+    handles: list[Any] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def observe(
+    denoiser: nn.Module,
+    timestep_of: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+    watched: Mapping[str, InputStatistics],
+    run: Callable[[], None],
+    on_call: Callable[[int], None] = lambda calls: None,
+) -> Steps:
+    """Run the pipeline once and fill the statistics.
+
+    Args:
+        denoiser: the module that the sampler calls once or twice a step.
+        timestep_of: reads the timestep out of ``(args, kwargs)`` of a denoiser call.
+        watched: layer name -> statistics of its input.
+        run: samples with the real pipeline.
+        on_call: told the number of denoiser calls so far (progress).
+
+    Raises:
+        CalibrationError: if the denoiser was never called, or an input was NaN or infinite.
+    """
+    steps = Steps()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        steps.see(timestep_of(args, kwargs))
+        steps.example = steps.example or (args, kwargs)
+        on_call(steps.calls)
+
+    def watch(statistics: InputStatistics) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            statistics.update(args[0] if args else kwargs["input"], steps.current)
+
+        return hook
+
+    with _hooks() as handles:
+        handles.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
+        for name, statistics in watched.items():
+            handles.append(denoiser.get_submodule(name).register_forward_pre_hook(watch(statistics), with_kwargs=True))
+        run()
+    if not steps.calls:
+        raise CalibrationError(f"sampling never called the denoiser ({type(denoiser).__name__}): is it the pipeline's own module?")
+    for statistics in watched.values():
+        statistics.check(steps.timesteps)
+    return steps

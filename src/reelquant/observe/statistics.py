@@ -1,0 +1,242 @@
+"""What is remembered of a layer's input during sampling. One class per statistic; a method never owns a calibration loop.
+
+A convolution's input is seen the way its product sees it: with its zero padding, and for sums over taps as patches
+``[rows, channels * taps]``. A linear layer is the case of one tap.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelquant._errors import CalibrationError
+
+Need = Literal["range", "rows", "gram", "features"]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a layer reads its input: enough to cut the patches of a convolution.
+
+    Attributes:
+        channels: input channels.
+        kernel, stride, padding, dilation: one entry per spatial axis; all empty for a linear layer.
+    """
+
+    channels: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Geometry:
+        """Geometry of a linear or convolution layer."""
+        if isinstance(module, nn.Linear):
+            return cls(module.in_features)
+        conv: Any = module
+        widths = (
+            conv._reversed_padding_repeated_twice if isinstance(conv.padding, str) else [w for w in reversed(conv.padding) for _ in (0, 1)]
+        )
+        return cls(conv.in_channels, conv.kernel_size, conv.stride, tuple(widths), conv.dilation)
+
+    @property
+    def taps(self) -> int:
+        """Products of kernel sizes; 1 for a linear layer."""
+        count = 1
+        for size in self.kernel:
+            count *= size
+        return count
+
+    @property
+    def padded(self) -> bool:
+        """True if zeros are read beyond the border."""
+        return any(self.padding)
+
+    def rows(self, x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """``[min(count, positions), channels * taps]``: patches at random positions, float32."""
+        if not self.kernel:
+            flat = x.reshape(-1, x.shape[-1])
+            return flat[_pick(len(flat), count, generator).to(x.device)].float()
+        x = F.pad(x, self.padding) if self.padded else x
+        outputs = [
+            (size - d * (k - 1) - 1) // s + 1 for size, k, s, d in zip(x.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        ]
+        sizes = [x.shape[0], *outputs]
+        index = torch.unravel_index(_pick(_product(sizes), count, generator).to(x.device), sizes)
+        return self._patches(x, list(index)).float()
+
+    def _patches(self, x: Tensor, index: list[Tensor]) -> Tensor:
+        """Gather ``[rows, channels, *kernel]`` at output positions and flatten."""
+        axes: list[Tensor] = []
+        dims = len(self.kernel)
+        for axis, (start, k, s, d) in enumerate(zip(index[1:], self.kernel, self.stride, self.dilation, strict=True)):
+            shape = [1] * dims
+            shape[axis] = k
+            taps = (torch.arange(k, device=x.device) * d).view(1, *shape)
+            axes.append(start.view(-1, *[1] * dims) * s + taps)
+        batch = index[0].view(-1, *[1] * dims)
+        patches = x.movedim(1, -1)[(batch, *axes)]  # [rows, *kernel, channels]
+        return patches.movedim(-1, 1).reshape(len(patches), -1)
+
+
+def _product(sizes: list[int]) -> int:
+    count = 1
+    for size in sizes:
+        count *= size
+    return count
+
+
+def _pick(total: int, count: int, generator: torch.Generator) -> Tensor:
+    return torch.arange(total) if total <= count else torch.randint(total, (count,), generator=generator)
+
+
+class Statistic(ABC):
+    """Sees every input of a layer, with the step it belongs to."""
+
+    @abstractmethod
+    def update(self, x: Tensor, step: int) -> None: ...
+
+
+@dataclass
+class ChannelRange(Statistic):
+    """Smallest, largest and mean value of every input channel at every step.
+
+    After sampling ``low``, ``high`` and ``mean`` are ``[steps, frames, channels]``; ``frames`` is 1 unless frames have scales of their
+    own, in which case the leading axis of the input is ``batch * frames``.
+    """
+
+    channel_axis: int
+    padded: bool
+    frames: int = 1
+    _low: dict[int, Tensor] = field(default_factory=dict)
+    _high: dict[int, Tensor] = field(default_factory=dict)
+    _sum: dict[int, Tensor] = field(default_factory=dict)
+    _count: dict[int, int] = field(default_factory=dict)
+
+    def update(self, x: Tensor, step: int) -> None:
+        rows = x.detach().movedim(self.channel_axis, -1).float()
+        rows = rows.reshape(-1, self.frames, rows[0].numel() // rows.shape[-1], rows.shape[-1]).transpose(0, 1).flatten(1, 2)
+        low, high = rows.amin(1), rows.amax(1)
+        if self.padded:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        self._low[step] = torch.minimum(self._low[step], low) if step in self._low else low
+        self._high[step] = torch.maximum(self._high[step], high) if step in self._high else high
+        self._sum[step] = self._sum.get(step, 0) + rows.sum(1)
+        self._count[step] = self._count.get(step, 0) + rows.shape[1]
+
+    @property
+    def low(self) -> Tensor:
+        return torch.stack([self._low[step] for step in sorted(self._low)])
+
+    @property
+    def high(self) -> Tensor:
+        return torch.stack([self._high[step] for step in sorted(self._high)])
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.stack([self._sum[step] / self._count[step] for step in sorted(self._sum)])
+
+
+@dataclass
+class Rows(Statistic):
+    """A sample of patches, about ``total`` in all, evenly from all calls: ``[rows, channels * taps]`` float32."""
+
+    geometry: Geometry
+    per_call: int
+    generator: torch.Generator
+    _parts: list[Tensor] = field(default_factory=list)
+
+    def update(self, x: Tensor, step: int) -> None:
+        self._parts.append(self.geometry.rows(x.detach(), self.per_call, self.generator).cpu())
+
+    @property
+    def rows(self) -> Tensor:
+        return torch.cat(self._parts)
+
+
+@dataclass
+class Gram(Statistic):
+    """Mean and second moment of patches: what column solvers and bias correction need."""
+
+    geometry: Geometry
+    per_call: int
+    generator: torch.Generator
+    count: int = 0
+    _origin: Tensor | None = None  # moments are taken around it: a large mean would eat the precision of the covariance
+    _sum: Tensor | float = 0.0
+    _square: Tensor | float = 0.0
+
+    def update(self, x: Tensor, step: int) -> None:
+        rows = self.geometry.rows(x.detach(), self.per_call, self.generator)
+        self._origin = rows.mean(0) if self._origin is None else self._origin
+        rows = rows - self._origin
+        self._sum = self._sum + rows.sum(0)
+        self._square = self._square + rows.T @ rows
+        self.count += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        """``[channels * taps]``."""
+        assert self._origin is not None
+        return self._origin + self._sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """``[channels * taps, channels * taps]``, centred: a bias absorbs what the mean contributes."""
+        assert isinstance(self._sum, Tensor)
+        mean = self._sum / self.count
+        return self._square / self.count - torch.outer(mean, mean)
+
+
+@dataclass
+class Features(Statistic):
+    """The input of a temporal layer at every step: ``[steps, channels]``; rows of one call must agree."""
+
+    _by_step: dict[int, Tensor] = field(default_factory=dict)
+    varies: bool = False  # rows differ inside a call or between calls of one step: other conditioning is mixed in
+
+    def update(self, x: Tensor, step: int) -> None:
+        flat = x.detach().reshape(-1, x.shape[-1]).float()
+        known = self._by_step.setdefault(step, flat[0].clone())
+        self.varies |= not torch.allclose(flat, known.expand_as(flat), rtol=1e-4, atol=1e-5)
+
+    @property
+    def features(self) -> Tensor:
+        return torch.stack([self._by_step[step] for step in sorted(self._by_step)])
+
+
+@dataclass
+class InputStatistics:
+    """All statistics of one input tensor, as one sampling pass left them. A member nobody asked for is None.
+
+    Raises:
+        CalibrationError: by :meth:`check`, if anything that was seen is NaN or infinite.
+    """
+
+    name: str
+    geometry: Geometry
+    range: ChannelRange
+    rows: Rows | None = None
+    gram: Gram | None = None
+    features: Features | None = None
+
+    def update(self, x: Tensor, step: int) -> None:
+        for statistic in (self.range, self.rows, self.gram, self.features):
+            if statistic is not None:
+                statistic.update(x, step)
+
+    def check(self, timesteps: list[float]) -> None:
+        """Refuse statistics that are not finite, naming layer and step."""
+        finite = self.range.low.isfinite().flatten(1).all(1) & self.range.high.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            step = int((~finite).nonzero()[0])
+            raise CalibrationError(
+                f"the input of layer '{self.name}' holds NaN or inf at step {step} (timestep {timesteps[step]:g}); "
+                "check the weights, or run the pipeline in float32 or bfloat16 instead of float16"
+            )

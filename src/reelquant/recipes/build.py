@@ -1,0 +1,315 @@
+"""One group of layers that share an input -> their quantized replacements. Nothing in the model changes here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import CalibrationError, UnsupportedError
+from reelquant.formats import Quantizer, QuantSpec, bind, fit, pack
+from reelquant.formats.criteria import coverage, nmse, retrieval_accuracy, tdscore
+from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, get_module, quantized_class
+from reelquant.nn.layers import SHIFT_DTYPE
+from reelquant.observe import InputStatistics
+from reelquant.recipes.plan import LayerPlan, Plan
+from reelquant.recipes.recipe import Step
+from reelquant.sites import Group
+from reelquant.solvers import Nearest, Problem, Solution, Solver, solve
+from reelquant.transforms import GroupView, Rewrite, Transform
+
+Options = Mapping[int, dict[str, Any]]  # step number -> chosen parameters
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What the report says about one quantized layer.
+
+    Attributes:
+        error: mean squared output error over the output's variance, on sampled inputs; None for data-free recipes.
+        coverage: distinct input codes a channel uses over all codes, mean over channels.
+        tdscore, retrieval, skewness: of the input features of temporal layers.
+        solver: the solver that chose the codes; ``replaced`` names one that lost to it.
+    """
+
+    name: str
+    role: str
+    weight: str
+    input: str
+    bytes_before: int
+    bytes_after: int
+    error: float | None = None
+    coverage: float | None = None
+    tdscore: float | None = None
+    retrieval: float | None = None
+    skewness: float | None = None
+    folded: bool = False
+    solver: str = "nearest"
+    replaced: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class BuiltGroup:
+    """Replacements for one group.
+
+    Attributes:
+        layers: quantized layers by name.
+        fold: the rewrite that moves into the producing norm, or None.
+        records: one per layer.
+    """
+
+    group: Group
+    layers: dict[str, QuantLayer]
+    fold: Rewrite | None
+    records: list[LayerRecord]
+
+
+def build_group(
+    plan: Plan, group: Group, denoiser: nn.Module, inputs: Mapping[str, InputStatistics], options: Options, timesteps: Sequence[float]
+) -> BuiltGroup:
+    """Transform, solve and pack every quantized layer of a group.
+
+    Args:
+        plan: the table.
+        group: which layers; those the plan keeps are left alone.
+        denoiser: the float model.
+        inputs: statistics by layer name; empty for data-free recipes.
+        options: parameters chosen for each step.
+        timesteps: calibrated timesteps (slots of per-step scales).
+    """
+    rows = [plan.layers[name] for name in group.layers if plan.layers[name].kept is None]
+    modules = {row.layer.name: get_module(denoiser, row.layer.name) for row in rows}
+    rewrite = _rewrite(plan, rows, modules, inputs, options)
+    folds = group.foldable and len(rows) == len(group.layers) and not rewrite.identity and (rewrite.shift is None or group.fold_shift)
+    rewrite = rewrite if folds else rewrite.stored(SHIFT_DTYPE)
+    built = BuiltGroup(group, {}, rewrite if folds else None, [])
+    for row in rows:
+        layer, record = _build_layer(plan, row, modules[row.layer.name], rewrite, folds, inputs.get(row.layer.name), options, timesteps)
+        built.layers[row.layer.name] = layer
+        built.records.append(record)
+    return built
+
+
+def _rewrite(
+    plan: Plan, rows: Sequence[LayerPlan], modules: Mapping[str, nn.Module], inputs: Mapping[str, InputStatistics], options: Options
+) -> Rewrite:
+    """All transforms that apply to every layer of the group, in recipe order."""
+    if not rows or rows[0].layer.name not in inputs:
+        return Rewrite()
+    statistics = inputs[rows[0].layer.name]
+    low, high, mean = statistics.range.low.amin(1), statistics.range.high.amax(1), statistics.range.mean.mean(1)
+    view = GroupView(low, high, mean, [_weight(module) for module in modules.values()])
+    total = Rewrite()
+    for number, step in enumerate(plan.recipe.steps):
+        if step.transform is None or not all(number in row.steps for row in rows):
+            continue
+        mechanism = step.mechanism(options.get(number, step.choices()[0]))
+        assert isinstance(mechanism, Transform)
+        rewrite = mechanism.plan(view)
+        view, total = view.rewritten(rewrite), total.then(rewrite)
+    return total
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().float()
+
+
+def _build_layer(
+    plan: Plan, row: LayerPlan, module: nn.Module, rewrite: Rewrite, folds: bool, statistics: InputStatistics | None, options: Options,
+    timesteps: Sequence[float],
+) -> tuple[QuantLayer, LayerRecord]:  # fmt: skip
+    assert row.weight is not None
+    weight = _weight(module)
+    if not bool(weight.isfinite().all()):
+        raise CalibrationError(
+            f"the weight of layer '{row.layer.name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16"
+        )
+    step, solver = _solver(plan, row, options)
+    solution = _solve(row.weight, weight, rewrite, statistics, solver)
+    inputs = None if row.input is None else _input_quantizers(row.input, rewrite, statistics, row.layer.channel_axis)
+    bias = _bias(module, weight, rewrite, statistics, solution, correct=step is not None and step.correct_bias)
+    layout = _layout(row, rewrite, folds, solution, inputs, bias)
+    layer = quantized_class(module).like(module, layout, device=weight.device)
+    layer.fill(_tensors(row, layout, rewrite, folds, solution, inputs, None if bias is None else bias.to(module.weight.dtype)))
+    chosen = {f"{name}.{key}": value for number, values in options.items() if number in row.steps for key, value in values.items()
+              for name in [plan.recipe.steps[number].transform or plan.recipe.steps[number].solve]}  # fmt: skip
+    return layer, _record(row, module, layer, rewrite, statistics, solution, inputs, bias, folds, solver, chosen)
+
+
+def _solver(plan: Plan, row: LayerPlan, options: Options) -> tuple[Step | None, Solver]:
+    for number in row.steps:
+        step = plan.recipe.steps[number]
+        if step.solve is not None:
+            mechanism = step.mechanism(options.get(number, step.choices()[0]))
+            assert isinstance(mechanism, Solver)
+            return step, mechanism
+    return None, Nearest()
+
+
+def _solve(spec: QuantSpec, weight: Tensor, rewrite: Rewrite, statistics: InputStatistics | None, solver: Solver) -> Solution:
+    matrix = rewrite.weight(weight).flatten(1)
+    covariance = None
+    if statistics is not None and statistics.gram is not None:
+        covariance = statistics.gram.covariance
+        if rewrite.scale is not None:
+            scale = rewrite.per_tap(matrix.shape[1] // len(rewrite.scale)).scale
+            covariance = covariance / torch.outer(scale, scale)
+    return solve(solver, Problem(matrix, spec, covariance))
+
+
+def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatistics | None, axis: int) -> list[Quantizer] | None:
+    """One quantizer per slot, or None if the range is found at run time."""
+    if spec.dynamic or statistics is None:
+        return None
+    if statistics.features is not None and not statistics.features.varies:
+        return [fit(spec, rewrite.input(statistics.features.features))]
+    if spec.range.needs_samples or spec.alternatives:
+        return [fit(spec, _sampled(rewrite, statistics, spec))]
+    low, high = rewrite.input(statistics.range.low), rewrite.input(statistics.range.high)
+    if spec.slots == "shared":
+        low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+    keep = {"tensor": (), "channel": (2,), "frame": (1,)}[spec.granularity.kind]
+    over = [dim for dim in (1, 2) if dim not in keep]
+    low, high = low.amin(over).reshape(len(low), -1).clamp(max=0), high.amax(over).reshape(len(high), -1).clamp(min=0)
+    return [bind(spec.format, spec.granularity, *pair) for pair in zip(low, high, strict=True)]
+
+
+def _sampled(rewrite: Rewrite, statistics: InputStatistics, spec: QuantSpec) -> Tensor:
+    if statistics.rows is None or spec.granularity.kind != "tensor" or spec.slots != "shared":
+        raise UnsupportedError(f"range rules that look at samples work per tensor with shared slots, got {spec} for '{statistics.name}'")
+    rows = statistics.rows.rows.to(statistics.range.low.device)
+    return rewrite.per_tap(statistics.geometry.taps).input(rows)
+
+
+def _bias(
+    module: nn.Module, weight: Tensor, rewrite: Rewrite, statistics: InputStatistics | None, solution: Solution, *, correct: bool
+) -> Tensor | None:
+    """The bias of the quantized layer, float32.
+
+    ``b + W mu - W_q ((mu - z) / s)``: the mean output is that of the float layer whatever the weight's rounding did; exact when it did
+    nothing. Without correction only the shift is compensated, ``b + W_q (z / s)``, so that the constant part cancels code by code.
+    """
+    bias = None if module.bias is None else module.bias.detach().float()
+    matrix, rounded = weight.flatten(1), solution.quantizer.dequantize(solution.codes)
+    taps = matrix.shape[1] // weight.shape[1]
+    per_tap = rewrite.per_tap(taps)
+    if correct and statistics is not None:
+        mean = _mean(statistics, taps)
+        extra = matrix @ mean - rounded @ per_tap.input(mean)
+    elif rewrite.shift is not None:
+        extra = -(rounded @ per_tap.input(torch.zeros_like(per_tap.shift)))
+    else:
+        return bias
+    return extra if bias is None else bias + extra
+
+
+def _mean(statistics: InputStatistics, taps: int) -> Tensor:
+    if statistics.gram is not None:
+        return statistics.gram.mean
+    if statistics.rows is not None:
+        return statistics.rows.rows.mean(0).to(statistics.range.low.device)
+    return statistics.range.mean.mean((0, 1)).repeat_interleave(taps)
+
+
+def _layout(
+    row: LayerPlan, rewrite: Rewrite, folds: bool, solution: Solution, inputs: list[Quantizer] | None, bias: Tensor | None
+) -> LayerLayout:
+    assert row.weight is not None
+    input_layout = None if row.input is None else TensorLayout.of(row.input, inputs[0].format if inputs else row.input.format)
+    return LayerLayout(
+        weight=TensorLayout.of(row.weight, solution.quantizer.format),
+        input=input_layout,
+        slots=len(inputs) if inputs else 1,
+        shift=rewrite.shift is not None and not folds,
+        scale=rewrite.scale is not None and not folds,
+        bias=bias is not None,
+    )
+
+
+def _tensors(
+    row: LayerPlan,
+    layout: LayerLayout,
+    rewrite: Rewrite,
+    folds: bool,
+    solution: Solution,
+    inputs: list[Quantizer] | None,
+    bias: Tensor | None,
+) -> LayerTensors:
+    packed = pack(solution.codes, solution.quantizer.format.bits)
+    codes = (packed ^ 128).view(torch.int8) if layout.weight.format == "int8" else packed
+    extra: dict[str, Tensor] = {}
+    if solution.quantizer.zero_point is not None:
+        extra["weight_zero_point"] = solution.quantizer.zero_point.to(torch.uint8)
+    if layout.weight.levels and solution.quantizer.format.table is not None:
+        extra["weight_levels"] = solution.quantizer.format.table
+    if inputs:
+        extra["input_scale"] = torch.stack([q.scale for q in inputs])
+        zeros = [q.zero_point for q in inputs if q.zero_point is not None]
+        extra |= {"input_zero_point": torch.stack(zeros)} if zeros else {}
+        extra |= {"input_levels": inputs[0].format.table} if inputs[0].format.table is not None else {}
+    if not folds:
+        extra |= {
+            f"pre_quant_{name}": v.to(SHIFT_DTYPE) for name, v in (("shift", rewrite.shift), ("scale", rewrite.scale)) if v is not None
+        }
+    return LayerTensors(codes, solution.quantizer.scale.to(solution.quantizer.granularity.scale_dtype), bias, extra)
+
+
+def layer_bytes(layer: nn.Module) -> int:
+    """Bytes of a layer's own parameters and buffers."""
+    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _record(
+    row: LayerPlan, module: nn.Module, layer: QuantLayer, rewrite: Rewrite, statistics: InputStatistics | None, solution: Solution,
+    inputs: list[Quantizer] | None, bias: Tensor | None, folds: bool, solver: Solver, chosen: dict[str, Any],
+) -> LayerRecord:  # fmt: skip
+    assert row.weight is not None
+    facts = _measure(module, rewrite, statistics, solution, inputs, bias) if statistics is not None else {}
+    input_name = "float" if row.input is None else str(row.input if not inputs else QuantSpec(inputs[0].format, row.input.granularity))
+    return LayerRecord(
+        row.layer.name, row.layer.role, str(row.weight), input_name, row.bytes_before, layer_bytes(layer), folded=folds,
+        solver=solution.replaced and "nearest" or type(solver).__name__.lower(), replaced=solution.replaced, options=chosen, **facts,
+    )  # fmt: skip
+
+
+def _measure(
+    module: nn.Module,
+    rewrite: Rewrite,
+    statistics: InputStatistics,
+    solution: Solution,
+    inputs: list[Quantizer] | None,
+    bias: Tensor | None,
+) -> dict[str, float]:
+    """Error, coverage and, for temporal layers, discriminability, on the sampled rows."""
+    assert statistics.rows is not None
+    matrix = _weight(module).flatten(1)
+    rows, taps = statistics.rows.rows.to(matrix.device), statistics.geometry.taps
+    moved = rewrite.per_tap(taps).input(rows)
+    usable = inputs is not None and inputs[0].granularity.kind == "tensor"
+    quantizer = inputs[len(inputs) // 2] if inputs and usable else None
+    reference = rows @ matrix.T + (0 if module.bias is None else module.bias.detach().float())
+    output = (quantizer(moved) if quantizer else moved) @ solution.quantizer.dequantize(solution.codes).T + (0 if bias is None else bias)
+    facts = {"error": float(nmse(reference, output))}
+    if quantizer:
+        codes = quantizer.codes(moved)
+        facts["coverage"] = float(
+            coverage(codes.reshape(len(codes), -1, taps).movedim(1, 2).reshape(-1, statistics.geometry.channels), quantizer.format.bits)
+        )
+    features = statistics.features
+    if features is not None and not features.varies and len(features.features) > 1:
+        values = features.features
+        test = quantizer(values) if quantizer else values
+        deviation = values - values.mean()
+        facts |= {
+            "tdscore": float(tdscore(values, test)),
+            "retrieval": float(retrieval_accuracy(values, test)),
+            "skewness": float(deviation.pow(3).mean() / deviation.square().mean().clamp(min=1e-20).pow(1.5)),
+        }
+    return facts

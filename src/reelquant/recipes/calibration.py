@@ -1,0 +1,104 @@
+"""From what the plan needs to statistics: one sampling pass of the real pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.clock import timestep_reader
+from reelquant.models.sampling import sample
+from reelquant.nn import get_module
+from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Steps, observe
+from reelquant.recipes.plan import LayerPlan, Plan
+
+ROWS = 1024  # rows kept of every input, over all calls
+GRAM_ROWS = 256  # rows per call that enter a second moment
+
+
+@dataclass(eq=False)
+class Calibration:
+    """What one sampling pass left.
+
+    Attributes:
+        steps: timesteps seen and an example of the denoiser's arguments.
+        inputs: statistics by layer name; layers that share input and geometry share the object.
+        latents: final float latents ``[prompts, ...]`` of the calibration clips.
+        prompts: the texts that were sampled.
+    """
+
+    steps: Steps
+    inputs: dict[str, InputStatistics]
+    latents: Tensor
+    prompts: tuple[str, ...]
+
+
+def calibrate(
+    pipe: Any,
+    denoiser: nn.Module,
+    plan: Plan,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    arguments: dict[str, Any],
+    on_call: Callable[[int], None],
+) -> Calibration:
+    """Sample ``prompts`` once and gather what the plan's layers need.
+
+    Raises:
+        CalibrationError: no prompts, no denoiser calls, or values that are not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    watched, inputs = _watch(plan, denoiser, generator, calls=len(prompts) * (arguments.get("num_inference_steps") or 25))
+    latents: list[Tensor] = []
+
+    def run() -> None:
+        latents.append(sample(pipe, prompts, seed=seed, output="latent", **arguments))
+
+    steps = observe(denoiser, timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), watched, run, on_call)
+    return Calibration(steps, inputs, latents[0], tuple(prompts))
+
+
+def _watch(
+    plan: Plan, denoiser: nn.Module, generator: torch.Generator, calls: int
+) -> tuple[dict[str, InputStatistics], dict[str, InputStatistics]]:
+    """Statistics to fill (one per shared input and geometry) and the layer -> statistics table."""
+    watched: dict[str, InputStatistics] = {}
+    inputs: dict[str, InputStatistics] = {}
+    keys: dict[tuple[str, Geometry], str] = {}
+    for row in plan.quantized:
+        geometry = Geometry.of(get_module(denoiser, row.layer.name))
+        key = (plan.map.group_of(row.layer.name).name, geometry)
+        first = keys.setdefault(key, row.layer.name)
+        if first == row.layer.name:
+            members = [other for other in plan.quantized if plan.map.group_of(other.layer.name).name == key[0]]
+            watched[first] = _statistics(plan, row, members, geometry, generator, calls)
+        inputs[row.layer.name] = watched[first]
+    return watched, inputs
+
+
+def _statistics(
+    plan: Plan, row: LayerPlan, members: list[LayerPlan], geometry: Geometry, generator: torch.Generator, calls: int
+) -> InputStatistics:
+    frames = max((m.input.granularity.size for m in members if m.input and m.input.granularity.kind == "frame"), default=1)
+    wanted = {need for member in members for need in needs(plan, member)}
+    return InputStatistics(
+        row.layer.name,
+        geometry,
+        ChannelRange(row.layer.channel_axis, geometry.padded, frames),
+        Rows(geometry, max(8, ROWS // max(calls, 1)), generator),
+        Gram(geometry, GRAM_ROWS, generator) if "gram" in wanted else None,
+        Features() if row.layer.role == "temporal" else None,
+    )
+
+
+def needs(plan: Plan, row: LayerPlan) -> frozenset[Need]:
+    """Statistics that a layer's transforms and solver ask for."""
+    found: frozenset[Need] = frozenset()
+    for number in row.steps:
+        step = plan.recipe.steps[number]
+        found |= step.mechanism(step.choices()[0]).needs
+    return found

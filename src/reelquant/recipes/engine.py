@@ -1,0 +1,318 @@
+"""From a float pipeline to a quantized one: discover, plan, observe, choose, build, install, check."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import CalibrationError
+from reelquant.clock import Clock, attach
+from reelquant.discover import denoiser_of, discover
+from reelquant.models.sampling import call_arguments, sample
+from reelquant.nn import QuantLayer, get_module, set_clock, set_module
+from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
+from reelquant.recipes.calibration import Calibration, calibrate
+from reelquant.recipes.plan import Plan, make_plan
+from reelquant.recipes.recipe import Recipe
+from reelquant.recipes.report import Report
+from reelquant.recipes.search import Assignment, choose, family, latent_psnr, trial_count
+from reelquant.reuse import add_table, drop_unused
+from reelquant.sites import Group
+
+HOOK = "_reelquant_clock_hook"
+
+
+class Progress(Protocol):
+    """Hears how far a long run is. The command line draws bars; the library is silent."""
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+
+class Silent:
+    """A :class:`Progress` that says nothing."""
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Session:
+    """One quantization in progress: the pipeline, the plan, and what was observed.
+
+    Float layers are kept in ``floats`` until :meth:`finish`, so that candidates can be compared and a failed run leaves the pipeline
+    as it was.
+    """
+
+    pipe: Any
+    component: str
+    denoiser: nn.Module
+    plan: Plan
+    progress: Progress
+    arguments: dict[str, Any]
+    seed: int
+    calibration: Calibration | None = None
+    floats: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    cache: dict[tuple[str, str], BuiltGroup] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> list[Group]:
+        """Groups with at least one quantized layer."""
+        return [group for group in self.plan.map.groups if any(self.plan.layers[name].kept is None for name in group.layers)]
+
+    @contextmanager
+    def timed(self, phase: str, total: int) -> Iterator[None]:
+        """Announce a phase and take its time."""
+        self.progress.phase(phase, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def timesteps(self) -> list[float]:
+        return self.calibration.steps.timesteps if self.calibration else []
+
+    def built(self, group: Group, options: Options) -> BuiltGroup:
+        """The replacement of a group for these options; built once."""
+        key = (group.name, repr(sorted(options.items())))
+        if key not in self.cache:
+            inputs = self.calibration.inputs if self.calibration else {}
+            self.cache[key] = build_group(self.plan, group, self.denoiser, inputs, options, self.timesteps)
+        return self.cache[key]
+
+    def install(self, assignment: Assignment) -> list[BuiltGroup]:
+        """Swap the chosen replacements in; what was float is remembered."""
+        chosen = [self.built(group, assignment[family(group)]) for group in self.groups]
+        for built in chosen:
+            for name, layer in built.layers.items():
+                self.floats.setdefault(name, get_module(self.denoiser, name))
+                set_module(self.denoiser, name, layer)
+            self._fold(built)
+        return chosen
+
+    def _fold(self, built: BuiltGroup) -> None:
+        """Move a rewrite into the affine norm that produces the input: ``gamma / s``, ``(beta - z) / s``."""
+        if built.fold is None or built.group.producer is None:
+            return
+        norm, rewrite = get_module(self.denoiser, built.group.producer), built.fold
+        self.norms.setdefault(built.group.producer, {name: p.detach().clone() for name, p in norm.named_parameters(recurse=False)})
+        original = self.norms[built.group.producer]
+        scale = torch.ones(()) if rewrite.scale is None else rewrite.scale
+        with torch.no_grad():
+            norm.weight.copy_(original["weight"].float() / scale)
+            if "bias" in original:
+                shift = 0 if rewrite.shift is None else rewrite.shift
+                norm.bias.copy_((original["bias"].float() - shift) / scale)
+
+    def restore(self) -> None:
+        """Put every float layer and norm back."""
+        for name, module in self.floats.items():
+            set_module(self.denoiser, name, module)
+        for name, values in self.norms.items():
+            with torch.no_grad():
+                for key, value in values.items():
+                    getattr(get_module(self.denoiser, name), key).copy_(value)
+        self.floats, self.norms = {}, {}
+
+
+def quantize_pipeline(
+    pipe: Any,
+    recipe: Recipe,
+    prompts: Sequence[str] | None = None,
+    *,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+    calibration: Calibration | None = None,
+    **overrides: Any,
+) -> tuple[Report, Calibration | None]:
+    """Quantize a pipeline's denoiser in place.
+
+    Args:
+        pipe: a diffusers pipeline in float.
+        recipe: what to do.
+        prompts: calibration texts; the recipe says how many are used.
+        skip: further patterns of layers to keep float.
+        progress: hears how far the run is.
+        calibration: statistics of an earlier run with the same model and recipe needs, to save the sampling pass.
+        overrides: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames`` ...).
+
+    Returns:
+        The report, and the calibration for further recipes on the same float model.
+
+    Raises:
+        ReelQuantError: and the pipeline is as it was.
+    """
+    component, denoiser = denoiser_of(pipe)
+    session = Session(pipe, component, denoiser, _plan(recipe, denoiser, skip), progress or Silent(), {}, 0)
+    session.arguments = call_arguments(pipe, **overrides)
+    if recipe.calibrate is not None:
+        session.seed = recipe.calibrate.seed
+        if recipe.calibrate.steps is not None and overrides.get("num_inference_steps") is None:
+            session.arguments["num_inference_steps"] = recipe.calibrate.steps
+    try:
+        _observe(session, prompts, calibration)
+        return _finish(session), session.calibration
+    except BaseException:
+        session.restore()
+        raise
+
+
+def _plan(recipe: Recipe, denoiser: nn.Module, skip: Sequence[str]) -> Plan:
+    return make_plan(recipe, discover(denoiser), denoiser, skip)
+
+
+def _observe(session: Session, prompts: Sequence[str] | None, calibration: Calibration | None) -> None:
+    recipe = session.plan.recipe
+    if recipe.calibrate is None or calibration is not None:
+        session.calibration = calibration if recipe.calibrate is not None else None
+        return
+    chosen = list(prompts or [])[: recipe.calibrate.prompts]
+    if not chosen:
+        raise CalibrationError(f"recipe '{recipe.name}' calibrates on {recipe.calibrate.prompts} prompts and got none; pass prompts=[...]")
+    steps = session.arguments.get("num_inference_steps") or 50
+    with session.timed("calibrate", steps * -(-len(chosen) // 4)):
+        session.calibration = calibrate(
+            session.pipe, session.denoiser, session.plan, chosen, seed=session.seed, arguments=session.arguments,
+            on_call=lambda calls: session.progress.advance(),
+        )  # fmt: skip
+
+
+def _finish(session: Session) -> Report:
+    """Choose, build, install and check; afterwards the float layers are gone."""
+    recipe = session.plan.recipe
+    before = _model_bytes(session.denoiser)
+    assignment, trials = _search(session)
+    with session.timed("build", 1):
+        chosen = session.install(assignment)
+    report = Report(recipe.name, recipe.digest(), type(session.denoiser).__name__, session.component)
+    report.layers = [record for built in chosen for record in built.records]
+    report.trials, report.timesteps, report.seed = trials, session.timesteps, session.seed
+    _start_clock(session)
+    if recipe.temporal == "table":
+        _tables(session, report)
+    _check(session, report)
+    _account(session, report, before)
+    session.floats, session.norms = {}, {}
+    return report
+
+
+def _search(session: Session) -> tuple[Assignment, list[Any]]:
+    groups, search = session.groups, session.plan.recipe.search
+    total = trial_count(session.plan, groups)
+    if not total or session.calibration is None:
+        return choose(session.plan, groups, lambda assignment: 0.0)
+    prompts = session.calibration.prompts[: search.prompts]
+    arguments = session.arguments | {"num_inference_steps": search.steps}
+    with session.timed("search", total):
+        reference = sample(session.pipe, prompts, seed=session.seed, output="latent", **arguments)
+
+        def evaluate(assignment: Assignment) -> float:
+            session.install(assignment)
+            try:
+                return latent_psnr(reference, sample(session.pipe, prompts, seed=session.seed, output="latent", **arguments))
+            finally:
+                session.restore()
+                session.progress.advance()
+
+        return choose(session.plan, groups, evaluate)
+
+
+def _start_clock(session: Session) -> None:
+    """Per-step scales and tables follow the denoiser's timestep."""
+    argument = session.plan.map.timestep_argument
+    if not session.timesteps or argument is None:
+        return
+    start_clock(session.denoiser, Clock(session.timesteps), argument)
+
+
+def start_clock(denoiser: nn.Module, clock: Clock, argument: str) -> None:
+    """Attach a clock to a denoiser; an earlier one is replaced."""
+    if (old := getattr(denoiser, HOOK, None)) is not None:
+        old.remove()
+    set_clock(denoiser, clock.to(next(denoiser.parameters()).device))
+    object.__setattr__(denoiser, HOOK, attach(denoiser, clock, argument))
+
+
+def _tables(session: Session, report: Report) -> None:
+    """Store exact outputs of temporal layers, as far as they depend on the timestep alone."""
+    assert session.calibration is not None
+    layers: dict[str, QuantLayer] = {}
+    for name, module in session.floats.items():
+        statistics = session.calibration.inputs[name]
+        row = session.plan.layers[name].layer
+        if row.role != "temporal" or statistics.features is None:
+            continue
+        if statistics.features.varies:
+            report.warnings.append(f"'{name}' has no table: its input depends on more than the timestep ({', '.join(sorted(row.depends))})")
+            continue
+        layer = get_module(session.denoiser, name)
+        assert isinstance(layer, QuantLayer)
+        add_table(layer, module, statistics.features.features)
+        layers[name] = layer
+    args, kwargs = session.calibration.steps.example or ((), {})
+
+    def output() -> Tensor:
+        result = session.denoiser(*args, **kwargs)
+        return result[0] if isinstance(result, tuple) else result.sample
+
+    drop_unused(layers, output)
+
+
+def _check(session: Session, report: Report) -> None:
+    """Sample the calibration prompts end to end: finite, and how far from float."""
+    if session.calibration is None:
+        return
+    prompts = session.calibration.prompts
+    steps = session.arguments.get("num_inference_steps") or 50
+    with session.timed("check", steps * -(-len(prompts) // 4)):
+        latents = sample(
+            session.pipe, prompts, seed=session.seed, output="latent", on_step=session.progress.advance, **session.arguments
+        )  # fmt: skip
+    if not bool(latents.isfinite().all()):
+        raise CalibrationError(
+            f"the quantized pipeline ({report.recipe}) gives NaN or inf; try a recipe with more bits or float inputs (w8a16)"
+        )
+    report.latent_psnr = latent_psnr(session.calibration.latents, latents)
+    report.prompts = list(prompts)
+
+
+def _account(session: Session, report: Report, before: int) -> None:
+    """Sizes, kernels, reasons and versions."""
+    layers = {record.name: get_module(session.denoiser, record.name) for record in report.layers}
+    tables = {
+        name: layer.output_table.numel() * 4 for name, layer in layers.items() if isinstance(getattr(layer, "output_table", None), Tensor)
+    }
+    report.bytes_float = sum(record.bytes_before for record in report.layers)
+    report.bytes_tables = sum(tables.values())
+    report.bytes_quantized = sum(layer_bytes(layer) for layer in layers.values()) - report.bytes_tables
+    report.bytes_model_float, report.bytes_model = before, _model_bytes(session.denoiser)
+    for layer in layers.values():
+        assert isinstance(layer, QuantLayer)
+        report.kernel[layer.kernel.name] = report.kernel.get(layer.kernel.name, 0) + 1
+    report.simulated = any(layer.kernel.simulated for layer in layers.values() if isinstance(layer, QuantLayer))
+    for row in session.plan.kept:
+        report.kept.setdefault(row.kept or "", []).append(row.layer.name)
+    report.seconds = session.seconds
+    report.versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+    replaced = [record.name for record in report.layers if record.replaced]
+    if replaced:
+        report.warnings.append(f"{len(replaced)} layers keep nearest rounding: their solver lost to it on its own objective")
+
+
+def _model_bytes(denoiser: nn.Module) -> int:
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+CalibrationProgress = Callable[[int], None]
