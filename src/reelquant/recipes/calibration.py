@@ -35,6 +35,13 @@ class Calibration:
     latents: Tensor
     prompts: tuple[str, ...]
 
+    def suffices(self, plan: Plan) -> bool:
+        """True if another plan for the same float model finds everything it needs here."""
+        return all(
+            (found := self.inputs.get(row.layer.name)) is not None and (found.gram is not None or "gram" not in needs(plan, row))
+            for row in plan.quantized
+        )
+
 
 def calibrate(
     pipe: Any,

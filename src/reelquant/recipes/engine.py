@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -144,7 +144,7 @@ def quantize_pipeline(
         prompts: calibration texts; the recipe says how many are used.
         skip: further patterns of layers to keep float.
         progress: hears how far the run is.
-        calibration: statistics of an earlier run with the same model and recipe needs, to save the sampling pass.
+        calibration: statistics of an earlier run on the same float model; used if they hold what this recipe needs.
         overrides: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames`` ...).
 
     Returns:
@@ -174,8 +174,10 @@ def _plan(recipe: Recipe, denoiser: nn.Module, skip: Sequence[str]) -> Plan:
 
 def _observe(session: Session, prompts: Sequence[str] | None, calibration: Calibration | None) -> None:
     recipe = session.plan.recipe
-    if recipe.calibrate is None or calibration is not None:
-        session.calibration = calibration if recipe.calibrate is not None else None
+    if recipe.calibrate is None:
+        return
+    if calibration is not None and calibration.suffices(session.plan):
+        session.calibration = calibration
         return
     chosen = list(prompts or [])[: recipe.calibrate.prompts]
     if not chosen:
@@ -314,5 +316,3 @@ def _model_bytes(denoiser: nn.Module) -> int:
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
-
-CalibrationProgress = Callable[[int], None]
