@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger(__name__)
+NAME = "reelquant_clock"  # the denoiser's submodule
 TOLERANCE = 1e-3  # relative; timesteps are stored as float32 and may come back as float16 or int64
 
 
@@ -26,6 +27,7 @@ class Clock(nn.Module):
         timesteps: ``[slots]`` float32, the timesteps of calibration in sampling order; model units (usually 0 to 1000).
         slot: 0-d int64, index of the stored timestep nearest to the current one.
         exact: True while the current call has a single timestep and it is a stored one. Only then may a table of outputs be used.
+        argument: name of the denoiser's timestep argument; set by :func:`attach`.
     """
 
     timesteps: Tensor
@@ -36,6 +38,7 @@ class Clock(nn.Module):
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
         self.exact = False
+        self.argument = "timestep"
         self._told = False
 
     def tick(self, timestep: Tensor | float) -> None:
@@ -69,12 +72,17 @@ def timestep_reader(denoiser: nn.Module, argument: str) -> Callable[[tuple[Any, 
 
 
 def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
-    """Tick the clock before every call of the denoiser, whose timestep is called ``argument``."""
+    """Make the clock a part of the denoiser, ticked before every call; the timestep of a call is called ``argument``.
+
+    The hook finds the clock through the module it is called for, so a deep copy of the denoiser ticks its own copy.
+    """
     read = timestep_reader(denoiser, argument)
+    clock.argument = argument
+    denoiser.add_module(NAME, clock)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = read(args, kwargs)
         if timestep is not None:
-            clock.tick(timestep)
+            getattr(module, NAME).tick(timestep)
 
     return denoiser.register_forward_pre_hook(before, with_kwargs=True)

@@ -12,7 +12,7 @@ from reelquant.nn.layers import (
     quantized_class,
 )
 from reelquant.nn.spec import LayerLayout, TensorLayout
-from reelquant.nn.swap import get_module, quantized_layers, set_clock, set_module
+from reelquant.nn.swap import get_module, quantized_layers, set_module, start_clock, stop_clock
 
 __all__ = [
     "LAYERS",
@@ -28,6 +28,7 @@ __all__ = [
     "get_module",
     "quantized_class",
     "quantized_layers",
-    "set_clock",
     "set_module",
+    "start_clock",
+    "stop_clock",
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from reelquant._errors import SiteError, nearest
-from reelquant.clock import Clock
+from reelquant.clock import NAME, Clock, attach
 from reelquant.nn.layers import QuantLayer
+
+HOOK = "_reelquant_clock_hook"
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
@@ -34,8 +37,20 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
 
 
-def set_clock(model: nn.Module, clock: Clock) -> None:
-    """Make the clock a part of the model and show it to every quantized layer."""
-    model.add_module("reelquant_clock", clock)
+def start_clock(model: nn.Module, clock: Clock, argument: str) -> None:
+    """Make the clock a part of the model, tick it before every call, and show it to every quantized layer; an earlier one goes."""
+    stop_clock(model)
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))  # meta: offloaded
+    object.__setattr__(model, HOOK, attach(model, clock.to(device), argument))
     for layer in quantized_layers(model).values():
         layer.clock = (clock,)
+
+
+def stop_clock(model: nn.Module) -> None:
+    """Undo :func:`start_clock`."""
+    if (handle := vars(model).pop(HOOK, None)) is None:
+        return
+    handle.remove()
+    delattr(model, NAME)
+    for layer in quantized_layers(model).values():
+        layer.clock = ()

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
-from reelquant.clock import Clock, attach
+from reelquant.clock import Clock
 from reelquant.discover import denoiser_of, discover
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import QuantLayer, get_module, set_clock, set_module
+from reelquant.nn import QuantLayer, get_module, set_module, start_clock, stop_clock
 from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
 from reelquant.recipes.calibration import Calibration, calibrate
 from reelquant.recipes.plan import Plan, make_plan
@@ -25,8 +25,6 @@ from reelquant.recipes.report import Report
 from reelquant.recipes.search import Assignment, choose, family, latent_psnr, trial_count
 from reelquant.reuse import add_table, drop_unused
 from reelquant.sites import Group
-
-HOOK = "_reelquant_clock_hook"
 
 
 class Progress(Protocol):
@@ -164,6 +162,7 @@ def quantize_pipeline(
         _observe(session, prompts, calibration)
         return _finish(session), session.calibration
     except BaseException:
+        stop_clock(denoiser)
         session.restore()
         raise
 
@@ -236,14 +235,6 @@ def _start_clock(session: Session) -> None:
     if not session.timesteps or argument is None:
         return
     start_clock(session.denoiser, Clock(session.timesteps), argument)
-
-
-def start_clock(denoiser: nn.Module, clock: Clock, argument: str) -> None:
-    """Attach a clock to a denoiser; an earlier one is replaced."""
-    if (old := getattr(denoiser, HOOK, None)) is not None:
-        old.remove()
-    set_clock(denoiser, clock.to(next(denoiser.parameters()).device))
-    object.__setattr__(denoiser, HOOK, attach(denoiser, clock, argument))
 
 
 def _tables(session: Session, report: Report) -> None:
