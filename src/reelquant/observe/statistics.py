@@ -171,6 +171,7 @@ class Gram(Statistic):
     _origin: Tensor | None = None  # moments are taken around it: a large mean would eat the precision of the covariance
     _sum: Tensor | float = 0.0
     _square: Tensor | float = 0.0
+    _factors: dict[float, Tensor] = field(default_factory=dict)
 
     def update(self, x: Tensor, step: int) -> None:
         rows = self.geometry.rows(x.detach(), self.per_call, self.generator)
@@ -192,6 +193,29 @@ class Gram(Statistic):
         assert isinstance(self._sum, Tensor)
         mean = self._sum / self.count
         return self._square / self.count - torch.outer(mean, mean)
+
+    def inverse_factor(self, damping: float) -> Tensor:
+        """:func:`inverse_factor` of the covariance, computed once."""
+        if damping not in self._factors:
+            self._factors[damping] = inverse_factor(self.covariance, damping)
+        return self._factors[damping]
+
+
+def inverse_factor(covariance: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor ``U`` of the inverse of a damped covariance ``C``: ``U^T U = (C + damping * diag(C))^-1``, ``[in, in]`` float32.
+
+    Damping is relative to each channel's own variance, so the factor of ``C / (s s^T)`` is ``U * s``: one factorization serves every
+    rescaling of the channels. Channels that never move count as average ones. Damping grows tenfold until the factorization succeeds.
+    """
+    matrix = covariance.double()
+    diagonal = matrix.diagonal()
+    diagonal = torch.where(diagonal > 1e-12 * diagonal.amax(), diagonal, diagonal.mean().clamp(min=1e-12))
+    matrix = matrix - torch.diag(matrix.diagonal() - diagonal)
+    factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag(diagonal * damping))
+    while bool(failed):  # few samples leave eigenvalues that rounding turns negative
+        damping *= 10
+        factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag(diagonal * damping))
+    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
 
 
 @dataclass

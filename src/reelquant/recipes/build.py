@@ -154,13 +154,13 @@ def _solver(plan: Plan, row: LayerPlan, options: Options) -> tuple[Step | None, 
 
 def _solve(spec: QuantSpec, weight: Tensor, rewrite: Rewrite, statistics: InputStatistics | None, solver: Solver) -> Solution:
     matrix = rewrite.weight(weight).flatten(1)
-    covariance = None
-    if statistics is not None and statistics.gram is not None:
-        covariance = statistics.gram.covariance
-        if rewrite.scale is not None:
-            scale = rewrite.per_tap(matrix.shape[1] // len(rewrite.scale)).scale
-            covariance = covariance / torch.outer(scale, scale)
-    return solve(solver, Problem(matrix, spec, covariance))
+    gram = statistics.gram if statistics is not None else None
+    if gram is None:
+        return solve(solver, Problem(matrix, spec))
+    if rewrite.scale is None:
+        return solve(solver, Problem(matrix, spec, gram.covariance, gram.inverse_factor))
+    scale = rewrite.scale.repeat_interleave(matrix.shape[1] // len(rewrite.scale))
+    return solve(solver, Problem(matrix, spec, gram.covariance / torch.outer(scale, scale), lambda damping: gram.inverse_factor(damping) * scale))
 
 
 def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatistics | None, axis: int) -> list[Quantizer] | None:

@@ -83,7 +83,8 @@ class Session:
 
     def built(self, group: Group, options: Options) -> BuiltGroup:
         """The replacement of a group for these options; built once."""
-        key = (group.name, repr(sorted(options.items())))
+        steps = {number for name in group.layers for number in self.plan.layers[name].steps}
+        key = (group.name, repr(sorted((number, values) for number, values in options.items() if number in steps)))
         if key not in self.cache:
             inputs = self.calibration.inputs if self.calibration else {}
             self.cache[key] = build_group(self.plan, group, self.denoiser, inputs, options, self.timesteps)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from reelquant._errors import RecipeError
 from reelquant.solvers.gptq import Gptq
 from reelquant.solvers.nearest import Nearest
@@ -13,12 +11,14 @@ SOLVERS: dict[str, type[Solver]] = {"nearest": Nearest, "gptq": Gptq}
 
 
 def solve(solver: Solver, problem: Problem) -> Solution:
-    """Solve, and keep ``nearest`` where the solver loses to it on its own objective."""
-    found, plain = solver.solve(problem), Nearest().solve(problem)
-    if found.error <= plain.error:
+    """Solve, and keep rounding to nearest with the solver's scales where the solver loses to it on its own objective."""
+    found = solver.solve(problem)
+    codes = found.quantizer.codes(problem.weight)
+    error = problem.objective(found.quantizer.dequantize(codes))
+    if found.error <= error:
         return found
     name = next(name for name, kind in SOLVERS.items() if isinstance(solver, kind))
-    return replace(plain, replaced=name)
+    return Solution(found.quantizer, codes, error, replaced=name)
 
 
 def register_solver(name: str, solver: type[Solver]) -> None:

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from reelquant._errors import RecipeError
 from reelquant.formats import QuantSpec, fit
-from reelquant.observe import Need
+from reelquant.observe import Need, inverse_factor
 from reelquant.solvers.problem import Problem, Solution, Solver
 
 
@@ -19,11 +18,12 @@ class Gptq(Solver):
     """GPTQ with static scales.
 
     Attributes:
-        damping: share of the mean diagonal that is added to the covariance.
+        damping: share of each input's own variance that is added to the diagonal of the covariance.
         block: columns whose updates are applied together.
 
     Paper: GPTQ (arXiv 2210.17323), algorithm 1. Deviations: the matrix is the *centred* covariance of the input, because a corrected
-    bias absorbs the mean; group scales are those of the untouched weight ("static groups"), so scales and codes stay consistent.
+    bias absorbs the mean; damping is relative to each input's variance (theirs: to the mean of all), so that one factorization serves all
+    rescalings of the channels; group scales are those of the untouched weight ("static groups"), so scales and codes stay consistent.
     """
 
     damping: float = 0.01
@@ -42,7 +42,8 @@ class Gptq(Solver):
         assert problem.covariance is not None, "the engine provides what needs names"
         quantizer = fit(problem.spec, problem.weight)
         rounded = torch.zeros_like(problem.weight)
-        work, inverse = problem.weight.clone(), self._inverse_factor(problem.covariance)
+        inverse = problem.factor(self.damping) if problem.factor else inverse_factor(problem.covariance, self.damping)
+        work = problem.weight.clone()
         width = work.shape[1]
         for start in range(0, width, self.block):
             stop = min(start + self.block, width)
@@ -56,14 +57,3 @@ class Gptq(Solver):
             work[:, stop:] -= errors @ inverse[start:stop, stop:]
         codes = quantizer.codes(rounded)
         return Solution(quantizer, codes, problem.objective(quantizer.dequantize(codes)))
-
-    def _inverse_factor(self, covariance: Tensor) -> Tensor:
-        """Upper Cholesky factor of the inverse of the damped covariance."""
-        matrix = covariance.double()
-        mean = matrix.diagonal().mean().clamp(min=1e-12)
-        eye, damping = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device), self.damping
-        factor, failed = torch.linalg.cholesky_ex(matrix + eye * mean * damping)
-        while bool(failed):  # rounding left a negative eigenvalue: few samples, or channels that never move
-            damping *= 10
-            factor, failed = torch.linalg.cholesky_ex(matrix + eye * mean * damping)
-        return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()

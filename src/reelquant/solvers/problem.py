@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from reelquant.formats import Quantizer, QuantSpec
@@ -21,18 +21,20 @@ class Problem:
         weight: ``[out, in]`` float32, transforms already in; convolutions flattened.
         spec: the format, granularity and range wanted.
         covariance: ``[in, in]`` of the (transformed) input, centred, or None for data-free solvers.
+        factor: gives :func:`reelquant.observe.inverse_factor` of the covariance for a damping, from a cache; None: it is computed.
     """
 
     weight: Tensor
     spec: QuantSpec
     covariance: Tensor | None = None
+    factor: Callable[[float], Tensor] | None = None
 
     def objective(self, quantized: Tensor) -> float:
         """Mean squared output error that no bias can repair: ``tr(E C E^T) / out``; plain squared error without data."""
         error = quantized - self.weight
         if self.covariance is None:
             return float(error.square().sum(1).mean())
-        return float(torch.einsum("oi,ij,oj->", error, self.covariance, error) / len(error))
+        return float(((error @ self.covariance) * error).sum() / len(error))
 
 
 @dataclass(frozen=True, eq=False)
