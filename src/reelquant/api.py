@@ -52,7 +52,7 @@ def quantize(
 
     chosen = load_recipe(recipe, overrides)
     if prompts is None and chosen.calibrate is not None:
-        prompts = calibration_prompts(pipe, chosen.calibrate.prompts)
+        prompts = calibration_prompts(pipe, chosen.calibrate.prompts + chosen.search.prompts)
     return quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]
 
 

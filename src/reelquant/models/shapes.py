@@ -205,3 +205,14 @@ def vocabulary() -> list[str]:
     """All words a caption can contain, sorted."""
     words = {"a", "on", "background", "moving", *OBJECTS, *COLORS, *MOTIONS, *SIZES, *BACKGROUNDS}
     return sorted(words)
+
+
+def covering_captions(count: int) -> list[str]:
+    """Captions that together use every word early: calibration must have seen each object, colour, motion and background."""
+    motions = tuple(MOTIONS)
+    scenes = (
+        Scene(OBJECTS[i % len(OBJECTS)], tuple(COLORS)[i % len(COLORS)], motions[(3 * i + i // 8) % len(motions)], tuple(SIZES)[i // 2 % 2],
+              BACKGROUNDS[(2 * i + i // 5) % len(BACKGROUNDS)])
+        for i in range(count)
+    )  # fmt: skip
+    return [scene.caption() for scene in scenes]

@@ -16,10 +16,11 @@ from reelquant.observe.statistics import InputStatistics
 
 @dataclass
 class Steps:
-    """The timesteps seen so far, in sampling order; the current one is ``current``."""
+    """The timesteps seen so far, in sampling order; the current one is ``current``, the current run of the sampler is ``part``."""
 
     timesteps: list[float] = field(default_factory=list)
     current: int = -1
+    part: int = 0
     calls: int = 0
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the first denoiser call
 
@@ -27,7 +28,9 @@ class Steps:
         value = float(torch.as_tensor(timestep).float().amax())
         if value not in self.timesteps:
             self.timesteps.append(value)
-        self.current = self.timesteps.index(value)
+        index = self.timesteps.index(value)
+        self.part += index < self.current  # back to an earlier step: the sampler started again
+        self.current = index
         self.calls += 1
 
 
@@ -70,7 +73,7 @@ def observe(
 
     def watch(statistics: InputStatistics) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            statistics.update(args[0] if args else kwargs["input"], steps.current)
+            statistics.update(args[0] if args else kwargs["input"], steps.current, steps.part)
 
         return hook
 

@@ -97,50 +97,67 @@ def _pick(total: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 class Statistic(ABC):
-    """Sees every input of a layer, with the step it belongs to."""
+    """Sees every input of a layer, with the step and the sampling run (part) it belongs to."""
 
     @abstractmethod
-    def update(self, x: Tensor, step: int) -> None: ...
+    def update(self, x: Tensor, step: int, part: int = 0) -> None: ...
 
 
 @dataclass
 class ChannelRange(Statistic):
-    """Smallest, largest and mean value of every input channel at every step.
+    """Smallest, largest and mean value of every input channel at every step of every sampling run.
 
-    After sampling ``low``, ``high`` and ``mean`` are ``[steps, frames, channels]``; ``frames`` is 1 unless frames have scales of their
-    own, in which case the leading axis of the input is ``batch * frames``.
+    A *part* is one run of the sampler. Parts are independent samples of what the model may see later, which :meth:`envelope` uses.
+    ``frames`` is 1 unless frames have scales of their own, in which case the leading axis of the input is ``batch * frames``.
     """
 
     channel_axis: int
     padded: bool
     frames: int = 1
-    _low: dict[int, Tensor] = field(default_factory=dict)
-    _high: dict[int, Tensor] = field(default_factory=dict)
+    _low: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # (step, part) -> [frames, channels]
+    _high: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     _sum: dict[int, Tensor] = field(default_factory=dict)
     _count: dict[int, int] = field(default_factory=dict)
 
-    def update(self, x: Tensor, step: int) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0) -> None:
         rows = x.detach().movedim(self.channel_axis, -1).float()
         rows = rows.reshape(-1, self.frames, rows[0].numel() // rows.shape[-1], rows.shape[-1]).transpose(0, 1).flatten(1, 2)
-        low, high = rows.amin(1), rows.amax(1)
+        low, high, key = rows.amin(1), rows.amax(1), (step, part)
         if self.padded:
             low, high = low.clamp(max=0), high.clamp(min=0)
-        self._low[step] = torch.minimum(self._low[step], low) if step in self._low else low
-        self._high[step] = torch.maximum(self._high[step], high) if step in self._high else high
+        self._low[key] = torch.minimum(self._low[key], low) if key in self._low else low
+        self._high[key] = torch.maximum(self._high[key], high) if key in self._high else high
         self._sum[step] = self._sum.get(step, 0) + rows.sum(1)
         self._count[step] = self._count.get(step, 0) + rows.shape[1]
 
     @property
-    def low(self) -> Tensor:
-        return torch.stack([self._low[step] for step in sorted(self._low)])
-
-    @property
-    def high(self) -> Tensor:
-        return torch.stack([self._high[step] for step in sorted(self._high)])
-
-    @property
     def mean(self) -> Tensor:
+        """``[steps, frames, channels]``."""
         return torch.stack([self._sum[step] / self._count[step] for step in sorted(self._sum)])
+
+    def envelope(self, *, per_step: bool = False, unseen: bool = False) -> tuple[Tensor, Tensor]:
+        """Range of every channel, ``(low, high)``, each ``[slots, frames, channels]``; one slot unless ``per_step``.
+
+        Args:
+            unseen: extend what was seen to what later clips may reach, by the jackknife estimate of an endpoint: with the two largest
+                values ``a >= b`` over parts, ``2 a - b``. Steady channels keep their range, erratic ones get headroom.
+
+        Paper: Robson and Whitlock, "Estimation of a truncation point", Biometrika 51 (1964).
+        """
+        return -self._extreme({key: -low for key, low in self._low.items()}, per_step, unseen), self._extreme(self._high, per_step, unseen)
+
+    def _extreme(self, values: dict[tuple[int, int], Tensor], per_step: bool, unseen: bool) -> Tensor:
+        by_slot: dict[int, dict[int, list[Tensor]]] = {}
+        for (step, part), value in sorted(values.items()):
+            by_slot.setdefault(step if per_step else 0, {}).setdefault(part, []).append(value)
+        slots = [torch.stack([torch.stack(parts[part]).amax(0) for part in parts]) for parts in by_slot.values()]
+        return torch.stack([_endpoint(parts) if unseen and len(parts) > 1 else parts.amax(0) for parts in slots])
+
+
+def _endpoint(maxima: Tensor) -> Tensor:
+    """Jackknife estimate of the largest possible value from maxima of independent parts, ``[parts, ...]``."""
+    first, second = maxima.topk(2, dim=0).values
+    return 2 * first - second
 
 
 @dataclass
@@ -152,7 +169,7 @@ class Rows(Statistic):
     generator: torch.Generator
     _parts: list[Tensor] = field(default_factory=list)
 
-    def update(self, x: Tensor, step: int) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0) -> None:
         self._parts.append(self.geometry.rows(x.detach(), self.per_call, self.generator).cpu())
 
     @property
@@ -173,7 +190,7 @@ class Gram(Statistic):
     _square: Tensor | float = 0.0
     _factors: dict[float, Tensor] = field(default_factory=dict)
 
-    def update(self, x: Tensor, step: int) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0) -> None:
         rows = self.geometry.rows(x.detach(), self.per_call, self.generator)
         self._origin = rows.mean(0) if self._origin is None else self._origin
         rows = rows - self._origin
@@ -225,7 +242,7 @@ class Features(Statistic):
     _by_step: dict[int, Tensor] = field(default_factory=dict)
     varies: bool = False  # rows differ inside a call or between calls of one step: other conditioning is mixed in
 
-    def update(self, x: Tensor, step: int) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0) -> None:
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         known = self._by_step.setdefault(step, flat[0].clone())
         self.varies |= not torch.allclose(flat, known.expand_as(flat), rtol=1e-4, atol=1e-5)
@@ -250,14 +267,15 @@ class InputStatistics:
     gram: Gram | None = None
     features: Features | None = None
 
-    def update(self, x: Tensor, step: int) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0) -> None:
         for statistic in (self.range, self.rows, self.gram, self.features):
             if statistic is not None:
-                statistic.update(x, step)
+                statistic.update(x, step, part)
 
     def check(self, timesteps: list[float]) -> None:
         """Refuse statistics that are not finite, naming layer and step."""
-        finite = self.range.low.isfinite().flatten(1).all(1) & self.range.high.isfinite().flatten(1).all(1)
+        low, high = self.range.envelope(per_step=True)
+        finite = low.isfinite().flatten(1).all(1) & high.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             step = int((~finite).nonzero()[0])
             raise CalibrationError(

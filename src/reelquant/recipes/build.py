@@ -101,8 +101,8 @@ def _rewrite(
     if not rows or rows[0].layer.name not in inputs:
         return Rewrite()
     statistics = inputs[rows[0].layer.name]
-    low, high, mean = statistics.range.low.amin(1), statistics.range.high.amax(1), statistics.range.mean.mean(1)
-    view = GroupView(low, high, mean, [_weight(module) for module in modules.values()])
+    low, high = statistics.range.envelope(unseen=plan.unseen)
+    view = GroupView(low.amin(1), high.amax(1), statistics.range.mean.mean(1), [_weight(module) for module in modules.values()])
     total = Rewrite()
     for number, step in enumerate(plan.recipe.steps):
         if step.transform is None or not all(number in row.steps for row in rows):
@@ -132,7 +132,7 @@ def _build_layer(
         )
     step, solver = _solver(plan, row, options)
     solution = _solve(row.weight, weight, rewrite, statistics, solver)
-    inputs = None if row.input is None else _input_quantizers(row.input, rewrite, statistics, row.layer.channel_axis)
+    inputs = None if row.input is None else _input_quantizers(row.input, rewrite, statistics, unseen=plan.unseen)
     bias = _bias(module, weight, rewrite, statistics, solution, correct=step is not None and step.correct_bias)
     layout = _layout(row, rewrite, folds, solution, inputs, bias)
     layer = quantized_class(module).like(module, layout, device=weight.device)
@@ -163,7 +163,7 @@ def _solve(spec: QuantSpec, weight: Tensor, rewrite: Rewrite, statistics: InputS
     return solve(solver, Problem(matrix, spec, gram.covariance / torch.outer(scale, scale), lambda damping: gram.inverse_factor(damping) * scale))
 
 
-def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatistics | None, axis: int) -> list[Quantizer] | None:
+def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatistics | None, *, unseen: bool) -> list[Quantizer] | None:
     """One quantizer per slot, or None if the range is found at run time."""
     if spec.dynamic or statistics is None:
         return None
@@ -171,9 +171,7 @@ def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatis
         return [fit(spec, rewrite.input(statistics.features.features))]
     if spec.range.needs_samples or spec.alternatives:
         return [fit(spec, _sampled(rewrite, statistics, spec))]
-    low, high = rewrite.input(statistics.range.low), rewrite.input(statistics.range.high)
-    if spec.slots == "shared":
-        low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+    low, high = (rewrite.input(v) for v in statistics.range.envelope(per_step=spec.slots == "per_step", unseen=unseen))
     keep = {"tensor": (), "channel": (2,), "frame": (1,)}[spec.granularity.kind]
     over = [dim for dim in (1, 2) if dim not in keep]
     low, high = low.amin(over).reshape(len(low), -1).clamp(max=0), high.amax(over).reshape(len(high), -1).clamp(min=0)

@@ -26,13 +26,11 @@ class Calibration:
     Attributes:
         steps: timesteps seen and an example of the denoiser's arguments.
         inputs: statistics by layer name; layers that share input and geometry share the object.
-        latents: final float latents ``[prompts, ...]`` of the calibration clips.
         prompts: the texts that were sampled.
     """
 
     steps: Steps
     inputs: dict[str, InputStatistics]
-    latents: Tensor
     prompts: tuple[str, ...]
 
     def suffices(self, plan: Plan) -> bool:
@@ -51,7 +49,7 @@ def calibrate(
     *,
     seed: int,
     arguments: dict[str, Any],
-    on_call: Callable[[int], None],
+    on_step: Callable[[], None],
 ) -> Calibration:
     """Sample ``prompts`` once and gather what the plan's layers need.
 
@@ -59,14 +57,15 @@ def calibrate(
         CalibrationError: no prompts, no denoiser calls, or values that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    watched, inputs = _watch(plan, denoiser, generator, calls=len(prompts) * (arguments.get("num_inference_steps") or 25))
-    latents: list[Tensor] = []
+    batch = plan.recipe.calibrate.batch if plan.recipe.calibrate else 4
+    calls = -(-len(prompts) // batch) * (arguments.get("num_inference_steps") or 50)
+    watched, inputs = _watch(plan, denoiser, generator, calls)
 
     def run() -> None:
-        latents.append(sample(pipe, prompts, seed=seed, output="latent", **arguments))
+        sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
 
-    steps = observe(denoiser, timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), watched, run, on_call)
-    return Calibration(steps, inputs, latents[0], tuple(prompts))
+    steps = observe(denoiser, timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), watched, run)
+    return Calibration(steps, inputs, tuple(prompts))
 
 
 def _watch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,6 +27,9 @@ from reelquant.reuse import add_table, drop_unused
 from reelquant.sites import Group
 
 
+HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
+
+
 class Progress(Protocol):
     """Hears how far a long run is. The command line draws bars; the library is silent."""
 
@@ -47,8 +50,8 @@ class Silent:
 class Session:
     """One quantization in progress: the pipeline, the plan, and what was observed.
 
-    Float layers are kept in ``floats`` until :meth:`finish`, so that candidates can be compared and a failed run leaves the pipeline
-    as it was.
+    Float layers are kept in ``floats`` until the end, so that candidates can be compared and a failed run leaves the pipeline as it was.
+    ``held_out`` are the texts that choices and the final check are made on: not those of calibration, or at least with other seeds.
     """
 
     pipe: Any
@@ -59,6 +62,7 @@ class Session:
     arguments: dict[str, Any]
     seed: int
     calibration: Calibration | None = None
+    held_out: list[str] = field(default_factory=list)
     floats: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     cache: dict[tuple[str, str], BuiltGroup] = field(default_factory=dict)
@@ -78,6 +82,16 @@ class Session:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     @property
+    def steps(self) -> int:
+        """Denoising steps of a full run."""
+        return self.arguments.get("num_inference_steps") or 50
+
+    def held_out_latents(self, **overrides: Any) -> Tensor:
+        """Final latents of the held-out clips by the pipeline as it is now."""
+        arguments = {"on_step": self.progress.advance} | self.arguments | overrides
+        return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, output="latent", **arguments)
+
+    @property
     def timesteps(self) -> list[float]:
         return self.calibration.steps.timesteps if self.calibration else []
 
@@ -90,9 +104,12 @@ class Session:
             self.cache[key] = build_group(self.plan, group, self.denoiser, inputs, options, self.timesteps)
         return self.cache[key]
 
-    def install(self, assignment: Assignment) -> list[BuiltGroup]:
-        """Swap the chosen replacements in; what was float is remembered."""
-        chosen = [self.built(group, assignment[family(group)]) for group in self.groups]
+    def install(self, assignment: Assignment, on_group: Callable[[], None] = lambda: None) -> list[BuiltGroup]:
+        """Swap the chosen replacements in; what was float is remembered. ``on_group`` hears of every group that is built."""
+        chosen: list[BuiltGroup] = []
+        for group in self.groups:
+            chosen.append(self.built(group, assignment[family(group)]))
+            on_group()
         for built in chosen:
             for name, layer in built.layers.items():
                 self.floats.setdefault(name, get_module(self.denoiser, name))
@@ -140,7 +157,7 @@ def quantize_pipeline(
     Args:
         pipe: a diffusers pipeline in float.
         recipe: what to do.
-        prompts: calibration texts; the recipe says how many are used.
+        prompts: texts; the recipe says how many calibrate, those after them are held out to make choices and for the final check.
         skip: further patterns of layers to keep float.
         progress: hears how far the run is.
         calibration: statistics of an earlier run on the same float model; used if they hold what this recipe needs.
@@ -176,17 +193,19 @@ def _observe(session: Session, prompts: Sequence[str] | None, calibration: Calib
     recipe = session.plan.recipe
     if recipe.calibrate is None:
         return
+    texts = list(prompts or [])
+    session.held_out = (texts[recipe.calibrate.prompts :] or texts)[: recipe.search.prompts]
     if calibration is not None and calibration.suffices(session.plan):
         session.calibration = calibration
         return
-    chosen = list(prompts or [])[: recipe.calibrate.prompts]
+    chosen = texts[: recipe.calibrate.prompts]
     if not chosen:
         raise CalibrationError(f"recipe '{recipe.name}' calibrates on {recipe.calibrate.prompts} prompts and got none; pass prompts=[...]")
-    steps = session.arguments.get("num_inference_steps") or 50
-    with session.timed("calibrate", steps * -(-len(chosen) // 4)):
+    runs = -(-len(chosen) // recipe.calibrate.batch)
+    with session.timed("calibrate", session.steps * runs):
         session.calibration = calibrate(
             session.pipe, session.denoiser, session.plan, chosen, seed=session.seed, arguments=session.arguments,
-            on_call=lambda calls: session.progress.advance(),
+            on_step=session.progress.advance,
         )  # fmt: skip
 
 
@@ -194,16 +213,20 @@ def _finish(session: Session) -> Report:
     """Choose, build, install and check; afterwards the float layers are gone."""
     recipe = session.plan.recipe
     before = _model_bytes(session.denoiser)
+    reference = None
+    if session.calibration is not None:
+        with session.timed("float reference", session.steps):
+            reference = session.held_out_latents()
     assignment, trials = _search(session)
-    with session.timed("build", 1):
-        chosen = session.install(assignment)
+    with session.timed("build", len(session.groups)):
+        chosen = session.install(assignment, session.progress.advance)
     report = Report(recipe.name, recipe.digest(), type(session.denoiser).__name__, session.component)
     report.layers = [record for built in chosen for record in built.records]
     report.trials, report.timesteps, report.seed = trials, session.timesteps, session.seed
     _start_clock(session)
     if recipe.temporal == "table":
         _tables(session, report)
-    _check(session, report)
+    _check(session, report, reference)
     _account(session, report, before)
     session.floats, session.norms = {}, {}
     return report
@@ -214,15 +237,14 @@ def _search(session: Session) -> tuple[Assignment, list[Any]]:
     total = trial_count(session.plan, groups)
     if not total or session.calibration is None:
         return choose(session.plan, groups, lambda assignment: 0.0)
-    prompts = session.calibration.prompts[: search.prompts]
-    arguments = session.arguments | {"num_inference_steps": search.steps}
+    steps = {"num_inference_steps": search.steps, "on_step": None}
     with session.timed("search", total):
-        reference = sample(session.pipe, prompts, seed=session.seed, output="latent", **arguments)
+        reference = session.held_out_latents(**steps)
 
         def evaluate(assignment: Assignment) -> float:
             session.install(assignment)
             try:
-                return latent_psnr(reference, sample(session.pipe, prompts, seed=session.seed, output="latent", **arguments))
+                return latent_psnr(reference, session.held_out_latents(**steps))
             finally:
                 session.restore()
                 session.progress.advance()
@@ -263,22 +285,16 @@ def _tables(session: Session, report: Report) -> None:
     drop_unused(layers, output)
 
 
-def _check(session: Session, report: Report) -> None:
-    """Sample the calibration prompts end to end: finite, and how far from float."""
-    if session.calibration is None:
+def _check(session: Session, report: Report, reference: Tensor | None) -> None:
+    """Sample the held-out prompts end to end: finite, and how far from float."""
+    if session.calibration is None or reference is None:
         return
-    prompts = session.calibration.prompts
-    steps = session.arguments.get("num_inference_steps") or 50
-    with session.timed("check", steps * -(-len(prompts) // 4)):
-        latents = sample(
-            session.pipe, prompts, seed=session.seed, output="latent", on_step=session.progress.advance, **session.arguments
-        )  # fmt: skip
+    with session.timed("check", session.steps):
+        latents = session.held_out_latents()
     if not bool(latents.isfinite().all()):
-        raise CalibrationError(
-            f"the quantized pipeline ({report.recipe}) gives NaN or inf; try a recipe with more bits or float inputs (w8a16)"
-        )
-    report.latent_psnr = latent_psnr(session.calibration.latents, latents)
-    report.prompts = list(prompts)
+        raise CalibrationError(f"the quantized pipeline ({report.recipe}) gives NaN or inf; try a recipe with more bits or float inputs (w8a16)")
+    report.latent_psnr = latent_psnr(reference, latents)
+    report.prompts = list(session.calibration.prompts)
 
 
 def _account(session: Session, report: Report, before: int) -> None:

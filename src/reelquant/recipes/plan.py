@@ -45,6 +45,11 @@ class Plan:
     layers: dict[str, LayerPlan]
 
     @property
+    def unseen(self) -> bool:
+        """True if ranges are extended to what later clips may reach."""
+        return self.recipe.calibrate is not None and self.recipe.calibrate.ranges == "unseen"
+
+    @property
     def quantized(self) -> list[LayerPlan]:
         return [row for row in self.layers.values() if row.kept is None]
 

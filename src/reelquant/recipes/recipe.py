@@ -86,17 +86,36 @@ class Rule(_Strict):
 
 
 class Calibrate(_Strict):
-    """How calibration samples: number of prompts, denoising steps (null: the pipeline's usual number), seed of the first clip."""
+    """How calibration samples.
 
-    prompts: int = Field(default=4, ge=1)
+    Attributes:
+        prompts: how many texts; more different words and motions matter more than more steps.
+        steps: denoising steps; null: the pipeline's usual number.
+        seed: seed of the first clip.
+        ranges: ``seen`` covers what calibration saw; ``unseen`` adds headroom for later clips to channels whose range varies between runs.
+    """
+
+    prompts: int = Field(default=16, ge=1)
     steps: int | None = Field(default=None, ge=1)
     seed: int = 0
+    ranges: Literal["seen", "unseen"] = "seen"
+
+    @property
+    def batch(self) -> int:
+        """Clips per run of the sampler: at least four runs if there are prompts enough, so that ranges can be compared between runs."""
+        return max(1, min(4, self.prompts // 4))
 
 
 class Search(_Strict):
-    """How choices (parameters given as lists) are made: by the error of whole sampled trajectories of ``steps`` steps."""
+    """How choices (parameters given as lists) are made: by the error of whole sampled trajectories on prompts not used for calibration.
 
-    prompts: int = Field(default=2, ge=1)
+    Attributes:
+        prompts: how many held-out texts.
+        steps: denoising steps of a trial.
+        scope: ``model`` makes one choice for all layers, ``family`` refines it for layers that share a name up to block numbers.
+    """
+
+    prompts: int = Field(default=4, ge=1)
     steps: int = Field(default=6, ge=1)
     scope: Literal["model", "family"] = "model"
 
