@@ -23,6 +23,11 @@ def notes(pipe: Any) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
+def write_notes(folder: str | Path, call: dict[str, Any], prompts: Sequence[str]) -> None:
+    """Leave ``reelquant.json`` in a pipeline folder: the arguments it samples best with, and texts to calibrate it on."""
+    Path(folder, NOTES_FILE).write_text(json.dumps({"call": call, "prompts": list(prompts)}, indent=2) + "\n")
+
+
 def call_arguments(pipe: Any, **overrides: Any) -> dict[str, Any]:
     """Arguments for one call: the folder's recommendations, then overrides that are not None; unknown ones are left out."""
     accepted = inspect.signature(pipe.__call__).parameters
