@@ -7,7 +7,8 @@ reelquant.save(pipe, "out", report)          # a stock diffusers folder; opens a
 """
 
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
-from reelquant.api import open_pipeline, plan, quantize
+from reelquant.api import load, open_pipeline, plan, quantize, save
+from reelquant.integrations.register import install as _install
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,7 +18,11 @@ __all__ = [
     "ReelQuantError",
     "SiteError",
     "UnsupportedError",
+    "load",
     "open_pipeline",
     "plan",
     "quantize",
+    "save",
 ]
+
+_install()  # diffusers learns to open quantized folders the moment it is imported, and not before

@@ -46,6 +46,8 @@ def quantize(
         >>> report = reelquant.quantize(pipe, "qvd-w8a8")
         >>> reelquant.save(pipe, "out", report)
     """
+    from reelquant.checkpoint import adopt
+    from reelquant.discover.components import plain
     from reelquant.models.pipelines import calibration_prompts
     from reelquant.recipes.engine import quantize_pipeline
     from reelquant.recipes.recipe import load_recipe
@@ -53,7 +55,10 @@ def quantize(
     chosen = load_recipe(recipe, overrides)
     if prompts is None and chosen.calibrate is not None:
         prompts = calibration_prompts(pipe, chosen.calibrate.prompts + chosen.search.prompts)
-    return quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]
+    report = quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]
+    if hasattr(denoiser := plain(pipe.components[report.component]), "register_to_config"):
+        adopt(denoiser, chosen)
+    return report
 
 
 def plan(
@@ -73,3 +78,15 @@ def open_pipeline(model: str | Path, **options: Any) -> Any:
     from reelquant.models.pipelines import open_pipeline as opened
 
     return opened(model, **options)
+
+
+def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: bool = False, **options: Any) -> Path:
+    """Write a pipeline as a stock diffusers folder, complete or not at all; see :func:`reelquant.checkpoint.save`."""
+    from reelquant.checkpoint import save as written
+
+    return written(pipe, folder, report, force=force, **options)
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """Open what :func:`save` wrote: :func:`open_pipeline` with ``dtype`` and ``device``, every layer checked against its checksum."""
+    return open_pipeline(folder, **options)

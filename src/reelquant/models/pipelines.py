@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reelquant._errors import CalibrationError, CheckpointError, nearest
+from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, nearest
 from reelquant.models.sampling import notes
 
 BUNDLED = ("tiny-dit", "tiny-unet")
@@ -60,10 +60,28 @@ def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
     if Path(folder).is_dir():
         check_folder(Path(folder))
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    except ReelQuantError:
+        raise
     except Exception as error:
-        raise CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {reason}") from error
     return pipe.to(device)
+
+
+def mark_quantized(model: Any, description: dict[str, Any]) -> None:
+    """Give a model that was quantized in memory what diffusers gives one that it loads: a config entry, a quantizer, no casting.
+
+    Args:
+        model: a diffusers model.
+        description: its ``quantization_config``.
+    """
+    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+
+    quantizer = DiffusersAutoQuantizer.from_config(description, pre_quantized=True)
+    model.register_to_config(quantization_config=quantizer.quantization_config)
+    model.hf_quantizer, model.is_quantized = quantizer, True
+    model.quantization_method = quantizer.quantization_config.quant_method
 
 
 def check_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from reelquant.nn.layers import (
     quantized_class,
 )
 from reelquant.nn.spec import LayerLayout, TensorLayout
-from reelquant.nn.swap import get_module, quantized_layers, set_module, start_clock, stop_clock
+from reelquant.nn.swap import dequantized, get_module, quantized_layers, set_module, start_clock, stop_clock
 
 __all__ = [
     "LAYERS",
@@ -25,6 +25,7 @@ __all__ = [
     "QuantLinear",
     "TensorLayout",
     "buffer_shapes",
+    "dequantized",
     "get_module",
     "quantized_class",
     "quantized_layers",

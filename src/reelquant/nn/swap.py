@@ -7,7 +7,7 @@ from torch import nn
 
 from reelquant._errors import SiteError, nearest
 from reelquant.clock import NAME, Clock, attach
-from reelquant.nn.layers import QuantLayer
+from reelquant.nn.layers import LAYERS, QuantLayer
 
 HOOK = "_reelquant_clock_hook"
 
@@ -35,6 +35,21 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """Every quantized layer by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
+    """A stock float layer with the values the quantized one stands for; its inputs are not rounded any more."""
+    kind = next(kind for kind in LAYERS if isinstance(layer, kind))
+    names = ("in_features", "out_features") if kind is nn.Linear else _CONV_GEOMETRY
+    bias = layer.float_bias()
+    new = kind(**{name: getattr(layer, name) for name in names}, bias=bias is not None, device="meta")
+    new.weight = nn.Parameter(layer.dequantized_weight(dtype))
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().to(dtype))
+    return new
+
+
+_CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 
 def start_clock(model: nn.Module, clock: Clock, argument: str) -> None:

@@ -1,0 +1,79 @@
+"""A folder that appears complete or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from reelquant._errors import CheckpointError
+
+INDEX = "model_index.json"
+
+
+def check_target(target: str | Path, *, force: bool) -> Path:
+    """The absolute path of a folder that may be written.
+
+    Raises:
+        CheckpointError: if it exists and ``force`` is not given, or if it is no pipeline folder, which nothing here ever deletes.
+    """
+    path = Path(target).expanduser().resolve()
+    if not path.exists():
+        return path
+    if not force:
+        raise CheckpointError(f"'{path}' already exists; choose another folder or pass force=True (--force) to replace it")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / INDEX).is_file()):
+        raise CheckpointError(f"'{path}' is not a pipeline folder (no {INDEX}) and is not replaced even with force; delete it yourself")
+    return path
+
+
+@contextmanager
+def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Write into a temporary folder beside ``target`` that takes its name when the block ends.
+
+    Whatever stops the block, nothing of it is left and an existing folder is as it was; with ``force`` it goes only after the new one
+    is complete.
+
+    Raises:
+        CheckpointError: if the target is refused by :func:`check_target`, or if the disk does not take the files.
+    """
+    from safetensors import SafetensorError
+
+    path = check_target(target, force=force)
+    temporary, created = _beside(path), [parent for parent in path.parents if not parent.exists()]
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _take_place(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in created:  # innermost first
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError | SafetensorError) and not isinstance(error, CheckpointError):
+            raise CheckpointError(f"cannot write '{path}': {error}; nothing is left behind, free space or choose another folder") from error
+        raise
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Rename into place; an old folder steps aside first and comes back if the rename fails."""
+    if not path.exists():
+        temporary.rename(path)
+        return
+    old = _beside(path)
+    try:
+        path.rename(old)
+        temporary.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)

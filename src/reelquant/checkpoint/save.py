@@ -1,0 +1,132 @@
+"""Write a whole pipeline as a stock diffusers folder: in one piece, and the same bytes for the same model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import UnsupportedError
+from reelquant.checkpoint.folder import INDEX, check_target, new_folder
+from reelquant.checkpoint.stored import adopt
+from reelquant.discover.components import plain
+from reelquant.models.sampling import NOTES_FILE
+from reelquant.nn import quantized_layers
+
+REPORT_FILE = "report.json"
+_PATH_KEYS = ("_name_or_path", "name_or_path")
+
+
+class Writable(Protocol):
+    """A report."""
+
+    def save(self, path: str | Path) -> None: ...
+
+
+def save(
+    pipe: Any,
+    folder: str | Path,
+    report: Writable | None = None,
+    *,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
+) -> Path:
+    """Write a pipeline, quantized or float, as a folder that ``DiffusionPipeline.from_pretrained`` opens.
+
+    The folder appears complete or not at all. Apart from ``report.json``, which holds timings, the same model gives the same bytes.
+
+    Args:
+        pipe: a diffusers pipeline.
+        folder: where to; its parents are made.
+        report: written as ``report.json``.
+        force: replace an existing pipeline folder, once the new one is complete.
+        dtype: store float parts in this dtype; by default in the one they have. Scales and tables always keep theirs.
+        max_shard_size: as in diffusers, ``"5GB"``.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        CheckpointError: if the folder exists, or the disk does not take the files.
+        UnsupportedError: if the pipeline has a part that diffusers cannot save.
+    """
+    check_target(folder, force=force)
+    _describe(pipe)
+    with new_folder(folder, force=force) as temporary:
+        pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=max_shard_size)
+        _check_complete(pipe, temporary)
+        _forget_paths(temporary)
+        if dtype is not None:
+            _cast(pipe, temporary, dtype)
+        if report is not None:
+            report.save(temporary / REPORT_FILE)
+        _copy_notes(pipe, temporary)
+        _share(temporary)
+    return Path(folder).expanduser().resolve()
+
+
+def _modules(pipe: Any) -> dict[str, nn.Module]:
+    return {name: plain(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _describe(pipe: Any) -> None:
+    if not hasattr(pipe, "save_pretrained"):
+        raise UnsupportedError(f"{type(pipe).__name__} has no save_pretrained; give a diffusers pipeline")
+    for part in _modules(pipe).values():
+        if quantized_layers(part):
+            adopt(part)
+
+
+def _check_complete(pipe: Any, folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    for name, part in pipe.components.items():
+        if part is not None and index.get(name) in (None, [None, None]):
+            raise UnsupportedError(f"diffusers cannot save component '{name}' ({type(part).__name__}), the folder would not open again")
+
+
+def _forget_paths(folder: Path) -> None:
+    """Drop where parts were loaded from: private, and different on every machine."""
+    for file in sorted(folder.rglob("*.json")):
+        text = file.read_text(encoding="utf-8")
+        if not any(f'"{key}"' in text for key in _PATH_KEYS):
+            continue
+        data = json.loads(text)
+        local = [key for key in _PATH_KEYS if Path(str(data.get(key, ""))).is_absolute() or Path(str(data.get(key, ""))).is_dir()]
+        file.write_text(json.dumps({key: value for key, value in data.items() if key not in local}, indent=2) + "\n", encoding="utf-8")
+
+
+def _cast(pipe: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Rewrite weight files with their float tensors in ``dtype``; those of quantized layers (but the bias) keep theirs."""
+    from safetensors.torch import load_file, save_file
+
+    for name, part in _modules(pipe).items():
+        layers = quantized_layers(part)
+        names = getattr(part, "_keep_in_fp32_modules", None) or []
+
+        def cast(key: str, value: Tensor, layers: Any = layers, fp32: Any = names) -> Tensor:
+            layer, _, tensor = key.rpartition(".")
+            exact = (layer in layers and tensor != "bias") or any(word in key.split(".") for word in fp32)
+            return value if exact or not value.is_floating_point() else value.to(dtype)
+
+        for file in sorted((folder / name).glob("*.safetensors")):
+            tensors = {key: cast(key, value) for key, value in load_file(file).items()}
+            fresh = file.with_suffix(".cast")  # the tensors are views of the old file
+            save_file(tensors, fresh, metadata={"format": "pt"})
+            fresh.replace(file)
+
+
+def _copy_notes(pipe: Any, folder: Path) -> None:
+    source = Path(str(pipe.config.get("_name_or_path", ""))) / NOTES_FILE
+    if source.is_file():
+        shutil.copyfile(source, folder / NOTES_FILE)
+
+
+def _share(folder: Path) -> None:
+    """safetensors makes its files readable by their owner only; give them the permissions of all others."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod((folder / INDEX).stat().st_mode)

@@ -1,0 +1,178 @@
+"""What ``config.json`` says about a quantized denoiser: enough to build its empty layers, start its clock and check what was loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from reelquant._errors import CheckpointError, UnsupportedError
+from reelquant.checkpoint.verify import tile_checksum
+from reelquant.clock import NAME, Clock
+from reelquant.models.pipelines import mark_quantized
+from reelquant.nn import LAYERS, LayerLayout, QuantLayer, quantized_layers
+
+METHOD = "reelquant"
+FORMAT_VERSION = 1
+REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The calibrated timesteps, in sampling order, and the denoiser's argument that carries the timestep."""
+
+    timesteps: tuple[float, ...]
+    argument: str
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The content of ``quantization_config``.
+
+    Attributes:
+        layers: layout of every quantized layer, in the order of the model.
+        checksums: one :func:`tile_checksum` per quantized layer.
+        ignore: linear and convolution layers that stay float.
+        slots: what the clock needs, or None for data-free models.
+        recipe, recipe_digest: the whole recipe as a mapping that ``load_recipe`` reads, and its hash.
+        tool_version: the reelquant that wrote this.
+    """
+
+    layers: dict[str, LayerLayout]
+    checksums: dict[str, str]
+    ignore: tuple[str, ...] = ()
+    slots: Slots | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe_digest: str = ""
+    tool_version: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; layers of one layout share a group."""
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "tool_version": self.tool_version,
+            "recipe": dict(self.recipe),
+            "recipe_digest": self.recipe_digest,
+            "config_groups": self._groups(),
+            "ignore": list(self.ignore),
+            "slots": self.slots and {"timesteps": list(self.slots.timesteps), "argument": self.slots.argument},
+            "checksums": dict(self.checksums),
+        }
+
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        members: dict[LayerLayout, list[str]] = {}
+        for name, layout in self.layers.items():
+            members.setdefault(layout, []).append(name)
+        return {f"group_{i}": {"targets": names, **layout.to_json()} for i, (layout, names) in enumerate(members.items())}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stored:
+        """Read :meth:`to_json` back.
+
+        Raises:
+            CheckpointError: naming the key that is missing or wrong.
+        """
+        _check_keys(data)
+        layers = _layouts(data["config_groups"])
+        if missing := sorted(set(layers) - set(data["checksums"])):
+            raise CheckpointError(f"quantization_config has no checksum for layer '{missing[0]}'; save the model again with reelquant.save")
+        stored = cls(
+            layers, dict(data["checksums"]), tuple(data["ignore"]), _slots(data.get("slots")),
+            data.get("recipe") or {}, data.get("recipe_digest", ""), data.get("tool_version", ""),
+        )  # fmt: skip
+        stored._check_slots()
+        return stored
+
+    def _check_slots(self) -> None:
+        count = len(self.slots.timesteps) if self.slots else 0
+        for name, layout in self.layers.items():
+            rows = max(layout.slots, layout.table)
+            if rows > 1 and rows != count:
+                raise CheckpointError(f"layer '{name}' has parameters for {rows} denoising steps, quantization_config.slots lists {count}")
+
+
+def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, tool_version: str) -> Stored:
+    """What has to be stored about a model whose layers are quantized.
+
+    Raises:
+        UnsupportedError: if an adapter wraps quantized layers.
+    """
+    layers = quantized_layers(model)
+    for name in layers:
+        if "base_layer" in name.split("."):
+            raise UnsupportedError(
+                f"layer '{name}' is wrapped by an adapter; unload the adapters (pipe.unload_lora_weights()) before saving"
+            )
+    kept = [name for name, part in model.named_modules() if isinstance(part, tuple(LAYERS)) and not isinstance(part, QuantLayer)]
+    checksums = {name: tile_checksum(layer) for name, layer in layers.items()}
+    layouts = {name: layer.layout for name, layer in layers.items()}
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, tool_version)
+
+
+def adopt(model: nn.Module, recipe: Any = None) -> None:
+    """Describe a model that was quantized in memory in its own config, so that stock diffusers can save it, and must not cast it.
+
+    Args:
+        model: a diffusers model with quantized layers; calling this again renews the description.
+        recipe: the :class:`~reelquant.recipes.recipe.Recipe` that was followed; None keeps what the model says about itself.
+
+    Raises:
+        UnsupportedError: if adapters wrap quantized layers, or the model is not one of diffusers.
+    """
+    if not hasattr(model, "register_to_config"):
+        raise UnsupportedError(f"{type(model).__name__} is not a diffusers model, so there is no config to describe its layers in")
+    before = model.config.get("quantization_config") or {}
+    before = before if isinstance(before, dict) else before.to_dict()
+    mapping, digest = before.get("recipe", {}), before.get("recipe_digest", "")
+    if recipe is not None:
+        mapping, digest = recipe.model_dump(mode="json", exclude_unset=True), recipe.digest()
+    mark_quantized(model, describe(model, mapping, digest, _version()).to_json())
+
+
+def _version() -> str:
+    import reelquant  # complete by the time this runs
+
+    return reelquant.__version__
+
+
+def _clock_slots(model: nn.Module) -> Slots | None:
+    clock = getattr(model, NAME, None)
+    return Slots(tuple(clock.timesteps.tolist()), clock.argument) if isinstance(clock, Clock) else None
+
+
+def _check_keys(data: Mapping[str, Any]) -> None:
+    for key, kind in REQUIRED.items():
+        if key not in data:
+            raise CheckpointError(f"quantization_config lacks '{key}' (it has: {', '.join(sorted(data))}); save the model again")
+        if not isinstance(data[key], kind):
+            raise CheckpointError(f"quantization_config.{key} must be a {kind.__name__}, got {data[key]!r:.60}")
+        if key == "format_version" and data[key] != FORMAT_VERSION:
+            raise CheckpointError(
+                f"this checkpoint has format_version {data[key]}, this reelquant reads {FORMAT_VERSION}: upgrade reelquant"
+            )
+
+
+def _layouts(groups: Mapping[str, Any]) -> dict[str, LayerLayout]:
+    found: dict[str, LayerLayout] = {}
+    for group, content in groups.items():
+        try:
+            layout = LayerLayout.from_json({key: value for key, value in content.items() if key != "targets"})
+            names = [str(name) for name in content["targets"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"quantization_config.config_groups.{group} is damaged: {type(error).__name__}: {error}") from None
+        if twice := sorted(set(names) & set(found)):
+            raise CheckpointError(f"quantization_config.config_groups.{group} names layer '{twice[0]}' a second time")
+        found |= dict.fromkeys(names, layout)
+    return found
+
+
+def _slots(data: Any) -> Slots | None:
+    if data is None:
+        return None
+    try:
+        return Slots(tuple(float(time) for time in data["timesteps"]), str(data["argument"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"quantization_config.slots is damaged: {type(error).__name__}: {error}") from None

@@ -1,0 +1,73 @@
+"""Is what was loaded what was saved? One short checksum per layer, of values and not of files, so that resharding keeps it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import CheckpointError
+from reelquant.formats import Levels, Quantizer
+from reelquant.kernels import PackedWeight
+from reelquant.nn import QuantLayer, quantized_layers
+
+ROWS = 8  # of the weight, evenly spread
+DIGITS = 12
+
+
+def tile_checksum(layer: QuantLayer) -> str:
+    """Hash of some dequantized rows of the weight and of every scale, shift and table of the layer.
+
+    The rows are dequantized on the CPU, so every machine gets the same bits. The bias is left out: it follows the dtype of the load.
+    """
+    digest = hashlib.sha256(_bytes(_tile(layer.packed)))
+    for name, value in sorted(layer.named_buffers(recurse=False)):
+        digest.update(name.encode())
+        digest.update(_bytes(value))
+    return digest.hexdigest()[:DIGITS]
+
+
+def _tile(weight: PackedWeight) -> Tensor:
+    count = weight.shape[0]
+    rows = torch.linspace(0, count - 1, min(ROWS, count)).round().long()
+    quantizer = weight.quantizer
+
+    def of_rows(units: Tensor | None) -> Tensor | None:
+        if units is None or quantizer.granularity.kind == "tensor":
+            return None if units is None else units.cpu()
+        return units.reshape(count, -1)[rows.to(units.device)].flatten().cpu()
+
+    scale = of_rows(quantizer.scale)
+    assert scale is not None
+    table = quantizer.format.table
+    fmt = quantizer.format if table is None else Levels(table.cpu(), quantizer.format.bits)
+    part = Quantizer(fmt, quantizer.granularity, scale, of_rows(quantizer.zero_point))
+    return PackedWeight(weight.codes[rows.to(weight.codes.device)].cpu(), part, (len(rows), *weight.shape[1:])).dequantize()
+
+
+def _bytes(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def verify(model: nn.Module, checksums: Mapping[str, str]) -> int:
+    """Compare every quantized layer with its checksum; layers offloaded to the meta device are passed over.
+
+    Returns:
+        The number of layers that were checked.
+
+    Raises:
+        CheckpointError: naming the first layer that holds other values, or NaN or inf.
+    """
+    present = {name: layer for name, layer in quantized_layers(model).items() if layer.weight.device.type != "meta"}
+    for name, layer in present.items():
+        for tensor, value in layer.state_dict().items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise CheckpointError(f"'{name}.{tensor}' holds NaN or inf: the checkpoint is damaged; download or save it again")
+        if (found := tile_checksum(layer)) != checksums[name]:
+            raise CheckpointError(
+                f"layer '{name}' has checksum {found}, its quantization_config says {checksums[name]}: the weights are damaged or were "
+                "changed after quantization; download them again, or save the pipeline with reelquant.save"
+            )
+    return len(present)
