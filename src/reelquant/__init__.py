@@ -7,10 +7,10 @@ reelquant.save(pipe, "out", report)          # a stock diffusers folder; opens a
 """
 
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
+from reelquant._version import __version__
 from reelquant.api import load, open_pipeline, plan, quantize, save
 from reelquant.integrations.register import install as _install
 
-__version__ = "0.1.0"
 __all__ = [
     "CalibrationError",
     "CheckpointError",
@@ -18,6 +18,7 @@ __all__ = [
     "ReelQuantError",
     "SiteError",
     "UnsupportedError",
+    "__version__",
     "load",
     "open_pipeline",
     "plan",

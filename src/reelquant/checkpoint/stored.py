@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from reelquant._errors import CheckpointError, UnsupportedError
+from reelquant._version import __version__
 from reelquant.checkpoint.verify import tile_checksum
 from reelquant.clock import NAME, Clock
 from reelquant.models.pipelines import mark_quantized
@@ -94,7 +95,7 @@ class Stored:
                 raise CheckpointError(f"layer '{name}' has parameters for {rows} denoising steps, quantization_config.slots lists {count}")
 
 
-def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, tool_version: str) -> Stored:
+def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str) -> Stored:
     """What has to be stored about a model whose layers are quantized.
 
     Raises:
@@ -109,7 +110,7 @@ def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, tool_vers
     kept = [name for name, part in model.named_modules() if isinstance(part, tuple(LAYERS)) and not isinstance(part, QuantLayer)]
     checksums = {name: tile_checksum(layer) for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, tool_version)
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__)
 
 
 def adopt(model: nn.Module, recipe: Any = None) -> None:
@@ -129,13 +130,7 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
     mapping, digest = before.get("recipe", {}), before.get("recipe_digest", "")
     if recipe is not None:
         mapping, digest = recipe.model_dump(mode="json", exclude_unset=True), recipe.digest()
-    mark_quantized(model, describe(model, mapping, digest, _version()).to_json())
-
-
-def _version() -> str:
-    import reelquant  # complete by the time this runs
-
-    return reelquant.__version__
+    mark_quantized(model, describe(model, mapping, digest).to_json())
 
 
 def _clock_slots(model: nn.Module) -> Slots | None:
