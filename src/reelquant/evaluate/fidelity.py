@@ -1,0 +1,62 @@
+"""How close clips are to reference clips that start from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CEILING = 100.0  # dB; equal clips score this instead of infinity, so that means and JSON stay finite
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over clips with its bootstrap interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
+
+
+def psnr(reference: Tensor, test: Tensor) -> Tensor:
+    """``10 log10(1 / mse)`` of every clip in dB, at most 100.
+
+    Args:
+        reference: ``[clips, frames, 3, height, width]`` in [0, 1] (peak 1).
+        test: the same shape.
+
+    Returns:
+        ``[clips]``.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if reference.shape != test.shape:
+        raise ValueError(f"clips of different shapes cannot be compared: {tuple(reference.shape)} and {tuple(test.shape)}")
+    error = (test.double() - reference.double()).square().flatten(1).mean(1)
+    return (-10 * error.clamp(min=10 ** (-CEILING / 10)).log10()).float()
+
+
+def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean over clips and the percentile interval of means of clips drawn with replacement.
+
+    Args:
+        values: one figure per clip, at least one.
+        level: coverage of the interval.
+        resamples: how many times clips are drawn.
+        seed: of the drawing; the same seed gives the same interval.
+
+    Raises:
+        ValueError: if there are no values.
+    """
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if not values.numel():
+        raise ValueError("a mean over no clips: give at least one value")
+    draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
+    low, high = values[draws].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Interval(float(values.mean()), low, high)
