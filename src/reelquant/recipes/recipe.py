@@ -136,7 +136,10 @@ class Step(_Strict):
     def _one_known_mechanism(self) -> Step:
         if (self.transform is None) == (self.solve is None):
             raise RecipeError("a step names exactly one mechanism: 'transform: NAME' or 'solve: NAME'")
-        for options in self.choices():
+        choices = self.choices()
+        if not choices:
+            raise RecipeError("an empty list leaves nothing to choose from")
+        for options in choices:
             self.mechanism(options)
         return self
 
@@ -174,11 +177,20 @@ class Recipe(_Strict):
 
     @field_validator("steps")
     @classmethod
-    def _solver_last(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    def _one_solver(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
         solved = [step.on for step in steps if step.solve]
         if len(solved) != len(set(solved)):
             raise RecipeError("two solve steps for the same layers: keep one")
         return steps
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Recipe:
+        if self.calibrate is None:
+            hungry = [step for step in self.steps if step.transform or step.mechanism(step.choices()[0]).needs]
+            wants = [f"'{step.transform or step.solve}'" for step in hungry] + (["'temporal: table'"] if self.temporal == "table" else [])
+            if wants:
+                raise RecipeError(f"{wants[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
+        return self
 
     @property
     def data_free(self) -> bool:
@@ -194,11 +206,20 @@ def _construct(kind: str, name: str, table: dict[str, Any], options: dict[str, A
     """Build a mechanism from its name and parameters; errors name the nearest valid word."""
     if name not in table:
         raise RecipeError(f"unknown {kind} '{name}'; {nearest(name, table)}")
-    known = [field.name for field in dataclasses.fields(table[name])]
-    for key in options:
+    known = {field.name: field.default for field in dataclasses.fields(table[name])}
+    for key, value in options.items():
         if key not in known:
             raise RecipeError(f"{kind} '{name}' has no parameter '{key}'; {nearest(key, known) if known else 'it has none'}")
+        if not _same_kind(value, known[key]):
+            raise RecipeError(f"{key} of {kind} '{name}' is like {known[key]!r} in kind, got {value!r}")
     return table[name](**options)
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    """Numbers for numbers, words for words; a default of None stands for a number that may be missing."""
+    if default is None or (isinstance(default, float) and not isinstance(value, str)):
+        return value is default or (isinstance(value, int | float) and not isinstance(value, bool))
+    return type(value) is type(default)
 
 
 def names() -> list[str]:
@@ -228,7 +249,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: dict[st
 
 def _read(source: str | Path | dict[str, Any] | Recipe) -> tuple[dict[str, Any], str]:
     if isinstance(source, Recipe):
-        return source.model_dump(mode="python", exclude_unset=True), source.name
+        return source.model_dump(mode="json", exclude_unset=True), source.name
     if isinstance(source, dict):
         return json.loads(json.dumps(source)), str(source.get("name", "recipe"))
     text = str(source)
@@ -249,6 +270,11 @@ def _read(source: str | Path | dict[str, Any] | Recipe) -> tuple[dict[str, Any],
     return data, text
 
 
+def parse_value(text: str) -> Any:
+    """One value as a recipe would read it: ``10``, ``true``, ``int4``, ``[0.5, 1.0]``, ``null``."""
+    return yaml.load(text, _Loader)
+
+
 def _override(data: dict[str, Any], key: str, value: Any) -> None:
     node: Any = data
     *parents, last = key.split(".")
@@ -261,7 +287,8 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
 
 def _index(node: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(node):
-        raise RecipeError(f"cannot set '{key}': '{part}' is not one of the {len(node)} items (0 to {len(node) - 1})")
+        items = f"not one of the {len(node)} items (0 to {len(node) - 1})" if node else "not there: the list is empty"
+        raise RecipeError(f"cannot set '{key}': '{part}' is {items}")
     return int(part)
 
 
