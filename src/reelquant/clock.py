@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger(__name__)
 NAME = "reelquant_clock"  # the denoiser's submodule
-TOLERANCE = 1e-3  # relative; timesteps are stored as float32 and may come back as float16 or int64
+TOLERANCE = 2**-11  # relative: timesteps are stored as float32 and may come back as float16; neighbouring integers stay apart
 
 
 class Clock(nn.Module):
@@ -27,6 +27,7 @@ class Clock(nn.Module):
         timesteps: ``[slots]`` float32, the timesteps of calibration in sampling order; model units (usually 0 to 1000).
         slot: 0-d int64, index of the stored timestep nearest to the current one.
         exact: True while the current call has a single timestep and it is a stored one. Only then may a table of outputs be used.
+            Always False inside of a compiled graph, which cannot look at values.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
     """
 
@@ -40,24 +41,43 @@ class Clock(nn.Module):
         self.exact = False
         self.argument = "timestep"
         self._told = False
+        self._timestep, self._mixed = 0.0, False
 
     def tick(self, timestep: Tensor | float) -> None:
-        """Set :attr:`slot` (and, outside of a compiled graph, :attr:`exact`) for a call with this timestep."""
+        """Set :attr:`slot` and :attr:`exact` for a call with this timestep: a number, one per clip, or one per token."""
         times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
         distance = (self.timesteps - times.amax()).abs()  # amax: frames given as a condition carry timestep 0
         self.slot.copy_(distance.argmin())
-        if not torch.compiler.is_compiling():
-            self._check(times, distance)
+        if torch.compiler.is_compiling():
+            self.exact = False
+            return
+        self._timestep, self._mixed = float(times.amax()), bool((times != times[0]).any())
+        self.exact = not self._mixed and bool(distance.amin() <= TOLERANCE * abs(self._timestep))
 
-    def _check(self, times: Tensor, distance: Tensor) -> None:
-        limit = TOLERANCE * max(1.0, float(self.timesteps.abs().amax()))
-        self.exact = bool(distance.min() <= limit) and bool((times == times[0]).all())
-        if not self.exact and not self._told:
-            logger.warning("timestep %g is not one of the %d calibrated ones: temporal layers are computed", times[0], len(self.timesteps))
-            self._told = True
+    def fall_back(self) -> None:
+        """Say once that a table of outputs is not used because the current timestep is not in it."""
+        if self._told or torch.compiler.is_compiling():
+            return
+        why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
+        logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)
+        self._told = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Clock:
+        """``.to(bfloat16)`` moves a clock and leaves its numbers alone: 999 would become 1000."""
+        return super()._apply(keeping_dtype(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"slots={len(self.timesteps)}"
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``Module.to`` and its kin do to a tensor, without the change of dtype: for numbers that a cast would destroy."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+    return moved
 
 
 def timestep_reader(denoiser: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:

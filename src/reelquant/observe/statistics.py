@@ -120,6 +120,8 @@ class ChannelRange(Statistic):
     _count: dict[int, int] = field(default_factory=dict)
 
     def update(self, x: Tensor, step: int, part: int = 0) -> None:
+        if x.shape[0] % self.frames:
+            raise CalibrationError(f"frame-{self.frames} needs inputs with a leading axis of batch * {self.frames}, got {tuple(x.shape)}")
         rows = x.detach().movedim(self.channel_axis, -1).float()
         rows = rows.reshape(-1, self.frames, rows[0].numel() // rows.shape[-1], rows.shape[-1]).transpose(0, 1).flatten(1, 2)
         low, high, key = rows.amin(1), rows.amax(1), (step, part)
@@ -129,6 +131,11 @@ class ChannelRange(Statistic):
         self._high[key] = torch.maximum(self._high[key], high) if key in self._high else high
         self._sum[step] = self._sum.get(step, 0) + rows.sum(1)
         self._count[step] = self._count.get(step, 0) + rows.shape[1]
+
+    @property
+    def seen(self) -> list[int]:
+        """The steps at which the layer ran."""
+        return sorted(self._sum)
 
     @property
     def mean(self) -> Tensor:
@@ -223,8 +230,13 @@ def inverse_factor(covariance: Tensor, damping: float) -> Tensor:
 
     Damping is relative to each channel's own variance, so the factor of ``C / (s s^T)`` is ``U * s``: one factorization serves every
     rescaling of the channels. Channels that never move count as average ones. Damping grows tenfold until the factorization succeeds.
+
+    Raises:
+        CalibrationError: if the covariance is not finite (inputs beyond 1e19 overflow their squares).
     """
     matrix = covariance.double()
+    if not bool(matrix.isfinite().all()):
+        raise CalibrationError("the second moment of a layer's input overflowed; inputs this large cannot be calibrated")
     diagonal = matrix.diagonal()
     diagonal = torch.where(diagonal > 1e-12 * diagonal.amax(), diagonal, diagonal.mean().clamp(min=1e-12))
     matrix = matrix - torch.diag(matrix.diagonal() - diagonal)
@@ -273,7 +285,9 @@ class InputStatistics:
                 statistic.update(x, step, part)
 
     def check(self, timesteps: list[float]) -> None:
-        """Refuse statistics that are not finite, naming layer and step."""
+        """Refuse statistics that are missing or not finite, naming layer and step."""
+        if not self.range.seen:
+            raise CalibrationError(f"layer '{self.name}' never ran while sampling, so nothing is known of its input; skip it")
         low, high = self.range.envelope(per_step=True)
         finite = low.isfinite().flatten(1).all(1) & high.isfinite().flatten(1).all(1)
         if not bool(finite.all()):

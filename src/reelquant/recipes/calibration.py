@@ -35,10 +35,14 @@ class Calibration:
 
     def suffices(self, plan: Plan) -> bool:
         """True if another plan for the same float model finds everything it needs here."""
-        return all(
-            (found := self.inputs.get(row.layer.name)) is not None and (found.gram is not None or "gram" not in needs(plan, row))
-            for row in plan.quantized
-        )
+        return all(self._suffices(plan, row) for row in plan.quantized)
+
+    def _suffices(self, plan: Plan, row: LayerPlan) -> bool:
+        found = self.inputs.get(row.layer.name)
+        if found is None or (found.gram is None and "gram" in needs(plan, row)):
+            return False
+        grain = None if row.input is None else row.input.granularity
+        return grain is None or grain.kind != "frame" or grain.size == found.range.frames
 
 
 def calibrate(
@@ -97,7 +101,7 @@ def _statistics(
         ChannelRange(row.layer.channel_axis, geometry.padded, frames),
         Rows(geometry, max(8, ROWS // max(calls, 1)), generator),
         Gram(geometry, GRAM_ROWS, generator) if "gram" in wanted else None,
-        Features() if row.layer.role == "temporal" else None,
+        Features() if row.layer.role == "temporal" and not geometry.kernel else None,
     )
 
 

@@ -272,6 +272,9 @@ def _tables(session: Session, report: Report) -> None:
         if statistics.features.varies:
             report.warnings.append(f"'{name}' has no table: its input depends on more than the timestep ({', '.join(sorted(row.depends))})")
             continue
+        if len(statistics.range.seen) != len(session.timesteps):
+            report.warnings.append(f"'{name}' has no table: it does not run at every step")
+            continue
         layer = get_module(session.denoiser, name)
         assert isinstance(layer, QuantLayer)
         add_table(layer, module, statistics.features.features)

@@ -67,8 +67,7 @@ def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequ
         UnsupportedError: if a spec cannot be computed for a layer (found here, before calibration).
     """
     for pattern in (*(rule.on for rule in recipe.rules if rule.on), *(step.on for step in recipe.steps), *skip):
-        if not _roles_only(pattern):
-            select(pattern, map_.layers.values())
+        select(pattern, map_.layers.values())
     rows = {layer.name: _row(recipe, layer, get_module(denoiser, layer.name), skip) for layer in map_.layers.values()}
     plan = Plan(recipe, map_, rows)
     if not plan.quantized:
@@ -77,10 +76,6 @@ def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequ
             f"recipe '{recipe.name}' quantizes none of the {len(rows)} layers of {map_.cls}; they stay because: {'; '.join(reasons)}"
         )
     return plan
-
-
-def _roles_only(pattern: str) -> bool:
-    return "role:" in pattern or "class:" in pattern
 
 
 def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str]) -> LayerPlan:
@@ -140,13 +135,35 @@ def _check(recipe: Recipe, layer: Layer, specs: tuple[QuantSpec, QuantSpec | Non
             problem = mechanism.supports(specs[0]) if isinstance(mechanism, Solver) else None
             if problem:
                 raise UnsupportedError(f"layer '{layer.name}': {problem}")
-    weight, inputs = specs
-    if weight.granularity.kind in ("token", "frame"):
-        raise UnsupportedError(f"layer '{layer.name}': a weight has no {weight.granularity.kind}s; use tensor, channel or group-n")
-    if inputs is not None and inputs.granularity.kind == "group":
-        raise UnsupportedError(f"layer '{layer.name}': inputs cannot be scaled by group; use tensor, channel, token or frame-n")
-    if inputs is not None and inputs.granularity.kind == "token" and not inputs.dynamic:
-        raise UnsupportedError(f"layer '{layer.name}': per-token scales are found at run time; add dynamic: true")
+    solving = [number for number in steps if recipe.steps[number].solve]
+    if len(solving) > 1:
+        raise RecipeError(f"layer '{layer.name}' is solved twice, by steps {solving} of '{recipe.name}'; narrow the 'on' of one")
+    problem = _weight_problem(specs[0]) or (None if specs[1] is None else _input_problem(specs[1], layer))
+    if problem:
+        raise UnsupportedError(f"layer '{layer.name}': {problem}")
+
+
+def _weight_problem(spec: QuantSpec) -> str | None:
+    if spec.granularity.kind in ("token", "frame"):
+        return f"a weight has no {spec.granularity.kind}s; use tensor, channel or group-n"
+    if spec.dynamic or spec.slots != "shared":
+        return "a weight is the same at every step and in every call; drop 'dynamic' and 'slots'"
+    return None
+
+
+def _input_problem(spec: QuantSpec, layer: Layer) -> str | None:
+    kind, sampled = spec.granularity.kind, spec.range.needs_samples or bool(spec.alternatives)
+    if kind == "group":
+        return "inputs cannot be scaled by group; use tensor, channel, token or frame-n"
+    if kind == "token" and not spec.dynamic:
+        return "per-token scales are found at run time; add dynamic: true"
+    if spec.dynamic and spec.slots != "shared":
+        return "dynamic scales follow every call by themselves; drop 'slots'"
+    if spec.dynamic and (spec.alternatives or spec.range != type(spec.range)()):
+        return "a range that is found at run time takes one format and the rule's own parameters"
+    if sampled and not spec.dynamic and (spec.slots != "shared" or kind == "frame" or (kind == "channel" and layer.role != "temporal")):
+        return f"a choice of formats and range rules that look at samples work per tensor with shared slots, got {spec}; use range: minmax"
+    return None
 
 
 def _estimate(spec: QuantSpec, layer: Layer, module: nn.Module) -> int:

@@ -17,8 +17,7 @@ def solve(solver: Solver, problem: Problem) -> Solution:
     error = problem.objective(found.quantizer.dequantize(codes))
     if found.error <= error:
         return found
-    name = next(name for name, kind in SOLVERS.items() if isinstance(solver, kind))
-    return Solution(found.quantizer, codes, error, replaced=name)
+    return Solution(found.quantizer, codes, error, replaced=type(solver).__name__.lower())
 
 
 def register_solver(name: str, solver: type[Solver]) -> None:
