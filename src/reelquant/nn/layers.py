@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.clock import Clock
+from reelquant.clock import Clock, keeping_dtype
 from reelquant.formats import Levels, NumberFormat, Quantizer, dynamic, packed_width, parse_format
 from reelquant.kernels import InputStage, Kernel, PackedWeight, select
 from reelquant.nn.spec import LayerLayout, TensorLayout
@@ -134,9 +134,16 @@ class QuantLayer(nn.Module):
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
         return table.index_select(0, self.clock[0].slot.reshape(1).to(table.device))[0]
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
+        """``.to(bfloat16)`` and ``.half()`` cast the bias, as in a float layer; scales, shifts, levels and tables keep their dtype."""
+        kept = keeping_dtype(fn)
+        return super()._apply(lambda tensor: fn(tensor) if tensor is self.bias else kept(tensor), recurse)
+
     def forward(self, input: Tensor) -> Tensor:
-        if self.layout.table and self.clock and self.clock[0].exact:
-            return self._from_table(input)
+        if self.layout.table and self.clock:
+            if self.clock[0].exact:
+                return self._from_table(input)
+            self.clock[0].fall_back()
         x = self._padded(input)
         return self.kernel.function(x, self.stage(x), self.packed, self.bias, self._operation())
 
