@@ -158,6 +158,11 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["base_lr"] * factor
 
 
+def say(*words: object) -> None:
+    """Print a line, and at once: the output usually goes to a log."""
+    print(*words, flush=True)  # noqa: T201
+
+
 class Curve:
     """A CSV file of training figures, one row per :meth:`add`, also printed.
 
@@ -180,13 +185,11 @@ class Curve:
         new = self.fields is None
         self.fields = self.fields or list(row)
         with self.path.open("w" if new else "a", newline="") as file:
-            writer = csv.DictWriter(file, self.fields)
+            writer = csv.DictWriter(file, self.fields, lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)
-        print(
-            " ".join(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in figures.items()), flush=True
-        )
+        say(*(f"{key}={value:.5g}" if isinstance(value, float) else f"{key}={value}" for key, value in figures.items()))
 
 
 def save_atomically(state: object, path: Path) -> None:

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from common import CURVES, RUNS, TEST_SEED, WEIGHTS, Clock, Curve, Muon, clip_pool, linear_decay, set_lr
+from common import CURVES, RUNS, TEST_SEED, WEIGHTS, Clock, Curve, Muon, clip_pool, linear_decay, say, set_lr
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -118,7 +118,7 @@ def main(minutes: float, pool: int, seed: int) -> None:
             curve.add(seconds=clock.elapsed(), step=step, **{kind: loss.item() for kind, loss in losses.items()})
     save(judge)
     for name, figures in evaluate(judge, generator).items():
-        print(name, {kind: round(value, 3) for kind, value in figures.items()}, flush=True)
+        say(name, {kind: round(value, 3) for kind, value in figures.items()})
 
 
 if __name__ == "__main__":

@@ -40,4 +40,4 @@ def draw(path: Path) -> Path:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(draw(Path(name)))
+        draw(Path(name))

@@ -5,14 +5,15 @@ Stages, in this order (one core; each writes below ``runs/tiny-dit``)::
     PYTHONPATH=src python training/tiny_dit.py vae --minutes 11
     PYTHONPATH=src python training/tiny_dit.py latents
     PYTHONPATH=src python training/tiny_dit.py dit --minutes 70
-    PYTHONPATH=src python training/tiny_dit.py decoder --minutes 8
     PYTHONPATH=src python training/tiny_dit.py export
-    PYTHONPATH=src python training/tiny_dit.py evaluate
+    PYTHONPATH=src python training/tiny_dit.py evaluate --count 200 --guidance 3 --steps 20
+    PYTHONPATH=src python training/tiny_dit.py ceilings
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import shutil
 import time
@@ -20,19 +21,38 @@ import types
 
 import torch
 import torch.nn.functional as F
-from common import RUNS, TEST_SEED, WEIGHTS, Clock, Curve, Ema, Muon, clip_pool, contact_sheet, linear_decay, psnr, save_atomically, set_lr
+from common import (
+    CURVES,
+    RUNS,
+    TEST_SEED,
+    WEIGHTS,
+    Clock,
+    Curve,
+    Ema,
+    Muon,
+    clip_pool,
+    contact_sheet,
+    linear_decay,
+    psnr,
+    save_atomically,
+    say,
+    set_lr,
+)
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from plot import draw
 from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from reelquant.models.judge import accuracy
-from reelquant.models.shapes import Scene, random_caption, random_clip, vocabulary
+from reelquant.models.sampling import write_notes
+from reelquant.models.shapes import Scene, covering_captions, random_caption, random_clip, vocabulary
 
 RUN = RUNS / "tiny-dit"
 FRAMES = 13
+CALL = {"height": 64, "width": 64, "num_frames": FRAMES, "num_inference_steps": 20, "guidance_scale": 3.0}  # what samples well
 
 # ---------------------------------------------------------------------------------------------------------------------------- vae
 
@@ -77,7 +97,7 @@ def make_vae() -> AutoencoderKLWan:
 
 
 def use_whole_sequences(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Let ``encode_whole`` and ``decode_whole`` work: far fewer calls than the chunked forward. Not for saving pipelines with."""
+    """Let :func:`encode_whole` and :func:`decode_whole` work, which take far fewer calls than the stock chunks."""
     for module in vae.modules():
         if isinstance(module, WanResample):
             module.forward = types.MethodType(_resample_whole, module)
@@ -147,25 +167,17 @@ def reconstruct(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     return torch.cat([from_model(decode_whole(vae, encode_whole(vae, to_model(part))[0])) for part in clips.split(16)])
 
 
-def train_vae(minutes: float, seed: int = 0, pool: int = 4000, decoder_only: bool = False) -> None:
-    """Train the autoencoder, or only its decoder on from where the autoencoder ended (which leaves the latents as they are)."""
-    torch.manual_seed(seed + decoder_only)
-    generator = torch.Generator().manual_seed(seed + decoder_only)
-    name = "decoder" if decoder_only else "vae"
+def train_vae(minutes: float, seed: int = 0, pool: int = 4000) -> None:
+    """Train the autoencoder: three steps of four on windows around the object, every fourth on whole clips."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     vae = use_whole_sequences(make_vae())
-    if decoder_only:
-        vae.load_state_dict(torch.load(RUN / "vae.pt"))
-        for module in (vae.encoder, vae.quant_conv):
-            module.requires_grad_(False)
     ema = Ema(vae, 0.995)
     clips, _ = clip_pool(range(seed, seed + pool), FRAMES)
     held_out, _ = clip_pool(range(TEST_SEED, TEST_SEED + 32), FRAMES)
-    matrices, rest = split_parameters(vae, lambda _, p: p.ndim >= 4 and p.requires_grad)
-    optimizers = [
-        Muon(matrices, lr=2e-3),
-        torch.optim.AdamW([p for p in rest if p.requires_grad], lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    curve, clock, step = Curve(RUN / f"{name}.csv"), Clock(minutes, RUN / f"{name}-minutes.txt"), 0
+    matrices, rest = split_parameters(vae, lambda _, p: p.ndim >= 4)
+    optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
+    curve, clock, step = Curve(RUN / "vae.csv"), Clock(minutes, RUN / "vae-minutes.txt"), 0
     while (progress := clock.progress()) < 1:
         set_lr(optimizers, min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))))
         whole = step % 4 == 3
@@ -178,11 +190,9 @@ def train_vae(minutes: float, seed: int = 0, pool: int = 4000, decoder_only: boo
             optimizer.zero_grad()
         ema.update(vae)
         step += 1
-        if step % 100 == 0 or progress >= 1:
-            checkpoint_vae(vae, ema, held_out, name)
+        if step % 100 == 0 or clock.progress() >= 1:
+            save_atomically({**vae.state_dict(), **ema.shadow}, RUN / "vae.pt")
             curve.add(seconds=clock.elapsed(), step=step, **figures, psnr=evaluate_vae(ema, held_out))
-    checkpoint_vae(vae, ema, held_out, name)
-    curve.add(seconds=clock.elapsed(), step=step, **figures, psnr=evaluate_vae(ema, held_out))
 
 
 def vae_loss(vae: AutoencoderKLWan, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -204,11 +214,6 @@ def evaluate_vae(ema: Ema, held_out: Tensor) -> float:
         return psnr(reconstruct(vae, held_out).float(), held_out.float() / 255).mean().item()
 
 
-def checkpoint_vae(vae: AutoencoderKLWan, ema: Ema, held_out: Tensor, name: str) -> None:
-    """Save the averaged weights as a state dict."""
-    save_atomically({**vae.state_dict(), **ema.shadow}, RUN / f"{name}.pt")
-
-
 # ------------------------------------------------------------------------------------------------------------------------ latents
 
 
@@ -228,7 +233,7 @@ def make_latents(count: int = 10_000) -> None:
     flat = stacked.float().transpose(0, 1).flatten(1)
     mean, std = flat.mean(1), flat.std(1)
     save_atomically({"latents": stacked, "scenes": [vars(scene) for scene in scenes], "mean": mean, "std": std}, RUN / "latents.pt")
-    print("latents", tuple(stacked.shape), "mean", mean.tolist(), "std", std.tolist(), flush=True)
+    say("latents", tuple(stacked.shape), "mean", mean.tolist(), "std", std.tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- dit
@@ -438,14 +443,14 @@ def build_pipeline() -> WanPipeline:
     latents = torch.load(RUN / "latents.pt", mmap=True)
     statistics = {"latents_mean": latents["mean"].tolist(), "latents_std": latents["std"].tolist()}
     vae = AutoencoderKLWan(**{**VAE_CONFIG, **statistics})
-    decoder = RUN / "decoder.pt"
-    vae.load_state_dict(torch.load(decoder if decoder.exists() else RUN / "vae.pt"))
+    vae.load_state_dict(torch.load(RUN / "vae.pt"))
     text_encoder, transformer = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG)), WanTransformer3DModel(**DIT_CONFIG)
     weights = torch.load(RUN / "dit-ema.pt")
     for name, module in (("text_encoder", text_encoder), ("transformer", transformer)):
         own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         missing, unexpected = module.load_state_dict(own, strict=False)
-        assert not unexpected and set(missing) <= {"encoder.embed_tokens.weight"}, (missing, unexpected)
+        if unexpected or set(missing) - {"encoder.embed_tokens.weight"}:  # that one is tied to "shared.weight"
+            raise RuntimeError(f"{name}: missing {missing}, unexpected {unexpected}")
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     parts = {"tokenizer": make_tokenizer(), "text_encoder": text_encoder, "vae": vae, "transformer": transformer, "scheduler": scheduler}
     pipe = WanPipeline(**parts)
@@ -463,9 +468,24 @@ def export() -> None:
     index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     tokenizer = fresh / "tokenizer" / "tokenizer_config.json"
     tokenizer.write_text(tokenizer.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    write_notes(fresh, CALL, covering_captions(24))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
-    print(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, "MiB")
+    say(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20, "MiB")
+
+
+def write_curve() -> None:
+    """Gather the figures of both trainings in one file, and draw it."""
+    rows = []
+    for stage in ("vae", "dit"):
+        with (RUN / f"{stage}.csv").open() as file:
+            rows += [{"stage": stage, **row} for row in csv.DictReader(file)]
+    path = CURVES / "tiny-dit.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["stage", "seconds", "step", "loss", "kl", "psnr"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(path)
 
 
 def generate(pipe: WanPipeline, captions: list[str], *, guidance: float, steps: int, batch: int = 10) -> Tensor:
@@ -488,7 +508,7 @@ def evaluate(count: int, guidance: float, steps: int, latest: bool) -> None:
     start = time.perf_counter()
     clips = generate(pipe, captions, guidance=guidance, steps=steps)
     seconds = (time.perf_counter() - start) / count
-    print(f"generated n={count} guidance={guidance} steps={steps} {seconds:.2f} s a clip:", rounded(accuracy(clips, captions)), flush=True)
+    say(f"generated n={count} guidance={guidance} steps={steps} {seconds:.2f} s a clip:", rounded(accuracy(clips, captions)))
     contact_sheet(clips[:12], RUN / f"sheet-g{guidance:g}-s{steps}.png", captions[:12])
 
 
@@ -497,8 +517,8 @@ def ceilings(count: int) -> None:
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "tiny-dit", subfolder="vae", torch_dtype=torch.float32)
     clips, scenes = clip_pool(range(TEST_SEED + 20_000, TEST_SEED + 20_000 + count), FRAMES)
     real, again = clips.float() / 255, reconstruct(use_whole_sequences(vae), clips)
-    print("real", rounded(accuracy(real, scenes)))
-    print("reconstructed", rounded(accuracy(again, scenes)), f"PSNR {psnr(again, real).mean():.2f} dB", flush=True)
+    say("real", rounded(accuracy(real, scenes)))
+    say("reconstructed", rounded(accuracy(again, scenes)), f"PSNR {psnr(again, real).mean():.2f} dB")
     contact_sheet(torch.stack([real[:6], again[:6]], 1).flatten(0, 1), RUN / "sheet-vae.png")
 
 
@@ -510,7 +530,7 @@ def rounded(figures: dict[str, float]) -> dict[str, float]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "latents", "dit", "decoder", "export", "evaluate", "ceilings"))
+    parser.add_argument("stage", choices=("vae", "latents", "dit", "export", "evaluate", "ceilings"))
     parser.add_argument(
         "--minutes", type=float, default=11.0, help="planned length of a training; may be changed in runs/tiny-dit/*-minutes.txt"
     )
@@ -525,8 +545,7 @@ def main() -> None:
         "vae": lambda: train_vae(args.minutes),
         "latents": make_latents,
         "dit": lambda: train_dit(args.minutes, resume=args.resume),
-        "decoder": lambda: train_vae(args.minutes, decoder_only=True),
-        "export": export,
+        "export": lambda: (export(), write_curve()),
         "evaluate": lambda: evaluate(args.count, args.guidance, args.steps, args.latest),
         "ceilings": lambda: ceilings(args.count),
     }
