@@ -84,7 +84,7 @@ def build_group(
     rows = [plan.layers[name] for name in group.layers if plan.layers[name].kept is None]
     modules = {row.layer.name: get_module(denoiser, row.layer.name) for row in rows}
     rewrite = _rewrite(plan, rows, modules, inputs, options)
-    folds = group.foldable and len(rows) == len(group.layers) and not rewrite.identity and (rewrite.shift is None or group.fold_shift)
+    folds = len(rows) == len(group.layers) and not rewrite.identity and _folds(group, denoiser, rewrite)
     rewrite = rewrite if folds else rewrite.stored(SHIFT_DTYPE)
     built = BuiltGroup(group, {}, rewrite if folds else None, [])
     for row in rows:
@@ -92,6 +92,13 @@ def build_group(
         built.layers[row.layer.name] = layer
         built.records.append(record)
     return built
+
+
+def _folds(group: Group, denoiser: nn.Module, rewrite: Rewrite) -> bool:
+    """Can the rewrite move into the producing norm without loss? A norm in half precision would round it."""
+    if not group.foldable or group.producer is None or (rewrite.shift is not None and not group.fold_shift):
+        return False
+    return all(p.dtype == torch.float32 for p in get_module(denoiser, group.producer).parameters(recurse=False))
 
 
 def _rewrite(
@@ -133,6 +140,8 @@ def _build_layer(
     step, solver = _solver(plan, row, options)
     solution = _solve(row.weight, weight, rewrite, statistics, solver)
     inputs = None if row.input is None else _input_quantizers(row.input, rewrite, statistics, unseen=plan.unseen)
+    if inputs and len(inputs) not in (1, len(timesteps)):
+        raise CalibrationError(f"'{row.layer.name}' ran at {len(inputs)} of {len(timesteps)} steps only: it cannot have scales per step")
     bias = _bias(module, weight, rewrite, statistics, solution, correct=step is not None and step.correct_bias)
     layout = _layout(row, rewrite, folds, solution, inputs, bias)
     layer = quantized_class(module).like(module, layout, device=weight.device)
@@ -167,8 +176,9 @@ def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatis
     """One quantizer per slot, or None if the range is found at run time."""
     if spec.dynamic or statistics is None:
         return None
-    if statistics.features is not None and not statistics.features.varies:
-        return [fit(spec, rewrite.input(statistics.features.features))]
+    features = statistics.features
+    if features is not None and not features.varies and spec.slots == "shared" and spec.granularity.kind != "frame":
+        return [fit(spec, rewrite.input(features.features))]
     if spec.range.needs_samples or spec.alternatives:
         return [fit(spec, _sampled(rewrite, statistics, spec))]
     low, high = (rewrite.input(v) for v in statistics.range.envelope(per_step=spec.slots == "per_step", unseen=unseen))
@@ -181,7 +191,7 @@ def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatis
 def _sampled(rewrite: Rewrite, statistics: InputStatistics, spec: QuantSpec) -> Tensor:
     if statistics.rows is None or spec.granularity.kind != "tensor" or spec.slots != "shared":
         raise UnsupportedError(f"range rules that look at samples work per tensor with shared slots, got {spec} for '{statistics.name}'")
-    rows = statistics.rows.rows.to(statistics.range.low.device)
+    rows = statistics.rows.rows.to(statistics.range.mean.device)
     return rewrite.per_tap(statistics.geometry.taps).input(rows)
 
 
@@ -211,7 +221,7 @@ def _mean(statistics: InputStatistics, taps: int) -> Tensor:
     if statistics.gram is not None:
         return statistics.gram.mean
     if statistics.rows is not None:
-        return statistics.rows.rows.mean(0).to(statistics.range.low.device)
+        return statistics.rows.rows.mean(0).to(statistics.range.mean.device)
     return statistics.range.mean.mean((0, 1)).repeat_interleave(taps)
 
 
