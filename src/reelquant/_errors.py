@@ -41,7 +41,7 @@ class CheckpointError(ReelQuantError, OSError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Close of an error message: the nearest known name if one is near, else all of them.
+    """Close of an error message: the nearest known name if one is near, else all of them (the first 40 of many).
 
     Example:
         >>> nearest("qvd-w8a9", ["qvd-w8a8", "w4a16"])
@@ -49,4 +49,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     options = list(known)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(options)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    more = f" ... ({len(options)} in all)" if len(options) > 40 else ""
+    return f"known: {', '.join(options[:40]) or 'none'}{more}"

@@ -117,17 +117,31 @@ class DenoiserMap:
 
 
 def matches(pattern: str, layer: Layer) -> bool:
-    """Does a pattern name this layer?
+    r"""Does a pattern name this layer?
 
     A pattern is alternatives separated by ``|``; each is one of: ``role:temporal``; ``class:Conv2d``; ``re:REGEX`` (full match on the
     name); a glob (``blocks.*.attn1.to_q``); an exact name, which also stands for everything below it (``blocks.0``). A leading ``!``
-    negates an alternative and binds tighter than ``|``; terms joined by ``&`` must all hold.
+    negates a term and binds tightest; terms joined by ``&`` must all hold. A regex may hold ``|`` and ``&``, so it runs to the end of
+    the pattern and comes last: ``role:main & re:blocks\.(0|1)\..*``.
+
+    Raises:
+        SiteError: for an unknown role, an invalid regex or an empty term.
     """
-    return any(all(_term(term.strip(), layer) for term in option.split("&")) for option in _alternatives(pattern))
+    return any(all(_term(term, layer) for term in option) for option in _options(pattern))
 
 
-def _alternatives(pattern: str) -> list[str]:
-    return [pattern] if pattern.strip().startswith("re:") else pattern.split("|")
+def _options(pattern: str) -> list[list[str]]:
+    """Alternatives of a pattern, each a list of terms."""
+    head, mark, regex = pattern.partition("re:")
+    options = [option.split("&") for option in head.split("|")]
+    options[-1][-1] += mark + regex
+    return [[_named(term.strip(), pattern) for term in option] for option in options]
+
+
+def _named(term: str, pattern: str) -> str:
+    if not term.lstrip("! "):
+        raise SiteError(f"pattern '{pattern}' has an empty term; write a layer name, a glob, re:, role: or class:")
+    return term
 
 
 def _term(term: str, layer: Layer) -> bool:
@@ -136,13 +150,20 @@ def _term(term: str, layer: Layer) -> bool:
     if term.startswith("role:"):
         role = term[5:].strip()
         if role not in ROLES:
-            raise SiteError(f"unknown role in pattern '{term}': {nearest(role, ROLES)}")
+            raise SiteError(f"unknown role in pattern '{term}'; {nearest(role, ROLES)}")
         return layer.role == role
     if term.startswith("class:"):
         return layer.kind == term[6:].strip()
     if term.startswith("re:"):
-        return re.fullmatch(term[3:], layer.name) is not None
+        return _regex(term[3:]).fullmatch(layer.name) is not None
     return layer.name == term or layer.name.startswith(term + ".") or fnmatch.fnmatchcase(layer.name, term)
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise SiteError(f"'re:{text}' is no regular expression: {error}") from None
 
 
 def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:
@@ -153,6 +174,7 @@ def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:
     """
     known = list(layers)
     found = tuple(layer.name for layer in known if matches(pattern, layer))
-    if not found and not all(term.strip().lstrip("!").startswith(("role:", "class:")) for term in re.split(r"[|&]", pattern)):
+    terms = [term.lstrip("! ") for option in _options(pattern) for term in option]
+    if not found and not all(term.startswith(("role:", "class:")) for term in terms):
         raise SiteError(f"pattern '{pattern}' matches none of {len(known)} layers; {nearest(pattern, (x.name for x in known))}")
     return found

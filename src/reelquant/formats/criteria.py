@@ -15,7 +15,8 @@ EPS = 1e-12
 def nmse(reference: Tensor, test: Tensor) -> Tensor:
     """Mean squared error over the variance of the reference; unitless, 0 is lossless. Shapes are equal, any rank."""
     reference = reference.float()
-    return (test.float() - reference).square().mean() / reference.var(correction=0).clamp(min=EPS)
+    floor = (EPS * reference.square().mean()).clamp(min=torch.finfo(torch.float32).tiny)  # of a constant reference
+    return (test.float() - reference).square().mean() / reference.var(correction=0).clamp(min=floor)
 
 
 def negative_nmse(reference: Tensor, test: Tensor) -> Tensor:
@@ -52,7 +53,10 @@ def retrieval_accuracy(reference: Tensor, test: Tensor) -> Tensor:
 
 
 def coverage(codes: Tensor, bits: int) -> Tensor:
-    """Distinct codes that a channel uses over ``2**bits``, mean over channels; ``codes``: ``[samples, channels]``, unitless in (0, 1]."""
+    """Distinct codes that a channel uses over those it could use, mean over channels; unitless in (0, 1].
+
+    It could use ``2**bits``, or one a sample if there are fewer samples; ``codes``: ``[samples, channels]``.
+    """
     ordered = codes.sort(0).values
     distinct = 1 + (ordered[1:] != ordered[:-1]).sum(0)
     return distinct.float().mean() / min(2**bits, len(codes))

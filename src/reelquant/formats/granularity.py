@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +46,8 @@ class Granularity:
             raise RecipeError(f"unknown granularity '{self.kind}'; {nearest(self.kind, KINDS)}")
         if self.kind in ("group", "frame") and self.size < 1:
             raise RecipeError(f"granularity '{self.kind}' needs a size, as in '{self.kind}-64'; got {self.size}")
+        if self.kind not in ("group", "frame") and self.size:
+            raise RecipeError(f"granularity '{self.kind}' takes no size, got '{self}'; sizes belong to group-n and frame-n")
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.size}" if self.size else self.kind
@@ -76,7 +80,7 @@ def parse_granularity(text: str, axis: int = 0) -> Granularity:
     match = re.fullmatch(r"([a-z]+)(?:-(\d+))?", text)
     if match is None:
         raise RecipeError(f"cannot read granularity '{text}'; known: tensor, channel, group-64, token, frame-16")
-    return Granularity(match[1], int(match[2] or 0), axis)  # type: ignore[arg-type]
+    return Granularity(match[1], int(match[2] or 0), axis)  # pyright: ignore[reportArgumentType]  (checked there)
 
 
 def _group_blocks(x: Tensor, g: Granularity) -> Tensor:
@@ -86,20 +90,18 @@ def _group_blocks(x: Tensor, g: Granularity) -> Tensor:
 
 
 def _group_unblock(blocks: Tensor, g: Granularity, shape: tuple[int, ...]) -> Tensor:
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    return blocks.reshape(shape[0], -1)[:, :width].reshape(shape)
+    width = math.prod(shape[1:])
+    return blocks.reshape(shape[0], width + -width % g.size)[:, :width].reshape(shape)
 
 
 def _frame_blocks(x: Tensor, g: Granularity) -> Tensor:
     if x.shape[0] % g.size:
         raise RecipeError(f"granularity frame-{g.size} needs a leading axis of batch * {g.size}, got shape {tuple(x.shape)}")
-    return x.reshape(-1, g.size, x[0].numel()).transpose(0, 1).reshape(g.size, -1)
+    return x.reshape(x.shape[0] // g.size, g.size, math.prod(x.shape[1:])).transpose(0, 1).reshape(g.size, -1)
 
 
 def _frame_unblock(blocks: Tensor, g: Granularity, shape: tuple[int, ...]) -> Tensor:
-    return blocks.reshape(g.size, shape[0] // g.size, -1).transpose(0, 1).reshape(shape)
+    return blocks.reshape(g.size, shape[0] // g.size, math.prod(shape[1:])).transpose(0, 1).reshape(shape)
 
 
 def _moved(shape: tuple[int, ...], axis: int, to: int) -> list[int]:
@@ -108,14 +110,14 @@ def _moved(shape: tuple[int, ...], axis: int, to: int) -> list[int]:
     return sizes
 
 
-_TO_BLOCKS = {
+_TO_BLOCKS: dict[Kind, Callable[[Tensor, Granularity], Tensor]] = {
     "tensor": lambda x, g: x.reshape(1, -1),
     "channel": lambda x, g: x.movedim(g.axis, 0).reshape(x.shape[g.axis], -1),
     "group": _group_blocks,
     "token": lambda x, g: x.movedim(g.axis, -1).reshape(-1, x.shape[g.axis]),
     "frame": _frame_blocks,
 }
-_FROM_BLOCKS = {
+_FROM_BLOCKS: dict[Kind, Callable[[Tensor, Granularity, tuple[int, ...]], Tensor]] = {
     "tensor": lambda b, g, shape: b.reshape(shape),
     "channel": lambda b, g, shape: b.reshape(_moved(shape, g.axis, 0)).movedim(0, g.axis),
     "group": _group_unblock,

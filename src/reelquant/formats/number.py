@@ -2,6 +2,8 @@
 
 Three families share one contract (:class:`NumberFormat`): integers, small floats, and any sorted table of levels. A code is always an
 index ``0 .. 2**bits - 1``; what it stands for is the format's business, how it is packed is :mod:`reelquant.formats.packing`'s.
+
+NaN is no number: ``round`` hands it on, so that it shows; ``encode`` has no code for it and gives an arbitrary one that fits the bits.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ class NumberFormat(ABC):
         """Unit value of every code."""
 
     def round(self, unit: Tensor) -> Tensor:
-        """Encode and decode in one go, in the dtype of ``unit``."""
-        return self.decode(self.encode(unit), unit.dtype)
+        """Encode and decode in one go, in the dtype of ``unit``; NaN stays NaN."""
+        return torch.where(unit.isnan(), unit, self.decode(self.encode(unit), unit.dtype))
 
     def levels(self) -> Tensor:
         """All distinct numbers, sorted: ``[<= 2**bits]`` float32."""
@@ -83,7 +85,7 @@ class Int(NumberFormat):
             raise RecipeError(f"an integer format has 2 to 8 bits, got {self.bits}")
 
     @property
-    def needs_zero_point(self) -> bool:  # type: ignore[override]
+    def needs_zero_point(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return not self.signed
 
     @property
@@ -121,7 +123,7 @@ class MiniFloat(NumberFormat):
     reserved: int = 0  # how many of the largest magnitudes are not numbers
 
     @property
-    def bits(self) -> int:  # type: ignore[override]
+    def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return 1 + self.exponent + self.mantissa
 
     @property
@@ -146,7 +148,7 @@ class MiniFloat(NumberFormat):
     def encode(self, unit: Tensor) -> Tensor:
         value = self.round(unit.float())
         magnitudes = _magnitudes(self.exponent, self.mantissa, self.reserved).to(value.device)
-        index = torch.searchsorted(magnitudes, value.abs().contiguous())
+        index = torch.searchsorted(magnitudes, value.abs().contiguous()).clamp_(max=len(magnitudes) - 1)  # NaN has no index
         return (index + torch.signbit(value) * 2 ** (self.bits - 1)).to(torch.uint8)
 
     def decode(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -165,7 +167,7 @@ def _magnitudes(exponent: int, mantissa: int, reserved: int) -> Tensor:
         (index % steps) / steps * 2.0 ** (1 - bias) if index < steps else (1 + index % steps / steps) * 2.0 ** (index // steps - bias)
         for index in range(2 ** (exponent + mantissa) - reserved)
     ]
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float32, device="cpu")  # cached: whatever default a caller has set must not stick
 
 
 class LevelFormat(NumberFormat):
@@ -173,7 +175,7 @@ class LevelFormat(NumberFormat):
 
     @property
     @abstractmethod
-    def table(self) -> Tensor:  # type: ignore[override]
+    def table(self) -> Tensor:
         """Sorted distinct levels, float32."""
 
     @property
@@ -200,7 +202,7 @@ class Levels(LevelFormat):
 
     values: Tensor
     bits: int = 8
-    name: str = "levels"
+    name: str = "levels"  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def __post_init__(self) -> None:
         if self.values.ndim != 1 or not 2 <= len(self.values) <= 2**self.bits or bool((self.values.diff() <= 0).any()):

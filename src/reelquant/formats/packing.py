@@ -25,7 +25,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return even[:, ::2] | (even[:, 1::2] << 4)
     flat = (codes[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device)) & 1
     stream = flat.flatten(1)
-    stream = F.pad(stream, (0, -stream.shape[1] % 8)).reshape(codes.shape[0], -1, 8)
+    stream = F.pad(stream, (0, -stream.shape[1] % 8)).reshape(codes.shape[0], packed_width(codes.shape[1], bits), 8)
     return (stream << torch.arange(8, dtype=torch.uint8, device=codes.device)).sum(-1, dtype=torch.uint8)
 
 

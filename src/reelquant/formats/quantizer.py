@@ -81,15 +81,14 @@ class Quantizer:
 
         Column solvers (gptq) round left to right and must meet the very scales the whole matrix has.
         """
-        scale, zero = (self._columns(v, weight, first) for v in (self.scale, self.zero_point))
+        scale = self._columns(self.scale, weight, first)
+        zero = None if self.zero_point is None else self._columns(self.zero_point, weight, first)
         unit = weight.float() / scale
         unit = unit if zero is None else unit + zero
         rounded = self.format.round(unit)
         return ((rounded if zero is None else rounded - zero) * scale).to(weight.dtype)
 
-    def _columns(self, values: Tensor | None, weight: Tensor, first: int) -> Tensor | None:
-        if values is None:
-            return None
+    def _columns(self, values: Tensor, weight: Tensor, first: int) -> Tensor:
         if self.granularity.kind == "group":
             index = torch.arange(first, first + weight.shape[1], device=weight.device) // self.granularity.size
             return values.reshape(weight.shape[0], -1)[:, index]
@@ -119,6 +118,7 @@ def fit(spec: QuantSpec, values: Tensor) -> Quantizer:
         spec: what is wanted; ``slots`` is the caller's business.
         values: a weight ``[out, ...]`` or sampled inputs; with a criterion range, features ``[timesteps, dim]``.
     """
+    values = values.float()
     criterion = CRITERIA[spec.range.score] if isinstance(spec.range, ByCriterion) else CRITERIA["nmse"]
     candidates = [_fit_one(replace(spec, format=fmt.fit(values, criterion)), values) for fmt in (spec.format, *spec.alternatives)]
     if len(candidates) == 1:

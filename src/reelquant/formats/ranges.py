@@ -31,14 +31,16 @@ class RangeRule(ABC):
 
 
 def bounds(values: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of every unit, zero included."""
+    """Smallest and largest value of every unit, zero included; no values at all range from zero to zero."""
     blocks = granularity.blocks(values)
+    if not blocks.shape[1]:
+        return blocks.new_zeros(len(blocks)), blocks.new_zeros(len(blocks))
     return blocks.amin(1).clamp(max=0), blocks.amax(1).clamp(min=0)
 
 
 @dataclass(frozen=True)
 class MinMax(RangeRule):
-    """The whole range: nothing is clipped."""
+    """The whole range: nothing is clipped, but for the rounding of a group's bfloat16 scale (at most 1/256 of the range)."""
 
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
         return bounds(values, granularity)
@@ -56,6 +58,8 @@ class Percentile(RangeRule):
             raise RecipeError(f"percentile lies in (0.5, 1], got {self.percentile}")
 
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        if not values.numel():
+            return bounds(values, granularity)
         ordered = granularity.blocks(values).float().sort(1).values  # torch.quantile refuses more than 16 million values
         last = ordered.shape[1] - 1
         low, high = ordered[:, round((1 - self.percentile) * last)], ordered[:, round(self.percentile * last)]
@@ -76,6 +80,7 @@ class Mse(RangeRule):
     needs_samples = True
 
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        values = values.float()  # the error of a bfloat16 result would drown in its own rounding
         low, high = bounds(values, granularity)
         best, factor = torch.full_like(low, torch.inf, dtype=torch.float32), torch.ones_like(low)
         for trial in torch.linspace(1, self.smallest, self.candidates).tolist():
@@ -100,6 +105,7 @@ class ByCriterion(RangeRule):
             raise RecipeError(f"unknown criterion '{self.score}'; {nearest(self.score, CRITERIA)}")
 
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
+        values = values.float()
         low, high = bounds(values, granularity)
         score = CRITERIA[self.score]
         trials = torch.linspace(1, self.smallest, self.candidates).tolist()
@@ -114,16 +120,15 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 RANGES: dict[str, type[RangeRule]] = {"minmax": MinMax, "percentile": Percentile, "mse": Mse, "criterion": ByCriterion}
 
 
-def scale_and_zero_point(
-    low: Tensor, high: Tensor, fmt: NumberFormat, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor | None]:
+def scale_and_zero_point(low: Tensor, high: Tensor, fmt: NumberFormat, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
     """Scale ``[units]`` (float32, positive) and integer zero point ``[units]`` (affine formats only) that cover ``[low, high]``.
 
-    A range of zero width gets scale 1, so that a constant zero stays exact. The scale is rounded to ``dtype``, the one it is stored in.
+    A range of zero width gets scale 1, so that a constant zero stays exact; NaN stays NaN, so that it shows. The scale is rounded to
+    ``dtype``, the one it is stored in.
     """
-    low, high = low.float(), high.float()
+    low, high, span = low.float(), high.float(), fmt.high - fmt.low
     if fmt.needs_zero_point:
-        scale = _positive((high - low) / (fmt.high - fmt.low), dtype)
+        scale = _positive(high / span - low / span, dtype)  # not (high - low) / span: that can overflow
         return scale, (-low / scale).round().clamp(fmt.low, fmt.high)
     upper = high / fmt.high
     scale = torch.maximum(upper, low / fmt.low) if fmt.low < 0 else upper
@@ -131,4 +136,4 @@ def scale_and_zero_point(
 
 
 def _positive(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(scale > torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale)).to(dtype).float()
+    return torch.where(scale <= torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale).to(dtype).float()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from reelquant.formats.number import Criterion, LevelFormat, NumberFormat
+from reelquant.formats.ranges import scale_and_zero_point
 
 EDGES = 40  # candidate edges of log_uniform
 TAUS = (1, 2, 4, 8)  # levels per octave
@@ -25,34 +26,43 @@ GAMMAS = tuple(1 + i / 10 for i in range(31))
 
 
 def _best(candidates: Iterable[LevelFormat], values: Tensor, criterion: Criterion) -> LevelFormat:
-    """The candidate with the largest criterion after rounding ``values``, which are scaled by their largest magnitude."""
-    scale = values.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    unit = values.float() / scale
-    return max(candidates, key=lambda candidate: float(criterion(values, candidate.round(unit) * scale)))
+    """The candidate with the largest criterion after rounding ``values`` with the scale that covers them all."""
+    values = values.float()
+    low, high = values.amin().clamp(max=0), values.amax().clamp(min=0)
+
+    def score(candidate: LevelFormat) -> float:
+        scale, _ = scale_and_zero_point(low, high, candidate)
+        return float(criterion(values, candidate.round(values / scale) * scale))
+
+    return max(candidates, key=score)
 
 
 def _octaves(count: int, tau: int) -> Tensor:
     """``count`` magnitudes ``1, 2^(-1/tau), 2^(-2/tau) ...``, descending."""
-    return torch.exp2(-torch.arange(count, dtype=torch.float64) / tau)
+    return torch.exp2(-_indices(count) / tau)
+
+
+def _indices(count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device="cpu")  # tables are cached: a caller's default device must not stick
 
 
 @lru_cache(maxsize=4096)
 def _log2_table(bits: int, tau: int) -> Tensor:
     magnitudes = _octaves((2**bits - 1) // 2, tau)
-    return torch.cat([-magnitudes, torch.zeros(1, dtype=torch.float64), magnitudes]).float().unique()
+    return torch.cat([-magnitudes, magnitudes.new_zeros(1), magnitudes]).float().unique()
 
 
 @lru_cache(maxsize=4096)
 def _log_uniform_table(bits: int, edge: float, tau: int) -> Tensor:
     half = 2 ** (bits - 1)
     small = _octaves((half - 1) // 2, tau) * edge
-    large = edge + (1 - edge) * torch.arange(1, half + 1, dtype=torch.float64) / half
-    return torch.cat([-small, torch.zeros(1, dtype=torch.float64), small, large]).float().unique()
+    large = edge + (1 - edge) * (_indices(half) + 1) / half
+    return torch.cat([-small, small.new_zeros(1), small, large]).float().unique()
 
 
 @lru_cache(maxsize=4096)
 def _power_table(bits: int, gamma: float, bottom: float) -> Tensor:
-    steps = torch.arange(2**bits, dtype=torch.float64) / (2**bits - 1)
+    steps = _indices(2**bits) / (2**bits - 1)
     return (bottom + (1 - bottom) * steps**gamma).float().unique()
 
 
