@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.formats.granularity import Granularity, parse_granularity
-from reelquant.formats.number import Criterion, Int, LevelFormat, Levels, MiniFloat, NumberFormat
+from reelquant.formats.number import LEVEL_DTYPE, Criterion, Int, LevelFormat, Levels, MiniFloat, NumberFormat
 from reelquant.formats.packing import pack, packed_width, unpack
 from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit
 from reelquant.formats.ranges import CRITERIA, RANGES, ByCriterion, MinMax, Mse, Percentile, RangeRule
@@ -15,6 +15,7 @@ from reelquant.formats.skewed import Log2, LogUniform, Power
 __all__ = [
     "CRITERIA",
     "FORMATS",
+    "LEVEL_DTYPE",
     "RANGES",
     "ByCriterion",
     "Criterion",

@@ -54,8 +54,8 @@ class Granularity:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """What scales are rounded to before codes are chosen: bfloat16 for groups, which are many, float32 for all others."""
-        return torch.bfloat16 if self.kind == "group" else torch.float32
+        """What scales are rounded to before codes are chosen: bfloat16 where there are many (groups, channels), float32 otherwise."""
+        return torch.bfloat16 if self.kind in ("group", "channel") else torch.float32
 
     @property
     def fixed_units(self) -> bool:

@@ -67,6 +67,10 @@ class NumberFormat(ABC):
         del values, criterion
         return self
 
+    def stored(self) -> NumberFormat:
+        """The format as a checkpoint holds it: codes must be chosen with exactly the numbers that come back."""
+        return self
+
     @property
     def table(self) -> Tensor | None:
         """Sorted levels that have to be stored with the layer, or None for formats that a name describes completely."""
@@ -170,6 +174,9 @@ def _magnitudes(exponent: int, mantissa: int, reserved: int) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")  # cached: whatever default a caller has set must not stick
 
 
+LEVEL_DTYPE = torch.float16  # of stored level tables: levels lie in [-1, 1]
+
+
 class LevelFormat(NumberFormat):
     """Base of formats given by a sorted table of at most ``2**bits`` levels; rounding goes to the nearest level (linear midpoint)."""
 
@@ -185,6 +192,9 @@ class LevelFormat(NumberFormat):
     @property
     def high(self) -> float:
         return float(self.table[-1])
+
+    def stored(self) -> NumberFormat:
+        return Levels(self.table.to(LEVEL_DTYPE).float().unique(), self.bits, self.name)
 
     def encode(self, unit: Tensor) -> Tensor:
         table = self.table.to(unit.device)

@@ -120,7 +120,7 @@ def fit(spec: QuantSpec, values: Tensor) -> Quantizer:
     """
     values = values.float()
     criterion = CRITERIA[spec.range.score] if isinstance(spec.range, ByCriterion) else CRITERIA["nmse"]
-    candidates = [_fit_one(replace(spec, format=fmt.fit(values, criterion)), values) for fmt in (spec.format, *spec.alternatives)]
+    candidates = [_fit_one(replace(spec, format=fmt.fit(values, criterion).stored()), values) for fmt in (spec.format, *spec.alternatives)]
     if len(candidates) == 1:
         return candidates[0]
     return max(candidates, key=lambda quantizer: float(criterion(values, quantizer(values))))

@@ -38,6 +38,7 @@ MOTIONS = {
 }
 SIZES = {"small": 0.30, "large": 0.44}  # half extent of the object, in units of half the frame width
 BACKGROUNDS = ("black", "white", "gray", "checkered", "striped")
+EVALUATION_SEED = 700_000  # scenes of the evaluation prompts; training draws from other seeds
 FIELD = 64  # resolution of a stored signed-distance field
 MARGIN = 1.3  # the field covers [-MARGIN, MARGIN] object units, the object itself [-1, 1]
 
@@ -199,6 +200,11 @@ def random_clip(seed: int, *, frames: int = 13, resolution: int = 64) -> tuple[T
     generator = torch.Generator().manual_seed(seed)
     scene = random_scene(generator)
     return render(scene, generator, frames=frames, resolution=resolution), random_caption(scene, generator), scene
+
+
+def evaluation_prompts(count: int) -> list[str]:
+    """Captions of scenes of seeds that no training used; the first ones stay the same whatever the count."""
+    return [random_scene(torch.Generator().manual_seed(EVALUATION_SEED + i)).caption() for i in range(count)]
 
 
 def vocabulary() -> list[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock, keeping_dtype
-from reelquant.formats import Levels, NumberFormat, Quantizer, dynamic, packed_width, parse_format
+from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, dynamic, packed_width, parse_format
 from reelquant.kernels import InputStage, Kernel, PackedWeight, select
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.observe import Geometry
@@ -260,14 +260,14 @@ def buffer_shapes(shape: tuple[int, ...], layout: LayerLayout, channels: int) ->
     if parse_format(weight.format).needs_zero_point:
         found["weight_zero_point"] = ((units,), torch.uint8)
     if weight.levels:
-        found["weight_levels"] = ((weight.levels,), torch.float32)
+        found["weight_levels"] = ((weight.levels,), LEVEL_DTYPE)
     if inputs is not None and not inputs.dynamic:
         units = {"tensor": 1, "channel": channels, "frame": inputs.grain().size}[inputs.grain().kind]
         found["input_scale"] = ((layout.slots, units), torch.float32)
         if parse_format(inputs.format).needs_zero_point:
             found["input_zero_point"] = ((layout.slots, units), torch.float32)
         if inputs.levels:
-            found["input_levels"] = ((inputs.levels,), torch.float32)
+            found["input_levels"] = ((inputs.levels,), LEVEL_DTYPE)
     found |= {f"pre_quant_{name}": ((channels,), SHIFT_DTYPE) for name in ("shift", "scale") if getattr(layout, name)}
     if layout.table and not layout.unused:
         found["output_table"] = ((layout.table, shape[0]), torch.float32)
@@ -276,7 +276,7 @@ def buffer_shapes(shape: tuple[int, ...], layout: LayerLayout, channels: int) ->
 
 def _format(layout: TensorLayout, levels: Tensor | None) -> NumberFormat:
     fmt = parse_format(layout.format)
-    return fmt if levels is None else Levels(levels, fmt.bits)
+    return fmt if levels is None else Levels(levels.float(), fmt.bits, fmt.name)
 
 
 def _codes_shape(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, UnsupportedError
-from reelquant.formats import Quantizer, QuantSpec, bind, fit, pack
+from reelquant.formats import LEVEL_DTYPE, Quantizer, QuantSpec, bind, fit, pack
 from reelquant.formats.criteria import coverage, nmse, retrieval_accuracy, tdscore
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, get_module, quantized_class
 from reelquant.nn.layers import SHIFT_DTYPE
@@ -145,7 +145,7 @@ def _build_layer(
     bias = _bias(module, weight, rewrite, statistics, solution, correct=step is not None and step.correct_bias)
     layout = _layout(row, rewrite, folds, solution, inputs, bias)
     layer = quantized_class(module).like(module, layout, device=weight.device)
-    layer.fill(_tensors(row, layout, rewrite, folds, solution, inputs, None if bias is None else bias.to(module.weight.dtype)))
+    layer.fill(_tensors(row, layout, rewrite, folds, solution, inputs, None if bias is None else bias.to(_bias_dtype(module, bias))))
     chosen = {f"{name}.{key}": value for number, values in options.items() if number in row.steps for key, value in values.items()
               for name in [plan.recipe.steps[number].transform or plan.recipe.steps[number].solve]}  # fmt: skip
     return layer, _record(row, module, layer, rewrite, statistics, solution, inputs, bias, folds, solver, chosen)
@@ -169,7 +169,9 @@ def _solve(spec: QuantSpec, weight: Tensor, rewrite: Rewrite, statistics: InputS
     if rewrite.scale is None:
         return solve(solver, Problem(matrix, spec, gram.covariance, gram.inverse_factor))
     scale = rewrite.scale.repeat_interleave(matrix.shape[1] // len(rewrite.scale))
-    return solve(solver, Problem(matrix, spec, gram.covariance / torch.outer(scale, scale), lambda damping: gram.inverse_factor(damping) * scale))
+    return solve(
+        solver, Problem(matrix, spec, gram.covariance / torch.outer(scale, scale), lambda damping: gram.inverse_factor(damping) * scale)
+    )
 
 
 def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatistics | None, *, unseen: bool) -> list[Quantizer] | None:
@@ -185,7 +187,7 @@ def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatis
     keep = {"tensor": (), "channel": (2,), "frame": (1,)}[spec.granularity.kind]
     over = [dim for dim in (1, 2) if dim not in keep]
     low, high = low.amin(over).reshape(len(low), -1).clamp(max=0), high.amax(over).reshape(len(high), -1).clamp(min=0)
-    return [bind(spec.format, spec.granularity, *pair) for pair in zip(low, high, strict=True)]
+    return [bind(spec.format.stored(), spec.granularity, *pair) for pair in zip(low, high, strict=True)]
 
 
 def _sampled(rewrite: Rewrite, statistics: InputStatistics, spec: QuantSpec) -> Tensor:
@@ -215,6 +217,12 @@ def _bias(
     else:
         return bias
     return extra if bias is None else bias + extra
+
+
+def _bias_dtype(module: nn.Module, bias: Tensor) -> torch.dtype:
+    """The layer's own dtype; a bias that the layer did not have takes half as much if it fits."""
+    created = module.bias is None and float(bias.abs().amax()) < torch.finfo(torch.float16).max / 2
+    return torch.float16 if created else module.weight.dtype
 
 
 def _mean(statistics: InputStatistics, taps: int) -> Tensor:
@@ -255,12 +263,12 @@ def _tensors(
     if solution.quantizer.zero_point is not None:
         extra["weight_zero_point"] = solution.quantizer.zero_point.to(torch.uint8)
     if layout.weight.levels and solution.quantizer.format.table is not None:
-        extra["weight_levels"] = solution.quantizer.format.table
+        extra["weight_levels"] = solution.quantizer.format.table.to(LEVEL_DTYPE)
     if inputs:
         extra["input_scale"] = torch.stack([q.scale for q in inputs])
         zeros = [q.zero_point for q in inputs if q.zero_point is not None]
         extra |= {"input_zero_point": torch.stack(zeros)} if zeros else {}
-        extra |= {"input_levels": inputs[0].format.table} if inputs[0].format.table is not None else {}
+        extra |= {"input_levels": inputs[0].format.table.to(LEVEL_DTYPE)} if inputs[0].format.table is not None else {}
     if not folds:
         extra |= {
             f"pre_quant_{name}": v.to(SHIFT_DTYPE) for name, v in (("shift", rewrite.shift), ("scale", rewrite.scale)) if v is not None
@@ -283,7 +291,7 @@ def _record(
     input_name = "float" if row.input is None else str(row.input if not inputs else QuantSpec(inputs[0].format, row.input.granularity))
     return LayerRecord(
         row.layer.name, row.layer.role, str(row.weight), input_name, row.bytes_before, layer_bytes(layer), folded=folds,
-        solver=solution.replaced and "nearest" or type(solver).__name__.lower(), replaced=solution.replaced, options=chosen, **facts,
+        solver=(solution.replaced and "nearest") or type(solver).__name__.lower(), replaced=solution.replaced, options=chosen, **facts,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reelquant.clock import timestep_reader
 from reelquant.models.sampling import sample

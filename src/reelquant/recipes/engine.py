@@ -26,7 +26,6 @@ from reelquant.recipes.search import Assignment, choose, family, latent_psnr, tr
 from reelquant.reuse import add_table, drop_unused
 from reelquant.sites import Group
 
-
 HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
 
 
@@ -295,7 +294,9 @@ def _check(session: Session, report: Report, reference: Tensor | None) -> None:
     with session.timed("check", session.steps):
         latents = session.held_out_latents()
     if not bool(latents.isfinite().all()):
-        raise CalibrationError(f"the quantized pipeline ({report.recipe}) gives NaN or inf; try a recipe with more bits or float inputs (w8a16)")
+        raise CalibrationError(
+            f"the quantized pipeline ({report.recipe}) gives NaN or inf; try a recipe with more bits or float inputs (w8a16)"
+        )
     report.latent_psnr = latent_psnr(reference, latents)
     report.prompts = list(session.calibration.prompts)
 
@@ -326,4 +327,3 @@ def _account(session: Session, report: Report, before: int) -> None:
 def _model_bytes(denoiser: nn.Module) -> int:
     tensors = [*denoiser.parameters(), *denoiser.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors)
-

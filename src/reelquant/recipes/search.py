@@ -66,7 +66,7 @@ def choose(
     sizes: dict[str, int] = defaultdict(int)
     for group in groups:
         sizes[family(group)] += sum(plan.layers[name].bytes_before for name in group.layers)
-    assignment: Assignment = {name: options[0] for name in sizes}
+    assignment: Assignment = dict.fromkeys(sizes, options[0])
     trials: list[Trial] = []
     if len(options) == 1:
         return assignment, trials
@@ -76,7 +76,7 @@ def choose(
         on_trial(trials[-1])
         return trials[-1].psnr
 
-    scores = [attempt("all", {name: one for name in sizes}, one) for one in options]
+    scores = [attempt("all", dict.fromkeys(sizes, one), one) for one in options]
     best = max(scores)
     assignment = {name: options[scores.index(best)] for name in sizes}
     if plan.recipe.search.scope == "family":

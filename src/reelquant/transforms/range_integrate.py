@@ -29,6 +29,8 @@ class RangeIntegrate(Transform):
             raise RecipeError(f"cap lies in (0, 1], got {self.cap}")
 
     def plan(self, group: GroupView) -> Rewrite:
+        if self.cap is None and self.power == 0:
+            return Rewrite()
         size = magnitude(group)
         relative = (size / size.amax().clamp(min=1e-30)).clamp(min=1e-4)  # a dead channel must not turn into a huge weight ratio
         scale = (relative / self.cap).clamp(min=1) if self.cap is not None else relative**self.power
