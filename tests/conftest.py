@@ -1,0 +1,50 @@
+"""What holds for every test: no network, one thread a worker, the same random numbers every time."""
+
+from __future__ import annotations
+
+import os
+
+# Before diffusers and transformers are imported: their hub client reads these once.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    DO_NOT_TRACK="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)  # workers share the cores
+
+# derandomize: CI and every developer see the same examples; deadline: timings on a shared machine are no property of the code
+settings.register_profile("reelquant", derandomize=True, deadline=None, database=None, max_examples=20)
+settings.load_profile("reelquant")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    """Every test starts from seed 0 and cannot leave another default dtype or grad mode behind."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "a test left another default dtype behind"
+    assert torch.is_grad_enabled(), "a test left gradients switched off"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
