@@ -1,0 +1,56 @@
+"""The command line: one file per verb, nothing heavy imported before a verb runs.
+
+``console`` (what is printed, progress bars), ``errors`` (one line per error), ``options`` (what verbs share), ``tables`` (rich tables),
+``compare`` (float against quantized copies on the same clips).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from reelquant._version import __version__
+from reelquant.cli.demo import demo
+from reelquant.cli.errors import Verbs
+from reelquant.cli.generate import generate
+from reelquant.cli.inspect import inspect
+from reelquant.cli.quantize import quantize
+from reelquant.cli.recipes import recipes
+
+app = typer.Typer(
+    name="reelquant",
+    cls=Verbs,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"reelquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Start with [bold]reelquant demo[/bold]: two minutes, no network, no GPU, and you see what quantization does.")
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show tracebacks and what the libraries log.")] = False,
+) -> None:
+    """Quantize diffusers video pipelines after training, and see that the videos are still good.
+
+    [bold]The way through:[/bold]
+
+    [cyan]reelquant recipes[/cyan]                                   what there is
+    [cyan]reelquant inspect tiny-dit[/cyan]                          look inside
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]   the plan
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]      the job
+    [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
+    """
+
+
+for verb in (demo, quantize, generate, inspect, recipes):
+    app.command()(verb)

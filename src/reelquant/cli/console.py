@@ -1,0 +1,126 @@
+"""What a person sees: two consoles, progress bars, sizes in words. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import warnings
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PIPED = 120  # columns where the output is no terminal and COLUMNS says nothing
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED)
+err = Console(stderr=True, highlight=False)
+
+PHASES = {
+    "open": "opening the pipeline",
+    "calibrate": "sampling calibration clips",
+    "float reference": "sampling held-out clips in float",
+    "search": "trying out choices",
+    "build": "building quantized layers",
+    "check": "sampling held-out clips quantized",
+    "sample": "sampling",
+}
+
+
+def quiet_libraries() -> None:
+    """Keep the bars and remarks of diffusers and transformers off the screen; must run before they are imported."""
+    for name, value in {
+        "DIFFUSERS_VERBOSITY": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+
+
+def quiet_loading() -> None:
+    """Switch off the loading bars; diffusers and transformers are imported by now or will be."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+class Bars:
+    """Progress bars with the time left, one per phase; a :class:`reelquant.recipes.engine.Progress`.
+
+    Nothing is drawn where stderr is no terminal.
+    """
+
+    def __init__(self) -> None:
+        columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn())
+        self._bars = Progress(
+            *columns, TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
+        )
+        self._task: TaskID | None = None
+        self._prefix = ""
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        self._bars.stop()
+
+    def about(self, subject: str) -> None:
+        """What the following phases are about; written before their names."""
+        self._prefix = f"{subject}: " if subject else ""
+
+    def phase(self, name: str, total: int) -> None:
+        """Start the next bar; the last one is complete."""
+        self.finish()
+        self._task = self._bars.add_task(self._prefix + PHASES.get(name, name), total=max(total, 1))
+
+    def advance(self) -> None:
+        """One step of the present bar is done."""
+        if self._task is not None:
+            self._bars.advance(self._task)
+
+    def finish(self) -> None:
+        """Fill the present bar."""
+        if self._task is not None:
+            total = self._bars.tasks[-1].total
+            self._bars.update(self._task, completed=total)
+            self._task = None
+
+
+def emit(data: Any) -> None:
+    """JSON on stdout, nothing else."""
+    typer.echo(json.dumps(plain(data), indent=2))
+
+
+def plain(value: Any) -> Any:
+    """Only what JSON knows: no tuples, no NaN or inf (null instead)."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | bool) or value is None else str(value)
+
+
+def size(count: float) -> str:
+    """Bytes in words: ``1.50 MB``; decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def figure(value: float | None, pattern: str = "{:.3f}") -> str:
+    """A figure, or a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else pattern.format(value)

@@ -1,0 +1,251 @@
+"""``reelquant demo``: the main job on the bundled pipelines, with files in which a person sees that it worked."""
+
+from __future__ import annotations
+
+import json as json_
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reelquant._errors import CheckpointError
+from reelquant.cli.options import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from reelquant.cli.compare import Comparison, Outcome
+    from reelquant.cli.console import Bars
+
+VARIANTS = ("minmax-w8a8", "qvd-w8a8", "qvd-w6a6", "qvd-w4a8")  # as they are shown
+SAVED = "qvd-w8a8"  # goes first: its statistics hold what the others need; it is also the one that is saved and opened again
+SHORTER: dict[str, Any] = {"search.prompts": 2}  # a demo is about seeing it; benchmarks/ablation.py is about measuring it
+RESULTS = "results.json"
+SEED = 42
+SHOWN, PLAYED = 3, 3  # clips on the contact sheet, clips in the video
+LOOPS = 3  # of the MP4: a clip is under two seconds
+CAPTIONS = (
+    "a large red circle moving right on a black background",
+    "a large blue star spinning on a white background",
+    "a large yellow heart moving up on a gray background",
+    "a large green square moving left on a white background",
+    "a large purple triangle growing on a black background",
+    "a large orange star moving down on a gray background",
+    "a small red heart bouncing on a white background",
+    "a large blue square shrinking on a black background",
+)  # fmt: skip
+
+
+class Which(StrEnum):
+    """Pipelines of the demo."""
+
+    UNET = "tiny-unet"
+    DIT = "tiny-dit"
+    BOTH = "both"
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, or one of an earlier demo.")] = Path("reelquant-demo"),
+    pipeline: Annotated[Which, typer.Option("--pipeline", help="Which of the bundled pipelines.")] = Which.BOTH,
+    clips: Annotated[int, typer.Option("--clips", min=1, help="Clips per variant.")] = 6,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends.")] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Quantize the bundled video pipelines in four ways and compare them with float, on the same texts and the same noise.
+
+    [bold]Examples[/bold]
+
+    [cyan]reelquant demo[/cyan]
+    [cyan]reelquant demo --pipeline tiny-dit --clips 16 -o dit[/cyan]    one of them, tighter intervals
+
+    Writes per pipeline a contact sheet (PNG) and the clips side by side (MP4 and GIF), results.json, and one quantized pipeline that
+    was opened again with stock diffusers. No network, no GPU.
+    """
+    start = time.perf_counter()
+    target = _target(output)
+    names = [Which.UNET.value, Which.DIT.value] if pipeline is Which.BOTH else [pipeline.value]
+    from reelquant.models.pipelines import bundled_path
+
+    for name in names:
+        bundled_path(name)  # before the slow imports
+    with _replacing(target) as folder:
+        data = _run(names, folder, clips, steps, json)
+        data["seconds"] = round(time.perf_counter() - start, 1)
+        (folder / RESULTS).write_text(json_.dumps(data, indent=2) + "\n")
+    _goodbye(data, target, json)
+
+
+def _target(output: Path) -> Path:
+    """Refuse anything but a new or empty folder or one that an earlier demo wrote."""
+    path = output.expanduser().resolve()
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_demo(path))):
+        raise CheckpointError(f"'{path}' exists and was not written by reelquant demo; choose another --output")
+    return path
+
+
+def _is_demo(path: Path) -> bool:
+    file = path / RESULTS
+    return file.is_file() and '"made_by": "reelquant demo"' in file.read_text(errors="replace")
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place when all went well."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+    except OSError as error:
+        raise error if isinstance(error, CheckpointError) else CheckpointError(f"cannot write '{target}': {error}") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _run(names: list[str], folder: Path, clips: int, steps: int | None, json: bool) -> dict[str, Any]:
+    import torch
+
+    from reelquant._version import __version__
+    from reelquant.cli.console import Bars, out
+
+    torch.set_num_threads(_cores())
+    data: dict[str, Any] = {"made_by": "reelquant demo", "version": __version__, "threads": _cores(), "seed": SEED, "pipelines": {}}
+    with Bars() as bars:
+        for name in names:
+            outcomes, reopened = _compare(name, folder, clips, steps, bars)
+            data["pipelines"][name] = {"reopened": reopened, "variants": [one.figures() for one in outcomes]}
+            data["pipelines"][name]["files"] = _pictures(name, folder, outcomes)
+            if not json:
+                bars.finish()
+                out.print(results_table(name, outcomes))
+    data["captions"] = _captions(clips)
+    return data
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _captions(clips: int) -> list[str]:
+    return [CAPTIONS[i % len(CAPTIONS)] for i in range(clips)]
+
+
+def _compare(name: str, folder: Path, clips: int, steps: int | None, bars: Bars) -> tuple[list[Outcome], dict[str, Any]]:
+    """Float and every variant on the same clips; the saved variant goes first and is opened again."""
+    from reelquant.cli.compare import Comparison
+    from reelquant.cli.options import call_options, opened
+
+    bars.about(name)
+    bars.phase("open", 1)
+    comparison = Comparison(opened(name), _captions(clips), SEED, call_options(steps=steps), bars)
+    bars.about(f"{name} float")
+    found = {"float": comparison.measure_float()}
+    reopened: dict[str, Any] = {}
+    for recipe in sorted(VARIANTS, key=lambda recipe: recipe != SAVED):
+        bars.about(f"{name} {recipe}")
+        found[recipe] = comparison.measure(recipe, overrides=SHORTER)
+        if recipe == SAVED:
+            reopened = _save(comparison, found[recipe], folder / f"{name}-{recipe}", bars)
+    comparison.restore()
+    return [found[variant] for variant in ("float", *VARIANTS)], reopened
+
+
+def _save(comparison: Comparison, outcome: Outcome, folder: Path, bars: Bars) -> dict[str, Any]:
+    from reelquant.api import save
+    from reelquant.cli.compare import reopened_equals
+
+    bars.phase("save, open with stock diffusers, compare", 2)
+    save(comparison.pipe, folder, outcome.report)
+    bars.advance()
+    call = comparison.call | {"num_inference_steps": 4}
+    equal = reopened_equals(comparison.pipe, folder, comparison.captions[:2], SEED, call)
+    weights = sum(file.stat().st_size for file in (folder / comparison.component).glob("*.safetensors"))
+    return {"folder": folder.name, "equal": equal, "bytes_on_disk": weights}
+
+
+# -------------------------------------------------------------------------------------------------------------------------- output
+
+
+def _pictures(name: str, folder: Path, outcomes: list[Outcome]) -> list[str]:
+    """Contact sheet, MP4 and GIF of one pipeline."""
+    from reelquant.evaluate import contact_sheet, side_by_side, write_video
+
+    captions = _captions(len(outcomes[0].frames))
+    title = f"{name}: the same texts and the same noise, float and quantized"
+    shown = [one.frames[:SHOWN] for one in outcomes]
+    sheet = contact_sheet(shown, folder / f"{name}-sheet.png", [label(one) for one in outcomes], captions[:SHOWN], title=title)
+    labels = [label(one, short=True) for one in outcomes]
+    played = [one.frames[:PLAYED] for one in outcomes]
+    films = [
+        *write_video(side_by_side(played, labels, loops=LOOPS), folder / f"{name}.mp4"),
+        *write_video(side_by_side(played, labels), folder / f"{name}.gif"),
+    ]
+    return [sheet.name, *(film.name for film in films)]
+
+
+def label(outcome: Outcome, short: bool = False) -> str:
+    """Name and figures of a variant, for pictures."""
+    if outcome.report is None or outcome.psnr is None:
+        return f"{outcome.name}\n{'reference' if short else 'the reference'}"
+    ratio, psnr = f"{outcome.report.ratio:.1f}x smaller", f"{outcome.psnr.mean:.1f} dB"
+    return f"{outcome.name}\n{psnr}" if short else f"{outcome.name}\n{ratio}\n{psnr} to float\njudge {_judge(outcome)}"
+
+
+def _judge(outcome: Outcome) -> str:
+    return "/".join(f"{100 * outcome.judge[kind]:.0f}" for kind in ("color", "shape", "motion") if kind in outcome.judge) + " %"
+
+
+COLUMNS = ("bytes", "smaller", "PSNR, dB", "TDScore", "colour", "shape", "motion", "quantize", "a clip")
+
+
+def results_table(name: str, outcomes: list[Outcome]) -> Table:
+    """A row per variant."""
+    from reelquant.cli.tables import table
+
+    made = table(f"{name}, {len(outcomes[0].frames)} clips", ["variant"], COLUMNS)
+    floats = next(one.report.bytes_float for one in outcomes if one.report)
+    for one in outcomes:
+        made.add_row(one.name, *_cells(one, floats))
+    made.caption = (
+        "bytes: of the quantized layers, scales included; PSNR: to the float clips, mean and 95 % interval; TDScore: 1 is lossless; "
+        "colour, shape, motion: clips that show what their text says"
+    )
+    made.caption_justify, made.caption_style = "left", "dim"
+    return made
+
+
+def _cells(one: Outcome, floats: int) -> tuple[str, ...]:
+    from reelquant.cli.console import figure, size
+
+    judge = [figure(one.judge.get(kind), "{:.0%}") for kind in ("color", "shape", "motion")]
+    clip = f"{one.seconds_sample / len(one.frames):.2f} s"
+    if one.report is None:
+        return size(floats), "1.00x", "-", "-", *judge, "-", clip
+    score = figure(one.report.mean("tdscore", "temporal"))
+    return size(one.report.bytes_quantized), f"{one.report.ratio:.2f}x", str(one.psnr), score, *judge, f"{one.seconds_quantize:.1f} s", clip
+
+
+def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:
+    from reelquant.cli import console
+    from reelquant.cli.tables import facts
+
+    if json:
+        return console.emit(data | {"output": str(target)})
+    rows = [("all files", str(target))]
+    for name, found in data["pipelines"].items():
+        sheet, *films = found["files"]
+        again = found["reopened"]
+        same = "gives the very same clips" if again["equal"] else "[red]gives other clips: a fault, please report it[/red]"
+        rows.append((name, f"{sheet} (look at this first), {', '.join(films)}"))
+        rows.append(("", f"{again['folder']} ({console.size(again['bytes_on_disk'])}): opened again with stock diffusers, {same}"))
+    console.out.print(facts(f"Done in {data['seconds']:.0f} s", rows), soft_wrap=False)
+    return None

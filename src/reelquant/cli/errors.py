@@ -1,0 +1,64 @@
+"""How a command ends: one line on stderr and a code, whatever went wrong."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from reelquant._errors import ReelQuantError
+
+FAILED, INTERRUPTED, TERMINATED = 1, 130, 143
+_USAGE: Any = typer.BadParameter.__mro__[2]  # errors of usage, which typer itself explains
+
+
+def one_line(error: BaseException) -> str:
+    """What stderr shows: the message of an error that is ours, the kind as well of one that is not."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ReelQuantError):
+        return f"reelquant: {text}"
+    return f"reelquant: unexpected {type(error).__name__}: {text or 'no message'} (`reelquant --debug ...` shows where)"
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C, so that half-written files go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs: errors become one line and a code, unless ``--debug`` asks for tracebacks."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb."""
+        debug = bool(ctx.params.get("debug"))
+        try:
+            with terminable():
+                from reelquant.cli.console import quiet_libraries
+
+                if not debug:
+                    quiet_libraries()
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _USAGE):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("reelquant: interrupted, nothing is left behind", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if debug:
+                raise
+            typer.echo(one_line(error), err=True)
+            raise typer.Exit(FAILED) from None

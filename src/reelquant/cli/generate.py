@@ -1,0 +1,82 @@
+"""``reelquant generate``: a text in, a clip out, from a float or a quantized pipeline."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reelquant._errors import CalibrationError, CheckpointError
+from reelquant.cli.options import Device, Dtype, Force, Frames, Guidance, Height, Json, Model, Steps, Width, call_options, opened
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the clip shows.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False)],
+    seed: Annotated[int, typer.Option("--seed", help="Of the noise; the same seed gives the same clip.")] = 0,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
+    fps: Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")] = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Sample one clip and write it as MP4, GIF or PNG frames.
+
+    [bold]Examples[/bold]
+
+    [cyan]reelquant generate tiny-dit -p "a red circle moving left" -o clip.mp4[/cyan]
+    [cyan]reelquant generate out -p "a small blue star spinning" -o clip.gif --seed 3[/cyan]
+    [cyan]reelquant generate tiny-unet -p "a green heart growing" -o a.png --steps 30[/cyan]
+
+    The model can be a folder that [cyan]reelquant quantize[/cyan] wrote.
+    """
+    from reelquant.evaluate.media import check_video, frame_paths, write_video
+
+    check_video(output)
+    if not prompt.strip():
+        raise CalibrationError("the prompt is empty; say what the clip shows")
+    if not force and (taken := _taken(output, frame_paths(output, 1)[0])):
+        raise CheckpointError(f"'{taken}' already exists; choose another name or pass --force to replace it")
+    pipe = opened(model, device, dtype)
+    start = time.perf_counter()
+    call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
+    clip = _sample(pipe, prompt, seed, call)
+    seconds = time.perf_counter() - start
+    _tell(write_video(clip, output, fps), clip, seconds, json, {"prompt": prompt, "seed": seed})
+
+
+def _taken(output: Path, first_frame: Path) -> Path | None:
+    path = first_frame if output.suffix.lower() == ".png" else output
+    return path if path.exists() else None
+
+
+def _sample(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> Any:
+    """One clip ``[frames, 3, h, w]``; an image counts as a clip of one frame."""
+    from reelquant.cli.console import Bars
+    from reelquant.models.sampling import call_arguments, sample
+
+    with Bars() as bars:
+        bars.phase("sample", call_arguments(pipe, **call).get("num_inference_steps") or 50)
+        clip = sample(pipe, [prompt], seed=seed, on_step=bars.advance, **call)[0]
+    if not bool(clip.isfinite().all()):
+        raise CalibrationError("the clip holds NaN or inf; check the weights, or try --dtype float32")
+    return clip if clip.ndim == 4 else clip[None]
+
+
+def _tell(files: list[Path], clip: Any, seconds: float, json: bool, given: dict[str, Any]) -> None:
+    from reelquant.cli import console
+
+    count, _, height, width = clip.shape
+    if json:
+        console.emit(given | {"files": files, "frames": count, "height": height, "width": width, "seconds": seconds})
+        return
+    name = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
+    console.out.print(f"[green]✓[/green] {name}  [dim]{count} frames of {width}x{height}, {seconds:.1f} s[/dim]", soft_wrap=True)

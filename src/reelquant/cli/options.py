@@ -1,0 +1,88 @@
+"""Options that several verbs share, and what they mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reelquant._errors import RecipeError, UnsupportedError, nearest
+
+MODEL = typer.Argument(help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).", show_default=False)
+Model = Annotated[str, MODEL]
+Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Of the float parts: float32, bfloat16 or float16.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends.")]
+Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a clip.")]
+Height = Annotated[int | None, typer.Option("--height", min=1, help="Pixels.")]
+Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.")]
+Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 switches guidance off.")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="File with one text per line; # starts a comment.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace what is there, once the new is complete.")]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def opened(model: str, device: str = "cpu", dtype: str = "float32") -> Any:
+    """Open a pipeline where and how the options say.
+
+    Raises:
+        UnsupportedError: for an unknown dtype or a device that is not here.
+        CheckpointError: if the pipeline cannot be opened.
+    """
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
+    from reelquant.models.pipelines import locate
+
+    locate(model)  # before the slow imports
+    import torch
+
+    from reelquant.api import open_pipeline
+    from reelquant.cli.console import quiet_loading
+
+    check_device(device)
+    quiet_loading()
+    return open_pipeline(model, dtype=getattr(torch, dtype), device=device)
+
+
+def check_device(device: str) -> None:
+    """Refuse devices that torch does not know or that this machine lacks.
+
+    Raises:
+        UnsupportedError: naming the devices that work.
+    """
+    import torch
+
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    if device.split(":")[0] not in here:
+        raise UnsupportedError(f"no device '{device}' on this machine; it has {', '.join(here)}")
+
+
+def call_options(**given: Any) -> dict[str, Any]:
+    """Arguments of the pipeline call from options: those that were given, by the names diffusers uses."""
+    names = {"steps": "num_inference_steps", "frames": "num_frames", "guidance": "guidance_scale"}
+    return {names.get(key, key): value for key, value in given.items() if value is not None}
+
+
+def settings(pairs: list[str]) -> dict[str, Any]:
+    """``["calibrate.steps=10", "defaults.weight.format=int4"]`` as overrides; values are YAML.
+
+    Raises:
+        RecipeError: for a pair without ``=`` or a value that is no YAML.
+    """
+    import yaml
+
+    from reelquant.recipes.recipe import parse_value
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"--set takes key=value, got '{pair}'; for example --set calibrate.steps=10")
+        try:
+            found[key.strip()] = parse_value(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {key.strip()}: '{value}' is not a YAML value; quote it or write a list like [0.5, 1.0]") from None
+    return found

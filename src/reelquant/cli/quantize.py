@@ -1,0 +1,106 @@
+"""``reelquant quantize``: a float pipeline in, a quantized folder out, with the proof."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, opened, settings
+
+if TYPE_CHECKING:
+    from reelquant.recipes.recipe import Recipe
+
+
+def quantize(
+    model: Model,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A name from `reelquant recipes`, or a YAML file.", show_default=False)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must be new.", show_default=False)] = None,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the first calibration clip.", show_default=False)] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Layers that stay float: name, glob, re:REGEX, role:ROLE. Repeatable.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: calibrate.prompts=8. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what every layer would become, and stop.")] = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Quantize a pipeline's denoiser and save the whole pipeline as a stock diffusers folder.
+
+    [bold]Examples[/bold]
+
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]      the plan, nothing else
+    [cyan]reelquant quantize Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r w8a16 -o wan[/cyan]
+    [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
+    [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --exclude down_blocks.0 \
+        --set search.scope=family[/cyan]
+
+    Afterwards [cyan]reelquant generate out -p "..." -o clip.mp4[/cyan], or in Python
+    [cyan]import reelquant; DiffusionPipeline.from_pretrained("out")[/cyan].
+    """
+    if output is None and not dry_run:
+        raise typer.BadParameter("say where to write (or try --dry-run)", param_hint="--output")
+    if output is not None and not dry_run:
+        from reelquant.checkpoint import check_target
+
+        check_target(output, force=force)
+    chosen = _recipe(recipe, settings(change or []), seed)
+    texts = _texts(prompts)
+    pipe = opened(model, device, dtype)
+    if dry_run or output is None:
+        return _show_plan(pipe, chosen, exclude or [], json)
+    return _run(pipe, chosen, texts, exclude or [], call_options(steps=steps), output, force, json)
+
+
+def _recipe(source: str, changes: dict[str, Any], seed: int | None) -> Recipe:
+    from reelquant.recipes.recipe import load_recipe
+
+    found = load_recipe(source, changes)
+    return found if seed is None or found.data_free else load_recipe(found, {"calibrate.seed": seed})
+
+
+def _texts(file: Path | None) -> list[str] | None:
+    if file is None:
+        return None
+    from reelquant.models.pipelines import read_prompts
+
+    return read_prompts(file)
+
+
+def _show_plan(pipe: Any, recipe: Recipe, exclude: list[str], json: bool) -> None:
+    from reelquant.api import plan
+    from reelquant.cli import console, tables
+
+    made = plan(pipe, recipe, skip=exclude)
+    if json:
+        console.emit(tables.plan_json(made))
+    else:
+        console.out.print(tables.plan_table(made))
+        console.out.print("[dim]dry run: nothing was changed or written[/dim]")
+
+
+def _run(
+    pipe: Any, recipe: Recipe, texts: list[str] | None, exclude: list[str], call: dict[str, Any], output: Path, force: bool, json: bool
+) -> None:
+    from reelquant import api
+    from reelquant.cli import console, tables
+
+    with console.Bars() as bars:
+        report = api.quantize(pipe, recipe, texts, skip=exclude, progress=bars, **call)
+        bars.phase("write", 1)
+        path = api.save(pipe, output, report, force=force)
+    if json:
+        console.emit(report.to_json() | {"output": str(path)})
+        return
+    for part in tables.proof(report):
+        console.out.print(part)
+        console.out.print()
+    console.out.print(f"[green]✓[/green] {path}", soft_wrap=True)

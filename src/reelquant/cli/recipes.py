@@ -1,0 +1,116 @@
+"""``reelquant recipes``: what there is, and what one of them does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reelquant.cli.options import Json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from reelquant.recipes.recipe import Recipe, Step, TensorRecipe
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False)] = None,
+    json: Json = False,
+) -> None:
+    """List the recipes, or explain one and print its YAML.
+
+    [bold]Examples[/bold]
+
+    [cyan]reelquant recipes[/cyan]
+    [cyan]reelquant recipes qvd-w8a8[/cyan]
+    [cyan]reelquant recipes my.yaml[/cyan]        also checks the file: unknown keys are errors
+
+    To write your own, start from a printed one; docs/adding-a-method.md tells what every key means.
+    """
+    from reelquant.cli import console
+    from reelquant.recipes.recipe import load_recipe, names
+
+    if name is None:
+        found = [load_recipe(one) for one in names()]
+        if json:
+            return console.emit([{"name": r.name, "summary": r.summary, "paper": r.paper, "needs_data": not r.data_free} for r in found])
+        return console.out.print(_all(found))
+    recipe = load_recipe(name)
+    if json:
+        return console.emit(recipe.model_dump(mode="json", exclude_unset=True) | {"digest": recipe.digest()})
+    return _one(name, recipe)
+
+
+def _all(found: list[Recipe]) -> Table:
+    from reelquant.cli.tables import table
+
+    made = table("Recipes", ["name", "what it does", "paper", "data"])
+    made.columns[0].no_wrap = made.columns[2].no_wrap = made.columns[3].no_wrap = True
+    for recipe in found:
+        made.add_row(f"[cyan]{recipe.name}", recipe.summary, recipe.paper or "", "none" if recipe.data_free else "prompts")
+    return made
+
+
+def _one(source: str, recipe: Recipe) -> None:
+    from importlib import resources
+
+    from rich.syntax import Syntax
+
+    from reelquant.cli import console
+    from reelquant.cli.tables import facts
+    from reelquant.recipes.recipe import names
+
+    file = resources.files("reelquant.recipes").joinpath("library", f"{source}.yaml") if source in names() else Path(source)
+    console.out.print(facts(recipe.name, explain(recipe)))
+    console.out.print()
+    console.out.print(Syntax(file.read_text(encoding="utf-8"), "yaml", background_color="default", word_wrap=True))
+
+
+def explain(recipe: Recipe) -> list[tuple[str, str]]:
+    """A recipe in words: what happens to weights and inputs, to which layers, in what order."""
+    rows = [("summary", recipe.summary), *([("paper", recipe.paper)] if recipe.paper else [])]
+    rows += [("weights", _tensor(recipe.defaults.weight)), ("inputs", _tensor(recipe.defaults.input))]
+    for rule in recipe.rules:
+        fate = f"stay float: {rule.because or 'the rule says so'}" if rule.keep else "; ".join(
+            f"{part} {_tensor(getattr(rule, part))}" for part in ("weight", "input") if part in rule.model_fields_set
+        )  # fmt: skip
+        rows.append(("except", f"[cyan]{rule.on}[/cyan] {fate}"))
+    rows += [(f"step {number}", _step(step)) for number, step in enumerate(recipe.steps, 1)]
+    return [*rows, ("data", _data(recipe)), ("temporal layers", _TEMPORAL[recipe.temporal]), ("digest", recipe.digest())]
+
+
+_TEMPORAL = {
+    "quantize": "quantized like the rules say",
+    "table": "their exact outputs are stored for the sampler's own steps; other schedules use the quantized layers",
+}
+
+
+def _tensor(recipe: TensorRecipe | None) -> str:
+    if recipe is None:
+        return "stay float"
+    formats = [recipe.format] if isinstance(recipe.format, str) else recipe.format
+    found = recipe.range if isinstance(recipe.range, str) else " ".join(str(value) for value in recipe.range.values())
+    shared = "a scale per " + recipe.granularity if recipe.granularity != "tensor" else "one scale"
+    return f"{' or '.join(formats)}, {shared}, range by {found}" + (", found at run time" if recipe.dynamic else "") + (
+        ", per denoising step" if recipe.slots == "per_step" else "")  # fmt: skip
+
+
+def _step(step: Step) -> str:
+    extra = ", ".join(f"{key} {_choice(value)}" for key, value in (step.model_extra or {}).items())
+    bias = ", bias corrected for the rounded weight" if step.correct_bias else ""
+    verb, mechanism = ("rewrite by", step.transform) if step.transform else ("choose codes by", step.solve)
+    return f"{verb} {mechanism}{f' ({extra})' if extra else ''}{bias}, on [cyan]{step.on}[/cyan]"
+
+
+def _choice(value: object) -> str:
+    return f"one of {', '.join(str(one) for one in value)} by whole trajectories" if isinstance(value, list) else str(value)
+
+
+def _data(recipe: Recipe) -> str:
+    if recipe.calibrate is None:
+        return "none needed"
+    steps = f"{recipe.calibrate.steps} steps" if recipe.calibrate.steps else "the pipeline's usual steps"
+    own = f"{recipe.calibrate.prompts} prompts, {steps}, seed {recipe.calibrate.seed}"
+    return f"{own}; {recipe.search.prompts} more are held out for choices and the final check"

@@ -1,0 +1,141 @@
+"""Tables of plans, reports and recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from reelquant.cli.console import figure, size
+
+if TYPE_CHECKING:
+    from reelquant.recipes.build import LayerRecord
+    from reelquant.recipes.plan import LayerPlan, Plan
+    from reelquant.recipes.report import Report
+
+LAYER = 30  # columns that the names of layers get at least
+WORST = 8
+NAMES = 3  # examples of layers per reason
+
+
+def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
+    """An empty table; ``left`` columns hold words, ``right`` ones figures."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in left:
+        made.add_column(name, overflow="fold", min_width=LAYER if name == "layer" else None)
+    for name in right:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    """Names and values in two columns."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made.add_column(style="dim", no_wrap=True)
+    made.add_column(overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def plan_table(plan: Plan) -> Table:
+    """A row per layer: what it becomes, or why it stays."""
+    made = table(f"Plan of {plan.recipe.name} for {plan.map.cls}", ["layer", "role", "becomes"], ["before", "after", "smaller"])
+    for row in plan.layers.values():
+        made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
+    made.add_section()
+    made.add_row("[bold]quantized layers", "", f"{len(plan.quantized)} of {len(plan.layers)}", *_sizes(*plan_bytes(plan.quantized)))
+    made.add_row("[bold]all layers", "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
+    return made
+
+
+def plan_bytes(rows: Sequence[LayerPlan]) -> tuple[int, int]:
+    """Bytes before and after."""
+    return sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+
+
+def _becomes(row: LayerPlan) -> str:
+    if row.kept is not None:
+        return f"[dim]float: {row.kept}"
+    return numbers(str(row.weight), "float" if row.input is None else str(row.input))
+
+
+def numbers(weight: str, input: str) -> str:
+    """Formats of a layer: ``int8 channel, input int8 tensor``."""
+    return f"{weight}, input {input}"
+
+
+def _sizes(before: int, after: int) -> tuple[str, str, str]:
+    return size(before), size(after), f"{before / max(after, 1):.2f}x"
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data."""
+    before, after = plan_bytes(plan.quantized)
+    layers = [
+        {
+            "name": row.layer.name, "role": row.layer.role, "kept": row.kept, "weight": row.weight and str(row.weight),
+            "input": row.input and str(row.input), "bytes_before": row.bytes_before, "bytes_after": row.bytes_after,
+        }
+        for row in plan.layers.values()
+    ]  # fmt: skip
+    totals = {"quantized": len(plan.quantized), "kept": len(plan.kept), "bytes_before": before, "bytes_after": after}
+    return {"recipe": plan.recipe.name, "denoiser": plan.map.cls, **totals, "layers": layers}
+
+
+# ------------------------------------------------------------------------------------------------------------------------ proof
+
+
+def proof(report: Report) -> list[Table]:
+    """What was done and how well: sizes, worst layers, layers that stay, warnings."""
+    parts = [summary(report), *([worst(report)] if any(x.error is not None for x in report.layers) else []), kept(report)]
+    return parts + ([facts("Warnings", [("!", text) for text in report.warnings])] if report.warnings else [])
+
+
+def summary(report: Report) -> Table:
+    """The figures of the whole model."""
+    skipped = sum(len(names) for names in report.kept.values())
+    arithmetic = "simulated: codes are stored, products are computed in float" if report.simulated else "low-bit arithmetic"
+    kernels = ", ".join(f"{name} ({count})" for name, count in report.kernel.items())
+    smaller = f"[bold]{report.ratio:.2f}x smaller[/bold] than float32, scales and biases included"
+    psnr = "not sampled: the recipe needs no data"
+    if report.latent_psnr is not None:
+        psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float"
+    rows = [
+        ("layers", f"{len(report.layers)} quantized, {skipped} stay float"),
+        ("their bytes", f"{size(report.bytes_float)} -> {size(report.bytes_quantized)}, {smaller}"),
+        *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
+        ("whole denoiser", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
+        ("kernel", f"{kernels}; {arithmetic}"),
+        ("held-out clips", psnr),
+        ("temporal layers", f"TDScore {figure(report.mean('tdscore', 'temporal'))} (1 is lossless)"),
+        ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
+    ]
+    return facts(f"{report.recipe} on {report.denoiser} ({report.component})", rows)
+
+
+def worst(report: Report, count: int = WORST) -> Table:
+    """The layers with the largest output error."""
+    measured = sorted((x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0))
+    made = table(f"Largest errors (of {len(measured)} layers)", ["layer", "role", "numbers"], ["error", "coverage", "TDScore"])
+    for record in measured[:count]:
+        made.add_row(*_record(record))
+    made.caption = "error: squared output error over the output's variance; coverage: share of the input's codes that a channel uses"
+    made.caption_justify, made.caption_style = "left", "dim"
+    return made
+
+
+def _record(x: LayerRecord) -> tuple[str, ...]:
+    return x.name, x.role, numbers(x.weight, x.input), figure(x.error, "{:.1e}"), figure(x.coverage, "{:.0%}"), figure(x.tdscore)
+
+
+def kept(report: Report) -> Table:
+    """Layers that stay float, by reason."""
+    return facts("Layers that stay float", [(reason, _some(names)) for reason, names in report.kept.items()] or [("none", "")])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
+    return ", ".join(names[:NAMES]) + more
