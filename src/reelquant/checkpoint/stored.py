@@ -13,7 +13,7 @@ from reelquant._version import __version__
 from reelquant.checkpoint.verify import tile_checksum
 from reelquant.clock import NAME, Clock
 from reelquant.models.pipelines import mark_quantized
-from reelquant.nn import LAYERS, LayerLayout, QuantLayer, quantized_layers
+from reelquant.nn import LAYERS, LayerLayout, QuantLayer, buffer_shapes, quantized_layers
 
 METHOD = "reelquant"
 FORMAT_VERSION = 1
@@ -156,7 +156,8 @@ def _layouts(groups: Mapping[str, Any]) -> dict[str, LayerLayout]:
         try:
             layout = LayerLayout.from_json({key: value for key, value in content.items() if key != "targets"})
             names = [str(name) for name in content["targets"]]
-        except (KeyError, TypeError, AttributeError) as error:
+            buffer_shapes((1, 1), layout, 1)  # reads every word of the layout
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"quantization_config.config_groups.{group} is damaged: {type(error).__name__}: {error}") from None
         if twice := sorted(set(names) & set(found)):
             raise CheckpointError(f"quantization_config.config_groups.{group} names layer '{twice[0]}' a second time")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from reelquant._errors import CheckpointError
+from reelquant._errors import CheckpointError, RecipeError
 from reelquant.formats import Levels, Quantizer
 from reelquant.kernels import PackedWeight
 from reelquant.nn import QuantLayer, quantized_layers
@@ -65,9 +65,17 @@ def verify(model: nn.Module, checksums: Mapping[str, str]) -> int:
         for tensor, value in layer.state_dict().items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 raise CheckpointError(f"'{name}.{tensor}' holds NaN or inf: the checkpoint is damaged; download or save it again")
-        if (found := tile_checksum(layer)) != checksums[name]:
+        if (found := _checksum_or_reason(layer)) != checksums[name]:
             raise CheckpointError(
                 f"layer '{name}' has checksum {found}, its quantization_config says {checksums[name]}: the weights are damaged or were "
                 "changed after quantization; download them again, or save the pipeline with reelquant.save"
             )
     return len(present)
+
+
+def _checksum_or_reason(layer: QuantLayer) -> str:
+    """The checksum, or why it cannot be computed: damaged level tables are refused by the format they belong to."""
+    try:
+        return tile_checksum(layer)
+    except RecipeError as error:
+        return f"none ({error})"

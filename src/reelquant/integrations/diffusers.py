@@ -1,7 +1,7 @@
 """reelquant as a quantization method of diffusers: stock ``from_pretrained`` and ``save_pretrained`` of quantized denoisers.
 
 Loading swaps empty quantized layers into the model while it is on the meta device and hands every tensor of theirs over as it is stored:
-diffusers would cast scales to the load dtype. Only the bias follows that dtype.
+diffusers would cast scales to the load dtype. Only biases that the float layers had follow that dtype.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from reelquant._errors import CheckpointError, SiteError, UnsupportedError
 from reelquant.checkpoint import METHOD, Stored, verify
 from reelquant.clock import Clock
 from reelquant.nn import (
-    LayerLayout,
-    QuantLayer,
     dequantized,
     get_module,
     quantized_class,
@@ -85,6 +83,7 @@ class ReelQuantizer(DiffusersQuantizer):
             )
         self.stored = Stored.from_json(quantization_config.to_dict())
         self._keys: set[str] | None = None
+        self._made: set[str] = set()  # layers whose bias a transform made: it keeps the dtype it is stored in
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse offloading to disk, which would cast scales."""
@@ -98,7 +97,9 @@ class ReelQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         for name, layout in self.stored.layers.items():
-            set_module(model, name, _empty(model, name, layout))
+            module = _float_layer(model, name)
+            self._made |= {name} if module.bias is None and layout.bias else set()
+            set_module(model, name, quantized_class(module).like(module, layout, device="meta"))
         self._check_keys(model)
 
     def _check_keys(self, model: nn.Module) -> None:
@@ -131,11 +132,12 @@ class ReelQuantizer(DiffusersQuantizer):
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: Mapping[str, Tensor], *args: Any,
         **kwargs: Any,
     ) -> None:  # fmt: skip
-        """Put a stored tensor into its layer, uncast; the bias arrives in the load dtype."""
+        """Put a stored tensor into its layer, uncast; only the bias that the float layer had arrives in the load dtype."""
         layer_name, _, tensor = param_name.rpartition(".")
         layer = get_module(model, layer_name)
         is_parameter = tensor in layer._parameters
-        value = (param_value if tensor == "bias" else state_dict[param_name]).to(target_device)
+        value = param_value if tensor == "bias" and layer_name not in self._made else state_dict[param_name]
+        value = value.to(target_device)
         expected = getattr(layer, tensor).dtype
         if tensor != "bias" and value.dtype != expected:
             raise CheckpointError(f"'{param_name}' is stored as {value.dtype}, its quantization_config asks for {expected}")
@@ -162,9 +164,10 @@ class ReelQuantizer(DiffusersQuantizer):
         return state_dict, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = model.dtype
         for name, layer in quantized_layers(model).items():
-            set_module(model, name, dequantized(layer, dtype if layer.bias is None else layer.bias.dtype))
+            made = layer.bias is None or layer.bias.dtype == torch.float16  # else the layer had it, and its dtype is the layer's
+            set_module(model, name, dequantized(layer, dtype if made else layer.bias.dtype))
         stop_clock(model)
         _forget(model, ("quantization_config", "_pre_quantization_dtype"))
         return model
@@ -182,16 +185,15 @@ class ReelQuantizer(DiffusersQuantizer):
         return True
 
 
-def _empty(model: nn.Module, name: str, layout: LayerLayout) -> QuantLayer:
-    """The empty replacement of the float layer at ``name``."""
+def _float_layer(model: nn.Module, name: str) -> Any:
+    """The layer that is to be replaced."""
     try:
         module = get_module(model, name)
     except SiteError as error:
         raise CheckpointError(f"quantization_config names a layer that does not exist: {error}") from None
-    kind = quantized_class(module)
-    if kind is None:
+    if quantized_class(module) is None:
         raise CheckpointError(f"quantization_config names '{name}', which is a {type(module).__name__} and has no quantized form")
-    return kind.like(module, layout, device="meta")
+    return module
 
 
 def _forget(model: nn.Module, keys: tuple[str, ...]) -> None:
