@@ -81,8 +81,9 @@ def choose(
     assignment = {name: options[scores.index(best)] for name in sizes}
     if plan.recipe.search.scope == "family":
         for name in sorted(sizes, key=lambda name: -sizes[name]):
+            known = assignment[name]
             for one in options:
-                if one != assignment[name] and (score := attempt(name, assignment | {name: one}, one)) > best:
+                if one != known and (score := attempt(name, assignment | {name: one}, one)) > best:
                     best, assignment = score, assignment | {name: one}
     return assignment, trials
 
