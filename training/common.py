@@ -160,7 +160,7 @@ def set_lr(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
 
 def say(*words: object) -> None:
     """Print a line, and at once: the output usually goes to a log."""
-    print(*words, flush=True)  # noqa: T201
+    print(*words, flush=True)
 
 
 class Curve:
