@@ -29,17 +29,20 @@ PHASES = {
 }
 
 
+QUIET = {  # read when the libraries are imported
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
 def quiet_libraries() -> None:
     """Keep the bars and remarks of diffusers and transformers off the screen; must run before they are imported."""
-    for name, value in {
-        "DIFFUSERS_VERBOSITY": "error",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category)
 
 
 def quiet_loading() -> None:

@@ -147,7 +147,8 @@ def _group_facts(name: str, layers: int, role: str, statistics: InputStatistics)
     from reelquant.formats import Granularity, Int, bind
     from reelquant.formats.criteria import coverage
 
-    low, high = statistics.range.low.flatten(0, 1).amin(0), statistics.range.high.flatten(0, 1).amax(0)  # [channels]
+    low, high = (bound.flatten(0, 1) for bound in statistics.range.envelope())
+    low, high = low.amin(0), high.amax(0)  # [channels]
     grid = bind(Int(8, signed=False), Granularity("tensor"), low.min().clamp(max=0)[None], high.max().clamp(min=0)[None])
     width = high - low
     assert statistics.rows is not None
