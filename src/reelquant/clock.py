@@ -56,7 +56,7 @@ class Clock(nn.Module):
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""
-        if self._told or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._told:  # in this order, or a graph depends on the flag
             return
         why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
         logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)
