@@ -1,0 +1,193 @@
+"""Every member of SOLVERS, on every family of formats and every granularity of weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from reelquant._errors import CalibrationError, UnsupportedError
+from reelquant.formats import RANGES, Granularity, Int, MinMax, QuantSpec, fit, parse_format, parse_granularity
+from reelquant.observe import inverse_factor
+from reelquant.solvers import SOLVERS, Problem, Solution, Solver, solve
+from tests.single import one_group, plan_of
+
+FORMATS = ("int2", "int4", "int8", "uint3", "uint8", "e2m1", "e4m3", "e5m2", "log2_4", "log_uniform_4", "power_4", "power_8")
+GRAINS = ("tensor", "channel", "group-8")
+
+
+def correlated(width: int, rank: int = 3, noise: float = 0.1) -> Tensor:
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn(400, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+    return torch.cov((rows + noise * torch.randn(400, width, generator=generator)).T, correction=0).reshape(width, width)
+
+
+def spec_of(fmt: str, grain: str, rule: str = "minmax") -> QuantSpec:
+    return QuantSpec(parse_format(fmt), parse_granularity(grain), RANGES[rule]())
+
+
+def check(problem: Problem, solver: Solver) -> Solution:
+    """What holds for every solution."""
+    solution = solve(solver, problem)
+    quantizer, codes = solution.quantizer, solution.codes
+    assert codes.dtype == torch.uint8 and codes.shape == problem.weight.shape
+    assert int(codes.max()) < 2**quantizer.format.bits
+    values = quantizer.dequantize(codes)
+    assert bool(values.isfinite().all())
+    # codes stand for what the quantizer rounds to: rounding them again changes nothing, bit for bit
+    assert torch.equal(quantizer(values), values)
+    assert torch.equal(quantizer.dequantize(quantizer.codes(values)), values)
+    assert solution.error == pytest.approx(problem.objective(values), rel=1e-6, abs=1e-12)
+    nearest = problem.objective(quantizer(problem.weight))
+    assert solution.error <= nearest
+    return solution
+
+
+@pytest.mark.parametrize(("name", "fmt", "grain"), list(itertools.product(SOLVERS, FORMATS, GRAINS)))
+def test_solutions_are_valid_and_never_worse_than_nearest(name: str, fmt: str, grain: str) -> None:
+    weight = torch.randn(6, 20)  # 20 is no multiple of 8: the last group is ragged
+    spec, solver = spec_of(fmt, grain), SOLVERS[name]()
+    assert solver.supports(spec) is None
+    solution = check(Problem(weight, spec, correlated(20)), solver)
+    assert solution.quantizer.scale.shape == ({"tensor": 1, "channel": 6, "group-8": 18}[grain],)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("shape", [(1, 20), (6, 1), (1, 1), (3, 65)], ids=str)
+@pytest.mark.parametrize("covariance", ["singular", "zero", "dead channels", "huge", "tiny"])
+def test_awkward_shapes_and_covariances(name: str, shape: tuple[int, int], covariance: str) -> None:
+    width = shape[1]
+    matrix = {
+        "singular": torch.ones(width, width),
+        "zero": torch.zeros(width, width),
+        "dead channels": torch.diag((torch.arange(width) % 2).float()),
+        "huge": correlated(width) * 1e12,
+        "tiny": correlated(width) * 1e-12,
+    }[covariance]
+    for grain in GRAINS:
+        check(Problem(torch.randn(shape), spec_of("int4", grain), matrix), SOLVERS[name]())
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_weight_of_zeros_stays_zero(name: str) -> None:
+    for fmt, grain in itertools.product(FORMATS, GRAINS):
+        problem = Problem(torch.zeros(3, 9), spec_of(fmt, grain), correlated(9))
+        solution = solve(SOLVERS[name](), problem)
+        assert bool((solution.quantizer.dequantize(solution.codes) == 0).all()), (fmt, grain)
+
+
+@given(
+    seed=st.integers(0, 999),
+    rows=st.integers(1, 5),
+    width=st.integers(1, 30),
+    grain=st.sampled_from(GRAINS),
+    rule=st.sampled_from(["minmax", "mse"]),
+)
+def test_nearest_is_the_rounding_of_the_quantizer(seed: int, rows: int, width: int, grain: str, rule: str) -> None:
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    spec = spec_of("int4", grain, rule)
+    solution = SOLVERS["nearest"]().solve(Problem(weight, spec))
+    assert torch.equal(solution.quantizer.dequantize(solution.codes), fit(spec, weight)(weight))
+
+
+def test_the_objective_by_hand() -> None:
+    weight = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    error = torch.tensor([[1.0, 0.0], [1.0, -1.0]])
+    # data-free: (1 + 2) / 2 rows; with C: row 1 gives 2, row 2 gives 2 - 2 * 1 + 5 = 5
+    spec = QuantSpec()
+    assert Problem(weight, spec).objective(weight + error) == pytest.approx(1.5)
+    assert Problem(weight, spec, torch.tensor([[2.0, 1.0], [1.0, 5.0]])).objective(weight + error) == pytest.approx(3.5)
+
+
+@pytest.mark.parametrize("grain", GRAINS)
+@pytest.mark.parametrize("fmt", ["int3", "int4", "uint4", "e2m1", "power_4"])
+def test_gptq_beats_nearest_on_correlated_inputs(fmt: str, grain: str) -> None:
+    problem = Problem(torch.randn(16, 48), spec_of(fmt, grain), correlated(48))
+    ours = solve(SOLVERS["gptq"](), problem)
+    assert ours.replaced is None
+    assert ours.error < 0.7 * SOLVERS["nearest"]().solve(problem).error
+
+
+def plain_gptq(problem: Problem, damping: float) -> Tensor:
+    """Column by column with the inverse itself (OBQ's update) in float64: slow, and none of our code."""
+    covariance = problem.covariance.double()
+    inverse = torch.linalg.inv(covariance + damping * torch.diag(covariance.diagonal()))
+    quantizer, work = fit(problem.spec, problem.weight), problem.weight.double().clone()
+    out = torch.zeros_like(problem.weight)
+    for column in range(work.shape[1]):
+        out[:, column] = quantizer.round_columns(work[:, column : column + 1].float(), column)[:, 0]
+        error = (work[:, column] - out[:, column].double()) / inverse[column, column]
+        work -= torch.outer(error, inverse[column])
+        inverse = inverse - torch.outer(inverse[:, column], inverse[column]) / inverse[column, column]
+    return out
+
+
+@pytest.mark.parametrize("block", [7, 64])
+@pytest.mark.parametrize("grain", GRAINS)
+def test_gptq_is_the_published_algorithm(grain: str, block: int) -> None:
+    problem = Problem(torch.randn(8, 20), spec_of("int4", grain), correlated(20, noise=0.5))
+    solution = SOLVERS["gptq"](block=block).solve(problem)
+    # float32 against float64 may flip a weight that lies on a rounding border: none does here
+    assert torch.equal(solution.quantizer.dequantize(solution.codes), plain_gptq(problem, 0.01))
+
+
+def test_gptq_with_diagonal_covariance_is_nearest() -> None:
+    problem = Problem(torch.randn(8, 20), spec_of("int4", "channel"), torch.diag(torch.rand(20) + 0.1))
+    assert torch.equal(SOLVERS["gptq"]().solve(problem).codes, SOLVERS["nearest"]().solve(problem).codes)
+
+
+def test_the_inverse_factor_follows_a_rescaling_of_the_channels() -> None:
+    covariance, scale = correlated(12), torch.rand(12) + 0.5
+    direct = inverse_factor(covariance / torch.outer(scale, scale), 0.01)
+    torch.testing.assert_close(inverse_factor(covariance, 0.01) * scale, direct, rtol=1e-3, atol=1e-4 * float(direct.abs().amax()))
+    damped = covariance.double() + 0.01 * torch.diag(covariance.diagonal().double())
+    factor = direct.double() / scale.double()
+    torch.testing.assert_close((factor.T @ factor) @ damped, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+def test_an_overflowed_covariance_is_an_error_not_an_endless_loop() -> None:
+    with pytest.raises(CalibrationError, match="overflowed"):
+        inverse_factor(torch.full((3, 3), torch.inf), 0.01)
+
+
+class Worst(Solver):
+    """Rounds everything to the lowest level."""
+
+    def solve(self, problem: Problem) -> Solution:
+        quantizer = fit(problem.spec, problem.weight)
+        codes = torch.zeros_like(problem.weight, dtype=torch.uint8)
+        return Solution(quantizer, codes, problem.objective(quantizer.dequantize(codes)))
+
+    def supports(self, spec: QuantSpec) -> str | None:
+        return "worst knows int8 only" if spec.format.name != "int8" else None
+
+
+def test_a_solver_that_loses_is_replaced_and_named() -> None:
+    problem = Problem(torch.randn(4, 8), spec_of("int8", "channel"))
+    solution = solve(Worst(), problem)
+    assert solution.replaced == "worst"  # it never entered the table: plug-ins that are subclasses are named too
+    assert torch.equal(solution.codes, SOLVERS["nearest"]().solve(problem).codes)
+
+
+def test_refusals_come_when_planning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reelquant.solvers.SOLVERS", SOLVERS | {"worst": Worst})
+    monkeypatch.setattr("reelquant.recipes.recipe.SOLVERS", SOLVERS | {"worst": _dataclass(Worst)})
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(UnsupportedError, match=r"layer '0': worst knows int8 only"):
+        plan_of(model, one_group(model, ["0"]), {"format": "int4"}, None, [{"solve": "worst"}])
+    assert plan_of(model, one_group(model, ["0"]), {"format": "int8"}, None, [{"solve": "worst"}]).quantized
+
+
+def _dataclass(kind: type) -> type:
+    from dataclasses import dataclass
+
+    return dataclass(frozen=True)(kind)
+
+
+def test_gptq_refuses_scales_that_columns_cannot_have() -> None:
+    refusal = SOLVERS["gptq"]().supports(QuantSpec(Int(4), Granularity("token"), MinMax()))
+    assert refusal is not None and "tensor, channel, group" in refusal

@@ -1,0 +1,231 @@
+"""Every member of TRANSFORMS leaves the float output of every layer as it was: borders, dead channels, constant channels and all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from reelquant.observe import Geometry
+from reelquant.recipes.engine import Session, Silent
+from reelquant.transforms import TRANSFORMS, GroupView, Rewrite, Transform
+from tests.single import build, one_group, plan_of, statistics
+
+# parameters beyond the defaults; a new member is tested with its defaults the moment it enters the table
+FURTHER: dict[str, list[dict[str, Any]]] = {
+    "shift": [{"center": "mean"}],
+    "range_integrate": [{"power": 0.5}, {"power": 0.0}, {"cap": 0.3}],
+    "scale": [{"alpha": 0.0}, {"alpha": 1.0}],
+}
+MEMBERS = [(name, options) for name in TRANSFORMS for options in ({}, *FURTHER.get(name, []))]
+CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+LAYER = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def skewed(generator: torch.Generator, *shape: int, axis: int = -1) -> Tensor:
+    """Channels with offsets and widths over six decades; the first is dead, the second constant."""
+    channels = shape[axis]
+    width = 10 ** (6 * torch.rand(channels, generator=generator) - 3)
+    offset = torch.randn(channels, generator=generator) * 10 ** (4 * torch.rand(channels, generator=generator) - 2)
+    width[0], offset[0] = 0, 0
+    width[1:2], offset[1:2] = 0, 3.5
+    x = torch.randn(*shape, generator=generator).movedim(axis, -1) * width + offset
+    return x.movedim(-1, axis).contiguous()
+
+
+def view(x: Tensor, weights: list[Tensor], axis: int = -1, padded: bool = False) -> GroupView:
+    rows = x.movedim(axis, -1).flatten(0, -2)
+    low, high, mean = rows.amin(0), rows.amax(0), rows.mean(0)
+    if padded:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    return GroupView(low[None], high[None], mean[None], weights)
+
+
+def plan(member: tuple[str, dict[str, Any]], group: GroupView) -> Rewrite:
+    transform = TRANSFORMS[member[0]](**member[1])
+    assert isinstance(transform, Transform)
+    return transform.plan(group)
+
+
+def compensation(rewrite: Rewrite, weight: Tensor) -> Tensor:
+    """What the bias gains: ``sum W' (z / s)`` over channels and taps, float64."""
+    if rewrite.shift is None:
+        return torch.zeros(len(weight), dtype=torch.float64)
+    shift = rewrite.shift.double().view(1, -1, *[1] * (weight.ndim - 2))
+    return (weight.double() * shift).flatten(1).sum(1)
+
+
+def double(rewrite: Rewrite) -> Rewrite:
+    return Rewrite(*(None if v is None else v.double() for v in (rewrite.shift, rewrite.scale)))
+
+
+def assert_same(found: Tensor, expected: Tensor, terms: Tensor) -> None:
+    """Both float64, so only their rounding differs: 1e-10 of the largest term that a sum is made of."""
+    assert float((found - expected).abs().amax()) <= 1e-10 * float(terms.abs().amax().clamp(min=1e-30)) * 1e3
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@given(
+    seed=st.integers(0, 999), channels=st.integers(1, 9), outputs=st.lists(st.integers(1, 5), min_size=1, max_size=3), half=st.booleans()
+)
+def test_linear_groups_keep_their_output(member: Any, seed: int, channels: int, outputs: list[int], half: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = skewed(generator, 11, channels)
+    weights = [torch.randn(out, channels, generator=generator) for out in outputs]
+    rewrite = plan(member, view(x, weights))
+    rewrite = double(rewrite.stored(torch.bfloat16) if half else rewrite)  # the rounded vectors are as exact as the others
+    for weight in weights:
+        found = F.linear(rewrite.input(x.double()), rewrite.weight(weight.double()), compensation(rewrite, weight))
+        assert_same(found, F.linear(x.double(), weight.double()), x)
+        # 1e-5 relative in the arithmetic of the layers: float32
+        found32 = rewrite.input(x.double()).float() @ rewrite.weight(weight.double()).float().T + compensation(rewrite, weight).float()
+        size = float((x.abs().amax(0) * weight.abs().amax(0)).amax())
+        assert float((found32 - F.linear(x, weight)).abs().amax()) <= 1e-5 * max(size, 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@given(
+    seed=st.integers(0, 999), dims=st.sampled_from([1, 2, 3]), channels=st.integers(1, 5), kernel=st.integers(1, 3),
+    stride=st.integers(1, 2), dilation=st.integers(1, 2), padding=st.sampled_from([0, 1, 2, "same", "valid"]), half=st.booleans(),
+)  # fmt: skip
+def test_convolutions_keep_their_output_up_to_the_border(
+    member: Any, seed: int, dims: int, channels: int, kernel: int, stride: int, dilation: int, padding: int | str, half: bool
+) -> None:
+    stride = 1 if padding == "same" else stride  # torch refuses the pair
+    generator = torch.Generator().manual_seed(seed)
+    layer = LAYER[dims](channels, 3, kernel, stride, padding, dilation)
+    x = skewed(generator, 2, channels, *[6] * dims, axis=1)
+    geometry = Geometry.of(layer)
+    padded = F.pad(x, geometry.padding) if geometry.padded else x
+    weight = torch.randn(layer.weight.shape, generator=generator)
+    rewrite = plan(member, view(x, [weight], axis=1, padded=geometry.padded))
+    rewrite = double(rewrite.stored(torch.bfloat16) if half else rewrite)
+    moved = rewrite.input(padded.double().movedim(1, -1)).movedim(-1, 1)
+    found = CONV[dims](moved, rewrite.weight(weight.double()), compensation(rewrite, weight), stride=stride, dilation=dilation)
+    expected = CONV[dims](x.double(), weight.double(), stride=stride, padding=padding, dilation=dilation)
+    assert_same(found, expected, x)
+
+
+@given(seed=st.integers(0, 999), first=st.sampled_from(MEMBERS), second=st.sampled_from(MEMBERS))
+def test_then_is_one_after_the_other(seed: int, first: Any, second: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = skewed(generator, 12, 6), torch.randn(4, 6, generator=generator)
+    group = view(x, [weight])
+    one = plan(first, group)
+    two = plan(second, group.rewritten(one))
+    both = one.then(two)
+    # float32 vectors: a few roundings of the operands, whose size the shift may dwarf the result with
+    torch.testing.assert_close(
+        double(both).input(x.double()), double(two).input(double(one).input(x.double())), rtol=1e-5,
+        atol=1e-6 * float(double(one).input(x.double()).abs().amax() / (1 if two.scale is None else two.scale.amin())) + 1e-12,
+    )  # fmt: skip
+    torch.testing.assert_close(both.weight(weight), two.weight(one.weight(weight)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(group.rewritten(both).low, group.rewritten(one).rewritten(two).low, rtol=1e-3, atol=1e-2)
+
+
+def test_the_identity_is_neutral_and_knows_itself() -> None:
+    some = Rewrite(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 4.0]))
+    assert Rewrite().identity and not some.identity
+    for both in (Rewrite().then(some), some.then(Rewrite())):
+        assert torch.equal(both.shift, some.shift) and torch.equal(both.scale, some.scale)
+
+
+def test_then_by_hand() -> None:
+    # ((x - 1) / 2 - 3) / 4 = (x - 7) / 8
+    both = Rewrite(torch.tensor([1.0]), torch.tensor([2.0])).then(Rewrite(torch.tensor([3.0]), torch.tensor([4.0])))
+    assert both.shift.tolist() == [7.0] and both.scale.tolist() == [8.0]
+
+
+@given(dims=st.sampled_from([1, 2, 3]), seed=st.integers(0, 99))
+def test_per_tap_agrees_with_the_flattened_weight(dims: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 4, *[2] * dims, generator=generator)
+    rewrite = Rewrite(torch.randn(4, generator=generator), torch.rand(4, generator=generator) + 0.5)
+    taps = 2**dims
+    tap = rewrite.per_tap(taps)
+    torch.testing.assert_close(rewrite.weight(weight).flatten(1), weight.flatten(1) * tap.scale, rtol=0, atol=0)
+    patches = torch.randn(5, 4 * taps, generator=generator)
+    expected = torch.stack([rewrite.input(patches.reshape(5, 4, taps)[..., i]) for i in range(taps)], -1).flatten(1)
+    torch.testing.assert_close(tap.input(patches), expected, rtol=0, atol=0)
+
+
+def test_what_the_members_do() -> None:
+    low, high = torch.tensor([[-1.0, 0.0, -8.0]]), torch.tensor([[3.0, 0.0, 8.0]])
+    group = GroupView(low, high, torch.tensor([[0.5, 0.0, 1.0]]), [torch.tensor([[1.0, 1.0, 4.0]])])
+    assert TRANSFORMS["shift"]().plan(group).shift.tolist() == [1.0, 0.0, 0.0]
+    assert TRANSFORMS["shift"](center="mean").plan(group).shift.tolist() == [0.5, 0.0, 1.0]
+    full = TRANSFORMS["range_integrate"](power=1.0).plan(group).scale
+    assert full[[0, 2]].tolist() == [0.375, 1.0] and full[1] > 0  # 3 / 8, and a dead channel stays finite
+    cap = TRANSFORMS["range_integrate"](cap=0.5).plan(group).scale
+    assert cap.tolist() == [1.0, 1.0, 2.0]  # only what exceeds half of 8 shrinks
+    smooth = TRANSFORMS["scale"](alpha=0.5).plan(group).scale
+    assert float(smooth[0] / smooth[2]) == pytest.approx((3 / 1) ** 0.5 / (8 / 4) ** 0.5)
+
+
+class Normed(nn.Module):
+    """A norm and two layers that read it."""
+
+    def __init__(self, norm: nn.Module, conv: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        make = (lambda: nn.Conv2d(8, 6, 1)) if conv else (lambda: nn.Linear(8, 6))
+        self.a, self.b = make(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.a(x) + 2 * self.b(x)
+
+
+NORMS = {
+    "LayerNorm": lambda: (nn.LayerNorm(8), False, True),
+    "RMSNorm": lambda: (nn.RMSNorm(8), False, False),
+    "GroupNorm": lambda: (nn.GroupNorm(2, 8), True, True),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_folding_into_a_norm_is_exact(kind: str, dtype: torch.dtype) -> None:
+    norm, conv, fold_shift = NORMS[kind]()
+    for p in norm.parameters():
+        nn.init.normal_(p, 1.0, 0.5)
+    model = Normed(norm, conv).to(dtype)
+    x = torch.randn(2, 8, 3, 3) if conv else torch.randn(4, 5, 8)
+    x = x.to(dtype)
+    steps = [{"transform": "shift"}] if fold_shift else []
+    steps += [{"transform": "range_integrate", "power": 0.5}]
+    map_ = one_group(model, ("a", "b"), producer="norm", producer_kind=kind, foldable=True, fold_shift=fold_shift)
+    plan_ = plan_of(model, map_, {"format": "int8", "granularity": "channel"}, None, steps)
+    expected, middle, before = model(x), norm(x), {k: v.clone() for k, v in model.state_dict().items()}
+    built = build(model, ("a", "b"), [middle.detach()], {"format": "int8", "granularity": "channel"}, None, steps,
+                  producer="norm", producer_kind=kind, foldable=True, fold_shift=fold_shift)  # fmt: skip
+    folds = dtype == torch.float32  # half precision would round gamma and beta, so the rewrite stays in the layers
+    assert all(record.folded == folds for record in built.records)
+    assert all(hasattr(layer, "pre_quant_scale") != folds for layer in built.layers.values())
+    session = Session(None, "", model, plan_, Silent(), {}, 0)
+    session.cache[("a", "[]")] = built
+    session.install({family: {} for family in ("a", "b")})
+    if folds:
+        axis = 1 if conv else -1
+        moved = built.fold.input(middle.movedim(axis, -1)).movedim(-1, axis)
+        torch.testing.assert_close(model.norm(x), moved, rtol=1e-5, atol=1e-5)  # float32 of the norm, order of operations differs
+    # 8-bit weights: 1 / 127 / sqrt(12) of the largest weight, over 8 channels: well under 2 % of the output's deviation
+    assert float((model(x) - expected).float().std() / expected.float().std()) < 0.02
+    session.restore()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_rewrite_stays_out_of_the_norm_when_a_reader_is_kept_or_the_norm_has_no_bias() -> None:
+    steps, weight = [{"transform": "shift"}], {"format": "int8", "granularity": "channel"}
+    model = Normed(nn.RMSNorm(8), conv=False)
+    built = build(model, ("a", "b"), [torch.randn(9, 8) + 3], weight, None, steps, producer="norm", foldable=True, fold_shift=False)
+    assert built.fold is None and all(hasattr(layer, "pre_quant_shift") for layer in built.layers.values())
+    seen = statistics(model.a, [torch.randn(9, 8)])
+    assert seen.range.seen == [0]
