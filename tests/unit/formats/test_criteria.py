@@ -88,6 +88,19 @@ def test_tdscore_by_hand() -> None:
     assert float(tdscore(e, test)) == pytest.approx((1 + math.sqrt(1.25 / 2)) / 2, abs=1e-7)
 
 
+def test_twice_as_far_apart_is_as_wrong_as_half_as_far() -> None:
+    """The directions are right (first half: 1), the distances are off by a factor of two (second half: 1/2)."""
+    e = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
+    assert float(tdscore(e, 2 * e)) == pytest.approx(0.75, abs=1e-7)
+    assert float(tdscore(e, e / 2)) == pytest.approx(0.75, abs=1e-7)
+
+
+def test_the_objective_also_charges_the_error() -> None:
+    """Doubling: an error of mean square (9 + 16 + 1 + 1) / 6 against a variance of 27 / 6 - (9 / 6)^2."""
+    e = torch.tensor([[3.0, 0.0], [0.0, 4.0], [1.0, 1.0]])
+    assert float(temporal_objective(e, 2 * e)) == pytest.approx(0.75 - 4.5 / (4.5 - 2.25), abs=1e-6)
+
+
 def test_swapped_timesteps_keep_their_distance_and_lose_their_identity() -> None:
     """r = 0 - 1 for both, clipped at -1; distances are untouched: (-1 + 1) / 2."""
     assert tdscore(torch.eye(2), torch.eye(2).flip(0)) == 0

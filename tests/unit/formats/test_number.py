@@ -144,3 +144,4 @@ def test_tables_do_not_remember_the_defaults_of_the_first_caller(name: str) -> N
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(parse_format(name).levels(), expected)
+    assert torch.equal(parse_format(name).decode(parse_format(name).encode(expected)), expected)
