@@ -105,7 +105,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         sources = [(x, self.key(x)) for x in tensors_in((args, kwargs))]
         result = func(*args, **kwargs)
-        products = [x for x in tensors_in(result)] or ([args[0]] if name == "__setitem__" else [])
+        products = list(tensors_in(result)) or ([args[0]] if name == "__setitem__" else [])
         if sources and (products or name not in _METADATA):
             self._note(name, args, kwargs, sources, products)
         return result

@@ -43,7 +43,8 @@ def locate(model: str | Path) -> str:
         return text
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(
-            f"no pipeline at '{text}'; give a folder with model_index.json, a hub id (owner/name), or a bundled name: {nearest(text, BUNDLED)}"
+            f"no pipeline at '{text}'; give a folder with model_index.json, a hub id (owner/name), or a bundled name: "
+            f"{nearest(text, BUNDLED)}"
         )
     return text
 

@@ -87,19 +87,17 @@ def parse_caption(text: str) -> dict[str, str]:
 
 
 def _polygon_mask(points: list[tuple[float, float]], grid_x, grid_y):
-    from matplotlib.path import Path
-
     import numpy as np
+    from matplotlib.path import Path
 
     inside = Path(points).contains_points(np.stack([grid_x.ravel(), grid_y.ravel()], -1))
     return inside.reshape(grid_x.shape)
 
 
 def _glyph_mask(digit: int, grid_x, grid_y):
+    import numpy as np
     from matplotlib.font_manager import FontProperties
     from matplotlib.textpath import TextPath
-
-    import numpy as np
 
     path = TextPath((0, 0), str(digit), size=1, prop=FontProperties(family="DejaVu Sans", weight="bold"))
     box = path.get_extents()
@@ -121,7 +119,9 @@ def _mask(name: str, grid_x, grid_y):
     if name == "triangle":
         return _polygon_mask([(0, -1), (0.98, 0.8), (-0.98, 0.8)], grid_x, grid_y)
     if name == "star":
-        corners = [(math.sin(math.pi * k / 5) * r, -math.cos(math.pi * k / 5) * r) for k, r in zip(range(10), [1.08, 0.44] * 5, strict=True)]
+        corners = [
+            (math.sin(math.pi * k / 5) * r, -math.cos(math.pi * k / 5) * r) for k, r in zip(range(10), [1.08, 0.44] * 5, strict=True)
+        ]
         return _polygon_mask(corners, grid_x, grid_y)
     x, y = grid_x * 1.15, -grid_y * 1.15 + 0.15  # heart: the classic sextic
     return (x**2 + y**2 - 1) ** 3 - x**2 * y**3 <= 0

@@ -162,7 +162,8 @@ class Recipe(_Strict):
     """A whole method. See ``docs/adding-a-method.md``.
 
     Attributes:
-        temporal: ``quantize`` temporal layers like the rules say, or also store their exact outputs for the sampler's own steps (``table``).
+        temporal: ``quantize`` temporal layers like the rules say, or also store their exact outputs for the
+            sampler's own steps (``table``).
     """
 
     name: str
@@ -304,7 +305,13 @@ def _explain(error: ValidationError, where: str) -> str:
 def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     """The model that a validation error's location points into."""
     parts: dict[str, type[BaseModel]] = {
-        "defaults": Defaults, "rules": Rule, "steps": Step, "calibrate": Calibrate, "search": Search, "weight": TensorRecipe, "input": TensorRecipe,
-    }  # fmt: skip
+        "defaults": Defaults,
+        "rules": Rule,
+        "steps": Step,
+        "calibrate": Calibrate,
+        "search": Search,
+        "weight": TensorRecipe,
+        "input": TensorRecipe,
+    }
     named = [parts[part] for part in location if isinstance(part, str) and part in parts]
     return named[-1] if named else Recipe
