@@ -226,7 +226,7 @@ class Gram(Statistic):
 
 
 def inverse_factor(covariance: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor ``U`` of the inverse of a damped covariance ``C``: ``U^T U = (C + damping * diag(C))^-1``, ``[in, in]`` float32.
+    """Upper Cholesky factor ``U``, ``[in, in]`` float32, of a damped inverse covariance: ``U^T U = (C + damping * diag(C))^-1``.
 
     Damping is relative to each channel's own variance, so the factor of ``C / (s s^T)`` is ``U * s``: one factorization serves every
     rescaling of the channels. Channels that never move count as average ones. Damping grows tenfold until the factorization succeeds.
@@ -284,15 +284,21 @@ class InputStatistics:
             if statistic is not None:
                 statistic.update(x, step, part)
 
+    def bad_from(self) -> float:
+        """The first step at which a value was NaN or infinite; infinity if none was."""
+        if not self.range.seen:
+            return float("inf")
+        low, high = self.range.envelope(per_step=True)
+        broken = ~(low.isfinite() & high.isfinite()).flatten(1).all(1)
+        return min((step for step, bad in zip(self.range.seen, broken.tolist(), strict=True) if bad), default=float("inf"))
+
     def check(self, timesteps: list[float]) -> None:
         """Refuse statistics that are missing or not finite, naming layer and step."""
         if not self.range.seen:
             raise CalibrationError(f"layer '{self.name}' never ran while sampling, so nothing is known of its input; skip it")
-        low, high = self.range.envelope(per_step=True)
-        finite = low.isfinite().flatten(1).all(1) & high.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
-            step = int((~finite).nonzero()[0])
+        step = self.bad_from()
+        if step < len(timesteps):
             raise CalibrationError(
-                f"the input of layer '{self.name}' holds NaN or inf at step {step} (timestep {timesteps[step]:g}); "
+                f"the input of layer '{self.name}' holds NaN or inf at step {step:g} (timestep {timesteps[int(step)]:g}); "
                 "check the weights, or run the pipeline in float32 or bfloat16 instead of float16"
             )

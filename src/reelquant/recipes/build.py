@@ -133,10 +133,6 @@ def _build_layer(
 ) -> tuple[QuantLayer, LayerRecord]:  # fmt: skip
     assert row.weight is not None
     weight = _weight(module)
-    if not bool(weight.isfinite().all()):
-        raise CalibrationError(
-            f"the weight of layer '{row.layer.name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16"
-        )
     step, solver = _solver(plan, row, options)
     solution = _solve(row.weight, weight, rewrite, statistics, solver)
     inputs = None if row.input is None else _input_quantizers(row.input, rewrite, statistics, unseen=plan.unseen)

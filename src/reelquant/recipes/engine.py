@@ -175,6 +175,7 @@ def quantize_pipeline(
         session.seed = recipe.calibrate.seed
         if recipe.calibrate.steps is not None and overrides.get("num_inference_steps") is None:
             session.arguments["num_inference_steps"] = recipe.calibrate.steps
+    _check_weights(session)
     try:
         _observe(session, prompts, calibration)
         return _finish(session), session.calibration
@@ -186,6 +187,14 @@ def quantize_pipeline(
 
 def _plan(recipe: Recipe, denoiser: nn.Module, skip: Sequence[str]) -> Plan:
     return make_plan(recipe, discover(denoiser), denoiser, skip)
+
+
+def _check_weights(session: Session) -> None:
+    """Refuse broken weights before anything is sampled; a layer that stays float would break the clips just as well."""
+    for name in session.plan.layers:
+        for part, value in get_module(session.denoiser, name).named_parameters(recurse=False):
+            if not bool(value.isfinite().all()):
+                raise CalibrationError(f"the {part} of layer '{name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
 
 
 def _observe(session: Session, prompts: Sequence[str] | None, calibration: Calibration | None) -> None:
