@@ -62,6 +62,7 @@ class Session:
     seed: int
     calibration: Calibration | None = None
     held_out: list[str] = field(default_factory=list)
+    clock: tuple[Clock, ...] = ()
     floats: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     cache: dict[tuple[str, str], BuiltGroup] = field(default_factory=dict)
@@ -112,6 +113,7 @@ class Session:
         for built in chosen:
             for name, layer in built.layers.items():
                 self.floats.setdefault(name, get_module(self.denoiser, name))
+                layer.clock = self.clock
                 set_module(self.denoiser, name, layer)
             self._fold(built)
         return chosen
@@ -225,13 +227,13 @@ def _finish(session: Session) -> Report:
     if session.calibration is not None:
         with session.timed("float reference", session.steps):
             reference = session.held_out_latents()
+    _start_clock(session)  # candidates with per-step scales need it as much as the final layers do
     assignment, trials = _search(session)
     with session.timed("build", len(session.groups)):
         chosen = session.install(assignment, session.progress.advance)
     report = Report(recipe.name, recipe.digest(), type(session.denoiser).__name__, session.component)
     report.layers = [record for built in chosen for record in built.records]
     report.trials, report.timesteps, report.seed = trials, session.timesteps, session.seed
-    _start_clock(session)
     if recipe.temporal == "table":
         _tables(session, report)
     _check(session, report, reference)
@@ -265,7 +267,8 @@ def _start_clock(session: Session) -> None:
     argument = session.plan.map.timestep_argument
     if not session.timesteps or argument is None:
         return
-    start_clock(session.denoiser, Clock(session.timesteps), argument)
+    session.clock = (Clock(session.timesteps),)
+    start_clock(session.denoiser, session.clock[0], argument)
 
 
 def _tables(session: Session, report: Report) -> None:
