@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before diffusers and transformers are imported: their hub client reads these once.
+# Before diffusers, transformers and rich are imported: they read these once. COLUMNS: tables look the same in every terminal.
 os.environ.update(
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
@@ -12,6 +12,7 @@ os.environ.update(
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
+    COLUMNS="120",
 )
 
 import random
