@@ -26,6 +26,8 @@ PHASES = {
     "build": "building quantized layers",
     "check": "sampling held-out clips quantized",
     "sample": "sampling",
+    "write": "writing the folder",
+    "pictures": "drawing",
 }
 
 
@@ -54,37 +56,31 @@ def quiet_loading() -> None:
     transformers_logging.disable_progress_bar()
 
 
-class Bars:
-    """Progress bars with the time left, one per phase; a :class:`reelquant.recipes.engine.Progress`.
+class Lane:
+    """One line of work: its phases follow each other. A :class:`reelquant.recipes.engine.Progress`.
 
-    Nothing is drawn where stderr is no terminal.
+    Args:
+        bars: where they are drawn.
+        keep: finished phases stay on the screen; else they share one line.
     """
 
-    def __init__(self) -> None:
-        columns = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn())
-        self._bars = Progress(
-            *columns, TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(), console=err, disable=not err.is_terminal
-        )
+    def __init__(self, bars: Progress, keep: bool = True) -> None:
+        self._bars, self._keep = bars, keep
         self._task: TaskID | None = None
-        self._prefix = ""
-
-    def __enter__(self) -> Bars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        if kind is None:
-            self.finish()
-        self._bars.stop()
+        self._subject = ""
 
     def about(self, subject: str) -> None:
         """What the following phases are about; written before their names."""
-        self._prefix = f"{subject}: " if subject else ""
+        self._subject = f"{subject}: " if subject else ""
 
     def phase(self, name: str, total: int) -> None:
         """Start the next bar; the last one is complete."""
+        words = self._subject + PHASES.get(name, name)
         self.finish()
-        self._task = self._bars.add_task(self._prefix + PHASES.get(name, name), total=max(total, 1))
+        if self._task is None or self._keep:
+            self._task = self._bars.add_task(words, total=max(total, 1))
+        else:
+            self._bars.reset(self._task, total=max(total, 1), description=words)
 
     def advance(self) -> None:
         """One step of the present bar is done."""
@@ -94,9 +90,29 @@ class Bars:
     def finish(self) -> None:
         """Fill the present bar."""
         if self._task is not None:
-            total = self._bars.tasks[-1].total
-            self._bars.update(self._task, completed=total)
-            self._task = None
+            self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
+
+
+class Bars(Lane):
+    """Progress bars with the time left, on stderr; nothing is drawn where that is no terminal."""
+
+    def __init__(self) -> None:
+        words = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn())
+        super().__init__(Progress(*words, *times, console=err, disable=not err.is_terminal))
+
+    def lane(self) -> Lane:
+        """Another line of work beside this one, whose phases share one line of the screen."""
+        return Lane(self._bars, keep=False)
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        if kind is None:
+            self.finish()
+        self._bars.stop()
 
 
 def emit(data: Any) -> None:

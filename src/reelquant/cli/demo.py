@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from reelquant.cli.compare import Comparison, Outcome
-    from reelquant.cli.console import Bars
 
 VARIANTS = ("minmax-w8a8", "qvd-w8a8", "qvd-w6a6", "qvd-w4a8")  # as they are shown
 SAVED = "qvd-w8a8"  # goes first: its statistics hold what the others need; it is also the one that is saved and opened again
@@ -112,23 +112,20 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _run(names: list[str], folder: Path, clips: int, steps: int | None, json: bool) -> dict[str, Any]:
-    import torch
-
+    """Every pipeline, each in a process of its own if there are cores for it: small models gain little from a second thread."""
     from reelquant._version import __version__
     from reelquant.cli.console import Bars, out
+    from reelquant.cli.parallel import run_each
 
-    torch.set_num_threads(_cores())
-    data: dict[str, Any] = {"made_by": "reelquant demo", "version": __version__, "threads": _cores(), "seed": SEED, "pipelines": {}}
+    workers = min(len(names), _cores())
+    jobs = [Job(name, folder, clips, steps, max(1, _cores() // workers)) for name in names]
     with Bars() as bars:
-        for name in names:
-            outcomes, reopened = _compare(name, folder, clips, steps, bars)
-            data["pipelines"][name] = {"reopened": reopened, "variants": [one.figures() for one in outcomes]}
-            data["pipelines"][name]["files"] = _pictures(name, folder, outcomes)
-            if not json:
-                bars.finish()
-                out.print(results_table(name, outcomes))
-    data["captions"] = _captions(clips)
-    return data
+        found = run_each(work, jobs, [bars.lane() for _ in jobs], workers)
+    if not json:
+        for name, one in zip(names, found, strict=True):
+            out.print(results_table(name, one["variants"], clips))
+    facts = {"made_by": "reelquant demo", "version": __version__, "cores": _cores(), "seed": SEED, "captions": _captions(clips)}
+    return facts | {"pipelines": dict(zip(names, found, strict=True))}
 
 
 def _cores() -> int:
@@ -139,33 +136,61 @@ def _captions(clips: int) -> list[str]:
     return [CAPTIONS[i % len(CAPTIONS)] for i in range(clips)]
 
 
-def _compare(name: str, folder: Path, clips: int, steps: int | None, bars: Bars) -> tuple[list[Outcome], dict[str, Any]]:
+@dataclass(frozen=True)
+class Job:
+    """One pipeline of the demo."""
+
+    name: str
+    folder: Path
+    clips: int
+    steps: int | None
+    threads: int
+
+
+def work(job: Job, lane: Any) -> dict[str, Any]:
+    """Compare, draw, and give back the figures of one pipeline."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.threads)
+    try:
+        outcomes, reopened = _compare(job, lane)
+    finally:
+        torch.set_num_threads(before)
+    lane.about(job.name)
+    lane.phase("pictures", 1)
+    files = _pictures(job.name, job.folder, outcomes)
+    lane.finish()
+    return {"variants": [one.figures() for one in outcomes], "reopened": reopened, "files": files}
+
+
+def _compare(job: Job, lane: Any) -> tuple[list[Outcome], dict[str, Any]]:
     """Float and every variant on the same clips; the saved variant goes first and is opened again."""
     from reelquant.cli.compare import Comparison
     from reelquant.cli.options import call_options, opened
 
-    bars.about(name)
-    bars.phase("open", 1)
-    comparison = Comparison(opened(name), _captions(clips), SEED, call_options(steps=steps), bars)
-    bars.about(f"{name} float")
+    lane.about(job.name)
+    lane.phase("open", 1)
+    comparison = Comparison(opened(job.name), _captions(job.clips), SEED, call_options(steps=job.steps), lane)
+    lane.about(f"{job.name} float")
     found = {"float": comparison.measure_float()}
     reopened: dict[str, Any] = {}
     for recipe in sorted(VARIANTS, key=lambda recipe: recipe != SAVED):
-        bars.about(f"{name} {recipe}")
+        lane.about(f"{job.name} {recipe}")
         found[recipe] = comparison.measure(recipe, overrides=SHORTER)
         if recipe == SAVED:
-            reopened = _save(comparison, found[recipe], folder / f"{name}-{recipe}", bars)
+            reopened = _save(comparison, found[recipe], job.folder / f"{job.name}-{recipe}", lane)
     comparison.restore()
     return [found[variant] for variant in ("float", *VARIANTS)], reopened
 
 
-def _save(comparison: Comparison, outcome: Outcome, folder: Path, bars: Bars) -> dict[str, Any]:
+def _save(comparison: Comparison, outcome: Outcome, folder: Path, lane: Any) -> dict[str, Any]:
     from reelquant.api import save
     from reelquant.cli.compare import reopened_equals
 
-    bars.phase("save, open with stock diffusers, compare", 2)
+    lane.phase("save and open with stock diffusers", 2)
     save(comparison.pipe, folder, outcome.report)
-    bars.advance()
+    lane.advance()
     call = comparison.call | {"num_inference_steps": 4}
     equal = reopened_equals(comparison.pipe, folder, comparison.captions[:2], SEED, call)
     weights = sum(file.stat().st_size for file in (folder / comparison.component).glob("*.safetensors"))
@@ -201,20 +226,21 @@ def label(outcome: Outcome, short: bool = False) -> str:
 
 
 def _judge(outcome: Outcome) -> str:
-    return "/".join(f"{100 * outcome.judge[kind]:.0f}" for kind in ("color", "shape", "motion") if kind in outcome.judge) + " %"
+    return "/".join(f"{100 * outcome.judge[kind]:.0f}" for kind in JUDGED if kind in outcome.judge) + " %"
 
 
+JUDGED = ("color", "shape", "motion")
 COLUMNS = ("bytes", "smaller", "PSNR, dB", "TDScore", "colour", "shape", "motion", "quantize", "a clip")
 
 
-def results_table(name: str, outcomes: list[Outcome]) -> Table:
-    """A row per variant."""
+def results_table(name: str, variants: list[dict[str, Any]], clips: int) -> Table:
+    """A row per variant, from its figures."""
     from reelquant.cli.tables import table
 
-    made = table(f"{name}, {len(outcomes[0].frames)} clips", ["variant"], COLUMNS)
-    floats = next(one.report.bytes_float for one in outcomes if one.report)
-    for one in outcomes:
-        made.add_row(one.name, *_cells(one, floats))
+    made = table(f"{name}, {clips} clips", ["variant"], COLUMNS)
+    floats = next(one["bytes_float"] for one in variants if one["bytes_float"])
+    for one in variants:
+        made.add_row(one["variant"], *_cells(one | {"bytes": one["bytes"] or floats}, clips))
     made.caption = (
         "bytes: of the quantized layers, scales included; PSNR: to the float clips, mean and 95 % interval; TDScore: 1 is lossless; "
         "colour, shape, motion: clips that show what their text says"
@@ -223,15 +249,13 @@ def results_table(name: str, outcomes: list[Outcome]) -> Table:
     return made
 
 
-def _cells(one: Outcome, floats: int) -> tuple[str, ...]:
+def _cells(one: dict[str, Any], clips: int) -> tuple[str, ...]:
     from reelquant.cli.console import figure, size
 
-    judge = [figure(one.judge.get(kind), "{:.0%}") for kind in ("color", "shape", "motion")]
-    clip = f"{one.seconds_sample / len(one.frames):.2f} s"
-    if one.report is None:
-        return size(floats), "1.00x", "-", "-", *judge, "-", clip
-    score = figure(one.report.mean("tdscore", "temporal"))
-    return size(one.report.bytes_quantized), f"{one.report.ratio:.2f}x", str(one.psnr), score, *judge, f"{one.seconds_quantize:.1f} s", clip
+    judge = [figure(one.get(f"judge_{kind}"), "{:.0%}") for kind in JUDGED]
+    psnr = "-" if one["psnr"] is None else f"{one['psnr']:.1f} ({one['psnr_low']:.1f} to {one['psnr_high']:.1f})"
+    seconds = figure(one["seconds_quantize"] or None, "{:.1f} s"), f"{one['seconds_sample'] / clips:.2f} s"
+    return size(one["bytes"]), f"{one['ratio']:.2f}x", psnr, figure(one["tdscore"]), *judge, *seconds
 
 
 def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:

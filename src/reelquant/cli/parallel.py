@@ -1,0 +1,115 @@
+"""The same work on several things, each in a process of its own, with progress bars that stay in this one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from reelquant._errors import CalibrationError
+
+POLL = 0.2  # seconds
+
+
+class Lane(Protocol):
+    """Hears of the progress of one piece of work."""
+
+    def about(self, subject: str) -> None: ...
+
+    def phase(self, name: str, total: int) -> None: ...
+
+    def advance(self) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Sender:
+    """A lane in another process: what it hears is told to the real one."""
+
+    def __init__(self, number: int, channel: Any) -> None:
+        self._number, self._channel = number, channel
+
+    def _tell(self, what: str, *words: Any) -> None:
+        self._channel.put((self._number, what, words))
+
+    def about(self, subject: str) -> None:
+        self._tell("about", subject)
+
+    def phase(self, name: str, total: int) -> None:
+        self._tell("phase", name, total)
+
+    def advance(self) -> None:
+        self._tell("advance")
+
+    def finish(self) -> None:
+        self._tell("finish")
+
+
+def run_each(work: Callable[[Any, Any], Any], jobs: Sequence[Any], lanes: Sequence[Lane], workers: int) -> list[Any]:
+    """``work(job, lane)`` for every job, in order or all at once.
+
+    Args:
+        work: a function at the top of a module.
+        jobs: picklable.
+        lanes: one per job.
+        workers: 1 works here, one after the other; more gives every job its own process.
+
+    Returns:
+        Results in the order of the jobs.
+
+    Raises:
+        Exception: the first that a job raised; the others are stopped.
+    """
+    if workers == 1:
+        return [work(job, lane) for job, lane in zip(jobs, lanes, strict=True)]
+    context = multiprocessing.get_context("spawn")
+    channel = context.Queue()
+    processes = [context.Process(target=_process, args=(work, job, number, channel), daemon=True) for number, job in enumerate(jobs)]
+    try:
+        for process in processes:
+            process.start()
+        return _listen(processes, lanes, channel)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            if process.pid is not None:
+                process.join()
+
+
+def _process(work: Callable[[Any, Any], Any], job: Any, number: int, channel: Any) -> None:
+    from reelquant.cli.console import quiet_libraries
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    quiet_libraries()
+    try:
+        channel.put((number, "result", (work(job, Sender(number, channel)),)))
+    except Exception as error:
+        channel.put((number, "error", (error,)))
+
+
+def _listen(processes: Sequence[Any], lanes: Sequence[Lane], channel: Any) -> list[Any]:
+    """Pass progress on until every result is there."""
+    results: dict[int, Any] = {}
+    while len(results) < len(processes):
+        try:
+            number, what, words = channel.get(timeout=POLL)
+        except queue.Empty:
+            _check(processes, results)
+            continue
+        if what == "error":
+            raise words[0]
+        if what == "result":
+            results[number] = words[0]
+        else:
+            getattr(lanes[number], what)(*words)
+    return [results[number] for number in range(len(processes))]
+
+
+def _check(processes: Sequence[Any], results: dict[int, Any]) -> None:
+    for number, process in enumerate(processes):
+        if number not in results and process.exitcode is not None:
+            raise CalibrationError(f"a worker process ended with code {process.exitcode} and no result; is there memory enough?")
