@@ -26,7 +26,6 @@ from reelquant.evaluate import bootstrap
 from reelquant.models.pipelines import BUNDLED
 from reelquant.recipes.recipe import load_recipe
 
-BITS = ("w8a8", "w6a6", "w4a8")
 BASE, METHOD = "minmax", "qvd"
 Mapping = dict[str, Any]
 
@@ -54,7 +53,7 @@ def temporal_formats(stage: Mapping, full: Mapping) -> Mapping:
 
 def shift(stage: Mapping, full: Mapping) -> Mapping:
     """Channels are centred, so the grid of main layers becomes symmetric."""
-    symmetric = {"on": "role:main", "input": full["defaults"]["input"]}
+    symmetric = {"on": "role:main", "input": {key: full["defaults"]["input"][key] for key in ("format", "granularity")}}
     return stage | {"rules": [*stage["rules"], symmetric], "steps": [_step(full, "shift"), *stage["steps"]]}
 
 
@@ -71,14 +70,24 @@ def solver(stage: Mapping, full: Mapping) -> Mapping:
     }
 
 
+def rotate(stage: Mapping, full: Mapping) -> Mapping:
+    """Inputs whose outliers sit in tokens are rotated."""
+    return stage | {"steps": [_step(full, "rotate"), *stage["steps"]]}
+
+
+def headroom(stage: Mapping, full: Mapping) -> Mapping:
+    """Channels whose range varies between calibration runs get room for later clips."""
+    return stage | {"calibrate": full["calibrate"]}
+
+
 def whole(stage: Mapping, full: Mapping) -> Mapping:
-    """The recipe as it ships: prompt inputs stay float, erratic channels get headroom."""
+    """The recipe as it ships: float inputs of prompt layers and of a UNet's narrow layers, and for some bits a scale per step."""
     return full
 
 
 def table(stage: Mapping, full: Mapping) -> Mapping:
     """Temporal layers are dropped for a table of their exact outputs."""
-    return stage | {"temporal": "table"}
+    return full | {"temporal": "table"}
 
 
 STAGES: dict[str, Callable[[Mapping, Mapping], Mapping]] = {
@@ -86,9 +95,14 @@ STAGES: dict[str, Callable[[Mapping, Mapping], Mapping]] = {
     "+ shift": shift,
     "+ range_integrate": range_integrate,
     "+ gptq, bias correction": solver,
-    "+ float prompt inputs, headroom = qvd": whole,
+    "+ headroom": headroom,
+    "+ rotate": rotate,
+    "+ the rest = qvd": whole,
     "+ temporal table": table,
 }
+PAPER = ("+ temporal formats", "+ shift", "+ range_integrate", "+ the rest = qvd")
+BITS = {"w8a8": tuple(STAGES), "w6a6": PAPER, "w4a8": PAPER}
+"""Stages measured for each pair of widths: all where they are told apart best, the paper's own for the others."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +122,8 @@ def rows(bits: str) -> Iterator[Row]:
     """The plain baseline, then every part on top of the ones before."""
     stage, full = recipe(f"{BASE}-{bits}"), recipe(f"{METHOD}-{bits}")
     yield Row(bits, BASE, stage)
-    for name, add in STAGES.items():
-        stage = add(stage, full) | {"name": f"{bits} {name}"}
+    for name in BITS[bits]:
+        stage = STAGES[name](stage, full) | {"name": f"{bits} {name}"}
         yield Row(bits, name, stage)
 
 

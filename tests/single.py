@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def statistics(module: nn.Module, calls: Sequence[Tensor], *, frames: int = 1, f
     generator = torch.Generator().manual_seed(0)
     found = InputStatistics(
         "layer", geometry, ChannelRange(axis, geometry.padded, frames), Rows(geometry, 64, generator), Gram(geometry, 4096, generator),
-        Features() if features else None,
+        Features() if features else None, ChannelRange(axis, geometry.padded, frames),
     )  # fmt: skip
     for step, x in enumerate(calls):
         found.update(x, step)
@@ -44,6 +45,13 @@ def statistics(module: nn.Module, calls: Sequence[Tensor], *, frames: int = 1, f
 def plan_of(model: nn.Module, map_: DenoiserMap, weight: Any, input: Any = None, steps: Sequence[dict[str, Any]] = ()) -> Plan:
     recipe = {"name": "test", "defaults": {"weight": weight, "input": input}, "steps": list(steps)}
     return make_plan(load_recipe(recipe), map_, model)
+
+
+def unrounded(built: BuiltGroup) -> BuiltGroup:
+    """The same layers with float inputs: what is left of a rewrite when nothing is rounded."""
+    for layer in built.layers.values():
+        layer.layout = replace(layer.layout, input=None)
+    return built
 
 
 def build(

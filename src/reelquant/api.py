@@ -28,7 +28,7 @@ def quantize(
     Args:
         pipe: any diffusers pipeline with a transformer or UNet, in float.
         recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`.
-        prompts: calibration texts; by default the pipeline's own or general video prompts.
+        prompts: calibration texts, or one text; by default the pipeline's own or general video prompts.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
         progress: hears how far the run is.
@@ -53,6 +53,7 @@ def quantize(
     from reelquant.recipes.recipe import load_recipe
 
     chosen = load_recipe(recipe, overrides)
+    prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters, and nobody means that
     if prompts is None and chosen.calibrate is not None:
         prompts = calibration_prompts(pipe, chosen.calibrate.prompts + chosen.search.prompts)
     report = quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]

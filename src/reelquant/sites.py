@@ -120,9 +120,9 @@ def matches(pattern: str, layer: Layer) -> bool:
     r"""Does a pattern name this layer?
 
     A pattern is alternatives separated by ``|``; each is one of: ``role:temporal``; ``class:Conv2d``; ``re:REGEX`` (full match on the
-    name); a glob (``blocks.*.attn1.to_q``); an exact name, which also stands for everything below it (``blocks.0``). A leading ``!``
-    negates a term and binds tightest; terms joined by ``&`` must all hold. A regex may hold ``|`` and ``&``, so it runs to the end of
-    the pattern and comes last: ``role:main & re:blocks\.(0|1)\..*``.
+    name); a glob (``blocks.*.attn1.to_q``); an exact name, which also stands for everything below it (``blocks.0``); ``maybe:GLOB`` for
+    layers that not every denoiser has. A leading ``!`` negates a term and binds tightest; terms joined by ``&`` must all hold. A regex
+    may hold ``|`` and ``&``, so it runs to the end of the pattern and comes last: ``role:main & re:blocks\.(0|1)\..*``.
 
     Raises:
         SiteError: for an unknown role, an invalid regex or an empty term.
@@ -156,6 +156,7 @@ def _term(term: str, layer: Layer) -> bool:
         return layer.kind == term[6:].strip()
     if term.startswith("re:"):
         return _regex(term[3:]).fullmatch(layer.name) is not None
+    term = term.removeprefix("maybe:").strip()
     return layer.name == term or layer.name.startswith(term + ".") or fnmatch.fnmatchcase(layer.name, term)
 
 
@@ -170,11 +171,12 @@ def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:
     """Names of the layers that a pattern matches.
 
     Raises:
-        SiteError: if a pattern that names layers (not a role or a class) matches none; the message gives the nearest layer name.
+        SiteError: if an alternative that names layers (not by role, class or ``maybe:``) matches none; the message gives the nearest name.
     """
     known = list(layers)
-    found = tuple(layer.name for layer in known if matches(pattern, layer))
-    terms = [term.lstrip("! ") for option in _options(pattern) for term in option]
-    if not found and not all(term.startswith(("role:", "class:")) for term in terms):
-        raise SiteError(f"pattern '{pattern}' matches none of {len(known)} layers; {nearest(pattern, (x.name for x in known))}")
-    return found
+    for option in _options(pattern):
+        strict = not all(term.lstrip("! ").startswith(("role:", "class:", "maybe:")) for term in option)
+        if strict and not any(all(_term(term, layer) for term in option) for layer in known):
+            written = " & ".join(option)
+            raise SiteError(f"pattern '{written}' matches none of {len(known)} layers; {nearest(written, (x.name for x in known))}")
+    return tuple(layer.name for layer in known if matches(pattern, layer))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock
 from reelquant.formats import FORMATS, parse_format
+from reelquant.kernels import hadamard
 from reelquant.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear, buffer_shapes, quantized_class, start_clock
 from reelquant.recipes.build import layer_bytes
-from tests.single import build
+from tests.single import build, unrounded
 
 KINDS: dict[str, tuple[type[nn.Module], Any, tuple[int, ...]]] = {
     "Linear": (QuantLinear, lambda: nn.Linear(10, 7), (2, 5, 10)),
@@ -28,6 +29,7 @@ KINDS: dict[str, tuple[type[nn.Module], Any, tuple[int, ...]]] = {
     "Conv3d": (QuantConv3d, lambda: nn.Conv3d(4, 5, (3, 1, 2), padding=(1, 0, 1)), (2, 4, 4, 3, 3)),
 }
 SHIFTED = [{"transform": "shift"}, {"transform": "range_integrate", "power": 0.5}]
+ROTATED = [{"transform": "rotate", "least": -100.0}, *SHIFTED]
 DESIGN_NAMES = {  # docs/design.md, section 8
     "weight", "bias", "weight_scale", "weight_zero_point", "weight_levels", "input_scale", "input_zero_point", "input_levels",
     "pre_quant_shift", "pre_quant_scale", "output_table",
@@ -115,6 +117,8 @@ def expected_output(module: nn.Module, layer: QuantLayer, x: Tensor, slot: int =
     if not isinstance(module, nn.Linear):
         widths = module._reversed_padding_repeated_twice
         x = F.pad(x, list(widths))
+    if layer.layout.rotate:  # with the same additions: another order would move values over rounding borders
+        x = hadamard(x, axis)
     if "pre_quant_shift" in state:
         x = x - along(state["pre_quant_shift"].float(), "channel", x, axis)
     if "pre_quant_scale" in state:
@@ -142,10 +146,10 @@ def dynamically(x: Tensor, name: str, grain: str) -> Tensor:
     return rounded(x, name, None, torch.maximum(high / 127, low / -128), 0.0)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
+def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
     """1e-5 of the largest output: float32 sums of a few dozen terms."""
     assert found.shape == expected.shape
-    assert float((found.double() - expected).abs().amax()) <= 1e-5 * float(expected.abs().amax())
+    assert float((found.double() - expected).abs().amax()) <= relative * float(expected.abs().amax())
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------------------
@@ -162,6 +166,21 @@ def test_weight_only_layers_compute_with_the_stored_weight(fmt: str, grain: str)
         close(layer(x), expected_output(module, layer, x))
         stored = float_weight(layer)
         torch.testing.assert_close(layer.dequantized_weight().double(), stored, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [(), SHIFTED, ROTATED], ids=["plain", "shifted", "rotated"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_dequantized_layer_is_the_float_layer_but_for_rounding(kind: str, steps: Any) -> None:
+    module, layer, (x,) = make(kind, {"format": "int8", "granularity": "channel"}, None, steps)
+    float_layer = copy.deepcopy(module)
+    with torch.no_grad():
+        float_layer.weight.copy_(layer.dequantized_weight())
+        if layer.bias is not None:
+            float_layer.bias = nn.Parameter(layer.float_bias().float())
+        close(float_layer(x), layer(x).double(), 1e-3 if layer.bias is not None and layer.bias.dtype == torch.float16 else 1e-5)
+        # half a step of 127 per weight, over some tens of weights
+        close(float_layer(x), module(x).double(), 0.02)
 
 
 INPUTS: dict[str, tuple[dict[str, Any], int, int]] = {  # recipe, frames, calls
@@ -184,7 +203,7 @@ INPUTS: dict[str, tuple[dict[str, Any], int, int]] = {  # recipe, frames, calls
 }
 
 
-@pytest.mark.parametrize("steps", [(), SHIFTED], ids=["plain", "shifted"])
+@pytest.mark.parametrize("steps", [(), SHIFTED, ROTATED], ids=["plain", "shifted", "rotated"])
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_inputs_are_padded_shifted_and_rounded_like_this(kind: str, name: str, steps: Any) -> None:
@@ -192,7 +211,7 @@ def test_inputs_are_padded_shifted_and_rounded_like_this(kind: str, name: str, s
     module, layer, seen = make(kind, {"format": "int8", "granularity": "channel"}, recipe, steps, frames=frames, calls=calls)
     clock = Clock([900.0, 500.0, 100.0][:calls])
     layer.clock = (clock,)
-    assert layer.layout.slots == calls
+    assert layer.layout.slots == calls and layer.layout.rotate == (steps is ROTATED)
     for slot, timestep in enumerate(clock.timesteps.tolist()):
         clock.tick(timestep)
         for x in seen:
@@ -216,7 +235,7 @@ def test_a_shifted_convolution_is_exact_up_to_the_border() -> None:
     model = nn.ModuleDict({"layer": module})
     weight = {"format": "int8", "granularity": "channel"}
     plain = build(model, ["layer"], [x], weight).layers["layer"](x)
-    shifted = build(model, ["layer"], [x], weight, None, [{"transform": "shift"}]).layers["layer"]
+    shifted = unrounded(build(model, ["layer"], [x], weight, {"format": "int8"}, [{"transform": "shift"}])).layers["layer"]
     assert float(shifted.pre_quant_shift.abs().amax()) > 20
     # a shift does not touch the codes, so both are the same function: float32 sums of 36 terms of size 50
     torch.testing.assert_close(shifted(x), plain, rtol=0, atol=36 * 50 * 2**-23)

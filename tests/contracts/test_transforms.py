@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,16 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from reelquant._errors import RecipeError
+from reelquant.kernels import block_size, hadamard
 from reelquant.observe import Geometry
 from reelquant.recipes.engine import Session, Silent
 from reelquant.transforms import TRANSFORMS, GroupView, Rewrite, Transform
-from tests.single import build, one_group, plan_of, statistics
+from tests.single import build, one_group, plan_of, statistics, unrounded
 
 # parameters beyond the defaults; a new member is tested with its defaults the moment it enters the table
 FURTHER: dict[str, list[dict[str, Any]]] = {
     "shift": [{"center": "mean"}],
     "range_integrate": [{"power": 0.5}, {"power": 0.0}, {"cap": 0.3}],
     "scale": [{"alpha": 0.0}, {"alpha": 1.0}],
+    "rotate": [{"least": -100.0}],
 }
 MEMBERS = [(name, options) for name in TRANSFORMS for options in ({}, *FURTHER.get(name, []))]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -40,10 +44,15 @@ def skewed(generator: torch.Generator, *shape: int, axis: int = -1) -> Tensor:
 
 def view(x: Tensor, weights: list[Tensor], axis: int = -1, padded: bool = False) -> GroupView:
     rows = x.movedim(axis, -1).flatten(0, -2)
+    return GroupView(*reach(rows, padded), weights, reach(hadamard(rows), padded))
+
+
+def reach(rows: Tensor, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowest, highest and mean value of every channel, one step."""
     low, high, mean = rows.amin(0), rows.amax(0), rows.mean(0)
     if padded:
         low, high = low.clamp(max=0), high.clamp(min=0)
-    return GroupView(low[None], high[None], mean[None], weights)
+    return low[None], high[None], mean[None]
 
 
 def plan(member: tuple[str, dict[str, Any]], group: GroupView) -> Rewrite:
@@ -57,11 +66,12 @@ def compensation(rewrite: Rewrite, weight: Tensor) -> Tensor:
     if rewrite.shift is None:
         return torch.zeros(len(weight), dtype=torch.float64)
     shift = rewrite.shift.double().view(1, -1, *[1] * (weight.ndim - 2))
-    return (weight.double() * shift).flatten(1).sum(1)
+    return ((hadamard(weight.double(), 1) if rewrite.rotated else weight.double()) * shift).flatten(1).sum(1)
 
 
 def double(rewrite: Rewrite) -> Rewrite:
-    return Rewrite(*(None if v is None else v.double() for v in (rewrite.shift, rewrite.scale)))
+    shift, scale = (None if v is None else v.double() for v in (rewrite.shift, rewrite.scale))
+    return replace(rewrite, shift=shift, scale=scale)
 
 
 def assert_same(found: Tensor, expected: Tensor, terms: Tensor) -> None:
@@ -119,6 +129,10 @@ def test_then_is_one_after_the_other(seed: int, first: Any, second: Any) -> None
     group = view(x, [weight])
     one = plan(first, group)
     two = plan(second, group.rewritten(one))
+    if two.rotated and not one.identity:
+        with pytest.raises(RecipeError, match="put 'transform: rotate' before them"):
+            one.then(two)
+        return
     both = one.then(two)
     # float32 vectors: a few roundings of the operands, whose size the shift may dwarf the result with
     torch.testing.assert_close(
@@ -168,6 +182,30 @@ def test_what_the_members_do() -> None:
     assert float(smooth[0] / smooth[2]) == pytest.approx((3 / 1) ** 0.5 / (8 / 4) ** 0.5)
 
 
+def test_rotate_pays_for_a_lone_outlier_and_not_for_channels_that_fill_their_range() -> None:
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    spiked = x.clone()
+    spiked[3, 5] = 40.0
+    weight = torch.ones(2, 8)
+    assert not TRANSFORMS["rotate"](least=3.0).plan(view(x, [weight])).rotated
+    assert TRANSFORMS["rotate"](least=3.0).plan(view(spiked, [weight])).rotated is False  # one channel: nothing to share
+    everywhere = x.clone()
+    everywhere[range(8), range(8)] = 40.0  # every channel has one token that reaches far
+    assert TRANSFORMS["rotate"](least=3.0).plan(view(everywhere, [weight])).rotated
+
+
+@given(channels=st.sampled_from([1, 2, 3, 6, 12, 32, 96, 512]), seed=st.integers(0, 99))
+def test_hadamard_is_a_symmetric_orthonormal_block_matrix(channels: int, seed: int) -> None:
+    matrix = hadamard(torch.eye(channels, dtype=torch.float64))
+    width = block_size(channels)
+    assert channels % width == 0 and width & (width - 1) == 0
+    sylvester = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(width)] for i in range(width)], dtype=torch.float64)
+    expected = torch.block_diag(*[sylvester / width**0.5] * (channels // width))
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-12)
+    x = torch.randn(3, channels, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(hadamard(hadamard(x, 1), 1), x, rtol=0, atol=1e-12)
+
+
 class Normed(nn.Module):
     """A norm and two layers that read it."""
 
@@ -202,16 +240,16 @@ def test_folding_into_a_norm_is_exact(kind: str, dtype: torch.dtype) -> None:
     steps = [{"transform": "shift"}] if fold_shift else []
     steps += [{"transform": "range_integrate", "power": 0.5}]
     map_ = one_group(model, ("a", "b"), producer="norm", producer_kind=kind, foldable=True, fold_shift=fold_shift)
-    plan_ = plan_of(model, map_, {"format": "int8", "granularity": "channel"}, None, steps)
+    plan_ = plan_of(model, map_, {"format": "int8", "granularity": "channel"}, {"format": "int8"}, steps)
     expected, middle, before = model(x), norm(x), {k: v.clone() for k, v in model.state_dict().items()}
-    built = build(model, ("a", "b"), [middle.detach()], {"format": "int8", "granularity": "channel"}, None, steps,
+    built = build(model, ("a", "b"), [middle.detach()], {"format": "int8", "granularity": "channel"}, {"format": "int8"}, steps,
                   producer="norm", producer_kind=kind, foldable=True, fold_shift=fold_shift)  # fmt: skip
+    built = unrounded(built)
     folds = dtype == torch.float32  # half precision would round gamma and beta, so the rewrite stays in the layers
     assert all(record.folded == folds for record in built.records)
     assert all(hasattr(layer, "pre_quant_scale") != folds for layer in built.layers.values())
     session = Session(None, "", model, plan_, Silent(), {}, 0)
-    session.cache[("a", "[]")] = built
-    session.install({family: {} for family in ("a", "b")})
+    session.install({family: {} for family in ("a", "b")}, lambda group, options: built)
     if folds:
         axis = 1 if conv else -1
         moved = built.fold.input(middle.movedim(axis, -1)).movedim(-1, axis)
@@ -225,7 +263,17 @@ def test_folding_into_a_norm_is_exact(kind: str, dtype: torch.dtype) -> None:
 def test_a_rewrite_stays_out_of_the_norm_when_a_reader_is_kept_or_the_norm_has_no_bias() -> None:
     steps, weight = [{"transform": "shift"}], {"format": "int8", "granularity": "channel"}
     model = Normed(nn.RMSNorm(8), conv=False)
-    built = build(model, ("a", "b"), [torch.randn(9, 8) + 3], weight, None, steps, producer="norm", foldable=True, fold_shift=False)
+    built = build(
+        model, ("a", "b"), [torch.randn(9, 8) + 3], weight, {"format": "int8"}, steps, producer="norm", foldable=True, fold_shift=False
+    )
     assert built.fold is None and all(hasattr(layer, "pre_quant_shift") for layer in built.layers.values())
     seen = statistics(model.a, [torch.randn(9, 8)])
     assert seen.range.seen == [0]
+
+
+def test_ranges_stay_where_they_are_when_nothing_is_rounded() -> None:
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9) + 5
+    group = replace(view(x, [torch.ones(2, 8)]), rounded=False)
+    for name in ("shift", "range_integrate", "rotate"):
+        assert TRANSFORMS[name]().plan(group).identity, name
+    assert not TRANSFORMS["scale"]().plan(group).identity  # smoothing also serves weights

@@ -23,6 +23,7 @@ from reelquant import CheckpointError, UnsupportedError
 from reelquant.clock import NAME
 from reelquant.discover import dummy_inputs
 from reelquant.integrations.diffusers import ReelQuantConfig
+from reelquant.kernels import hadamard
 from reelquant.nn import QuantConv2d, QuantLayer, QuantLinear, get_module, quantized_layers
 from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
@@ -223,13 +224,14 @@ def test_dequantize_undoes_shifts_and_removes_the_clock(shared_wan: nn.Module, s
         layers = {name: layer for name, layer in quantized_layers(denoiser).items() if layer.layout.shift}
         assert layers
         expected = {name: layer.dequantized_weight() for name, layer in layers.items()}
+        met = {name: hadamard(weight, 1) if layers[name].layout.rotate else weight for name, weight in expected.items()}
         shifts = {name: layer.pre_quant_shift.float() for name, layer in layers.items()}
         biases = {name: layer.bias.detach() for name, layer in layers.items()}
         denoiser.dequantize()
         for name, weight in expected.items():
             layer = get_module(denoiser, name)
             assert torch.equal(layer.weight, weight)
-            moved = layer.bias + weight.flatten(2).sum(2) @ shifts[name] if weight.ndim > 2 else layer.bias + weight @ shifts[name]
+            moved = layer.bias + (met[name].flatten(2).sum(2) if weight.ndim > 2 else met[name]) @ shifts[name]
             assert layer.bias.dtype == layer.weight.dtype == torch.float32
             # sums in another order; biases that the float layer did not have are stored in float16, and so is their difference
             torch.testing.assert_close(moved, biases[name].float(), rtol=2**-10, atol=2**-10)

@@ -70,6 +70,12 @@ def test_no_prompts_are_an_error() -> None:
         sample(Pipe(), [])
 
 
+def test_one_text_is_one_prompt_and_not_its_letters() -> None:
+    pipe = Pipe()
+    assert sample(pipe, "a red circle").shape == (1, 3)
+    assert pipe.seen[-1]["prompt"] == ["a red circle"]
+
+
 def test_a_folder_recommends_arguments_that_overrides_beat(tmp_path: Any) -> None:
     assert notes(Pipe()) == {} and call_arguments(Pipe()) == {}
     write_notes(tmp_path, {"num_inference_steps": 9, "gone": 1}, ["a", "b"])

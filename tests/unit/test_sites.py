@@ -40,6 +40,9 @@ LAYERS = [
         ("class:Conv2d & role:main", ["blocks.0.ffn.conv"]),
         ("blocks.0 & !*.attn1.*", ["blocks.0.attn2.to_k", "blocks.0.ffn.conv"]),
         ("!role:main", ["conv_in", "time_embedding.linear_1", "blocks.0.attn2.to_k", "proj_out"]),
+        ("maybe:*.to_q", ["blocks.0.attn1.to_q", "blocks.1.attn1.to_q", "blocks.10.attn1.to_q"]),
+        ("maybe:*.proj_in | conv_in | maybe: nothing", ["conv_in"]),
+        ("blocks.0 & !maybe:*.attn1.*", ["blocks.0.attn2.to_k", "blocks.0.ffn.conv"]),
         ("! role:main & !role:entry|conv_in", ["conv_in", "time_embedding.linear_1", "blocks.0.attn2.to_k", "proj_out"]),
         (r"re:blocks\.\d\..*", [x.name for x in LAYERS[2:7]]),
         (r"re:blocks\.(1|10)\..*", ["blocks.1.attn1.to_q", "blocks.10.attn1.to_q"]),
@@ -71,6 +74,17 @@ def test_a_role_or_class_that_no_layer_has_selects_nothing() -> None:
 def test_a_layer_name_among_roles_still_has_to_exist() -> None:
     with pytest.raises(SiteError, match="matches none"):
         select("role:constant | blcks.0", LAYERS)
+
+
+def test_every_alternative_that_names_layers_has_to_exist() -> None:
+    with pytest.raises(SiteError, match=r"pattern 'blocks.\*.to_qq' matches none of 9 layers"):
+        select("blocks.*.to_k | blocks.*.to_qq", LAYERS)
+    with pytest.raises(SiteError, match="pattern 'role:main & conv_in' matches none"):
+        select("proj_out | role:main & conv_in", LAYERS)
+
+
+def test_a_layer_that_may_be_missing_is_no_error() -> None:
+    assert select("maybe:*.proj_in | maybe:*.conv_shortcut", LAYERS) == ()
 
 
 @pytest.mark.parametrize("pattern", ["role:temporl", "!role:temporl"])

@@ -66,6 +66,13 @@ class Percentile(RangeRule):
         return low.clamp(max=0), high.clamp(min=0)
 
 
+def _check_factors(candidates: int, smallest: float) -> None:
+    if candidates < 1:
+        raise RecipeError(f"candidates counts the factors that are tried, at least 1, got {candidates}")
+    if not 0 < smallest <= 1:
+        raise RecipeError(f"smallest is the last factor of the range, in (0, 1], got {smallest}")
+
+
 @dataclass(frozen=True)
 class Mse(RangeRule):
     """Shrink both ends by a common factor; keep the factor with the least ``sum |x - q(x)|^p``.
@@ -78,6 +85,9 @@ class Mse(RangeRule):
     candidates: int = 50
     smallest: float = 0.3
     needs_samples = True
+
+    def __post_init__(self) -> None:
+        _check_factors(self.candidates, self.smallest)
 
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
         values = values.float()  # the error of a bfloat16 result would drown in its own rounding
@@ -103,6 +113,7 @@ class ByCriterion(RangeRule):
     def __post_init__(self) -> None:
         if self.score not in CRITERIA:
             raise RecipeError(f"unknown criterion '{self.score}'; {nearest(self.score, CRITERIA)}")
+        _check_factors(self.candidates, self.smallest)
 
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
         values = values.float()

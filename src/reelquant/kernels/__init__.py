@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from reelquant.kernels.hadamard import block_size, hadamard
 from reelquant.kernels.reference import InputStage, PackedWeight, reference
 
 KernelFunction = Callable[[Tensor, InputStage, PackedWeight, Tensor | None, Callable[..., Tensor]], Tensor]
@@ -32,4 +33,4 @@ def select(weight_format: str, input_format: str | None, device: str) -> Kernel:
     return Kernel("reference", reference, simulated=True)
 
 
-__all__ = ["KERNELS", "InputStage", "Kernel", "PackedWeight", "reference", "select"]
+__all__ = ["KERNELS", "InputStage", "Kernel", "PackedWeight", "block_size", "hadamard", "reference", "select"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reelquant.formats import Quantizer, unpack
+from reelquant.kernels.hadamard import hadamard
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +37,10 @@ class PackedWeight:
 
 @dataclass(frozen=True, eq=False)
 class InputStage:
-    """What happens to the input before the product: ``quantize((x - shift) / scale)``.
+    """What happens to the input before the product: ``quantize((rotate(x) - shift) / scale)``.
 
     Attributes:
+        rotate: the axis of the channels if they are rotated, or None.
         shift, scale: per input channel, already shaped to broadcast against the input; or None.
         quantizer: static scales of this step, a function for dynamic ones, or None for float inputs.
     """
@@ -46,9 +48,10 @@ class InputStage:
     shift: Tensor | None = None
     scale: Tensor | None = None
     quantizer: Callable[[Tensor], Tensor] | None = None
+    rotate: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.float()
+        x = x.float() if self.rotate is None else hadamard(x.float(), self.rotate)
         x = x if self.shift is None else x - self.shift
         x = x if self.scale is None else x / self.scale
         return x if self.quantizer is None else self.quantizer(x)

@@ -60,6 +60,7 @@ def sample(
     Raises:
         CalibrationError: if there is no prompt.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
         raise CalibrationError("no prompts: give at least one text")
     arguments = call_arguments(pipe, **overrides)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock, keeping_dtype
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, dynamic, packed_width, parse_format
-from reelquant.kernels import InputStage, Kernel, PackedWeight, select
+from reelquant.kernels import InputStage, Kernel, PackedWeight, hadamard, select
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
@@ -92,24 +92,27 @@ class QuantLayer(nn.Module):
         return PackedWeight(self.weight.data, quantizer, self.weight_shape)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as floats, per-channel input scale divided out: what a float layer would hold (its bias is :meth:`float_bias`)."""
+        """The weight as floats, the input's rewrite undone: what a float layer would hold (its bias is :meth:`float_bias`)."""
+        weight = self._unscaled_weight()
+        return (hadamard(weight, 1) if self.layout.rotate else weight).to(dtype)
+
+    def _unscaled_weight(self) -> Tensor:
+        """The weight that meets the input after its rotation, the per-channel input scale divided out."""
         weight = self.packed.dequantize()
-        if self.layout.scale:
-            weight = weight / self.pre_quant_scale.float().view(1, -1, *[1] * (weight.ndim - 2))
-        return weight.to(dtype)
+        return weight / self.pre_quant_scale.float().view(1, -1, *[1] * (weight.ndim - 2)) if self.layout.scale else weight
 
     def float_bias(self) -> Tensor | None:
         """The bias that belongs to :meth:`dequantized_weight`: without the compensation of the shift."""
         if self.bias is None or not self.layout.shift:
             return self.bias
-        weight = self.dequantized_weight()
+        weight = self._unscaled_weight()
         shift = self.pre_quant_shift.float().view(1, -1, *[1] * (weight.ndim - 2))
         return (self.bias.float() - (weight * shift).flatten(1).sum(1)).to(self.bias.dtype)
 
     def stage(self, x: Tensor) -> InputStage:
         """The input stage of the current denoising step."""
         shift, scale = (self._along_channels(getattr(self, name, None), x.ndim) for name in ("pre_quant_shift", "pre_quant_scale"))
-        return InputStage(shift, scale, self._input_quantizer())
+        return InputStage(shift, scale, self._input_quantizer(), self.channel_axis if self.layout.rotate else None)
 
     def _along_channels(self, vector: Tensor | None, ndim: int) -> Tensor | None:
         if vector is None or self.channel_axis == -1:

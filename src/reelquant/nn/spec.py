@@ -43,6 +43,9 @@ class TensorLayout:
         return parse_granularity(self.granularity, axis)
 
 
+FLAGS = ("slots", "rotate", "shift", "scale", "bias", "table", "unused")
+
+
 @dataclass(frozen=True)
 class LayerLayout:
     """How one layer is stored.
@@ -51,6 +54,7 @@ class LayerLayout:
         weight: layout of the weight codes.
         input: layout of the input quantizer, or None for weight-only layers.
         slots: rows of the input scales: 1, or one per calibrated step.
+        rotate: whether the input's channels are rotated first (:func:`reelquant.kernels.hadamard`).
         shift, scale: whether a per-channel ``pre_quant_shift`` / ``pre_quant_scale`` is stored.
         bias: whether the layer has a bias (a transform may have created one).
         table: rows of the stored output table of a temporal layer, 0 for none.
@@ -65,11 +69,12 @@ class LayerLayout:
     bias: bool = True
     table: int = 0
     unused: bool = False
+    rotate: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, in the wording of ``config.json``."""
         plain = {"weights": _tensor_json(self.weight), "input_activations": self.input and _tensor_json(self.input)}
-        flags = {name: getattr(self, name) for name in ("slots", "shift", "scale", "bias", "table", "unused")}
+        flags = {name: getattr(self, name) for name in FLAGS}
         return plain | {name: value for name, value in flags.items() if value != type(self).__dataclass_fields__[name].default}
 
     @classmethod
@@ -79,7 +84,7 @@ class LayerLayout:
         Raises:
             CheckpointError: on a key this version does not know.
         """
-        known = {"weights", "input_activations", "slots", "shift", "scale", "bias", "table", "unused"}
+        known = {"weights", "input_activations", *FLAGS}
         if unknown := set(data) - known:
             raise CheckpointError(f"quantization_config describes layers with unknown keys {sorted(unknown)}: written by a newer version?")
         rest = {key: value for key, value in data.items() if key not in ("weights", "input_activations")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
+from reelquant.kernels import hadamard
 
-Need = Literal["range", "rows", "gram", "features"]
+Need = Literal["range", "rotated", "rows", "gram", "features"]
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,7 @@ class Gram(Statistic):
     _origin: Tensor | None = None  # moments are taken around it: a large mean would eat the precision of the covariance
     _sum: Tensor | float = 0.0
     _square: Tensor | float = 0.0
-    _factors: dict[float, Tensor] = field(default_factory=dict)
+    _factors: dict[tuple[float, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     def update(self, x: Tensor, step: int, part: int = 0) -> None:
         rows = self.geometry.rows(x.detach(), self.per_call, self.generator)
@@ -218,15 +220,29 @@ class Gram(Statistic):
         mean = self._sum / self.count
         return self._square / self.count - torch.outer(mean, mean)
 
-    def inverse_factor(self, damping: float) -> Tensor:
-        """:func:`inverse_factor` of the covariance, computed once."""
-        if damping not in self._factors:
-            self._factors[damping] = inverse_factor(self.covariance, damping)
-        return self._factors[damping]
+    @cached_property
+    def rotated(self) -> Gram:
+        """The same moments of the input after :func:`reelquant.kernels.hadamard` along its channels."""
+        assert isinstance(self._sum, Tensor) and isinstance(self._square, Tensor) and self._origin is not None
+
+        def rotate(x: Tensor) -> Tensor:
+            return hadamard(x.unflatten(-1, (-1, self.geometry.taps)), -2).flatten(-2)
+
+        square = rotate(rotate(self._square).T)
+        return Gram(self.geometry, self.per_call, self.generator, self.count, rotate(self._origin), rotate(self._sum), square)
+
+    def inverse_factor(self, damping: float, order: Tensor) -> Tensor:
+        """:func:`inverse_factor` of the covariance; the last one is kept, because layers that share an input ask for the same."""
+        key = (damping, tuple(order.tolist()))
+        if key not in self._factors:
+            self._factors = {key: inverse_factor(self.covariance, damping, order)}
+        return self._factors[key]
 
 
-def inverse_factor(covariance: Tensor, damping: float) -> Tensor:
+def inverse_factor(covariance: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
     """Upper Cholesky factor ``U``, ``[in, in]`` float32, of a damped inverse covariance: ``U^T U = (C + damping * diag(C))^-1``.
+
+    Rows and columns of ``C`` are taken in ``order`` first.
 
     Damping is relative to each channel's own variance, so the factor of ``C / (s s^T)`` is ``U * s``: one factorization serves every
     rescaling of the channels. Channels that never move count as average ones. Damping grows tenfold until the factorization succeeds.
@@ -234,7 +250,7 @@ def inverse_factor(covariance: Tensor, damping: float) -> Tensor:
     Raises:
         CalibrationError: if the covariance is not finite (inputs beyond 1e19 overflow their squares).
     """
-    matrix = covariance.double()
+    matrix = (covariance if order is None else covariance[order][:, order]).double()
     if not bool(matrix.isfinite().all()):
         raise CalibrationError("the second moment of a layer's input overflowed; inputs this large cannot be calibrated")
     diagonal = matrix.diagonal()
@@ -278,8 +294,11 @@ class InputStatistics:
     rows: Rows | None = None
     gram: Gram | None = None
     features: Features | None = None
+    rotated: ChannelRange | None = None  # of the rotated channels
 
     def update(self, x: Tensor, step: int, part: int = 0) -> None:
+        if self.rotated is not None:
+            self.rotated.update(hadamard(x.detach().float(), self.rotated.channel_axis), step, part)
         for statistic in (self.range, self.rows, self.gram, self.features):
             if statistic is not None:
                 statistic.update(x, step, part)

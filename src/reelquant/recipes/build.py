@@ -14,7 +14,7 @@ from reelquant.formats import LEVEL_DTYPE, Quantizer, QuantSpec, bind, fit, pack
 from reelquant.formats.criteria import coverage, nmse, retrieval_accuracy, tdscore
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, get_module, quantized_class
 from reelquant.nn.layers import SHIFT_DTYPE
-from reelquant.observe import InputStatistics
+from reelquant.observe import ChannelRange, InputStatistics
 from reelquant.recipes.plan import LayerPlan, Plan
 from reelquant.recipes.recipe import Step
 from reelquant.sites import Group
@@ -69,8 +69,9 @@ class BuiltGroup:
 
 
 def build_group(
-    plan: Plan, group: Group, denoiser: nn.Module, inputs: Mapping[str, InputStatistics], options: Options, timesteps: Sequence[float]
-) -> BuiltGroup:
+    plan: Plan, group: Group, denoiser: nn.Module, inputs: Mapping[str, InputStatistics], options: Options, timesteps: Sequence[float],
+    *, draft: bool = False,
+) -> BuiltGroup:  # fmt: skip
     """Transform, solve and pack every quantized layer of a group.
 
     Args:
@@ -80,6 +81,7 @@ def build_group(
         inputs: statistics by layer name; empty for data-free recipes.
         options: parameters chosen for each step.
         timesteps: calibrated timesteps (slots of per-step scales).
+        draft: round weights to nearest, whatever the recipe's solver is.
     """
     rows = [plan.layers[name] for name in group.layers if plan.layers[name].kept is None]
     modules = {row.layer.name: get_module(denoiser, row.layer.name) for row in rows}
@@ -88,7 +90,10 @@ def build_group(
     rewrite = rewrite if folds else rewrite.stored(SHIFT_DTYPE)
     built = BuiltGroup(group, {}, rewrite if folds else None, [])
     for row in rows:
-        layer, record = _build_layer(plan, row, modules[row.layer.name], rewrite, folds, inputs.get(row.layer.name), options, timesteps)
+        step, solver = _solver(plan, row, options)
+        statistics, module = inputs.get(row.layer.name), modules[row.layer.name]
+        solving = step, Nearest() if draft else solver
+        layer, record = _build_layer(plan, row, module, rewrite, folds, statistics, options, timesteps, *solving)
         built.layers[row.layer.name] = layer
         built.records.append(record)
     return built
@@ -96,7 +101,7 @@ def build_group(
 
 def _folds(group: Group, denoiser: nn.Module, rewrite: Rewrite) -> bool:
     """Can the rewrite move into the producing norm without loss? A norm in half precision would round it."""
-    if not group.foldable or group.producer is None or (rewrite.shift is not None and not group.fold_shift):
+    if not group.foldable or group.producer is None or rewrite.rotated or (rewrite.shift is not None and not group.fold_shift):
         return False
     return all(p.dtype == torch.float32 for p in get_module(denoiser, group.producer).parameters(recurse=False))
 
@@ -108,8 +113,9 @@ def _rewrite(
     if not rows or rows[0].layer.name not in inputs:
         return Rewrite()
     statistics = inputs[rows[0].layer.name]
-    low, high = statistics.range.envelope(unseen=plan.unseen)
-    view = GroupView(low.amin(1), high.amax(1), statistics.range.mean.mean(1), [_weight(module) for module in modules.values()])
+    ranges = [None if seen is None else _reach(seen, unseen=plan.unseen) for seen in (statistics.range, statistics.rotated)]
+    assert ranges[0] is not None
+    view = GroupView(*ranges[0], [_weight(module) for module in modules.values()], ranges[1], any(row.input for row in rows))
     total = Rewrite()
     for number, step in enumerate(plan.recipe.steps):
         if step.transform is None or not all(number in row.steps for row in rows):
@@ -121,6 +127,12 @@ def _rewrite(
     return total
 
 
+def _reach(seen: ChannelRange, *, unseen: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Lowest, highest and mean value of every channel, each ``[steps, channels]``."""
+    low, high = seen.envelope(unseen=unseen)
+    return low.amin(1), high.amax(1), seen.mean.mean(1)
+
+
 def _weight(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -129,11 +141,10 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _build_layer(
     plan: Plan, row: LayerPlan, module: nn.Module, rewrite: Rewrite, folds: bool, statistics: InputStatistics | None, options: Options,
-    timesteps: Sequence[float],
+    timesteps: Sequence[float], step: Step | None, solver: Solver,
 ) -> tuple[QuantLayer, LayerRecord]:  # fmt: skip
     assert row.weight is not None
     weight = _weight(module)
-    step, solver = _solver(plan, row, options)
     solution = _solve(row.weight, weight, rewrite, statistics, solver)
     inputs = None if row.input is None else _input_quantizers(row.input, rewrite, statistics, unseen=plan.unseen)
     if inputs and len(inputs) not in (1, len(timesteps)):
@@ -162,12 +173,15 @@ def _solve(spec: QuantSpec, weight: Tensor, rewrite: Rewrite, statistics: InputS
     gram = statistics.gram if statistics is not None else None
     if gram is None:
         return solve(solver, Problem(matrix, spec))
+    gram = gram.rotated if rewrite.rotated else gram
     if rewrite.scale is None:
         return solve(solver, Problem(matrix, spec, gram.covariance, gram.inverse_factor))
     scale = rewrite.scale.repeat_interleave(matrix.shape[1] // len(rewrite.scale))
-    return solve(
-        solver, Problem(matrix, spec, gram.covariance / torch.outer(scale, scale), lambda damping: gram.inverse_factor(damping) * scale)
-    )
+
+    def factor(damping: float, order: Tensor) -> Tensor:
+        return gram.inverse_factor(damping, order) * scale[order]
+
+    return solve(solver, Problem(matrix, spec, gram.covariance / torch.outer(scale, scale), factor))
 
 
 def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatistics | None, *, unseen: bool) -> list[Quantizer] | None:
@@ -179,7 +193,9 @@ def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatis
         return [fit(spec, rewrite.input(features.features))]
     if spec.range.needs_samples or spec.alternatives:
         return [fit(spec, _sampled(rewrite, statistics, spec))]
-    low, high = (rewrite.input(v) for v in statistics.range.envelope(per_step=spec.slots == "per_step", unseen=unseen))
+    seen = statistics.rotated if rewrite.rotated else statistics.range
+    assert seen is not None
+    low, high = (rewrite.affine(v) for v in seen.envelope(per_step=spec.slots == "per_step", unseen=unseen))
     keep = {"tensor": (), "channel": (2,), "frame": (1,)}[spec.granularity.kind]
     over = [dim for dim in (1, 2) if dim not in keep]
     low, high = low.amin(over).reshape(len(low), -1).clamp(max=0), high.amax(over).reshape(len(high), -1).clamp(min=0)
@@ -238,6 +254,7 @@ def _layout(
         weight=TensorLayout.of(row.weight, solution.quantizer.format),
         input=input_layout,
         slots=len(inputs) if inputs else 1,
+        rotate=rewrite.rotated,
         shift=rewrite.shift is not None and not folds,
         scale=rewrite.scale is not None and not folds,
         bias=bias is not None,

@@ -39,7 +39,8 @@ class Calibration:
 
     def _suffices(self, plan: Plan, row: LayerPlan) -> bool:
         found = self.inputs.get(row.layer.name)
-        if found is None or (found.gram is None and "gram" in needs(plan, row)):
+        wanted = needs(plan, row)
+        if found is None or (found.gram is None and "gram" in wanted) or (found.rotated is None and "rotated" in wanted):
             return False
         grain = None if row.input is None else row.input.granularity
         return grain is None or grain.kind != "frame" or grain.size == found.range.frames
@@ -102,6 +103,7 @@ def _statistics(
         Rows(geometry, max(8, ROWS // max(calls, 1)), generator),
         Gram(geometry, GRAM_ROWS, generator) if "gram" in wanted else None,
         Features() if row.layer.role == "temporal" and not geometry.kernel else None,
+        ChannelRange(row.layer.channel_axis, geometry.padded, frames) if "rotated" in wanted else None,
     )
 
 

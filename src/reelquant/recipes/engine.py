@@ -65,7 +65,7 @@ class Session:
     clock: tuple[Clock, ...] = ()
     floats: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    cache: dict[tuple[str, str], BuiltGroup] = field(default_factory=dict)
+    drafts: dict[tuple[str, str], BuiltGroup] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -95,21 +95,22 @@ class Session:
     def timesteps(self) -> list[float]:
         return self.calibration.steps.timesteps if self.calibration else []
 
-    def built(self, group: Group, options: Options) -> BuiltGroup:
-        """The replacement of a group for these options; built once."""
+    def build(self, group: Group, options: Options, *, draft: bool = False) -> BuiltGroup:
+        """The replacement of a group for these options."""
+        inputs = self.calibration.inputs if self.calibration else {}
+        return build_group(self.plan, group, self.denoiser, inputs, options, self.timesteps, draft=draft)
+
+    def draft(self, group: Group, options: Options) -> BuiltGroup:
+        """A replacement for a trial, its weights rounded to nearest: solvers would take most of a search's time. Built once."""
         steps = {number for name in group.layers for number in self.plan.layers[name].steps}
         key = (group.name, repr(sorted((number, values) for number, values in options.items() if number in steps)))
-        if key not in self.cache:
-            inputs = self.calibration.inputs if self.calibration else {}
-            self.cache[key] = build_group(self.plan, group, self.denoiser, inputs, options, self.timesteps)
-        return self.cache[key]
+        if key not in self.drafts:
+            self.drafts[key] = self.build(group, options, draft=True)
+        return self.drafts[key]
 
-    def install(self, assignment: Assignment, on_group: Callable[[], None] = lambda: None) -> list[BuiltGroup]:
-        """Swap the chosen replacements in; what was float is remembered. ``on_group`` hears of every group that is built."""
-        chosen: list[BuiltGroup] = []
-        for group in self.groups:
-            chosen.append(self.built(group, assignment[family(group)]))
-            on_group()
+    def install(self, assignment: Assignment, make: Callable[[Group, Options], BuiltGroup]) -> list[BuiltGroup]:
+        """Swap what ``make`` gives for every group in; what was float is remembered."""
+        chosen = [make(group, assignment[family(group)]) for group in self.groups]
         for built in chosen:
             for name, layer in built.layers.items():
                 self.floats.setdefault(name, get_module(self.denoiser, name))
@@ -230,7 +231,7 @@ def _finish(session: Session) -> Report:
     _start_clock(session)  # candidates with per-step scales need it as much as the final layers do
     assignment, trials = _search(session)
     with session.timed("build", len(session.groups)):
-        chosen = session.install(assignment, session.progress.advance)
+        chosen = session.install(assignment, lambda group, options: _solved(session, group, options))
     report = Report(recipe.name, recipe.digest(), type(session.denoiser).__name__, session.component)
     report.layers = [record for built in chosen for record in built.records]
     report.trials, report.timesteps, report.seed = trials, session.timesteps, session.seed
@@ -240,6 +241,12 @@ def _finish(session: Session) -> Report:
     _account(session, report, before)
     session.floats, session.norms = {}, {}
     return report
+
+
+def _solved(session: Session, group: Group, options: Options) -> BuiltGroup:
+    built = session.build(group, options)
+    session.progress.advance()
+    return built
 
 
 def _search(session: Session) -> tuple[Assignment, list[Any]]:
@@ -252,14 +259,16 @@ def _search(session: Session) -> tuple[Assignment, list[Any]]:
         reference = session.held_out_latents(**steps)
 
         def evaluate(assignment: Assignment) -> float:
-            session.install(assignment)
+            session.install(assignment, session.draft)
             try:
                 return latent_psnr(reference, session.held_out_latents(**steps))
             finally:
                 session.restore()
                 session.progress.advance()
 
-        return choose(session.plan, groups, evaluate)
+        found = choose(session.plan, groups, evaluate)
+        session.drafts = {}
+        return found
 
 
 def _start_clock(session: Session) -> None:

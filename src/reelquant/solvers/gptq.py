@@ -20,14 +20,17 @@ class Gptq(Solver):
     Attributes:
         damping: share of each input's own variance that is added to the diagonal of the covariance.
         block: columns whose updates are applied together.
+        ordered: round the columns of the largest input variance first, while many others are left to make up for them.
 
-    Paper: GPTQ (arXiv 2210.17323), algorithm 1. Deviations: the matrix is the *centred* covariance of the input, because a corrected
-    bias absorbs the mean; damping is relative to each input's variance (theirs: to the mean of all), so that one factorization serves all
-    rescalings of the channels; group scales are those of the untouched weight ("static groups"), so scales and codes stay consistent.
+    Paper: GPTQ (arXiv 2210.17323), algorithm 1, and the order of its reference code's ``act_order``. Deviations: the matrix is the
+    *centred* covariance of the input, because a corrected bias absorbs the mean; damping is relative to each input's variance (theirs:
+    to the mean of all), so that one factorization serves all rescalings of the channels; group scales are those of the untouched weight
+    ("static groups"), so scales and codes stay consistent and columns keep their place in storage whatever the order.
     """
 
     damping: float = 0.01
     block: int = 64
+    ordered: bool = True
     needs: ClassVar[frozenset[Need]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
@@ -41,19 +44,19 @@ class Gptq(Solver):
     def solve(self, problem: Problem) -> Solution:
         assert problem.covariance is not None, "the engine provides what needs names"
         quantizer = fit(problem.spec, problem.weight)
-        rounded = torch.zeros_like(problem.weight)
-        inverse = problem.factor(self.damping) if problem.factor else inverse_factor(problem.covariance, self.damping)
-        work = problem.weight.clone()
-        width = work.shape[1]
-        for start in range(0, width, self.block):
-            stop = min(start + self.block, width)
+        order = torch.arange(problem.weight.shape[1], device=problem.weight.device)
+        order = problem.covariance.diagonal().argsort(descending=True, stable=True) if self.ordered else order
+        inverse = problem.factor(self.damping, order) if problem.factor else inverse_factor(problem.covariance, self.damping, order)
+        rounded, work, places = torch.zeros_like(problem.weight), problem.weight[:, order], order.tolist()
+        for start in range(0, len(places), self.block):
+            stop = min(start + self.block, len(places))
             errors = torch.zeros_like(work[:, start:stop])
             for column in range(start, stop):
                 value = work[:, column : column + 1]
-                rounded[:, column : column + 1] = quantizer.round_columns(value, column)
-                error = (value - rounded[:, column : column + 1]) / inverse[column, column]
+                nearest = quantizer.round_columns(value, places[column])
+                error = (value - nearest) / inverse[column, column]
                 work[:, column:stop] -= error * inverse[column, column:stop]
-                errors[:, column - start] = error[:, 0]
+                errors[:, column - start], rounded[:, places[column]] = error[:, 0], nearest[:, 0]
             work[:, stop:] -= errors @ inverse[start:stop, stop:]
         codes = quantizer.codes(rounded)
         return Solution(quantizer, codes, problem.objective(quantizer.dequantize(codes)))

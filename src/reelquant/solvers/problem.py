@@ -21,13 +21,14 @@ class Problem:
         weight: ``[out, in]`` float32, transforms already in; convolutions flattened.
         spec: the format, granularity and range wanted.
         covariance: ``[in, in]`` of the (transformed) input, centred, or None for data-free solvers.
-        factor: gives :func:`reelquant.observe.inverse_factor` of the covariance for a damping, from a cache; None: it is computed.
+        factor: gives :func:`reelquant.observe.inverse_factor` of the covariance for a damping and an order of its columns, from a
+            cache; None: it is computed.
     """
 
     weight: Tensor
     spec: QuantSpec
     covariance: Tensor | None = None
-    factor: Callable[[float], Tensor] | None = None
+    factor: Callable[[float, Tensor], Tensor] | None = None
 
     def objective(self, quantized: Tensor) -> float:
         """Mean squared output error that no bias can repair: ``tr(E C E^T) / out``; plain squared error without data."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from reelquant._errors import RecipeError
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rewrite import GroupView, Rewrite, Transform
+from reelquant.transforms.rotate import Rotate
 from reelquant.transforms.scale import Scale
 from reelquant.transforms.shift import Shift
 
-TRANSFORMS: dict[str, type[Transform]] = {"shift": Shift, "range_integrate": RangeIntegrate, "scale": Scale}
+TRANSFORMS: dict[str, type[Transform]] = {"shift": Shift, "range_integrate": RangeIntegrate, "scale": Scale, "rotate": Rotate}
 
 
 def register_transform(name: str, transform: type[Transform]) -> None:
@@ -18,4 +19,4 @@ def register_transform(name: str, transform: type[Transform]) -> None:
     TRANSFORMS[name] = transform
 
 
-__all__ = ["TRANSFORMS", "GroupView", "RangeIntegrate", "Rewrite", "Scale", "Shift", "Transform", "register_transform"]
+__all__ = ["TRANSFORMS", "GroupView", "RangeIntegrate", "Rewrite", "Rotate", "Scale", "Shift", "Transform", "register_transform"]

@@ -29,7 +29,7 @@ class RangeIntegrate(Transform):
             raise RecipeError(f"cap lies in (0, 1], got {self.cap}")
 
     def plan(self, group: GroupView) -> Rewrite:
-        if self.cap is None and self.power == 0:
+        if not group.rounded or (self.cap is None and self.power == 0):
             return Rewrite()
         size = magnitude(group)
         relative = (size / size.amax().clamp(min=1e-30)).clamp(min=1e-4)  # a dead channel must not turn into a huge weight ratio

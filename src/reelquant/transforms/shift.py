@@ -40,4 +40,4 @@ class Shift(Transform):
         before = magnitude(group)
         after = torch.maximum(group.high.amax(0) - shift, shift - group.low.amin(0))
         gain = 1 - (after / before.clamp(min=torch.finfo(before.dtype).tiny)).mean()
-        return Rewrite(shift=shift) if float(gain) >= self.least else Rewrite()
+        return Rewrite(shift=shift) if group.rounded and float(gain) >= self.least else Rewrite()

@@ -6,7 +6,20 @@ import pytest
 import torch
 
 from reelquant._errors import RecipeError
-from reelquant.formats import ByCriterion, Granularity, Int, MinMax, Mse, Percentile, QuantSpec, bind, fit, parse_format, parse_granularity
+from reelquant.formats import (
+    ByCriterion,
+    Granularity,
+    Int,
+    MinMax,
+    Mse,
+    Percentile,
+    QuantSpec,
+    RangeRule,
+    bind,
+    fit,
+    parse_format,
+    parse_granularity,
+)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +131,15 @@ def test_fit_keeps_the_alternative_that_suits_the_values() -> None:
 def test_a_percentile_lies_between_a_half_and_one(percentile: float) -> None:
     with pytest.raises(RecipeError, match=rf"percentile lies in \(0.5, 1\], got {percentile}"):
         Percentile(percentile)
+
+
+@pytest.mark.parametrize("rule", [Mse, ByCriterion])
+def test_factors_of_a_search_are_checked(rule: type[RangeRule]) -> None:
+    with pytest.raises(RecipeError, match="at least 1, got 0"):
+        rule(candidates=0)
+    for smallest in (0.0, -1.0, 1.5):
+        with pytest.raises(RecipeError, match=rf"in \(0, 1\], got {smallest}"):
+            rule(smallest=smallest)
 
 
 def test_an_unknown_criterion_is_an_error_with_the_nearest_name() -> None:
