@@ -2,11 +2,12 @@
 
 Run it from the repository root::
 
-    python -m benchmarks.ablation --pipeline tiny-dit --clips 64 --output runs/ablation
-    python -m benchmarks.ablation --pipeline tiny-unet --clips 64 --output runs/ablation
+    python -m benchmarks.ablation --pipeline tiny-dit --clips 64 --output runs/peers
+    python -m benchmarks.ablation --pipeline tiny-unet --clips 64 --output runs/peers
 
 Float clips are sampled once and kept; rows that are already in the output are not measured again, so the command can be stopped and
-started. Writes ``ablation-PIPELINE.jsonl`` (a line per row, PSNR of every clip included), ``.csv`` and ``.md``.
+started. Rows are kept in ``rows.jsonl`` together with those of ``benchmarks.peers`` (PSNR of every clip included); the table is
+``ablation-PIPELINE.csv`` and ``.md``.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.common import SAMPLING_SEED, Clips, Records, judged, markdown, measure, write_csv
+from benchmarks import peers
+from benchmarks.common import SAMPLING_SEED, Clips, Records, judged, markdown, measure, report_facts, write_csv
 from reelquant.cli.compare import Comparison
 from reelquant.evaluate import bootstrap
 from reelquant.models.pipelines import BUNDLED
@@ -107,24 +110,30 @@ BITS = {"w8a8": tuple(STAGES), "w6a6": PAPER, "w4a8": PAPER}
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a stage at a bit width."""
+    """One line of the table: a stage at a bit width. ``library`` names the configuration of ``benchmarks.peers`` that it is, if any."""
 
     bits: str
     stage: str
     recipe: Mapping
+    library: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.bits} {self.stage}"
+        return self.library or f"{self.bits} {self.stage}"
+
+    def digest(self, clips: Clips) -> str:
+        """As in ``benchmarks.peers``: of the clips and the recipe."""
+        return f"{clips.digest}-{load_recipe(self.recipe).digest()}"
 
 
 def rows(bits: str) -> Iterator[Row]:
     """The plain baseline, then every part on top of the ones before."""
     stage, full = recipe(f"{BASE}-{bits}"), recipe(f"{METHOD}-{bits}")
-    yield Row(bits, BASE, stage)
+    yield Row(bits, BASE, stage, f"{BASE}-{bits}")
     for name in BITS[bits]:
-        stage = STAGES[name](stage, full) | {"name": f"{bits} {name}"}
-        yield Row(bits, name, stage)
+        library = f"{METHOD}-{bits}" if STAGES[name] is whole else None
+        stage = STAGES[name](stage, full) | ({} if library else {"name": f"{bits} {name}"})
+        yield Row(bits, name, stage, library)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------------------------
@@ -134,61 +143,42 @@ def figures(comparison: Comparison, row: Row) -> Mapping:
     """Quantize, sample and judge."""
     assert comparison.reference is not None
     outcome = comparison.measure(row.recipe)
-    report = outcome.report
-    assert report is not None
+    assert outcome.report is not None
     return {
-        "bits": row.bits,
-        "stage": row.stage,
         **measure(outcome.frames, comparison.reference, comparison.captions),
-        "tdscore": report.mean("tdscore", "temporal"),
-        "coverage": report.mean("coverage", "main"),
-        "error": report.mean("error"),
-        "ratio": report.ratio,
-        "bytes": report.bytes_quantized,
-        "bytes_tables": report.bytes_tables,
-        "search": [[trial.family, trial.options, trial.psnr] for trial in report.trials],
-        "warnings": report.warnings,
+        **report_facts(outcome.report),
         "seconds_quantize": round(outcome.seconds_quantize, 2),
         "seconds_sample": round(outcome.seconds_sample, 2),
     }
 
 
-def run(clips: Clips, bits: list[str], output: Path) -> None:
-    """Measure what is missing."""
-    records = Records(output / f"ablation-{clips.name}.jsonl")
-    reference = clips.float_frames(output)
-    if not records.done("float", clips.digest):
-        records.add(
-            {
-                "name": "float",
-                "digest": clips.digest,
-                "status": "measured",
-                "bits": "",
-                "stage": "float",
-                "judge": judged(reference, clips.prompts),
-            }
-        )
+def run(clips: Clips, bits: list[str], records: Records, reference: Tensor) -> None:
+    """Measure what is missing; rows that are recipes of the library are left to ``benchmarks.peers``."""
     comparison: Comparison | None = None
     for row in [row for one in bits for row in rows(one)]:
-        digest = f"{clips.digest}-{load_recipe(row.recipe).digest()}"
-        if records.done(row.name, digest):
+        if records.done(row.name, row.digest(clips)):
             continue
-        if comparison is None:
-            comparison = Comparison(clips.open(), clips.prompts, SAMPLING_SEED, clips.call, reference=reference, batch=clips.batch)
         start = time.perf_counter()
-        records.add({"name": row.name, "digest": digest, "status": "measured", **figures(comparison, row)})
+        if row.library:
+            records.add(peers.row(next(c for c in peers.CONFIGURATIONS if c.name == row.library), clips, reference))
+        else:
+            comparison = comparison or Comparison(
+                clips.open(), clips.prompts, SAMPLING_SEED, clips.call, reference=reference, batch=clips.batch
+            )
+            key = {"name": row.name, "digest": row.digest(clips), "pipeline": clips.name, "clips": clips.count, "status": "measured"}
+            records.add(key | figures(comparison, row))
         print(f"{clips.name}: {row.name}, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------------------------
 
 
-def current(clips: Clips, bits: list[str], records: Records) -> list[Mapping]:
-    """The measured rows of these clips and of today's recipes, in the order of the table."""
+def current(clips: Clips, bits: list[str], records: Records, reference: Tensor) -> list[Mapping]:
+    """The measured rows of these clips and of today's recipes, in the order of the table, the float clips first."""
     known = {(row["name"], row["digest"]): row for row in records.load()}
-    wanted = [("float", clips.digest)]
-    wanted += [(row.name, f"{clips.digest}-{load_recipe(row.recipe).digest()}") for one in bits for row in rows(one)]
-    return [known[key] for key in wanted if key in known]
+    wanted = [(row, (row.name, row.digest(clips))) for one in bits for row in rows(one)]
+    found = [known[key] | {"bits": row.bits, "stage": row.stage} for row, key in wanted if key in known]
+    return [{"bits": "", "stage": "float", "judge": judged(reference, clips.prompts)}, *found]
 
 
 def gain(row: Mapping, base: Mapping) -> str:
@@ -197,16 +187,15 @@ def gain(row: Mapping, base: Mapping) -> str:
     return f"{found.mean:+.1f} ({found.low:+.1f} to {found.high:+.1f})"
 
 
-def write_tables(clips: Clips, bits: list[str], output: Path) -> None:
+def write_tables(clips: Clips, found: list[Mapping], output: Path) -> None:
     """CSV and Markdown from what is there."""
-    found = current(clips, bits, Records(output / f"ablation-{clips.name}.jsonl"))
     bases = {row["bits"]: row for row in found if row["stage"] == BASE}
     kinds = list(dict.fromkeys(kind for row in found for kind in row["judge"]))
     headings = ["bits", "stage", "PSNR to float, dB (95 %)", f"over {BASE}, dB", *kinds, "TDScore", "coverage", "smaller"]
     lines = [_line(row, bases.get(row["bits"]), kinds) for row in found]
     title = f"{clips.name}, {clips.count} clips; judge: share of clips that show what their caption says; TDScore: 1 is lossless\n\n"
     (output / f"ablation-{clips.name}.md").write_text(title + markdown(headings, lines))
-    skip = ("psnr", "judge", "search", "warnings", "status")
+    skip = (*peers.NESTED, "status", "note", "rival", "skips", "package", "version", "torch")
     flat = [{k: v for k, v in row.items() if k not in skip} | {f"judge_{k}": v for k, v in row["judge"].items()} for row in found]
     write_csv(output / f"ablation-{clips.name}.csv", flat)
 
@@ -232,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pipeline", required=True, help=f"{' or '.join(BUNDLED)}, or a folder")
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--output", type=Path, default=Path("runs/peers"))
     parser.add_argument("--bits", nargs="*", choices=BITS, default=list(BITS))
     parser.add_argument("--batch", type=int, default=4, help="clips per pipeline call")
     parser.add_argument("--set", type=number, nargs="*", default=[], metavar="KEY=NUMBER", help="arguments of the pipeline call")
@@ -241,9 +230,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
+    records, reference = Records(args.output / "rows.jsonl"), clips.float_frames(args.output)
     if not args.table:
-        run(clips, args.bits, args.output)
-    write_tables(clips, args.bits, args.output)
+        run(clips, args.bits, records, reference)
+    write_tables(clips, current(clips, args.bits, records, reference), args.output)
     print((args.output / f"ablation-{clips.name}.md").read_text())
 
 

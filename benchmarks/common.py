@@ -21,6 +21,7 @@ from reelquant.models.judge import accuracy
 from reelquant.models.pipelines import locate, open_pipeline
 from reelquant.models.sampling import NOTES_FILE, sample
 from reelquant.models.shapes import evaluation_prompts
+from reelquant.recipes.report import Report
 
 SAMPLING_SEED = 50_000  # noise of the first clip
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -125,6 +126,20 @@ def measure(frames: Tensor, reference: Tensor, prompts: Sequence[str]) -> dict[s
     values = psnr(reference, frames.nan_to_num(0.0)).tolist()
     mean = bootstrap(values)
     return {"psnr": values, "psnr_mean": mean.mean, "psnr_low": mean.low, "psnr_high": mean.high, "judge": judged(frames, prompts)}
+
+
+def report_facts(report: Report) -> dict[str, Any]:
+    """What a row keeps of a quantization report."""
+    return {
+        "tdscore": report.mean("tdscore", "temporal"),
+        "coverage": report.mean("coverage", "main"),
+        "error": report.mean("error"),
+        "ratio": report.ratio,
+        "bytes_tables": report.bytes_tables,
+        "search": [[trial.family, trial.options, trial.psnr] for trial in report.trials],
+        "warnings": report.warnings,
+        "phases": {name: round(seconds, 1) for name, seconds in report.seconds.items()},
+    }
 
 
 def denoiser(pipe: Any) -> tuple[str, nn.Module]:

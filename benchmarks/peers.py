@@ -20,7 +20,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,18 @@ import torch
 from torch import Tensor, nn
 
 import reelquant
-from benchmarks.common import Clips, Records, denoiser, layer_sizes, markdown, measure, quantized_layers, weight_bytes, write_csv
+from benchmarks.common import (
+    Clips,
+    Records,
+    denoiser,
+    layer_sizes,
+    markdown,
+    measure,
+    quantized_layers,
+    report_facts,
+    weight_bytes,
+    write_csv,
+)
 from reelquant.evaluate import bootstrap
 from reelquant.models.pipelines import BUNDLED, calibration_prompts
 from reelquant.models.sampling import sample
@@ -55,6 +66,7 @@ class Subject:
 
     pipe: Any
     clips: Clips
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def component(self) -> str:
@@ -92,6 +104,7 @@ class Configuration:
         batch: clips per call, if not the usual number.
         only: the one pipeline it makes sense on.
         quantizes: False for the float rows.
+        recipe: name of the recipe, if it is one of this library.
     """
 
     name: str
@@ -104,6 +117,11 @@ class Configuration:
     batch: int | None = None
     only: str | None = None
     quantizes: bool = True
+    recipe: str | None = None
+
+    def digest(self, clips: Clips) -> str:
+        """Changes with the clips and, for recipes of this library, with the recipe."""
+        return f"{clips.digest}-{load_recipe(self.recipe).digest()}" if self.recipe else clips.digest
 
 
 # --- float ----------------------------------------------------------------------------------------------------------------------------
@@ -247,7 +265,7 @@ def recipe(name: str) -> Apply:
     """A recipe of reelquant with its defaults."""
 
     def apply(subject: Subject) -> None:
-        reelquant.quantize(subject.pipe, name, **subject.clips.call)
+        subject.facts |= report_facts(reelquant.quantize(subject.pipe, name, **subject.clips.call))
 
     return apply
 
@@ -262,7 +280,7 @@ SDNQ, TORCHAO, QUANTO, ORBITQUANT = "sdnq", "torchao", "optimum-quanto", "orbitq
 UNET = "tiny-unet"
 POLICY = "OrbitQuant's own policy"
 ORBIT_NOTE = f"{LINEAR}; rotated Lloyd-Max codebooks, one norm per token"
-ORBIT_8 = "; codebooks of version 1: those of version 2 take hours to compute at 8 bits"
+ORBIT_8 = "; codebooks of version 1: those of version 2 were still being computed after ten minutes at 8 bits"
 SMALL = "linear layers of 16384 weights and more: its defaults skip smaller ones and convolutions"
 FULL = "convolutions and small layers too"
 UNPACKED = f"{LINEAR}; groups of 32, stored one code per byte"
@@ -304,7 +322,7 @@ CONFIGURATIONS = [
     Configuration("orbitquant-w4a8", "4/8 dynamic", orbitquant(4, 8, 1), ORBITQUANT, POLICY, ORBIT_NOTE + ORBIT_8, W4A8),
     Configuration("orbitquant-w4a6", "4/6 dynamic", orbitquant(4, 6, 2), ORBITQUANT, POLICY, ORBIT_NOTE, W4A8),
     *(
-        Configuration(name, bits, recipe(name), skips="by role", note="this library")
+        Configuration(name, bits, recipe(name), skips="by role", note="this library", recipe=name)
         for name, bits in {
             "minmax-w8a8": "8/8 static", "minmax-w6a6": "6/6 static", "minmax-w4a8": "4/8 static",
             "qvd-w8a8": "8/8 static", "qvd-w6a6": "6/6 static", "qvd-w4a8": "4/8 static",
@@ -347,6 +365,7 @@ def run(configuration: Configuration, clips: Clips, reference: Tensor) -> dict[s
         "share": sum(sizes[name] for name in quantized) / sum(sizes.values()),
         "seconds_quantize": prepared - start,
         "seconds_sample": time.perf_counter() - prepared,
+        **subject.facts,
     }
 
 
@@ -354,7 +373,8 @@ def row(configuration: Configuration, clips: Clips, reference: Tensor) -> dict[s
     """The record of one configuration: measured, failed (with the reason), or not installed (with the command)."""
     found = version(configuration.package)
     record: dict[str, Any] = {
-        "name": configuration.name, "pipeline": clips.name, "clips": clips.count, "digest": clips.digest, "bits": configuration.bits,
+        "name": configuration.name, "pipeline": clips.name, "clips": clips.count,
+        "digest": configuration.digest(clips), "bits": configuration.bits,
         "package": configuration.package or "reelquant", "version": found, "torch": torch.__version__,
         "skips": configuration.skips, "note": configuration.note, "rival": configuration.rival,
     }  # fmt: skip
@@ -392,17 +412,22 @@ def _line(record: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
     return [record["name"], record["bits"], own, _difference(record, rows), record["rival"] or "-", *judge, size, share, record["note"]]
 
 
+NESTED = ("psnr", "judge", "search", "warnings", "phases")
+
+
 def flat(record: dict[str, Any]) -> dict[str, Any]:
     """A record without lists and nested tables, for CSV."""
-    return {key: value for key, value in record.items() if key not in ("psnr", "judge")} | {
+    return {key: value for key, value in record.items() if key not in NESTED} | {
         f"judge_{kind}": value for kind, value in record.get("judge", {}).items()
     }
 
 
 def write_tables(records: Records, clips: Clips, folder: Path) -> str:
     """CSV and Markdown of the rows that belong to these clips, in the order of the table of configurations."""
-    rows = {record["name"]: record for record in records.load() if record["digest"] == clips.digest}
-    ordered = [rows[configuration.name] for configuration in CONFIGURATIONS if configuration.name in rows]
+    known = {(record["name"], record["digest"]): record for record in records.load()}
+    keys = [(configuration.name, configuration.digest(clips)) for configuration in CONFIGURATIONS]
+    ordered = [known[key] for key in keys if key in known]
+    rows = {record["name"]: record for record in ordered}
     write_csv(folder / f"{clips.name}.csv", map(flat, ordered))
     versions = {record["package"]: record["version"] for record in ordered if record["version"]} | {"torch": torch.__version__}
     title = f"## {clips.name}, {clips.count} clips\n\n{', '.join(f'{name} {value}' for name, value in versions.items())}\n\n"
@@ -449,7 +474,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
     records = Records(args.output / "rows.jsonl")
-    chosen = [] if args.table else [c for c in selected(clips.name, args.only) if not records.done(c.name, clips.digest)]
+    chosen = [] if args.table else [c for c in selected(clips.name, args.only) if not records.done(c.name, c.digest(clips))]
     reference = clips.float_frames(args.output) if chosen else None
     for position, configuration in enumerate(chosen, 1):
         if Clips(args.pipeline, args.clips, clips.call, args.batch).digest != clips.digest:

@@ -414,3 +414,30 @@ def test_subclasses_with_a_forward_of_their_own_stay_float() -> None:
     assert quantized_class(nn.LayerNorm(3)) is None
     _, layer, _ = make("Linear", *W8A8)
     assert quantized_class(layer) is None  # quantized already
+
+
+@pytest.mark.parametrize("name", ["per step", "int8 tensor", "uint6 channel", "dynamic tensor"])
+@torch.no_grad()
+def test_the_reported_error_is_that_of_the_layer_at_every_step(name: str) -> None:
+    recipe, _, calls = INPUTS[name]
+    module = nn.Linear(10, 7)
+    seen = [torch.randn(40, 10) * (call + 1) ** 2 + torch.linspace(-2, 3, 10) for call in range(calls)]
+    built = build(nn.ModuleDict({"layer": module}), ["layer"], seen, {"format": "int8", "granularity": "channel"}, recipe)
+    layer, clock = built.layers["layer"], Clock([900.0, 500.0, 100.0][:calls])
+    layer.clock = (clock,)
+    found = []
+    for timestep, x in zip(clock.timesteps.tolist(), seen, strict=True):
+        clock.tick(timestep)
+        found.append(layer(x))
+    expected = torch.cat([module(x) for x in seen])
+    error = float((torch.cat(found) - expected).square().mean() / expected.var(correction=0))
+    assert built.records[0].error == pytest.approx(error, rel=1e-3)
+    assert error > 1e-6  # 8 bits leave a trace: an error of zero would mean that the inputs were not rounded at all
+
+
+def test_an_error_that_rows_cannot_tell_is_left_out() -> None:
+    recipe, frames, _ = INPUTS["int8 frame"]
+    x = torch.randn(4, 9, 10)
+    weight = {"format": "int8", "granularity": "channel"}
+    built = build(nn.ModuleDict({"layer": nn.Linear(10, 7)}), ["layer"], [x], weight, recipe, frames=frames)
+    assert built.records[0].error is None and built.records[0].coverage is None

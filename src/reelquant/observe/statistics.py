@@ -177,9 +177,16 @@ class Rows(Statistic):
     per_call: int
     generator: torch.Generator
     _parts: list[Tensor] = field(default_factory=list)
+    _steps: list[Tensor] = field(default_factory=list)
 
     def update(self, x: Tensor, step: int, part: int = 0) -> None:
         self._parts.append(self.geometry.rows(x.detach(), self.per_call, self.generator).cpu())
+        self._steps.append(torch.full((len(self._parts[-1]),), step))
+
+    @property
+    def steps(self) -> Tensor:
+        """The step that each row was seen at."""
+        return torch.cat(self._steps)
 
     @property
     def rows(self) -> Tensor:

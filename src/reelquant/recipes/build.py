@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, UnsupportedError
-from reelquant.formats import LEVEL_DTYPE, Quantizer, QuantSpec, bind, fit, pack
+from reelquant.formats import LEVEL_DTYPE, Quantizer, QuantSpec, bind, dynamic, fit, pack
 from reelquant.formats.criteria import coverage, nmse, retrieval_accuracy, tdscore
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, get_module, quantized_class
 from reelquant.nn.layers import SHIFT_DTYPE
@@ -300,7 +300,7 @@ def _record(
     inputs: list[Quantizer] | None, bias: Tensor | None, folds: bool, solver: Solver, chosen: dict[str, Any],
 ) -> LayerRecord:  # fmt: skip
     assert row.weight is not None
-    facts = _measure(module, rewrite, statistics, solution, inputs, bias) if statistics is not None else {}
+    facts = _measure(module, rewrite, statistics, solution, row.input, inputs, bias) if statistics is not None else {}
     input_name = "float" if row.input is None else str(row.input if not inputs else QuantSpec(inputs[0].format, row.input.granularity))
     return LayerRecord(
         row.layer.name, row.layer.role, str(row.weight), input_name, row.bytes_before, layer_bytes(layer), folded=folds,
@@ -308,33 +308,56 @@ def _record(
     )  # fmt: skip
 
 
+def _rounding(spec: QuantSpec | None, inputs: list[Quantizer] | None, statistics: InputStatistics) -> Callable[[Tensor], Tensor] | None:
+    """What the layer does to sampled rows of its input; None if rows do not tell."""
+    if spec is None:
+        return lambda rows: rows
+    if spec.dynamic:
+        return (lambda rows: dynamic(spec, rows)(rows)) if spec.granularity.kind in ("tensor", "token") else None
+    whole = spec.granularity.kind == "tensor" or (spec.granularity.kind == "channel" and statistics.geometry.taps == 1)
+    if not inputs or not whole or statistics.rows is None:
+        return None
+    steps = statistics.rows.steps
+    return lambda rows: _by_slot(inputs, steps, rows, Quantizer.__call__)
+
+
+def _by_slot(inputs: list[Quantizer], steps: Tensor, rows: Tensor, apply: Callable[[Quantizer, Tensor], Tensor]) -> Tensor:
+    """Apply to every row the quantizer of its step."""
+    if len(inputs) == 1:
+        return apply(inputs[0], rows)
+    parts = [apply(quantizer, rows[steps.to(rows.device) == slot]) for slot, quantizer in enumerate(inputs)]
+    order = torch.cat([(steps == slot).nonzero()[:, 0] for slot in range(len(inputs))])
+    return torch.cat(parts)[order.argsort().to(rows.device)]
+
+
 def _measure(
     module: nn.Module,
     rewrite: Rewrite,
     statistics: InputStatistics,
     solution: Solution,
+    spec: QuantSpec | None,
     inputs: list[Quantizer] | None,
     bias: Tensor | None,
 ) -> dict[str, float]:
-    """Error, coverage and, for temporal layers, discriminability, on the sampled rows."""
+    """Error, coverage and, for temporal layers, discriminability, on the sampled rows; what rows cannot tell (frame scales) is left out."""
     assert statistics.rows is not None
     matrix = _weight(module).flatten(1)
     rows, taps = statistics.rows.rows.to(matrix.device), statistics.geometry.taps
-    moved = rewrite.per_tap(taps).input(rows)
-    usable = inputs is not None and inputs[0].granularity.kind == "tensor"
-    quantizer = inputs[len(inputs) // 2] if inputs and usable else None
-    reference = rows @ matrix.T + (0 if module.bias is None else module.bias.detach().float())
-    output = (quantizer(moved) if quantizer else moved) @ solution.quantizer.dequantize(solution.codes).T + (0 if bias is None else bias)
-    facts = {"error": float(nmse(reference, output))}
-    if quantizer:
-        codes = quantizer.codes(moved)
-        facts["coverage"] = float(
-            coverage(codes.reshape(len(codes), -1, taps).movedim(1, 2).reshape(-1, statistics.geometry.channels), quantizer.format.bits)
-        )
+    moved, facts = rewrite.per_tap(taps).input(rows), dict[str, float]()
+    rounding = _rounding(spec, inputs, statistics)
+    if rounding is not None:
+        reference = rows @ matrix.T + (0 if module.bias is None else module.bias.detach().float())
+        output = rounding(moved) @ solution.quantizer.dequantize(solution.codes).T + (0 if bias is None else bias)
+        facts["error"] = float(nmse(reference, output))
+    if inputs and rounding is not None:
+        codes = _by_slot(inputs, statistics.rows.steps, moved, Quantizer.codes)
+        channels = codes.reshape(len(codes), -1, taps).movedim(1, 2).reshape(-1, statistics.geometry.channels)
+        facts["coverage"] = float(coverage(channels, inputs[0].format.bits))
     features = statistics.features
     if features is not None and not features.varies and len(features.features) > 1:
         values = features.features
-        test = quantizer(values) if quantizer else values
+        known = _by_slot(inputs, torch.arange(len(values)), values, Quantizer.__call__) if inputs else None
+        test = known if known is not None else rounding(values) if rounding is not None else values
         deviation = values - values.mean()
         facts |= {
             "tdscore": float(tdscore(values, test)),
