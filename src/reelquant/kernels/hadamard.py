@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-FACTOR = 16  # widest dense factor: two products with a 16 x 16 matrix instead of eight passes of additions for 256 channels
+DENSE = 64  # widest block that is one product with a matrix; wider ones are two products with factors of about their root
 
 
 def block_size(channels: int) -> int:
@@ -22,13 +22,13 @@ def hadamard(x: Tensor, dim: int = -1) -> Tensor:
     """
     moved = x.movedim(dim, -1)
     shape, width = moved.shape, block_size(x.shape[dim])
-    inner = 1
-    while width > 1:
-        factor = min(width, FACTOR)
-        blocks = moved.reshape(*shape[:-1], shape[-1] // (factor * inner), factor, inner)
-        moved = (_matrix(factor, x.dtype, x.device) @ blocks).reshape(shape)
-        width, inner = width // factor, inner * factor
-    return moved.movedim(-1, dim)
+    inner = width if width <= DENSE else 1 << (width.bit_length() // 2)
+    rotated = moved.reshape(-1, inner) @ _matrix(inner, x.dtype, x.device)
+    if (outer := width // inner) > 1:  # the matrix of a block is the Kronecker product of two smaller ones
+        turned = rotated.reshape(-1, outer, inner).transpose(1, 2).reshape(-1, outer)
+        rotated = (hadamard(turned) if outer > DENSE else turned @ _matrix(outer, x.dtype, x.device)).reshape(-1, inner, outer)
+        rotated = rotated.transpose(1, 2)
+    return rotated.reshape(shape).movedim(-1, dim)
 
 
 @functools.cache

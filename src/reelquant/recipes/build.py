@@ -92,10 +92,10 @@ def build_group(
     for row in rows:
         step, solver = _solver(plan, row, options)
         statistics, module = inputs.get(row.layer.name), modules[row.layer.name]
-        solving = step, Nearest() if draft else solver
-        layer, record = _build_layer(plan, row, module, rewrite, folds, statistics, options, timesteps, *solving)
-        built.layers[row.layer.name] = layer
-        built.records.append(record)
+        made = _make_layer(plan, row, module, rewrite, folds, statistics, timesteps, step, Nearest() if draft else solver)
+        built.layers[row.layer.name] = made.layer
+        if not draft:
+            built.records.append(_record(plan, row, module, made, rewrite, folds, statistics, solver, options))
     return built
 
 
@@ -139,10 +139,20 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.detach().float()
 
 
-def _build_layer(
-    plan: Plan, row: LayerPlan, module: nn.Module, rewrite: Rewrite, folds: bool, statistics: InputStatistics | None, options: Options,
+@dataclass(frozen=True, eq=False)
+class Made:
+    """One quantized layer and what it was made of."""
+
+    layer: QuantLayer
+    solution: Solution
+    inputs: list[Quantizer] | None
+    bias: Tensor | None
+
+
+def _make_layer(
+    plan: Plan, row: LayerPlan, module: nn.Module, rewrite: Rewrite, folds: bool, statistics: InputStatistics | None,
     timesteps: Sequence[float], step: Step | None, solver: Solver,
-) -> tuple[QuantLayer, LayerRecord]:  # fmt: skip
+) -> Made:  # fmt: skip
     assert row.weight is not None
     weight = _weight(module)
     solution = _solve(row.weight, weight, rewrite, statistics, solver)
@@ -153,9 +163,7 @@ def _build_layer(
     layout = _layout(row, rewrite, folds, solution, inputs, bias)
     layer = quantized_class(module).like(module, layout, device=weight.device)
     layer.fill(_tensors(row, layout, rewrite, folds, solution, inputs, None if bias is None else bias.to(_bias_dtype(module, bias))))
-    chosen = {f"{name}.{key}": value for number, values in options.items() if number in row.steps for key, value in values.items()
-              for name in [plan.recipe.steps[number].transform or plan.recipe.steps[number].solve]}  # fmt: skip
-    return layer, _record(row, module, layer, rewrite, statistics, solution, inputs, bias, folds, solver, chosen)
+    return Made(layer, solution, inputs, bias)
 
 
 def _solver(plan: Plan, row: LayerPlan, options: Options) -> tuple[Step | None, Solver]:
@@ -296,15 +304,18 @@ def layer_bytes(layer: nn.Module) -> int:
 
 
 def _record(
-    row: LayerPlan, module: nn.Module, layer: QuantLayer, rewrite: Rewrite, statistics: InputStatistics | None, solution: Solution,
-    inputs: list[Quantizer] | None, bias: Tensor | None, folds: bool, solver: Solver, chosen: dict[str, Any],
+    plan: Plan, row: LayerPlan, module: nn.Module, made: Made, rewrite: Rewrite, folds: bool, statistics: InputStatistics | None,
+    solver: Solver, options: Options,
 ) -> LayerRecord:  # fmt: skip
     assert row.weight is not None
-    facts = _measure(module, rewrite, statistics, solution, row.input, inputs, bias) if statistics is not None else {}
-    input_name = "float" if row.input is None else str(row.input if not inputs else QuantSpec(inputs[0].format, row.input.granularity))
+    facts = _measure(module, rewrite, statistics, row.input, made) if statistics is not None else {}
+    found, replaced = made.inputs, made.solution.replaced
+    input_name = "float" if row.input is None else str(row.input if not found else QuantSpec(found[0].format, row.input.granularity))
+    chosen = {f"{name}.{key}": value for number, values in options.items() if number in row.steps for key, value in values.items()
+              for name in [plan.recipe.steps[number].transform or plan.recipe.steps[number].solve]}  # fmt: skip
     return LayerRecord(
-        row.layer.name, row.layer.role, str(row.weight), input_name, row.bytes_before, layer_bytes(layer), folded=folds,
-        solver=(solution.replaced and "nearest") or type(solver).__name__.lower(), replaced=solution.replaced, options=chosen, **facts,
+        row.layer.name, row.layer.role, str(row.weight), input_name, row.bytes_before, layer_bytes(made.layer), folded=folds,
+        solver=(replaced and "nearest") or type(solver).__name__.lower(), replaced=replaced, options=chosen, **facts,
     )  # fmt: skip
 
 
@@ -330,24 +341,17 @@ def _by_slot(inputs: list[Quantizer], steps: Tensor, rows: Tensor, apply: Callab
     return torch.cat(parts)[order.argsort().to(rows.device)]
 
 
-def _measure(
-    module: nn.Module,
-    rewrite: Rewrite,
-    statistics: InputStatistics,
-    solution: Solution,
-    spec: QuantSpec | None,
-    inputs: list[Quantizer] | None,
-    bias: Tensor | None,
-) -> dict[str, float]:
+def _measure(module: nn.Module, rewrite: Rewrite, statistics: InputStatistics, spec: QuantSpec | None, made: Made) -> dict[str, float]:
     """Error, coverage and, for temporal layers, discriminability, on the sampled rows; what rows cannot tell (frame scales) is left out."""
     assert statistics.rows is not None
+    inputs = made.inputs
     matrix = _weight(module).flatten(1)
     rows, taps = statistics.rows.rows.to(matrix.device), statistics.geometry.taps
     moved, facts = rewrite.per_tap(taps).input(rows), dict[str, float]()
     rounding = _rounding(spec, inputs, statistics)
     if rounding is not None:
         reference = rows @ matrix.T + (0 if module.bias is None else module.bias.detach().float())
-        output = rounding(moved) @ solution.quantizer.dequantize(solution.codes).T + (0 if bias is None else bias)
+        output = rounding(moved) @ made.solution.quantizer.dequantize(made.solution.codes).T + (0 if made.bias is None else made.bias)
         facts["error"] = float(nmse(reference, output))
     if inputs and rounding is not None:
         codes = _by_slot(inputs, statistics.rows.steps, moved, Quantizer.codes)

@@ -16,7 +16,7 @@ from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStati
 from reelquant.recipes.plan import LayerPlan, Plan
 
 ROWS = 1024  # rows kept of every input, over all calls
-GRAM_ROWS = 256  # rows per call that enter a second moment
+GRAM_ROWS = 4096, 8  # rows that enter a second moment, over all calls: at least so many, and so many per column
 
 
 @dataclass(eq=False)
@@ -100,11 +100,17 @@ def _statistics(
         row.layer.name,
         geometry,
         ChannelRange(row.layer.channel_axis, geometry.padded, frames),
-        Rows(geometry, max(8, ROWS // max(calls, 1)), generator),
-        Gram(geometry, GRAM_ROWS, generator) if "gram" in wanted else None,
+        Rows(geometry, max(8, _share(ROWS, calls)), generator),
+        Gram(geometry, _share(max(GRAM_ROWS[0], GRAM_ROWS[1] * geometry.channels * geometry.taps), calls), generator)
+        if "gram" in wanted
+        else None,
         Features() if row.layer.role == "temporal" and not geometry.kernel else None,
         ChannelRange(row.layer.channel_axis, geometry.padded, frames) if "rotated" in wanted else None,
     )
+
+
+def _share(rows: int, calls: int) -> int:
+    return -(-rows // max(calls, 1))
 
 
 def needs(plan: Plan, row: LayerPlan) -> frozenset[Need]:
@@ -113,4 +119,4 @@ def needs(plan: Plan, row: LayerPlan) -> frozenset[Need]:
     for number in row.steps:
         step = plan.recipe.steps[number]
         found |= step.mechanism(step.choices()[0]).needs
-    return found
+    return found if row.input else found - {"rotated"}  # nothing is rotated for an input that is not rounded
