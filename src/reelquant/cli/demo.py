@@ -53,7 +53,7 @@ class Which(StrEnum):
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder, or one of an earlier demo.")] = Path("reelquant-demo"),
     pipeline: Annotated[Which, typer.Option("--pipeline", help="Which of the bundled pipelines.")] = Which.BOTH,
-    clips: Annotated[int, typer.Option("--clips", min=1, help="Clips per variant.")] = 6,
+    clips: Annotated[int, typer.Option("--clips", min=1, help="Clips per variant.")] = 4,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends.")] = None,
     json: Json = False,
 ) -> None:  # fmt: skip

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reelquant.clock import timestep_reader
 from reelquant.models.sampling import sample
@@ -27,11 +27,13 @@ class Calibration:
         steps: timesteps seen and an example of the denoiser's arguments.
         inputs: statistics by layer name; layers that share input and geometry share the object.
         prompts: the texts that were sampled.
+        references: final latents of the float pipeline on held-out prompts, by what they were sampled with.
     """
 
     steps: Steps
     inputs: dict[str, InputStatistics]
     prompts: tuple[str, ...]
+    references: dict[str, Tensor] = field(default_factory=dict)
 
     def suffices(self, plan: Plan) -> bool:
         """True if another plan for the same float model finds everything it needs here."""

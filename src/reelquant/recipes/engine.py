@@ -91,6 +91,14 @@ class Session:
         arguments = {"on_step": self.progress.advance} | self.arguments | overrides
         return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, output="latent", **arguments)
 
+    def float_latents(self, **overrides: Any) -> Tensor:
+        """The same by the float pipeline; sampled once for all recipes that share a calibration."""
+        assert self.calibration is not None and not self.floats
+        key = repr((self.held_out, self.seed, sorted(self.arguments.items()), overrides.get("num_inference_steps")))
+        if key not in self.calibration.references:
+            self.calibration.references[key] = self.held_out_latents(**overrides)
+        return self.calibration.references[key]
+
     @property
     def timesteps(self) -> list[float]:
         return self.calibration.steps.timesteps if self.calibration else []
@@ -227,7 +235,7 @@ def _finish(session: Session) -> Report:
     reference = None
     if session.calibration is not None:
         with session.timed("float reference", session.steps):
-            reference = session.held_out_latents()
+            reference = session.float_latents()
     _start_clock(session)  # candidates with per-step scales need it as much as the final layers do
     assignment, trials = _search(session)
     with session.timed("build", len(session.groups)):
@@ -256,7 +264,7 @@ def _search(session: Session) -> tuple[Assignment, list[Any]]:
         return choose(session.plan, groups, lambda assignment: 0.0)
     steps = {"num_inference_steps": search.steps, "on_step": None}
     with session.timed("search", total):
-        reference = session.held_out_latents(**steps)
+        reference = session.float_latents(**steps)
 
         def evaluate(assignment: Assignment) -> float:
             session.install(assignment, session.draft)
