@@ -261,11 +261,12 @@ def orbitquant(weight_bits: int, activation_bits: int, codebook: int) -> Apply:
     return apply
 
 
-def recipe(name: str) -> Apply:
-    """A recipe of reelquant with its defaults."""
+def recipe(name: str, linear_only: bool = False) -> Apply:
+    """A recipe of reelquant with its defaults; or without the layers that torchao keeps in float."""
 
     def apply(subject: Subject) -> None:
-        subject.facts |= report_facts(reelquant.quantize(subject.pipe, name, **subject.clips.call))
+        skip = [*(f"maybe:{pattern}" for pattern in subject.skips), "class:Conv1d", "class:Conv2d", "class:Conv3d"] if linear_only else []
+        subject.facts |= report_facts(reelquant.quantize(subject.pipe, name, skip=skip, **subject.clips.call))
 
     return apply
 
@@ -321,6 +322,10 @@ CONFIGURATIONS = [
     Configuration("orbitquant-w8a8", "8/8 dynamic", orbitquant(8, 8, 1), ORBITQUANT, POLICY, ORBIT_NOTE + ORBIT_8, W8A8),
     Configuration("orbitquant-w4a8", "4/8 dynamic", orbitquant(4, 8, 1), ORBITQUANT, POLICY, ORBIT_NOTE + ORBIT_8, W4A8),
     Configuration("orbitquant-w4a6", "4/6 dynamic", orbitquant(4, 6, 2), ORBITQUANT, POLICY, ORBIT_NOTE, W4A8),
+    Configuration(
+        "qvd-w8a8, linear layers only", "8/8 static", recipe("qvd-w8a8", linear_only=True), skips=LIST, note="this library, torchao's layers",
+        recipe="qvd-w8a8", only=UNET,
+    ),
     *(
         Configuration(name, bits, recipe(name), skips="by role", note="this library", recipe=name)
         for name, bits in {
