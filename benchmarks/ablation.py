@@ -49,6 +49,11 @@ def _step(full: Mapping, name: str) -> Mapping:
     return next(step for step in full["steps"] if name in step.values())
 
 
+def prompt_inputs(stage: Mapping, full: Mapping) -> Mapping:
+    """Inputs of prompt layers stay float: first, because a static range that words leave would hide everything else."""
+    return stage | {"rules": [*stage["rules"], _rule(full, "prompt")]}
+
+
 def temporal_formats(stage: Mapping, full: Mapping) -> Mapping:
     """Temporal layers get the format that keeps timesteps apart."""
     return stage | {"rules": [*stage["rules"], _rule(full, "temporal")]}
@@ -84,7 +89,7 @@ def headroom(stage: Mapping, full: Mapping) -> Mapping:
 
 
 def whole(stage: Mapping, full: Mapping) -> Mapping:
-    """The recipe as it ships: float inputs of prompt layers and of a UNet's narrow layers, and for some bits a scale per step."""
+    """The recipe as it ships: float inputs of a UNet's narrow layers, and for some bits a scale per step."""
     return full
 
 
@@ -94,6 +99,7 @@ def table(stage: Mapping, full: Mapping) -> Mapping:
 
 
 STAGES: dict[str, Callable[[Mapping, Mapping], Mapping]] = {
+    "+ float prompt inputs": prompt_inputs,
     "+ temporal formats": temporal_formats,
     "+ shift": shift,
     "+ range_integrate": range_integrate,
@@ -103,7 +109,7 @@ STAGES: dict[str, Callable[[Mapping, Mapping], Mapping]] = {
     "+ the rest = qvd": whole,
     "+ temporal table": table,
 }
-PAPER = ("+ temporal formats", "+ shift", "+ range_integrate", "+ the rest = qvd")
+PAPER = ("+ float prompt inputs", "+ temporal formats", "+ shift", "+ range_integrate", "+ the rest = qvd")
 BITS = {"w8a8": tuple(STAGES), "w6a6": PAPER, "w4a8": PAPER}
 """Stages measured for each pair of widths: all where they are told apart best, the paper's own for the others."""
 

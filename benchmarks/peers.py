@@ -323,7 +323,8 @@ CONFIGURATIONS = [
     Configuration("orbitquant-w4a8", "4/8 dynamic", orbitquant(4, 8, 1), ORBITQUANT, POLICY, ORBIT_NOTE + ORBIT_8, W4A8),
     Configuration("orbitquant-w4a6", "4/6 dynamic", orbitquant(4, 6, 2), ORBITQUANT, POLICY, ORBIT_NOTE, W4A8),
     Configuration(
-        "qvd-w8a8, linear layers only", "8/8 static", recipe("qvd-w8a8", linear_only=True), skips=LIST, note="this library, torchao's layers",
+        "qvd-w8a8, linear layers only", "8/8 static", recipe("qvd-w8a8", linear_only=True), skips=LIST,
+        note="this library, torchao's layers",
         recipe="qvd-w8a8", only=UNET,
     ),
     *(
