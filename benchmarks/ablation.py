@@ -12,7 +12,6 @@ started. Rows are kept in ``rows.jsonl`` together with those of ``benchmarks.pee
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.common import SAMPLING_SEED, Clips, Records, judged, markdown, measure, report_facts, write_csv
+from benchmarks.common import SAMPLING_SEED, Clips, Records, judged, markdown, measure, parser, report_facts, write_csv
 from reelquant.cli.compare import Comparison
 from reelquant.evaluate import bootstrap
-from reelquant.models.pipelines import BUNDLED
 from reelquant.recipes.recipe import load_recipe
 
 BASE, METHOD = "minmax", "qvd"
@@ -216,24 +214,11 @@ def _line(row: Mapping, base: Mapping | None, kinds: list[str]) -> list[str]:
     return [row["bits"], row["stage"], psnr, over, *judge, score, f"{100 * row['coverage']:.1f} %", f"{row['ratio']:.2f}x"]
 
 
-def number(text: str) -> tuple[str, float]:
-    """``num_inference_steps=20``."""
-    key, _, value = text.partition("=")
-    return key, float(value) if "." in value else int(value)
-
-
 def main() -> None:
     """Parse the command line, measure what is missing, write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", required=True, help=f"{' or '.join(BUNDLED)}, or a folder")
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path("runs/peers"))
-    parser.add_argument("--bits", nargs="*", choices=BITS, default=list(BITS))
-    parser.add_argument("--batch", type=int, default=4, help="clips per pipeline call")
-    parser.add_argument("--set", type=number, nargs="*", default=[], metavar="KEY=NUMBER", help="arguments of the pipeline call")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only write the tables from what is there")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--bits", nargs="*", choices=BITS, default=list(BITS))
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
     records, reference = Records(args.output / "rows.jsonl"), clips.float_frames(args.output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from reelquant.discover import denoiser_of
 from reelquant.evaluate import bootstrap, psnr
 from reelquant.models.judge import accuracy
-from reelquant.models.pipelines import locate, open_pipeline
+from reelquant.models.pipelines import BUNDLED, locate, open_pipeline
 from reelquant.models.sampling import NOTES_FILE, sample
 from reelquant.models.shapes import evaluation_prompts
 from reelquant.recipes.report import Report
@@ -189,3 +190,25 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+# --- command line ---------------------------------------------------------------------------------------------------------------------
+
+
+def number(text: str) -> tuple[str, float | int]:
+    """``key=value`` of a pipeline argument."""
+    key, _, value = text.partition("=")
+    return key, int(value) if value.isdigit() else float(value)
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks of quality share; ``about`` is the module's docstring."""
+    made = argparse.ArgumentParser(description=about.splitlines()[0])
+    made.add_argument("--pipeline", required=True, help=f"{' or '.join(BUNDLED)}, or a folder whose name is one of these")
+    made.add_argument("--clips", type=int, default=64)
+    made.add_argument("--output", type=Path, default=Path("runs/peers"))
+    made.add_argument("--batch", type=int, default=4, help="clips per pipeline call")
+    made.add_argument("--set", type=number, nargs="*", default=[], metavar="KEY=NUMBER", help="arguments of the pipeline call")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--table", action="store_true", help="only write the tables from what is there")
+    return made

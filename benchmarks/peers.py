@@ -12,7 +12,6 @@ Every peer starts from the float32 denoiser, so none is charged for bf16 roundin
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.metadata
 import os
@@ -36,13 +35,14 @@ from benchmarks.common import (
     layer_sizes,
     markdown,
     measure,
+    parser,
     quantized_layers,
     report_facts,
     weight_bytes,
     write_csv,
 )
 from reelquant.evaluate import bootstrap
-from reelquant.models.pipelines import BUNDLED, calibration_prompts
+from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.recipes.recipe import load_recipe
 
@@ -459,24 +459,11 @@ def selected(pipeline: str, only: str | None) -> list[Configuration]:
     return [configuration for configuration in fitting if any(fnmatch(configuration.name, pattern) for pattern in patterns)]
 
 
-def number(text: str) -> tuple[str, float | int]:
-    """``key=value`` of a pipeline argument."""
-    key, _, value = text.partition("=")
-    return key, int(value) if value.isdigit() else float(value)
-
-
 def main() -> None:
     """Parse the command line and measure what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipeline", required=True, help=f"{' or '.join(BUNDLED)}, or a folder whose name is one of these")
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=Path("runs/peers"))
-    parser.add_argument("--only", help="names or patterns, separated by semicolons")
-    parser.add_argument("--batch", type=int, default=4, help="clips per pipeline call")
-    parser.add_argument("--set", type=number, nargs="*", default=[], metavar="KEY=NUMBER", help="arguments of the pipeline call")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true", help="only write the tables from what is there")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--only", help="names or patterns, separated by semicolons")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
     records = Records(args.output / "rows.jsonl")
