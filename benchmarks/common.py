@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reelquant.discover import denoiser_of
-from reelquant.evaluate import bootstrap, psnr
+from reelquant.evidence import bootstrap, psnr
 from reelquant.models.judge import accuracy
 from reelquant.models.pipelines import BUNDLED, locate, open_pipeline
 from reelquant.models.sampling import NOTES_FILE, sample

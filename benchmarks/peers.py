@@ -41,7 +41,7 @@ from benchmarks.common import (
     weight_bytes,
     write_csv,
 )
-from reelquant.evaluate import bootstrap
+from reelquant.evidence import bootstrap
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.recipes.recipe import load_recipe

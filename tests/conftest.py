@@ -17,6 +17,7 @@ os.environ.update(
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,3 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def material() -> Path:
+    """Real weights, clips and prompts that stand beside a developer's checkout; tests that want them are skipped elsewhere."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "material"
+    if not folder.is_dir():
+        pytest.skip(f"needs real weights and clips in {folder.name}/ beside the checkout")
+    return folder

@@ -18,7 +18,7 @@ import reelquant
 from reelquant.cli import app
 from reelquant.cli.console import QUIET, figure, plain, size
 from reelquant.cli.options import call_options, settings
-from reelquant.evaluate import read_video
+from reelquant.evidence import read_video
 from reelquant.models.sampling import write_notes
 from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
@@ -367,7 +367,7 @@ def test_a_demo_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reelquant.cli.compare.Comparison.measure_float", interrupted)
+    monkeypatch.setattr("reelquant.cli.variants.Comparison.measure_float", interrupted)
     assert invoke("demo", "--pipeline", "tiny-dit", "-o", tmp_path / "demo").exit_code == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from reelquant.evaluate import bootstrap, psnr
+from reelquant.evidence import bootstrap, psnr
 
 
 def test_psnr_of_a_known_error() -> None:

@@ -6,7 +6,7 @@ from PIL import Image
 from torch import Tensor
 
 from reelquant import CheckpointError
-from reelquant.evaluate import contact_sheet, read_video, side_by_side, write_video
+from reelquant.evidence import contact_sheet, read_video, side_by_side, write_video
 
 
 def clip(frames: int = 5, height: int = 32, width: int = 48) -> Tensor:

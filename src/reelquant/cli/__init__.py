@@ -1,7 +1,7 @@
 """The command line: one file per verb, nothing heavy imported before a verb runs.
 
 ``console`` (what is printed, progress bars), ``errors`` (one line per error), ``options`` (what verbs share), ``tables`` (rich tables),
-``compare`` (float against quantized copies on the same clips).
+``variants`` (float against quantized copies on the same clips).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from reelquant.cli.options import Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reelquant.cli.compare import Comparison, Outcome
+    from reelquant.cli.variants import Comparison, Outcome
 
 VARIANTS = ("minmax-w8a8", "qvd-w8a8", "qvd-w6a6", "qvd-w4a8")  # as they are shown
 SAVED = "qvd-w8a8"  # goes first: its statistics hold what the others need; it is also the one that is saved and opened again
@@ -166,8 +166,8 @@ def work(job: Job, lane: Any) -> dict[str, Any]:
 
 def _compare(job: Job, lane: Any) -> tuple[list[Outcome], dict[str, Any]]:
     """Float and every variant on the same clips; the saved variant goes first and is opened again."""
-    from reelquant.cli.compare import Comparison
     from reelquant.cli.options import call_options, opened
+    from reelquant.cli.variants import Comparison
 
     lane.about(job.name)
     lane.phase("open", 1)
@@ -186,7 +186,7 @@ def _compare(job: Job, lane: Any) -> tuple[list[Outcome], dict[str, Any]]:
 
 def _save(comparison: Comparison, outcome: Outcome, folder: Path, lane: Any) -> dict[str, Any]:
     from reelquant.api import save
-    from reelquant.cli.compare import reopened_equals
+    from reelquant.cli.variants import reopened_equals
 
     lane.phase("save and open with stock diffusers", 2)
     save(comparison.pipe, folder, outcome.report)
@@ -202,7 +202,7 @@ def _save(comparison: Comparison, outcome: Outcome, folder: Path, lane: Any) -> 
 
 def _pictures(name: str, folder: Path, outcomes: list[Outcome]) -> list[str]:
     """Contact sheet, MP4 and GIF of one pipeline."""
-    from reelquant.evaluate import contact_sheet, side_by_side, write_video
+    from reelquant.evidence import contact_sheet, side_by_side, write_video
 
     captions = _captions(len(outcomes[0].frames))
     title = f"{name}: the same texts and the same noise, float and quantized"

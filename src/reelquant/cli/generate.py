@@ -38,7 +38,7 @@ def generate(
 
     The model can be a folder that [cyan]reelquant quantize[/cyan] wrote.
     """
-    from reelquant.evaluate.media import check_video, frame_paths, write_video
+    from reelquant.evidence.media import check_video, frame_paths, write_video
 
     check_video(output)
     if not prompt.strip():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from reelquant.checkpoint import adopt
 from reelquant.discover import denoiser_of
-from reelquant.evaluate import Interval, bootstrap, psnr
+from reelquant.evidence import Interval, bootstrap, psnr
 from reelquant.models.judge import accuracy
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import call_arguments, sample

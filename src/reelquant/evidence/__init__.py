@@ -3,7 +3,7 @@
 ``fidelity`` (PSNR, intervals over clips), ``media`` (MP4, GIF, PNG, contact sheets). Nothing here knows how a pipeline was quantized.
 """
 
-from reelquant.evaluate.fidelity import Interval, bootstrap, psnr
-from reelquant.evaluate.media import contact_sheet, read_video, side_by_side, write_video
+from reelquant.evidence.fidelity import Interval, bootstrap, psnr
+from reelquant.evidence.media import contact_sheet, read_video, side_by_side, write_video
 
 __all__ = ["Interval", "bootstrap", "contact_sheet", "psnr", "read_video", "side_by_side", "write_video"]
