@@ -4,11 +4,12 @@ import reelquant
 pipe = reelquant.open_pipeline("tiny-dit")
 report = reelquant.quantize(pipe, "qvd-w8a8")
 reelquant.save(pipe, "out", report)          # a stock diffusers folder; opens again after `import reelquant`
+reelquant.evaluate("out", "tiny-dit")        # what it cost, beside the noise floor
 """
 
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
 from reelquant._version import __version__
-from reelquant.api import load, open_pipeline, plan, quantize, save
+from reelquant.api import compare, evaluate, load, open_pipeline, plan, quantize, save
 from reelquant.integrations.register import install as _install
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "SiteError",
     "UnsupportedError",
     "__version__",
+    "compare",
+    "evaluate",
     "load",
     "open_pipeline",
     "plan",

@@ -1,13 +1,16 @@
-"""The verbs: quantize, plan, save, load. Each is a few calls into the floors below."""
+"""The verbs: quantize, plan, save, load, evaluate, compare. Each is a few calls into the floors below."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reelquant.recipes.engine import Progress
+    import torch
+
+    from reelquant._progress import Progress
+    from reelquant.evidence.evaluation import Evaluation
     from reelquant.recipes.plan import Plan
     from reelquant.recipes.recipe import Recipe
     from reelquant.recipes.report import Report
@@ -91,3 +94,122 @@ def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: 
 def load(folder: str | Path, **options: Any) -> Any:
     """Open what :func:`save` wrote: :func:`open_pipeline` with ``dtype`` and ``device``, every layer checked against its checksum."""
     return open_pipeline(folder, **options)
+
+
+def evaluate(
+    test: Any,
+    reference: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    clips: int = 16,
+    metrics: Sequence[str] | str = "default",
+    floor: Sequence[str] | None = None,
+    grain_steps: Sequence[int] = (),
+    gate: str | None = None,
+    fail_under: Mapping[str, float] | None = None,
+    output: str | Path | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    clip_model: str | None = None,
+    seed: int = 50_000,
+    batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **call: Any,
+) -> Evaluation:
+    """Sample a quantized pipeline and its float original from the same texts and noise, and measure what quantization changed.
+
+    Args:
+        test: the quantized pipeline: a folder, or a pipeline in memory.
+        reference: the float pipeline: bundled name, folder, hub id, or a pipeline in memory.
+        prompts: one text per clip, repeated to fill; by default captions of their world for bundled pipelines, else bundled video prompts.
+        clips: how many are sampled of each variant; 256 and more for FVD, FID and KID.
+        metrics: names or groups (``quick``, ``default``, ``all``); docs/metrics.md defines them.
+        floor: float runs that show the noise floor: ``bf16``, ``float32``, ``compiled``, ``reseed``; ``["none"]`` for none. By default the
+            other precision, and other noise if sets of clips are compared.
+        grain_steps: sample a few flat scenes at these numbers of denoising steps too: does noise in flat areas grow with them?
+        gate: ``strict``, ``default`` or ``loose``; the verdict is in the result, nothing is raised.
+        fail_under: limits on top, ``{"psnr": 30}``: a figure must not be worse.
+        output: folder for clips, report.html, report.json and summary.md; without it nothing is kept.
+        weights: folder with networks; else the user's cache.
+        data: folder of real clips, for distances to data.
+        clip_model: CLIP for text metrics, a folder or hub id that transformers loads.
+        seed: noise of the first clip; clip ``i`` starts from ``seed + i``.
+        batch: clips per pipeline call.
+        dtype: of the float parts, float32 by default.
+        device: where the pipelines and networks run.
+        resume, force: go on with the evaluation in ``output``, or start it anew.
+        progress: hears how far the run is.
+        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
+
+    Returns:
+        Figures with intervals beside the noise floor, the verdict of the gate, everything as JSON.
+
+    Raises:
+        ReelQuantError: one sentence on what is wrong and what would work; NaN, black or constant clips stop a run as soon as they are seen.
+
+    Example:
+        >>> found = reelquant.evaluate("out", "tiny-dit", clips=64, gate="default", output="proof")
+        >>> found["psnr"], found.passed
+    """
+    import torch
+
+    from reelquant.evidence import run
+
+    options = _options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, progress)
+    return run.evaluate(
+        test, reference, prompts, clips=clips, seed=seed, floor=floor, grain_steps=grain_steps, batch=batch,
+        dtype=dtype or torch.float32, options=options, **call
+    )
+
+
+def compare(
+    reference: str | Path,
+    test: str | Path,
+    prompts: Mapping[str, str] | None = None,
+    *,
+    metrics: Sequence[str] | str = "default",
+    gate: str | None = None,
+    fail_under: Mapping[str, float] | None = None,
+    output: str | Path | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    clip_model: str | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a folder of clips against another one; clips of equal names belong together.
+
+    Args:
+        reference: folder of clips: mp4, gif, webm, mov, mkv, avi, or PNG frames.
+        test: folder of clips under test.
+        prompts: text by clip name, for text metrics.
+        metrics, gate, fail_under, output, weights, data, clip_model, device, resume, force, progress: as in :func:`evaluate`.
+
+    Raises:
+        ReelQuantError: if a folder holds no clip, a file is broken, or a pair differs in size.
+    """
+    from reelquant.evidence import run
+
+    options = _options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, progress)
+    return run.compare(reference, test, prompts, options=options)
+
+
+def _options(
+    metrics: Sequence[str] | str, output: str | Path | None, weights: str | Path | None, data: str | Path | None, gate: str | None,
+    fail_under: Mapping[str, float] | None, clip_model: str | None, device: str, resume: bool, force: bool, progress: Progress | None,
+) -> Any:  # fmt: skip
+    from reelquant._progress import Silent
+    from reelquant.evidence.mechanisms import CLIP_MODEL
+    from reelquant.evidence.run import Options
+
+    folders = [None if one is None else Path(one) for one in (output, weights, data)]
+    names = [metrics] if isinstance(metrics, str) else metrics
+    return Options(
+        names, *folders, gate, fail_under or {}, clip_model or CLIP_MODEL, device, resume, force, progress=progress or Silent()
+    )  # fmt: skip

@@ -11,10 +11,13 @@ from typing import Annotated
 import typer
 
 from reelquant._version import __version__
+from reelquant.cli.compare import compare
 from reelquant.cli.demo import demo
 from reelquant.cli.errors import Verbs
+from reelquant.cli.evaluate import evaluate
 from reelquant.cli.generate import generate
 from reelquant.cli.inspect import inspect
+from reelquant.cli.metrics import metrics, weights
 from reelquant.cli.quantize import quantize
 from reelquant.cli.recipes import recipes
 
@@ -49,8 +52,9 @@ def main(
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]   the plan
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]      the job
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
+    [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
     """
 
 
-for verb in (demo, quantize, generate, inspect, recipes):
+for verb in (demo, quantize, generate, evaluate, compare, inspect, recipes, metrics, weights):
     app.command()(verb)

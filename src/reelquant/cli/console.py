@@ -28,6 +28,7 @@ PHASES = {
     "sample": "sampling",
     "write": "writing the folder",
     "pictures": "drawing",
+    "distances": "distances between sets of clips",
 }
 
 

@@ -77,7 +77,7 @@ def inspect(
     A channel that covers little of the grid its tensor shares loses precision; transforms (shift, range_integrate, scale) repair that.
     Temporal features are skewed; where the TDScore of a uniform grid falls below 1, denoising steps begin to look alike.
     """
-    from reelquant.models.pipelines import read_prompts
+    from reelquant.models.prompts import read_prompts
 
     texts = read_prompts(prompts) if prompts else None
     pipe = opened(model, device, dtype)

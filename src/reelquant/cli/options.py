@@ -32,19 +32,33 @@ def opened(model: str, device: str = "cpu", dtype: str = "float32") -> Any:
         UnsupportedError: for an unknown dtype or a device that is not here.
         CheckpointError: if the pipeline cannot be opened.
     """
-    if dtype not in DTYPES:
-        raise UnsupportedError(f"unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
+    _check_dtype(dtype)
     from reelquant.models.pipelines import locate
 
     locate(model)  # before the slow imports
-    import torch
-
     from reelquant.api import open_pipeline
     from reelquant.cli.console import quiet_loading
 
     check_device(device)
     quiet_loading()
-    return open_pipeline(model, dtype=getattr(torch, dtype), device=device)
+    return open_pipeline(model, dtype=torch_dtype(dtype), device=device)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"unknown dtype '{dtype}'; {nearest(dtype, DTYPES)}")
+
+
+def torch_dtype(name: str) -> Any:
+    """The dtype of torch with that name.
+
+    Raises:
+        UnsupportedError: for an unknown one.
+    """
+    _check_dtype(name)
+    import torch
+
+    return getattr(torch, name)
 
 
 def check_device(device: str) -> None:

@@ -10,7 +10,10 @@ import typer
 from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, opened, settings
 
 if TYPE_CHECKING:
+    from reelquant.evidence.evaluation import Evaluation
     from reelquant.recipes.recipe import Recipe
+
+GATE_CLIPS = 8
 
 
 def quantize(
@@ -28,6 +31,10 @@ def quantize(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: calibrate.prompts=8. Repeatable.")
     ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option("--gate", help="Afterwards hold 8 clips against float: strict, default or loose; exit code 1 if a limit is missed."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what every layer would become, and stop.")] = False,
     force: Force = False,
     json: Json = False,
@@ -40,6 +47,7 @@ def quantize(
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]      the plan, nothing else
     [cyan]reelquant quantize Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r w8a16 -o wan[/cyan]
     [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out --gate default[/cyan]
     [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --exclude down_blocks.0 \
         --set search.scope=family[/cyan]
 
@@ -52,12 +60,21 @@ def quantize(
         from reelquant.checkpoint import check_target
 
         check_target(output, force=force)
+    if gate is not None:
+        from reelquant.evidence.gate import check_preset
+
+        check_preset(gate)
     chosen = _recipe(recipe, settings(change or []), seed)
     texts = _texts(prompts)
     pipe = opened(model, device, dtype)
     if dry_run or output is None:
-        return _show_plan(pipe, chosen, exclude or [], json)
-    return _run(pipe, chosen, texts, exclude or [], call_options(steps=steps), output, force, json)
+        _show_plan(pipe, chosen, exclude or [], json)
+        return
+    call = call_options(steps=steps)
+    document = _run(pipe, chosen, texts, exclude or [], call, output, force, json)
+    del pipe
+    made = None if gate is None else _hold_against(model, output, texts, gate, device, dtype, call)
+    _finish(document, made, json)
 
 
 def _recipe(source: str, changes: dict[str, Any], seed: int | None) -> Recipe:
@@ -70,7 +87,7 @@ def _recipe(source: str, changes: dict[str, Any], seed: int | None) -> Recipe:
 def _texts(file: Path | None) -> list[str] | None:
     if file is None:
         return None
-    from reelquant.models.pipelines import read_prompts
+    from reelquant.models.prompts import read_prompts
 
     return read_prompts(file)
 
@@ -97,10 +114,32 @@ def _run(
         report = api.quantize(pipe, recipe, texts, skip=exclude, progress=bars, **call)
         bars.phase("write", 1)
         path = api.save(pipe, output, report, force=force)
-    if json:
-        console.emit(report.to_json() | {"output": str(path)})
-        return
-    for part in tables.proof(report):
+    for part in [] if json else tables.proof(report):
         console.out.print(part)
         console.out.print()
-    console.out.print(f"[green]✓[/green] {path}", soft_wrap=True)
+    if not json:
+        console.out.print(f"[green]✓[/green] {path}", soft_wrap=True)
+    return report.to_json() | {"output": str(path)}
+
+
+def _hold_against(
+    model: str, output: Path, texts: list[str] | None, gate: str, device: str, dtype: str, call: dict[str, Any]
+) -> Evaluation:  # fmt: skip
+    """A short evaluation of what was written: few clips, figures that need no downloaded network, no noise floor."""
+    from reelquant.cli.console import Bars
+    from reelquant.cli.options import torch_dtype
+    from reelquant.evidence.run import Options, evaluate
+
+    with Bars() as bars:
+        options = Options(("quick",), gate=gate, device=device, progress=bars)
+        return evaluate(str(output), model, texts, clips=GATE_CLIPS, floor=["none"], dtype=torch_dtype(dtype), options=options, **call)
+
+
+def _finish(document: dict[str, Any], made: Evaluation | None, json: bool) -> None:
+    from reelquant.cli import console
+    from reelquant.cli.evaluate import finish
+
+    if json:
+        console.emit(document | ({} if made is None else {"evaluation": made.to_json()}))
+    if made is not None:
+        finish(made, None if json else False)

@@ -11,6 +11,7 @@ from rich.table import Table
 from reelquant.cli.console import figure, size
 
 if TYPE_CHECKING:
+    from reelquant.evidence.evaluation import Evaluation, Result
     from reelquant.recipes.build import LayerRecord
     from reelquant.recipes.plan import LayerPlan, Plan
     from reelquant.recipes.report import Report
@@ -139,3 +140,48 @@ def kept(report: Report) -> Table:
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMES} more" if len(names) > NAMES else ""
     return ", ".join(names[:NAMES]) + more
+
+
+# ------------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation(made: Evaluation) -> list[Table]:
+    """Figures beside the noise floor, what is missing, and what follows."""
+    measured = {name: result for name, result in made.metrics.items() if result.interval is not None}
+    floors = list(dict.fromkeys(variant for result in measured.values() for variant in result.floor))
+    data = made.data
+    title = f"{data['test']['name']} against {data['reference']['name']}, {data['clips']} clips"
+    heads = ["value", "95 % interval", "reference", *(f"floor: {name}" for name in floors), "within floor"]
+    figures = table(title, ["metric"], heads)
+    for result in measured.values():
+        figures.add_row(*_result(result, floors))
+    missing = [(result.metric.title, result.missing) for result in made.metrics.values() if result.missing]
+    parts = [figures, *([facts("Not measured", missing)] if missing else [])]
+    return [*parts, facts("Verdict", _verdict(made))]
+
+
+def _result(result: Result, floors: Sequence[str]) -> tuple[str, ...]:
+    def words(value: float | None) -> str:
+        return "" if value is None else f"{value:.{result.metric.digits}f}"
+
+    interval = result.interval
+    assert interval is not None
+    unit = f" [dim]{result.metric.unit}[/dim]" if result.metric.unit else ""
+    within = {True: "[green]yes[/green]", False: "[yellow]no[/yellow]", None: ""}[result.within_floor]
+    floor = [words(result.floor[name].mean) if name in result.floor else "" for name in floors]
+    spread = f"{words(interval.low)} to {words(interval.high)}"
+    return result.metric.title + unit, words(interval.mean), spread, words(result.reference), *floor, within
+
+
+def _verdict(made: Evaluation) -> list[tuple[str, str]]:
+    rows = [("defects", f"{found['name']} in {len(found['clips'])} clips: {found['sentence']}") for found in made.data["defects"]]
+    lossless = made.data["near_lossless"]
+    if lossless is not None:
+        rows.append(("near-lossless", f"{'yes' if lossless['holds'] else 'no'}: {lossless['why']}"))
+    if made.verdict is not None:
+        rows.append((f"gate {made.verdict.preset}", "[green]passed[/green]" if made.verdict.passed else "[red]failed[/red]"))
+        rows += [("", failure.sentence) for failure in made.verdict.failures]
+        if made.verdict.skipped:
+            rows.append(("not checked", ", ".join(made.verdict.skipped)))
+    rows += [("note", text) for text in made.data["warnings"]]
+    return rows or [("", "no gate was asked for and no floor measured")]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reelquant._progress import Progress, Silent
 from reelquant.checkpoint import adopt
 from reelquant.discover import denoiser_of
 from reelquant.evidence import Interval, bootstrap, psnr
@@ -22,7 +23,7 @@ from reelquant.models.judge import accuracy
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.recipes.calibration import Calibration
-from reelquant.recipes.engine import Progress, Silent, quantize_pipeline
+from reelquant.recipes.engine import quantize_pipeline
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.recipes.report import Report
 

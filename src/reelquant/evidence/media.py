@@ -49,7 +49,7 @@ def check_video(path: str | Path) -> Path:
     return path
 
 
-def write_video(clip: Tensor, path: str | Path, fps: int = FPS) -> list[Path]:
+def write_video(clip: Tensor, path: str | Path, fps: float = FPS, *, lossless: bool = False) -> list[Path]:
     """Write a clip; the ending chooses the kind: ``.mp4`` (H.264), ``.gif`` (endless), ``.png`` (one numbered file per frame).
 
     Files appear complete or not at all; folders on the way are made.
@@ -58,6 +58,7 @@ def write_video(clip: Tensor, path: str | Path, fps: int = FPS) -> list[Path]:
         clip: ``[frames, 3, height, width]`` in [0, 1].
         path: of the file; ``clip.png`` gives ``clip-000.png``, ``clip-001.png`` ...
         fps: frames per second; of no meaning for PNG.
+        lossless: MP4 keeps every 8-bit pixel (H.264 in RGB, which browsers, VLC and mpv play and some players do not).
 
     Returns:
         The files written.
@@ -71,7 +72,8 @@ def write_video(clip: Tensor, path: str | Path, fps: int = FPS) -> list[Path]:
     partial = [file.with_name(f".{file.stem}.{uuid.uuid4().hex[:8]}{suffix}") for file in files]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        WRITERS[suffix](pixels(clip), partial, fps)
+        writer = _write_lossless if lossless and suffix == ".mp4" else WRITERS[suffix]
+        writer(pixels(clip), partial, fps)
         for source, target in zip(partial, files, strict=True):
             os.replace(source, target)
     except OSError as error:
@@ -88,39 +90,46 @@ def frame_paths(path: Path, frames: int) -> list[Path]:
     return [path.with_name(f"{path.stem}-{i:03d}{path.suffix}") for i in range(frames)]
 
 
-def _write_mp4(frames: Tensor, files: list[Path], fps: int) -> None:
+def _write_mp4(frames: Tensor, files: list[Path], fps: float) -> None:
+    padded = F.pad(frames.permute(0, 3, 1, 2).float(), (0, frames.shape[2] % 2, 0, frames.shape[1] % 2), mode="replicate")
+    _encode(padded.byte().permute(0, 2, 3, 1), files[0], fps, "libx264", "yuv420p", {"crf": "12"})  # shares colour between 2x2 pixels
+
+
+def _write_lossless(frames: Tensor, files: list[Path], fps: float) -> None:
+    _encode(frames, files[0], fps, "libx264rgb", "rgb24", {"qp": "0"})
+
+
+def _encode(frames: Tensor, file: Path, fps: float, codec: str, layout: str, options: dict[str, str]) -> None:
     import av
 
-    padded = F.pad(frames.permute(0, 3, 1, 2).float(), (0, frames.shape[2] % 2, 0, frames.shape[1] % 2), mode="replicate")
-    frames = padded.byte().permute(0, 2, 3, 1)  # yuv420p shares colour between 2x2 pixels
-    with av.open(str(files[0]), "w") as container:
-        stream: Any = container.add_stream("libx264", rate=Fraction(fps), options={"crf": "12", "preset": "medium"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+    with av.open(str(file), "w") as container:
+        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options | {"preset": "medium"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], layout
         stream.thread_count = 1  # the same bytes on every machine
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.contiguous().numpy(), format="rgb24")))
         container.mux(stream.encode())
 
 
-def _write_gif(frames: Tensor, files: list[Path], fps: int) -> None:
+def _write_gif(frames: Tensor, files: list[Path], fps: float) -> None:
     from PIL import Image
 
     first, *others = [Image.fromarray(frame.numpy()).quantize(colors=256, dither=Image.Dither.NONE) for frame in frames]
     first.save(files[0], save_all=True, append_images=others, duration=round(1000 / fps), loop=0, disposal=1)
 
 
-def _write_png(frames: Tensor, files: list[Path], fps: int) -> None:
+def _write_png(frames: Tensor, files: list[Path], fps: float) -> None:
     from PIL import Image
 
     for frame, file in zip(frames, files, strict=True):
         Image.fromarray(frame.numpy()).save(file)
 
 
-WRITERS: dict[str, Callable[[Tensor, list[Path], int], None]] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
+WRITERS: dict[str, Callable[[Tensor, list[Path], float], None]] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
 
 
 def read_video(path: str | Path) -> Tensor:
-    """Every frame of an MP4 or GIF: ``[frames, 3, height, width]`` in [0, 1].
+    """Every frame of an MP4, GIF or other video file: ``[frames, 3, height, width]`` in [0, 1].
 
     Raises:
         CheckpointError: if there is no such file or nothing in it can be decoded.
@@ -135,6 +144,30 @@ def read_video(path: str | Path) -> Tensor:
             frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
     except (av.error.FFmpegError, IndexError) as error:
         raise CheckpointError(f"cannot read '{path}' as a video: {error}") from error
+    if not frames:
+        raise CheckpointError(f"'{path}' holds no frame; it may be cut short: write it again")
+    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255
+
+
+def read_pictures(files: Sequence[Path]) -> Tensor:
+    """Pictures as the frames of one clip, in the order given: ``[frames, 3, height, width]`` in [0, 1].
+
+    Raises:
+        CheckpointError: if one cannot be read or they differ in size.
+    """
+    import numpy as np
+    from PIL import Image
+
+    frames = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                frames.append(torch.from_numpy(np.array(opened.convert("RGB"))))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise CheckpointError(f"cannot read '{file}' as a picture: {error}") from error
+        if frames[-1].shape != frames[0].shape:
+            sizes = " and ".join(f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frames[0], frames[-1]))
+            raise CheckpointError(f"'{file}' has another size than '{files[0].name}' ({sizes}); frames of a clip must be equal in size")
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, nearest
+from reelquant._errors import CheckpointError, ReelQuantError, nearest
 from reelquant.models.sampling import notes
 
 BUNDLED = ("tiny-dit", "tiny-unet")
@@ -109,22 +109,6 @@ def calibration_prompts(pipe: Any, count: int) -> list[str]:
     own = notes(pipe).get("prompts")
     texts = own or resources.files("reelquant.models").joinpath("prompts.txt").read_text().splitlines()
     return [texts[i % len(texts)] for i in range(count)]
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt per line; blank lines and lines that start with # are skipped.
-
-    Raises:
-        CalibrationError: if there is no file or nothing in it.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise CalibrationError(f"prompt file '{path}' does not exist")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise CalibrationError(f"prompt file '{path}' holds no prompt: write one text per line")
-    return prompts
 
 
 def shuffled(texts: list[str], seed: int) -> list[str]:

@@ -19,7 +19,12 @@ NOTES_FILE = "reelquant.json"  # beside model_index.json: {"call": {recommended 
 
 def notes(pipe: Any) -> dict[str, Any]:
     """What the pipeline's folder says about itself in ``reelquant.json``; empty if it says nothing."""
-    file = Path(str(pipe.config.get("_name_or_path", ""))) / NOTES_FILE
+    return folder_notes(str(pipe.config.get("_name_or_path", "")))
+
+
+def folder_notes(folder: str | Path) -> dict[str, Any]:
+    """The ``reelquant.json`` of a pipeline folder; empty if there is none."""
+    file = Path(folder) / NOTES_FILE
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -41,9 +46,11 @@ def sample(
     prompts: Sequence[str],
     *,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     batch: int = 4,
     output: Literal["frames", "latent"] = "frames",
     on_step: Callable[[], None] | None = None,
+    on_latents: Callable[[int, Tensor], None] | None = None,
     **overrides: Any,
 ) -> Tensor:
     """Sample one clip per prompt; clip ``i`` starts from the noise of seed ``seed + i`` whatever the batch size.
@@ -52,9 +59,12 @@ def sample(
         pipe: a diffusers pipeline.
         prompts: one text per clip.
         seed: seed of the first clip.
+        seeds: one per clip instead.
         batch: clips per pipeline call.
         output: ``frames`` gives ``[clips, frames, 3, height, width]`` in [0, 1], ``latent`` the final latents.
         on_step: told after every denoising step (progress).
+        on_latents: given the number of the step (from 0, anew for every pipeline call) and the latents after it, a clip per row; never
+            called by pipelines that have no step callback.
         overrides: arguments of the pipeline call, for example ``num_inference_steps``, ``guidance_scale``, ``num_frames``.
 
     Raises:
@@ -63,17 +73,40 @@ def sample(
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
         raise CalibrationError("no prompts: give at least one text")
+    seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
     arguments = call_arguments(pipe, **overrides)
-    if on_step is not None and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-        arguments["callback_on_step_end"] = lambda pipe, step, timestep, kwargs: (on_step(), kwargs)[1]
+    arguments |= _callback(pipe, on_step, on_latents)
     parts = []
     with quiet(pipe):
         for start in range(0, len(prompts), batch):
             chunk = list(prompts[start : start + batch])
-            noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))]
+            noise = [torch.Generator().manual_seed(one) for one in seeds[start : start + batch]]
             result = pipe(prompt=chunk, generator=noise, output_type="latent" if output == "latent" else "pt", **arguments)
             parts.append(_tensor(result))
     return torch.cat(parts)
+
+
+def _callback(pipe: Any, on_step: Callable[[], None] | None, on_latents: Callable[[int, Tensor], None] | None) -> dict[str, Any]:
+    """Arguments that make the pipeline report its steps, in the way that it knows; none if nobody listens or it knows none."""
+    if on_step is None and on_latents is None:
+        return {}
+
+    def told(step: int, latents: Tensor | None) -> None:
+        if on_step is not None:
+            on_step()
+        if on_latents is not None and latents is not None:
+            on_latents(step, latents)
+
+    def at_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        told(step, kwargs.get("latents"))
+        return kwargs
+
+    ways = {  # argument of the call -> what to pass
+        "callback_on_step_end": {"callback_on_step_end": at_step_end},
+        "callback": {"callback": lambda step, timestep, latents: told(step, latents)},  # pipelines of old
+    }
+    accepted = inspect.signature(pipe.__call__).parameters
+    return next((way for name, way in ways.items() if name in accepted), {})
 
 
 def _tensor(result: Any) -> Tensor:

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
+from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import denoiser_of, discover
 from reelquant.models.sampling import call_arguments, sample
@@ -27,22 +28,6 @@ from reelquant.reuse import add_table, drop_unused
 from reelquant.sites import Group
 
 HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
-
-
-class Progress(Protocol):
-    """Hears how far a long run is. The command line draws bars; the library is silent."""
-
-    def phase(self, name: str, total: int) -> None: ...
-
-    def advance(self) -> None: ...
-
-
-class Silent:
-    """A :class:`Progress` that says nothing."""
-
-    def phase(self, name: str, total: int) -> None: ...
-
-    def advance(self) -> None: ...
 
 
 @dataclass(eq=False)

@@ -1,0 +1,61 @@
+"""``reelquant compare``: one folder of clips against another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reelquant.cli.evaluate import ClipModel, Data, FailUnder, Gate, Metrics, Resume, Shown, Weights, finish, listening, make_options
+from reelquant.cli.options import Device, Force, Json
+
+
+def compare(
+    reference: Annotated[Path, typer.Argument(help="Folder of clips to compare with.", show_default=False)],
+    test: Annotated[Path, typer.Argument(help="Folder of clips under test, paired by name.", show_default=False)],
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Texts of the clips, a line per name.", show_default=False)
+    ] = None,
+    metrics: Metrics = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for report.html, report.json, summary.md.")] = None,
+    weights: Weights = None,
+    data: Data = None,
+    gate: Gate = None,
+    fail_under: FailUnder = None,
+    device: Device = "cpu",
+    clip_model: ClipModel = None,
+    shown: Shown = 12,
+    resume: Resume = False,
+    force: Force = False,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Measure a folder of clips against another, whoever made them: mp4, gif, webm, or PNG frames.
+
+    [bold]Examples[/bold]
+
+    [cyan]reelquant compare float-clips quantized-clips[/cyan]
+    [cyan]reelquant compare real generated -m fvd,fid,kid --weights weights[/cyan]
+    [cyan]reelquant compare before after --gate strict -o proof --json[/cyan]
+
+    Clips of the same name are held against each other; FVD, FID and KID compare the folders as sets and need no equal names.
+    """
+    options = make_options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, shown)
+    from reelquant.evidence.run import compare as run
+
+    with listening(options) as heard:
+        made = run(reference, test, _texts(prompts, test), options=heard)
+    finish(made, json)
+
+
+def _texts(file: Path | None, folder: Path) -> dict[str, str] | None:
+    if file is None:
+        return None
+    from reelquant._errors import CalibrationError
+    from reelquant.evidence.clips import find_clips
+    from reelquant.models.prompts import read_prompts
+
+    texts, names = read_prompts(file), list(find_clips(folder))
+    if len(texts) != len(names):
+        raise CalibrationError(f"'{file}' holds {len(texts)} texts and '{folder}' {len(names)} clips; write one text per clip")
+    return dict(zip(names, texts, strict=True))

@@ -1,0 +1,85 @@
+"""``reelquant metrics`` and ``reelquant weights``: what can be measured, and the networks it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reelquant.cli.evaluate import Weights
+from reelquant.cli.options import Json
+
+
+def metrics(weights: Weights = None, json: Json = False) -> None:
+    """List every metric: what it says, which way is better, and whether its weights are here."""
+    from reelquant.cli import console, tables
+    from reelquant.evidence.mechanisms import MECHANISMS, Tools
+    from reelquant.evidence.metrics import GROUPS, KINDS, METRICS
+
+    tools = Tools(weights)
+    missing = {name: MECHANISMS[name].missing(tools, ["a"]) for name in MECHANISMS if name not in ("clip", "judge")}
+    if json:
+        console.emit(
+            {name: {key: getattr(one, key) for key in ("title", "kind", "unit", "better", "about")} | {"missing": missing.get(one.source)}
+             for name, one in METRICS.items()}
+        )  # fmt: skip
+        return
+    for kind, words in KINDS.items():
+        made = tables.table(f"{kind}: {words}", ["metric", "better", "what it says", "missing"])
+        for name, one in METRICS.items():
+            if one.kind == kind:
+                made.add_row(name, one.better.replace("none", "-"), one.about, missing.get(one.source) or "")
+        console.out.print(made)
+    console.out.print(tables.facts("Groups", [(name, ", ".join(names)) for name, names in GROUPS.items()]))
+
+
+def weights(
+    names: Annotated[list[str] | None, typer.Argument(help="i3d, inception, lpips-alex, lpips-vgg, raft, clip, all.")] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Get the networks that metrics look through, or list which are here.
+
+    [bold]Examples[/bold]
+
+    [cyan]reelquant weights[/cyan]              what is here
+    [cyan]reelquant weights i3d[/cyan]          get one
+    [cyan]reelquant weights all[/cyan]          get what is missing
+    """
+    from reelquant._errors import RecipeError, nearest
+    from reelquant.cli import console
+    from reelquant.evidence.networks.weights import WEIGHTS, find
+
+    known = {**{name: (name,) for name in (*WEIGHTS, "clip")}, "all": (*WEIGHTS, "clip")}
+    for name in names or ():
+        if name not in known:
+            raise RecipeError(f"unknown weights '{name}'; {nearest(name, known)}")
+    wanted = list(dict.fromkeys(one for name in names or () for one in known[name]))
+    with console.Bars() as bars:
+        for name in wanted:
+            bars.phase(f"getting {name}", 1)
+            _get(name)
+    here: dict[str, Any] = {name: find(name, None) for name in WEIGHTS}
+    if json:
+        return console.emit(here)
+    rows = [(name, _words(WEIGHTS[name], path)) for name, path in here.items()]
+    from reelquant.cli.tables import facts
+
+    console.out.print(facts("Weights", rows))
+    return None
+
+
+def _get(name: str) -> None:
+    from reelquant.evidence.networks.weights import fetch, find
+
+    if name == "clip":
+        from reelquant.evidence.mechanisms import CLIP_MODEL
+        from reelquant.evidence.text import fetch_clip
+
+        fetch_clip(CLIP_MODEL)
+    elif find(name, None) is None:
+        fetch(name)
+
+
+def _words(one: Any, path: Path | None) -> str:
+    return f"{one.about} ({one.licence})" + (f": [green]{path}[/green]" if path else f": [dim]not here; reelquant weights {one.name}[/dim]")

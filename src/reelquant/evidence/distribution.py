@@ -1,0 +1,279 @@
+"""How far two sets of feature vectors are apart: Fréchet distance (FVD, FID), kernel distance (KID), and how sure one can be of either.
+
+Everything is computed in float64 on the CPU. A Fréchet distance of few samples is far too large (its bias shrinks as 1 / n), so a value
+means something only beside another one of the same size: :func:`bias_curve` shows how large the bias is, :func:`jackknife` how sure a
+difference is.
+
+Paper:
+    Dowson and Landau, The Fréchet distance between multivariate normal distributions, 1982.
+    Heusel et al., GANs Trained by a Two Time-Scale Update Rule, 2017, equation 6 (FID).
+    Binkowski et al., Demystifying MMD GANs, 2018, section 4 (KID).
+    Chong and Forsyth, Effectively Unbiased FID and Inception Score, 2020, section 3 (the bias, and its removal).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Distance = Callable[[Tensor, Tensor], float]
+
+
+def _features(features: Tensor, whose: str) -> Tensor:
+    if features.ndim != 2:
+        raise ValueError(f"a distance of sets needs features [n, d], the {whose} features are {tuple(features.shape)}")
+    if len(features) < 2:
+        raise ValueError(f"a spread needs 2 samples at least, the {whose} set has {len(features)}; measure more clips")
+    if not features.isfinite().all():
+        raise ValueError(f"the {whose} features hold NaN or infinite numbers")
+    return features.detach().cpu().double()
+
+
+def _pair(reference: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    reference, test = _features(reference, "reference"), _features(test, "test")
+    if reference.shape[1] != test.shape[1]:
+        raise ValueError(f"features of different networks: {reference.shape[1]} numbers a sample against {test.shape[1]}")
+    return reference, test
+
+
+@dataclass
+class Moments:
+    """Count, mean and scatter of feature vectors that come in batches; memory is one d x d matrix, however many come.
+
+    Attributes:
+        count: vectors seen.
+        mean: ``[d]`` float64.
+        scatter: ``[d, d]`` float64, the sum of outer products of the deviations from the mean.
+    """
+
+    count: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    scatter: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.float64))
+
+    def update(self, features: Tensor) -> Moments:
+        """Takes in ``[n, d]`` more vectors and returns itself.
+
+        The deviations are taken from the batch's own mean first (Chan et al., 1979), so that large means cost no digits.
+
+        Raises:
+            ValueError: if they are no vectors, not of the d seen before, or not finite.
+        """
+        if features.ndim != 2 or (self.count and features.shape[1] != len(self.mean)):
+            raise ValueError(f"moments of {len(self.mean) or 'd'} numbers a sample cannot take in features {tuple(features.shape)}")
+        if not features.isfinite().all():
+            raise ValueError("the features hold NaN or infinite numbers")
+        if not len(features):
+            return self
+        features = features.detach().cpu().double()
+        if not self.count:
+            self.mean = torch.zeros(features.shape[1], dtype=torch.float64)
+            self.scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+        n, mean = len(features), features.mean(0)
+        away, total = mean - self.mean, self.count + n
+        centred = features - mean
+        self.scatter = self.scatter + centred.mT @ centred + away.outer(away) * (self.count * n / total)
+        self.mean = self.mean + away * (n / total)
+        self.count = total
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """``[d, d]``, unbiased (divided by n - 1), as ``np.cov`` gives it.
+
+        Raises:
+            ValueError: for fewer than 2 vectors.
+        """
+        if self.count < 2:
+            raise ValueError(f"a spread needs 2 samples at least, got {self.count}; measure more clips")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_moments(reference: Moments, test: Moments) -> float:
+    """:func:`frechet` from means and covariances alone.
+
+    ``tr sqrt(S1 S2)`` is the sum of the roots of the eigenvalues of ``R^T S2 R`` with ``S1 = R R^T``: symmetric, so no complex numbers and
+    no matrix root come up. Eigenvalues that rounding made negative count as zero.
+
+    Raises:
+        ValueError: if either has fewer than 2 vectors, or they are of different lengths.
+    """
+    if reference.mean.shape != test.mean.shape:
+        raise ValueError(f"features of different networks: {len(reference.mean)} numbers a sample against {len(test.mean)}")
+    one, two = reference.covariance, test.covariance
+    values, vectors = torch.linalg.eigh(one)
+    root = vectors * values.clamp(min=0).sqrt()
+    shared = torch.linalg.eigvalsh(root.mT @ two @ root).clamp(min=0).sqrt().sum()
+    away = (reference.mean - test.mean).square().sum()
+    return max(0.0, float(away + one.trace() + two.trace() - 2 * shared))
+
+
+def frechet(reference: Tensor, test: Tensor) -> float:
+    """``|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2))``: FVD of I3D features, FID of Inception features.
+
+    Covariances are unbiased. With fewer samples than dimensions the covariances have no full rank and a matrix root of their product is
+    unsafe; then the trace is taken as the sum of singular values of ``A B^T`` for centred A and B with ``S1 = A^T A``, ``S2 = B^T B``,
+    which is the same number, exactly, from a small matrix.
+
+    Args:
+        reference: ``[n, d]``.
+        test: ``[m, d]``.
+
+    Returns:
+        The squared distance, in squared units of the features, at least 0 (rounding below it is cut).
+
+    Raises:
+        ValueError: for fewer than 2 samples, other shapes, or numbers that are not finite.
+    """
+    reference, test = _pair(reference, test)
+    if min(len(reference), len(test)) >= reference.shape[1]:
+        return frechet_moments(Moments().update(reference), Moments().update(test))
+    a, b = ((x - x.mean(0)) / math.sqrt(len(x) - 1) for x in (reference, test))
+    away = (reference.mean(0) - test.mean(0)).square().sum()
+    return max(0.0, float(away + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.mT).sum()))
+
+
+def _kernel(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.mT / a.shape[1] + 1) ** 3
+
+
+def _mmd(reference: Tensor, test: Tensor) -> float:
+    """The unbiased estimate of the squared maximum mean discrepancy of two sets of the same size."""
+    n = len(reference)
+    own = sum((k.sum() - k.diagonal().sum()) / (n * (n - 1)) for k in (_kernel(reference, reference), _kernel(test, test)))
+    return float(own - 2 * _kernel(reference, test).mean())
+
+
+def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """KID: the mean over random subsets of the unbiased squared MMD with the kernel ``(x . y / d + 1)^3``.
+
+    Unlike a Fréchet distance it has no bias at any size, which is why it can be below 0 for sets that do not differ. Subsets are drawn
+    without replacement as torch-fidelity draws them, of ``min(subset_size, n, m)`` samples; if that is all of both sets, there is only one
+    to draw.
+
+    Args:
+        reference: ``[n, d]``.
+        test: ``[m, d]``.
+        subsets: how many are drawn.
+        subset_size: samples in each.
+        seed: of the drawing.
+
+    Returns:
+        Mean and standard deviation over the subsets, in cubed units of the features; the latter is no standard error, and 0 for one subset.
+
+    Raises:
+        ValueError: for fewer than 2 samples, other shapes, numbers that are not finite, or no subsets.
+    """
+    reference, test = _pair(reference, test)
+    size = min(subset_size, len(reference), len(test))
+    if subsets < 1 or size < 2:
+        raise ValueError(f"{subsets} subsets of {subset_size} samples: give at least one subset of at least 2")
+    if size == len(reference) == len(test):
+        return _mmd(reference, test), 0.0
+    generator = torch.Generator().manual_seed(seed)
+    draws = [[torch.randperm(len(x), generator=generator)[:size] for x in (reference, test)] for _ in range(subsets)]
+    values = torch.tensor([_mmd(reference[i], test[j]) for i, j in draws], dtype=torch.float64)
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def jackknife(reference: Tensor, test: Tensor, distance: Distance, groups: int = 20, level: float = 0.95) -> tuple[float, float, float]:
+    """A distance with an interval, for sets whose samples with the same index belong together (same prompt, same noise).
+
+    Groups of neighbouring pairs are left out in turn; the spread of the resulting distances gives the standard error, Student's t with
+    ``groups - 1`` degrees of freedom the interval. Why not the bootstrap, as for means: drawing with replacement repeats samples and drops
+    a third of them, which takes rank and spread from the covariances, so distances of such draws are biased upwards, often all above the
+    distance itself. Leaving out 1 / groups of the pairs hardly changes the bias, and by the same for every group. The interval is of the
+    distance at this number of samples, bias included; it does not say where the distance of infinitely many would lie.
+
+    Args:
+        reference: ``[n, d]``.
+        test: ``[n, d]``, sample i belonging to sample i of the reference.
+        distance: e.g. :func:`frechet`.
+        groups: at most; fewer if there are fewer pairs.
+        level: coverage of the interval.
+
+    Returns:
+        The distance of the whole sets, and the ends of its interval (which may lie below 0).
+
+    Raises:
+        ValueError: if the sets differ in size or have fewer than 3 pairs.
+    """
+    from scipy.special import stdtrit
+
+    n = len(reference)
+    if n != len(test):
+        raise ValueError(f"pairs are left out together, but there are {n} reference and {len(test)} test samples")
+    groups = min(groups, n)
+    if n < 3 or groups < 2:
+        raise ValueError(f"leaving out pairs in turn needs 3 pairs and 2 groups at least, got {n} and {groups}")
+    group = torch.arange(n) * groups // n
+    without = torch.tensor([distance(reference[group != g], test[group != g]) for g in range(groups)], dtype=torch.float64)
+    error = math.sqrt((groups - 1) / groups * float((without - without.mean()).square().sum()))
+    value = distance(reference, test)
+    reach = float(stdtrit(groups - 1, (1 + level) / 2)) * error
+    return value, value - reach, value + reach
+
+
+def bias_curve(
+    reference: Tensor,
+    test: Tensor,
+    sizes: Sequence[int],
+    repeats: int = 10,
+    seed: int = 0,
+    distance: Distance = frechet,
+) -> list[tuple[int, float, float]]:
+    """The distance of random subsets of both sets, for several sizes: how much of a distance is only the number of samples.
+
+    Subsets are drawn without replacement; sets of one size keep their pairs together.
+
+    Args:
+        reference: ``[n, d]``.
+        test: ``[m, d]``.
+        sizes: samples taken of each set, 2 to ``min(n, m)``.
+        repeats: subsets for each size.
+        seed: of the drawing.
+        distance: what is measured.
+
+    Returns:
+        For every size: the size, and the mean and standard deviation over the repeats.
+
+    Raises:
+        ValueError: for a size that cannot be drawn.
+    """
+    most = min(len(reference), len(test))
+    for size in sizes:
+        if not 2 <= size <= most:
+            raise ValueError(f"subsets of {size} samples cannot be drawn from {len(reference)} and {len(test)}; give sizes of 2 to {most}")
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(size: int) -> float:
+        first = torch.randperm(len(reference), generator=generator)[:size]
+        second = first if len(reference) == len(test) else torch.randperm(len(test), generator=generator)[:size]
+        return distance(reference[first], test[second])
+
+    curve = []
+    for size in sizes:
+        values = torch.tensor([draw(size) for _ in range(repeats)], dtype=torch.float64)
+        curve.append((size, float(values.mean()), float(values.std(correction=0))))
+    return curve
+
+
+def extrapolated(curve: Sequence[tuple[int, float, float]]) -> float:
+    """The distance of infinitely many samples: the least-squares line in 1 / size through a :func:`bias_curve`, at 0.
+
+    Theirs keeps the reference set whole and draws only the test set; here both shrink, whose biases add up and are of first order in
+    1 / size too. The line holds where samples outnumber dimensions; below that the curve still bends, and what comes out is too high.
+
+    Raises:
+        ValueError: for fewer than 2 different sizes.
+    """
+    inverse = torch.tensor([1 / size for size, _, _ in curve], dtype=torch.float64)
+    values = torch.tensor([mean for _, mean, _ in curve], dtype=torch.float64)
+    if len(inverse.unique()) < 2:
+        raise ValueError("a line needs 2 different sizes at least")
+    away = inverse - inverse.mean()
+    slope = (away * values).sum() / away.square().sum()
+    return float(values.mean() - slope * inverse.mean())

@@ -1,0 +1,323 @@
+"""From rows and features to the figures of an evaluation: means, intervals, the noise floor beside them, verdicts, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelquant.evidence import distribution
+from reelquant.evidence.defects import diagnose
+from reelquant.evidence.fidelity import Interval, bootstrap
+from reelquant.evidence.gate import Verdict
+from reelquant.evidence.metrics import METRICS, Metric
+from reelquant.evidence.store import Store, write_json
+
+SCHEMA = 1
+FEW = 256  # clips, below which a Frechet distance is mostly bias
+PAIRED_FLOORS = ("bf16", "float32", "compiled")  # the float pipeline again from the same noise, computed otherwise
+DRAWN_FLOOR = "reseed"  # the float pipeline again from other noise
+DISTANCES = {
+    "fvd": ("i3d", distribution.frechet),
+    "fid": ("inception", distribution.frechet),
+    "kid": ("inception", distribution.kernel_distance),
+}
+LATENTS = "latent_error"
+GROUPS = {"i3d": 20, "inception": 8}  # of the jackknife; distances of 2048 columns take seconds each
+
+
+@dataclass
+class Result:
+    """One figure of the test clips, with what it has to be seen against.
+
+    Attributes:
+        metric: what it is.
+        interval: mean over clips, or distance of the sets, with its 95 % interval; None if it is missing.
+        reference: the reference's own figure, for figures that a clip has alone.
+        floor: the same figure of the float pipeline run again, by variant.
+        within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is better.
+        missing: why there is no value, with the command that helps.
+    """
+
+    metric: Metric
+    interval: Interval | None = None
+    reference: float | None = None
+    floor: dict[str, Interval] = field(default_factory=dict)
+    within_floor: bool | None = None
+    missing: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        about = {name: getattr(self.metric, name) for name in ("title", "kind", "unit", "better", "about", "digits")}
+        bounds = _bounds(self.interval) if self.interval else {"value": None, "low": None, "high": None}
+        floor = {variant: _bounds(interval) for variant, interval in self.floor.items()}
+        return about | bounds | {
+            "reference": self.reference, "floor": floor, "within_floor": self.within_floor, "missing": self.missing,
+        }  # fmt: skip
+
+
+def _bounds(interval: Interval) -> dict[str, float]:
+    return {"value": interval.mean, "low": interval.low, "high": interval.high}
+
+
+@dataclass
+class Evaluation:
+    """What was measured, and what follows from it.
+
+    Attributes:
+        metrics: results by name; those that could not be measured say why.
+        data: everything, as it stands in ``report.json`` (schema: docs/report.md).
+        verdict: of the gate; None if none was asked for.
+        near_lossless: every figure within the noise floor; None if no floor was measured.
+        folder: where clips and the report lie; None if nothing was kept.
+    """
+
+    metrics: dict[str, Result]
+    data: dict[str, Any]
+    verdict: Verdict | None = None
+    near_lossless: bool | None = None
+    folder: Path | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the gate lets it through; True if there is none."""
+        return self.verdict is None or self.verdict.passed
+
+    def __getitem__(self, name: str) -> float | None:
+        """The value of a metric; None if it is missing."""
+        found = self.metrics[name].interval
+        return None if found is None else found.mean
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return self.data
+
+    def summary(self) -> str:
+        """A Markdown summary to paste into a pull request."""
+        from reelquant.evidence.report.markdown import summary
+
+        return summary(self.data)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``report.json``."""
+        write_json(Path(path), self.data)
+
+
+# --- figures over clips ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Sets:
+    """The measured variants of one evaluation.
+
+    Attributes:
+        store: where rows and features are.
+        names: of the clips, by variant; ``test`` and ``reference`` are always there, ``data`` if real clips were given.
+        paired: whether clips of equal names belong together.
+    """
+
+    store: Store
+    names: Mapping[str, Sequence[str]]
+    paired: bool = True
+
+    def __post_init__(self) -> None:
+        self.rows = {variant: self.store.rows(variant) for variant in self.names}
+
+    @property
+    def floors(self) -> list[str]:
+        """Variants that are the float pipeline run again."""
+        return [name for name in (*PAIRED_FLOORS, DRAWN_FLOOR) if name in self.names]
+
+    def values(self, variant: str, metric: str) -> list[float]:
+        """The figure of every clip that has it."""
+        rows = self.rows.get(variant, {})
+        return [rows[name]["figures"][metric] for name in self.names[variant] if metric in rows.get(name, {"figures": {}})["figures"]]
+
+    def mean(self, variant: str, metric: str) -> Interval | None:
+        """Mean over clips with its bootstrap interval."""
+        values = self.values(variant, metric)
+        return bootstrap(values) if values else None
+
+    def distance(self, variant: str, metric: str) -> Interval | None:
+        """Distance of a variant's features to the reference's, or to those of real clips, with its jackknife interval."""
+        source = METRICS[metric].source
+        kind, distance = DISTANCES[source]
+        other = "data" if metric.endswith("_data") else "reference"
+        if other not in self.names or other == variant:
+            return None
+        first, second = self.features(other, kind), self.features(variant, kind)
+        if len(first) < 2 or len(second) < 2:
+            return None
+        together = other == "reference" and self.paired and variant != DRAWN_FLOOR and len(first) == len(second)
+        return jackknife(first, second, distance, GROUPS[kind], together)
+
+    def features(self, variant: str, kind: str) -> list[Tensor]:
+        """What a network saw, a tensor per clip; empty unless every clip has been looked at."""
+        names = self.names[variant]
+        return [self.store.get(kind, variant, name) for name in names] if all(self.store.has(kind, variant, name) for name in names) else []
+
+
+def jackknife(reference: list[Tensor], test: list[Tensor], distance: Any, groups: int, together: bool) -> Interval:
+    """A distance of two sets of clips, and how much it hangs on which clips they are: clips are left out a group at a time.
+
+    The bootstrap would repeat clips, and a repeated clip narrows a covariance; leaving out does not. Interval: 1.96 standard errors of the
+    grouped jackknife. Where the sets belong together clip by clip, the same clips leave both.
+    """
+    value = distance(torch.cat(reference), torch.cat(test))
+    groups = min(groups, len(reference), len(test))
+
+    def kept(clips: list[Tensor], group: int) -> Tensor:
+        return torch.cat([clip for i, clip in enumerate(clips) if i % groups != group])
+
+    if min(len(reference), len(test)) < 4:
+        return Interval(value, value, value)
+    whole = None if together else torch.cat(reference)
+    partial = [distance(kept(reference, g) if whole is None else whole, kept(test, g)) for g in range(groups)]
+    mean = sum(partial) / groups
+    error = ((groups - 1) / groups * sum((x - mean) ** 2 for x in partial)) ** 0.5
+    return Interval(value, value - 1.96 * error, value + 1.96 * error)
+
+
+def results(sets: Sets, metrics: Sequence[str], missing: Mapping[str, str]) -> dict[str, Result]:
+    """Every metric asked for, measured or missing.
+
+    Args:
+        sets: the variants.
+        metrics: names.
+        missing: why a source of figures, or one metric, gives nothing.
+    """
+    found = {}
+    for name in metrics:
+        metric = METRICS[name]
+        reason = missing.get(name) or missing.get(metric.source)
+        look = sets.distance if metric.kind == "distribution" else sets.mean
+        result = Result(metric, None if reason else look("test", name), missing=reason)
+        if result.interval is None:
+            result.missing = reason or "no clip gives this figure"
+        else:
+            own = look("reference", name)
+            result.reference = None if own is None else own.mean
+            result.floor = {variant: floor for variant in _floors(metric, sets.floors) if (floor := look(variant, name)) is not None}
+            result.within_floor = _within(result)
+        found[name] = result
+    return found
+
+
+def _floors(metric: Metric, floors: Sequence[str]) -> list[str]:
+    """Other noise makes other clips: only sets of them, and figures that a clip has alone, can be held against each other then."""
+    return [name for name in floors if name != DRAWN_FLOOR or metric.kind in ("distribution", "text") or metric.better == "none"]
+
+
+def _within(result: Result) -> bool | None:
+    """No worse than the far end of the floor's interval. Distances between sets are held against another draw of the float pipeline."""
+    drawn = result.metric.kind == "distribution" and DRAWN_FLOOR in result.floor
+    floors = [result.floor[DRAWN_FLOOR]] if drawn else [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]
+    if not floors or result.interval is None:
+        return None
+    value = result.interval.mean
+    rules = {
+        "higher": lambda: value >= min(floor.low for floor in floors),
+        "lower": lambda: value <= max(floor.high for floor in floors),
+        "zero": lambda: abs(value) <= max(abs(end) for floor in floors for end in (floor.low, floor.high)),
+        "one": lambda: abs(value - 1) <= max(abs(end - 1) for floor in floors for end in (floor.low, floor.high)),
+    }
+    rule = rules.get(result.metric.better)
+    return rule() if rule else None
+
+
+def near_lossless(found: Mapping[str, Result]) -> dict[str, Any] | None:
+    """Whether every figure is within the noise floor; None if no figure has a floor."""
+    judged = {name: result.within_floor for name, result in found.items() if result.within_floor is not None}
+    if not judged:
+        return None
+    failed = [name for name, within in judged.items() if not within]
+    worse = ", ".join(METRICS[name].title for name in failed)
+    why = f"all {len(judged)} figures that have a noise floor are within it" if not failed else f"outside the noise floor: {worse}"
+    return {"holds": not failed, "failed": failed, "judged": list(judged), "why": why}
+
+
+def defects(sets: Sets) -> list[dict[str, Any]]:
+    """Defects recognised in the test clips: name, clips, and the sentence about the strongest."""
+    found: dict[str, list[tuple[float, str, str]]] = {}
+    for name in sets.names["test"]:
+        row = sets.rows["test"].get(name)
+        for defect in diagnose({"tempo": 1.0} | row["figures"]) if row and "temporal" in row["sources"] else []:
+            found.setdefault(defect.name, []).append((defect.strength, name, defect.sentence))
+    return [
+        {"name": defect, "clips": [clip for _, clip, _ in hits], "sentence": max(hits)[2]} for defect, hits in found.items()
+    ]  # fmt: skip
+
+
+def trajectory(sets: Sets) -> dict[str, Any] | None:
+    """Relative error of the latents after every step, mean over clips with intervals; None where no latents were kept."""
+    variants = [name for name in ("test", *sets.floors) if name != DRAWN_FLOOR]
+    curves = {name: [row["curves"][LATENTS] for row in sets.rows[name].values() if LATENTS in row["curves"]] for name in variants}
+    curves = {name: lines for name, lines in curves.items() if lines}
+    if "test" not in curves:
+        return None
+    described = {name: _curve(lines) for name, lines in curves.items()}
+    return {
+        "steps": list(range(1, len(described["test"]["mean"]) + 1)),
+        "clips": len(curves["test"]),
+        "test": described["test"],
+        "floor": {name: line for name, line in described.items() if name != "test"},
+        "about": "distance of the latents to the reference's after each denoising step, over their length",
+    }
+
+
+def _curve(lines: list[list[float]]) -> dict[str, list[float]]:
+    columns = [bootstrap(list(column), resamples=500) for column in zip(*lines, strict=True)]
+    return {name: [getattr(column, name) for column in columns] for name in ("mean", "low", "high")}
+
+
+def bias(sets: Sets) -> dict[str, Any] | None:
+    """FVD against the number of clips, for the largest of the sets that was asked for; None below 16 clips."""
+    other = "data" if "data" in sets.names and sets.features("data", "i3d") else "reference"
+    first, second = sets.features(other, "i3d"), sets.features("test", "i3d")
+    count = min(len(first), len(second))
+    if count < 16:
+        return None
+    sizes = [size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if size <= count]
+    sizes += [count] if count not in sizes else []
+    reference, test = torch.cat(first), torch.cat(second)
+    curve = distribution.bias_curve(reference, test, sizes)
+    return {
+        "metric": "fvd_data" if other == "data" else "fvd",
+        "sizes": [point[0] for point in curve], "values": [point[1] for point in curve], "sd": [point[2] for point in curve],
+        "extrapolated": distribution.extrapolated(reference, test),
+    }  # fmt: skip
+
+
+def warnings(found: Mapping[str, Result], sets: Sets) -> list[str]:
+    """What a reader has to know before trusting a figure."""
+    few = [METRICS[name].title for name, result in found.items() if METRICS[name].kind == "distribution" and result.interval is not None]
+    count = min(len(names) for names in sets.names.values())
+    if not few or count >= FEW:
+        return []
+    return [
+        f"{', '.join(few)} of {count} clips: distances between sets are biased by their size below {FEW} clips; "
+        "compare them only with distances of as many clips"
+    ]
+
+
+def clips_json(sets: Sets, prompts: Mapping[str, str], seeds: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Per clip: figures and curves of the test clip, curves of the reference."""
+    listed = []
+    for name in sets.names["test"]:
+        row = sets.rows["test"].get(name, {"figures": {}, "curves": {}})
+        own = sets.rows["reference"].get(name, {"curves": {}})
+        listed.append(
+            {"name": name, "prompt": prompts.get(name), "seed": seeds.get(name), "figures": row["figures"], "curves": row["curves"],
+             "reference_curves": own["curves"]}
+        )  # fmt: skip
+    return listed
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a ``report.json``."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,190 @@
+"""Good enough or not: limits on figures, in three strengths, and a sentence for everything that is over one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from reelquant._errors import RecipeError, nearest
+from reelquant.evidence.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where a figure may lie: at least ``low``, at most ``high``."""
+
+    metric: str
+    low: float | None = None
+    high: float | None = None
+
+    def words(self) -> str:
+        """The limit in words."""
+        if self.low is None:
+            return f"at most {self.high:g}"
+        return f"at least {self.low:g}" if self.high is None else f"from {self.low:g} to {self.high:g}"
+
+    def excess(self, value: float) -> float:
+        """By how much a value is over; 0 if it is not."""
+        return max(0.0 if self.low is None else self.low - value, 0.0 if self.high is None else value - self.high, 0.0)
+
+
+def _about(metric: str, center: float, width: float) -> Limit:
+    return Limit(metric, center - width, center + width)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A strength of the gate.
+
+    Attributes:
+        limits: on means over clips.
+        defects: share of clips in which any one defect may be recognised.
+    """
+
+    limits: tuple[Limit, ...]
+    defects: float
+
+
+_SCALED: dict[str, tuple[Callable[[float], Limit], tuple[float, float, float]]] = {  # strict, default, loose
+    "psnr": (lambda x: Limit("psnr", low=x), (35, 25, 15)),
+    "ssim": (lambda x: Limit("ssim", low=x), (0.97, 0.85, 0.5)),
+    "lpips_alex": (lambda x: Limit("lpips_alex", high=x), (0.03, 0.15, 0.45)),
+    "latent_error": (lambda x: Limit("latent_error", high=x), (0.1, 0.4, 1.0)),
+    "color_shift": (lambda x: Limit("color_shift", high=x), (0.5, 2.0, 5.0)),
+    "sharpness_deviation": (lambda x: _about("sharpness_deviation", 0, x), (0.03, 0.1, 0.25)),
+    "motion_deviation": (lambda x: _about("motion_deviation", 0, x), (0.03, 0.1, 0.25)),
+    "tempo": (lambda x: _about("tempo", 1, x), (0.03, 0.1, 0.25)),
+    "dropped": (lambda x: Limit("dropped", high=x), (0.0, 0.01, 0.05)),
+    "flicker_deviation": (lambda x: _about("flicker_deviation", 0, x), (0.5, 1.5, 4.0)),
+    "grain_deviation": (lambda x: Limit("grain_deviation", high=x), (0.25, 1.0, 3.0)),
+    "checkerboard_deviation": (lambda x: Limit("checkerboard_deviation", high=x), (0.1, 0.4, 1.5)),
+}
+_NEVER = (_about("length_deviation", 0, 0.0), *(Limit(f"{kind}_frames", high=0.0) for kind in ("black", "constant", "saturated")))
+_SHARES = (0.0, 0.02, 0.1)
+
+
+def _preset(strength: int) -> Preset:
+    scaled = (make(widths[strength]) for make, widths in _SCALED.values())
+    return Preset((*scaled, *_NEVER), _SHARES[strength])
+
+
+GATES: dict[str, Preset] = {name: _preset(i) for i, name in enumerate(("strict", "default", "loose"))}
+"""The presets; docs/metrics.md says where their numbers come from."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Something over its limit.
+
+    Attributes:
+        metric: the figure, or the name of a defect.
+        value: what was measured.
+        limit: what would have passed, in words.
+        sentence: for people.
+        looks_like: names of defects that were recognised, if any.
+    """
+
+    metric: str
+    value: float | None
+    limit: str
+    sentence: str
+    looks_like: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says."""
+
+    preset: str
+    passed: bool
+    failures: tuple[Failure, ...]
+    skipped: tuple[str, ...] = ()  # metrics with a limit that were not measured
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+
+def check_preset(name: str) -> str:
+    """The name, if it is one of a preset.
+
+    Raises:
+        RecipeError: naming those that are.
+    """
+    if name not in GATES:
+        raise RecipeError(f"unknown gate '{name}'; {nearest(name, GATES)}")
+    return name
+
+
+def parse_limits(pairs: Sequence[str] | Mapping[str, float]) -> list[Limit]:
+    """``["psnr=30", "fvd=50"]`` as limits: a figure must not be worse than its value, in the direction of the metric.
+
+    Raises:
+        RecipeError: for an unknown metric, a value that is no number, or a metric of which neither direction is better.
+    """
+    items = list(pairs.items()) if isinstance(pairs, Mapping) else [tuple(pair.partition("=")[::2]) for pair in pairs]
+    return [_limit(str(name).strip().lower().replace("-", "_"), value) for name, value in items]
+
+
+def _limit(name: str, value: Any) -> Limit:
+    if name not in METRICS:
+        raise RecipeError(f"--fail-under: unknown metric '{name}'; {nearest(name, METRICS)}")
+    try:
+        number = float(value)
+    except ValueError:
+        raise RecipeError(f"--fail-under {name}: '{value}' is no number; for example --fail-under {name}=1") from None
+    shapes = {
+        "higher": Limit(name, low=number),
+        "lower": Limit(name, high=number),
+        "zero": _about(name, 0, abs(number)),
+        "one": _about(name, 1, abs(number)),
+    }
+    better = METRICS[name].better
+    if better not in shapes:
+        wanted = [other for other in METRICS if METRICS[other].better in shapes]
+        raise RecipeError(f"--fail-under {name}: neither high nor low is better there; choose one of {', '.join(wanted)}")
+    return shapes[better]
+
+
+def decide(
+    values: Mapping[str, float], missing: Mapping[str, str], defects: Sequence[Mapping[str, Any]], clips: int,
+    preset: str | None, extra: Sequence[Limit] = (),
+) -> Verdict:  # fmt: skip
+    """Hold figures against limits.
+
+    Args:
+        values: means over clips by metric.
+        missing: why other metrics have no value. A limit that was asked for by name fails then; one of a preset is skipped.
+        defects: ``{"name", "clips", "sentence"}`` of each defect recognised.
+        clips: how many were measured.
+        preset: key of :data:`GATES`, or None for the extra limits alone.
+        extra: limits on top.
+    """
+    chosen = GATES[check_preset(preset)] if preset is not None else Preset((), 1.0)
+    failures = [_defect(found, clips, chosen.defects) for found in defects if len(found["clips"]) > chosen.defects * clips]
+    named = ", ".join(dict.fromkeys(failure.metric for failure in failures)) or None
+    for limit in (*chosen.limits, *extra):
+        if limit.metric in values and limit.excess(values[limit.metric]) > 1e-9:
+            failures.append(_over(limit, values[limit.metric], named))
+    for limit in extra:
+        if limit.metric not in values:
+            reason = missing.get(limit.metric, "it is not among the metrics asked for")
+            failures.append(Failure(limit.metric, None, limit.words(), f"{METRICS[limit.metric].title} was not measured: {reason}"))
+    skipped = tuple(limit.metric for limit in chosen.limits if limit.metric not in values)
+    return Verdict(preset or "limits", not failures, tuple(failures), skipped)
+
+
+def _over(limit: Limit, value: float, named: str | None) -> Failure:
+    metric = METRICS[limit.metric]
+    unit = f" {metric.unit}" if metric.unit else ""
+    shown, missed = f"{value:.{metric.digits}f}", f"{limit.excess(value):.{metric.digits}f}"
+    sentence = f"{metric.title} is {shown}{unit} and misses the limit ({limit.words()}) by {missed}"
+    return Failure(limit.metric, value, limit.words(), sentence, named)
+
+
+def _defect(found: Mapping[str, Any], clips: int, share: float) -> Failure:
+    count = len(found["clips"])
+    shown = ", ".join(found["clips"][:3]) + (" ..." if count > 3 else "")
+    sentence = f"{found['name']} in {count} of {clips} clips ({shown}): {found['sentence']}"
+    return Failure(found["name"], count / max(clips, 1), f"at most {share:.0%} of the clips", sentence, found["name"])

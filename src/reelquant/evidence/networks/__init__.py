@@ -1,0 +1,12 @@
+"""Networks that metrics look at videos with: I3D (FVD), InceptionV3 (FID, KID), LPIPS, RAFT (optical flow).
+
+All are our own inference-only code on published weights, compared with independent code in ``docs/metrics.md``. ``weights`` finds, fetches
+and checks the weights; nothing is downloaded unless it is asked to.
+"""
+
+from reelquant.evidence.networks.i3d import I3D
+from reelquant.evidence.networks.inception import Inception
+from reelquant.evidence.networks.lpips import LPIPS
+from reelquant.evidence.networks.raft import RAFT
+
+__all__ = ["I3D", "LPIPS", "RAFT", "Inception"]

@@ -1,0 +1,343 @@
+"""Charts as inline SVG: text stays text, colours come from the page's style sheet, and every mark can be hovered for its figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup, escape
+
+from reelquant.evidence.report.markdown import figure, is_number
+
+WIDTH, HEIGHT = 380, 224
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 42  # pixels around the plotted area
+ROW = 15  # pixels of one interval in a table
+FAR = 6.0
+Triple = tuple[float, float, float]
+LOG_FROM = 30.0  # spans of this factor get a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series: ``style`` is a class of the style sheet; ``low`` and ``high`` make a band around ``y``."""
+
+    name: str
+    style: str
+    x: Sequence[float | None]
+    y: Sequence[float | None]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        return [(float(x), float(y)) for x, y in zip(self.x, self.y, strict=False) if x is not None and y is not None and finite(x, y)]
+
+    @property
+    def band(self) -> list[tuple[float, float, float]]:
+        rows = zip(self.x, self.low, self.high, strict=False)
+        return [(float(x), float(a), float(b)) for x, a, b in rows if x is not None and a is not None and b is not None and finite(x, a, b)]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One mark with the text that hovering shows."""
+
+    x: float
+    y: float
+    style: str
+    tip: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawing with its words; ``missing`` says why there is none."""
+
+    title: str
+    about: str
+    svg: Markup | None = None
+    legend: Sequence[tuple[str, str]] = ()
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Values to pixels."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (math.log10(max(x, 1e-30)) if self.log else x for x in (self.low, self.high, value))
+        return round(self.start + (self.end - self.start) * (value - low) / ((high - low) or 1.0), 2)
+
+    @property
+    def ticks(self) -> list[float]:
+        return decades(self.low, self.high) if self.log else steps(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The plotted area with its two scales."""
+
+    x: Scale
+    y: Scale
+    body: list[Markup] = field(default_factory=list)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- parts
+
+
+def finite(*values: float | None) -> bool:
+    """True if all are finite numbers."""
+    return all(is_number(value) for value in values)
+
+
+def tag(name: str, *children: Markup | str, **attributes: object) -> Markup:
+    """An element; underscores in the names of attributes become hyphens, ``css`` becomes ``class``, None is left out."""
+    pairs = [("class" if key == "css" else key.replace("_", "-"), value) for key, value in attributes.items() if value is not None]
+    said = Markup("").join(Markup(' {}="{}"').format(Markup(key), str(value)) for key, value in pairs)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), said, Markup("").join(children))
+
+
+def text(x: float | str, y: float, words: str, **attributes: object) -> Markup:
+    return tag("text", escape(words), x=x, y=y, **attributes)
+
+
+def tip(words: str) -> Markup:
+    return tag("title", escape(words))
+
+
+def steps(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round values in a range: multiples of 1, 2 or 5 times a power of ten."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def decades(low: float, high: float) -> list[float]:
+    """Powers of ten in a range, with 2 and 5 between them where there are few."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        found = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(found) >= 3:
+            return found[:: max(1, len(found) // 5)]
+    return [low, high]
+
+
+def padded(values: Iterable[float], log: bool = False, zero: bool = False) -> tuple[float, float]:
+    """A range around values with some air; ``zero`` lets it start at 0 unless the values lie far from it."""
+    found = list(values)
+    low, high = min(found), max(found)
+    if log:
+        return low / 1.3, high * 1.3
+    air = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
+    if zero and 0 <= low < 0.6 * high:
+        return 0.0, high + air
+    return low - air, high + air
+
+
+def spans_decades(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > LOG_FROM
+
+
+def path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x},{y}" for x, y in points)
+
+
+def axes(frame: Frame, x_title: str, y_title: str, whole_x: bool = False) -> list[Markup]:
+    """Grid lines, tick labels and titles; ``whole_x``: only whole numbers along x."""
+    x, y = frame.x, frame.y
+    marks = [tag("line", css="grid", x1=x.start, x2=x.end, y1=y(value), y2=y(value)) for value in y.ticks]
+    marks += [text(x.start - 7, y(value) + 3.5, label(value), css="tick end") for value in y.ticks]
+    shown = [value for value in x.ticks if not whole_x or value == int(value)]
+    marks += [text(x(value), HEIGHT - BOTTOM + 16, label(value), css="tick middle") for value in shown]
+    middle = (y.start + y.end) / 2
+    marks.append(text((x.start + x.end) / 2, HEIGHT - 5, x_title, css="axis middle"))
+    marks.append(text(11, middle, y_title, css="axis middle", transform=f"rotate(-90 11 {middle})"))
+    return marks
+
+
+def label(value: float) -> str:
+    """A tick's text, as short as it can be."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.0e}".replace("e-0", "e-").replace("-", "\u2212")
+    return f"{value:,.6g}".replace("-", "\u2212")
+
+
+def drawing(about: str, body: Iterable[Markup], height: float = HEIGHT, css: str = "chart") -> Markup:
+    """An SVG that a screen reader reads as one sentence."""
+    return tag("svg", *body, css=css, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=about)
+
+
+def area(xs: Sequence[float], ys: Sequence[float], zero: bool = True, log_y: bool | None = None) -> Frame:
+    """The plotted area for these values."""
+    log = spans_decades(ys) if log_y is None else log_y
+    low, high = min(xs), max(xs)
+    wide = (low, high) if high > low else (low - 1, high + 1)
+    return Frame(Scale(*wide, LEFT, WIDTH - RIGHT), Scale(*padded(ys, log, zero), HEIGHT - BOTTOM, TOP, log))
+
+
+# --------------------------------------------------------------------------------------------------------------------- charts
+
+
+def line_chart(
+    title: str,
+    about: str,
+    series: Sequence[Line],
+    x_title: str,
+    y_title: str,
+    *,
+    marks: bool = False,
+    level: tuple[str, float] | None = None,
+) -> Chart:
+    """Lines with bands; ``level`` is a named horizontal line, ``marks`` puts a dot on every point."""
+    series = [line for line in series if line.points]
+    if not series:
+        return Chart(title, about, missing="the data hold no points")
+    values = [y for line in series for _, y in line.points] + [v for line in series for _, *both in line.band for v in both]
+    frame = area([x for line in series for x, _ in line.points], values + ([level[1]] if level else []))
+    body = axes(frame, x_title, y_title, whole_x=True)
+    for line in series:
+        if line.band:
+            edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+            body.append(tag("path", css=f"band {line.style}", d=path([(frame.x(x), frame.y(y)) for x, y in edge]) + "Z"))
+    if level:
+        y = frame.y(level[1])
+        body += [tag("line", css="level", x1=frame.x.start, x2=frame.x.end, y1=y, y2=y)]
+        body += [text(frame.x.end, y - 5, f"{level[0]} {figure(level[1])}", css="tick end")]
+    for line in series:
+        body.append(tag("path", css=f"line {line.style}", d=path([(frame.x(x), frame.y(y)) for x, y in line.points])))
+        for x, y in line.points:
+            words = f"{line.name}, {x_title} {label(x)}: {figure(y)}"
+            body.append(tag("circle", tip(words), css=f"dot {line.style}" if marks else "hit", cx=frame.x(x), cy=frame.y(y), r=3.2))
+    legend = [(line.style, line.name) for line in series] if len(series) > 1 else []
+    return Chart(title, about, drawing(f"{title}. {about}", body), legend)
+
+
+def scatter_chart(title: str, about: str, dots: Sequence[Dot], x_title: str, y_title: str, legend: Sequence[tuple[str, str]] = ()) -> Chart:
+    """Dots; the y axis does not start at zero."""
+    dots = [dot for dot in dots if finite(dot.x, dot.y)]
+    if not dots:
+        return Chart(title, about, missing="no layer has this figure")
+    frame = area([dot.x for dot in dots], [dot.y for dot in dots], zero=True)
+    body = axes(frame, x_title, y_title, whole_x=True)
+    body += [tag("circle", tip(dot.tip), css=f"dot {dot.style}", cx=frame.x(dot.x), cy=frame.y(dot.y), r=3.2) for dot in dots]
+    return Chart(title, about, drawing(f"{title}. {about}", body), legend)
+
+
+def swarm(values: Sequence[float], place: Callable[[float], float], radius: float) -> list[float]:
+    """Heights at which dots of a strip do not cover each other, in units of a radius: 0, 2, -2, 4 ..."""
+    order = (0, 2, -2, 4, -4, 6, -6, 8, -8, 10, -10)
+    taken: dict[int, list[float]] = {}
+    heights = [0.0] * len(values)
+    for i in sorted(range(len(values)), key=lambda i: values[i]):
+        x = place(values[i])
+        free = [level for level in order if all(abs(x - other) >= 2 * radius for other in taken.get(level, ()))]
+        level = free[0] if free else order[i % len(order)]
+        taken.setdefault(level, []).append(x)
+        heights[i] = level * radius
+    return heights
+
+
+def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], unit: str = "") -> Chart:
+    """One dot per clip along an axis, the median as a line.
+
+    Args:
+        title, about: words.
+        values: of every clip, with the text that hovering shows.
+        unit: of the values.
+    """
+    values = [(value, words) for value, words in values if is_number(value)]
+    if not values:
+        return Chart(title, about, missing="no clip has this figure")
+    height, middle, radius = 100, 36, 2.8
+    numbers = [value for value, _ in values]
+    scale = Scale(*padded(numbers), 16, WIDTH - 16)
+    median = (
+        sorted(numbers)[len(numbers) // 2] if len(numbers) % 2 else sum(sorted(numbers)[len(numbers) // 2 - 1 : len(numbers) // 2 + 1]) / 2
+    )
+    body = [tag("line", css="grid", x1=16, x2=WIDTH - 16, y1=height - 28, y2=height - 28)]
+    body += [text(scale(value), height - 11, label(value), css="tick middle") for value in scale.ticks]
+    body.append(tag("line", tip(f"median {figure(median, unit)}"), css="median", x1=scale(median), x2=scale(median), y1=6, y2=height - 28))
+    for (value, words), offset in zip(values, swarm(numbers, scale, radius), strict=True):
+        body.append(tag("circle", tip(words), css="dot s-test", cx=scale(value), cy=middle + offset, r=radius))
+    note = f"median {figure(median, unit)}, {figure(min(numbers))} to {figure(max(numbers))}"
+    return Chart(title, note, drawing(f"{title} of {len(numbers)} clips: {note}. {about}", body, height))
+
+
+# ----------------------------------------------------------------------------------------------------- small drawings in tables
+
+
+def plot_range(test: Triple, floors: Sequence[Triple], zero: float | None) -> tuple[float, float]:
+    """The range of an interval plot: floors so far away that they would squeeze everything else into a sixth are left out."""
+    kept = sorted(floors, key=lambda triple: abs(triple[0] - test[0]))
+    while True:
+        values = [*test, *(x for triple in kept for x in triple), *([zero] if zero is not None else [])]
+        nearer = [*test, *(x for triple in kept[:-1] for x in triple), *([zero] if zero is not None else [])]
+        if not kept or max(values) - min(values) <= FAR * (max(nearer) - min(nearer)) or max(nearer) == min(nearer):
+            return padded(values)
+        kept.pop()
+
+
+def interval_plot(test: Triple, floors: Sequence[tuple[str, Triple]], zero: float | None = None) -> Markup:
+    """Intervals below each other on one axis, the test first; widths are shares, so that the drawing fits any cell.
+
+    Args:
+        test: value, low end, high end.
+        floors: the same of every floor, with its name.
+        zero: a value to mark with a vertical line, where good values lie.
+    """
+    rows = [("test", "s-test", test), *((name, "s-floor", triple) for name, triple in floors)]
+    low, high = plot_range(test, [triple for _, triple in floors], zero)
+    scale = Scale(low, high, 3, 97)
+    body = []
+    if zero is not None:
+        body.append(tag("line", css="median", x1=f"{scale(zero)}%", x2=f"{scale(zero)}%", y1=0, y2=ROW * len(rows)))
+    for i, (name, style, (value, a, b)) in enumerate(rows):
+        y = ROW * i + ROW / 2
+        words = tip(f"{name}: {figure(value)} ({figure(a)} to {figure(b)})")
+        if value < low or value > high:
+            body.append(text("0%" if value < low else "100%", y + 4, "\u2039" if value < low else "\u203a", css=f"beyond {style}"))
+            continue
+        body.append(tag("line", words, css=f"whisker {style}", x1=f"{max(3, scale(a))}%", x2=f"{min(97, scale(b))}%", y1=y, y2=y))
+        body.append(tag("circle", words, css=f"dot {style}", cx=f"{scale(value)}%", cy=y, r=4 if i == 0 else 3))
+    about = "; ".join(f"{name} {figure(value)}, {figure(low)} to {figure(high)}" for name, _, (value, low, high) in rows)
+    return tag("svg", *body, css="interval", height=ROW * len(rows), role="img", aria_label=about)
+
+
+def bar(share: float, style: str, about: str) -> Markup:
+    """A horizontal bar over ``share`` of the cell."""
+    width = f"{max(0.4, min(100.0, 100 * share)):.2f}%"
+    return tag("svg", tag("rect", tip(about), css=style, width=width, height=10, rx=2), css="bar", height=10, role="img", aria_label=about)
+
+
+def curve(series: Sequence[tuple[str, Sequence[float | None]]], frames: int, about: str) -> Markup | None:
+    """Figures per frame with a cursor that the page moves; a list shorter than the clip holds changes between frames.
+
+    Args:
+        series: style and values per line.
+        frames: of the clip.
+        about: for screen readers.
+    """
+    values = [float(x) for _, line in series for x in line if x is not None and is_number(x)]
+    if not values:
+        return None
+    low, high = padded(values)
+    place = Scale(0, max(1, frames - 1), 0, 100)
+    y = Scale(low, high, 40, 0)
+    body = []
+    for style, line in series:
+        shift = (frames - len(line)) / 2
+        points = [(place(i + shift), y(float(value))) for i, value in enumerate(line) if value is not None and is_number(value)]
+        if points:
+            body.append(tag("path", css=f"line {style}", d=path(points), vector_effect="non-scaling-stroke"))
+    body.append(tag("line", css="cursor", x1=0, x2=0, y1=0, y2=40, vector_effect="non-scaling-stroke"))
+    return tag("svg", *body, css="curve", viewBox="0 0 100 40", preserveAspectRatio="none", role="img", aria_label=about)

@@ -1,0 +1,201 @@
+"""Clips as the report shows them: float, quantized and their difference side by side in one video, so that they cannot drift apart."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reelquant.evidence.media import enlarge
+
+SMALL, LARGE = 192, 480  # pixels: clips below are enlarged by whole factors, clips above are shrunk
+ALIGN = 16  # the codec works on squares of this side: panels that start on one do not bleed into each other
+GAINS = (1, 2, 4, 8, 16, 32)
+CRF = 14
+BT601, FULL_BT709, SRGB, LIMITED = 6, 1, 13, 1  # H.273: the matrix that swscale uses, and sRGB pixels left as they are
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """One clip of the report.
+
+    Attributes:
+        name: of the clip, as in ``per_clip`` of the data.
+        prompt, seed: what it was sampled from.
+        figures: metric -> value for this clip.
+        reference, test: ``[frames, 3, height, width]`` in [0, 1], of one shape.
+
+    Raises:
+        ValueError: if the clips differ in shape or are empty.
+    """
+
+    name: str
+    prompt: str
+    seed: int | None
+    figures: Mapping[str, float | None]
+    reference: Tensor
+    test: Tensor
+
+    def __post_init__(self) -> None:
+        shape, other = tuple(self.reference.shape), tuple(self.test.shape)
+        if shape != other:
+            raise ValueError(f"clip '{self.name}' cannot be shown side by side: the reference is {shape}, the test {other}")
+        if len(shape) != 4 or shape[1] != 3 or not all(shape):
+            raise ValueError(f"clip '{self.name}' must be [frames, 3, height, width] with at least one frame; it is {shape}")
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A panel as text for the page.
+
+    Attributes:
+        video: base64 of an MP4 whose frames hold three pictures in a row.
+        still: base64 of a JPEG of the middle frame, for paper and for browsers that cannot play the video.
+        width, height: of one picture.
+        stride: from the left edge of one picture to that of the next.
+    """
+
+    name: str
+    prompt: str
+    seed: int | None
+    frames: int
+    width: int
+    height: int
+    stride: int
+    video: str = field(repr=False)
+    still: str = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Characters it adds to the page."""
+        return len(self.video) + len(self.still)
+
+
+# ------------------------------------------------------------------------------------------------------------------ pictures
+
+
+def shown_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of one picture on the page, both even.
+
+    Example:
+        >>> shown_size(64, 64), shown_size(480, 832)
+        ((192, 192), (276, 480))
+    """
+    factor = max(1, min(-(-SMALL // min(height, width)), LARGE // width))
+    shown = min(width * factor, LARGE)
+    return max(2, height * shown // width // 2 * 2), max(2, shown // 2 * 2)
+
+
+def resized(picture: Tensor, height: int, width: int) -> Tensor:
+    """``[..., 3, h, w]`` at another size: whole pixels upwards, antialiased downwards."""
+    factor = max(1, round(width / picture.shape[-1]))
+    if factor > 1:
+        picture = enlarge(picture, factor)[..., :height, :width]
+    if picture.shape[-2:] == (height, width):
+        return picture
+    return F.interpolate(picture, (height, width), mode="bilinear", antialias=True)
+
+
+def best_gain(panels: Sequence[Panel]) -> int:
+    """The largest amplification that leaves 99.5 % of the differences of a typical clip inside of the picture's range."""
+    peaks = []
+    for panel in panels:
+        shown = slice(None, None, max(1, len(panel.test) // 8))
+        gap = (panel.test[shown].float() - panel.reference[shown].float()).abs().flatten()
+        gap = gap[:: max(1, gap.numel() // 100_000)]
+        peaks.append(float(gap.kthvalue(max(1, int(0.995 * gap.numel()))).values))
+    typical = sorted(peaks)[len(peaks) // 2] if peaks else 0.0
+    return max((gain for gain in GAINS if gain * typical <= 0.5), default=1)
+
+
+def strips(panel: Panel, gain: int) -> Iterator[Tensor]:
+    """Per frame uint8 ``[height, 3 * stride, 3]``: float, quantized, and ``0.5 + gain * (quantized - float)``."""
+    height, width = shown_size(*panel.reference.shape[-2:])
+    padding = (0, -width % ALIGN, 0, 0)
+    for i in range(len(panel.reference)):
+        reference, test = (clip[i : i + 1].detach().float().cpu().clamp(0, 1) for clip in (panel.reference, panel.test))
+        row = [resized(picture, height, width) for picture in (reference, test, 0.5 + gain * (test - reference))]
+        strip = torch.cat([F.pad(picture, padding, mode="replicate") for picture in row], -1)[0]
+        yield (strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------------------- files
+
+
+def encode(frames: Sequence[Tensor], fps: float) -> bytes:
+    """H.264 in MP4; every frame can be reached from a key frame at most eight frames before it.
+
+    Args:
+        frames: uint8 ``[height, width, 3]``, even sides.
+        fps: frames per second.
+    """
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        options = {"crf": str(CRF), "preset": "medium", "g": "8", "bf": "0", "tune": "animation"}
+        stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options=options)
+        stream.height, stream.width, stream.pix_fmt = frames[0].shape[0], frames[0].shape[1], "yuv420p"
+        stream.thread_count = 1  # the same bytes on every machine
+        context = stream.codec_context
+        context.colorspace, context.color_primaries, context.color_trc, context.color_range = BT601, FULL_BT709, SRGB, LIMITED
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def jpeg(frame: Tensor) -> bytes:
+    """A frame, uint8 ``[height, width, 3]``, as a small picture."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(frame.numpy()).save(file, "JPEG", quality=82)
+    return file.getvalue()
+
+
+def embed(panel: Panel, gain: int, fps: float) -> Embedded:
+    """A panel as text for the page."""
+    frames = list(strips(panel, gain))
+    height, width = shown_size(*panel.reference.shape[-2:])
+    video, still = (base64.b64encode(content).decode("ascii") for content in (encode(frames, fps), jpeg(frames[len(frames) // 2])))
+    return Embedded(panel.name, panel.prompt, panel.seed, len(frames), width, height, frames[0].shape[1] // 3, video, still)
+
+
+def embed_within(panels: Sequence[Panel], gain: int, fps: float, limit: float) -> list[Embedded]:
+    """Panels in order until they fill ``limit`` characters; the first is always there."""
+    found: list[Embedded] = []
+    used = 0
+    for panel in panels:
+        made = embed(panel, gain, fps)
+        used += made.size
+        if found and used > limit:
+            break
+        found.append(made)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------- order
+
+
+def worst_first(panels: Sequence[Panel], metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Panel], str | None]:
+    """Panels from worst to best, and the metric that says so: the first, as ``metrics`` lists them, that every clip has a figure of.
+
+    Without one the order stays and the metric is None.
+    """
+    for name, metric in metrics.items():
+        values = [panel.figures.get(name) for panel in panels]
+        if metric.get("better") in BADNESS and panels and all(isinstance(value, int | float) for value in values):
+            bad = BADNESS[metric["better"]]
+            return sorted(panels, key=lambda panel: bad(float(panel.figures[name] or 0.0)), reverse=True), name
+    return list(panels), None
+
+
+BADNESS = {"higher": lambda value: -value, "lower": lambda value: value, "zero": abs, "one": lambda value: abs(value - 1)}

@@ -1,0 +1,196 @@
+"""Making the clips of an evaluation: each variant of the pipeline from the same texts and noise, every clip on disk as it is made."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reelquant._errors import CalibrationError, RecipeError, UnsupportedError, nearest
+from reelquant._progress import Progress, Silent
+from reelquant.discover import denoiser_of
+from reelquant.evidence.clips import Clip
+from reelquant.evidence.media import FPS, read_video, write_video
+from reelquant.evidence.store import Store
+from reelquant.evidence.temporal import BROKEN
+from reelquant.evidence.tripwires import check_frames, check_latents, find_in_frames
+from reelquant.models.pipelines import locate, open_pipeline
+from reelquant.models.sampling import call_arguments, sample
+
+KEPT_LATENTS = 16  # clips of which the whole trajectory is kept
+LATENT_BYTES = 4_000_000_000  # on disk, at most, for a variant
+OTHER_NOISE = 1_000_000  # added to the seeds of the floor that draws other noise
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a pipeline comes from.
+
+    Attributes:
+        model: bundled name, folder, hub id, or a pipeline object.
+        dtype: of the float parts.
+        device: where it runs.
+        compiled: the denoiser goes through ``torch.compile``.
+    """
+
+    model: Any
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return Path(self.model).name if isinstance(self.model, str | Path) else type(self.model).__name__
+
+    @property
+    def identity(self) -> str:
+        """Changes when the files of a folder change; a pipeline in memory is like no other."""
+        if not isinstance(self.model, str | Path):
+            return f"{self.name} in memory at {id(self.model):x}"
+        folder = Path(locate(self.model))
+        if not folder.is_dir():
+            return str(self.model)
+        files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json"))
+        return _digest([f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files])
+
+    def open(self) -> Any:
+        """The pipeline; one in memory is copied if it has to change."""
+        if isinstance(self.model, str | Path):
+            pipe = open_pipeline(self.model, self.dtype, self.device)
+        else:
+            pipe = self.model if self._fits() else copy.deepcopy(self.model).to(self.dtype)
+        if self.compiled:
+            component, denoiser = denoiser_of(pipe)
+            setattr(pipe, component, torch.compile(denoiser))
+        return pipe
+
+    def _fits(self) -> bool:
+        denoiser = denoiser_of(self.model)[1]
+        return not self.compiled and any(parameter.dtype == self.dtype for parameter in denoiser.parameters())
+
+
+def _digest(lines: Sequence[str]) -> str:
+    import hashlib
+
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make the clips.
+
+    Attributes:
+        source: the pipeline.
+        shift: added to every seed.
+        words: for progress bars.
+    """
+
+    source: Source
+    shift: int = 0
+    words: str = ""
+
+
+FLOORS: dict[str, Callable[[Source], Variant]] = {
+    "bf16": lambda float_: Variant(Source(float_.model, torch.bfloat16, float_.device), words="float in bf16"),
+    "float32": lambda float_: Variant(Source(float_.model, torch.float32, float_.device), words="float in float32"),
+    "compiled": lambda float_: Variant(Source(float_.model, float_.dtype, float_.device, compiled=True), words="float compiled"),
+    "reseed": lambda float_: Variant(float_, OTHER_NOISE, "float from other noise"),
+}
+
+
+def floors(names: Sequence[str], reference: Source) -> dict[str, Variant]:
+    """Variants of the float pipeline that measure the noise floor.
+
+    Raises:
+        RecipeError: for an unknown one.
+        UnsupportedError: for one that computes exactly as the reference does.
+    """
+    same = {torch.bfloat16: "bf16", torch.float32: "float32"}
+    for name in names:
+        if name not in FLOORS:
+            raise RecipeError(f"unknown noise floor '{name}'; {nearest(name, (*FLOORS, 'none'))}")
+        if same.get(reference.dtype) == name:
+            raise UnsupportedError(f"the reference runs in {name} itself; choose another floor: {', '.join(set(FLOORS) - {name})}")
+    return {name: FLOORS[name](reference) for name in FLOORS if name in names}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Which clips are made.
+
+    Attributes:
+        store: where they go.
+        prompts: one text per clip.
+        seeds: noise of each clip.
+        call: arguments of the pipeline call.
+        batch: clips per call; a resumed run cuts the clips in the same places.
+        progress: hears how far it is.
+    """
+
+    store: Store
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    call: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 4
+    progress: Progress = field(default_factory=Silent)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the clips."""
+        return [f"{i:04d}" for i in range(len(self.prompts))]
+
+    def clips(self, variant: str) -> dict[str, Clip]:
+        """The clips of a variant, once they are made."""
+        return {name: Clip(name, (self.store.clip(variant, name),)) for name in self.names}
+
+    def make(self, name: str, variant: Variant) -> None:
+        """Make what is missing of a variant's clips."""
+        chunks = [range(start, min(start + self.batch, len(self.prompts))) for start in range(0, len(self.prompts), self.batch)]
+        left = [chunk for chunk in chunks if not all(self.store.clip(name, self.names[i]).is_file() for i in chunk)]
+        if not left:
+            return
+        pipe = variant.source.open()
+        steps = call_arguments(pipe, **self.call).get("num_inference_steps") or 50
+        self.progress.phase(f"sample {variant.words or name}", len(left) * steps)
+        for chunk in left:
+            self._chunk(pipe, name, variant, chunk)
+        del pipe
+        gc.collect()
+
+    def _chunk(self, pipe: Any, name: str, variant: Variant, chunk: range) -> None:
+        course: list[Tensor] = []
+        words = variant.words or name
+
+        def at_step(step: int, latents: Tensor) -> None:
+            check_latents(latents, step, f"{words}, clips {chunk[0]} to {chunk[-1]}")
+            if chunk[0] < KEPT_LATENTS:
+                course.append(latents.detach().float().cpu())
+
+        frames = sample(
+            pipe, [self.prompts[i] for i in chunk], seeds=[self.seeds[i] + variant.shift for i in chunk], batch=len(chunk),
+            on_step=self.progress.advance, on_latents=at_step, **self.call,
+        ).float()  # fmt: skip
+        for row, i in enumerate(chunk):
+            clip = frames[row] if frames.ndim == 5 else frames[row][None]
+            self._stop_if_broken(clip, name, i, f"{i} of {words} ('{self.prompts[i]}')")
+            if course and course[0].shape[0] == len(chunk) and course[0][0].numel() * len(course) * 4 * KEPT_LATENTS <= LATENT_BYTES:
+                self.store.put("latents", name, self.names[i], torch.stack([latents[row] for latents in course]))
+            write_video(clip.cpu(), self.store.clip(name, self.names[i]), FPS, lossless=True)
+
+    def _stop_if_broken(self, clip: Tensor, variant: str, i: int, words: str) -> None:
+        """End the run if a clip is not finite, or all black, of one colour or burnt out where the reference's is not."""
+        if not bool(clip.isfinite().all()):
+            check_frames(clip, words)
+        file = self.store.clip("reference", self.names[i])
+        reference = read_video(file) if variant != "reference" and file.is_file() else None
+        for broken in BROKEN.values():
+            frames = broken(clip.cpu())
+            if bool(frames.all()) and not (reference is not None and bool(broken(reference).all())):
+                raise CalibrationError("; ".join(find_in_frames(clip, words)))

@@ -1,0 +1,158 @@
+"""Where an evaluation keeps its work, so that a killed run goes on where it stopped and memory does not grow with the clips.
+
+run.json               what is evaluated; a run with other settings does not continue here
+clips/VARIANT/0000.mp4 clips as they are made, every 8-bit pixel kept
+latents/VARIANT/       latents after every step, of the first clips
+measured/VARIANT.jsonl a row per clip: figures and curves
+features/VARIANT/      what the networks of FVD, FID and KID see in each clip
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reelquant._errors import CheckpointError
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of one evaluation."""
+
+    root: Path
+
+    def begin(self, settings: Mapping[str, Any], *, resume: bool, force: bool) -> None:
+        """Claim the folder for these settings.
+
+        Raises:
+            CheckpointError: if it holds another evaluation, or the same one and neither ``resume`` nor ``force`` was asked for.
+        """
+        file = self.root / RUN
+        if file.is_file() and not force:
+            before = _read_json(file)
+            if not resume:
+                raise CheckpointError(f"'{self.root}' holds an evaluation already; pass --resume to go on with it or --force to start anew")
+            changed = [key for key in settings if before.get(key) != settings[key]]
+            if changed:
+                what = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(settings[key])}" for key in changed[:3])
+                raise CheckpointError(f"'{self.root}' holds another evaluation ({what}); choose another --output or pass --force")
+        elif not file.is_file() and self.root.is_dir() and any(self.root.iterdir()):
+            raise CheckpointError(f"'{self.root}' is not empty and holds no evaluation; choose another --output")
+        elif file.is_file():
+            self._clear()
+        write_json(file, settings)
+
+    def _clear(self) -> None:
+        import shutil
+
+        for name in ("clips", "latents", "measured", "features"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+
+    def clip(self, variant: str, name: str) -> Path:
+        """Where a sampled clip lies."""
+        return self.root / "clips" / variant / f"{name}.mp4"
+
+    # --- rows -----------------------------------------------------------------------------------------------------------------
+
+    def rows(self, variant: str) -> dict[str, dict[str, Any]]:
+        """Measured rows by clip; figures of later lines are added to those of earlier ones. A line cut short by a kill is left out."""
+        file = self.root / "measured" / f"{variant}.jsonl"
+        rows: dict[str, dict[str, Any]] = {}
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            merged = rows.setdefault(row["name"], {"name": row["name"], "sources": [], "figures": {}, "curves": {}})
+            merged["sources"] += row["sources"]
+            merged["figures"] |= row["figures"]
+            merged["curves"] |= row["curves"]
+        return rows
+
+    def add(self, variant: str, row: Mapping[str, Any]) -> None:
+        """Append a row; it is on disk when this returns."""
+        file = self.root / "measured" / f"{variant}.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        whole = not file.is_file() or file.read_bytes()[-1:] in (b"", b"\n")
+        with file.open("a", encoding="utf-8") as opened:
+            opened.write(("" if whole else "\n") + json.dumps(row) + "\n")
+            opened.flush()
+            os.fsync(opened.fileno())
+
+    # --- tensors --------------------------------------------------------------------------------------------------------------
+
+    def tensor_file(self, kind: str, variant: str, name: str) -> Path:
+        """Where a tensor of a clip lies; kinds are ``latents``, ``i3d``, ``inception``."""
+        return self.root / ("latents" if kind == "latents" else "features") / variant / f"{name}.{kind}.safetensors"
+
+    def has(self, kind: str, variant: str, name: str) -> bool:
+        """Whether that tensor is there."""
+        return self.tensor_file(kind, variant, name).is_file()
+
+    def put(self, kind: str, variant: str, name: str, value: Tensor) -> None:
+        """Write a tensor, complete or not at all."""
+        file = self.tensor_file(kind, variant, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+        try:
+            save_file({kind: value.contiguous()}, partial)
+            os.replace(partial, file)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def get(self, kind: str, variant: str, name: str) -> Tensor:
+        """Read a tensor.
+
+        Raises:
+            CheckpointError: if the file is broken.
+        """
+        file = self.tensor_file(kind, variant, name)
+        try:
+            return load_file(file)[kind]
+        except (SafetensorError, OSError, KeyError) as error:
+            raise CheckpointError(f"cannot read '{file}' ({error}); delete it and resume, it will be made again") from None
+
+
+def write_json(file: Path, data: Any) -> None:
+    """Write JSON, complete or not at all."""
+    write_text(file, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write text, complete or not at all.
+
+    Raises:
+        CheckpointError: if the place cannot be written to.
+    """
+    partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, file)
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{file}': {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"'{file}' is broken ({error}); pass --force to start anew") from None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

@@ -1,0 +1,190 @@
+"""Prompt files of the kinds people have (plain text, JSON lines, VBench's and PartiPrompts' lists) and the bundled video prompts."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from reelquant._errors import CalibrationError, nearest
+
+STRESSES = ("motion", "camera", "texture", "people", "text", "stillness")
+TEXT_KEYS = ("prompt", "prompt_en", "text", "caption")  # prompt_en is VBench's
+GROUP_KEYS = ("dimension", "dimensions", "stress", "category")  # what a list of prompts groups them by
+FORMS = "plain text with one prompt a line, .jsonl or .json with the key 'prompt' or 'prompt_en', or .tsv with a column Prompt"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text to generate from, and what its file says about it.
+
+    Attributes:
+        text: the prompt.
+        seed: of the noise, if the file gives one.
+        name: of the clip, if the file gives one.
+        dimensions: what the prompt is there to test, such as VBench's ``temporal_flickering``; empty if the file does not say.
+    """
+
+    text: str
+    seed: int | None = None
+    name: str | None = None
+    dimensions: tuple[str, ...] = ()
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The texts of a prompt file; see :func:`load_prompts`.
+
+    Raises:
+        CalibrationError: if there is no file, nothing in it, or it cannot be understood.
+    """
+    return [prompt.text for prompt in load_prompts(path)]
+
+
+def load_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a file, in its order, repeated ones included.
+
+    Kinds of files, by the ending, and where that says nothing (``.txt`` or none) by the content:
+
+    - plain text, one prompt a line; blank lines and lines that start with # are skipped;
+    - ``.jsonl``: ``{"prompt": ..., "seed": 3, "name": "a", "dimension": "motion"}`` a line, all but the text optional;
+    - ``.json``: a list of such objects or of texts, as ``VBench_full_info.json`` (``prompt_en``, ``dimension``);
+    - ``.tsv``: a header with ``Prompt`` and perhaps ``Category``, as PartiPrompts.
+
+    Raises:
+        CalibrationError: naming file and line, if there is no file, nothing in it, or it is broken.
+    """
+    file = Path(path)
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise CalibrationError(f"prompt file '{path}' {what}; give {FORMS}")
+    text = _decoded(file)
+    prompts = READERS.get(file.suffix.lower(), _reader_for(text))(text, file)
+    if not prompts:
+        raise CalibrationError(f"prompt file '{path}' holds no prompt: write one text per line")
+    return prompts
+
+
+def bundled_prompts(stress: str | None = None) -> list[str]:
+    """The 96 video prompts that come with the library, or the 16 that stress one thing.
+
+    Args:
+        stress: one of :data:`STRESSES`; without it the kinds take turns, so that the first six prompts are one of each.
+
+    Raises:
+        CalibrationError: for an unknown stress.
+    """
+    if stress is not None and stress not in STRESSES:
+        raise CalibrationError(f"no bundled prompts stress '{stress}'; {nearest(stress, STRESSES)}")
+    file = Path(str(resources.files("reelquant.models").joinpath("prompts_video.jsonl")))
+    return [prompt.text for prompt in load_prompts(file) if stress is None or stress in prompt.dimensions]
+
+
+# ----------------------------------------------------------------------------------------------------------------- decoding
+
+
+def _decoded(file: Path) -> str:
+    data = file.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise CalibrationError(f"prompt file '{file}' is UTF-16; save it as UTF-8")
+    if b"\0" in data:
+        line = data[: data.index(b"\0")].count(b"\n") + 1
+        raise CalibrationError(f"{file}:{line}: a zero byte: this is no text file; give {FORMS}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise CalibrationError(f"{file}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+
+
+def _reader_for(text: str) -> Callable[[str, Path], list[Prompt]]:
+    """By the content; a text that merely starts with a bracket stays plain text."""
+    first = text.lstrip().split("\n", 1)[0]
+    guesses: tuple[tuple[str, str, Callable[[str, Path], list[Prompt]]], ...] = (("{", first, _read_jsonl), ("[", text, _read_json))
+    for opening, part, reader in guesses:
+        if first.startswith(opening) and _is_json(part):
+            return reader
+    return _read_text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------------ readers
+
+
+def _read_text(text: str, file: Path) -> list[Prompt]:
+    lines = [line.strip() for line in text.splitlines()]
+    return [Prompt(line) for line in lines if line and not line.startswith("#")]
+
+
+def _read_jsonl(text: str, file: Path) -> list[Prompt]:
+    prompts = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON texts may hold U+2028
+        if line.strip() and not line.lstrip().startswith("#"):
+            prompts.append(_prompt(_parsed(line, file, number), f"{file}:{number}"))
+    return prompts
+
+
+def _read_json(text: str, file: Path) -> list[Prompt]:
+    if not text.strip():
+        return []
+    entries = _parsed(text, file, 1)
+    if not isinstance(entries, list):
+        raise CalibrationError(f"{file}:1: a JSON {type(entries).__name__} where a list of prompts was expected; write [{{...}}, ...]")
+    return [_prompt(entry, f"{file}, entry {i}") for i, entry in enumerate(entries, 1)]
+
+
+def _read_tsv(text: str, file: Path) -> list[Prompt]:
+    rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+    names = [name.strip().lower() for name in rows.fieldnames or ()]
+    if names and not set(names) & set(TEXT_KEYS):
+        raise CalibrationError(f"{file}:1: no column Prompt; the columns are {', '.join(rows.fieldnames or ())}")
+    rows.fieldnames = names
+    return [_prompt({key: value for key, value in row.items() if key and value}, f"{file}:{rows.line_num}") for row in rows]
+
+
+READERS: dict[str, Callable[[str, Path], list[Prompt]]] = {".jsonl": _read_jsonl, ".json": _read_json, ".tsv": _read_tsv}
+
+
+def _parsed(text: str, file: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{file}:{line + error.lineno - 1}"
+        raise CalibrationError(f'{where}: broken JSON at column {error.colno}: {error.msg}; write {{"prompt": "..."}}') from None
+
+
+def _prompt(entry: Any, where: str) -> Prompt:
+    """A prompt from a text or an object with one of :data:`TEXT_KEYS`; unknown keys are let be, for lists carry much else."""
+    if isinstance(entry, str):
+        entry = {"prompt": entry}
+    if not isinstance(entry, dict):
+        raise CalibrationError(f'{where}: {entry!r} is no prompt; write {{"prompt": "..."}}')
+    text = next((entry[key] for key in TEXT_KEYS if key in entry), None)
+    if not isinstance(text, str) or not text.strip():
+        keys = ", ".join(map(str, entry)) or "none"
+        raise CalibrationError(f'{where}: no text under {", ".join(TEXT_KEYS)} (keys: {keys}); write {{"prompt": "..."}}')
+    groups = next((entry[key] for key in GROUP_KEYS if key in entry), None)
+    name = entry.get("name")
+    return Prompt(text.strip(), _seed(entry.get("seed"), where), None if name is None else str(name), _words(groups))
+
+
+def _seed(value: Any, where: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise CalibrationError(f"{where}: seed {value!r} is no whole number of 0 or more")
+    return int(value)
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    return tuple(map(str, value)) if isinstance(value, list) else () if value is None else (str(value),)

@@ -1,0 +1,331 @@
+import base64
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from torch import Tensor
+
+from reelquant import CheckpointError
+from reelquant.evidence.report import Panel, render, summary, write
+from reelquant.evidence.report.charts import Dot, Line, decades, interval_plot, line_chart, scatter_chart, steps, strip_chart
+from reelquant.evidence.report.html import clips_note
+from reelquant.evidence.report.markdown import figure, near_lossless, ranges, verdict
+from reelquant.evidence.report.panels import best_gain, embed_within, encode, shown_size, strips, worst_first
+
+HOSTILE = "<script>alert(1)</script> \"quoted\" & 'so on' </script>"
+
+
+def counted(frames: int = 8, side: int = 32, offset: float = 0.0) -> Tensor:
+    """A clip whose grey level tells the frame: 0.1, 0.2 ..."""
+    return (0.1 * torch.arange(1, frames + 1).view(-1, 1, 1, 1) + offset).expand(frames, 3, side, side).clone()
+
+
+def panels(count: int = 3, frames: int = 8) -> list[Panel]:
+    """Clips ``0000``, ``0001`` ... each worse than the one before."""
+    prompts = ["a red circle", HOSTILE, "a blue star"]
+    return [
+        Panel(f"{i:04d}", prompts[i % 3], 50 + i, {"psnr": 50.0 - i, "ssim": 0.99}, counted(frames), counted(frames, offset=0.01 * i))
+        for i in range(count)
+    ]
+
+
+def layer(name: str, role: str, error: float | None, **others: Any) -> dict[str, Any]:
+    return dict(name=name, role=role, weight="int8 channel", input="uint8 tensor", solver="nearest", bytes_after=100, error=error) | others
+
+
+def sample(clips: int = 3, frames: int = 8) -> dict[str, Any]:
+    """The content of a report.json with everything in it."""
+    floor = {"bf16": dict(value=55.0, low=54.0, high=56.0), "reseed": dict(value=12.0, low=11.0, high=13.0)}
+    psnr = dict(title="PSNR", kind="paired", unit="dB", better="higher", about="closeness", value=49.0, low=48.0, high=50.0)
+    curves = dict(psnr=[50.0 - i for i in range(frames)], motion_energy=[0.1] * (frames - 1))
+    return {
+        "schema": 1,
+        "kind": "evaluate",
+        "tool_version": "0.1.0",
+        "created": "2026-01-02T03:04:05Z",
+        "reference": dict(name="tiny-dit", dtype="float32"),
+        "test": dict(name="out", recipe="minmax-w8a8"),
+        "clips": clips,
+        "prompts": ["a red circle", HOSTILE, "a blue star"],
+        "seeds": [50, 51, 52],
+        "call": dict(num_inference_steps=20),
+        "metrics": {
+            "motion_deviation": dict(
+                title="Motion", kind="temporal", better="zero", value=-0.48, low=-0.5, high=-0.4, reference=0.0, floor={}
+            ),
+            "psnr": psnr | dict(reference=None, floor=floor, within_floor=False, missing=None),
+            "fvd": dict(
+                title="FVD", kind="distribution", better="lower", value=None, missing="needs the weights 'i3d': reelquant weights i3d"
+            ),
+        },
+        "per_clip": [
+            dict(name=f"{i:04d}", figures=dict(psnr=50.0 - i), curves=curves, reference_curves=dict(motion_energy=[0.2] * (frames - 1)))
+            for i in range(clips)
+        ],
+        "trajectory": dict(
+            steps=[1, 2], test=dict(mean=[0.1, 0.2], low=[0.05, 0.1], high=[0.2, 0.3]), floor=dict(bf16=dict(mean=[0.01, 0.02]))
+        ),
+        "grain": dict(steps=[5, 20], reference=[2.0, 1.0], test=[2.5, 1.5]),
+        "bias": dict(metric="fvd", sizes=[16, 32], values=[30.0, 20.0], sd=[2.0, 1.0], extrapolated=9.0),
+        "near_lossless": dict(holds=False, failed=["psnr"], why="bf16 is closer"),
+        "gate": dict(
+            preset="default",
+            passed=False,
+            failures=[
+                dict(metric="motion_deviation", value=-0.48, limit="within 0.10 of 0", sentence="It drags.", looks_like="slowed motion")
+            ],
+        ),
+        "defects": [dict(name="slowed motion", clips=["0001"], sentence="It moves at half the speed.")],
+        "warnings": ["FVD of 3 clips is biased high"],
+        "quantization": dict(
+            recipe="minmax-w8a8",
+            digest="abc",
+            denoiser="Wan",
+            component="transformer",
+            layers=[
+                layer("blocks.10.a", "main", 0.001, coverage=0.5),
+                layer("blocks.2.a", "main", 0.1, coverage=0.25),
+                layer("time", "temporal", None, tdscore=0.99, skewness=-1.0),
+            ],
+            kept={"first and last layer stay float": ["entry", "exit"]},
+            bytes_float=1000,
+            bytes_quantized=250,
+            bytes_model_float=1200,
+            bytes_model=450,
+            ratio=4.0,
+            kernel=dict(reference=3),
+            simulated=True,
+            trials=[dict(family="blocks.*.a", options={"0": dict(power=0.5)}, psnr=40.0)],
+        ),
+        "machine": dict(cpu="some cpu", cores=2, gpu=None, os="Linux"),
+        "versions": dict(torch="2.13"),
+        "seconds": dict(sample=12.3),
+        "peak_memory_gb": 1.2,
+    }
+
+
+def decode(video: bytes) -> list[Tensor]:
+    with av.open(io.BytesIO(video)) as container:
+        return [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+
+
+# --------------------------------------------------------------------------------------------------------------------- clips
+
+
+def test_small_clips_grow_by_whole_pixels_and_large_ones_shrink() -> None:
+    assert shown_size(64, 64) == (192, 192)
+    assert shown_size(32, 48) == (192, 288)
+    assert shown_size(480, 832) == (276, 480)
+    assert shown_size(240, 320) == (240, 320)
+    assert shown_size(40, 100) == (160, 400)  # by 5 it would be too wide
+
+
+def test_strip_holds_float_quantized_and_amplified_difference_without_bleeding() -> None:
+    panel = Panel("a", "", None, {}, torch.full((1, 3, 40, 100), 0.2), torch.full((1, 3, 40, 100), 0.25))
+    (strip,) = strips(panel, gain=4)
+    stride = strip.shape[1] // 3
+    assert stride % 16 == 0 and strip.shape[0] == 160
+    (read,) = decode(encode([strip], 8))
+    for k, level in enumerate([0.2, 0.25, 0.5 + 4 * 0.05]):
+        part = read[:, k * stride : k * stride + 400].float() / 255
+        assert (part - level).abs().max() < 0.02, k  # two levels of limited-range luma
+
+
+def test_gain_is_the_largest_that_keeps_a_typical_difference_in_range() -> None:
+    def gain(gap: float) -> int:
+        return best_gain([Panel("a", "", None, {}, torch.full((2, 3, 8, 8), 0.2), torch.full((2, 3, 8, 8), 0.2 + gap))])
+
+    assert [gain(0.0), gain(0.06), gain(0.13), gain(0.6)] == [32, 8, 2, 1]
+    assert best_gain([]) == 32
+
+
+def test_clips_of_different_shape_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"clip '0007' .* reference is \(8, 3, 32, 32\), the test \(7, 3, 32, 32\)"):
+        Panel("0007", "", None, {}, counted(8), counted(7))
+    with pytest.raises(ValueError, match=r"'x' must be \[frames, 3, height, width\]"):
+        Panel("x", "", None, {}, torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
+
+
+def test_worst_come_first_by_the_first_metric_that_all_clips_have() -> None:
+    ordered, by = worst_first(panels(), {"lpips": dict(better="lower"), "psnr": dict(better="higher")})
+    assert (by, [panel.name for panel in ordered]) == ("psnr", ["0002", "0001", "0000"])
+    assert worst_first(panels(), {})[1] is None
+
+
+def test_size_bound_keeps_the_worst_and_at_least_one() -> None:
+    ordered = panels()[::-1]
+    sizes = [made.size for made in embed_within(ordered, 1, 8, 1e9)]
+    assert [made.name for made in embed_within(ordered, 1, 8, sizes[0] + sizes[1])] == ["0002", "0001"]
+    assert [made.name for made in embed_within(ordered, 1, 8, 0)] == ["0002"]
+
+
+def test_note_says_which_clips_are_shown_and_why() -> None:
+    data = {"clips": 64, "metrics": {"psnr": dict(title="PSNR")}}
+    assert clips_note(data, 64, 12, "psnr", 40) == "12 clips of 64, worst PSNR first; more would make this file larger than 40 MB."
+    assert clips_note(data, 8, 8, None, 40) == "8 clips of 64; the others were not handed to the report."
+    assert clips_note({}, 0, 0, None, 40) == "No clip is shown: none was handed to the report."
+
+
+# ---------------------------------------------------------------------------------------------------------------------- page
+
+
+def test_page_is_one_file_that_refers_to_nothing_outside() -> None:
+    page = render(sample(), panels())
+    assert not re.findall(r"https?://|//[a-z]+\.[a-z]+/|@import|url\(", page)
+    assert not re.findall(r"\son[a-z]+=|\sstyle=", page), "the content security policy would block these"
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert "default-src &#39;none&#39;" in policy and "unsafe" not in policy
+    for element in ("script", "style"):
+        (content,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        assert base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() in policy.replace("&#43;", "+")
+
+
+def test_equal_input_gives_the_same_page() -> None:
+    assert render(sample(), panels()) == render(sample(), panels())
+
+
+def test_prompts_are_text_wherever_they_stand() -> None:
+    data = sample() | {"created": HOSTILE, "command": HOSTILE, "warnings": [HOSTILE]}
+    data["quantization"]["layers"][0]["name"] = data["metrics"]["psnr"]["title"] = data["reference"]["name"] = HOSTILE
+    page = render(data, panels())
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+    assert json.loads(re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)[0])["prompts"][1] == HOSTILE
+
+
+def test_page_says_verdict_missing_metrics_and_simulated_arithmetic() -> None:
+    page = render(sample(), panels())
+    for words in (
+        "Fails the gate &#39;default&#39;: slowed motion.",
+        "Not near-lossless: PSNR outside of the float floor",
+        "Simulated arithmetic",
+        "<code>reelquant weights i3d</code>",
+        "All 3 clips, worst PSNR first.",
+        "difference \u00d7",
+        "first and last layer stay float",
+        "reelquant evaluate out --reference tiny-dit",
+    ):
+        assert words in page, words
+
+
+def test_metrics_stand_in_the_order_of_the_library_whatever_the_file_says() -> None:
+    page = render(sample())
+    assert page.index(">PSNR") < page.index(">Motion <")
+
+
+@pytest.mark.parametrize("name", [*sample(), "everything"])
+def test_page_stays_right_without_any_one_field(name: str) -> None:
+    for data in ({key: value for key, value in sample().items() if key != name}, sample() | {name: None}):
+        data = {} if name == "everything" else data
+        page = render(data)
+        assert "</html>" in page and "None" not in re.sub(r"<(script|style).*?</\1>", "", page, flags=re.DOTALL)
+        assert summary(data).startswith("### ")
+
+
+def test_fields_may_be_empty_inside() -> None:
+    data = sample() | dict(
+        trajectory={}, grain=dict(steps=[]), bias={}, gate={}, near_lossless={}, quantization={"layers": []}, per_clip=[{}]
+    )
+    data["metrics"] = {"psnr": {}, "ssim": {"value": float("nan")}, "new": {"value": 1.0, "floor": {"bf16": None}}}
+    page = render(data)
+    assert "latents were not recorded" in page and "NaN" not in page
+    assert "no value was recorded and no reason given" in page
+
+
+def test_page_keeps_within_its_limit() -> None:
+    noise = torch.rand(6, 8, 3, 64, 64)
+    clips = [Panel(str(i), "", None, {"psnr": float(i)}, clip, clip.flip(0)) for i, clip in enumerate(noise)]
+    page = render(sample(clips=6), clips, limit_mb=3)
+    assert len(page) < 3e6
+    assert 1 <= page.count('class="card clip"') < 6 and "larger than 3 MB" in page
+
+
+def test_clips_need_different_names() -> None:
+    with pytest.raises(ValueError, match="different names"):
+        render({}, [panels()[0], panels()[0]])
+
+
+def test_write_leaves_a_whole_page_or_nothing(tmp_path: Path) -> None:
+    path = write(sample(), panels(1), tmp_path / "deep" / "report.html")
+    assert path.read_text(encoding="utf-8").endswith("</html>\n") or path.read_text(encoding="utf-8").endswith("</html>")
+    assert list(path.parent.iterdir()) == [path]
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        write({}, [], tmp_path / "taken" / "report.html")
+
+
+# -------------------------------------------------------------------------------------------------------------------- charts
+
+
+def test_ticks_are_round() -> None:
+    assert steps(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
+    assert steps(-0.04, 0.045) == [-0.04, -0.02, 0, 0.02, 0.04]
+    assert decades(0.001, 1.0) == pytest.approx([0.001, 0.01, 0.1, 1])
+    assert decades(2.0, 80.0) == pytest.approx([3, 10, 30])
+
+
+def test_charts_without_numbers_say_so() -> None:
+    assert line_chart("t", "a", [Line("x", "s", [1], [None])], "x", "y").missing
+    assert scatter_chart("t", "a", [Dot(1, float("nan"), "s", "")], "x", "y").missing
+    assert strip_chart("t", "a", []).missing
+
+
+def test_marks_and_names_are_escaped() -> None:
+    svg = scatter_chart(HOSTILE, HOSTILE, [Dot(1, 2, 'a" onload="x', HOSTILE)], HOSTILE, HOSTILE).svg
+    assert svg is not None and "<script" not in svg and 'onload="' not in svg
+
+
+def test_one_point_is_a_chart_too() -> None:
+    assert line_chart("t", "a", [Line("x", "s", [1], [2.0])], "x", "y").svg
+    assert strip_chart("t", "a", [(3.0, "x")]).svg
+
+
+def test_far_floors_are_marked_at_the_edge_instead_of_squeezing_the_rest() -> None:
+    near, far = ("bf16", (51.0, 50.0, 52.0)), ("reseed", (5.0, 4.0, 6.0))
+    assert "beyond" not in interval_plot((50.0, 49.0, 51.0), [near])
+    plot = interval_plot((50.0, 49.0, 51.0), [near, far])
+    assert plot.count("<circle") == 2 and "\u2039" in plot
+
+
+# --------------------------------------------------------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(52.134, "52.1"), (0.99312, "0.993"), (-0.48, "\u22120.480"), (12345, "12,345"), (0, "0"), (None, "\u2013"), (True, "\u2013")],
+)
+def test_figures_have_three_digits(value: Any, text: str) -> None:
+    assert figure(value) == text
+
+
+def test_a_rounded_zero_has_no_sign() -> None:
+    assert figure(-0.001, digits=2) == "0.00"
+
+
+def test_seeds_are_shortened_to_ranges() -> None:
+    assert ranges([3, 1, 2, 9, 2]) == "1\u20133, 9"
+
+
+def test_verdict_is_about_the_gate_and_never_claims_what_was_not_measured() -> None:
+    assert verdict({}) == ("unknown", ["No gate was applied."])
+    assert verdict({"gate": dict(preset="strict", passed=True)}) == ("good", ["Passes the gate 'strict'."])
+    assert near_lossless({}) is None
+    assert near_lossless({"near_lossless": dict(holds=None, why="no bf16 floor")}) == "Near-lossless was not decided (no bf16 floor)"
+    real = {"quantization": dict(simulated=False, kernel=dict(int8=2))}
+    assert verdict(real)[1][1] == "Real low-bit arithmetic in every quantized layer (kernel int8 in 2 layers)."
+
+
+def test_summary_has_table_failures_and_what_is_missing() -> None:
+    text = summary(sample())
+    assert "| PSNR \u2191 | \u2013 | 49.0 dB (48.0 to 50.0) | 55.0 (54.0 to 56.0) | 12.0 (11.0 to 13.0) | outside |" in text
+    assert "- Motion: It drags." in text and "- FVD: needs the weights 'i3d': reelquant weights i3d" in text
+    assert "3 layers quantized, 2 float; 1 kB \u2192 250 bytes (4.00x smaller)" in text
+
+
+def test_summary_shows_markup_as_text() -> None:
+    assert "\\<img\\>" in summary({"test": {"name": "<img>"}}) and "a\\|b" in summary({"warnings": ["a|b"]})

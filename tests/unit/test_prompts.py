@@ -1,0 +1,116 @@
+"""Prompt files of every kind, broken ones, and the bundled set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reelquant import CalibrationError
+from reelquant.models.prompts import STRESSES, Prompt, bundled_prompts, load_prompts, read_prompts
+
+
+def written(folder: Path, name: str, content: str | bytes) -> Path:
+    file = folder / name
+    file.write_bytes(content.encode() if isinstance(content, str) else content)
+    return file
+
+
+def test_plain_text_skips_blank_lines_and_comments(tmp_path: Path):
+    file = written(tmp_path, "p.txt", "# two of them\n\n a dog \r\na cat on [the] roof\n")
+    assert read_prompts(file) == ["a dog", "a cat on [the] roof"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path: Path):
+    assert read_prompts(written(tmp_path, "p.txt", b"\xef\xbb\xbfa dog\n")) == ["a dog"]
+
+
+def test_a_text_that_starts_with_a_bracket_is_a_prompt(tmp_path: Path):
+    assert read_prompts(written(tmp_path, "p.txt", "[slow pan] a lake\n{braces} too\n")) == ["[slow pan] a lake", "{braces} too"]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt", "p"])
+def test_json_lines_are_known_by_ending_or_content(tmp_path: Path, name: str):
+    lines = ['{"prompt": "a dog", "seed": 3, "name": "d", "dimension": "motion"}', "", '{"prompt_en": "a cat", "dimension": ["x", "y"]}']
+    assert load_prompts(written(tmp_path, name, "\n".join(lines))) == [
+        Prompt("a dog", 3, "d", ("motion",)),
+        Prompt("a cat", None, None, ("x", "y")),
+    ]
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.txt"])
+def test_a_json_list_may_hold_texts_and_objects(tmp_path: Path, name: str):
+    content = json.dumps([{"prompt_en": "a toilet, frozen in time", "dimension": ["temporal_flickering"], "auxiliary_info": {}}, "a dog"])
+    assert load_prompts(written(tmp_path, name, content)) == [
+        Prompt("a toilet, frozen in time", dimensions=("temporal_flickering",)),
+        Prompt("a dog"),
+    ]
+
+
+def test_tab_separated_prompts_keep_their_quotes_and_category(tmp_path: Path):
+    file = written(tmp_path, "p.tsv", 'Prompt\tCategory\tChallenge\tNote\na sign saying "yes"\tText\tBasic\t\nbond\tAbstract\tBasic\tx\n')
+    assert load_prompts(file) == [Prompt('a sign saying "yes"', dimensions=("Text",)), Prompt("bond", dimensions=("Abstract",))]
+
+
+BROKEN: dict[str, tuple[str, str | bytes, str]] = {
+    "json line": ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"p\.jsonl:2: broken JSON"),
+    "json list": ("p.json", '[\n{"prompt": "a"},\n{]', r"p\.json:3: broken JSON at column 2"),
+    "json of one object": ("p.json", '{"prompt": "a"}', "a JSON dict where a list"),
+    "number": ("p.jsonl", '"a"\n7\n', r"p\.jsonl:2: 7 is no prompt"),
+    "other keys": ("p.jsonl", '{"promt": "a"}', r"p\.jsonl:1: no text under prompt.*keys: promt"),
+    "empty text": ("p.json", '["a", " "]', "entry 2: no text"),
+    "seed": ("p.jsonl", '{"prompt": "a", "seed": -1}', r"p\.jsonl:1: seed -1"),
+    "column": ("p.tsv", "Text_\tCategory\na\tb\n", r"p\.tsv:1: no column Prompt; the columns are Text_, Category"),
+    "empty cell": ("p.tsv", "Prompt\tCategory\na\tb\n\tb\n", r"p\.tsv:3: no text"),
+    "nothing": ("p.txt", "", "holds no prompt"),
+    "comments only": ("p.txt", "# a\n\n", "holds no prompt"),
+    "no lines": ("p.jsonl", "\n", "holds no prompt"),
+    "empty json": ("p.json", "", "holds no prompt"),
+    "header only": ("p.tsv", "Prompt\tCategory\n", "holds no prompt"),
+    "latin-1": ("p.txt", b"a dog\na caf\xe9\n", r"p\.txt:2: byte 0xe9 is not UTF-8"),
+    "utf-16": ("p.txt", "a dog\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    "binary": ("p.txt", b"\x7fELF\n\0\0", r"p\.txt:2: a zero byte"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_refused_with_its_line(tmp_path: Path, case: str):
+    name, content, message = BROKEN[case]
+    with pytest.raises(CalibrationError, match=message):
+        load_prompts(written(tmp_path, name, content))
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
+    with pytest.raises(CalibrationError, match="does not exist"):
+        read_prompts(tmp_path / "no.txt")
+    with pytest.raises(CalibrationError, match="is a folder"):
+        read_prompts(tmp_path)
+
+
+def test_the_bundled_prompts_are_96_different_ones_and_the_first_six_one_of_each_stress():
+    everything = bundled_prompts()
+    assert len(everything) == len(set(everything)) == 96
+    assert [next(s for s in STRESSES if text in bundled_prompts(s)) for text in everything[:6]] == list(STRESSES)
+    for stress in STRESSES:
+        assert len(bundled_prompts(stress)) == 16
+    assert all(40 < len(text) < 140 for text in everything)
+
+
+def test_an_unknown_stress_is_told_the_nearest():
+    with pytest.raises(CalibrationError, match="did you mean 'motion'"):
+        bundled_prompts("motions")
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first"),
+    [
+        ("VBench_all_dimension.txt", 946, Prompt("In a still frame, a stop sign")),
+        ("VBench_full_info.json", 946, Prompt("In a still frame, a stop sign", dimensions=("temporal_flickering",))),
+        ("VBench2_full_text.txt", 1013, Prompt("A wooden toy is placed gently on the surface of a small bowl of water.")),
+        ("PartiPrompts.tsv", 1632, Prompt("bond", dimensions=("Abstract",))),
+    ],
+)
+def test_published_lists_are_read_whole(material: Path, name: str, count: int, first: Prompt):
+    prompts = load_prompts(material / "prompts" / name)
+    assert len(prompts) == count and prompts[0] == first
