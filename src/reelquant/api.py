@@ -161,8 +161,17 @@ def evaluate(
 
     options = _options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, progress)
     return run.evaluate(
-        test, reference, prompts, clips=clips, seed=seed, floor=floor, grain_steps=grain_steps, batch=batch,
-        dtype=dtype or torch.float32, options=options, **call
+        test,
+        reference,
+        prompts,
+        clips=clips,
+        seed=seed,
+        floor=floor,
+        grain_steps=grain_steps,
+        batch=batch,
+        dtype=dtype or torch.float32,
+        options=options,
+        **call,
     )
 
 
@@ -211,5 +220,6 @@ def _options(
     folders = [None if one is None else Path(one) for one in (output, weights, data)]
     names = [metrics] if isinstance(metrics, str) else metrics
     return Options(
-        names, *folders, gate, fail_under or {}, clip_model or CLIP_MODEL, device, resume, force, progress=progress or Silent()
+        names, *folders, gate, fail_under or {}, clip_model or CLIP_MODEL, device, resume=resume, force=force,
+        progress=progress or Silent(),
     )  # fmt: skip

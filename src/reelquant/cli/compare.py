@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from reelquant.cli.evaluate import ClipModel, Data, FailUnder, Gate, Metrics, Resume, Shown, Weights, finish, listening, make_options
+from reelquant.cli.evaluate import (
+    ClipModel,
+    Data,
+    FailUnder,
+    FidFrames,
+    Gate,
+    Metrics,
+    Resume,
+    Shown,
+    Weights,
+    finish,
+    listening,
+    make_options,
+)
 from reelquant.cli.options import Device, Force, Json
 
 
@@ -26,6 +39,7 @@ def compare(
     device: Device = "cpu",
     clip_model: ClipModel = None,
     shown: Shown = 12,
+    fid_frames: FidFrames = 0,
     resume: Resume = False,
     force: Force = False,
     json: Json = False,
@@ -40,7 +54,10 @@ def compare(
 
     Clips of the same name are held against each other; FVD, FID and KID compare the folders as sets and need no equal names.
     """
-    options = make_options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, shown)
+    options = make_options(
+        metrics, output, weights, data, gate, fail_under, clip_model, device,
+        resume=resume, force=force, shown=shown, fid_frames=fid_frames,
+    )  # fmt: skip
     from reelquant.evidence.run import compare as run
 
     with listening(options) as heard:

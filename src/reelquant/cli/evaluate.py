@@ -29,6 +29,7 @@ FailUnder = Annotated[
     typer.Option("--fail-under", metavar="METRIC=VALUE", help="Exit code 1 if the metric is worse than that. Repeatable."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")]
+FidFrames = Annotated[int, typer.Option("--fid-frames", min=0, help="Frames of a clip that FID and KID look at, evenly spaced; 0 for all.")]
 ClipModel = Annotated[str | None, typer.Option("--clip-model", help="CLIP of transformers for the text metrics: folder or hub id.")]
 Shown = Annotated[int, typer.Option("--shown", min=0, help="Clips in the report, the worst first.")]
 
@@ -61,6 +62,8 @@ def evaluate(
     dtype: Dtype = "float32",
     clip_model: ClipModel = None,
     shown: Shown = 12,
+    reuse: Annotated[Path | None, typer.Option("--reuse", help="Evaluation with the same float clips.", show_default=False)] = None,
+    fid_frames: FidFrames = 0,
     resume: Resume = False,
     force: Force = False,
     json: Json = False,
@@ -84,8 +87,9 @@ def evaluate(
     for one in (model, reference):
         locate(one)
     options = make_options(
-        metrics, output or Path(f"{Path(model).name}-evaluation"), weights, data, gate, fail_under, clip_model, device, resume, force, shown
-    )
+        metrics, output or Path(f"{Path(model).name}-evaluation"), weights, data, gate, fail_under, clip_model, device,
+        resume=resume, force=force, shown=shown, fid_frames=fid_frames, reuse=reuse,
+    )  # fmt: skip
     from reelquant.cli.options import torch_dtype
     from reelquant.evidence.run import evaluate as run
 
@@ -117,7 +121,7 @@ def _steps(text: str | None) -> list[int]:
 
 def make_options(
     metrics: list[str] | None, output: Path | None, weights: Path | None, data: Path | None, gate: str | None,
-    fail_under: list[str] | None, clip_model: str | None, device: str, resume: bool, force: bool, shown: int,
+    fail_under: list[str] | None, clip_model: str | None, device: str, **others: Any,
 ) -> Options:  # fmt: skip
     """Options from the command line; wrong ones are refused before anything slow begins."""
     from reelquant._errors import CheckpointError
@@ -125,13 +129,13 @@ def make_options(
     from reelquant.evidence.mechanisms import CLIP_MODEL
     from reelquant.evidence.run import Options
 
-    for name, folder in (("--weights", weights), ("--data", data)):
+    for name, folder in (("--weights", weights), ("--data", data), ("--reuse", others.get("reuse"))):
         if folder is not None and not folder.is_dir():
             raise CheckpointError(f"{name}: no folder at '{folder}'")
     quiet_loading()
     return Options(
-        metrics or ("default",), output, weights, data, gate, fail_under or (), clip_model or CLIP_MODEL, device, resume, force, shown
-    )
+        metrics or ("default",), output, weights, data, gate, fail_under or (), clip_model or CLIP_MODEL, device, **others
+    )  # fmt: skip
 
 
 def listening(options: Options) -> Any:

@@ -179,42 +179,55 @@ def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_
     return float(values.mean()), float(values.std(correction=0))
 
 
-def jackknife(reference: Tensor, test: Tensor, distance: Distance, groups: int = 20, level: float = 0.95) -> tuple[float, float, float]:
-    """A distance with an interval, for sets whose samples with the same index belong together (same prompt, same noise).
+def jackknife(
+    reference: Sequence[Tensor], test: Sequence[Tensor], distance: Distance, groups: int = 20, level: float = 0.95, *, together: bool = True
+) -> tuple[float, float, float]:  # fmt: skip
+    """A distance of two sets of clips with an interval: clips are left out a group at a time.
 
-    Groups of neighbouring pairs are left out in turn; the spread of the resulting distances gives the standard error, Student's t with
-    ``groups - 1`` degrees of freedom the interval. Why not the bootstrap, as for means: drawing with replacement repeats samples and drops
-    a third of them, which takes rank and spread from the covariances, so distances of such draws are biased upwards, often all above the
-    distance itself. Leaving out 1 / groups of the pairs hardly changes the bias, and by the same for every group. The interval is of the
-    distance at this number of samples, bias included; it does not say where the distance of infinitely many would lie.
+    The spread of the resulting distances gives the standard error, Student's t with ``groups - 1`` degrees of freedom the interval. Why not
+    the bootstrap, as for means: drawing with replacement repeats clips and drops a third of them, which takes rank and spread from the
+    covariances, so distances of such draws are biased upwards, often all above the distance itself. Leaving out 1 / groups of the clips
+    hardly changes the bias, and by the same for every group. The interval is of the distance at this number of clips, bias included; it
+    does not say where the distance of infinitely many would lie.
 
     Args:
-        reference: ``[n, d]``.
-        test: ``[n, d]``, sample i belonging to sample i of the reference.
+        reference: per clip ``[rows, d]``; a clip has one row for FVD, one per frame for FID.
+        test: per clip ``[rows, d]``.
         distance: e.g. :func:`frechet`.
-        groups: at most; fewer if there are fewer pairs.
+        groups: at most; fewer if there are fewer clips.
         level: coverage of the interval.
+        together: clips of the same index belong together (same prompt, same noise) and leave both sets at once; else the sets take turns.
 
     Returns:
-        The distance of the whole sets, and the ends of its interval (which may lie below 0).
+        The distance of the whole sets, and the ends of its interval (which may lie below 0). With fewer than 4 clips all three are equal.
 
     Raises:
-        ValueError: if the sets differ in size or have fewer than 3 pairs.
+        ValueError: if clips belong together and the sets differ in size.
     """
     from scipy.special import stdtrit
 
-    n = len(reference)
-    if n != len(test):
-        raise ValueError(f"pairs are left out together, but there are {n} reference and {len(test)} test samples")
-    groups = min(groups, n)
-    if n < 3 or groups < 2:
-        raise ValueError(f"leaving out pairs in turn needs 3 pairs and 2 groups at least, got {n} and {groups}")
-    group = torch.arange(n) * groups // n
-    without = torch.tensor([distance(reference[group != g], test[group != g]) for g in range(groups)], dtype=torch.float64)
-    error = math.sqrt((groups - 1) / groups * float((without - without.mean()).square().sum()))
-    value = distance(reference, test)
-    reach = float(stdtrit(groups - 1, (1 + level) / 2)) * error
+    if together and len(reference) != len(test):
+        raise ValueError(f"clips are left out together, but there are {len(reference)} reference and {len(test)} test clips")
+    value = distance(torch.cat(list(reference)), torch.cat(list(test)))
+    if min(len(reference), len(test)) < 4:
+        return value, value, value
+    variance, freedom = 0.0, 0
+    for side in ("both",) if together else ("reference", "test"):
+        count = min(groups, len(reference) if side != "test" else len(test))
+        without = torch.tensor([_without(reference, test, distance, side, g, count) for g in range(count)], dtype=torch.float64)
+        variance += (count - 1) / count * float((without - without.mean()).square().sum())
+        freedom += count - 1
+    reach = float(stdtrit(freedom, (1 + level) / 2)) * math.sqrt(variance)
     return value, value - reach, value + reach
+
+
+def _without(reference: Sequence[Tensor], test: Sequence[Tensor], distance: Distance, side: str, group: int, groups: int) -> float:
+    """The distance after every ``groups``-th clip has left one set or both."""
+
+    def rest(clips: Sequence[Tensor], name: str) -> Tensor:
+        return torch.cat([clip for i, clip in enumerate(clips) if i % groups != group or side not in (name, "both")])
+
+    return distance(rest(reference, "reference"), rest(test, "test"))
 
 
 def bias_curve(

@@ -25,10 +25,10 @@ DRAWN_FLOOR = "reseed"  # the float pipeline again from other noise
 DISTANCES = {
     "fvd": ("i3d", distribution.frechet),
     "fid": ("inception", distribution.frechet),
-    "kid": ("inception", distribution.kernel_distance),
+    "kid": ("inception", lambda reference, test: distribution.kernel_distance(reference, test)[0]),
 }
 LATENTS = "latent_error"
-GROUPS = {"i3d": 20, "inception": 8}  # of the jackknife; distances of 2048 columns take seconds each
+GROUPS = {"i3d": 20, "inception": 6}  # of the jackknife; distances of 2048 columns take seconds each
 
 
 @dataclass
@@ -154,33 +154,12 @@ class Sets:
         if len(first) < 2 or len(second) < 2:
             return None
         together = other == "reference" and self.paired and variant != DRAWN_FLOOR and len(first) == len(second)
-        return jackknife(first, second, distance, GROUPS[kind], together)
+        return Interval(*distribution.jackknife(first, second, distance, GROUPS[kind], together=together))
 
     def features(self, variant: str, kind: str) -> list[Tensor]:
         """What a network saw, a tensor per clip; empty unless every clip has been looked at."""
         names = self.names[variant]
         return [self.store.get(kind, variant, name) for name in names] if all(self.store.has(kind, variant, name) for name in names) else []
-
-
-def jackknife(reference: list[Tensor], test: list[Tensor], distance: Any, groups: int, together: bool) -> Interval:
-    """A distance of two sets of clips, and how much it hangs on which clips they are: clips are left out a group at a time.
-
-    The bootstrap would repeat clips, and a repeated clip narrows a covariance; leaving out does not. Interval: 1.96 standard errors of the
-    grouped jackknife. Where the sets belong together clip by clip, the same clips leave both.
-    """
-    value = distance(torch.cat(reference), torch.cat(test))
-    groups = min(groups, len(reference), len(test))
-
-    def kept(clips: list[Tensor], group: int) -> Tensor:
-        return torch.cat([clip for i, clip in enumerate(clips) if i % groups != group])
-
-    if min(len(reference), len(test)) < 4:
-        return Interval(value, value, value)
-    whole = None if together else torch.cat(reference)
-    partial = [distance(kept(reference, g) if whole is None else whole, kept(test, g)) for g in range(groups)]
-    mean = sum(partial) / groups
-    error = ((groups - 1) / groups * sum((x - mean) ** 2 for x in partial)) ** 0.5
-    return Interval(value, value - 1.96 * error, value + 1.96 * error)
 
 
 def results(sets: Sets, metrics: Sequence[str], missing: Mapping[str, str]) -> dict[str, Result]:
@@ -289,7 +268,7 @@ def bias(sets: Sets) -> dict[str, Any] | None:
     return {
         "metric": "fvd_data" if other == "data" else "fvd",
         "sizes": [point[0] for point in curve], "values": [point[1] for point in curve], "sd": [point[2] for point in curve],
-        "extrapolated": distribution.extrapolated(reference, test),
+        "extrapolated": distribution.extrapolated(curve[-4:]) if len(curve) > 3 else None,
     }  # fmt: skip
 
 

