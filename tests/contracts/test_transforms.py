@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reelquant._errors import RecipeError
+from reelquant._progress import Silent
 from reelquant.kernels import block_size, hadamard
 from reelquant.observe import Geometry
-from reelquant._progress import Silent
 from reelquant.recipes.engine import Session
 from reelquant.transforms import TRANSFORMS, GroupView, Rewrite, Transform
 from tests.single import build, one_group, plan_of, statistics, unrounded

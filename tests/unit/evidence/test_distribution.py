@@ -132,7 +132,7 @@ def test_kernel_subsets_are_drawn_by_the_seed() -> None:
 def test_the_jackknife_of_a_difference_of_means_is_the_known_interval() -> None:
     """For a mean, leaving out one at a time gives exactly the usual standard error."""
     a, b = torch.zeros(20, 1), torch.arange(20.0)[:, None]
-    value, low, high = jackknife(a, b, lambda x, y: float((y - x).mean()), groups=20)
+    value, low, high = jackknife(a.split(1), b.split(1), lambda x, y: float((y - x).mean()), groups=20)
     error = float(b.std() / math.sqrt(20))
     assert value == pytest.approx(9.5)
     assert (low, high) == (pytest.approx(9.5 - 2.0930 * error, rel=1e-4), pytest.approx(9.5 + 2.0930 * error, rel=1e-4))  # t(19), 97.5 %
@@ -143,7 +143,7 @@ def test_the_jackknife_covers_where_the_bootstrap_is_biased() -> None:
     a, b = normal(4000, 16, 1), normal(4000, 16, 1) + 0.6 * normal(4000, 16, 2)
     blocks = list(zip(a.split(60), b.split(60), strict=True))[:40]
     expected = float(np.mean([frechet(x, y) for x, y in blocks]))
-    intervals = [jackknife(x, y, frechet) for x, y in blocks]
+    intervals = [jackknife(x.split(1), y.split(1), frechet) for x, y in blocks]
     covered = sum(low <= expected <= high for _, low, high in intervals) / len(intervals)
     assert covered >= 0.85  # 95 % nominal, 40 intervals
     x, y = blocks[0]
@@ -152,11 +152,26 @@ def test_the_jackknife_covers_where_the_bootstrap_is_biased() -> None:
     assert redrawn > frechet(x, y) * 1.03
 
 
-def test_the_jackknife_refuses_sets_that_are_no_pairs() -> None:
+def test_sets_that_do_not_belong_together_take_turns_and_their_variances_add_up() -> None:
+    a, b = torch.arange(20.0)[:, None], torch.arange(20.0)[:, None] * 2
+    value, low, high = jackknife(a.split(1), b.split(1), lambda x, y: float(y.mean() - x.mean()), groups=20, together=False)
+    error = math.sqrt(float(a.var() + b.var()) / 20)
+    assert value == pytest.approx(9.5)
+    assert high - low == pytest.approx(2 * 2.0244 * error, rel=1e-4)  # t(38), 97.5 %
+
+
+def test_all_rows_of_a_clip_leave_together() -> None:
+    clips = [torch.full((rows, 1), float(i)) for i, rows in enumerate((1, 4, 2, 3))]
+    seen: list[int] = []
+    jackknife(clips, clips, lambda x, y: float(seen.append(len(x)) or 0.0), groups=4)
+    assert seen == [10, 9, 6, 8, 7]
+
+
+def test_the_jackknife_of_too_few_clips_has_no_width_and_of_unequal_sets_is_refused() -> None:
+    two = torch.tensor([[0.0], [2.0]]).split(1)
+    assert jackknife(two, two, frechet) == (0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="5 reference and 6 test"):
-        jackknife(torch.zeros(5, 2), torch.zeros(6, 2), frechet)
-    with pytest.raises(ValueError, match="3 pairs"):
-        jackknife(torch.zeros(2, 2), torch.zeros(2, 2), frechet)
+        jackknife(torch.zeros(5, 2).split(1), torch.zeros(6, 2).split(1), frechet)
 
 
 def test_fewer_samples_make_the_distance_larger_and_the_line_in_1_over_n_takes_that_away() -> None:
