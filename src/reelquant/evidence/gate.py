@@ -51,14 +51,14 @@ _SCALED: dict[str, tuple[Callable[[float], Limit], tuple[float, float, float]]] 
     "ssim": (lambda x: Limit("ssim", low=x), (0.97, 0.85, 0.5)),
     "lpips_alex": (lambda x: Limit("lpips_alex", high=x), (0.03, 0.15, 0.45)),
     "latent_error": (lambda x: Limit("latent_error", high=x), (0.1, 0.4, 1.0)),
-    "color_shift": (lambda x: Limit("color_shift", high=x), (0.5, 2.0, 5.0)),
-    "sharpness_deviation": (lambda x: _about("sharpness_deviation", 0, x), (0.03, 0.1, 0.25)),
+    "color_shift": (lambda x: Limit("color_shift", high=x), (0.75, 1.5, 4.0)),
+    "sharpness_deviation": (lambda x: _about("sharpness_deviation", 0, x), (0.05, 0.2, 0.4)),
     "motion_deviation": (lambda x: _about("motion_deviation", 0, x), (0.03, 0.1, 0.25)),
     "tempo": (lambda x: _about("tempo", 1, x), (0.03, 0.1, 0.25)),
     "dropped": (lambda x: Limit("dropped", high=x), (0.0, 0.01, 0.05)),
-    "flicker_deviation": (lambda x: _about("flicker_deviation", 0, x), (0.5, 1.5, 4.0)),
-    "grain_deviation": (lambda x: Limit("grain_deviation", high=x), (0.25, 1.0, 3.0)),
-    "checkerboard_deviation": (lambda x: Limit("checkerboard_deviation", high=x), (0.1, 0.4, 1.5)),
+    "flicker_deviation": (lambda x: _about("flicker_deviation", 0, x), (1.0, 3.0, 8.0)),
+    "grain_deviation": (lambda x: Limit("grain_deviation", high=x), (1.0, 3.0, 7.0)),
+    "checkerboard_deviation": (lambda x: Limit("checkerboard_deviation", high=x), (0.25, 1.0, 3.0)),
 }
 _NEVER = (_about("length_deviation", 0, 0.0), *(Limit(f"{kind}_frames", high=0.0) for kind in ("black", "constant", "saturated")))
 _SHARES = (0.0, 0.02, 0.1)
