@@ -214,12 +214,12 @@ def _options(
     fail_under: Mapping[str, float] | None, clip_model: str | None, device: str, resume: bool, force: bool, progress: Progress | None,
 ) -> Any:  # fmt: skip
     from reelquant._progress import Silent
-    from reelquant.evidence.mechanisms import CLIP_MODEL
     from reelquant.evidence.run import Options
+    from reelquant.evidence.text import CLIP
 
     folders = [None if one is None else Path(one) for one in (output, weights, data)]
     names = [metrics] if isinstance(metrics, str) else metrics
     return Options(
-        names, *folders, gate, fail_under or {}, clip_model or CLIP_MODEL, device, resume=resume, force=force,
+        names, *folders, gate, fail_under or {}, clip_model or CLIP, device, resume=resume, force=force,
         progress=progress or Silent(),
     )  # fmt: skip

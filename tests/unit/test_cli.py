@@ -22,7 +22,7 @@ from reelquant.evidence import read_video
 from reelquant.models.sampling import write_notes
 from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
-VERBS = ("demo", "quantize", "generate", "inspect", "recipes")
+VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "inspect", "recipes", "metrics", "weights")
 SHORT = ["--set", "calibrate.prompts=1", "--set", "search.prompts=1", "--set", "search.steps=1"]
 
 

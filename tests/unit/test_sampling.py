@@ -84,3 +84,24 @@ def test_a_folder_recommends_arguments_that_overrides_beat(tmp_path: Any) -> Non
     assert call_arguments(pipe) == {"num_inference_steps": 9}
     assert call_arguments(pipe, num_inference_steps=4) == {"num_inference_steps": 4}
     assert call_arguments(pipe, num_inference_steps=None) == {"num_inference_steps": 9}
+
+
+def test_latents_are_told_after_every_step_in_the_way_that_the_pipeline_knows() -> None:
+    told: list[tuple[int, Any]] = []
+    sample(Pipe(), PROMPTS[:3], batch=2, on_latents=lambda step, latents: told.append((step, latents)))
+    assert told == [(0, 1), (1, 1)] * 2
+
+    class Old(Pipe):
+        def __call__(self, prompt: Any, generator: Any, output_type: str, callback: Any = None) -> Any:  # type: ignore[override]
+            for step in range(2):
+                callback(step, 0, "latents")
+            return SimpleNamespace(frames=[torch.zeros(3) for _ in prompt])
+
+    told.clear()
+    sample(Old(), ["a"], on_latents=lambda step, latents: told.append((step, latents)))
+    assert told == [(0, "latents"), (1, "latents")]
+
+
+def test_seeds_can_be_given_clip_by_clip() -> None:
+    clips = sample(Pipe(), ["a", "a", "a"], seeds=[5, 9, 5], batch=2)
+    assert torch.equal(clips[0], clips[2]) and not torch.equal(clips[0], clips[1])

@@ -126,15 +126,15 @@ def make_options(
     """Options from the command line; wrong ones are refused before anything slow begins."""
     from reelquant._errors import CheckpointError
     from reelquant.cli.console import quiet_loading
-    from reelquant.evidence.mechanisms import CLIP_MODEL
     from reelquant.evidence.run import Options
+    from reelquant.evidence.text import CLIP
 
     for name, folder in (("--weights", weights), ("--data", data), ("--reuse", others.get("reuse"))):
         if folder is not None and not folder.is_dir():
             raise CheckpointError(f"{name}: no folder at '{folder}'")
     quiet_loading()
     return Options(
-        metrics or ("default",), output, weights, data, gate, fail_under or (), clip_model or CLIP_MODEL, device, **others
+        metrics or ("default",), output, weights, data, gate, fail_under or (), clip_model or CLIP, device, **others
     )  # fmt: skip
 
 

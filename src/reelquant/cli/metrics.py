@@ -12,7 +12,15 @@ from reelquant.cli.options import Json
 
 
 def metrics(weights: Weights = None, json: Json = False) -> None:
-    """List every metric: what it says, which way is better, and whether its weights are here."""
+    """List every metric: what it says, which way is better, and what is missing on this machine.
+
+    [bold]Examples[/bold]
+
+    [cyan]reelquant metrics[/cyan]
+    [cyan]reelquant metrics --weights my-weights[/cyan]
+
+    Names and groups go to [cyan]reelquant evaluate -m[/cyan] and [cyan]reelquant compare -m[/cyan]; docs/metrics.md defines each.
+    """
     from reelquant.cli import console, tables
     from reelquant.evidence.mechanisms import MECHANISMS, Tools
     from reelquant.evidence.metrics import GROUPS, KINDS, METRICS
@@ -59,10 +67,14 @@ def weights(
         for name in wanted:
             bars.phase(f"getting {name}", 1)
             _get(name)
-    here: dict[str, Any] = {name: find(name, None) for name in WEIGHTS}
+    from reelquant.evidence.text import CLIP, kept
+
+    clip = kept(CLIP)
+    here: dict[str, Any] = {**{name: find(name, None) for name in WEIGHTS}, "clip": clip if clip.is_dir() else None}
     if json:
         return console.emit(here)
-    rows = [(name, _words(WEIGHTS[name], path)) for name, path in here.items()]
+    about = {name: f"{one.about} ({one.licence})" for name, one in WEIGHTS.items()} | {"clip": f"{CLIP}, from the hub (MIT)"}
+    rows = [(name, f"{about[name]}: {_where(name, path)}") for name, path in here.items()]
     from reelquant.cli.tables import facts
 
     console.out.print(facts("Weights", rows))
@@ -73,13 +85,12 @@ def _get(name: str) -> None:
     from reelquant.evidence.networks.weights import fetch, find
 
     if name == "clip":
-        from reelquant.evidence.mechanisms import CLIP_MODEL
-        from reelquant.evidence.text import fetch_clip
+        from reelquant.evidence.text import CLIP, fetch_clip
 
-        fetch_clip(CLIP_MODEL)
+        fetch_clip(CLIP)
     elif find(name, None) is None:
         fetch(name)
 
 
-def _words(one: Any, path: Path | None) -> str:
-    return f"{one.about} ({one.licence})" + (f": [green]{path}[/green]" if path else f": [dim]not here; reelquant weights {one.name}[/dim]")
+def _where(name: str, path: Path | None) -> str:
+    return f"[green]{path}[/green]" if path else f"[dim]not here; reelquant weights {name}[/dim]"

@@ -17,9 +17,8 @@ from reelquant.evidence import defects, temporal
 from reelquant.evidence.fidelity import psnr
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.networks import weights
+from reelquant.evidence.text import CLIP
 from reelquant.evidence.warping import dis_flow, warping_error
-
-CLIP_MODEL = "openai/clip-vit-base-patch32"
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Tools:
 
     weights: Path | None = None
     device: str = "cpu"
-    clip_model: str = CLIP_MODEL
+    clip_model: str = CLIP
     fid_frames: int = 0  # of a clip, evenly spaced, that FID and KID look at; 0 for all
     _loaded: dict[str, Any] = field(default_factory=dict)
 

@@ -25,10 +25,11 @@ from reelquant.evidence.evaluation import PAIRED_FLOORS, SCHEMA, Evaluation, Set
 from reelquant.evidence.gate import check_preset, decide, parse_limits
 from reelquant.evidence.grain import FLAT, FLAT_SHAPES, growth
 from reelquant.evidence.measure import Measuring
-from reelquant.evidence.mechanisms import CLIP_MODEL, Tools, sources
+from reelquant.evidence.mechanisms import Tools, sources
 from reelquant.evidence.metrics import METRICS, select
 from reelquant.evidence.sampling import Job, Source, Variant, floors
 from reelquant.evidence.store import Store, write_json, write_text
+from reelquant.evidence.text import CLIP
 from reelquant.models.pipelines import locate
 from reelquant.models.prompts import Prompt, bundled_prompts
 from reelquant.models.sampling import folder_notes, notes
@@ -48,7 +49,7 @@ class Options:
     data: Path | None = None
     gate: str | None = None
     fail_under: Sequence[str] | Mapping[str, float] = ()
-    clip_model: str = CLIP_MODEL
+    clip_model: str = CLIP
     device: str = "cpu"
     reuse: Path | None = None
     fid_frames: int = 0

@@ -56,7 +56,7 @@ def load_clip(source: str | Path = CLIP, device: str = "cpu") -> Clip:
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise CheckpointError(f"folder '{source}' is no CLIP model: it has no config.json; {GET}")
-    source = _kept(source) if _kept(source).is_dir() else source
+    source = kept(source) if kept(source).is_dir() else source
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "clip":
@@ -83,7 +83,7 @@ def fetch_clip(name: str = CLIP) -> Path:
     Raises:
         CheckpointError: if the hub cannot be reached, or has no such model.
     """
-    folder = _kept(name)
+    folder = kept(name)
     if not folder.is_dir():
         clip = load_clip(name)
         partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -96,7 +96,8 @@ def fetch_clip(name: str = CLIP) -> Path:
     return folder
 
 
-def _kept(name: str | Path) -> Path:
+def kept(name: str | Path) -> Path:
+    """Where :func:`fetch_clip` keeps a model, whether it is there or not."""
     return cache() / "clip" / str(name).strip("/").replace("/", "--")
 
 

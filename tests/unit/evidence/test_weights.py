@@ -81,7 +81,7 @@ def test_every_entry_says_what_it_is_and_how_to_get_it() -> None:
         assert all(len(pin) == 64 for pin in (entry.archive_sha256, entry.member_sha256, entry.digest))
         assert entry.package.replace("==", " ").split()[0] in entry.source
     assert weights.command("i3d") == "reelquant weights i3d"
-    assert weights.missing("i3d") == ("needs the weights 'i3d' (50.8 MB, Apache-2.0 (package: MIT)); get them with: reelquant weights i3d")
+    assert weights.missing("i3d") == "needs the weights 'i3d' (50.8 MB): reelquant weights i3d"
 
 
 def test_unknown_weights_name_the_nearest() -> None:
@@ -112,7 +112,7 @@ def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_loading_gives_one_object_per_file_and_sees_that_a_file_was_replaced(tiny, own_cache: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no weights 'tiny' in .*get them with: reelquant weights tiny"):
+    with pytest.raises(CheckpointError, match=r"no weights 'tiny' in .*reelquant weights tiny"):
         weights.load("tiny")
     own_cache.mkdir(parents=True)
     save_file(TENSORS, own_cache / "tiny.safetensors")

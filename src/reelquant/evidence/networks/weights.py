@@ -258,7 +258,7 @@ def command(name: str) -> str:
 def missing(name: str) -> str:
     """What to say of a metric that cannot be measured without its weights."""
     weights = of(name)
-    return f"needs the weights '{name}' ({weights.megabytes} MB, {weights.licence}); get them with: {command(name)}"
+    return f"needs the weights '{name}' ({weights.megabytes} MB): {command(name)}"
 
 
 def find(name: str, folder: str | Path | None = None) -> Path | None:
