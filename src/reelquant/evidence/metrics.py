@@ -61,14 +61,14 @@ METRICS: dict[str, Metric] = {
     "checkerboard_deviation": Metric(
         "Checkerboard deviation", "paired", "levels", "zero", "energy of alternating pixels, minus the reference's", "temporal", 2
     ),
-    "grain": Metric("Grain", "temporal", "levels", "none", "noise in flat areas, in levels of 255", "temporal", 2),
-    "grain_deviation": Metric("Grain deviation", "temporal", "levels", "zero", "grain minus the reference's", "temporal", 2),
-    "motion_energy": Metric("Motion energy", "temporal", "", "none", "mean change from frame to frame", "temporal", 5),
     "motion_deviation": Metric(
         "Motion deviation", "temporal", "", "zero", "motion energy over the reference's, minus 1: -0.5 is half the motion", "temporal"
     ),
+    "motion_energy": Metric("Motion energy", "temporal", "", "none", "mean change from frame to frame", "temporal", 5),
     "tempo": Metric("Tempo", "temporal", "", "one", "speed of play against the reference: 0.5 is slow motion", "temporal", 2),
     "dropped": Metric("Dropped frames", "temporal", "", "lower", "transitions that stand still where the reference moves", "temporal"),
+    "grain": Metric("Grain", "temporal", "levels", "none", "noise in flat areas, in levels of 255", "temporal", 2),
+    "grain_deviation": Metric("Grain deviation", "temporal", "levels", "zero", "grain minus the reference's", "temporal", 2),
     "flicker": Metric("Flicker", "temporal", "levels", "none", "change that comes and goes from frame to frame", "temporal", 2),
     "flicker_deviation": Metric(
         "Flicker deviation", "temporal", "levels", "zero", "noise over time that would make the reference flicker as much", "temporal", 2

@@ -168,7 +168,8 @@ def axes(frame: Frame, x_title: str, y_title: str, whole_x: bool = False) -> lis
 def label(value: float) -> str:
     """A tick's text, as short as it can be."""
     if value and abs(value) < 1e-3:
-        return f"{value:.0e}".replace("e-0", "e-").replace("-", "\u2212")
+        digits, power = f"{value:.2e}".split("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(power)}".replace("-", "\u2212")
     return f"{value:,.6g}".replace("-", "\u2212")
 
 

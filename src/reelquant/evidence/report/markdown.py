@@ -211,7 +211,7 @@ def near_lossless(data: Data) -> str | None:
         False: f"Not near-lossless{': ' + failed + ' outside of the float floor' if failed else ''}",
         None: "Near-lossless was not decided",
     }[found.get("holds")]
-    return f"{said} ({found['why'].rstrip('.')})" if found.get("why") else said
+    return f"{said} ({found['why'].rstrip('.')})" if found.get("why") and not failed else said
 
 
 def arithmetic(data: Data) -> str | None:

@@ -45,7 +45,7 @@
         this.card.dataset.ready = "true";
         this.show(state.frame);
       });
-      video.addEventListener("seeked", () => this.arrived());
+      video.addEventListener("seeked", () => this.sought());
       video.addEventListener("error", () => {
         if (video === this.video) unplayable();
       });
@@ -81,6 +81,26 @@
       this.busy = true;
       this.target = this.wanted;
       this.video.currentTime = (this.target + 0.5) / this.fps; // the middle of the frame: no rounding can reach its neighbour
+      this.watch(this.video);
+    }
+
+    /* "seeked" may come before the frame does, so the frame itself is waited for where browsers tell of it, and checked by its time. */
+    watch(video) {
+      if (!video.requestVideoFrameCallback) return;
+      video.requestVideoFrameCallback((now, { mediaTime }) => {
+        if (video !== this.video || !this.busy) return;
+        if (Math.round(mediaTime * this.fps) === this.target) this.arrived();
+        else this.watch(video);
+      });
+    }
+
+    /* A frame that is on show already is not told of again: after a moment the seek's word is taken. */
+    sought() {
+      const [video, target] = [this.video, this.target];
+      const wait = video && video.requestVideoFrameCallback ? 120 : 0;
+      setTimeout(() => {
+        if (video === this.video && this.busy && target === this.target && !video.seeking) this.arrived();
+      }, wait);
     }
 
     arrived() {
