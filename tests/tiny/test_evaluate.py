@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,20 @@ def test_fail_under_ends_with_code_1_and_a_sentence(quantized: Path, tmp_path: P
     assert "FVD to data was not measured: needs" in result.stderr
     assert "SSIM" not in result.stderr
     assert (tmp_path / "o" / "report.html").is_file()
+
+
+def test_quantize_can_end_with_a_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys.modules["reelquant.cli.quantize"], "GATE_CLIPS", 2)
+    words = ["quantize", "tiny-dit", "--steps", "2", "-o"]
+    good = CliRunner().invoke(app, [*words, str(tmp_path / "good"), "-r", "w8a16", "--gate", "default", "--json"])
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout)["evaluation"]["gate"] == {"preset": "default", "passed": True, "failures": [], "skipped": ["lpips_alex"]}
+    bad = CliRunner().invoke(
+        app, [*words, str(tmp_path / "bad"), "-r", "w4a16", "--set", "defaults.weight.format=int2", "--gate", "strict"]
+    )
+    assert bad.exit_code == 1
+    assert "reelquant: gate strict: PSNR is" in bad.stderr
+    assert (tmp_path / "bad" / "model_index.json").is_file()  # what was quantized is kept
 
 
 @pytest.mark.parametrize(
