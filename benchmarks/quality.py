@@ -39,7 +39,7 @@ KEPT = (
     "gate",
     "bias",
     "trajectory",
-    "grain",
+    "grain_growth",
     "machine",
     "versions",
 )

@@ -59,3 +59,29 @@ def material() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real weights and clips in {folder.name}/ beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random CLIP that transformers loads."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", "a", "red", "circle", "moving"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={**common, "vocab_size": 7, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 3, "pad_token_id": 0},
+            vision_config={**common, "image_size": 16, "patch_size": 8},
+            projection_dim=12,
+        )
+    )
+    path = tmp_path_factory.mktemp("clip")
+    model.save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(path)
+    return path

@@ -180,7 +180,7 @@ def test_a_clip_of_one_colour_stops_the_run_when_the_reference_shows_something()
 
 def test_grain_is_measured_against_steps(quantized: Path) -> None:
     made = reelquant.evaluate(quantized, "tiny-dit", clips=1, metrics="psnr", floor=["none"], grain_steps=(1, 2), num_frames=5)
-    grain = made.data["grain"]
+    grain = made.data["grain_growth"]
     assert grain["steps"] == [1, 2]
     assert len(grain["reference"]) == len(grain["test"]) == 2
     assert all(value > 0 for value in grain["reference"] + grain["test"])
@@ -235,6 +235,21 @@ def test_missing_frames_are_seen_although_the_rest_is_equal(folders: Any, tmp_pa
     assert "length_deviation" in {failure.metric for failure in made.verdict.failures}
 
 
+def test_any_clip_of_transformers_scores_clips_against_their_texts(folders: Any, tiny_clip: Path, tmp_path: Path) -> None:
+    reference, test = folders("blur")
+    (tmp_path / "texts.txt").write_text("a red circle\n" * 4)
+    words = ["compare", reference, test, "--prompts", tmp_path / "texts.txt", "-m", "clipsim,clip_consistency", "--clip-model", tiny_clip]
+    result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert -1 <= found["clipsim"] <= 1
+    assert 0 < found["clip_consistency"] <= 1
+    assert found["metrics"]["clipsim"]["reference"] != found["clipsim"]
+    (tmp_path / "texts.txt").write_text("a red circle\n")
+    short = CliRunner().invoke(app, [str(word) for word in words])
+    assert "1 texts and" in short.stderr and "4 clips" in short.stderr
+
+
 def test_folders_without_common_names_can_only_be_compared_as_sets(folders: Any, tmp_path: Path) -> None:
     reference, _ = folders(None)
     media.write_video(random_clip(1)[0], tmp_path / "other.mp4")
@@ -253,7 +268,9 @@ def test_the_command_compares_and_names_each_metric_plainly(folders: Any) -> Non
     reference, test = folders("blur")
     result = CliRunner().invoke(app, ["compare", str(reference), str(test), "--metrics", "psnr,ssim,latent_error", "--json"])
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["metrics"]
+    document = json.loads(result.stdout)
+    found = document["metrics"]
+    assert (document["psnr"], document["latent_error"]) == (found["psnr"]["value"], None)
     assert list(found) == ["psnr", "ssim", "latent_error"]
     assert 15 < found["psnr"]["value"] < 40
     assert found["latent_error"]["missing"].startswith("clips on disk have no latents")

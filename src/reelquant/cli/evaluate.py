@@ -166,7 +166,7 @@ def finish(made: Any, json: bool | None) -> None:
     from reelquant.cli import console, tables
 
     if json:
-        console.emit(made.to_json() | {"output": made.folder})
+        console.emit({name: made[name] for name in made.metrics} | made.to_json() | {"output": made.folder})
     elif json is not None:
         for part in tables.evaluation(made):
             console.out.print(part)

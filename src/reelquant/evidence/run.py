@@ -127,7 +127,7 @@ def evaluate(
             "reference": {"name": float_.name, "dtype": settings["dtype"]},
             "test": {"name": quantized.name, "recipe": None},
             "prompts": texts, "seeds": numbers, "call": call,
-            "quantization": _proof(test), "grain": grain,
+            "quantization": _proof(test), "grain_growth": grain,
         }  # fmt: skip
         if facts["quantization"]:
             facts["test"]["recipe"] = facts["quantization"].get("recipe")
@@ -201,7 +201,8 @@ def compare(
             "kind": "compare",
             "reference": {"name": str(reference)},
             "test": {"name": str(test)},
-            "prompts": list((prompts or {}).values()), "seeds": [], "call": {}, "quantization": None, "grain": None, "warnings": notes,
+            "prompts": list((prompts or {}).values()),
+            "seeds": [], "call": {}, "quantization": None, "grain_growth": None, "warnings": notes,
         }  # fmt: skip
         return _judge(options, store, sets, dict(prompts or {}), {}, facts, Times(), paired=bool(pairs))
 

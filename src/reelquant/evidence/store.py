@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,8 @@ def write_text(file: Path, text: str) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write '{file}': {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def sample(clips: int = 3, frames: int = 8) -> dict[str, Any]:
         "trajectory": dict(
             steps=[1, 2], test=dict(mean=[0.1, 0.2], low=[0.05, 0.1], high=[0.2, 0.3]), floor=dict(bf16=dict(mean=[0.01, 0.02]))
         ),
-        "grain": dict(steps=[5, 20], reference=[2.0, 1.0], test=[2.5, 1.5]),
+        "grain_growth": dict(steps=[5, 20], reference=[2.0, 1.0], test=[2.5, 1.5]),
         "bias": dict(metric="fvd", sizes=[16, 32], values=[30.0, 20.0], sd=[2.0, 1.0], extrapolated=9.0),
         "near_lossless": dict(holds=False, failed=["psnr"], why="bf16 is closer"),
         "gate": dict(

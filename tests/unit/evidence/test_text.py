@@ -12,31 +12,6 @@ from reelquant import CheckpointError, UnsupportedError
 from reelquant.evidence.text import Clip, clip_scores, fetch_clip, frame_embeddings, load_clip, prepared, text_embedding
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", "a", "red", "circle", "moving"])}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    common = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    model = CLIPModel(
-        CLIPConfig(
-            text_config={**common, "vocab_size": 7, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 3, "pad_token_id": 0},
-            vision_config={**common, "image_size": 16, "patch_size": 8},
-            projection_dim=12,
-        )
-    )
-    path = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(path)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>").save_pretrained(path)
-    return path
-
-
 class Fixed:
     """A stand-in for CLIP that gives the embeddings it was told."""
 
@@ -68,8 +43,8 @@ def test_both_scores_are_plain_cosines():
     assert scores["clip_consistency"] == pytest.approx((0 + 1) / 2)
 
 
-def test_a_saved_clip_is_loaded_and_scores_depend_on_frames_and_text(folder: Path):
-    clip = load_clip(folder)
+def test_a_saved_clip_is_loaded_and_scores_depend_on_frames_and_text(tiny_clip: Path):
+    clip = load_clip(tiny_clip)
     frames = torch.rand(3, 3, 20, 32)
     scores = clip_scores(frames, "a red circle", clip)
     assert -1 <= scores["clipsim"] <= 1 and -1 <= scores["clip_consistency"] <= 1
@@ -78,8 +53,8 @@ def test_a_saved_clip_is_loaded_and_scores_depend_on_frames_and_text(folder: Pat
     assert not clip.model.training and not any(parameter.requires_grad for parameter in clip.model.parameters())
 
 
-def test_the_scores_are_those_of_transformers_own_forward(folder: Path):
-    clip = load_clip(folder)
+def test_the_scores_are_those_of_transformers_own_forward(tiny_clip: Path):
+    clip = load_clip(tiny_clip)
     frames = torch.rand(2, 3, 16, 16)
     tokens = clip.tokenizer(["a red circle"], return_tensors="pt")
     with torch.no_grad():
@@ -88,14 +63,14 @@ def test_the_scores_are_those_of_transformers_own_forward(folder: Path):
     assert clip_scores(frames, "a red circle", clip)["clipsim"] == pytest.approx(float(cosine.mean()), abs=1e-6)
 
 
-def test_embeddings_have_length_one(folder: Path):
-    clip = load_clip(folder)
+def test_embeddings_have_length_one(tiny_clip: Path):
+    clip = load_clip(tiny_clip)
     vectors = torch.cat([frame_embeddings(torch.rand(40, 3, 16, 16), clip), text_embedding("a", clip)[None]])
     assert vectors.shape == (41, 12) and torch.allclose(vectors.norm(dim=1), torch.ones(41, dtype=torch.float64))
 
 
-def test_a_long_text_is_cut_off(folder: Path):
-    clip = load_clip(folder)
+def test_a_long_text_is_cut_off(tiny_clip: Path):
+    clip = load_clip(tiny_clip)
     assert torch.equal(text_embedding("a " * 50, clip), text_embedding("a " * 8, clip))
 
 
@@ -130,8 +105,8 @@ def test_an_absent_clip_names_the_command_that_gets_it(tmp_path: Path):
         load_clip("nobody/no-such-clip")
 
 
-def test_pickled_weights_are_refused(folder: Path, tmp_path: Path):
-    for file in folder.iterdir():
+def test_pickled_weights_are_refused(tiny_clip: Path, tmp_path: Path):
+    for file in tiny_clip.iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
@@ -145,14 +120,14 @@ def test_another_kind_of_model_is_told_from_a_clip(tmp_path: Path):
         load_clip(tmp_path)
 
 
-def test_a_fetched_clip_is_kept_as_safetensors_and_found_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_fetched_clip_is_kept_as_safetensors_and_found_first(tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("REELQUANT_CACHE", str(tmp_path))
-    kept = fetch_clip(str(folder))
+    kept = fetch_clip(str(tiny_clip))
     assert kept.is_relative_to(tmp_path) and (kept / "model.safetensors").is_file()
-    assert fetch_clip(str(folder)) == kept and list(kept.parent.iterdir()) == [kept]
+    assert fetch_clip(str(tiny_clip)) == kept and list(kept.parent.iterdir()) == [kept]
     (kept / "model.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="cannot load a CLIP model"):
-        load_clip(folder)
+        load_clip(tiny_clip)
 
 
 def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

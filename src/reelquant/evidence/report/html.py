@@ -6,10 +6,7 @@ import base64
 import functools
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,12 +15,12 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from reelquant._errors import CheckpointError
 from reelquant.evidence.media import FPS
 from reelquant.evidence.report import charts, markdown
 from reelquant.evidence.report.charts import Chart, Dot, Line
 from reelquant.evidence.report.markdown import Data, figure, is_number
 from reelquant.evidence.report.panels import BADNESS, Embedded, Panel, best_gain, embed_within, worst_first
+from reelquant.evidence.store import write_text
 
 LIMIT_MB = 40.0
 TOP_LAYERS = 20
@@ -244,7 +241,7 @@ def trajectory_chart(data: Data) -> Chart:
 
 def grain_chart(data: Data) -> Chart:
     """Noise in flat areas against the number of steps."""
-    title, about, found = "Grain against steps", "Noise left in flat areas of the clips, in levels of 255.", data.get("grain")
+    title, about, found = "Grain against steps", "Noise left in flat areas of the clips, in levels of 255.", data.get("grain_growth")
     if not found:
         return Chart(title, about, missing="it was not measured at several numbers of steps")
     left, right = markdown.sides(data)
@@ -561,15 +558,5 @@ def write(data: Data, clips: Sequence[Panel], path: str | Path, *, limit_mb: flo
         CheckpointError: if the file cannot be written.
     """
     path = Path(path)
-    page = render(data, clips, limit_mb=limit_mb, fps=fps)
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.html")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write '{path}': {error}") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+    write_text(path, render(data, clips, limit_mb=limit_mb, fps=fps))
     return path
