@@ -110,6 +110,8 @@ def evaluate(
     output: str | Path | None = None,
     weights: str | Path | None = None,
     data: str | Path | None = None,
+    reuse: str | Path | None = None,
+    fid_frames: int = 0,
     clip_model: str | None = None,
     seed: int = 50_000,
     batch: int | None = None,
@@ -136,6 +138,8 @@ def evaluate(
         output: folder for clips, report.html, report.json and summary.md; without it nothing is kept.
         weights: folder with networks; else the user's cache.
         data: folder of real clips, for distances to data.
+        reuse: folder of another evaluation of the same float pipeline, texts, noise and call, whose float clips are taken over.
+        fid_frames: frames of a clip that FID and KID look at, evenly spaced; 0 for all.
         clip_model: CLIP for text metrics, a folder or hub id that transformers loads.
         seed: noise of the first clip; clip ``i`` starts from ``seed + i``.
         batch: clips per pipeline call.
@@ -160,6 +164,7 @@ def evaluate(
     from reelquant.evidence import run
 
     options = _options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, progress)
+    options.reuse, options.fid_frames = None if reuse is None else Path(reuse), fid_frames
     return run.evaluate(
         test,
         reference,

@@ -230,7 +230,8 @@ def test_missing_frames_are_seen_although_the_rest_is_equal(folders: Any, tmp_pa
     reference, _ = folders(None)
     for name, clip in find_clips(reference).items():
         media.write_video(clip.read()[::2], tmp_path / f"{name}.mp4", lossless=True)
-    made = reelquant.compare(reference, tmp_path, metrics="quick", gate="default")
+    made = reelquant.compare(reference, tmp_path, metrics="quick", gate="default", output=tmp_path / "proof")
+    assert (tmp_path / "proof" / "report.html").is_file()
     assert made["length_deviation"] == pytest.approx(7 / 13 - 1)
     assert "length_deviation" in {failure.metric for failure in made.verdict.failures}
 

@@ -54,8 +54,8 @@ class Verbs(TyperGroup):
                 return super().invoke(ctx)
         except (typer.Exit, typer.Abort, _USAGE):
             raise
-        except KeyboardInterrupt:
-            typer.echo("reelquant: interrupted, nothing is left behind", err=True)
+        except KeyboardInterrupt as error:
+            typer.echo(f"reelquant: interrupted, {error or 'nothing is left behind'}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if debug:

@@ -146,9 +146,13 @@ def listening(options: Options) -> Any:
 
     @contextmanager
     def opened() -> Any:
-        with Bars() as bars:
-            options.progress = bars
-            yield options
+        try:
+            with Bars() as bars:
+                options.progress = bars
+                yield options
+        except KeyboardInterrupt:
+            kept = f"what was made is in '{options.output}': go on with --resume" if options.output else None
+            raise KeyboardInterrupt(*([kept] if kept else [])) from None
 
     return opened()
 

@@ -25,7 +25,7 @@ from reelquant.evidence.evaluation import PAIRED_FLOORS, SCHEMA, Evaluation, Set
 from reelquant.evidence.gate import check_preset, decide, parse_limits
 from reelquant.evidence.grain import FLAT, FLAT_SHAPES, growth
 from reelquant.evidence.measure import Measuring
-from reelquant.evidence.mechanisms import Tools, sources
+from reelquant.evidence.mechanisms import MECHANISMS, Tools, sources
 from reelquant.evidence.metrics import METRICS, select
 from reelquant.evidence.sampling import Job, Source, Variant, floors
 from reelquant.evidence.store import Store, write_json, write_text
@@ -163,8 +163,6 @@ def _default_floor(options: Options, dtype: torch.dtype) -> list[str]:
     """The float pipeline in the other precision; from other noise as well where sets of clips are compared."""
     tools = Tools(options.weights)
     sets = [METRICS[name].source for name in options.wanted if METRICS[name].kind == "distribution"]
-    from reelquant.evidence.mechanisms import MECHANISMS
-
     drawn = any(MECHANISMS[source].missing(tools, None) is None for source in sets)
     return ["bf16" if dtype == torch.float32 else "compiled", *(["reseed"] if drawn else [])]
 
@@ -204,7 +202,8 @@ def compare(
             "prompts": list((prompts or {}).values()),
             "seeds": [], "call": {}, "quantization": None, "grain_growth": None, "warnings": notes,
         }  # fmt: skip
-        return _judge(options, store, sets, dict(prompts or {}), {}, facts, Times(), paired=bool(pairs))
+        together = not alone if whole else bool(pairs)
+        return _judge(options, store, sets, dict(prompts or {}), {}, facts, Times(), paired=together)
 
 
 def _identity(clips: Mapping[str, Clip]) -> list[str]:
@@ -311,8 +310,10 @@ def write_report(made: Evaluation, reference: Mapping[str, Clip], test: Mapping[
     panels = []
     for row in worst(made.data["per_clip"])[:shown]:
         if row["name"] in reference and row["name"] in test:
-            clips = [one[row["name"]].read() for one in (reference, test)]
-            panels.append(html.Panel(row["name"], row["prompt"], row["seed"], row["figures"], *clips))
+            float_, quantized = (one[row["name"]].read() for one in (reference, test))
+            frames = min(len(float_), len(quantized))
+            if float_.shape[1:] == quantized.shape[1:]:  # folders compared as sets alone may differ
+                panels.append(html.Panel(row["name"], row["prompt"], row["seed"], row["figures"], float_[:frames], quantized[:frames]))
     html.write(made.data, panels, made.folder / "report.html")
 
 

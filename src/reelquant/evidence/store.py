@@ -44,7 +44,7 @@ class Store:
             before = _read_json(file)
             if not resume:
                 raise CheckpointError(f"'{self.root}' holds an evaluation already; pass --resume to go on with it or --force to start anew")
-            changed = [key for key in settings if before.get(key) != settings[key]]
+            changed = [key for key in settings if not _continues(key, before.get(key), settings[key])]
             if changed:
                 what = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(settings[key])}" for key in changed[:3])
                 raise CheckpointError(f"'{self.root}' holds another evaluation ({what}); choose another --output or pass --force")
@@ -63,7 +63,7 @@ class Store:
         if not (other / RUN).is_file():
             raise CheckpointError(f"no evaluation in '{other}': it has no {RUN}")
         before = _read_json(other / RUN)
-        changed = [key for key in settings if key not in ("test",) and before.get(key) != settings[key]]
+        changed = [key for key in settings if key != "test" and not _continues(key, before.get(key), settings[key])]
         if changed:
             what = "; ".join(f"{key} is {_short(before.get(key))} there and {_short(settings[key])} here" for key in changed[:3])
             raise CheckpointError(f"the evaluation in '{other}' is of other clips: {what}")
@@ -141,6 +141,13 @@ class Store:
             return load_file(file)[kind]
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(f"cannot read '{file}' ({error}); delete it and resume, it will be made again") from None
+
+
+def _continues(key: str, before: Any, now: Any) -> bool:
+    """Whether a setting is what it was; a run may also ask for more clips than before, or for fewer, if the first ones are the same."""
+    if key in ("prompts", "seeds") and isinstance(before, list):
+        return all(a == b for a, b in zip(before, now, strict=False))
+    return before == now
 
 
 def _of_float(place: Path) -> bool:

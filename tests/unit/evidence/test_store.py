@@ -27,6 +27,14 @@ def test_a_folder_is_continued_only_by_the_same_settings(tmp_path: Path) -> None
     assert store.rows("test") == {}
 
 
+def test_more_clips_of_the_same_kind_continue(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.begin({"prompts": ["a", "b"], "seeds": [1, 2]}, resume=False, force=False)
+    store.begin({"prompts": ["a", "b", "c"], "seeds": [1, 2, 3]}, resume=True, force=False)
+    with pytest.raises(CheckpointError, match="prompts was"):
+        store.begin({"prompts": ["a", "x", "c"], "seeds": [1, 2, 3]}, resume=True, force=False)
+
+
 def test_a_folder_with_other_things_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     for force in (False, True):
