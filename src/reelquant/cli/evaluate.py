@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -134,7 +136,8 @@ def make_options(
             raise CheckpointError(f"{name}: no folder at '{folder}'")
     quiet_loading()
     return Options(
-        metrics or ("default",), output, weights, data, gate, fail_under or (), clip_model or CLIP, device, **others
+        metrics or ("default",), output, weights, data, gate, fail_under or (), clip_model or CLIP, device,
+        command=shlex.join(["reelquant", *sys.argv[1:]]), **others,
     )  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Options:
     resume: bool = False
     force: bool = False
     shown: int = SHOWN
+    command: str | None = None
     progress: Progress = field(default_factory=Silent)
 
     def __post_init__(self) -> None:
@@ -253,7 +254,7 @@ def _judge(
     verdict = decide(values, missing, recognised, len(names["test"]), options.gate, options.limits) if judged else None
     lossless = evaluation.near_lossless(found)
     data = {
-        "schema": SCHEMA, "tool_version": __version__, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "schema": SCHEMA, "tool_version": __version__, "command": options.command, "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **{key: value for key, value in facts.items() if key != "warnings"},
         "clips": len(names["test"]),
         "metrics": {name: result.to_json() for name, result in found.items()},
