@@ -254,7 +254,8 @@ def _judge(
     verdict = decide(values, missing, recognised, len(names["test"]), options.gate, options.limits) if judged else None
     lossless = evaluation.near_lossless(found)
     data = {
-        "schema": SCHEMA, "tool_version": __version__, "command": options.command, "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "schema": SCHEMA, "command": options.command, "tool_version": __version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **{key: value for key, value in facts.items() if key != "warnings"},
         "clips": len(names["test"]),
         "metrics": {name: result.to_json() for name, result in found.items()},
