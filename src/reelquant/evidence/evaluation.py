@@ -28,6 +28,7 @@ DISTANCES = {
     "kid": ("inception", lambda reference, test: distribution.kernel_distance(reference, test)[0]),
 }
 LATENTS = "latent_error"
+TO_DATA = "_data"  # how names of distances to real clips end
 GROUPS = {"i3d": 20, "inception": 6}  # of the jackknife; distances of 2048 columns take seconds each
 
 
@@ -42,6 +43,7 @@ class Result:
         floor: the same figure of the float pipeline run again, by variant.
         within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is better.
         missing: why there is no value, with the command that helps.
+        to_data: a distance to real clips rather than to the reference's.
     """
 
     metric: Metric
@@ -50,6 +52,7 @@ class Result:
     floor: dict[str, Interval] = field(default_factory=dict)
     within_floor: bool | None = None
     missing: str | None = None
+    to_data: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -147,7 +150,7 @@ class Sets:
         """Distance of a variant's features to the reference's, or to those of real clips, with its jackknife interval."""
         source = METRICS[metric].source
         kind, distance = DISTANCES[source]
-        other = "data" if metric.endswith("_data") else "reference"
+        other = "data" if metric.endswith(TO_DATA) else "reference"
         if other not in self.names or other == variant:
             return None
         first, second = self.features(other, kind), self.features(variant, kind)
@@ -175,7 +178,7 @@ def results(sets: Sets, metrics: Sequence[str], missing: Mapping[str, str]) -> d
         metric = METRICS[name]
         reason = missing.get(name) or missing.get(metric.source)
         look = sets.distance if metric.kind == "distribution" else sets.mean
-        result = Result(metric, None if reason else look("test", name), missing=reason)
+        result = Result(metric, None if reason else look("test", name), missing=reason, to_data=name.endswith(TO_DATA))
         if result.interval is None:
             result.missing = reason or "no clip gives this figure"
         else:
@@ -193,9 +196,14 @@ def _floors(metric: Metric, floors: Sequence[str]) -> list[str]:
 
 
 def _within(result: Result) -> bool | None:
-    """No worse than the far end of the floor's interval. Distances between sets are held against another draw of the float pipeline."""
-    drawn = result.metric.kind == "distribution" and DRAWN_FLOOR in result.floor
-    floors = [result.floor[DRAWN_FLOOR]] if drawn else [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]
+    """No worse than the far end of the floor's interval.
+
+    Clips of the same noise are held against float clips of the same noise, distances to real data against another draw of the float
+    pipeline: that is what each of them would be if quantization changed nothing that matters.
+    """
+    same = [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]
+    drawn = [result.floor[DRAWN_FLOOR]] if DRAWN_FLOOR in result.floor else []
+    floors = (drawn or same) if result.to_data else (same or drawn)
     if not floors or result.interval is None:
         return None
     value = result.interval.mean

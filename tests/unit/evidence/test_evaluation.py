@@ -58,17 +58,20 @@ def test_near_lossless_needs_every_figure_and_a_floor(tmp_path: Path) -> None:
     assert evaluation.near_lossless(results(sets(tmp_path / "c", reference={}, test=both), list(both), {})) is None
 
 
-def test_distances_between_sets_are_held_against_another_draw(tmp_path: Path) -> None:
-    found = sets(tmp_path, reference={}, test={}, reseed={}, bf16={})
+def test_distances_are_held_against_the_same_noise_and_those_to_data_against_another_draw(tmp_path: Path) -> None:
+    found = sets(tmp_path, reference={}, test={}, reseed={}, bf16={}, data={})
     generator = torch.Generator().manual_seed(0)
-    for shift, variant in enumerate(("reference", "bf16", "test", "reseed")):
+    for shift, variant in enumerate(("reference", "bf16", "test", "reseed", "data")):
         for i in range(2):
             value = torch.full((1, 4), float(i)) + 0.1 * shift + 0.001 * torch.rand(1, 4, generator=generator)
             found.store.put("i3d", variant, f"{i:04d}", value)
-    fvd = results(found, ["fvd"], {})["fvd"]
+    both = results(found, ["fvd", "fvd_data"], {})
+    fvd = both["fvd"]
     assert set(fvd.floor) == {"bf16", "reseed"}
     assert fvd.interval is not None and fvd.interval.mean == pytest.approx(4 * 0.2**2, rel=0.05)
-    assert fvd.within_floor is True  # 0.16 is more than bf16's 0.04, less than the 0.36 of other noise
+    assert fvd.within_floor is False  # 0.16 is less than the 0.36 of other noise, and more than bf16's 0.04
+    assert both["fvd_data"].within_floor is False  # 0.16 to data, another draw 0.04
+    assert both["fvd_data"].reference == pytest.approx(4 * 0.4**2, rel=0.05)
     assert "FVD of 2 clips" in evaluation.warnings({"fvd": fvd}, found)[0]
 
 
