@@ -1,6 +1,7 @@
-"""Evidence: how close quantized clips are to float ones, and files in which a person can see it.
+"""Evidence: what quantization changed in the clips, beside what float changes by itself, and pages in which a person can see it.
 
-``fidelity`` (PSNR, intervals over clips), ``media`` (MP4, GIF, PNG, contact sheets). Nothing here knows how a pipeline was quantized.
+``run`` (evaluate, compare) stands on ``sampling`` (clips of each variant), ``measure`` (a row per clip), ``evaluation`` (figures, floor,
+verdicts), ``gate`` and ``report``; ``metrics`` is the table of figures, ``mechanisms`` what gives them, ``media`` files.
 """
 
 from reelquant.evidence.fidelity import Interval, bootstrap, psnr
