@@ -19,9 +19,6 @@ FLAT = (
     "a sheet of white paper that fills the picture",
     "a smooth green screen in a studio, soft light",
 )
-FLAT_SHAPES = tuple(f"a small {color} circle moving {way} on a {ground} background" for color, way, ground in (
-    ("red", "left", "gray"), ("blue", "right", "white"), ("green", "up", "gray"), ("yellow", "down", "black"),
-))  # fmt: skip
 
 
 def growth(job: Job, variants: Mapping[str, Variant], steps: Sequence[int], texts: Sequence[str]) -> dict[str, Any]:

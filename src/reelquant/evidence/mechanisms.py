@@ -186,10 +186,9 @@ def _needs_clip(tools: Tools, prompts: Sequence[str] | None) -> str | None:
 
 
 def _needs_captions(tools: Tools, prompts: Sequence[str] | None) -> str | None:
-    from reelquant.models.shapes import vocabulary
+    from reelquant.models.shapes import understood
 
-    words = set(vocabulary())
-    if prompts and all(word in words for text in prompts for word in text.lower().replace(",", " ").replace(".", " ").split()):
+    if understood(prompts or ()):
         return None
     return "the bundled judge reads only captions of the bundled pipelines' world of moving shapes"
 

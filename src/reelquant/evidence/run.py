@@ -23,7 +23,7 @@ from reelquant.evidence import evaluation
 from reelquant.evidence.clips import Clip, find_clips, unpaired
 from reelquant.evidence.evaluation import PAIRED_FLOORS, SCHEMA, Evaluation, Sets
 from reelquant.evidence.gate import check_preset, decide, parse_limits
-from reelquant.evidence.grain import FLAT, FLAT_SHAPES, growth
+from reelquant.evidence.grain import FLAT, growth
 from reelquant.evidence.measure import Measuring
 from reelquant.evidence.mechanisms import MECHANISMS, Tools, sources
 from reelquant.evidence.metrics import METRICS, select
@@ -33,7 +33,7 @@ from reelquant.evidence.text import CLIP
 from reelquant.models.pipelines import locate
 from reelquant.models.prompts import Prompt, bundled_prompts
 from reelquant.models.sampling import folder_notes, notes
-from reelquant.models.shapes import evaluation_prompts, vocabulary
+from reelquant.models.shapes import evaluation_prompts, flat_captions, understood
 
 SEED = 50_000  # noise of the first clip
 SHOWN = 12  # clips in the report
@@ -120,7 +120,7 @@ def evaluate(
         grain = None
         if grain_steps:
             with times.of("grain against steps"):
-                flat = FLAT_SHAPES if _of_shapes(own) else FLAT
+                flat = flat_captions() if understood(own.get("prompts", ())) else FLAT
                 grain = growth(job, {name: everything[name] for name in ("reference", "test")}, grain_steps, flat)
         names = job.names
         facts = {
@@ -146,18 +146,13 @@ def _texts(prompts: Sequence[str | Prompt] | None, own: Mapping[str, Any], clips
         given: Sequence[str | Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if not given:
             raise CalibrationError("no prompts: give at least one text")
-    elif _of_shapes(own):
+    elif understood(own.get("prompts", ())):
         given = evaluation_prompts(clips)
     else:
         given = bundled_prompts()
     whole = [text if isinstance(text, Prompt) else Prompt(text) for text in given]
     again = [replace(text, seed=None) for text in whole]  # a seed of the file serves the first clip of its text only
     return [(whole if i < len(given) else again)[i % len(given)] for i in range(clips)]
-
-
-def _of_shapes(own: Mapping[str, Any]) -> bool:
-    """Whether a pipeline's notes speak only of the bundled world."""
-    return bool(own.get("prompts")) and set(" ".join(own["prompts"]).split()) <= set(vocabulary())
 
 
 def _default_floor(options: Options, dtype: torch.dtype) -> list[str]:

@@ -117,7 +117,9 @@ def floors(names: Sequence[str], reference: Source) -> dict[str, Variant]:
         if name not in FLOORS:
             raise RecipeError(f"unknown noise floor '{name}'; {nearest(name, (*FLOORS, 'none'))}")
         if same.get(reference.dtype) == name:
-            raise UnsupportedError(f"the reference runs in {name} itself; choose another floor: {', '.join(set(FLOORS) - {name})}")
+            raise UnsupportedError(
+                f"the reference runs in {name} itself; choose another floor: {', '.join(other for other in FLOORS if other != name)}"
+            )
     return {name: FLOORS[name](reference) for name in FLOORS if name in names}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -222,3 +223,15 @@ def covering_captions(count: int) -> list[str]:
         for i in range(count)
     )  # fmt: skip
     return [scene.caption() for scene in scenes]
+
+
+def understood(texts: Sequence[str]) -> bool:
+    """Whether texts speak of this world and of nothing else; no texts do not."""
+    words = set(" ".join(texts).lower().replace(",", " ").replace(".", " ").split())
+    return bool(words) and words <= set(vocabulary())
+
+
+def flat_captions() -> list[str]:
+    """Scenes of a small object before one plain colour."""
+    scenes = (("red", "left", "gray"), ("blue", "right", "white"), ("green", "up", "gray"), ("yellow", "down", "black"))
+    return [Scene("circle", color, motion, "small", background).caption() for color, motion, background in scenes]
