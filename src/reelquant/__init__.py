@@ -5,11 +5,12 @@ pipe = reelquant.open_pipeline("tiny-dit")
 report = reelquant.quantize(pipe, "qvd-w8a8")
 reelquant.save(pipe, "out", report)          # a stock diffusers folder; opens again after `import reelquant`
 reelquant.evaluate("out", "tiny-dit")        # what it cost, beside the noise floor
+reelquant.benchmark("out", "tiny-dit")       # what it gained, on this machine
 """
 
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
 from reelquant._version import __version__
-from reelquant.api import compare, evaluate, load, open_pipeline, plan, quantize, save
+from reelquant.api import benchmark, compare, evaluate, load, open_pipeline, plan, quantize, save
 from reelquant.integrations.register import install as _install
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "SiteError",
     "UnsupportedError",
     "__version__",
+    "benchmark",
     "compare",
     "evaluate",
     "load",

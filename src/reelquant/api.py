@@ -1,4 +1,4 @@
-"""The verbs: quantize, plan, save, load, evaluate, compare. Each is a few calls into the floors below."""
+"""The verbs: quantize, plan, save, load, evaluate, compare, benchmark. Each is a few calls into the floors below."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from reelquant._progress import Progress
     from reelquant.evidence.evaluation import Evaluation
+    from reelquant.evidence.speed import Benchmark
     from reelquant.recipes.plan import Plan
     from reelquant.recipes.recipe import Recipe
     from reelquant.recipes.report import Report
@@ -212,6 +213,18 @@ def compare(
 
     options = _options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, progress)
     return run.compare(reference, test, prompts, options=options)
+
+
+def benchmark(test: str | Path, reference: str | Path, **options: Any) -> Benchmark:
+    """Time a quantized pipeline against its float original on this machine, in turns; see :func:`reelquant.evidence.speed.benchmark`.
+
+    Example:
+        >>> found = reelquant.benchmark("out", "tiny-dit", rounds=5, num_inference_steps=10)
+        >>> found.speedup.median, found.peak_bytes
+    """
+    from reelquant.evidence.speed import benchmark as measured
+
+    return measured(str(test), str(reference), **options)
 
 
 def _options(

@@ -26,19 +26,21 @@ class Clock(nn.Module):
     Attributes:
         timesteps: ``[slots]`` float32, the timesteps of calibration in sampling order; model units (usually 0 to 1000).
         slot: 0-d int64, index of the stored timestep nearest to the current one.
-        exact: True while the current call has a single timestep and it is a stored one. Only then may a table of outputs be used.
-            Always False inside of a compiled graph, which cannot look at values.
+        stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
+            be used.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
     """
 
     timesteps: Tensor
     slot: Tensor
+    stored: Tensor
 
     def __init__(self, timesteps: Sequence[float]) -> None:
         super().__init__()
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
-        self.exact = False
+        self.register_buffer("stored", torch.zeros((), dtype=torch.bool), persistent=False)
+        self._now: tuple[int, bool] | None = None
         self.argument = "timestep"
         self._told = False
         self._timestep, self._mixed = 0.0, False
@@ -46,17 +48,23 @@ class Clock(nn.Module):
     def tick(self, timestep: Tensor | float) -> None:
         """Set :attr:`slot` and :attr:`exact` for a call with this timestep: a number, one per clip, or one per token."""
         times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
-        distance = (self.timesteps - times.amax()).abs()  # amax: frames given as a condition carry timestep 0
+        now = times.amax()  # frames given as a condition carry timestep 0
+        distance = (self.timesteps - now).abs()
         self.slot.copy_(distance.argmin())
-        if torch.compiler.is_compiling():
-            self.exact = False
-            return
-        self._timestep, self._mixed = float(times.amax()), bool((times != times[0]).any())
-        self.exact = not self._mixed and bool(distance.amin() <= TOLERANCE * abs(self._timestep))
+        self.stored.copy_((distance.amin() <= TOLERANCE * now.abs()) & (times == now).all())
+        self._now = None
+        if not torch.compiler.is_compiling():
+            self._timestep, self._mixed = float(now), bool((times != now).any())
+
+    def now(self) -> tuple[int, bool]:
+        """:attr:`slot` and :attr:`stored` as Python values, read once per call."""
+        if self._now is None:
+            self._now = int(self.slot), bool(self.stored)
+        return self._now
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""
-        if torch.compiler.is_compiling() or self._told:  # in this order, or a graph depends on the flag
+        if self._told:
             return
         why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
         logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)

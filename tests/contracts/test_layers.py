@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock
 from reelquant.formats import FORMATS, parse_format
-from reelquant.kernels import hadamard
+from reelquant.kernels import backend, hadamard
 from reelquant.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear, buffer_shapes, quantized_class, start_clock
 from reelquant.recipes.build import layer_bytes
 from tests.single import build, unrounded
@@ -34,6 +35,13 @@ DESIGN_NAMES = {  # docs/design.md, section 8
     "weight", "bias", "weight_scale", "weight_zero_point", "weight_levels", "input_scale", "input_zero_point", "input_levels",
     "pre_quant_shift", "pre_quant_scale", "output_table",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def oracle() -> Iterator[None]:
+    """The reference computes here; test_kernels.py holds the fast kernels against it."""
+    with backend("reference"):
+        yield
 
 
 @torch.no_grad()
@@ -317,7 +325,7 @@ def test_it_is_a_stock_layer_and_takes_the_keyword(kind: str) -> None:
     for name in ("in_features", "out_features", "in_channels", "kernel_size", "stride", "padding", "dilation"):
         assert getattr(layer, name, None) == getattr(module, name, None)
     assert not any(p.requires_grad for p in layer.parameters())
-    assert "uint8" in repr(layer) and layer.kernel.name == "reference" and layer.kernel.simulated
+    assert "uint8" in repr(layer) and layer.kernel.name == "reference" and layer.simulated
 
 
 @pytest.mark.parametrize("kind", KINDS)

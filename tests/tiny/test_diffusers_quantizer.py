@@ -211,7 +211,7 @@ def test_dequantize_gives_stock_layers_that_compute_what_the_codes_stand_for(tmp
     before = run(pipe.unet, inputs_of(pipe.unet, 500))
     pipe.unet.dequantize()
     assert type(pipe.unet.blocks[0].attn1.to_q) is nn.Linear
-    assert torch.equal(run(pipe.unet, inputs_of(pipe.unet, 500)), before)
+    torch.testing.assert_close(run(pipe.unet, inputs_of(pipe.unet, 500)), before, rtol=1e-4, atol=1e-5)  # another order of sums
     assert "quantization_config" not in pipe.unet.config
     pipe.unet.save_pretrained(tmp_path)
     loaded = realigned(WanTransformer3DModel.from_pretrained(tmp_path))

@@ -25,37 +25,37 @@ def test_stored_timesteps_are_exact_in_every_dtype(kind: torch.dtype) -> None:
     clock = Clock([999.0, 501.0, 250.0])
     for slot, value in enumerate(clock.timesteps.tolist()):
         clock.tick(torch.tensor(value).to(kind))
-        assert clock.exact and int(clock.slot) == slot
+        assert clock.stored and int(clock.slot) == slot
 
 
 @pytest.mark.parametrize("fraction", [0.9994, 0.3333, 0.0017])
 def test_a_fraction_that_went_through_half_precision_is_exact(fraction: float) -> None:
     clock = Clock([fraction * 1000, 0.5])
     clock.tick(torch.tensor(fraction * 1000).half())
-    assert clock.exact and int(clock.slot) == 0
+    assert clock.stored and int(clock.slot) == 0
 
 
 def test_the_next_integer_is_another_timestep() -> None:
     clock = Clock(TIMES)
     for timestep in (998, 1000, 748, 250):
         clock.tick(timestep)
-        assert not clock.exact, timestep
+        assert not clock.stored, timestep
 
 
 def test_zero_is_exact_only_for_zero() -> None:
     clock = Clock([0.0, 1.0])
     clock.tick(0)
-    assert clock.exact
+    assert clock.stored
     clock.tick(1e-4)
-    assert not clock.exact and int(clock.slot) == 0
+    assert not clock.stored and int(clock.slot) == 0
 
 
 def test_a_batch_of_equal_timesteps_is_exact_and_of_different_ones_is_not() -> None:
     clock = Clock(TIMES)
     clock.tick(torch.tensor([749, 749, 749]))
-    assert clock.exact and int(clock.slot) == 1
+    assert clock.stored and int(clock.slot) == 1
     clock.tick(torch.tensor([749, 499]))
-    assert not clock.exact and int(clock.slot) == 1
+    assert not clock.stored and int(clock.slot) == 1
 
 
 def test_tokens_of_a_given_frame_carry_zero_and_do_not_set_the_slot() -> None:
@@ -63,7 +63,7 @@ def test_tokens_of_a_given_frame_carry_zero_and_do_not_set_the_slot() -> None:
     timestep = torch.full((2, 6), 499.0)
     timestep[:, :2] = 0  # image to video: the first frame is known
     clock.tick(timestep)
-    assert int(clock.slot) == 2 and not clock.exact
+    assert int(clock.slot) == 2 and not clock.stored
 
 
 def test_falling_back_is_told_once_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
@@ -120,16 +120,16 @@ def test_timesteps_that_a_call_does_not_have_read_as_none() -> None:
     assert read((1, 2), {}) == 2 and read((1,), {"t": 5}) == 5 and read((1,), {}) is None
 
 
-def test_inside_a_compiled_graph_nothing_is_exact() -> None:
-    """A flag from an earlier call would pick rows of a table for a timestep that is not in it."""
+def test_a_compiled_graph_follows_the_timestep_and_knows_whether_it_is_stored() -> None:
     clock = Clock(TIMES)
     clock.tick(999)
-    assert clock.exact
+    assert clock.now() == (0, True)
 
-    def step(timestep: Tensor) -> Tensor:
+    def step(timestep: Tensor) -> tuple[Tensor, Tensor]:
         clock.tick(timestep)
-        return clock.slot + 0
+        return clock.slot + 0, clock.stored & True
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
-    assert int(compiled(torch.tensor(490.0))) == 2 and not clock.exact
-    assert int(compiled(torch.tensor(240.0))) == 3  # the slot follows without another compilation
+    assert compiled(torch.tensor(490.0)) == (2, False) and clock.now() == (2, False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert compiled(torch.tensor(TIMES[3])) == (3, True) and clock.now() == (3, True)

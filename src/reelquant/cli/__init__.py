@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from reelquant._version import __version__
+from reelquant.cli.benchmark import benchmark
 from reelquant.cli.compare import compare
 from reelquant.cli.demo import demo
 from reelquant.cli.errors import Verbs
@@ -53,8 +54,9 @@ def main(
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]      the job
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
+    [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
     """
 
 
-for verb in (demo, quantize, generate, evaluate, compare, inspect, recipes, metrics, weights):
+for verb in (demo, quantize, generate, evaluate, compare, benchmark, inspect, recipes, metrics, weights):
     app.command()(verb)

@@ -28,6 +28,7 @@ PHASES = {
     "sample": "sampling",
     "write": "writing the folder",
     "pictures": "drawing",
+    "peak memory": "measuring peak memory",
     "distances": "distances between sets of clips",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -98,8 +98,7 @@ def proof(report: Report) -> list[Table]:
 def summary(report: Report) -> Table:
     """The figures of the whole model."""
     skipped = sum(len(names) for names in report.kept.values())
-    arithmetic = "simulated: codes are stored, products are computed in float" if report.simulated else "low-bit arithmetic"
-    kernels = ", ".join(f"{name} ({count})" for name, count in report.kernel.items())
+    kernels = computed_by(report.kernel, report.simulated)
     smaller = f"[bold]{report.ratio:.2f}x smaller[/bold] than float32, scales and biases included"
     psnr = "not sampled: the recipe needs no data"
     if report.latent_psnr is not None:
@@ -109,12 +108,18 @@ def summary(report: Report) -> Table:
         ("their bytes", f"{size(report.bytes_float)} -> {size(report.bytes_quantized)}, {smaller}"),
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
         ("whole denoiser", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
-        ("kernel", f"{kernels}; {arithmetic}"),
+        ("kernels", kernels),
         ("held-out clips", psnr),
         ("temporal layers", f"TDScore {figure(report.mean('tdscore', 'temporal'))} (1 is lossless)"),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
     ]
     return facts(f"{report.recipe} on {report.denoiser} ({report.component})", rows)
+
+
+def computed_by(kernels: Mapping[str, int], simulated: bool) -> str:
+    """How many layers each kernel computes, and whether float arithmetic stands in for low-bit arithmetic."""
+    said = "simulated in part: inputs are rounded, products are computed in float" if simulated else "nothing is simulated"
+    return f"{', '.join(f'{name} ({count})' for name, count in kernels.items())}; {said}"
 
 
 def worst(report: Report, count: int = WORST) -> Table:

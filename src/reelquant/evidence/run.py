@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +21,7 @@ from reelquant.evidence.clips import Clip, find_clips, unpaired
 from reelquant.evidence.evaluation import PAIRED_FLOORS, SCHEMA, Evaluation, Sets
 from reelquant.evidence.gate import check_preset, decide, parse_limits
 from reelquant.evidence.grain import FLAT, growth
+from reelquant.evidence.machine import machine, peak_memory, versions
 from reelquant.evidence.measure import Measuring
 from reelquant.evidence.mechanisms import MECHANISMS, Tools, sources
 from reelquant.evidence.metrics import METRICS, select
@@ -317,47 +315,3 @@ def write_report(made: Evaluation, reference: Mapping[str, Clip], test: Mapping[
 def worst(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Clips by PSNR, the lowest first; in order of their names where it was not measured."""
     return sorted(rows, key=lambda row: row["figures"].get("psnr", 0.0))
-
-
-def machine() -> dict[str, Any]:
-    """What the evaluation ran on."""
-    import os
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9 if hasattr(os, "sysconf") else None
-    return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "memory_gb": memory and round(memory, 1),
-        "gpu": gpu,
-        "os": platform.platform(terse=True),
-    }
-
-
-def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"reelquant": __version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "torchmetrics", "av", "opencv-python-headless", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def peak_memory() -> float:
-    """Most memory that this process has held, in GB of 10^9 bytes; on a GPU, that of the GPU."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)

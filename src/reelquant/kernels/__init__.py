@@ -1,36 +1,113 @@
-"""Which function computes a quantized layer. The reference path in plain torch always exists and is the oracle of all others.
-
-Issue 3 of the plan fills this table with fast kernels; today every row resolves to ``reference`` and says so.
+"""Which code computes a quantized layer: a table of kernels by device, best first. The reference in plain torch takes every layer, comes
+last, and is the oracle of all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from reelquant._errors import RecipeError, nearest
 from reelquant.kernels.hadamard import block_size, hadamard
-from reelquant.kernels.reference import InputStage, PackedWeight, reference
-
-KernelFunction = Callable[[Tensor, InputStage, PackedWeight, Tensor | None, Callable[..., Tensor]], Tensor]
-KERNELS: dict[tuple[str, str | None, str], tuple[str, KernelFunction]] = {}
+from reelquant.kernels.operands import InputNumbers, Operands, PackedWeight, Runner, Window, of_slot
+from reelquant.kernels.reference import Reference
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function and the name that reports print. ``simulated``: its arithmetic is float although the storage is low-bit."""
+    """A way to compute layers.
+
+    Attributes:
+        name: what reports print.
+        refuses: why it cannot compute this layer, or None if it can.
+        prepare: builds what computes the layer, weights repacked once. A runner with a method ``codes()`` holds the weight itself and
+            gives it back as it is stored; the layer then drops its own copy.
+        low_bit: whether products of rounded inputs are integer products; if not, such a layer is only simulated.
+    """
 
     name: str
-    function: KernelFunction
-    simulated: bool
+    refuses: Callable[[Operands], str | None]
+    prepare: Callable[[Operands], Runner]
+    low_bit: bool = True
+
+    def simulates(self, operands: Operands) -> bool:
+        """Whether the arithmetic is float although the recipe rounds the input."""
+        return operands.numbers is not None and not self.low_bit
 
 
-def select(weight_format: str, input_format: str | None, device: str) -> Kernel:
-    """The kernel for this pair of formats on this device type."""
-    if (found := KERNELS.get((weight_format, input_format, device))) is not None:
-        return Kernel(*found, simulated=False)
-    return Kernel("reference", reference, simulated=True)
+REFERENCE = Kernel("reference", Reference.refuses, Reference, low_bit=False)
 
 
-__all__ = ["KERNELS", "InputStage", "Kernel", "PackedWeight", "block_size", "hadamard", "reference", "select"]
+@functools.cache
+def _cpu() -> tuple[Kernel, ...]:
+    from reelquant.kernels import cpu
+
+    return cpu.KERNELS
+
+
+KERNELS: dict[str, Callable[[], tuple[Kernel, ...]]] = {"cpu": _cpu}
+"""Device type -> its kernels, best first, without the reference; a function, so that a machine imports only what it can run."""
+
+BACKENDS = ("auto", "reference")
+_backend: ContextVar[str | None] = ContextVar("reelquant_kernels", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose kernels for layers that run for the first time inside: ``reference`` for the oracle, ``auto`` for the fastest.
+
+    Raises:
+        RecipeError: if there is no backend of that name.
+    """
+    _check(name)
+    token = _backend.set(name)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _check(name: str) -> str:
+    if name not in BACKENDS:
+        raise RecipeError(f"unknown kernels '{name}'; {nearest(name, BACKENDS)}")
+    return name
+
+
+def current_backend() -> str:
+    """``auto``, unless :func:`backend` or the environment variable ``REELQUANT_KERNELS`` says otherwise."""
+    return _backend.get() or _check(os.environ.get("REELQUANT_KERNELS", "auto"))
+
+
+def select(operands: Operands, device: str) -> tuple[Kernel, dict[str, str]]:
+    """The best kernel that takes this layer on this type of device, and why each better one does not."""
+    refused: dict[str, str] = {}
+    if current_backend() == "auto" and device in KERNELS:
+        for kernel in KERNELS[device]():
+            if (reason := kernel.refuses(operands)) is None:
+                return kernel, refused
+            refused[kernel.name] = reason
+    return REFERENCE, refused
+
+
+__all__ = [
+    "BACKENDS",
+    "KERNELS",
+    "REFERENCE",
+    "InputNumbers",
+    "Kernel",
+    "Operands",
+    "PackedWeight",
+    "Reference",
+    "Runner",
+    "Window",
+    "backend",
+    "block_size",
+    "current_backend",
+    "hadamard",
+    "of_slot",
+    "select",
+]

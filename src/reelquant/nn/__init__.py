@@ -1,5 +1,6 @@
 """Layers: quantized replacements of linear and convolution layers, and how they enter a model."""
 
+from reelquant.nn.attention import start_attention, stop_attention
 from reelquant.nn.layers import (
     LAYERS,
     LayerTensors,
@@ -30,6 +31,8 @@ __all__ = [
     "quantized_class",
     "quantized_layers",
     "set_module",
+    "start_attention",
     "start_clock",
+    "stop_attention",
     "stop_clock",
 ]

@@ -2,23 +2,25 @@
 
 Plain parameters and buffers only, so that offload, device maps, compile, peft and safetensors see nothing special. Convolutions pad
 their input *before* the shift, so a shifted zero is what the border sees and the rewrite is exact up to the edge.
+
+What computes a layer is prepared when it first runs (:mod:`reelquant.kernels`). A kernel may take the weight over, repacked: the parameter
+then keeps its shape and dtype and no memory, and saving, copying and moving the layer ask the kernel for the codes.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock, keeping_dtype
-from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, dynamic, packed_width, parse_format
-from reelquant.kernels import InputStage, Kernel, PackedWeight, hadamard, select
+from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
+from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
+from reelquant.nn.graph import call, number_of
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
@@ -36,17 +38,36 @@ class LayerTensors:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What computes a layer, and the weight it was built from."""
+
+    runner: Runner
+    kernel: Kernel
+    refused: dict[str, str]
+    weight: Any
+
+    @property
+    def holds(self) -> bool:
+        """Whether the runner has taken the weight over."""
+        return getattr(self.runner, "codes", None) is not None
+
+
 class QuantLayer(nn.Module):
     """What linear and convolution layers share. Not used directly: see :class:`QuantLinear` and the ``QuantConv`` classes."""
 
     layout: LayerLayout
     weight_shape: tuple[int, ...]
     channel_axis: int
+    _ready: Ready | None
+    output_format = torch.contiguous_format
     clock: tuple[Clock, ...]  # a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's
 
     def _build(self, layout: LayerLayout, device: torch.device | str | None) -> None:
         """Replace the float weight by empty tensors of the layout's shapes."""
         self.layout, self.weight_shape, self.clock = layout, tuple(self.weight.shape), ()
+        self._ready = None
+        self.number = number_of(self)
         dtype = self.weight.dtype
         if layout.bias != (self.bias is not None):
             self.bias = nn.Parameter(torch.empty(self.weight_shape[0], device=device, dtype=dtype)) if layout.bias else None
@@ -60,6 +81,7 @@ class QuantLayer(nn.Module):
 
     def fill(self, tensors: LayerTensors) -> None:
         """Take over computed tensors; shapes must be those of the layout."""
+        self._ready = None
         self.weight.data = tensors.weight
         self.weight_scale = tensors.weight_scale
         if tensors.bias is not None:
@@ -71,16 +93,44 @@ class QuantLayer(nn.Module):
     def _channels(self) -> int:
         raise NotImplementedError
 
-    def _operation(self) -> Callable[..., Tensor]:
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Shape of the output for this input."""
         raise NotImplementedError
-
-    def _padded(self, x: Tensor) -> Tensor:
-        return x
 
     @property
     def kernel(self) -> Kernel:
-        """The function that computes this layer on the device it lies on."""
-        return select(self.layout.weight.format, self.layout.input and self.layout.input.format, self.weight.device.type)
+        """What computes this layer on the device it lies on."""
+        return self.selected[0]
+
+    @property
+    def selected(self) -> tuple[Kernel, dict[str, str]]:
+        """The kernel, and why each better one of this device refused the layer."""
+        ready = self._prepared()
+        return (ready.kernel, ready.refused) if ready else select(self.operands, self.weight.device.type)
+
+    @property
+    def simulated(self) -> bool:
+        """Whether float arithmetic stands in for the low-bit arithmetic of the recipe."""
+        return self.kernel.simulates(self.operands)
+
+    @property
+    def operands(self) -> Operands:
+        """This layer as kernels see it."""
+        layout = self.layout
+        shift, scale = (getattr(self, name, None) for name in ("pre_quant_shift", "pre_quant_scale"))
+        return Operands(self.packed, self.bias, self._numbers(), shift, scale, layout.rotate, self._window())
+
+    def _numbers(self) -> InputNumbers | None:
+        layout = self.layout.input
+        if layout is None:
+            return None
+        fmt, grain = _format(layout, getattr(self, "input_levels", None)), layout.grain(self.channel_axis)
+        if layout.dynamic:
+            return InputNumbers(fmt, grain, rule=layout.spec(self.channel_axis))
+        return InputNumbers(fmt, grain, self.input_scale, getattr(self, "input_zero_point", None))
+
+    def _window(self) -> Window | None:
+        return None
 
     @property
     def packed(self) -> PackedWeight:
@@ -89,7 +139,13 @@ class QuantLayer(nn.Module):
         zero = getattr(self, "weight_zero_point", None)
         fmt = _format(layout, getattr(self, "weight_levels", None))
         quantizer = Quantizer(fmt, layout.grain(), self.weight_scale.float(), None if zero is None else zero.float())
-        return PackedWeight(self.weight.data, quantizer, self.weight_shape)
+        return PackedWeight(self.codes, quantizer, self.weight_shape)
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight's codes as they are stored, wherever they are now."""
+        ready = self._prepared()
+        return ready.runner.codes() if ready and ready.holds else self.weight.data
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, the input's rewrite undone: what a float layer would hold (its bias is :meth:`float_bias`)."""
@@ -109,53 +165,73 @@ class QuantLayer(nn.Module):
         shift = self.pre_quant_shift.float().view(1, -1, *[1] * (weight.ndim - 2))
         return (self.bias.float() - (weight * shift).flatten(1).sum(1)).to(self.bias.dtype)
 
-    def stage(self, x: Tensor) -> InputStage:
-        """The input stage of the current denoising step."""
-        shift, scale = (self._along_channels(getattr(self, name, None), x.ndim) for name in ("pre_quant_shift", "pre_quant_scale"))
-        return InputStage(shift, scale, self._input_quantizer(), self.channel_axis if self.layout.rotate else None)
+    # --- running ----------------------------------------------------------------------------------------------------------------
 
-    def _along_channels(self, vector: Tensor | None, ndim: int) -> Tensor | None:
-        if vector is None or self.channel_axis == -1:
-            return None if vector is None else vector.float()
-        return vector.float().view(-1, *[1] * (ndim - 1 - self.channel_axis))
+    def _prepared(self) -> Ready | None:
+        """What is ready to run, if it is for the weight that is here now: offloading puts another one in its place."""
+        return self._ready if self._ready is not None and self._ready.weight is self._parameters["weight"] else None
 
-    def _input_quantizer(self) -> Callable[[Tensor], Tensor] | None:
-        layout = self.layout.input
-        if layout is None:
-            return None
-        if layout.dynamic:
-            spec = layout.spec(self.channel_axis)
-            return lambda x: dynamic(spec, x)(x)
-        scale, zero = self._of_slot(self.input_scale), getattr(self, "input_zero_point", None)
-        fmt = _format(layout, getattr(self, "input_levels", None))
-        return Quantizer(fmt, layout.grain(self.channel_axis), scale, None if zero is None else self._of_slot(zero))
+    def prepare(self) -> Ready:
+        """Choose a kernel and build what computes this layer; once."""
+        if (ready := self._prepared()) is None:
+            kernel, refused = self.selected
+            ready = Ready(kernel.prepare(self.operands), kernel, refused, self._parameters["weight"])
+            if ready.holds:
+                self.weight.data = self.weight.new_empty(1).expand(self.weight.shape)
+            self._ready = ready
+        return ready
 
-    def _of_slot(self, table: Tensor) -> Tensor:
-        if table.shape[0] == 1:
-            return table[0]
-        if not self.clock:
-            raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
-        return table.index_select(0, self.clock[0].slot.reshape(1).to(table.device))[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
-        """``.to(bfloat16)`` and ``.half()`` cast the bias, as in a float layer; scales, shifts, levels and tables keep their dtype."""
-        kept = keeping_dtype(fn)
-        return super()._apply(lambda tensor: fn(tensor) if tensor is self.bias else kept(tensor), recurse)
+    def release(self) -> None:
+        """Take the weight back from the kernel, if it has it; the next call prepares anew."""
+        self.weight.data = self.codes
+        self._ready = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.layout.table and self.clock:
-            if self.clock[0].exact:
-                return self._from_table(input)
-            self.clock[0].fall_back()
-        x = self._padded(input)
-        return self.kernel.function(x, self.stage(x), self.packed, self.bias, self._operation())
+        if torch.compiler.is_compiling():
+            return call(self, input, self.clock)
+        return self.compute(input, *(self.clock[0].now() if self.clock else (0, False)))
 
-    def _from_table(self, input: Tensor) -> Tensor:
+    def compute(self, input: Tensor, slot: int, exact: bool) -> Tensor:
+        """The output at a step; ``exact`` if the current timestep is the very one of that slot."""
+        if self.layout.table and self.clock:
+            if exact:
+                return self._from_table(input, slot)
+            self.clock[0].fall_back()
+        if self.layout.slots > 1 and not self.clock:
+            raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
+        return self.prepare().runner(input, slot)
+
+    def _from_table(self, input: Tensor, slot: int) -> Tensor:
         """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""
         shape = (*input.shape[:-1], self.weight_shape[0])
         if self.layout.unused:
             return input.new_zeros(()).expand(shape)
-        return self._of_slot(self.output_table).to(input.dtype).expand(shape)
+        return of_slot(self.output_table, slot).to(input.dtype).expand(shape)
+
+    # --- moving, copying, saving: the weight comes back first --------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
+        """``.to(bfloat16)`` and ``.half()`` cast the bias, as in a float layer; scales, shifts, levels and tables keep their dtype."""
+        self.release()
+        kept = keeping_dtype(fn)
+        return super()._apply(lambda tensor: fn(tensor) if tensor is self.bias else kept(tensor), recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        parameters = self._parameters | {"weight": nn.Parameter(self.codes, requires_grad=False)}
+        return self.__dict__ | {"_parameters": parameters, "_ready": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = number_of(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (ready := self._prepared()) and ready.holds:
+            destination[prefix + "weight"] = self.codes
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.release()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         inputs = self.layout.input
@@ -181,15 +257,14 @@ class QuantLinear(QuantLayer, nn.Linear):
     def _channels(self) -> int:
         return self.in_features
 
-    def _operation(self) -> Callable[..., Tensor]:
-        return F.linear
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (*x.shape[:-1], self.out_features)
 
 
 class _QuantConv(QuantLayer):
     """Geometry shared by the convolution classes."""
 
     channel_axis = 1
-    _convolve: Callable[..., Tensor]
 
     @classmethod
     def like(cls, module: Any, layout: LayerLayout, device: Any = None) -> _QuantConv:
@@ -208,30 +283,30 @@ class _QuantConv(QuantLayer):
     def _channels(self) -> int:
         return self.in_channels
 
-    def _padded(self, x: Tensor) -> Tensor:
-        geometry = Geometry.of(self)
-        return F.pad(x, geometry.padding) if geometry.padded else x
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        window, places = self._window(), x.shape[-len(self.kernel_size) :]
+        padding = [sum(pair) for pair in zip(window.padding[::2], window.padding[1::2], strict=True)][::-1] or [0] * len(places)
+        sizes = zip(places, padding, self.kernel_size, window.stride, window.dilation, strict=True)
+        return (*x.shape[: -1 - len(places)], self.out_channels, *((size + p - d * (k - 1) - 1) // s + 1 for size, p, k, s, d in sizes))
 
-    def _operation(self) -> Callable[..., Tensor]:
-        return functools.partial(type(self)._convolve, stride=self.stride, dilation=self.dilation)
+    def _window(self) -> Window:
+        return Window(self.stride, Geometry.of(self).padding, self.dilation)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """A 1-D convolution in few bits."""
 
-    _convolve = staticmethod(F.conv1d)
-
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """A 2-D convolution in few bits."""
 
-    _convolve = staticmethod(F.conv2d)
+    output_format = torch.channels_last
 
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """A 3-D (or temporal) convolution in few bits."""
 
-    _convolve = staticmethod(F.conv3d)
+    output_format = torch.channels_last_3d
 
 
 LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d}

@@ -17,7 +17,7 @@ from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import denoiser_of, discover
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import QuantLayer, get_module, set_module, start_clock, stop_clock
+from reelquant.nn import QuantLayer, get_module, set_module, start_attention, start_clock, stop_clock
 from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
 from reelquant.recipes.calibration import Calibration, calibrate
 from reelquant.recipes.plan import Plan, make_plan
@@ -233,6 +233,7 @@ def _finish(session: Session) -> Report:
     _check(session, report, reference)
     _account(session, report, before)
     session.floats, session.norms = {}, {}
+    start_attention(session.denoiser)
     return report
 
 
@@ -328,7 +329,7 @@ def _account(session: Session, report: Report, before: int) -> None:
     for layer in layers.values():
         assert isinstance(layer, QuantLayer)
         report.kernel[layer.kernel.name] = report.kernel.get(layer.kernel.name, 0) + 1
-    report.simulated = any(layer.kernel.simulated for layer in layers.values() if isinstance(layer, QuantLayer))
+    report.simulated = any(layer.simulated for layer in layers.values() if isinstance(layer, QuantLayer))
     for row in session.plan.kept:
         report.kept.setdefault(row.kept or "", []).append(row.layer.name)
     report.seconds = session.seconds

@@ -1,0 +1,263 @@
+"""How fast is a quantized pipeline, and how much memory does it take, on this very machine? Measured, in turns with the float one.
+
+A machine that is shared or warms up changes all times of a minute, not the ratio of two runs that follow each other. So both pipelines
+make the same clip in turns (A B, B A, A B ...), a speed-up is a ratio of two times of the same round, and its median is reported.
+Peak memory is measured in a fresh process for each pipeline, because a process does not give all its memory back.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from reelquant._errors import UnsupportedError
+from reelquant._progress import Progress, Silent
+from reelquant._version import __version__
+from reelquant.discover import denoiser_of
+from reelquant.evidence.machine import machine, versions
+from reelquant.models.pipelines import calibration_prompts, open_pipeline
+from reelquant.models.sampling import call_arguments, sample
+from reelquant.nn import quantized_layers
+
+SEED = 50_000
+VARIANTS = ("reference", "test")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of some rounds, and the quartiles around it (with fewer than four rounds, the extremes)."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 3 else (min(values), 0.0, max(values))
+        return cls(statistics.median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What was measured.
+
+    Attributes:
+        speedup: how many times faster a whole clip is made, text to frames; 2 means in half the time.
+        step_speedup: the same of one denoising step.
+        seconds: of a whole clip, by variant (``reference``, ``test``).
+        step_seconds: of one denoising step, by variant; empty for pipelines that do not report their steps.
+        weight_bytes: parameters and buffers of the denoiser, by variant.
+        peak_bytes: largest resident memory of a fresh process that opens the pipeline and makes the clip, less what the process took
+            before it opened it; on a GPU the memory that torch allocated. By variant; empty if it was not measured.
+        kernels: number of layers by the kernel that computes them.
+        refused: why the best kernel does not compute a layer, by reason and number of layers.
+        simulated: whether float arithmetic stands in for low-bit arithmetic anywhere.
+        data: circumstances: names, dtype, device, threads, call, rounds, machine, versions.
+    """
+
+    speedup: Spread
+    step_speedup: Spread | None
+    seconds: dict[str, Spread]
+    step_seconds: dict[str, Spread]
+    weight_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
+    kernels: dict[str, int]
+    refused: dict[str, int]
+    simulated: bool
+    data: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain data; ``speedup_vs_<dtype>`` is the median of :attr:`speedup`."""
+        ratio = self.peak_bytes["test"] / self.peak_bytes["reference"] if self.peak_bytes else None
+        step = None if self.step_speedup is None else self.step_speedup.median
+        short = {f"speedup_vs_{self.data['reference']['short']}": self.speedup.median, "step_speedup": step}
+        return short | {"peak_memory_bytes": self.peak_bytes or None, "peak_memory_ratio": ratio} | asdict(self)
+
+
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+def benchmark(
+    test: str,
+    reference: str,
+    *,
+    rounds: int = 5,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    compiled: bool = False,
+    memory: bool = True,
+    prompt: str | None = None,
+    progress: Progress | None = None,
+    **call: Any,
+) -> Benchmark:
+    """Time a quantized pipeline against the float one it was made from.
+
+    Args:
+        test, reference: bundled name, folder or hub id of the quantized and the float pipeline.
+        rounds: clips that each makes, after one that is not counted.
+        dtype: of the float pipeline, and of the float parts of the quantized one.
+        device: where they run.
+        compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
+        memory: also measure peak memory, which opens each pipeline once more.
+        prompt: the text; by default one of the pipeline's own.
+        progress: hears how far the run is.
+        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
+
+    Raises:
+        UnsupportedError: if ``test`` has no quantized layer.
+        CheckpointError: if a pipeline cannot be opened.
+    """
+    progress = progress or Silent()
+    progress.phase("open", 2)
+    pipes = {}
+    for variant, model in zip(VARIANTS, (reference, test), strict=True):
+        pipes[variant] = open_pipeline(model, dtype, device)
+        progress.advance()
+    denoisers = {variant: denoiser_of(pipe) for variant, pipe in pipes.items()}
+    layers = quantized_layers(denoisers["test"][1])
+    if not layers:
+        raise UnsupportedError(f"'{test}' holds no quantized layer; give a folder that reelquant quantize wrote, then the float pipeline")
+    weights = {variant: _bytes(module) for variant, (_, module) in denoisers.items()}
+    if compiled:
+        for variant, (component, module) in denoisers.items():
+            setattr(pipes[variant], component, torch.compile(module, fullgraph=True))
+    text = prompt or calibration_prompts(pipes["reference"], 1)[0]
+    times = _in_turns(pipes, text, rounds, device, progress, call)
+    arguments = {key: value for key, value in call_arguments(pipes["test"], **call).items() if isinstance(value, int | float | str)}
+    del pipes, denoisers
+    peaks = _peaks(reference, test, text, dtype, device, call, progress) if memory else {}
+    whole = {variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS}
+    steps = {variant: [step for _, step in times[variant] if step is not None] for variant in VARIANTS}
+    selected = [layer.selected for layer in layers.values()]
+    return Benchmark(
+        Spread.of(_ratios(whole)),
+        Spread.of(_ratios(steps)) if steps["test"] else None,
+        {variant: Spread.of(values) for variant, values in whole.items()},
+        {variant: Spread.of(values) for variant, values in steps.items() if values},
+        weights,
+        peaks,
+        dict(Counter(kernel.name for kernel, _ in selected).most_common()),
+        dict(Counter(reason for _, refused in selected for reason in list(refused.values())[:1]).most_common()),
+        any(layer.simulated for layer in layers.values()),
+        {
+            "test": {"name": test}, "reference": {"name": reference, "short": SHORT[dtype]}, "device": device, "compiled": compiled,
+            "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments, "machine": machine(),
+            "versions": versions(), "tool_version": __version__,
+        },
+    )  # fmt: skip
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*module.parameters(), *module.buffers()])
+
+
+def _ratios(values: dict[str, list[float]]) -> list[float]:
+    return [slow / fast for slow, fast in zip(values["reference"], values["test"], strict=True)]
+
+
+def _in_turns(
+    pipes: dict[str, Any], text: str, rounds: int, device: str, progress: Progress, call: dict[str, Any]
+) -> dict[str, list[tuple[float, float | None]]]:
+    """Seconds of a clip and of a step, a pair per round."""
+    progress.phase("sample", len(pipes) * (rounds + 1))
+    times: dict[str, list[tuple[float, float | None]]] = {variant: [] for variant in pipes}
+    for number in range(rounds + 1):
+        for variant in VARIANTS[:: -1 if number % 2 else 1]:
+            found = _clip(pipes[variant], text, device, call)
+            if number:  # the first round compiles, packs weights and fills caches
+                times[variant].append(found)
+            progress.advance()
+    return times
+
+
+def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[float, float | None]:
+    """Seconds to make one clip, and the median of the seconds between the ends of its steps (the first step's start is not seen)."""
+    ends: list[float] = []
+
+    def now() -> float:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    sample(pipe, [text], seed=SEED, on_step=lambda: ends.append(now()), **call)
+    whole = now() - start
+    steps = [after - before for before, after in pairwise(ends)]
+    return whole, statistics.median(steps) if steps else None
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------------------
+
+
+def _peaks(
+    reference: str, test: str, text: str, dtype: torch.dtype, device: str, call: dict[str, Any], progress: Progress
+) -> dict[str, int]:
+    """Peak memory of each pipeline in a process of its own."""
+    progress.phase("peak memory", 2)
+    found = {}
+    for variant, model in zip(VARIANTS, (reference, test), strict=True):
+        task = {"model": model, "text": text, "dtype": str(dtype).removeprefix("torch."), "device": device, "call": call}
+        command = [sys.executable, "-c", f"from {__name__} import _print_peak; _print_peak()"]
+        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise UnsupportedError(f"the peak memory of '{model}' could not be measured: {last}; switch it off with --no-memory")
+        found[variant] = int(json.loads(done.stdout.strip().splitlines()[-1])["peak"])
+        progress.advance()
+    return found
+
+
+def _print_peak() -> None:
+    """What a fresh process runs: open a pipeline, make a clip, print the peak."""
+    task = json.loads(sys.stdin.read())
+    device, call = task["device"], task["call"] | {"num_inference_steps": 2}  # memory does not grow with the steps
+    open_pipeline("tiny-dit")  # what is imported and allocated for any pipeline at all
+    before = _reset_peak(device)
+    pipe = open_pipeline(task["model"], getattr(torch, task["dtype"]), device)
+    sample(pipe, [task["text"]], seed=SEED, **call)
+    sys.stdout.write(json.dumps({"peak": _peak(device) - before}) + "\n")
+
+
+def _reset_peak(device: str) -> int:
+    """Forget earlier peaks; the memory in use now."""
+    import gc
+
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return 0
+    try:
+        with open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")
+    except OSError:
+        return _peak(device)  # the peak so far: an underestimate of what follows, if anything
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _status("VmHWM")
+    except OSError:
+        import resource
+
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else most * 1024
+
+
+def _status(name: str) -> int:
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

@@ -1,0 +1,89 @@
+"""Products whose inputs stay float: weights are widened a cache-sized piece at a time, or read directly where there are few rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reelquant.formats import Int
+from reelquant.kernels.cpu import loops
+from reelquant.kernels.operands import Operands
+
+FEW = 8  # rows up to which codes are multiplied as they are: a product of few rows waits for memory
+PIECE = 8 << 20  # bytes of widened weights at a time
+
+
+def refuses(operands: Operands) -> str | None:
+    """Why a layer cannot take this path, or None."""
+    weight = operands.weight.quantizer
+    if not isinstance(weight.format, Int) or not weight.format.signed or weight.format.bits not in LAYOUTS:
+        return f"weights are {weight.format.name}, not int8 or int4"
+    kinds, even = LAYOUTS[weight.format.bits]
+    if weight.granularity.kind not in kinds or (even and (weight.granularity.size or operands.weight.width) % 2):
+        return f"weights have a scale per {weight.granularity}"
+    return None
+
+
+LAYOUTS = {8: (("tensor", "channel"), False), 4: (("tensor", "channel", "group"), True)}  # bits -> granularities, groups of whole bytes
+
+
+class FloatProduct:
+    """``product(staged(x), weight) + bias`` in the dtype of ``x``; in float32 where the input is rounded or rewritten first.
+
+    Results differ from the reference by the rounding of weights to the dtype of ``x``, as in a model of that dtype.
+    """
+
+    def __init__(self, operands: Operands) -> None:
+        self.given = operands
+        weight = operands.weight
+        self.scale = weight.quantizer.scale.float().reshape(-1)
+        if weight.quantizer.granularity.kind == "tensor":
+            self.scale = self.scale.expand(weight.shape[0]).contiguous()
+        self.size = weight.quantizer.granularity.size or weight.width
+        self.exact = operands.numbers is not None or operands.rewritten
+        self.bias = None if operands.bias is None else operands.bias.detach().float()
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
+        given = self.given
+        staged = given.staged(given.padded(x), slot) if self.exact else given.padded(x)
+        if staged.dtype not in (torch.float32, torch.bfloat16):
+            staged = staged.float()
+        linear = given.window is None
+        few = linear and given.weight.codes.dtype == torch.int8 and 0 < staged.numel() <= FEW * staged.shape[-1]
+        return (self._few(staged) if few else self._many(staged) if linear else self._convolved(staged)).to(x.dtype)
+
+    def _few(self, x: Tensor) -> Tensor:
+        codes = self.given.weight.codes
+        out = torch.empty(x.numel() // x.shape[-1], len(codes))
+        bias = loops.NONE if self.bias is None else self.bias.numpy()
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+        loops.spread(loops.dot_rows, len(codes), codes.numel(), codes.numpy(), self.scale.numpy(), rows.numpy(), bias, out.numpy())
+        return out.view(*x.shape[:-1], -1)
+
+    def _many(self, x: Tensor) -> Tensor:
+        rows = self.given.weight.shape[0]
+        step = max(PIECE // (self.given.weight.width * x.element_size()), 64)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if rows <= step:
+            return F.linear(x, self._widened(0, rows, x.dtype), bias)
+        out = x.new_empty(*x.shape[:-1], rows)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            out[..., start:stop] = F.linear(x, self._widened(start, stop, x.dtype), None if bias is None else bias[start:stop])
+        return out
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        weight = self._widened(0, self.given.weight.shape[0], x.dtype).view(self.given.weight.shape)
+        return self.given.product(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _widened(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight as floats, ``[stop - start, width]``."""
+        weight = self.given.weight
+        codes, out = weight.codes[start:stop], torch.empty(stop - start, weight.width, dtype=dtype)
+        if codes.dtype == torch.int8:
+            loops.spread(loops.widen_rows, len(out), out.numel(), codes.numpy(), self.scale[start:stop].numpy(), loops.view(out))
+            return out
+        groups = self.scale.view(weight.shape[0], -1)[start:stop].numpy()
+        loops.spread(loops.widen_nibbles, len(out), out.numel(), codes.numpy(), groups, self.size, 8, loops.view(out))
+        return out

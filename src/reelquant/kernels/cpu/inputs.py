@@ -1,0 +1,168 @@
+"""Float inputs to 8-bit codes in one pass: rotation, shift, scale and rounding together, and once for layers that read the same tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reelquant.formats import Int
+from reelquant.kernels.cpu import loops
+from reelquant.kernels.hadamard import block_size
+from reelquant.kernels.operands import InputNumbers, Operands
+
+OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
+_last = threading.local()
+
+
+def refuses(operands: Operands) -> str | None:
+    """Why these inputs cannot become bytes, or None."""
+    numbers = operands.numbers
+    if numbers is None:
+        return "the input stays float"
+    if not isinstance(numbers.format, Int) or numbers.format.bits > 8:
+        return f"inputs are {numbers.format.name}, not integers"
+    if numbers.rule is not None:
+        plain = numbers.granularity.kind == "token" and numbers.format.signed and type(numbers.rule.range).__name__ == "MinMax"
+        if not plain or operands.window is not None:
+            return "dynamic inputs are int with a scale per token, in linear layers"
+    elif numbers.granularity.kind != "tensor":
+        return f"static inputs have one scale, not one per {numbers.granularity.kind}"
+    if operands.rotate and operands.window is not None:
+        return "the input of a convolution is rotated"
+    return None
+
+
+class Inputs:
+    """Turns inputs into codes. The rewrite is folded into one multiplication and one addition per channel.
+
+    Results differ from the reference by at most one code, where a value lies within float32 rounding of the middle between two.
+    """
+
+    def __init__(self, operands: Operands) -> None:
+        numbers = operands.numbers
+        assert numbers is not None and isinstance(numbers.format, Int)
+        channels = operands.weight.shape[1]
+        self.block = block_size(channels) if operands.rotate else 1
+        self.multiply, self.add = _folded(operands, channels, self.block**-0.5)
+        offset = OFFSET if numbers.format.signed else 0
+        self.low, self.high = np.float32(numbers.format.low + offset), np.float32(numbers.format.high + offset)
+        self.levels = np.array([-numbers.format.low, numbers.format.high], np.float32)
+        self.scales, self.zeros = _tables(numbers, offset)
+        self.key = self._digest()
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are found in the forward."""
+        return not self.scales
+
+    def step(self, slot: Any) -> tuple[float, int]:
+        """Scale and zero point of a step."""
+        index = 0 if len(self.scales) == 1 else int(slot)
+        return self.scales[index], self.zeros[index]
+
+    def rows(self, x: Tensor, slot: Any) -> tuple[Tensor, Tensor | None]:
+        """Codes ``[rows, channels]`` uint8 of an input ``[..., channels]``, and scales ``[rows]`` if they are dynamic.
+
+        Layers of a group read the same tensor with the same numbers: the codes of the last one are kept, and given again.
+        """
+        index = 0 if len(self.scales) <= 1 else int(slot)
+        if (kept := _recall(x, (self.key, index))) is not None:
+            return kept
+        found = self._encode(x.reshape(-1, x.shape[-1]), index)
+        _remember(x, (self.key, index), found)
+        return found
+
+    def _encode(self, x: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+        x = readable(x)
+        codes = torch.empty(x.shape, dtype=torch.uint8)
+        common = (len(x), x.numel(), loops.view(x), self.block, self.multiply, self.add)
+        if self.dynamic:
+            scales = torch.empty(len(x))
+            loops.spread(loops.quantize_tokens, *common, self.levels, codes.numpy(), scales.numpy())
+            return codes, scales
+        inverse, zero = np.float32(1 / self.scales[index]), np.float32(self.zeros[index])
+        loops.spread(loops.quantize_rows, *common, inverse, zero, self.low, self.high, codes.numpy())
+        return codes, None
+
+    def pixels(self, x: Tensor, slot: Any, border: tuple[int, ...]) -> Tensor:
+        """Codes of a convolution's input, channels last.
+
+        Args:
+            x: ``[N, C, *places]``.
+            border: places to add, as ``F.pad`` takes them; they get the code of zero, channel by channel.
+
+        Returns:
+            ``[N, C, *padded places]`` uint8 in channels-last memory.
+        """
+        scale, zero = self.step(slot)
+        inverse = np.float32(1 / scale)
+        places, dims = list(x.shape[2:]), x.ndim - 2
+        before, after = border[-2::-2] or (0,) * dims, border[::-2] or (0,) * dims
+        size = [b + s + a for b, s, a in zip(before, places, after, strict=True)]
+        lead = [1] * (3 - dims)
+        codes = torch.empty(x.shape[0], *lead, *size, x.shape[1], dtype=torch.uint8)
+        if any(border):
+            codes[:] = self._zero_codes(inverse, zero)
+        offset = np.array([0] * (3 - dims) + list(before))
+        last = x.movedim(1, -1)
+        if last.is_contiguous():
+            loop, data = loops.quantize_pixels, readable(last).view(x.shape[0], *lead, *places, x.shape[1])
+        else:
+            loop, data = loops.quantize_planes, readable(x).view(*x.shape[:2], *lead, *places)
+        lines = x.numel() // max(x.shape[1] * places[-1], 1)
+        loops.spread(
+            loop, lines, x.numel(), loops.view(data), self.multiply, self.add, inverse, np.float32(zero), self.low, self.high, offset,
+            codes.numpy(),
+        )  # fmt: skip
+        return codes.view(x.shape[0], *size, x.shape[1]).movedim(-1, 1)
+
+    def _zero_codes(self, inverse: np.float32, zero: int) -> Tensor:
+        value = torch.from_numpy(self.add) * float(inverse) if len(self.add) else torch.zeros(1)
+        return (value + zero).round().clamp(float(self.low), float(self.high)).to(torch.uint8)
+
+    def _digest(self) -> bytes:
+        digest = hashlib.sha256(repr((self.block, self.scales, self.zeros, self.low, self.high)).encode())
+        digest.update(self.multiply.tobytes())
+        digest.update(self.add.tobytes())
+        return digest.digest()
+
+
+def readable(x: Tensor) -> Tensor:
+    """Contiguous, and in a dtype that loops read."""
+    return (x if x.dtype in (torch.bfloat16, torch.float32) else x.float()).contiguous()
+
+
+def _folded(operands: Operands, channels: int, factor: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """``(factor * x - shift) / scale`` as ``x * multiply + add``; empty vectors if nothing is done."""
+    if not operands.rewritten:
+        return loops.NONE, loops.NONE
+    scale = torch.ones(channels) if operands.scale is None else operands.scale.float()
+    shift = torch.zeros(channels) if operands.shift is None else operands.shift.float()
+    return (factor / scale).numpy(), (-shift / scale).numpy()
+
+
+def _tables(numbers: InputNumbers, offset: int) -> tuple[list[float], list[int]]:
+    """Scale and zero point of every step; empty for dynamic inputs."""
+    if numbers.scale is None:
+        return [], []
+    scales = numbers.scale[:, 0].tolist()
+    zeros = [0.0] * len(scales) if numbers.zero_point is None else numbers.zero_point[:, 0].tolist()
+    return scales, [int(zero) + offset for zero in zeros]
+
+
+def _remember(x: Tensor, key: tuple[bytes, int], found: tuple[Tensor, Tensor | None]) -> None:
+    _last.entry = None if x.is_inference() else (weakref.ref(x), x._version, key, found)
+
+
+def _recall(x: Tensor, key: tuple[bytes, int]) -> tuple[Tensor, Tensor | None] | None:
+    """The codes that this very tensor got in the last call of this thread; an input that was written to since is not the same."""
+    entry = getattr(_last, "entry", None)
+    if entry is None or entry[0]() is not x or entry[1] != x._version or entry[2] != key:
+        return None
+    return entry[3]

@@ -1,0 +1,144 @@
+"""Integer products through oneDNN (AVX512-VNNI, AMX): unsigned input codes times signed weight codes, scaled to floats on the way out.
+
+Results equal the reference but for the rounding of the output's dtype, and one input code where :class:`Inputs` says so. Weights are
+repacked once; the repacked copy replaces the stored one, and :meth:`codes` gives that back exactly.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reelquant.formats import Int
+from reelquant.kernels.cpu import inputs, loops
+from reelquant.kernels.cpu.inputs import Inputs
+from reelquant.kernels.operands import Operands, PackedWeight, Window
+
+ROWS = 1024  # what oneDNN is told about the number of rows when it chooses a layout; others work as well
+NATIVE = (torch.float32, torch.bfloat16)  # dtypes that products are written in; others pass through float32
+DIMS = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def available() -> str | None:
+    """Why this machine has no fast integer products, or None."""
+    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    if not torch.cpu._is_vnni_supported():
+        return "the processor has no VNNI instructions"
+    return None
+
+
+def refuses(operands: Operands) -> str | None:
+    """Why a layer cannot take this path, or None."""
+    weight = operands.weight.quantizer
+    if not isinstance(weight.format, Int) or not weight.format.signed:
+        return f"weights are {weight.format.name}, not symmetric integers"
+    if weight.granularity.kind not in ("tensor", "channel"):
+        return f"weights have a scale per {weight.granularity}"
+    if operands.window is not None and len(operands.window.stride) not in DIMS:
+        return "one-dimensional convolutions have no integer product in oneDNN"
+    return inputs.refuses(operands) or available()
+
+
+def prepare(operands: Operands) -> IntegerLinear | IntegerConvolution:
+    """What computes the layer."""
+    return IntegerLinear(operands) if operands.window is None else IntegerConvolution(operands)
+
+
+def signed(weight: PackedWeight) -> Tensor:
+    """Integer codes ``[out, width]`` int8 of a symmetric format."""
+    return (weight.unpacked().to(torch.int16) + int(weight.quantizer.format.low)).to(torch.int8)
+
+
+class IntegerLinear:
+    """``y = (codes - zero) @ weight^T * input_scale * weight_scale + bias``."""
+
+    def __init__(self, operands: Operands) -> None:
+        self.inputs = Inputs(operands)
+        self.rows = operands.weight.shape[0]
+        self.zero = torch.zeros(self.rows, dtype=torch.int32)
+        self.bias = None if operands.bias is None else operands.bias.detach().float()
+        self._pack(operands)
+
+    def _pack(self, operands: Operands) -> None:
+        codes = signed(operands.weight)
+        self.scale = operands.weight.quantizer.scale.float().expand(self.rows).contiguous()
+        self.packed = torch.ops.onednn.qlinear_prepack(codes, [ROWS, codes.shape[1]])
+        self.codes = self._codes if operands.weight.codes.dtype == torch.int8 else None
+
+    def _codes(self) -> Tensor:
+        return self.packed.to_dense().t().contiguous()
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
+        dtype = x.dtype if x.dtype in NATIVE else torch.float32
+        codes, scales = self.inputs.rows(x, slot)
+        if not len(codes):
+            return x.new_empty(*x.shape[:-1], self.rows)
+        out = self._product(codes, slot, dtype) if scales is None else self._scaled(codes, scales, dtype)
+        return out.view(*x.shape[:-1], self.rows).to(x.dtype)
+
+    def _product(self, codes: Tensor, slot: int | Tensor, dtype: torch.dtype) -> Tensor:
+        scale, zero = self.inputs.step(slot)
+        return self._multiply(codes, scale, zero, self.bias, dtype)
+
+    def _scaled(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """A scale per row: the product is float32, and one more pass scales it, adds the bias and rounds it."""
+        product = self._multiply(codes, 1.0, inputs.OFFSET, None, torch.float32)
+        out = torch.empty(product.shape, dtype=dtype)
+        bias = loops.NONE if self.bias is None else self.bias.numpy()
+        loops.spread(loops.finish_tokens, len(out), out.numel(), product.numpy(), scales.numpy(), bias, loops.view(out))
+        return out
+
+    def _multiply(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return torch.ops.onednn.qlinear_pointwise(
+            codes, scale, zero, self.packed, self.scale, self.zero, bias, 1.0, 0, dtype, "none", [], ""
+        )  # fmt: skip
+
+
+class IntegerConvolution:
+    """The same for convolutions, channels last. With a shift the border is written out, because zero has another code in each channel."""
+
+    def __init__(self, operands: Operands) -> None:
+        assert operands.window is not None
+        self.shape, self.window = operands.weight.shape, operands.window
+        self.inputs = Inputs(operands)
+        self.scale = operands.weight.quantizer.scale.float().expand(self.shape[0]).contiguous()
+        self.zero = torch.zeros(self.shape[0], dtype=torch.int32)
+        self.bias = None if operands.bias is None else operands.bias.detach().float()
+        self.border, self.padding = _border(self.window, operands.shift is not None)
+        codes = signed(operands.weight).reshape(self.shape)
+        size = [2, self.shape[1], *[16 + kernel for kernel in self.shape[2:]]]
+        self.packed = torch.ops.onednn.qconv_prepack(
+            codes, self.scale, 1.0, inputs.OFFSET, list(self.window.stride), self.padding, list(self.window.dilation), 1, size
+        )  # fmt: skip
+        self.codes = self._codes if operands.weight.codes.dtype == torch.int8 else None
+
+    def _codes(self) -> Tensor:
+        return self.packed.to_dense().reshape(self.shape[0], -1).contiguous()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the output."""
+        return DIMS[len(self.shape) - 2]
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
+        dtype = x.dtype if x.dtype in NATIVE else torch.float32
+        batched = x if x.ndim == len(self.shape) else x[None]
+        if not x.numel():
+            padded = F.pad(x, self.window.padding) if any(self.window.padding) else x
+            return self.window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
+        scale, zero = self.inputs.step(slot)
+        out = torch.ops.onednn.qconv_pointwise(
+            self.inputs.pixels(batched, slot, self.border), scale, zero, self.packed, self.scale, self.zero, self.bias,
+            list(self.window.stride), self.padding, list(self.window.dilation), 1, 1.0, 0, dtype, "none", [], "",
+        )  # fmt: skip
+        return (out if batched is x else out[0]).to(x.dtype)
+
+
+def _border(window: Window, written: bool) -> tuple[tuple[int, ...], list[int]]:
+    """Padding to write out, as ``F.pad`` takes it, and padding left to oneDNN, which pads all sides alike."""
+    sides = list(zip(window.padding[-2::-2], window.padding[::-2], strict=True))
+    if written or any(before != after for before, after in sides):
+        return window.padding, [0] * len(window.stride)
+    return (), [before for before, _ in sides] or [0] * len(window.stride)

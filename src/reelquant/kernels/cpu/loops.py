@@ -1,0 +1,337 @@
+"""Loops over memory that torch would make in several passes, compiled by numba: one read, one write.
+
+Every loop works on rows ``start ... stop`` and frees the interpreter, so :func:`spread` can give each of torch's threads a share. bfloat16
+is read and written as its 16 bits (numba has no such type); arithmetic is float32. Loops vectorise because they touch one row at a time,
+in a buffer that stays in the first-level cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba.extending import overload
+from torch import Tensor
+
+SMALL = 1 << 16  # elements below which a second thread costs more than it saves
+LANES = 16  # float32 numbers in the widest vector register
+NONE = np.empty(0, np.float32)  # a vector that is not there
+
+_fast: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "nnan", "ninf", "arcp", "reassoc"}}
+_exact: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
+
+
+def view(x: Tensor) -> np.ndarray[Any, Any]:
+    """A tensor as numpy sees it: the same memory, bfloat16 as uint16."""
+    x = x.detach()
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def spread(loop: Callable[..., None], rows: int, elements: int, *arguments: Any) -> None:
+    """Run a loop over all rows, by as many threads as torch uses."""
+    threads = min(torch.get_num_threads(), rows) if elements > SMALL else 1
+    if threads <= 1:
+        loop(0, rows, *arguments)
+        return
+    edges = [rows * i // threads for i in range(threads + 1)]
+    others = [_pool(threads - 1).submit(loop, *edges[i : i + 2], *arguments) for i in range(1, threads)]
+    loop(edges[0], edges[1], *arguments)
+    for other in others:
+        other.result()
+
+
+@lru_cache(maxsize=4)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "reelquant")
+
+
+# --- parts of loops -------------------------------------------------------------------------------------------------------------------
+
+
+def _read(row: Any, buffer: Any) -> None:
+    """Copy a row into a float32 buffer."""
+
+
+@overload(_read, jit_options=_exact)
+def _read_of(row: Any, buffer: Any) -> Any:
+    if row.dtype == numba.types.uint16:
+
+        def from_bfloat16(row: Any, buffer: Any) -> None:
+            bits = buffer.view(np.uint32)
+            for j in range(row.shape[0]):
+                bits[j] = np.uint32(row[j]) << np.uint32(16)
+
+        return from_bfloat16
+
+    def from_float32(row: Any, buffer: Any) -> None:
+        for j in range(row.shape[0]):
+            buffer[j] = row[j]
+
+    return from_float32
+
+
+def _write(buffer: Any, row: Any) -> None:
+    """Copy a float32 buffer into a row, rounded to nearest even if it is narrower."""
+
+
+@overload(_write, jit_options=_exact)
+def _write_of(buffer: Any, row: Any) -> Any:
+    if row.dtype == numba.types.uint16:
+
+        def to_bfloat16(buffer: Any, row: Any) -> None:
+            bits = buffer.view(np.uint32)
+            for j in range(row.shape[0]):
+                row[j] = np.uint16((bits[j] + np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+        return to_bfloat16
+
+    def to_float32(buffer: Any, row: Any) -> None:
+        for j in range(row.shape[0]):
+            row[j] = buffer[j]
+
+    return to_float32
+
+
+@numba.njit(**_exact)
+def _rotate(buffer: Any, spare: Any, block: int) -> None:
+    """Hadamard transform of every block of the buffer, without its factor ``1 / sqrt(block)``.
+
+    Levels that mix neighbours closer than a vector register run on the transposed buffer, where they are far apart.
+    """
+    size = buffer.shape[0]
+    lanes = min(block, LANES)
+    width = lanes
+    while width < block:
+        _butterflies(buffer, width)
+        width *= 2
+    rows = size // lanes
+    for h in range(rows):
+        for j in range(lanes):
+            spare[j * rows + h] = buffer[h * lanes + j]
+    width = rows
+    while width < size:
+        _butterflies(spare, width)
+        width *= 2
+    for h in range(rows):
+        for j in range(lanes):
+            buffer[h * lanes + j] = spare[j * rows + h]
+
+
+@numba.njit(**_exact)
+def _butterflies(buffer: Any, width: int) -> None:
+    for start in range(0, buffer.shape[0], 2 * width):
+        left, right = buffer[start : start + width], buffer[start + width : start + 2 * width]
+        for j in range(width):
+            a, b = left[j], right[j]
+            left[j], right[j] = a + b, a - b
+
+
+@numba.njit(**_exact)
+def _affine(buffer: Any, multiply: Any, add: Any) -> None:
+    if multiply.shape[0]:
+        for j in range(buffer.shape[0]):
+            buffer[j] = buffer[j] * multiply[j] + add[j]
+
+
+@numba.njit(**_exact)
+def _encode(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: Any) -> None:
+    for j in range(buffer.shape[0]):
+        value = np.rint(buffer[j] * inverse + zero)
+        codes[j] = np.uint8(np.int32(min(max(value, low), high)))
+
+
+# --- inputs: floats to codes ----------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(**_exact)
+def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high, codes):  # type: ignore[no-untyped-def]
+    """``codes[i, j] = clamp(round((rotate(x[i])[j] * multiply[j] + add[j]) * inverse + zero), low, high)``.
+
+    Args:
+        x: ``[rows, channels]`` float32, or bfloat16 as uint16.
+        block: width of the rotated blocks, 1 for no rotation; its factor is in ``multiply`` or ``inverse``.
+        multiply, add: ``[channels]`` float32, or empty.
+        codes: ``[rows, channels]`` uint8, written.
+    """
+    buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    for i in range(start, stop):
+        _read(x[i], buffer)
+        if block > 1:
+            _rotate(buffer, spare, block)
+        _affine(buffer, multiply, add)
+        _encode(buffer, inverse, zero, low, high, codes[i])
+
+
+@numba.njit(**_exact)
+def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales):  # type: ignore[no-untyped-def]
+    """The same with a symmetric scale for every row, found from its own values; signed codes are stored with 128 added.
+
+    Args:
+        levels: the largest magnitudes that a negative and a positive code stand for, 128 and 127 for 8 bits.
+        scales: ``[rows]`` float32, written.
+    """
+    buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    for i in range(start, stop):
+        _read(x[i], buffer)
+        if block > 1:
+            _rotate(buffer, spare, block)
+        _affine(buffer, multiply, add)
+        lowest, highest = np.float32(0), np.float32(0)
+        for j in range(buffer.shape[0]):
+            lowest = min(lowest, buffer[j])
+            highest = max(highest, buffer[j])
+        scale = max(-lowest / levels[0], highest / levels[1])
+        scales[i] = max(scale, np.finfo(np.float32).tiny)
+        _encode(buffer, np.float32(1) / scales[i], np.float32(128), np.float32(128) - levels[0], np.float32(128) + levels[1], codes[i])
+
+
+@numba.njit(**_exact)
+def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
+    """Channels first to channels last, into the inside of a padded tensor.
+
+    Args:
+        start, stop: rows of ``N * D * H``.
+        x: ``[N, C, D, H, W]``.
+        offset: ``[3]``, where the inside begins along depth, height and width.
+        codes: ``[N, D', H', W', C]`` uint8, written.
+    """
+    channels, depth, height, width = x.shape[1:]
+    buffer = np.empty(width, np.float32)
+    affine = multiply.shape[0] > 0
+    line = np.empty(width, np.uint8)
+    for row in range(start, stop):
+        n, d, h = row // (depth * height), row // height % depth, row % height
+        target = codes[n, d + offset[0], h + offset[1]]
+        for c in range(channels):
+            _read(x[n, c, d, h], buffer)
+            if affine:
+                _encode_with(buffer, multiply[c] * inverse, add[c] * inverse + zero, low, high, line)
+            else:
+                _encode(buffer, inverse, zero, low, high, line)
+            for w in range(width):
+                target[w + offset[2], c] = line[w]
+
+
+@numba.njit(**_exact)
+def _encode_with(buffer: Any, multiply: Any, add: Any, low: Any, high: Any, codes: Any) -> None:
+    _encode(buffer, multiply, add, low, high, codes)
+
+
+@numba.njit(**_exact)
+def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
+    """The same from channels last: ``x`` is ``[N, D, H, W, C]``."""
+    depth, height, width, channels = x.shape[1:]
+    buffer = np.empty(channels, np.float32)
+    for row in range(start, stop):
+        n, d, h = row // (depth * height), row // height % depth, row % height
+        for w in range(width):
+            _read(x[n, d, h, w], buffer)
+            _affine(buffer, multiply, add)
+            _encode(buffer, inverse, zero, low, high, codes[n, d + offset[0], h + offset[1], w + offset[2]])
+
+
+# --- products of rows -----------------------------------------------------------------------------------------------------------------
+
+
+@numba.njit(**_exact)
+def finish_tokens(start, stop, x, scales, bias, out):  # type: ignore[no-untyped-def]
+    """``out[i] = x[i] * scales[i] + bias``: what is left of a product whose input had a scale per row. ``bias`` may be empty."""
+    buffer = np.empty(x.shape[1], np.float32)
+    for i in range(start, stop):
+        if bias.shape[0]:
+            for j in range(buffer.shape[0]):
+                buffer[j] = x[i, j] * scales[i] + bias[j]
+        else:
+            for j in range(buffer.shape[0]):
+                buffer[j] = x[i, j] * scales[i]
+        _write(buffer, out[i])
+
+
+# --- weights: codes to floats, codes to wider codes -----------------------------------------------------------------------------------
+
+
+@numba.njit(**_exact)
+def widen_rows(start, stop, codes, scale, out):  # type: ignore[no-untyped-def]
+    """``out[i, j] = codes[i, j] * scale[i]`` for int8 codes."""
+    buffer = np.empty(codes.shape[1], np.float32)
+    for i in range(start, stop):
+        for j in range(buffer.shape[0]):
+            buffer[j] = np.float32(codes[i, j]) * scale[i]
+        _write(buffer, out[i])
+
+
+@numba.njit(**_exact)
+def widen_nibbles(start, stop, packed, scale, size, zero, out):  # type: ignore[no-untyped-def]
+    """The same for packed 4-bit codes with a scale per group of ``size`` (even) columns: ``[rows, groups]``."""
+    columns = out.shape[1]
+    buffer = np.empty(columns + 1, np.float32)
+    for i in range(start, stop):
+        _nibbles(packed[i], scale[i], size, zero, columns, buffer)
+        _write(buffer[:columns], out[i])
+
+
+@numba.njit(**_exact)
+def fill_tiles(start, stop, nibbles, scale, codes, sums):  # type: ignore[no-untyped-def]
+    """Packed 4-bit codes with group scales to int8 codes with one scale a row, and minus the sum of every row.
+
+    Args:
+        nibbles: ``[row tiles, column tiles, 16, 128]`` uint8: lines of 256 codes (64 rows, 4 columns each), first half in the low nibbles.
+        scale: ``[row tiles, column tiles, 16 or 1, 64]`` float32, a group's scale divided by its row's.
+        codes: ``[row tiles, column tiles, 16, 256]`` int8, written.
+        sums: ``[row tiles, 64]`` int32, written.
+    """
+    wide, line = np.empty(256, np.float32), np.empty(256, np.int32)
+    half = nibbles.shape[3]
+    for i in range(start, stop):
+        total = np.zeros(256, np.int32)
+        for k in range(nibbles.shape[1]):
+            for part in range(nibbles.shape[2]):
+                if part == 0 or scale.shape[2] > 1:
+                    for j in range(256):
+                        wide[j] = scale[i, k, part, j // 4]
+                packed, target = nibbles[i, k, part], codes[i, k, part]
+                for j in range(half):
+                    line[j] = np.int32(packed[j] & 15) - 8
+                    line[j + half] = np.int32(packed[j] >> 4) - 8
+                for j in range(256):
+                    line[j] = np.int32(np.rint(np.float32(line[j]) * wide[j]))
+                    total[j] += line[j]
+                    target[j] = np.int8(line[j])
+        for j in range(64):
+            sums[i, j] = -(total[4 * j] + total[4 * j + 1] + total[4 * j + 2] + total[4 * j + 3])
+
+
+@numba.njit(**_exact)
+def _nibbles(packed: Any, scale: Any, size: int, zero: Any, columns: int, buffer: Any) -> None:
+    half = size // 2
+    for g in range(scale.shape[0]):
+        for b in range(g * half, min((g + 1) * half, packed.shape[0])):
+            byte = np.int32(packed[b])
+            buffer[2 * b] = np.float32((byte & 15) - zero) * scale[g]
+            buffer[2 * b + 1] = np.float32((byte >> 4) - zero) * scale[g]
+
+
+@numba.njit(**_fast)
+def dot_rows(start, stop, codes, scale, x, bias, out):  # type: ignore[no-untyped-def]
+    """A few input rows times int8 weights, reading the weights once: ``out[m, i] = scale[i] * codes[i] . x[m] + bias[i]``.
+
+    Args:
+        start, stop: rows of the weight.
+        x: ``[few, channels]`` float32.
+        bias: ``[rows]``, or empty.
+        out: ``[few, rows]`` float32, written.
+    """
+    buffer = np.empty(codes.shape[1], np.float32)
+    for i in range(start, stop):
+        for j in range(buffer.shape[0]):
+            buffer[j] = np.float32(codes[i, j])
+        for m in range(x.shape[0]):
+            total = np.float32(0)
+            for j in range(buffer.shape[0]):
+                total += buffer[j] * x[m, j]
+            out[m, i] = total * scale[i] + (bias[i] if bias.shape[0] else np.float32(0))

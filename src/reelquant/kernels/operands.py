@@ -1,0 +1,148 @@
+"""What a kernel may know about a quantized layer: packed weight, how the input is rewritten and rounded, the window of a convolution."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reelquant.formats import Granularity, NumberFormat, Quantizer, QuantSpec, dynamic, unpack
+from reelquant.kernels.hadamard import hadamard
+
+CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A weight as it is stored.
+
+    Attributes:
+        codes: ``[out, bytes]`` uint8, or int8 ``[out, in]`` for symmetric 8-bit integers.
+        quantizer: format and scales of the codes.
+        shape: shape of the float weight.
+    """
+
+    codes: Tensor
+    quantizer: Quantizer
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Codes in a row."""
+        return math.prod(self.shape[1:])
+
+    def unpacked(self) -> Tensor:
+        """``[out, width]`` uint8, indices into the format's numbers."""
+        codes = (self.codes ^ -128).view(torch.uint8) if self.codes.dtype == torch.int8 else self.codes
+        return unpack(codes, self.quantizer.format.bits, self.width)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as floats, in its original shape."""
+        return self.quantizer.dequantize(self.unpacked().reshape(self.shape), dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class InputNumbers:
+    """How an input is rounded.
+
+    Attributes:
+        format: the numbers.
+        granularity: who shares a scale, with the axis of the input's channels.
+        scale, zero_point: ``[slots, units]`` float32 of static inputs; a row per denoising step, or one for all.
+        rule: the specification that dynamic inputs follow instead.
+    """
+
+    format: NumberFormat
+    granularity: Granularity
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    rule: QuantSpec | None = None
+
+    def quantizer(self, x: Tensor, slot: int | Tensor) -> Quantizer:
+        """The quantizer of this input at this step."""
+        if self.rule is not None:
+            return dynamic(self.rule, x)
+        assert self.scale is not None
+        zero = None if self.zero_point is None else of_slot(self.zero_point, slot)
+        return Quantizer(self.format, self.granularity, of_slot(self.scale, slot), zero)
+
+
+def of_slot(table: Tensor, slot: int | Tensor) -> Tensor:
+    """The row of a step; the only one if all steps share it."""
+    if table.shape[0] == 1:
+        return table[0]
+    return table[slot] if isinstance(slot, int) else table.index_select(0, slot.reshape(1).to(table.device))[0]
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution slides; padding as ``F.pad`` takes it (last axis first)."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def convolve(self) -> Callable[..., Tensor]:
+        """The convolution without its padding."""
+        return functools.partial(CONVOLVE[len(self.stride)], stride=self.stride, dilation=self.dilation)
+
+
+@dataclass(frozen=True, eq=False)
+class Operands:
+    """One quantized layer, as data.
+
+    Attributes:
+        weight: the packed weight.
+        bias: ``[out]``, or None.
+        numbers: how the input is rounded, or None for float inputs.
+        shift, scale: ``[in]``, the input's rewrite ``(x - shift) / scale``; or None.
+        rotate: whether a Hadamard rotation of the channels comes before it.
+        window: of a convolution; None for a linear layer.
+    """
+
+    weight: PackedWeight
+    bias: Tensor | None
+    numbers: InputNumbers | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    rotate: bool = False
+    window: Window | None = None
+
+    @property
+    def channel_axis(self) -> int:
+        """Axis of the input's channels."""
+        return -1 if self.window is None else 1
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether anything happens to the input before it is rounded."""
+        return self.rotate or self.shift is not None or self.scale is not None
+
+    @property
+    def product(self) -> Callable[..., Tensor]:
+        """``F.linear``, or the convolution of inputs that are padded already."""
+        return F.linear if self.window is None else self.window.convolve
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input with its zero border."""
+        return F.pad(x, self.window.padding) if self.window is not None and any(self.window.padding) else x
+
+    def staged(self, x: Tensor, slot: int | Tensor) -> Tensor:
+        """``round((rotate(x) - shift) / scale)`` in float32."""
+        x = hadamard(x.float(), self.channel_axis) if self.rotate else x.float()
+        x = x if self.shift is None else x - self._along(self.shift, x.ndim)
+        x = x if self.scale is None else x / self._along(self.scale, x.ndim)
+        return x if self.numbers is None else self.numbers.quantizer(x, slot)(x)
+
+    def _along(self, vector: Tensor, ndim: int) -> Tensor:
+        return vector.float() if self.window is None else vector.float().view(-1, *[1] * (ndim - 2))
+
+
+Runner = Callable[[Tensor, Any], Tensor]  # (input, slot) -> output, in the dtype of the input

@@ -1,0 +1,71 @@
+"""Faster attention inside quantized denoisers, whatever their attention code looks like.
+
+diffusers reaches attention in dozens of processors, and all of them end in ``F.scaled_dot_product_attention``. That function is wrapped,
+once, when the first denoiser asks for it; the wrapper acts only while such a denoiser runs in the same thread, and hands everything else
+on untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelquant.kernels import attention as fast
+from reelquant.kernels import current_backend
+
+HOOKS = "_reelquant_attention_hooks"
+_thread = threading.local()
+_inside = False  # the same for compiled graphs, which cannot look at threads
+
+
+def start_attention(model: nn.Module) -> None:
+    """Let a denoiser's attention be computed by :mod:`reelquant.kernels` where that is faster; once or more often."""
+    _wrap()
+    if HOOKS not in vars(model):
+        handles = model.register_forward_pre_hook(_enter), model.register_forward_hook(_leave, always_call=True)
+        object.__setattr__(model, HOOKS, handles)
+
+
+def stop_attention(model: nn.Module) -> None:
+    """Undo :func:`start_attention`."""
+    for handle in vars(model).pop(HOOKS, ()):
+        handle.remove()
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    global _inside
+    _inside = True
+    if not torch.compiler.is_compiling():
+        _thread.depth = getattr(_thread, "depth", 0) + 1
+
+
+def _leave(module: nn.Module, args: Any, output: Any) -> None:
+    global _inside
+    _inside = False
+    if not torch.compiler.is_compiling():
+        _thread.depth -= 1
+
+
+def _wrap() -> None:
+    stock = F.scaled_dot_product_attention
+    if getattr(stock, "reelquant", False):
+        return
+
+    @functools.wraps(stock)
+    def scaled_dot_product_attention(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        **options: Any,
+    ) -> Tensor:  # fmt: skip
+        inside = _inside if torch.compiler.is_compiling() else getattr(_thread, "depth", 0) > 0
+        plain = attn_mask is None and not dropout_p and not is_causal and not options.get("enable_gqa")
+        if inside and plain and fast.refuses(query, key, value) is None and current_backend() == "auto":
+            return fast.attention(query, key, value, options.get("scale"))
+        return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+    scaled_dot_product_attention.reelquant = True  # type: ignore[attr-defined]
+    F.scaled_dot_product_attention = scaled_dot_product_attention

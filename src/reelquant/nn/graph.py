@@ -1,0 +1,55 @@
+"""Quantized layers inside compiled graphs: one opaque operator, so that a graph is the same whatever kernel computes a layer.
+
+The graph carries the step as two tensors, and the operator reads them when it runs; so one compilation serves all steps, tables of
+outputs included. Layers are found by a number, because operators take tensors and numbers only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reelquant.clock import Clock
+
+if TYPE_CHECKING:
+    from reelquant.nn.layers import QuantLayer
+
+_layers: weakref.WeakValueDictionary[int, QuantLayer] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def number_of(layer: QuantLayer) -> int:
+    """A number by which :func:`call` finds the layer, as long as it lives."""
+    new = next(_numbers)
+    _layers[new] = layer
+    return new
+
+
+def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock]) -> Tensor:
+    """The layer as one node of a graph."""
+    step = [clock[0].slot, clock[0].stored] if clock else []
+    return torch.ops.reelquant.layer(x, step, layer.number)
+
+
+@torch.library.custom_op("reelquant::layer", mutates_args=())
+def _run(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
+    layer = _layers[number]
+    slot, exact = (int(step[0]), bool(step[1])) if step else (0, False)
+    return _as_declared(layer, layer.compute(x, slot, exact))
+
+
+@_run.register_fake
+def _shape(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
+    layer = _layers[number]
+    return _as_declared(layer, x.new_empty(layer.output_shape(x)))
+
+
+def _as_declared(layer: QuantLayer, out: Tensor) -> Tensor:
+    """In the memory format that graphs are told; one clip without a batch axis has no other than the contiguous one."""
+    batched = layer.output_format == torch.contiguous_format or out.ndim == len(layer.weight_shape)
+    return out.contiguous(memory_format=layer.output_format) if batched else out.contiguous()

@@ -1,0 +1,364 @@
+"""Every fast kernel against the reference, for every layer it takes, within the bound it states; and what it does to a layer's weight."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelquant._errors import RecipeError
+from reelquant.clock import Clock
+from reelquant.formats import fit, pack
+from reelquant.kernels import KERNELS, Kernel, backend, current_backend, select
+from reelquant.kernels.cpu import attention, int8, loops, nibbles
+from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
+
+WEIGHTS = [("int8", "channel"), ("int8", "tensor"), ("int6", "channel"), ("int4", "channel"), ("int4", "group-64"), ("int4", "group-8")]
+INPUTS: dict[str, TensorLayout | None] = {
+    "int8": TensorLayout("int8", "tensor"),
+    "uint8": TensorLayout("uint8", "tensor"),
+    "int6": TensorLayout("int6", "tensor"),
+    "int8 token": TensorLayout("int8", "token", dynamic=True),
+    "float": None,
+}
+REWRITES: dict[str, dict[str, bool]] = {
+    "": {},
+    "shift and scale": {"shift": True, "scale": True},
+    "rotate": {"rotate": True, "scale": True},
+}
+LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(96, 70), (3, 11, 96)),
+    "Linear without bias": (lambda: nn.Linear(40, 5, bias=False), (13, 40)),
+    "Linear of one column": (lambda: nn.Linear(1, 3), (9, 1)),
+    "Conv1d": (lambda: nn.Conv1d(6, 5, 3, padding=1), (2, 6, 9)),
+    "Conv2d": (lambda: nn.Conv2d(12, 20, 3, padding=1), (2, 12, 7, 9)),
+    "Conv2d strided": (lambda: nn.Conv2d(12, 20, 3, stride=2, padding=(1, 2), dilation=(2, 1)), (2, 12, 9, 9)),
+    "Conv2d same": (lambda: nn.Conv2d(6, 5, (2, 3), padding="same", bias=False), (2, 6, 5, 5)),
+    "Conv2d of one channel": (lambda: nn.Conv2d(1, 1, 1), (1, 1, 4, 4)),
+    "Conv3d": (lambda: nn.Conv3d(8, 6, (3, 1, 1), padding=(1, 0, 0)), (2, 8, 5, 4, 6)),
+}
+vnni = pytest.mark.skipif(int8.available() is not None, reason=str(int8.available()))
+
+
+def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots: int = 1, **rewrite: bool) -> tuple[QuantLayer, Tensor]:
+    """A layer of random numbers, and an input whose values reach the ends of its range."""
+    torch.manual_seed(0)
+    module, shape = LAYERS[name][0](), LAYERS[name][1]
+    kind: Any = quantized_class(module)
+    layout = LayerLayout(TensorLayout(*weight), numbers, slots=slots, bias=module.bias is not None, **rewrite)
+    layer: QuantLayer = kind.like(module, layout)
+    quantizer = fit(layout.weight.spec(), module.weight.data)
+    codes = quantizer.codes(module.weight.data).flatten(1)
+    stored = (codes ^ 128).view(torch.int8) if weight[0] == "int8" else pack(codes, quantizer.format.bits)
+    channels, extra = layer._channels(), {}
+    if numbers is not None and not numbers.dynamic:
+        extra["input_scale"] = torch.linspace(3.7, 2.1, slots)[:, None] / (32 if numbers.format == "int6" else 128)
+        if numbers.format == "uint8":
+            extra["input_zero_point"] = torch.linspace(117, 131, slots).round()[:, None]
+    if layout.shift:
+        extra["pre_quant_shift"] = torch.randn(channels).bfloat16() / 2
+    if layout.scale:
+        extra["pre_quant_scale"] = (torch.rand(channels) + 0.5).bfloat16()
+    bias = None if module.bias is None else module.bias.data
+    layer.fill(LayerTensors(stored, quantizer.scale.to(layer.weight_scale.dtype), bias, extra))
+    return layer, torch.randn(shape)
+
+
+def oracle(layer: QuantLayer, x: Tensor) -> Tensor:
+    """What the reference gives; the layer itself is left as it is."""
+    with backend("reference"), torch.no_grad():
+        return copy.deepcopy(layer)(x)
+
+
+def one_code(layer: QuantLayer) -> float:
+    """The most that one input code more or less can move an output: a code at a border between two may go either way."""
+    scale = getattr(layer, "input_scale", None)
+    step = 4 / 127 if scale is None else float(scale.max())
+    return step * float(layer.packed.dequantize().abs().max())
+
+
+CASES = list(itertools.product(LAYERS, WEIGHTS, INPUTS, REWRITES))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "numbers", "rewrite"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+)
+def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, rewrite: str) -> None:
+    if "token" in numbers and "Linear" not in name:
+        pytest.skip("tokens belong to linear layers")
+    layer, x = make(name, weight, INPUTS[numbers], **REWRITES[rewrite])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        here = layer.to(dtype)
+        given = x.to(dtype)
+        expected = oracle(here, given).float()
+        with torch.no_grad():
+            found = here(given)
+        assert found.dtype == dtype and found.shape == expected.shape
+        largest = float(expected.abs().max())
+        rounding = torch.finfo(dtype).eps * largest + 1e-5 * largest
+        if numbers == "float" and not REWRITES[rewrite]:  # weights and products are rounded to the dtype of the input
+            rounding += torch.finfo(dtype).eps * float(oracle(here, given.abs()).float().abs().max()) + 3 * torch.finfo(dtype).eps * largest
+        folded = largest / 64 if here.kernel.name == "onednn int8 from int4" and weight[1].startswith("group") else 0.0
+        error = (found.float() - expected).abs()
+        assert float(error.max()) <= rounding + folded + (0 if numbers == "float" else 2 * one_code(here)), here.kernel.name
+        if numbers != "float":  # codes that go the other way are rare, so most outputs agree to rounding
+            assert float(error.median()) <= rounding + folded / 4
+
+
+def kernels_of(name: str, weight: Any, numbers: str, rewrite: str = "") -> tuple[str, dict[str, str]]:
+    layer, _ = make(name, weight, INPUTS[numbers], **REWRITES[rewrite])
+    kernel, refused = layer.selected
+    return kernel.name, refused
+
+
+@vnni
+def test_the_table_says_what_runs_and_why_the_better_ones_do_not() -> None:
+    assert kernels_of("Linear", ("int8", "channel"), "int8") == ("onednn int8", {})
+    assert kernels_of("Conv3d", ("int6", "channel"), "uint8") == ("onednn int8", {})
+    name, refused = kernels_of("Linear", ("int4", "group-64"), "int8 token")
+    assert name == "onednn int8 from int4" and refused == {"onednn int8": "weights have a scale per group-64"}
+    name, refused = kernels_of("Linear", ("int8", "channel"), "float")
+    assert name == "float products" and refused["onednn int8"] == "the input stays float"
+    name, refused = kernels_of("Conv1d", ("int8", "channel"), "int8")
+    assert name == "float products" and "one-dimensional" in refused["onednn int8"]
+    layer, _ = make("Linear", ("e4m3", "channel"), INPUTS["int8"])
+    assert layer.kernel.name == "reference" and layer.simulated
+    assert set(layer.selected[1]) == {kernel.name for kernel in KERNELS["cpu"]()} and "e4m3" in layer.selected[1]["onednn int8"]
+
+
+def test_only_float_products_of_rounded_inputs_are_called_simulated() -> None:
+    assert make("Conv1d", ("int8", "channel"), INPUTS["int8"])[0].simulated
+    assert not make("Linear", ("int8", "channel"), None)[0].simulated
+    assert make("Linear", ("int8", "channel"), INPUTS["int8"])[0].simulated == (int8.available() is not None)
+
+
+def test_the_backend_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make("Linear", ("int8", "channel"), INPUTS["int8"])
+    with backend("reference"):
+        assert layer.kernel.name == "reference"
+        layer(x)
+    assert layer.kernel.name == "reference"  # prepared inside: it stays until the layer is moved, filled or released
+    layer.release()
+    assert layer.kernel.name != "reference" or int8.available()
+    monkeypatch.setenv("REELQUANT_KERNELS", "reference")
+    assert current_backend() == "reference" and select(layer.operands, "cpu")[0].name == "reference"
+    monkeypatch.setenv("REELQUANT_KERNELS", "fast")
+    with pytest.raises(RecipeError, match="unknown kernels 'fast'"):
+        current_backend()
+    with pytest.raises(RecipeError, match="did you mean 'reference'"), backend("referense"):
+        pass
+
+
+# --- a weight that the kernel has taken over ----------------------------------------------------------------------------------------
+
+
+@vnni
+@pytest.mark.parametrize("name", ["Linear", "Linear without bias", "Conv2d", "Conv3d", "Conv2d of one channel"])
+@pytest.mark.parametrize("weight", [("int8", "channel"), ("int4", "group-64")], ids="-".join)
+def test_a_prepared_layer_saves_copies_and_moves_the_weight_it_was_given(name: str, weight: Any) -> None:
+    layer, x = make(name, weight, INPUTS["int8"], shift=True, scale=True)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    first = layer(x)
+    if weight[0] == "int8" or "Linear" in name:
+        assert layer.weight.untyped_storage().nbytes() == layer.weight.element_size()  # kept once: the kernel has it
+    assert layer.weight.shape == before["weight"].shape and layer.weight.dtype == before["weight"].dtype
+    for other in (layer.state_dict(), copy.deepcopy(layer).state_dict(), layer.to("cpu").state_dict()):
+        assert all(torch.equal(other[key], before[key]) for key in before)
+    layer(x)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(x), first) and twin.number != layer.number
+    assert torch.equal(layer.packed.dequantize(), twin.packed.dequantize())
+    layer.release()
+    assert torch.equal(layer.weight, before["weight"])
+    assert torch.equal(layer(x), first)
+
+
+@vnni
+def test_a_prepared_layer_takes_other_weights() -> None:
+    layer, x = make("Linear", ("int8", "channel"), INPUTS["int8"])
+    before = layer(x)
+    rolled = layer.state_dict() | {"weight": layer.codes.roll(1, 0)}
+    layer.load_state_dict(rolled)
+    after = layer(x)
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, oracle(layer, x), rtol=1e-4, atol=2 * one_code(layer))
+    layer._parameters["weight"] = nn.Parameter(torch.zeros_like(rolled["weight"]), requires_grad=False)  # as offloading does it
+    assert torch.equal(layer(x), layer.bias.expand_as(before))
+
+
+# --- inputs -------------------------------------------------------------------------------------------------------------------------
+
+
+@vnni
+@pytest.mark.parametrize("numbers", ["int8", "uint8"])
+@pytest.mark.parametrize("name", ["Linear", "Conv2d"])
+def test_every_step_has_its_own_scale(name: str, numbers: str) -> None:
+    layer, x = make(name, ("int8", "channel"), INPUTS[numbers], slots=3, shift=True)
+    clock = Clock([900.0, 500.0, 100.0])
+    layer.clock = (clock,)
+    outputs = []
+    for timestep in (100.0, 900.0, 500.0, 100.0):
+        clock.tick(timestep)
+        outputs.append(layer(x))
+        torch.testing.assert_close(outputs[-1], oracle(layer, x), rtol=1e-4, atol=2 * one_code(layer))
+    assert torch.equal(outputs[0], outputs[3]) and not torch.equal(outputs[0], outputs[1])
+
+
+@vnni
+def test_layers_that_read_one_tensor_share_its_codes_until_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    (query, x), (key, _) = (make("Linear", ("int8", "channel"), INPUTS["int8"]) for _ in range(2))
+    encoded: list[Any] = []
+    monkeypatch.setattr(loops, "quantize_rows", _counted(loops.quantize_rows, encoded))
+    assert torch.equal(query(x), key(x)) and len(encoded) == 1
+    key.input_scale *= 2
+    key.release()
+    key(x)
+    assert len(encoded) == 2  # other numbers, other codes
+    before = query(x).clone()
+    x += 1
+    assert not torch.equal(query(x), before)
+    torch.testing.assert_close(query(x), oracle(query, x), rtol=1e-4, atol=2 * one_code(query))
+    with torch.inference_mode():  # tensors there count no versions, so nothing is shared
+        inference = torch.randn(3, 11, 96)
+        before = query(inference).clone()
+        inference += 1
+        assert not torch.equal(query(inference), before)
+
+
+def _counted(loop: Any, calls: list[Any]) -> Any:
+    def run(*arguments: Any) -> None:
+        calls.append(arguments)
+        loop(*arguments)
+
+    return run
+
+
+@vnni
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "Conv3d"])
+def test_layouts_and_empty_inputs(name: str) -> None:
+    layer, x = make(name, ("int8", "channel"), INPUTS["int8"], shift=True)
+    expected = oracle(layer, x)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    variants = [x, x.movedim(1, 0).contiguous().movedim(0, 1), torch.stack([x, x], -1)[..., 0]]
+    variants += [x.contiguous(memory_format=formats[x.ndim])] if x.ndim in formats else []
+    for variant in variants:
+        torch.testing.assert_close(layer(variant), expected, rtol=1e-4, atol=2 * one_code(layer))
+    assert layer(x[:0]).shape == (0, *expected.shape[1:])
+    torch.testing.assert_close(layer(x[:1]), expected[:1], rtol=1e-4, atol=2 * one_code(layer))
+    if name != "Linear":
+        torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-4, atol=2 * one_code(layer))
+
+
+@pytest.mark.parametrize("block", [1, 2, 8, 16, 64, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_of_rotated_rows(block: int, dtype: torch.dtype) -> None:
+    from reelquant.kernels import hadamard
+
+    x = torch.randn(5, 3 * block).to(dtype)
+    codes = torch.zeros(5, 3 * block, dtype=torch.uint8)
+    numbers = (loops.np.float32(value) for value in (20 * block**-0.5, 128, 0, 255))
+    loops.quantize_rows(0, 5, loops.view(x), block, loops.NONE, loops.NONE, *numbers, codes.numpy())
+    exact = hadamard(x.double()) * 20 + 128
+    assert float((codes.double() - exact.clamp(0, 255)).abs().max()) <= 0.5 + 1e-3
+
+
+def test_rows_are_shared_by_threads_and_errors_come_back() -> None:
+    x, codes = torch.randn(512, 256), torch.zeros(512, 256, dtype=torch.uint8)
+    numbers = [loops.np.float32(value) for value in (20, 128, 0, 255)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        loops.spread(loops.quantize_rows, 512, x.numel(), x.numpy(), 1, loops.NONE, loops.NONE, *numbers, codes.numpy())
+        with pytest.raises(ZeroDivisionError):
+            loops.spread(lambda start, stop: (1 // 0) if start else None, 4, loops.SMALL + 1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(codes, (x * 20 + 128).round().clamp(0, 255).to(torch.uint8))
+
+
+@vnni
+def test_threads_that_share_a_matrix_of_bytes_do_not_meet() -> None:
+    pairs = [make("Linear", ("int4", "group-64"), INPUTS["int8"]) for _ in range(2)]
+    pairs[1][0].weight_scale *= 3
+    pairs[1][0].release()
+    expected = [layer(x) for layer, x in pairs]
+    wrong: list[int] = []
+
+    def run(i: int) -> None:
+        layer, x = pairs[i]
+        wrong.extend(i for _ in range(50) if not torch.equal(layer(x), expected[i]))
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# --- compiled graphs ----------------------------------------------------------------------------------------------------------------
+
+
+class Denoiser(nn.Module):
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return F.silu(self.layer(hidden_states)) * 2
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "Conv3d"])
+def test_one_graph_serves_all_steps(name: str) -> None:
+    layer, x = make(name, ("int8", "channel"), INPUTS["int8"], slots=3)
+    model = Denoiser(layer).eval()
+    start_clock(model, Clock([900.0, 500.0, 100.0]), "timestep")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = [model(x, torch.tensor(timestep)) for timestep in (900.0, 500.0, 100.0)]
+    with torch.no_grad():
+        compiled(x, torch.tensor(900.0))
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.no_grad():
+        for timestep, wanted in zip((900.0, 500.0, 100.0), expected, strict=True):
+            assert torch.equal(compiled(x, torch.tensor(timestep)), wanted)
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 700, 500, 64), (2, 1, 513, 1030, 128), (1, 1, 600, 600, 40)])
+def test_attention_is_as_good_as_attention_in_bfloat16(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    batch, heads, queries, keys, head = shape
+    query = torch.randn(batch, queries, heads, head).bfloat16().transpose(1, 2)
+    key, value = (torch.randn(batch, heads, keys, head).bfloat16() for _ in range(2))
+    if (reason := attention.refuses(query, key, value)) is not None:
+        pytest.skip(reason)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    found = attention.attention(query, key, value)
+    written_out = torch.softmax(query @ key.mT * head**-0.5, -1) @ value
+    assert found.shape == exact.shape and found.dtype == torch.bfloat16
+    assert found.transpose(1, 2).is_contiguous()
+    assert float((found - exact).norm()) <= 1.1 * float((written_out - exact).norm())
+    scaled = attention.attention(query, key, value, scale=0.5)
+    exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.5)
+    assert float((scaled - exact).norm() / exact.norm()) < 0.05
+
+
+def test_attention_refuses_what_torch_does_better() -> None:
+    x = torch.randn(1, 2, 1024, 64).bfloat16()
+    assert attention.refuses(x.float(), x.float(), x.float()) == "not bfloat16"
+    assert attention.refuses(x[:, :, :100], x[:, :, :100], x[:, :, :100]) == "too short to gain"
+    assert "heads share keys" in str(attention.refuses(x, x[:, :1], x[:, :1]))
+
+
+def test_a_kernel_is_named_once() -> None:
+    names = [kernel.name for device in KERNELS.values() for kernel in device()]
+    assert len(names) == len(set(names)) and all(isinstance(kernel, Kernel) for device in KERNELS.values() for kernel in device())
+    assert math.isfinite(attention.LEAST) and nibbles.TILE == 64
