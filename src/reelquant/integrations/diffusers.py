@@ -29,10 +29,10 @@ from reelquant.nn import (
     quantized_class,
     quantized_layers,
     set_module,
-    start_attention,
     start_clock,
-    stop_attention,
+    start_runtime,
     stop_clock,
+    stop_runtime,
 )
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class ReelQuantizer(DiffusersQuantizer):
         slots = self.stored.slots
         if slots is not None:
             start_clock(model, Clock(slots.timesteps), slots.argument)
-        start_attention(model)
+        start_runtime(model)
         checked = verify(model, self.stored.checksums)
         _log_proof(model, checked)
 
@@ -172,7 +172,7 @@ class ReelQuantizer(DiffusersQuantizer):
             made = layer.bias is None or layer.bias.dtype == torch.float16  # else the layer had it, and its dtype is the layer's
             set_module(model, name, dequantized(layer, dtype if made else layer.bias.dtype))
         stop_clock(model)
-        stop_attention(model)
+        stop_runtime(model)
         _forget(model, ("quantization_config", "_pre_quantization_dtype"))
         return model
 

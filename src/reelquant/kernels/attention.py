@@ -6,7 +6,10 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+STOCK = F.scaled_dot_product_attention
 
 
 @functools.cache
@@ -27,15 +30,17 @@ def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """``softmax(query key^T * scale) value`` for inputs that :func:`refuses` lets pass; a single node in compiled graphs."""
-    if torch.compiler.is_compiling():
-        return torch.ops.reelquant.attention(query, key, value, scale)
+    """``softmax(query key^T * scale) value`` for inputs that :func:`refuses` lets pass."""
     return ATTENTION[query.device.type]().attention(query, key, value, scale)
 
 
 @torch.library.custom_op("reelquant::attention", mutates_args=())
 def _run(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    return ATTENTION[query.device.type]().attention(query, key, value, scale)
+    """The same as a node of a compiled graph; whether stock attention should compute it is found when it runs."""
+    if refuses(query, key, value) is None:
+        return attention(query, key, value, scale)
+    out = _shape(query, key, value, scale)
+    return out.copy_(STOCK(query, key, value, scale=scale))
 
 
 @_run.register_fake

@@ -1,6 +1,5 @@
 """Layers: quantized replacements of linear and convolution layers, and how they enter a model."""
 
-from reelquant.nn.attention import start_attention, stop_attention
 from reelquant.nn.layers import (
     LAYERS,
     LayerTensors,
@@ -12,6 +11,7 @@ from reelquant.nn.layers import (
     buffer_shapes,
     quantized_class,
 )
+from reelquant.nn.runtime import start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.nn.swap import dequantized, get_module, quantized_layers, set_module, start_clock, stop_clock
 
@@ -31,8 +31,8 @@ __all__ = [
     "quantized_class",
     "quantized_layers",
     "set_module",
-    "start_attention",
     "start_clock",
-    "stop_attention",
+    "start_runtime",
     "stop_clock",
+    "stop_runtime",
 ]

@@ -61,10 +61,12 @@ def _wrap() -> None:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
         **options: Any,
     ) -> Tensor:  # fmt: skip
-        inside = _inside if torch.compiler.is_compiling() else getattr(_thread, "depth", 0) > 0
-        plain = attn_mask is None and not dropout_p and not is_causal and not options.get("enable_gqa")
-        if inside and plain and fast.refuses(query, key, value) is None and current_backend() == "auto":
-            return fast.attention(query, key, value, options.get("scale"))
+        if attn_mask is None and not dropout_p and not is_causal and not options.get("enable_gqa"):
+            if torch.compiler.is_compiling():
+                if _inside and query.ndim == 4 and key.shape[:2] == query.shape[:2]:
+                    return torch.ops.reelquant.attention(query, key, value, options.get("scale"))
+            elif getattr(_thread, "depth", 0) and fast.refuses(query, key, value) is None and current_backend() == "auto":
+                return fast.attention(query, key, value, options.get("scale"))
         return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
     scaled_dot_product_attention.reelquant = True  # type: ignore[attr-defined]

@@ -30,21 +30,21 @@ def number_of(layer: QuantLayer) -> int:
     return new
 
 
-def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock]) -> Tensor:
+def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
     """The layer as one node of a graph."""
     step = [clock[0].slot, clock[0].stored] if clock else []
-    return torch.ops.reelquant.layer(x, step, layer.number)
+    return torch.ops.reelquant.layer(x, step, layer.number, activation)
 
 
 @torch.library.custom_op("reelquant::layer", mutates_args=())
-def _run(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
+def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer = _layers[number]
     slot, exact = (int(step[0]), bool(step[1])) if step else (0, False)
-    return _as_declared(layer, layer.compute(x, slot, exact))
+    return _as_declared(layer, layer.compute(x, slot, exact, activation))
 
 
 @_run.register_fake
-def _shape(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
+def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer = _layers[number]
     return _as_declared(layer, x.new_empty(layer.output_shape(x)))
 

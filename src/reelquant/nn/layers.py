@@ -20,6 +20,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock, keeping_dtype
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
+from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.observe import Geometry
@@ -187,19 +188,29 @@ class QuantLayer(nn.Module):
         self._ready = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return call(self, input, self.clock)
-        return self.compute(input, *(self.clock[0].now() if self.clock else (0, False)))
+        return self.activated(input, "")
 
-    def compute(self, input: Tensor, slot: int, exact: bool) -> Tensor:
+    def activated(self, input: Tensor, activation: str) -> Tensor:
+        """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
+        if torch.compiler.is_compiling():
+            return call(self, input, self.clock, activation)
+        return self.compute(input, *(self.clock[0].now() if self.clock else (0, False)), activation)
+
+    def compute(self, input: Tensor, slot: int, exact: bool, activation: str = "") -> Tensor:
         """The output at a step; ``exact`` if the current timestep is the very one of that slot."""
         if self.layout.table and self.clock:
             if exact:
-                return self._from_table(input, slot)
+                stored = self._from_table(input, slot)
+                return ACTIVATIONS[activation](stored) if activation else stored
             self.clock[0].fall_back()
         if self.layout.slots > 1 and not self.clock:
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
-        return self.prepare().runner(input, slot)
+        runner: Any = self.prepare().runner
+        if not activation:
+            return runner(input, slot)
+        if activation in getattr(runner, "fused", ()):
+            return runner(input, slot, activation)
+        return ACTIVATIONS[activation](runner(input, slot))
 
     def _from_table(self, input: Tensor, slot: int) -> Tensor:
         """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""

@@ -17,7 +17,7 @@ from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import denoiser_of, discover
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import QuantLayer, get_module, set_module, start_attention, start_clock, stop_clock
+from reelquant.nn import QuantLayer, get_module, set_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
 from reelquant.recipes.calibration import Calibration, calibrate
 from reelquant.recipes.plan import Plan, make_plan
@@ -233,7 +233,7 @@ def _finish(session: Session) -> Report:
     _check(session, report, reference)
     _account(session, report, before)
     session.floats, session.norms = {}, {}
-    start_attention(session.denoiser)
+    start_runtime(session.denoiser)
     return report
 
 

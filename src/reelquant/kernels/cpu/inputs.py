@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import weakref
 from typing import Any
@@ -17,7 +18,7 @@ from reelquant.kernels.hadamard import block_size
 from reelquant.kernels.operands import InputNumbers, Operands
 
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
-_last = threading.local()
+_last = threading.local()  # per thread: memory of codes, and whose they are
 
 
 def refuses(operands: Operands) -> str | None:
@@ -80,14 +81,15 @@ class Inputs:
 
     def _encode(self, x: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
         x = readable(x)
-        codes = torch.empty(x.shape, dtype=torch.uint8)
+        memory = _scratch(x.numel()).reshape(x.shape)
+        codes = torch.from_numpy(memory)
         common = (len(x), x.numel(), loops.view(x), self.block, self.multiply, self.add)
         if self.dynamic:
             scales = torch.empty(len(x))
-            loops.spread(loops.quantize_tokens, *common, self.levels, codes.numpy(), scales.numpy())
+            loops.spread(loops.quantize_tokens, *common, self.levels, memory, scales.numpy())
             return codes, scales
         inverse, zero = np.float32(1 / self.scales[index]), np.float32(self.zeros[index])
-        loops.spread(loops.quantize_rows, *common, inverse, zero, self.low, self.high, codes.numpy())
+        loops.spread(loops.quantize_rows, *common, inverse, zero, self.low, self.high, memory)
         return codes, None
 
     def pixels(self, x: Tensor, slot: Any, border: tuple[int, ...]) -> Tensor:
@@ -106,19 +108,22 @@ class Inputs:
         before, after = border[-2::-2] or (0,) * dims, border[::-2] or (0,) * dims
         size = [b + s + a for b, s, a in zip(before, places, after, strict=True)]
         lead = [1] * (3 - dims)
-        codes = torch.empty(x.shape[0], *lead, *size, x.shape[1], dtype=torch.uint8)
+        shape = (x.shape[0], *lead, *size, x.shape[1])
+        memory = _scratch(math.prod(shape)).reshape(shape)
+        codes = torch.from_numpy(memory)
         if any(border):
             codes[:] = self._zero_codes(inverse, zero)
-        offset = np.array([0] * (3 - dims) + list(before))
+        offset = np.array([0] * (3 - dims) + list(before) + [places[-1]])
         last = x.movedim(1, -1)
         if last.is_contiguous():
             loop, data = loops.quantize_pixels, readable(last).view(x.shape[0], *lead, *places, x.shape[1])
+            lines = x.shape[0] * math.prod(places[:-1])
         else:
-            loop, data = loops.quantize_planes, readable(x).view(*x.shape[:2], *lead, *places)
-        lines = x.numel() // max(x.shape[1] * places[-1], 1)
+            loop, data = loops.quantize_planes, readable(x).view(*x.shape[:2], math.prod(places[:-2]), -1)
+            lines = x.shape[0] * math.prod(places[:-2])
         loops.spread(
             loop, lines, x.numel(), loops.view(data), self.multiply, self.add, inverse, np.float32(zero), self.low, self.high, offset,
-            codes.numpy(),
+            memory,
         )  # fmt: skip
         return codes.view(x.shape[0], *size, x.shape[1]).movedim(-1, 1)
 
@@ -131,6 +136,16 @@ class Inputs:
         digest.update(self.multiply.tobytes())
         digest.update(self.add.tobytes())
         return digest.digest()
+
+
+def _scratch(size: int) -> np.ndarray[Any, Any]:
+    """Memory for codes. There is one for each thread, as large as the largest input so far: fresh pages for every layer cost more than
+    the codes that are written to them."""
+    _last.entry = None
+    memory = getattr(_last, "memory", None)
+    if memory is None or memory.size < size:
+        memory = _last.memory = np.empty(size, np.uint8)
+    return memory[:size]
 
 
 def readable(x: Tensor) -> Tensor:

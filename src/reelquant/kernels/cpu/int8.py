@@ -16,6 +16,14 @@ from reelquant.kernels.cpu.inputs import Inputs
 from reelquant.kernels.operands import Operands, PackedWeight, Window
 
 ROWS = 1024  # what oneDNN is told about the number of rows when it chooses a layout; others work as well
+POST: dict[str, tuple[str, str]] = {
+    "": ("none", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+    "silu": ("swish", ""),
+    "relu": ("relu", ""),
+}
+"""Activation -> oneDNN's name of it and of its variant."""
 NATIVE = (torch.float32, torch.bfloat16)  # dtypes that products are written in; others pass through float32
 DIMS = {2: torch.channels_last, 3: torch.channels_last_3d}
 
@@ -70,17 +78,22 @@ class IntegerLinear:
     def _codes(self) -> Tensor:
         return self.packed.to_dense().t().contiguous()
 
-    def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Activations that are applied before the output is written; not where rows are scaled afterwards."""
+        return () if self.inputs.dynamic else tuple(POST)
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
         codes, scales = self.inputs.rows(x, slot)
         if not len(codes):
             return x.new_empty(*x.shape[:-1], self.rows)
-        out = self._product(codes, slot, dtype) if scales is None else self._scaled(codes, scales, dtype)
+        out = self._product(codes, slot, dtype, activation) if scales is None else self._scaled(codes, scales, dtype)
         return out.view(*x.shape[:-1], self.rows).to(x.dtype)
 
-    def _product(self, codes: Tensor, slot: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def _product(self, codes: Tensor, slot: int | Tensor, dtype: torch.dtype, activation: str) -> Tensor:
         scale, zero = self.inputs.step(slot)
-        return self._multiply(codes, scale, zero, self.bias, dtype)
+        return self._multiply(codes, scale, zero, self.bias, dtype, activation)
 
     def _scaled(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """A scale per row: the product is float32, and one more pass scales it, adds the bias and rounds it."""
@@ -90,9 +103,10 @@ class IntegerLinear:
         loops.spread(loops.finish_tokens, len(out), out.numel(), product.numpy(), scales.numpy(), bias, loops.view(out))
         return out
 
-    def _multiply(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return torch.ops.onednn.qlinear_pointwise(
-            codes, scale, zero, self.packed, self.scale, self.zero, bias, 1.0, 0, dtype, "none", [], ""
+    def _multiply(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype, activation: str = "") -> Tensor:
+        name, variant = POST[activation]
+        return torch.ops.onednn.qlinear_pointwise.default(
+            codes, scale, zero, self.packed, self.scale, self.zero, bias, 1.0, 0, dtype, name, [], variant
         )  # fmt: skip
 
 
@@ -129,7 +143,7 @@ class IntegerConvolution:
             padded = F.pad(x, self.window.padding) if any(self.window.padding) else x
             return self.window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
         scale, zero = self.inputs.step(slot)
-        out = torch.ops.onednn.qconv_pointwise(
+        out = torch.ops.onednn.qconv_pointwise.default(
             self.inputs.pixels(batched, slot, self.border), scale, zero, self.packed, self.scale, self.zero, self.bias,
             list(self.window.stride), self.padding, list(self.window.dilation), 1, 1.0, 0, dtype, "none", [], "",
         )  # fmt: skip

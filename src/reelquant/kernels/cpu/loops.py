@@ -19,6 +19,7 @@ from numba.extending import overload
 from torch import Tensor
 
 SMALL = 1 << 16  # elements below which a second thread costs more than it saves
+PIECE = 256  # places of a plane whose codes are turned to channels last at a time
 LANES = 16  # float32 numbers in the widest vector register
 NONE = np.empty(0, np.float32)  # a vector that is not there
 
@@ -27,9 +28,8 @@ _exact: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract",
 
 
 def view(x: Tensor) -> np.ndarray[Any, Any]:
-    """A tensor as numpy sees it: the same memory, bfloat16 as uint16."""
-    x = x.detach()
-    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+    """A tensor as numpy sees it: the same memory, bfloat16 as int16."""
+    return x.detach().view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.detach().numpy()
 
 
 def spread(loop: Callable[..., None], rows: int, elements: int, *arguments: Any) -> None:
@@ -59,12 +59,12 @@ def _read(row: Any, buffer: Any) -> None:
 
 @overload(_read, jit_options=_exact)
 def _read_of(row: Any, buffer: Any) -> Any:
-    if row.dtype == numba.types.uint16:
+    if row.dtype == numba.types.int16:
 
         def from_bfloat16(row: Any, buffer: Any) -> None:
             bits = buffer.view(np.uint32)
             for j in range(row.shape[0]):
-                bits[j] = np.uint32(row[j]) << np.uint32(16)
+                bits[j] = np.uint32(np.uint16(row[j])) << np.uint32(16)
 
         return from_bfloat16
 
@@ -81,12 +81,12 @@ def _write(buffer: Any, row: Any) -> None:
 
 @overload(_write, jit_options=_exact)
 def _write_of(buffer: Any, row: Any) -> Any:
-    if row.dtype == numba.types.uint16:
+    if row.dtype == numba.types.int16:
 
         def to_bfloat16(buffer: Any, row: Any) -> None:
             bits = buffer.view(np.uint32)
             for j in range(row.shape[0]):
-                row[j] = np.uint16((bits[j] + np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+                row[j] = np.int16((bits[j] + np.uint32(0x7FFF) + ((bits[j] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
         return to_bfloat16
 
@@ -97,38 +97,69 @@ def _write_of(buffer: Any, row: Any) -> Any:
     return to_float32
 
 
+def _sylvester(size: int) -> np.ndarray[Any, Any]:
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return np.ascontiguousarray(matrix)
+
+
+SIGNS = _sylvester(LANES)
+
+
 @numba.njit(**_exact)
 def _rotate(buffer: Any, spare: Any, block: int) -> None:
     """Hadamard transform of every block of the buffer, without its factor ``1 / sqrt(block)``.
 
-    Levels that mix neighbours closer than a vector register run on the transposed buffer, where they are far apart.
+    Levels that mix neighbours within a vector register are one product with a matrix of signs; wider ones are butterflies. Loops run
+    over axes of reshaped arrays: with sums as indices numba would look for negative ones, and nothing would be vectorised.
     """
-    size = buffer.shape[0]
-    lanes = min(block, LANES)
-    width = lanes
-    while width < block:
-        _butterflies(buffer, width)
-        width *= 2
-    rows = size // lanes
-    for h in range(rows):
-        for j in range(lanes):
-            spare[j * rows + h] = buffer[h * lanes + j]
-    width = rows
-    while width < size:
-        _butterflies(spare, width)
-        width *= 2
-    for h in range(rows):
-        for j in range(lanes):
-            buffer[h * lanes + j] = spare[j * rows + h]
+    if block < LANES:
+        width = 1
+        while width < block:
+            _butterflies(buffer.reshape((-1, 2, width)))
+            width *= 2
+        return
+    _mix(buffer.reshape((-1, LANES)), SIGNS, spare.reshape((-1, LANES)))
+    width = LANES
+    while width * 4 <= block:
+        _double_butterflies(spare.reshape((-1, 4, width)))
+        width *= 4
+    if width < block:
+        _butterflies(spare.reshape((-1, 2, width)))
+    for j in range(buffer.shape[0]):
+        buffer[j] = spare[j]
 
 
 @numba.njit(**_exact)
-def _butterflies(buffer: Any, width: int) -> None:
-    for start in range(0, buffer.shape[0], 2 * width):
-        left, right = buffer[start : start + width], buffer[start + width : start + 2 * width]
-        for j in range(width):
-            a, b = left[j], right[j]
-            left[j], right[j] = a + b, a - b
+def _mix(x: Any, signs: Any, out: Any) -> None:
+    for i in range(x.shape[0]):
+        a, b, c, d, e, f, g, h = x[i, 0], x[i, 1], x[i, 2], x[i, 3], x[i, 4], x[i, 5], x[i, 6], x[i, 7]
+        for j in range(LANES):
+            left = (a * signs[0, j] + b * signs[1, j]) + (c * signs[2, j] + d * signs[3, j])
+            out[i, j] = left + ((e * signs[4, j] + f * signs[5, j]) + (g * signs[6, j] + h * signs[7, j]))
+        a, b, c, d, e, f, g, h = x[i, 8], x[i, 9], x[i, 10], x[i, 11], x[i, 12], x[i, 13], x[i, 14], x[i, 15]
+        for j in range(LANES):
+            left = (a * signs[8, j] + b * signs[9, j]) + (c * signs[10, j] + d * signs[11, j])
+            out[i, j] += left + ((e * signs[12, j] + f * signs[13, j]) + (g * signs[14, j] + h * signs[15, j]))
+
+
+@numba.njit(**_exact)
+def _butterflies(x: Any) -> None:
+    for i in range(x.shape[0]):
+        for j in range(x.shape[2]):
+            a, b = x[i, 0, j], x[i, 1, j]
+            x[i, 0, j], x[i, 1, j] = a + b, a - b
+
+
+@numba.njit(**_exact)
+def _double_butterflies(x: Any) -> None:
+    """Two levels in one pass."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[2]):
+            a, b = x[i, 0, j] + x[i, 1, j], x[i, 0, j] - x[i, 1, j]
+            c, d = x[i, 2, j] + x[i, 3, j], x[i, 2, j] - x[i, 3, j]
+            x[i, 0, j], x[i, 1, j], x[i, 2, j], x[i, 3, j] = a + c, b + d, a - c, b - d
 
 
 @numba.njit(**_exact)
@@ -153,7 +184,7 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
     """``codes[i, j] = clamp(round((rotate(x[i])[j] * multiply[j] + add[j]) * inverse + zero), low, high)``.
 
     Args:
-        x: ``[rows, channels]`` float32, or bfloat16 as uint16.
+        x: ``[rows, channels]`` float32, or bfloat16 as int16.
         block: width of the rotated blocks, 1 for no rotation; its factor is in ``multiply`` or ``inverse``.
         multiply, add: ``[channels]`` float32, or empty.
         codes: ``[rows, channels]`` uint8, written.
@@ -195,31 +226,30 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
     """Channels first to channels last, into the inside of a padded tensor.
 
     Args:
-        start, stop: rows of ``N * D * H``.
-        x: ``[N, C, D, H, W]``.
-        offset: ``[3]``, where the inside begins along depth, height and width.
+        start, stop: planes of ``N * D``.
+        x: ``[N, C, D, H * W]``.
+        offset: ``[4]``, where the inside begins along depth, height and width, and the inside's width.
         codes: ``[N, D', H', W', C]`` uint8, written.
     """
-    channels, depth, height, width = x.shape[1:]
-    buffer = np.empty(width, np.float32)
+    channels, depth, places = x.shape[1:]
+    width = offset[3]
     affine = multiply.shape[0] > 0
-    line = np.empty(width, np.uint8)
-    for row in range(start, stop):
-        n, d, h = row // (depth * height), row // height % depth, row % height
-        target = codes[n, d + offset[0], h + offset[1]]
-        for c in range(channels):
-            _read(x[n, c, d, h], buffer)
-            if affine:
-                _encode_with(buffer, multiply[c] * inverse, add[c] * inverse + zero, low, high, line)
-            else:
-                _encode(buffer, inverse, zero, low, high, line)
-            for w in range(width):
-                target[w + offset[2], c] = line[w]
-
-
-@numba.njit(**_exact)
-def _encode_with(buffer: Any, multiply: Any, add: Any, low: Any, high: Any, codes: Any) -> None:
-    _encode(buffer, multiply, add, low, high, codes)
+    piece = min(places, PIECE)
+    buffer, lines = np.empty(piece, np.float32), np.empty((channels, piece), np.uint8)
+    for plane in range(start, stop):
+        n, d = plane // depth, plane % depth
+        target = codes[n, d + offset[0]]
+        for first in range(0, places, piece):
+            count = min(piece, places - first)
+            for c in range(channels):
+                _read(x[n, c, d, first : first + count], buffer[:count])
+                slope, level = (multiply[c] * inverse, add[c] * inverse + zero) if affine else (inverse, zero)
+                _encode(buffer[:count], slope, level, low, high, lines[c])
+            for p in range(count):
+                h, w = (first + p) // width, (first + p) % width
+                pixel = target[h + offset[1], w + offset[2]]
+                for c in range(channels):
+                    pixel[c] = lines[c, p]
 
 
 @numba.njit(**_exact)

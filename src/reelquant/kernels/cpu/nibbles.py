@@ -54,14 +54,14 @@ class NibbleLinear(int8.IntegerLinear):
     def _codes(self) -> Tensor:
         return _untiled(self.nibbles, self.rows, self.width)
 
-    def _multiply(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _multiply(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype, activation: str = "") -> Tensor:
         work = self.workspace
         with work.lock:
             tiles = len(self.nibbles)
             loops.spread(loops.fill_tiles, tiles, work.bytes.size, self.nibbles.numpy(), self.folded.numpy(), work.bytes, work.sums)
             self.packed = work.packed
             try:
-                return super()._multiply(codes, scale, zero, bias, dtype)
+                return super()._multiply(codes, scale, zero, bias, dtype, activation)
             finally:
                 del self.packed
 

@@ -1,0 +1,78 @@
+"""Activations that follow a quantized layer at once are computed while its output is still in registers.
+
+Which modules are "a layer, then an activation" is found by trying: a module whose only parameters are those of one quantized linear layer
+is called with a few numbers, and if its answer is an activation of the layer's answer, that is what it is. No class is listed by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.kernels.activations import ACTIVATIONS
+from reelquant.nn.layers import QuantLayer, QuantLinear
+
+MARK = "Fused"
+
+
+def fuse_activations(model: nn.Module) -> list[str]:
+    """Fuse every layer with the activation that follows it inside of the same module; names of those modules."""
+    found = []
+    for name, module in model.named_modules():
+        child = _only_layer(module)
+        if child is not None and (activation := _activation(module, child[1])) is not None:
+            _fuse(module, child[0], activation)
+            found.append(name)
+    return found
+
+
+def part_activations(model: nn.Module) -> None:
+    """Undo :func:`fuse_activations`."""
+    for module in model.modules():
+        if type(module).__name__.startswith(MARK):
+            module.__class__ = type(module).__mro__[1]
+
+
+def _only_layer(module: nn.Module) -> tuple[str, QuantLinear] | None:
+    """The one quantized linear layer that a module holds, if it holds nothing else that has numbers."""
+    if isinstance(module, QuantLayer) or type(module).__name__.startswith(MARK):
+        return None
+    children = [(name, child) for name, child in module.named_children() if isinstance(child, QuantLinear)]
+    if len(children) != 1 or children[0][1].weight.device.type == "meta":
+        return None
+    own = {id(tensor) for tensor in (*children[0][1].parameters(), *children[0][1].buffers())}
+    return children[0] if all(id(tensor) in own for tensor in (*module.parameters(), *module.buffers())) else None
+
+
+@torch.no_grad()
+def _activation(module: nn.Module, layer: QuantLinear) -> str | None:
+    """The activation that a module applies to its layer's output, or None if it does something else."""
+    seen: list[tuple[Any, Tensor]] = []
+    handle = layer.register_forward_hook(lambda layer, args, output: seen.append((args, output)))
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight.device)
+    x = x if layer.bias is None else x.to(layer.bias.dtype)
+    try:
+        answer = module(x)
+    except Exception:  # a module that wants something else than one tensor
+        return None
+    finally:
+        handle.remove()
+    if len(seen) != 1 or not seen[0][0] or not torch.equal(seen[0][0][0], x) or not isinstance(answer, Tensor):
+        return None
+    output = seen[0][1]
+    fitting = (name for name, function in ACTIVATIONS.items() if torch.equal(function(output), answer))
+    return next(fitting, None) if bool((output != 0).any()) else None
+
+
+def _fuse(module: nn.Module, name: str, activation: str) -> None:
+    kind = type(module)
+
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = getattr(self, name)
+        if args or kwargs or not isinstance(layer, QuantLinear) or self.training:  # adapters wrap the layer and come in between
+            return kind.forward(self, hidden_states, *args, **kwargs)
+        return layer.activated(hidden_states, activation)
+
+    module.__class__ = type(MARK + kind.__name__, (kind,), {"forward": forward})
