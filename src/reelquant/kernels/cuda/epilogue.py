@@ -1,0 +1,87 @@
+"""Functions that run inside of kernels: activations, rounding to codes, and everything between an accumulator and its output."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+
+# 1.5 * 2^23: adding it to a float32 below 2^22 leaves no bits behind the point, so the hardware's own rounding (nearest, ties to even)
+# does the work, and the low byte of the sum is the integer in two's complement.
+_ROUNDING = tl.constexpr(12582912.0)
+_LARGEST_E4M3 = tl.constexpr(448.0)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """One of ``ACTIVATIONS`` on float32. gelu_tanh is written with a sigmoid: ``(1 + tanh(u)) / 2 = sigmoid(2 u)``."""
+    if KIND == 1:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == 2:
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == 3:
+        x = x * tl.sigmoid(x)
+    return x
+
+
+@triton.jit
+def to_int8(x):
+    """Nearest integer, ties to even, saturated to -128 .. 127. NaN has no code and becomes any."""
+    x = tl.minimum(tl.maximum(x, -128.0), 127.0)
+    return (x + _ROUNDING).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def to_codes(x, CODES: tl.constexpr):
+    """Float32 units to codes of the element type ``CODES``: int8 or e4m3, both saturating."""
+    if CODES == tl.int8:
+        return to_int8(x)
+    else:
+        return tl.minimum(tl.maximum(x, -_LARGEST_E4M3), _LARGEST_E4M3).to(tl.float8e4nv)
+
+
+@triton.jit
+def of_slot(table, slot):
+    """The scale of the current step, read on the device: the host never waits for the clock."""
+    if slot is not None:
+        return tl.load(table + tl.load(slot))
+    else:
+        return tl.load(table)
+
+
+@triton.jit
+def finish(
+    product, row, column, rows, columns,
+    input_scale, input_zero_point, slot, weight_scale, weight_sums, bias, output_scale,
+    PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
+    """Float32 ``[rows, columns]`` of an accumulator tile: zero point, scales and bias.
+
+    With int8 codes ``c = q - 128`` of affine inputs, ``sum (q - z) w = sum c w + (128 - z) sum w``: one multiplication per output.
+    """
+    value = product.to(tl.float32)
+    if input_zero_point is not None:
+        sums = tl.load(weight_sums + column, mask=column < columns, other=0.0)
+        value += (128.0 - of_slot(input_zero_point, slot)) * sums[None, :]
+    if PER_TOKEN:
+        value *= tl.load(input_scale + row, mask=row < rows, other=0.0)[:, None]
+    else:
+        value *= of_slot(input_scale, slot)
+    if PER_CHANNEL:
+        value *= tl.load(weight_scale + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    else:
+        value *= tl.load(weight_scale).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    return value
+
+
+@triton.jit
+def emit(value, output_scale, slot, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
+    """Activation and, if the next layer's static scale is given, rounding to its codes; else the float output."""
+    value = activate(value, ACTIVATION)
+    if output_scale is not None:
+        return to_codes(value * (1.0 / of_slot(output_scale, slot)), TYPE)
+    else:
+        return value.to(TYPE)
