@@ -51,29 +51,55 @@ def of_slot(table, slot):
 
 
 @triton.jit
-def finish(
-    product, row, column, rows, columns,
-    input_scale, input_zero_point, slot, weight_scale, weight_sums, bias, output_scale,
+def place(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Row and column tile of this program. ``GROUP`` row tiles are walked together, so that programs that run at the same time read
+    the same few tiles of both operands and find them in the level-2 cache."""
+    many_m, many_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    program = tl.program_id(0)
+    first = program // (GROUP * many_n) * GROUP
+    high = tl.minimum(many_m - first, GROUP)
+    inner = program % (GROUP * many_n)
+    return first + inner % high, inner // high
+
+
+@triton.jit
+def scaled(
+    product, row, column, rows, columns, input_scale, input_zero_point, slot, weight_scale, weight_sums,
     PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
-    """Float32 ``[rows, columns]`` of an accumulator tile: zero point, scales and bias.
+    """Float32 values of an accumulator tile ``[BLOCK_M, BLOCK_N]``.
 
-    With int8 codes ``c = q - 128`` of affine inputs, ``sum (q - z) w = sum c w + (128 - z) sum w``: one multiplication per output.
+    With int8 codes ``c = q - 128`` of affine inputs, ``sum (q - z) w = sum c w + (128 - z) sum w``, exact in int32.
     """
-    value = product.to(tl.float32)
     if input_zero_point is not None:
-        sums = tl.load(weight_sums + column, mask=column < columns, other=0.0)
-        value += (128.0 - of_slot(input_zero_point, slot)) * sums[None, :]
+        sums = tl.load(weight_sums + column, mask=column < columns, other=0)
+        product += ((128 - of_slot(input_zero_point, slot).to(tl.int32)) * sums)[None, :]
+    value = product.to(tl.float32)
+    if PER_CHANNEL:
+        scale = tl.load(weight_scale + column, mask=column < columns, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(weight_scale).to(tl.float32)
     if PER_TOKEN:
         value *= tl.load(input_scale + row, mask=row < rows, other=0.0)[:, None]
-    else:
-        value *= of_slot(input_scale, slot)
-    if PER_CHANNEL:
-        value *= tl.load(weight_scale + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    else:
-        value *= tl.load(weight_scale).to(tl.float32)
+    elif input_scale is not None:
+        scale *= of_slot(input_scale, slot)
+    return value * scale[None, :] if PER_CHANNEL else value * scale
+
+
+@triton.jit
+def added(value, row, column, rows, columns, bias, down, up, down_stride, up_stride, rank, RANK: tl.constexpr):
+    """Bias and the low-rank term ``down @ up^T`` on top of a tile; ``RANK``: the rank, padded to a power of two the tensor cores take."""
     if bias is not None:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    if RANK > 0:
+        index = tl.arange(0, RANK)
+        left = tl.load(
+            down + row.to(tl.int64)[:, None] * down_stride + index[None, :], mask=(row < rows)[:, None] & (index < rank)[None, :], other=0.0
+        )
+        right = tl.load(
+            up + column[None, :] * up_stride + index[:, None], mask=(column < columns)[None, :] & (index < rank)[:, None], other=0.0
+        )
+        value = tl.dot(left, right, value)
     return value
 
 
