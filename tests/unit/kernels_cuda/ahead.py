@@ -1,0 +1,123 @@
+"""Compile kernels for a GPU that is not here: ``python -m tests.unit.kernels_cuda.ahead 90 gemm`` prints one line per kernel and tile.
+
+Triton's compiler needs no device, only the name of a target. Launches are replaced by compilations, and every tile configuration that
+tuning would try is compiled, so the whole path runs except for the kernel itself. Columns: kernel, tile, registers, bytes of local
+memory per thread (spills), bytes of shared memory, tensor-core instructions (``wgmma`` on Hopper, ``mma`` before).
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SHARED = {80: 163_840, 89: 101_376, 90: 232_448}  # bytes a block may have; a larger tile is skipped by tuning on that chip
+
+
+class AbsentDevice:
+    """As much of a driver as compilation asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def resources(kernel: Any) -> tuple[int, int]:
+    """Registers and bytes of local memory per thread, as the assembler counted them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (re.search(rf"{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL"))
+    assert registers and stack and local, usage
+    return int(registers[1]), int(stack[1]) + int(local[1])
+
+
+def describe(name: str, kernel: Any, note: str) -> str:
+    """One line about a compiled kernel."""
+    registers, local = resources(kernel)
+    found = sorted(set(re.findall(r"\b(wgmma\.mma_async|mma)\.sync\.aligned\.(m\w+)\.(?:row\.col\.)?([\w.]+)", kernel.asm["ptx"])))
+    products = " ".join(f"{kind}.{shape}.{types}" for kind, shape, types in found) or "-"
+    return f"{name} {note} registers={registers} local={local} shared={kernel.metadata.shared} {products}"
+
+
+def compile_instead(capability: int) -> None:
+    """From here on a launch compiles and prints."""
+    driver.set_active(AbsentDevice(capability))
+    torch.cuda.get_device_capability = lambda *_: divmod(capability, 10)
+    original = JITFunction.run
+
+    def compiled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        grid, _ = kwargs.pop("grid"), kwargs.pop("warmup")
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        note = ",".join(str(kwargs[key]) for key in kwargs if key.startswith("BLOCK")) + f" warps={kernel.metadata.num_warps}"
+        fits = "" if kernel.metadata.shared <= SHARED[capability] else " (too much shared memory: skipped)"
+        print(describe(self.__name__, kernel, note) + fits, flush=True)  # noqa: T201
+        return kernel
+
+    def every_tile(self: Any, *args: Any, **kwargs: Any) -> None:
+        for config in self.configs:
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    JITFunction.run, Autotuner.run = compiled, every_tile
+
+
+def quantize(capability: int) -> None:
+    """Static and dynamic, with and without the long chain of stages."""
+    from reelquant.kernels.cuda.launch import FP8
+    from reelquant.kernels.cuda.quantize import quantize_per_token, quantize_static
+
+    x, one = torch.zeros(64, 1536, dtype=torch.bfloat16), torch.ones(1, 1)
+    quantize_static(x, one)
+    quantize_static(x, one.expand(4, 1).contiguous(), torch.tensor(1), norm="layer", modulation_scale=x[:2], modulation_shift=x[:2])
+    quantize_static(torch.zeros(64, 17920, dtype=torch.bfloat16), one, activation="gelu_tanh", gate="last", pre_shift=torch.zeros(8960))
+    if capability >= 89:
+        quantize_per_token(x, norm="rms", norm_weight=x[0], dtype=FP8)
+
+
+def gemm(capability: int) -> None:
+    """int8 with the full epilogue, and float8."""
+    from reelquant.kernels.cuda.gemm import linear_8bit
+    from reelquant.kernels.cuda.launch import FP8
+
+    x, weight, one = torch.zeros(4096, 1536, dtype=torch.int8), torch.zeros(1536, 1536, dtype=torch.int8), torch.ones(1, 1)
+    scale = torch.ones(1536).bfloat16()
+    linear_8bit(x, weight, one, scale, bias=scale)
+    factor = torch.zeros(4096, 32).bfloat16()
+    linear_8bit(x, weight, torch.ones(4096), scale, bias=scale, activation="gelu_tanh", down=factor, up=factor[:1536])
+    if capability >= 89:
+        linear_8bit(x.to(FP8), weight.to(FP8), torch.ones(4096), scale, bias=scale)
+
+
+PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm)}
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    compile_instead(capability)
+    for name in sys.argv[2:] or PARTS:
+        PARTS[name](capability)
+
+
+if __name__ == "__main__":
+    main()
