@@ -109,7 +109,18 @@ def gemm(capability: int) -> None:
         linear_8bit(x.to(FP8), weight.to(FP8), torch.ones(4096), scale, bias=scale)
 
 
-PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm)}
+def attention(capability: int) -> None:
+    """Heads of 64 and 128, a partial last tile, 16-bit and float8 values."""
+    from reelquant.kernels.cuda.attention import attention_8bit
+
+    for width in (64, 128):
+        q = torch.zeros(1, 12, 1000, width, dtype=torch.bfloat16)
+        attention_8bit(q, q, q)
+        if capability >= 89:
+            attention_8bit(q, q, q, float8_values=True)
+
+
+PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm, attention)}
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Triton's interpreter, made to round as the hardware does.
 
-As of triton 3.7 the interpreter truncates float32 to bfloat16, loses the carry when it rounds to float8, and multiplies the bit patterns
-of bfloat16 tiles. The tests replace these two functions by torch's conversions and by products in float32 (exact for 8-bit codes: a
+As of triton 3.7 the interpreter truncates float32 to bfloat16, loses the carry when it rounds to float8, takes integers for the bits of
+a bfloat16, and multiplies the bit patterns of bfloat16 tiles. The tests replace these functions by torch's conversions and by products in float32 (exact for 8-bit codes: a
 tile's sums stay below 2^24).
 """
 
@@ -42,7 +42,17 @@ def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_impreci
     return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
+def signed_to_float(self: Any, source: Any, target: Any) -> Any:
+    """Integers to floats; to bfloat16 through float32."""
+    scalar = target.scalar if hasattr(target, "scalar") else target
+    data = source.data.astype(np.float32)
+    if scalar == tl.bfloat16:
+        return interpreter.TensorHandle(convert(data, tl.float32, tl.bfloat16, None), tl.bfloat16)
+    return self.cast_impl(source, target)
+
+
 def install() -> None:
-    """Replace both for this process."""
+    """Replace them for this process."""
+    interpreter.InterpreterBuilder.create_si_to_fp = signed_to_float
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot

@@ -69,21 +69,21 @@ def scaled(
 ):  # fmt: skip
     """Float32 values of an accumulator tile ``[BLOCK_M, BLOCK_N]``.
 
-    With int8 codes ``c = q - 128`` of affine inputs, ``sum (q - z) w = sum c w + (128 - z) sum w``, exact in int32.
+    With int8 codes ``c = q - 128`` of affine inputs, ``sum (q - z) w = sum c w + (128 - z) sum w``, exact where both sums are int32.
     """
     if input_zero_point is not None:
         sums = tl.load(weight_sums + column, mask=column < columns, other=0)
-        product += ((128 - of_slot(input_zero_point, slot).to(tl.int32)) * sums)[None, :]
+        product += ((128.0 - of_slot(input_zero_point, slot)).to(sums.dtype) * sums)[None, :]
     value = product.to(tl.float32)
-    if PER_CHANNEL:
-        scale = tl.load(weight_scale + column, mask=column < columns, other=0.0).to(tl.float32)
-    else:
-        scale = tl.load(weight_scale).to(tl.float32)
     if PER_TOKEN:
         value *= tl.load(input_scale + row, mask=row < rows, other=0.0)[:, None]
     elif input_scale is not None:
-        scale *= of_slot(input_scale, slot)
-    return value * scale[None, :] if PER_CHANNEL else value * scale
+        value *= of_slot(input_scale, slot)
+    if PER_CHANNEL:
+        value *= tl.load(weight_scale + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+    elif weight_scale is not None:
+        value *= tl.load(weight_scale).to(tl.float32)
+    return value
 
 
 @triton.jit
