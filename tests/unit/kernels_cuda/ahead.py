@@ -120,7 +120,30 @@ def attention(capability: int) -> None:
             attention_8bit(q, q, q, float8_values=True)
 
 
-PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm, attention)}
+def gemm_grouped(capability: int) -> None:
+    """4-bit weights with both kinds of inputs, 8-bit weights with floats."""
+    del capability
+    from reelquant.kernels.cuda.gemm_grouped import linear_w4a8, linear_w4a16, linear_w8a16
+
+    x, scale, one = torch.zeros(4096, 1536, dtype=torch.int8), torch.ones(24, 1536).bfloat16(), torch.ones(1, 1)
+    linear_w4a8(x, x[:1536, :768].contiguous(), scale, one)
+    linear_w4a16(x.bfloat16(), x[:1536, :768].contiguous(), scale)
+    linear_w8a16(x.bfloat16(), x[:1536], scale[0])
+
+
+def conv(capability: int) -> None:
+    """3x3 with a shifted border, and 3x1x1 in float8."""
+    from reelquant.kernels.cuda.conv import convolution_8bit
+    from reelquant.kernels.cuda.launch import FP8
+
+    x, one, ones = torch.zeros(2, 8, 32, 32, 320, dtype=torch.int8).movedim(-1, 1), torch.ones(1, 1), [1, 1, 1]
+    weight, zeros = torch.zeros(320, 1, 3, 3, 320, dtype=torch.int8), torch.zeros(1, 320, dtype=torch.int8)
+    convolution_8bit(x, weight, one, torch.ones(320), ones, [0, 1, 1], ones, pad_codes=zeros)
+    if capability >= 89:
+        convolution_8bit(x.to(FP8), weight[:, :, 1:2, 1:2].contiguous().to(FP8), one, torch.ones(320), ones, [0, 0, 0], ones)
+
+
+PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm, gemm_grouped, conv, attention)}
 
 
 def main() -> None:

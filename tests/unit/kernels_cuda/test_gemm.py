@@ -104,6 +104,14 @@ def test_shifted_and_unsigned_codes_agree() -> None:
     assert torch.equal(*both) and torch.equal(both[0].double().cpu(), exact(q, weight, 1.0, one[0], zero=200.0)[0])
 
 
+def test_a_table_of_one_row_holds_for_every_slot() -> None:
+    x, weight, one = codes(3, 8), codes(4, 8), torch.ones(1, 1, device=DEVICE)
+    table = torch.tensor([[9.0], [9.0], [0.25]], device=DEVICE)
+    many = linear_8bit(x, weight, one, one[0], torch.tensor(2, device=DEVICE), output_scale=table, out_dtype=torch.int8)
+    assert torch.equal(many, linear_8bit(x, weight, one, one[0], output_scale=table[2:], out_dtype=torch.int8))
+    assert (many != linear_8bit(x, weight, one, one[0], output_scale=table[:1], out_dtype=torch.int8)).any()
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, FP8])
 def test_codes_for_the_next_layer(dtype: torch.dtype) -> None:
     x, weight, scale = codes(21, 64), codes(37, 64), torch.tensor([[2**-10]], device=DEVICE)

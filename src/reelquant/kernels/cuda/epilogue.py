@@ -42,10 +42,10 @@ def to_codes(x, CODES: tl.constexpr):
 
 
 @triton.jit
-def of_slot(table, slot):
-    """The scale of the current step, read on the device: the host never waits for the clock."""
+def of_slot(table, slot, slots):
+    """The scale of the current step, read on the device: the host never waits for the clock. A table of one row holds for all steps."""
     if slot is not None:
-        return tl.load(table + tl.load(slot))
+        return tl.load(table + tl.minimum(tl.load(slot), slots - 1))
     else:
         return tl.load(table)
 
@@ -64,7 +64,7 @@ def place(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl
 
 @triton.jit
 def scaled(
-    product, row, column, rows, columns, input_scale, input_zero_point, slot, weight_scale, weight_sums,
+    product, row, column, rows, columns, input_scale, input_zero_point, slot, slots, weight_scale, weight_sums,
     PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
     """Float32 values of an accumulator tile ``[BLOCK_M, BLOCK_N]``.
@@ -73,12 +73,12 @@ def scaled(
     """
     if input_zero_point is not None:
         sums = tl.load(weight_sums + column, mask=column < columns, other=0)
-        product += ((128.0 - of_slot(input_zero_point, slot)).to(sums.dtype) * sums)[None, :]
+        product += ((128.0 - of_slot(input_zero_point, slot, slots)).to(sums.dtype) * sums)[None, :]
     value = product.to(tl.float32)
     if PER_TOKEN:
         value *= tl.load(input_scale + row, mask=row < rows, other=0.0)[:, None]
     elif input_scale is not None:
-        value *= of_slot(input_scale, slot)
+        value *= of_slot(input_scale, slot, slots)
     if PER_CHANNEL:
         value *= tl.load(weight_scale + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     elif weight_scale is not None:
@@ -104,10 +104,10 @@ def added(value, row, column, rows, columns, bias, down, up, down_stride, up_str
 
 
 @triton.jit
-def emit(value, output_scale, slot, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
+def emit(value, output_scale, slot, slots, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
     """Activation and, if the next layer's static scale is given, rounding to its codes; else the float output."""
     value = activate(value, ACTIVATION)
     if output_scale is not None:
-        return to_codes(value * (1.0 / of_slot(output_scale, slot)), TYPE)
+        return to_codes(value * (1.0 / of_slot(output_scale, slot, slots)), TYPE)
     else:
         return value.to(TYPE)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reelquant.kernels.cuda import launch
 from reelquant.kernels.cuda.epilogue import ACTIVATIONS, added, emit, place, scaled
-from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_table, check_vector, choose, require, rows_of
+from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_table, check_vector, choose, require, rows_of, slots_of
 
 DEPTH_TILE = 128  # bytes: one line of the level-2 cache, and the widest swizzle of shared memory
 DEEPEST = 65535  # twice depth * 128 * 128 stays below 2^31: product and zero-point correction together
@@ -40,7 +40,8 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 2}
 def _product(
     codes, weight, out, rows, columns, depth, size,
     row_stride, depth_stride, weight_row_stride, weight_depth_stride, out_stride,
-    input_scale, input_zero_point, slot, weight_scale, weight_sums, bias, down, up, down_stride, up_stride, rank, output_scale,
+    input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias, down, up, down_stride, up_stride, rank,
+    output_scale, output_slots,
     ACTIVATION: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -66,10 +67,10 @@ def _product(
         left += BLOCK_K * depth_stride
         right += BLOCK_K * weight_depth_stride
     value = scaled(
-        product, row, column, rows, columns, input_scale, input_zero_point, slot, weight_scale, weight_sums, PER_TOKEN, PER_CHANNEL
+        product, row, column, rows, columns, input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, PER_TOKEN, PER_CHANNEL
     )
     value = added(value, row, column, rows, columns, bias, down, up, down_stride, up_stride, rank, RANK)
-    value = emit(value, output_scale, slot, ACTIVATION, out.dtype.element_ty)
+    value = emit(value, output_scale, slot, output_slots, ACTIVATION, out.dtype.element_ty)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], value, mask=inside)
 
@@ -156,14 +157,15 @@ def run(
     check_vector(bias, columns, "bias")
     check_output(output_scale, slot, out.dtype)
     per_token, rank = check_input_scale(input_scale, slot, rows), check_low_rank(down, up, rows, columns)
-    kind = choose(ACTIVATIONS, activation, "activation")
+    kind, slots = choose(ACTIVATIONS, activation, "activation"), slots_of(None if per_token else input_scale, input_zero_point)
     if rows == 0 or columns == 0:
         return
     _product[lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),)](
         codes, weight, out, rows, columns, depth, launch.size_class(rows),
         codes.stride(0), codes.stride(1), weight.stride(0), weight.stride(1), out.stride(0),
-        input_scale, input_zero_point, slot, weight_scale, sums, bias,
-        down, up, 0 if down is None else down.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.shape[1], output_scale,
+        input_scale, input_zero_point, slot, slots, weight_scale, sums, bias,
+        down, up, 0 if down is None else down.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.shape[1],
+        output_scale, slots_of(output_scale),
         kind, per_token, weight_scale.numel() > 1, depth % DEPTH_TILE == 0, rank,
     )  # fmt: skip
 

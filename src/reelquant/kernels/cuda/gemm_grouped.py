@@ -22,7 +22,7 @@ from reelquant.formats import unpack
 from reelquant.kernels.cuda import launch
 from reelquant.kernels.cuda.epilogue import ACTIVATIONS, added, emit, place, scaled
 from reelquant.kernels.cuda.gemm import DEEPEST, check_input_scale, check_low_rank, check_output
-from reelquant.kernels.cuda.launch import Tile, check_table, check_vector, choose, require, rows_of
+from reelquant.kernels.cuda.launch import Tile, check_table, check_vector, choose, require, rows_of, slots_of
 
 GROUPS = (64, 128)  # half a group is at least one int8 instruction deep
 DEPTH_TILE = 64  # of 8-bit weights with float inputs
@@ -41,7 +41,8 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "GROUP": 2}
 @triton.jit
 def _mixed(
     x, weight, group_scale, out, rows, columns, depth, size, row_stride, depth_stride, weight_stride, out_stride,
-    input_scale, input_zero_point, slot, weight_scale, weight_sums, bias, down, up, down_stride, up_stride, rank, output_scale,
+    input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias, down, up, down_stride, up_stride, rank,
+    output_scale, output_slots,
     ACTIVATION: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -74,10 +75,10 @@ def _mixed(
         left += BLOCK_K * depth_stride
         right += BYTES
     value = scaled(
-        total, row, column, rows, columns, input_scale, input_zero_point, slot, weight_scale, weight_sums, PER_TOKEN, PER_CHANNEL
+        total, row, column, rows, columns, input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, PER_TOKEN, PER_CHANNEL
     )
     value = added(value, row, column, rows, columns, bias, down, up, down_stride, up_stride, rank, RANK)
-    value = emit(value, output_scale, slot, ACTIVATION, out.dtype.element_ty)
+    value = emit(value, output_scale, slot, output_slots, ACTIVATION, out.dtype.element_ty)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], value, mask=inside)
 
@@ -143,8 +144,9 @@ def run(
     _mixed[lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),)](
         x, weight, group_scale, out, rows, columns, depth, launch.size_class(rows),
         x.stride(0), x.stride(1), weight.stride(0), out.stride(0),
-        input_scale, input_zero_point, slot, weight_scale, sums, bias,
-        down, up, 0 if down is None else down.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.shape[1], output_scale,
+        input_scale, input_zero_point, slot, slots_of(None if per_token else input_scale, input_zero_point), weight_scale, sums, bias,
+        down, up, 0 if down is None else down.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.shape[1],
+        output_scale, slots_of(output_scale),
         kind, per_token, weight_scale is not None and weight_scale.numel() > 1, depth % depth_tile == 0, rank, bits, depth_tile,
     )  # fmt: skip
 

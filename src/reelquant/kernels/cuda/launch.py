@@ -111,6 +111,13 @@ def check_table(table: Tensor, slot: Tensor | None, what: str) -> None:
     )
 
 
+def slots_of(*tables: Tensor | None) -> int:
+    """Rows that tables of the same tensor have; 1 without any table."""
+    rows = {table.shape[0] for table in tables if table is not None}
+    require(len(rows) <= 1, lambda: f"scales and zero points of one tensor have as many rows, got {sorted(rows)}")
+    return rows.pop() if rows else 1
+
+
 def check_fp8(dtype: torch.dtype, device: torch.device) -> None:
     """Chips before Ada and Hopper have no fp8 conversions, and Triton has no substitute for e4m3."""
     if dtype == FP8 and not INTERPRETED and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:

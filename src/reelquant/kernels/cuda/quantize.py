@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reelquant.kernels.cuda import launch
 from reelquant.kernels.cuda.epilogue import ACTIVATIONS, activate, of_slot, to_codes
-from reelquant.kernels.cuda.launch import FP8, check_fp8, check_table, check_vector, choose, require, rows_of
+from reelquant.kernels.cuda.launch import FP8, check_fp8, check_table, check_vector, choose, require, rows_of, slots_of
 
 NORMS: dict[str, int] = {"none": 0, "layer": 1, "rms": 2}
 GATES: dict[str, int] = {"none": 0, "first": 1, "last": 2}
@@ -34,7 +34,7 @@ LARGEST = {torch.int8: 127.0, FP8: 448.0}
 def _quantize(
     x, codes, scales, rows, width, stride_row, stride_column,
     norm_weight, norm_bias, eps, modulation_scale, modulation_shift, scale_stride, shift_stride, rows_per_modulation,
-    pre_shift, pre_scale, input_scale, zero_point, slot,
+    pre_shift, pre_scale, input_scale, zero_point, slot, slots,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -56,7 +56,7 @@ def _quantize(
         value += tl.load(modulation_shift + which * shift_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if pre_shift is not None:
         value -= tl.load(pre_shift + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
-    value = _round(value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, codes.dtype.element_ty)
+    value = _round(value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, codes.dtype.element_ty)
     tl.store(codes + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside)
 
 
@@ -83,7 +83,7 @@ def _normalize(value, inside, width, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def _round(value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, CODES: tl.constexpr):
+def _round(value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, CODES: tl.constexpr):
     """Codes of one tile, with the step's static scale or (``scales`` given) with a scale per row, which is written too."""
     if scales is not None:
         if pre_scale is not None:
@@ -97,13 +97,13 @@ def _round(value, inside, row, in_row, column, in_column, scales, pre_scale, inp
         tl.store(scales + row, scale, mask=in_row)
         return to_codes(value * (1.0 / scale)[:, None], CODES)
     else:
-        scale = of_slot(input_scale, slot)
+        scale = of_slot(input_scale, slot, slots)
         if pre_scale is not None:
             value = value * (1.0 / (scale * tl.load(pre_scale + column, mask=in_column, other=1.0).to(tl.float32)))[None, :]
         else:
             value = value * (1.0 / scale)
         if zero_point is not None:
-            value += of_slot(zero_point, slot) - 128.0
+            value += of_slot(zero_point, slot, slots) - 128.0
         return to_codes(value, CODES)
 
 
@@ -185,7 +185,7 @@ def run(
         x, codes, scales, rows, width, x.stride(0), x.stride(1),
         stages.norm_weight, stages.norm_bias, stages.eps, scale, shift,
         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0), shared,
-        stages.pre_shift, stages.pre_scale, input_scale, zero_point, slot,
+        stages.pre_shift, stages.pre_scale, input_scale, zero_point, slot, slots_of(input_scale, zero_point),
         *flags, many, block, num_warps=max(4, min(16, block // 1024)),
     )  # fmt: skip
 
