@@ -1,4 +1,5 @@
-"""Compile kernels for a GPU that is not here: ``python -m tests.unit.kernels_cuda.ahead 90 gemm`` prints one line per kernel and tile.
+"""Compile kernels for a GPU that is not here: ``python -m tests.unit.kernels_cuda.ahead 90 gemm`` prints one line per kernel and tile
+(``--first``: only the first tile of each kernel).
 
 Triton's compiler needs no device, only the name of a target. Launches are replaced by compilations, and every tile configuration that
 tuning would try is compiled, so the whole path runs except for the kernel itself. Columns: kernel, tile, registers, bytes of local
@@ -61,8 +62,8 @@ def describe(name: str, kernel: Any, note: str) -> str:
     return f"{name} {note} registers={registers} local={local} shared={kernel.metadata.shared} {products}"
 
 
-def compile_instead(capability: int) -> None:
-    """From here on a launch compiles and prints."""
+def compile_instead(capability: int, tiles: int) -> None:
+    """From here on a launch compiles and prints; the first ``tiles`` configurations of each kernel."""
     driver.set_active(AbsentDevice(capability))
     torch.cuda.get_device_capability = lambda *_: divmod(capability, 10)
     original = JITFunction.run
@@ -76,7 +77,7 @@ def compile_instead(capability: int) -> None:
         return kernel
 
     def every_tile(self: Any, *args: Any, **kwargs: Any) -> None:
-        for config in self.configs:
+        for config in self.configs[:tiles]:
             self.fn.run(*args, **kwargs, **config.all_kwargs())
 
     JITFunction.run, Autotuner.run = compiled, every_tile
@@ -147,9 +148,9 @@ PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quan
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    compile_instead(capability)
-    for name in sys.argv[2:] or PARTS:
+    capability, first = int(sys.argv[1]), "--first" in sys.argv
+    compile_instead(capability, 1 if first else 100)
+    for name in [part for part in sys.argv[2:] if part in PARTS] or PARTS:
         PARTS[name](capability)
 
 

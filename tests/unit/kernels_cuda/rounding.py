@@ -1,8 +1,8 @@
 """Triton's interpreter, made to round as the hardware does.
 
 As of triton 3.7 the interpreter truncates float32 to bfloat16, loses the carry when it rounds to float8, takes integers for the bits of
-a bfloat16, and multiplies the bit patterns of bfloat16 tiles. The tests replace these functions by torch's conversions and by products in float32 (exact for 8-bit codes: a
-tile's sums stay below 2^24).
+a bfloat16, and multiplies the bit patterns of bfloat16 tiles. The tests replace these functions by torch's conversions and by products
+in float32 (exact for 8-bit codes: a tile's sums stay below 2^24).
 """
 
 from __future__ import annotations

@@ -70,9 +70,7 @@ def test_w4a16(rows: int, columns: int, depth: int, group: int, rank: int, activ
 
 
 @given(**SIZES, dtype=st.sampled_from([torch.bfloat16, torch.float16]), per_channel=st.booleans())
-def test_w8a16(
-    rows: int, columns: int, depth: int, group: int, rank: int, activation: str, dtype: torch.dtype, per_channel: bool
-) -> None:
+def test_w8a16(rows: int, columns: int, depth: int, group: int, rank: int, activation: str, dtype: torch.dtype, per_channel: bool) -> None:
     del group
     x, weight = torch.randn(rows, depth).to(DEVICE, dtype), codes(columns, depth)
     scale = (torch.rand(columns if per_channel else 1) * 2**-5).bfloat16().to(DEVICE)

@@ -87,7 +87,7 @@ def _walk(
 ):  # fmt: skip
     """Take the keys ``start .. end`` into the running softmax: weighted ``sums``, ``total`` weight and ``high``, the largest score."""
     # P lies in 0 .. 1; times 448 it uses all of e4m3. The factor is in sums and total alike and leaves with the division.
-    HEADROOM: tl.constexpr = 8.807354922057604 if FLOAT8 else 0.0
+    HEADROOM = 8.807354922057604 if FLOAT8 else 0.0
     for first in range(start, end, BLOCK_N):
         token = first + tl.arange(0, BLOCK_N)
         there, here = token < tokens, channel < width

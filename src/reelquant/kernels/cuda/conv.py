@@ -44,7 +44,7 @@ def _convolve(
     ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    tile_m, tile_n = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     row, column, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     pixel = row % rows  # rows past the end repeat earlier ones; they are never stored
     left = pixel % out_width * stride_w - pad_w
@@ -57,7 +57,7 @@ def _convolve(
     KIND: tl.constexpr = weight.dtype.element_ty
     product = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if KIND == tl.int8 else tl.float32)
     blocks = tl.cdiv(depth, BLOCK_K)
-    for step in range(0, steps):  # one loop over kernel positions and channels keeps one software pipeline full
+    for step in range(steps):  # one loop over kernel positions and channels keeps one software pipeline full
         position, channel = step // blocks, step % blocks * BLOCK_K
         x = left + position % kernel_width * dilation_w
         y = top + position // kernel_width % kernel_height * dilation_h
@@ -134,8 +134,10 @@ def out_shape(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int]
 def _check(codes: Tensor, weight: Tensor, pad: Sequence[int], zeros: Tensor | None, slots: int) -> None:
     require(
         codes.ndim in (4, 5) and weight.ndim == 5 and weight.is_contiguous() and weight.shape[4] == codes.shape[1],
-        lambda: "a convolution takes codes [batch, in, (frames,) height, width] and the weight of repack_convolution, "
-        f"[out, frames, height, width, in] contiguous; got {tuple(codes.shape)} and {tuple(weight.shape)}",
+        lambda: (
+            "a convolution takes codes [batch, in, (frames,) height, width] and the weight of repack_convolution, "
+            f"[out, frames, height, width, in] contiguous; got {tuple(codes.shape)} and {tuple(weight.shape)}"
+        ),
     )
     require(
         codes.dtype == weight.dtype and codes.dtype in (torch.int8, FP8),

@@ -46,7 +46,7 @@ def _mixed(
     ACTIVATION: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_m, tile_n = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    tile_m, tile_n = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     row, column, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     left = x + (row % rows).to(tl.int64)[:, None] * row_stride + k[None, :] * depth_stride
     channel = column % columns  # rows past the end repeat earlier ones; they are never stored
@@ -55,7 +55,7 @@ def _mixed(
     right = weight + channel.to(tl.int64)[:, None] * weight_stride + byte[None, :]
     KIND: tl.constexpr = x.dtype.element_ty
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for group in range(0, tl.cdiv(depth, BLOCK_K)):
+    for group in range(tl.cdiv(depth, BLOCK_K)):
         tile = tl.load(left) if EVEN else tl.load(left, mask=(k < depth - group * BLOCK_K)[None, :], other=0.0)
         if EVEN or BITS == 4:  # repacked rows hold whole groups
             packed = tl.load(right)
@@ -132,8 +132,10 @@ def run(
     width = depth if bits == 8 else triton.cdiv(depth, depth_tile) * depth_tile // 2
     require(
         weight.dtype == torch.int8 and weight.shape[1] == width and (width <= 1 or weight.stride(1) == 1),
-        lambda: f"a {bits}-bit weight for {depth} channels is int8 [{columns}, {width}] with contiguous rows, got {weight.dtype} "
-        f"{tuple(weight.shape)}{'' if bits == 8 else '; repack_4bit makes it'}",
+        lambda: (
+            f"a {bits}-bit weight for {depth} channels is int8 [{columns}, {width}] with contiguous rows, got {weight.dtype} "
+            f"{tuple(weight.shape)}{'' if bits == 8 else '; repack_4bit makes it'}"
+        ),
     )
     check_vector(bias, columns, "bias")
     check_output(output_scale, slot, out.dtype)

@@ -56,7 +56,9 @@ def _quantize(
         value += tl.load(modulation_shift + which * shift_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if pre_shift is not None:
         value -= tl.load(pre_shift + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
-    value = _round(value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, codes.dtype.element_ty)
+    value = _round(
+        value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, codes.dtype.element_ty
+    )
     tl.store(codes + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside)
 
 
