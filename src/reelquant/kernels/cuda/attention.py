@@ -156,7 +156,7 @@ def _attend(
             queries, query_scale, sums, total, high, keys, key_scale, v, v_token, whole, tokens, tokens, channel, width,
             True, EVEN, FLOAT8, BLOCK_N, v_channel,
         )  # fmt: skip
-    sums = sums / total[:, None]
+    sums *= (1.0 / total)[:, None]
     if FLOAT8:
         sums *= tl.maximum(tl.load(value_largest + group * width + channel, mask=channel < width, other=0.0), 1e-30)[None, :] / 448.0
     target = out + batch * out_batch + head * out_head + row.to(tl.int64)[:, None] * out_token + channel[None, :]
