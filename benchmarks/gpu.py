@@ -3,7 +3,8 @@
 Every group of rows (one shape) is measured interleaved: each round runs every variant once, in turn, so that clocks and temperature are
 shared; the figures are medians over the rounds. *device* is time between CUDA events, *host* the time until the launches are queued,
 which is what a small layer in eager mode really costs. *of peak* is relative to the fastest square product that torch reaches here in
-the same type (of int8, for attention with int8 scores, although half of its work is in the type of the values). *error* is the root-mean-square difference to the float32 result of the same floats, relative to that result.
+the same type (of int8, for attention with int8 scores, although half of its work is in the type of the values). *error* is the
+root-mean-square difference to the float32 result of the same floats, relative to that result.
 
 ``--dry`` runs tiny shapes in Triton's interpreter on a CPU: it shows that the script works, its times mean nothing.
 """
@@ -28,9 +29,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Run = Callable[[], Any]
 LINEAR = [  # rows, input and output channels: a 1.3-billion and a 14-billion parameter video transformer, and a small batch
-    (32760, 1536, 1536), (32760, 1536, 8960), (32760, 8960, 1536), (32760, 5120, 5120), (32760, 5120, 13824), (512, 5120, 5120), (2, 5120, 5120),
+    (32760, 1536, 1536), (32760, 1536, 8960), (32760, 8960, 1536), (32760, 5120, 5120), (32760, 5120, 13824),
+    (512, 5120, 5120), (2, 5120, 5120),
 ]  # fmt: skip
-ATTENTION = [(1, 12, 32760, 32760, 128), (1, 40, 8190, 8190, 128), (2, 12, 32760, 512, 128), (1, 24, 16384, 16384, 64), (4096, 8, 16, 16, 64)]
+ATTENTION = [
+    (1, 12, 32760, 32760, 128),
+    (1, 40, 8190, 8190, 128),
+    (2, 12, 32760, 512, 128),
+    (1, 24, 16384, 16384, 64),
+    (4096, 8, 16, 16, 64),
+]
 CONVOLUTION = [  # batch, channels, output channels, spatial size, kernel
     (32, 320, 320, (64, 64), (3, 3)), (32, 1280, 1280, (16, 16), (3, 3)), (2, 320, 320, (16, 64, 64), (3, 1, 1)),
     (1, 128, 128, (17, 240, 416), (3, 3, 3)), (32, 640, 320, (64, 64), (1, 1)),
@@ -156,7 +164,9 @@ def linear(bench: Bench, peaks: dict[str, float], shape: tuple[int, int, int]) -
         "torch int8 (fall-back)": lambda: torch_ops.linear_8bit(xi, wi, table, si, bias=bias),
         "int8, codes given": lambda: cuda.linear_8bit(xi, wi, table, si, bias=bias),
         "int8 with rounding": lambda: cuda.linear_8bit(cuda.quantize_static(x, table), wi, table, si, bias=bias),
-        "int8 to int8, gelu": lambda: cuda.linear_8bit(xi, wi, table, si, None, bias, "gelu_tanh", output_scale=table, out_dtype=torch.int8),
+        "int8 to int8, gelu": lambda: cuda.linear_8bit(
+            xi, wi, table, si, None, bias, "gelu_tanh", output_scale=table, out_dtype=torch.int8
+        ),
         "int8 x 4 bit, codes given": lambda: cuda.linear_w4a8(xi, w4, s4, table, bias=bias),
         "bf16 x 4 bit": lambda: cuda.linear_w4a16(x, w4, s4, bias),
         "bf16 x 8 bit": lambda: cuda.linear_w8a16(x, wi, si, bias),
