@@ -144,7 +144,46 @@ def conv(capability: int) -> None:
         convolution_8bit(x.to(FP8), weight[:, :, 1:2, 1:2].contiguous().to(FP8), one, torch.ones(320), ones, [0, 0, 0], ones)
 
 
-PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm, gemm_grouped, conv, attention)}
+def options(capability: int) -> None:
+    """Sizes that nothing divides, strides, and every option once: what the interpreter accepts and the compiler might not."""
+    from reelquant.kernels import cuda
+
+    float8 = [torch.float8_e4m3fn] if capability >= 89 else []
+    table, slot, one = torch.ones(3, 1), torch.tensor(1), torch.ones(1, 1)
+    x, vector = torch.zeros(6, 50, 70).half(), torch.ones(70)
+    for code in (torch.int8, *float8):
+        for gate, activation in (("none", "none"), ("first", "silu"), ("last", "gelu"), ("none", "gelu_tanh")):
+            width = 70 if gate == "none" else 35
+            rest = {"gate": gate, "activation": activation, "pre_shift": vector[:width], "pre_scale": vector[:width], "dtype": code}
+            cuda.quantize_static(x, table, slot, **rest)
+            cuda.quantize_per_token(x.transpose(0, 1), norm="layer", norm_weight=vector[:width], norm_bias=vector[:width], **rest)
+    cuda.quantize_static(x, table, slot, zero_point=table)
+    codes, weight, down = torch.zeros(50, 70, dtype=torch.int8), torch.zeros(90, 70, dtype=torch.int8), torch.zeros(50, 7).half()
+    sums, up = cuda.weight_sums(weight), torch.zeros(90, 7).half()
+    affine = {"input_zero_point": table, "weight_sums": sums}
+    cuda.linear_8bit(
+        codes.view(torch.uint8), weight, table, one, slot, activation="gelu", output_scale=table, out_dtype=torch.int8, **affine
+    )
+    cuda.linear_8bit(codes.t().contiguous().t(), weight, torch.ones(50), one, activation="silu", down=down, up=up, out_dtype=torch.float32)
+    packed, group_scale, float_sums = cuda.repack_4bit(torch.zeros(90, 35, dtype=torch.uint8), torch.ones(180).bfloat16(), 70)
+    affine["weight_sums"] = float_sums
+    cuda.linear_w4a8(codes, packed, group_scale, table, slot, activation="gelu", down=down, up=up, out_dtype=torch.float16, **affine)
+    cuda.linear_w4a16(x, packed, group_scale, activation="gelu_tanh")
+    cuda.linear_w8a16(x, weight, one[0], activation="silu")
+    for code in (torch.int8, *float8):
+        if code != torch.int8:
+            cuda.linear_8bit(codes.to(code), weight.to(code), table, one, slot, output_scale=table, out_dtype=code)
+        image, kernel = torch.zeros(2, 40, 3, 9, 7).to(code), torch.zeros(20, 3, 3, 3, 40).to(code)
+        zeros = torch.zeros(3, 40).to(code)
+        cuda.convolution_8bit(image, kernel, table, one[0], [1, 2, 1], [1, 1, 1], [1, 1, 2], slot, pad_codes=zeros, activation="silu")
+        cuda.convolution_8bit(image, kernel, table, one[0], [1, 2, 1], [0, 0, 0], [1, 1, 2], slot, out_dtype=torch.float32)
+    for width in (16, 40):
+        q = torch.zeros(2, 4, 33, width).half()
+        for float8_values in (False, *(True for _ in float8)):
+            cuda.attention_8bit(q, q[:, :2], q[:, :2], float8_values=float8_values)
+
+
+PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm, gemm_grouped, conv, attention, options)}
 
 
 def main() -> None:

@@ -169,7 +169,7 @@ def _key_codes(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
     codes = launch.new(k.shape, torch.int8, k.device)
     scales = launch.new(k.shape[:3], torch.float32, k.device)
     mean = k.mean(2, dtype=torch.float32)
-    _quantize_keys[(batch * heads * triton.cdiv(tokens, KEY_TILE),)](
+    _quantize_keys[(batch * heads * launch.tiles(tokens, KEY_TILE),)](
         k, mean, codes, scales, tokens, heads, width, *k.stride(), KEY_TILE, block, num_warps=4
     )
     return codes, scales
@@ -178,10 +178,10 @@ def _key_codes(k: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def _value_codes(v: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Codes ``[batch, heads, width, padded tokens]`` and the largest magnitude of every channel ``[batch, heads, width]``."""
     batch, heads, tokens, width = v.shape
-    padded = triton.cdiv(tokens, PADDING) * PADDING
+    padded = launch.tiles(tokens, PADDING) * PADDING
     codes = launch.new((batch, heads, width, padded), FP8, v.device)
     largest = torch.linalg.vector_norm(v, math.inf, 2, dtype=torch.float32)
-    _quantize_values[(batch * heads * triton.cdiv(padded, KEY_TILE),)](
+    _quantize_values[(batch * heads * launch.tiles(padded, KEY_TILE),)](
         v, largest, codes, tokens, padded, heads, width, *v.stride(), KEY_TILE, block, num_warps=4
     )
     return codes, largest
@@ -217,11 +217,11 @@ def attention_codes(q: Tensor, k: Tensor, v: Tensor, scale: float, float8_values
         return out
     if tokens == 0:
         return out.zero_()
-    block = max(32, triton.next_power_of_2(width))  # the shortest int8 product of the tensor cores
+    block = max(32, launch.size_class(width))  # the shortest int8 product of the tensor cores
     keys, key_scale = _key_codes(k, block)
     values, largest = _value_codes(v, block) if float8_values else (v, None)
     strides = (*values.stride()[:2], 1, values.stride(2)) if float8_values else values.stride()
-    _attend[lambda tile: (batch * heads * triton.cdiv(query_tokens, tile["BLOCK_M"]),)](
+    _attend[lambda tile: (batch * heads * launch.tiles(query_tokens, tile["BLOCK_M"]),)](
         q, keys, key_scale, values, largest, out, scale * math.log2(math.e) / 127, query_tokens, tokens,
         launch.size_class(query_tokens), launch.size_class(tokens), heads, heads // k.shape[1], width,
         *q.stride(), *strides, *out.stride()[:3], width == block, float8_values, block,

@@ -225,9 +225,9 @@ def convolution_8bit(
         depth, rows = x.shape[1], x.shape[0] * math.prod(sizes)
         tile = next((tile for tile in DEPTH_TILES if depth % tile == 0), 128 if depth > 128 else 64 if depth > 32 else 32)
         tile = 32 if launch.INTERPRETED else tile
-        _convolve[lambda tiles: (triton.cdiv(rows, tiles["BLOCK_M"]) * triton.cdiv(weight.shape[0], tiles["BLOCK_N"]),)](
+        _convolve[lambda tiles: (launch.tiles(rows, tiles["BLOCK_M"]) * launch.tiles(weight.shape[0], tiles["BLOCK_N"]),)](
             x, weight, out, rows, weight.shape[0], depth, launch.size_class(rows), *x.shape[2:], *sizes, *kernel[1:],
-            math.prod(kernel) * triton.cdiv(depth, tile), *strides, *pads, *dilations, *x.stride(), math.prod(weight.shape[1:]),
+            math.prod(kernel) * launch.tiles(depth, tile), *strides, *pads, *dilations, *x.stride(), math.prod(weight.shape[1:]),
             input_scale, input_zero_point, slot, slots_of(input_scale, input_zero_point), weight_scale, weight_sums, bias,
             output_scale, slots_of(output_scale), pad_codes if any(pads) else None,
             kind, weight_scale.numel() > 1, any(pads), depth % tile == 0, tile,

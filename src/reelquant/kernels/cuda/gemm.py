@@ -101,7 +101,7 @@ def check_low_rank(down: Tensor | None, up: Tensor | None, rows: int, columns: i
         lambda: f"a low-rank term is down [{rows}, rank] and up [{columns}, rank] of one 16-bit float type with contiguous rows and "
         f"rank 1 to {LARGEST_RANK}; got {tuple(down.shape)} {down.dtype} and {tuple(up.shape)} {up.dtype}",
     )  # fmt: skip
-    return max(16, triton.next_power_of_2(up.shape[1]))
+    return max(16, launch.size_class(up.shape[1]))
 
 
 def check_output(output_scale: Tensor | None, slot: Tensor | None, dtype: torch.dtype) -> None:
@@ -160,7 +160,7 @@ def run(
     kind, slots = choose(ACTIVATIONS, activation, "activation"), slots_of(None if per_token else input_scale, input_zero_point)
     if rows == 0 or columns == 0:
         return
-    _product[lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),)](
+    _product[lambda tile: (launch.tiles(rows, tile["BLOCK_M"]) * launch.tiles(columns, tile["BLOCK_N"]),)](
         codes, weight, out, rows, columns, depth, launch.size_class(rows),
         codes.stride(0), codes.stride(1), weight.stride(0), weight.stride(1), out.stride(0),
         input_scale, input_zero_point, slot, slots, weight_scale, sums, bias,

@@ -100,7 +100,7 @@ def repack_4bit(packed: Tensor, scale: Tensor, depth: int, group: int = 64) -> t
         UnsupportedError: for groups the kernels do not know.
     """
     require(group in GROUPS, lambda: f"4-bit weights in groups of {group}: the kernels know {', '.join(map(str, GROUPS))}")
-    out, groups = packed.shape[0], triton.cdiv(depth, group)
+    out, groups = packed.shape[0], launch.tiles(depth, group)
     check_vector(scale, out * groups, "the group scales")
     nibbles = F.pad(unpack(packed, 4, depth) ^ 8, (0, groups * group - depth)).reshape(out, groups, 2, group // 2)
     signed = (nibbles ^ 8).float() - 8
@@ -129,7 +129,7 @@ def run(
 ) -> None:
     """Fill ``out`` ``[rows, columns]``, contiguous in its rows; arguments as in the public functions."""
     (rows, depth), columns = x.shape, weight.shape[0]
-    width = depth if bits == 8 else triton.cdiv(depth, depth_tile) * depth_tile // 2
+    width = depth if bits == 8 else launch.tiles(depth, depth_tile) * depth_tile // 2
     require(
         weight.dtype == torch.int8 and weight.shape[1] == width and (width <= 1 or weight.stride(1) == 1),
         lambda: (
@@ -143,7 +143,7 @@ def run(
     rank, kind = check_low_rank(down, up, rows, columns), choose(ACTIVATIONS, activation, "activation")
     if rows == 0 or columns == 0:
         return
-    _mixed[lambda tile: (triton.cdiv(rows, tile["BLOCK_M"]) * triton.cdiv(columns, tile["BLOCK_N"]),)](
+    _mixed[lambda tile: (launch.tiles(rows, tile["BLOCK_M"]) * launch.tiles(columns, tile["BLOCK_N"]),)](
         x, weight, group_scale, out, rows, columns, depth, launch.size_class(rows),
         x.stride(0), x.stride(1), weight.stride(0), out.stride(0),
         input_scale, input_zero_point, slot, slots_of(None if per_token else input_scale, input_zero_point), weight_scale, sums, bias,
@@ -155,7 +155,7 @@ def run(
 
 def _check_group_scale(scale: Tensor, depth: int, columns: int, group: int) -> None:
     require(group in GROUPS, lambda: f"4-bit weights in groups of {group}: the kernels know {', '.join(map(str, GROUPS))}")
-    shape = (triton.cdiv(depth, group), columns)
+    shape = (launch.tiles(depth, group), columns)
     require(
         scale.shape == shape and scale.is_contiguous(),
         lambda: f"group scales are {list(shape)}, got {list(scale.shape)}; repack_4bit makes them",

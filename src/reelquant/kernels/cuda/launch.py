@@ -25,11 +25,17 @@ Tile = tuple[dict[str, int], int, int]  # constants of the kernel, warps, stages
 def tuned(tiles: Sequence[Tile], small: dict[str, int], key: Sequence[str]) -> Callable[[Any], Any]:
     """Decorate a kernel: the fastest of ``tiles`` is found once per value of ``key``; the interpreter takes ``small`` unmeasured.
 
-    Every kernel writes all of its output and reads none of it, so that running one several times while tuning is harmless.
+    Every kernel writes all of its output and reads none of it, so that running one several times while tuning is harmless. What was
+    found is kept in Triton's cache folder: the next process does not tune again.
     """
     table = [(small, 1, 1)] if INTERPRETED else list(tiles)
     configs = [triton.Config(constants, num_warps=warps, num_stages=stages) for constants, warps, stages in table]
-    return triton.autotune(configs=configs, key=list(key))
+    return triton.autotune(configs=configs, key=list(key), cache_results=True)
+
+
+def tiles(size: int, tile: int) -> int:
+    """How many tiles cover a size. (``triton.cdiv`` on the host takes several times as long.)"""
+    return -(-size // tile)
 
 
 def size_class(rows: int) -> int:

@@ -180,10 +180,10 @@ def run(
         if scales is not None:
             scales.fill_(1.0)
         return
-    block = triton.next_power_of_2(width)
+    block = launch.size_class(width)
     many = max(1, min(TILE // block, 32)) if not launch.INTERPRETED else 4
     scale, shift = stages.modulation_scale, stages.modulation_shift
-    _quantize[(triton.cdiv(rows, many),)](
+    _quantize[(launch.tiles(rows, many),)](
         x, codes, scales, rows, width, x.stride(0), x.stride(1),
         stages.norm_weight, stages.norm_bias, stages.eps, scale, shift,
         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0), shared,
