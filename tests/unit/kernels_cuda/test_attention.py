@@ -89,8 +89,10 @@ def test_nothing_is_lost_beyond_the_codes(width: int, tokens: int, float8: bool)
     q, k, v = make(1, 2, 45, tokens, width)
     q64, k64, v64 = prepared(q, k, v)
     expected, _ = attend(rounded(q64)[0], rounded(k64)[0], v64, 0.3)
-    error = (attention_8bit(q, k, v, 0.3, float8_values=float8).double().cpu() - expected).square().mean().sqrt()
-    assert error < expected.square().mean().sqrt() * (2**-4 if float8 else 2**-8)
+    found = attention_8bit(q, k, v, 0.3, float8_values=float8).double().cpu()
+    assert (found - expected).square().mean().sqrt() < expected.square().mean().sqrt() * (2**-4 if float8 else 2**-8)
+    # Rounding has no preferred side: over thousands of outputs the slope is 1 within 2^-5 / sqrt(3 * 5760) = 2^-12, and 16 times that here
+    assert abs(float((found * expected).sum() / expected.square().sum()) - 1) < 2**-8
 
 
 def test_a_common_offset_of_the_keys_changes_nothing() -> None:
