@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-ZERO_POINT = 128
+ZERO_POINT, INPUT_SCALE, WEIGHT_SCALE = 128, 0.02, 0.01
 
 
 def _per_channel(channels: int) -> tuple[Tensor, Tensor]:
-    return torch.full((channels,), 0.01), torch.zeros(channels, dtype=torch.long)
+    return torch.full((channels,), WEIGHT_SCALE), torch.zeros(channels, dtype=torch.long)
 
 
-def linear(codes: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 0.02) -> Callable[[], Tensor]:
+def linear(codes: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = INPUT_SCALE) -> Callable[[], Tensor]:
     """``[m, k]`` uint8 times ``[n, k]`` int8 to bf16 ``[m, n]``, the weight repacked beforehand."""
     scales, zeros = _per_channel(weight.shape[0])
     packed = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
@@ -37,7 +37,7 @@ def random_linear(m: int, k: int, n: int) -> Callable[[], Tensor]:
 
 
 def convolution(
-    codes: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Sequence[int], padding: Sequence[int], scale: float = 0.02
+    codes: Tensor, weight: Tensor, bias: Tensor | None = None, *, stride: Sequence[int], padding: Sequence[int], scale: float = INPUT_SCALE
 ) -> Callable[[], Tensor]:
     """A 2-D or 3-D convolution of uint8 codes with int8 weights to bf16, both channels-last, the weight repacked beforehand."""
     spatial = codes.ndim - 2
