@@ -213,13 +213,16 @@ def attention(dtype: torch.dtype, function: Callable[..., Tensor] = F.scaled_dot
 
 def in_blocks(query: Tensor, key: Tensor, value: Tensor, rows: int = 256) -> Tensor:
     """The same by blocks of rows with two plain products each: faster than torch's on CPUs whose bf16 products are."""
-    output, scale = torch.empty_like(query), query.shape[-1] ** -0.5
-    for place in range(query.shape[0] * query.shape[1]):
-        q, k, v, o = (x.flatten(0, 1)[place] for x in (query, key, value, output))
-        for start in range(0, len(q), rows):
-            weights = torch.softmax(torch.mm(q[start : start + rows] * scale, k.T).float(), -1).to(v.dtype)
-            torch.mm(weights, v, out=o[start : start + rows])
-    return output
+    (q, k, v), scale = (x.flatten(0, 1) for x in (query, key, value)), query.shape[-1] ** -0.5
+    if query.shape[2] <= rows:
+        return torch.bmm(torch.softmax(torch.bmm(q * scale, k.mT), -1), v).view_as(query)
+    output = torch.empty_like(q)
+    for place in range(len(q)):
+        for start in range(0, query.shape[2], rows):
+            block = slice(start, start + rows)
+            weights = torch.softmax(torch.mm(q[place, block] * scale, k[place].T), -1)
+            torch.mm(weights, v[place], out=output[place, block])
+    return output.view_as(query)
 
 
 # --- the table ------------------------------------------------------------------------------------------------------------------------
