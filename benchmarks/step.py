@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Records
-from benchmarks.speed import machine, memory, tables
+from benchmarks.speed import machine, memory, tables, work
 from benchmarks.speed.denoisers import DENOISERS, Subject
 from benchmarks.speed.tables import Row
 from benchmarks.speed.timing import Samples, clock_for, interleaved, speedup
@@ -54,13 +54,13 @@ def prepare(name: str, subject: Subject, reference: Tensor | None) -> tuple[Row,
         return row | {"status": "not installed", "reason": command}, None
     start = time.perf_counter()
     try:
-        work = variant.make(subject)
-        output = work.run().float().clone()
+        step = variant.make(subject)
+        output = step.run().float().clone()
     except Exception as error:
         traceback.print_exc()
         return tables.failed(row, error), None
-    row |= {"status": "prepared", "seconds_prepare": round(time.perf_counter() - start, 1), **work.facts}
-    return row | {"error": None if reference is None else error_to(reference, output)}, work
+    row |= {"status": "prepared", "seconds_prepare": round(time.perf_counter() - start, 1), **step.facts}
+    return row | {"error": None if reference is None else error_to(reference, output)}, step
 
 
 def batches(names: Sequence[str], subject: Subject, reference: Tensor, limit: float) -> Iterator[tuple[list[Row], dict[str, Work]]]:
@@ -71,11 +71,11 @@ def batches(names: Sequence[str], subject: Subject, reference: Tensor, limit: fl
     rows, works = [base_row], {BASE: base}
     for name in names:
         print(f"  preparing {name}", flush=True)
-        row, work = prepare(name, subject, reference)
+        row, step = prepare(name, subject, reference)
         rows.append(row)
-        if work is not None:
-            works[name] = work
-        del work
+        if step is not None:
+            works[name] = step
+        del step
         gc.collect()
         if _resident() > limit and len(works) > 1:
             yield rows, works
@@ -96,7 +96,7 @@ def _resident() -> float:
 def timed(rows: list[Row], works: dict[str, Work], rounds: int, threads: int) -> list[Row]:
     """Rows with times and ratios."""
     clocks = {name: clock_for(threads, VARIANTS[name].own_threads) for name in works}
-    found = interleaved({name: work.run for name, work in works.items()}, rounds=rounds, clock=clocks)
+    found = interleaved({name: step.run for name, step in works.items()}, rounds=rounds, clock=clocks)
     return [row | figures(found[BASE], found[row["name"]]) if row["name"] in found else row for row in rows]
 
 
@@ -124,9 +124,9 @@ def memory_of(name: str, subject: Subject) -> None:
     """In a fresh process: the peaks of one variant."""
 
     def build() -> Any:
-        work = VARIANTS[name].make(subject)
-        work.run()  # compiles
-        return work.run
+        step = VARIANTS[name].make(subject)
+        step.run()  # compiles
+        return step.run
 
     memory.answer(memory.peaks(build))
 
@@ -156,11 +156,27 @@ def write(records: Records, args: argparse.Namespace, limits: dict[str, Any]) ->
     """CSV, Markdown and chart of what is known about a model, in the order of the table of variants."""
     known = {row["name"]: row for row in records.load() if row["digest"] == digest(args)}
     rows = [known[name] for name in VARIANTS if name in known]
-    spec, peak = DENOISERS[args.model], machine.peak(limits, "int8") / machine.peak(limits, "bf16")
-    title = f"## One step of {args.model} ({spec.reduced})\n\n{machine.describe(limits)}"
+    spec, limit = DENOISERS[args.model], limit_of(rows, limits)
+    title = f"## One step of {args.model} ({spec.reduced})\n\n{machine.describe(limits)}\n{told(rows, limit)}"
     text = tables.write(args.output, f"step-{args.model}", title, HEADINGS, rows, list(map(line, rows)))
-    tables.bars(args.output / f"step-{args.model}.png", f"One step of {args.model}, {args.threads} thread(s)", rows, peak)
+    tables.bars(args.output / f"step-{args.model}.png", f"One step of {args.model}, {args.threads} thread(s)", rows, limit)
     return text
+
+
+def limit_of(rows: Sequence[Row], limits: dict[str, Any]) -> float | None:
+    """How many times faster than eager bf16 a step with every product at the machine's peak would be."""
+    return next((row["ms"] / 1e3 / work.least_seconds(row, limits) for row in rows if row["name"] == BASE and "ms" in row), None)
+
+
+def told(rows: Sequence[Row], limit: float | None) -> str:
+    """A sentence on the limit."""
+    if limit is None:
+        return ""
+    layers, attention = rows[0]["layers_gop"], rows[0]["attention_gop"]
+    return (
+        f"{layers:.0f} G operations in layers, {attention:.0f} G in attention; with layers at the int8 peak, attention at the bf16 peak "
+        f"and all else free a step would be {limit:.2f} times as fast as eager bf16"
+    )
 
 
 def digest(args: argparse.Namespace) -> str:
@@ -210,11 +226,11 @@ def main() -> None:
         return memory_of(args.memory_of, subject)
     limits = machine.known(args.output, args.threads)
     if not args.table:
-        reference = VARIANTS[REFERENCE].make(subject).run().float()
+        reference, done = work.counted(VARIANTS[REFERENCE].make(subject).run)
         for rows, works in batches(selected(args.only), subject, reference, args.limit * 1e9):
             for row in timed(rows, works, args.rounds, args.threads):
                 row = row if args.no_memory else with_memory(row, args)
-                records.add(row | {"digest": digest(args), "threads": args.threads, "torch": torch.__version__})
+                records.add(row | done | {"digest": digest(args), "threads": args.threads, "torch": torch.__version__})
                 print("  " + "  ".join(line(row)), flush=True)
     print(write(records, args, limits))
     return None

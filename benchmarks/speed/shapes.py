@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 BUDGET = 6e10  # multiplications and additions of one call: 0.3 seconds in bf16 on one core
-LEAST_ROWS = 1024
+LEAST_ROWS = 1000
 
 
 @dataclass(frozen=True)

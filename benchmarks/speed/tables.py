@@ -15,7 +15,7 @@ OURS, FLOAT, PEER, LIMIT = "#c2410c", "#64748b", "#93c5fd", "#166534"
 
 def reason(error: BaseException) -> str:
     """An exception on one line."""
-    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:240]
+    return re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:160]
 
 
 def failed(row: Row, error: BaseException) -> Row:
@@ -65,7 +65,7 @@ def bars(file: Path, title: str, rows: Sequence[Row], limit: float | None = None
     axes.axvline(1, color="#334155", lw=1)
     if limit:
         axes.axvline(limit, color=LIMIT, lw=1.5, ls="--")
-        axes.text(limit, len(drawn) - 0.35, f"int8 peak {limit:.2f} ", color=LIMIT, fontsize=8, va="bottom", ha="right")
+        axes.text(limit, len(drawn) - 0.35, f"all products at peak {limit:.2f} ", color=LIMIT, fontsize=8, va="bottom", ha="right")
     axes.set(xlabel=what, xlim=(0, 1.12 * top))
     axes.set_title(title, fontsize=10, pad=14, loc="left")
     axes.tick_params(labelsize=8)

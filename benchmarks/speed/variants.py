@@ -206,8 +206,9 @@ def _openvino_float(subject: Subject) -> Path:
         denoiser = subject.load()
         inputs = subject.spec.inputs(denoiser, torch.float32)
         with torch.no_grad():
-            program = torch.export.export(Positional(denoiser, inputs).eval(), flat(inputs))
-        openvino.save_model(openvino.convert_model(program), file, compress_to_fp16=False)
+            graph = openvino.convert_model(Positional(denoiser, inputs).eval(), example_input=flat(inputs))
+        graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(flat(inputs))})
+        openvino.save_model(graph, file, compress_to_fp16=False)
 
     return _once(subject.home / "openvino" / "float.xml", export)
 
@@ -269,9 +270,12 @@ def onnxruntime(quantized: bool) -> Callable[[Subject], Work]:
 
     def quantize(subject: Subject) -> Path:
         def write(file: Path) -> None:
+            import onnx
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
-            quantize_dynamic(export(subject), file, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True)
+            graph = onnx.load(export(subject))
+            del graph.graph.value_info[:]  # shapes that its own shape inference disagrees with
+            quantize_dynamic(graph, file, weight_type=QuantType.QInt8, per_channel=True, use_external_data_format=True)
 
         return _once(subject.home / "onnx" / "int8.onnx", write)
 
