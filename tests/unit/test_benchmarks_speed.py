@@ -191,6 +191,15 @@ def test_a_variant_that_raises_is_a_row_with_its_error(tmp_path: Path, monkeypat
     assert made is None and (row["status"], row["reason"]) == ("failed", "ValueError: wrong | shape")
 
 
+def test_variants_that_fill_memory_are_timed_in_sets_with_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = variants.Variant(lambda subject: variants.Work(lambda: torch.ones(2)), "8/8")
+    monkeypatch.setattr(step, "VARIANTS", {name: made for name in ("bf16", "a", "b")})
+    subject = denoisers.Subject("wan-1.3b", tmp_path)
+    small = [list(works) for _, works in step.batches(["a", "b"], subject, torch.ones(2), limit=0.0)]
+    large = [list(works) for _, works in step.batches(["a", "b"], subject, torch.ones(2), limit=1e15)]
+    assert small == [["bf16", "a"], ["bf16", "b"]] and large == [["bf16", "a", "b"]]
+
+
 def test_tables_and_charts_are_written(tmp_path: Path) -> None:
     args = step.options().parse_args(["--output", str(tmp_path), "--model", "wan-1.3b"])
     records = Records(tmp_path / "step.jsonl")
