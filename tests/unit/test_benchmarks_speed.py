@@ -193,7 +193,7 @@ def test_a_variant_that_raises_is_a_row_with_its_error(tmp_path: Path, monkeypat
 
 def test_variants_that_fill_memory_are_timed_in_sets_with_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = variants.Variant(lambda subject: variants.Work(lambda: torch.ones(2)), "8/8")
-    monkeypatch.setattr(step, "VARIANTS", {name: made for name in ("bf16", "a", "b")})
+    monkeypatch.setattr(step, "VARIANTS", dict.fromkeys(("bf16", "a", "b"), made))
     subject = denoisers.Subject("wan-1.3b", tmp_path)
     small = [list(works) for _, works in step.batches(["a", "b"], subject, torch.ones(2), limit=0.0)]
     large = [list(works) for _, works in step.batches(["a", "b"], subject, torch.ones(2), limit=1e15)]
