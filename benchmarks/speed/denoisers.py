@@ -190,7 +190,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     import reelquant  # noqa: F401  # registers the quantized checkpoints with diffusers
 
     kind = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
-    return kind.from_pretrained(folder, torch_dtype=dtype).eval()
+    denoiser = kind.from_pretrained(folder, torch_dtype=dtype).eval()
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        tensor.data = tensor.data.clone()  # or one tensor that was not cast keeps the whole float32 file mapped, and counted as memory
+    return denoiser
 
 
 def channels_last(denoiser: nn.Module) -> nn.Module:
