@@ -46,6 +46,25 @@ def error_to(reference: Tensor, output: Tensor) -> float:
 # --- preparing ------------------------------------------------------------------------------------------------------------------------
 
 
+PATIENCE = 90.0
+"""Seconds of one step above which a variant is not timed: one such would hold up all the others in every round."""
+
+
+def bearable(step: Work) -> Tensor:
+    """The output of a step; the first call may compile, so the second one decides.
+
+    Raises:
+        TimeoutError: if a step takes longer than :data:`PATIENCE`.
+    """
+    for _ in range(2):
+        start = time.perf_counter()
+        output = step.run()
+        took = time.perf_counter() - start
+        if took <= PATIENCE:
+            return output
+    raise TimeoutError(f"one step takes {took:.0f} s")
+
+
 def prepare(name: str, subject: Subject, reference: Tensor | None) -> tuple[Row, Work | None]:
     """A row so far and the step, which has run once; without a step the row says why."""
     variant = VARIANTS[name]
@@ -55,7 +74,7 @@ def prepare(name: str, subject: Subject, reference: Tensor | None) -> tuple[Row,
     start = time.perf_counter()
     try:
         step = variant.make(subject)
-        output = step.run().float().clone()
+        output = bearable(step).float().clone()
     except Exception as error:
         traceback.print_exc()
         return tables.failed(row, error), None

@@ -200,6 +200,13 @@ def test_variants_that_fill_memory_are_timed_in_sets_with_the_base(tmp_path: Pat
     assert small == [["bf16", "a"], ["bf16", "b"]] and large == [["bf16", "a", "b"]]
 
 
+def test_a_variant_that_takes_minutes_is_a_row_and_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "PATIENCE", -1.0)
+    monkeypatch.setitem(variants.VARIANTS, "slow", variants.Variant(lambda subject: variants.Work(lambda: torch.ones(2)), "8/8"))
+    row, made = step.prepare("slow", denoisers.Subject("wan-1.3b", tmp_path), None)
+    assert made is None and row["reason"] == "TimeoutError: one step takes 0 s"
+
+
 def test_tables_and_charts_are_written(tmp_path: Path) -> None:
     args = step.options().parse_args(["--output", str(tmp_path), "--model", "wan-1.3b"])
     records = Records(tmp_path / "step.jsonl")
