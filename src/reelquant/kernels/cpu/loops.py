@@ -120,28 +120,27 @@ def _rotate(buffer: Any, spare: Any, block: int) -> None:
             _butterflies(buffer.reshape((-1, 2, width)))
             width *= 2
         return
-    _mix(buffer.reshape((-1, LANES)), SIGNS, spare.reshape((-1, LANES)))
+    _mix(buffer.reshape((-1, LANES)), spare.reshape((-1, LANES)))
     width = LANES
-    while width * 4 <= block:
-        _double_butterflies(spare.reshape((-1, 4, width)))
-        width *= 4
-    if width < block:
+    while width < block:
         _butterflies(spare.reshape((-1, 2, width)))
+        width *= 2
     for j in range(buffer.shape[0]):
         buffer[j] = spare[j]
 
 
 @numba.njit(**_exact)
-def _mix(x: Any, signs: Any, out: Any) -> None:
+def _mix(x: Any, out: Any) -> None:
+    """Every 16 numbers times the matrix of signs; as a global it is a constant of the program, which no store can change."""
     for i in range(x.shape[0]):
         a, b, c, d, e, f, g, h = x[i, 0], x[i, 1], x[i, 2], x[i, 3], x[i, 4], x[i, 5], x[i, 6], x[i, 7]
+        p, q, r, s, t, u, v, w = x[i, 8], x[i, 9], x[i, 10], x[i, 11], x[i, 12], x[i, 13], x[i, 14], x[i, 15]
         for j in range(LANES):
-            left = (a * signs[0, j] + b * signs[1, j]) + (c * signs[2, j] + d * signs[3, j])
-            out[i, j] = left + ((e * signs[4, j] + f * signs[5, j]) + (g * signs[6, j] + h * signs[7, j]))
-        a, b, c, d, e, f, g, h = x[i, 8], x[i, 9], x[i, 10], x[i, 11], x[i, 12], x[i, 13], x[i, 14], x[i, 15]
-        for j in range(LANES):
-            left = (a * signs[8, j] + b * signs[9, j]) + (c * signs[10, j] + d * signs[11, j])
-            out[i, j] += left + ((e * signs[12, j] + f * signs[13, j]) + (g * signs[14, j] + h * signs[15, j]))
+            first = (a * SIGNS[0, j] + b * SIGNS[1, j]) + (c * SIGNS[2, j] + d * SIGNS[3, j])
+            second = (e * SIGNS[4, j] + f * SIGNS[5, j]) + (g * SIGNS[6, j] + h * SIGNS[7, j])
+            third = (p * SIGNS[8, j] + q * SIGNS[9, j]) + (r * SIGNS[10, j] + s * SIGNS[11, j])
+            fourth = (t * SIGNS[12, j] + u * SIGNS[13, j]) + (v * SIGNS[14, j] + w * SIGNS[15, j])
+            out[i, j] = (first + second) + (third + fourth)
 
 
 @numba.njit(**_exact)
@@ -150,16 +149,6 @@ def _butterflies(x: Any) -> None:
         for j in range(x.shape[2]):
             a, b = x[i, 0, j], x[i, 1, j]
             x[i, 0, j], x[i, 1, j] = a + b, a - b
-
-
-@numba.njit(**_exact)
-def _double_butterflies(x: Any) -> None:
-    """Two levels in one pass."""
-    for i in range(x.shape[0]):
-        for j in range(x.shape[2]):
-            a, b = x[i, 0, j] + x[i, 1, j], x[i, 0, j] - x[i, 1, j]
-            c, d = x[i, 2, j] + x[i, 3, j], x[i, 2, j] - x[i, 3, j]
-            x[i, 0, j], x[i, 1, j], x[i, 2, j], x[i, 3, j] = a + c, b + d, a - c, b - d
 
 
 @numba.njit(**_exact)
