@@ -49,7 +49,19 @@ def _cpu() -> tuple[Kernel, ...]:
     return cpu.KERNELS
 
 
-KERNELS: dict[str, Callable[[], tuple[Kernel, ...]]] = {"cpu": _cpu}
+@functools.cache
+def _cuda() -> tuple[Kernel, ...]:
+    from reelquant.kernels.cuda import layers
+
+    return (
+        Kernel("triton int8", layers.refuses_linear, layers.CodeLinear),
+        Kernel("triton int8 from int4", layers.refuses_nibbles, layers.NibbleLinear),
+        Kernel("triton int8 convolution", layers.refuses_convolution, layers.CodeConvolution),
+        Kernel("triton float products", layers.refuses_float, layers.FloatLinear),
+    )
+
+
+KERNELS: dict[str, Callable[[], tuple[Kernel, ...]]] = {"cpu": _cpu, "cuda": _cuda}
 """Device type -> its kernels, best first, without the reference; a function, so that a machine imports only what it can run."""
 
 BACKENDS = ("auto", "reference")

@@ -39,7 +39,7 @@ def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) 
 @torch.library.custom_op("reelquant::layer", mutates_args=())
 def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer = _layers[number]
-    slot, exact = (int(step[0]), bool(step[1])) if step else (0, False)
+    slot, exact = _step(layer, x, step)
     return _as_declared(layer, layer.compute(x, slot, exact, activation))
 
 
@@ -47,6 +47,14 @@ def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Ten
 def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer = _layers[number]
     return _as_declared(layer, x.new_empty(layer.output_shape(x)))
+
+
+def _step(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> tuple[int | Tensor, bool]:
+    """Slot and exactness; where kernels read the slot from the device, nothing waits for it unless a table may answer."""
+    if not step:
+        return 0, False
+    exact = bool(step[1]) if layer.layout.table else False
+    return step[0] if x.is_cuda and not exact else int(step[0]), exact
 
 
 def _as_declared(layer: QuantLayer, out: Tensor) -> Tensor:

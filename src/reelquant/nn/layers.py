@@ -196,7 +196,7 @@ class QuantLayer(nn.Module):
             return call(self, input, self.clock, activation)
         return self.compute(input, *(self.clock[0].now() if self.clock else (0, False)), activation)
 
-    def compute(self, input: Tensor, slot: int, exact: bool, activation: str = "") -> Tensor:
+    def compute(self, input: Tensor, slot: int | Tensor, exact: bool, activation: str = "") -> Tensor:
         """The output at a step; ``exact`` if the current timestep is the very one of that slot."""
         if self.layout.table and self.clock:
             if exact:
@@ -212,7 +212,7 @@ class QuantLayer(nn.Module):
             return runner(input, slot, activation)
         return ACTIVATIONS[activation](runner(input, slot))
 
-    def _from_table(self, input: Tensor, slot: int) -> Tensor:
+    def _from_table(self, input: Tensor, slot: int | Tensor) -> Tensor:
         """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""
         shape = (*input.shape[:-1], self.weight_shape[0])
         if self.layout.unused:

@@ -14,6 +14,7 @@ a new shape compiles and tunes; do it before a CUDA graph is captured.
 | ``gemm_grouped.py`` | 4-bit weights in groups, and 8-bit weights with float inputs |
 | ``conv.py`` | convolutions of codes in two and three dimensions, without unfolding |
 | ``attention.py`` | attention with 8-bit query-key products |
+| ``layers.py`` | which of them computes a quantized layer |
 | ``epilogue.py`` | what follows a product: scales, corrections, bias, activation, rounding |
 | ``launch.py`` | what all of them share on the host |
 """
