@@ -59,18 +59,22 @@ class FloatProduct:
         bias = loops.NONE if self.bias is None else self.bias.numpy()
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         loops.spread(loops.dot_rows, len(codes), codes.numel(), codes.numpy(), self.scale.numpy(), rows.numpy(), bias, out.numpy())
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], len(codes))
 
     def _many(self, x: Tensor) -> Tensor:
+        """A product of matrices: with more axes and a memory of gaps, ``F.linear`` would copy the weight once per clip."""
+        return self._product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.given.weight.shape[0])
+
+    def _product(self, x: Tensor) -> Tensor:
         rows = self.given.weight.shape[0]
         step = max(PIECE // (self.given.weight.width * x.element_size()), 64)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if rows <= step:
             return F.linear(x, self._widened(0, rows, x.dtype), bias)
-        out = x.new_empty(*x.shape[:-1], rows)
+        out = x.new_empty(len(x), rows)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            out[..., start:stop] = F.linear(x, self._widened(start, stop, x.dtype), None if bias is None else bias[start:stop])
+            out[:, start:stop] = F.linear(x, self._widened(start, stop, x.dtype), None if bias is None else bias[start:stop])
         return out
 
     def _convolved(self, x: Tensor) -> Tensor:
