@@ -89,7 +89,7 @@ def inspect(
 
 def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
     from reelquant.discover import denoiser_of, discover
-    from reelquant.nn import get_module, quantized_layers
+    from reelquant.nn import get_module, kernels_of, quantized_layers
     from reelquant.recipes.build import layer_bytes
 
     component, denoiser = denoiser_of(pipe)
@@ -103,6 +103,7 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
         "denoiser": map_.cls,
         "component": component,
         "quantized_layers": len(quantized_layers(denoiser)),
+        "kernels": asdict(kernels_of(denoiser)),
         "bytes": sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers())),
         "blocks": list(map_.blocks),
         "arguments": {"latent": map_.latent_argument, "timestep": map_.timestep_argument, "prompt": map_.prompt_argument},
@@ -198,11 +199,18 @@ def _show(data: dict[str, Any], rows: int | None, json: bool) -> None:
 
 def _head(data: dict[str, Any]) -> Table:
     from reelquant.cli.console import size
-    from reelquant.cli.tables import facts
+    from reelquant.cli.tables import computed_by, facts
 
     shared = sum(len(group["layers"]) > 1 for group in data["groups"])
     foldable, seams = (sum(bool(group[key]) for group in data["groups"]) for key in ("foldable", "seam"))
-    quantized = [("quantized", f"{data['quantized_layers']} layers: activations are not sampled")] if data["quantized_layers"] else []
+    quantized = []
+    if data["quantized_layers"]:
+        kernels = data["kernels"]
+        quantized = [
+            ("quantized", f"{data['quantized_layers']} layers: activations are not sampled"),
+            ("kernels", computed_by(kernels["names"], kernels["simulated"])),
+            *(("not the best kernel", f"{reason} ({count} layers)") for reason, count in kernels["refused"].items()),
+        ]
     return facts(
         f"{data['denoiser']} ({data['component']})",
         [

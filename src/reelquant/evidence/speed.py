@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -25,10 +24,11 @@ from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.discover import denoiser_of
+from reelquant.discover.components import plain
 from reelquant.evidence.machine import machine, versions
 from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import quantized_layers
+from reelquant.nn import kernels_of, quantized_layers
 
 SEED = 50_000
 VARIANTS = ("reference", "test")
@@ -126,8 +126,7 @@ def benchmark(
         pipes[variant] = open_pipeline(model, dtype, device)
         progress.advance()
     denoisers = {variant: denoiser_of(pipe) for variant, pipe in pipes.items()}
-    layers = quantized_layers(denoisers["test"][1])
-    if not layers:
+    if not quantized_layers(denoisers["test"][1]):
         raise UnsupportedError(f"'{test}' holds no quantized layer; give a folder that reelquant quantize wrote, then the float pipeline")
     weights = {variant: _bytes(module) for variant, (_, module) in denoisers.items()}
     if compiled:
@@ -136,11 +135,11 @@ def benchmark(
     text = prompt or calibration_prompts(pipes["reference"], 1)[0]
     times = _in_turns(pipes, text, rounds, device, progress, call)
     arguments = {key: value for key, value in call_arguments(pipes["test"], **call).items() if isinstance(value, int | float | str)}
+    kernels = kernels_of(plain(denoisers["test"][1]))
     del pipes, denoisers
     peaks = _peaks(reference, test, text, dtype, device, call, progress) if memory else {}
     whole = {variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS}
     steps = {variant: [step for _, step in times[variant] if step is not None] for variant in VARIANTS}
-    selected = [layer.selected for layer in layers.values()]
     return Benchmark(
         Spread.of(_ratios(whole)),
         Spread.of(_ratios(steps)) if steps["test"] else None,
@@ -148,9 +147,9 @@ def benchmark(
         {variant: Spread.of(values) for variant, values in steps.items() if values},
         weights,
         peaks,
-        dict(Counter(kernel.name for kernel, _ in selected).most_common()),
-        dict(Counter(reason for _, refused in selected for reason in list(refused.values())[:1]).most_common()),
-        any(layer.simulated for layer in layers.values()),
+        kernels.names,
+        kernels.refused,
+        kernels.simulated,
         {
             "test": {"name": test}, "reference": {"name": reference, "short": SHORT[dtype]}, "device": device, "compiled": compiled,
             "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments, "machine": machine(),

@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -26,6 +25,7 @@ from reelquant.clock import Clock
 from reelquant.nn import (
     dequantized,
     get_module,
+    kernels_of,
     quantized_class,
     quantized_layers,
     set_module,
@@ -210,8 +210,10 @@ def _log_proof(model: nn.Module, checked: int) -> None:
     layers = quantized_layers(model)
     tensors = [t for layer in layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
     size = sum(t.numel() * t.element_size() for t in tensors)
-    kernels = Counter(layer.kernel.name for layer in layers.values())
-    names = ", ".join(f"{name} x{count}" for name, count in sorted(kernels.items()))
+    kernels = kernels_of(model)
+    names = ", ".join(f"{name} x{count}" for name, count in sorted(kernels.names.items())) + (
+        " (simulated in part)" if kernels.simulated else ""
+    )
     logger.info(
         "%s: %d quantized layers, %d bytes, %d checksums verified, kernels: %s", type(model).__name__, len(layers), size, checked, names
     )

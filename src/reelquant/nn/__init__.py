@@ -13,10 +13,11 @@ from reelquant.nn.layers import (
 )
 from reelquant.nn.runtime import start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
-from reelquant.nn.swap import dequantized, get_module, quantized_layers, set_module, start_clock, stop_clock
+from reelquant.nn.swap import KernelFacts, dequantized, get_module, kernels_of, quantized_layers, set_module, start_clock, stop_clock
 
 __all__ = [
     "LAYERS",
+    "KernelFacts",
     "LayerLayout",
     "LayerTensors",
     "QuantConv1d",
@@ -28,6 +29,7 @@ __all__ = [
     "buffer_shapes",
     "dequantized",
     "get_module",
+    "kernels_of",
     "quantized_class",
     "quantized_layers",
     "set_module",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -35,6 +38,30 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
     """Every quantized layer by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+
+
+def kernels_of(model: nn.Module) -> KernelFacts:
+    """What computes the quantized layers of a model on the device they lie on."""
+    layers = quantized_layers(model).values()
+    selected = [layer.selected for layer in layers]
+    names = Counter(kernel.name for kernel, _ in selected)
+    reasons = Counter(reason for _, refused in selected for reason in list(refused.values())[:1])
+    return KernelFacts(dict(names.most_common()), dict(reasons.most_common()), any(layer.simulated for layer in layers))
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """Kernels of a model.
+
+    Attributes:
+        names: number of layers by kernel.
+        refused: number of layers by the reason for which the best kernel of the device does not compute them.
+        simulated: whether float arithmetic stands in for the low-bit arithmetic of a recipe anywhere.
+    """
+
+    names: dict[str, int]
+    refused: dict[str, int]
+    simulated: bool
 
 
 def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:

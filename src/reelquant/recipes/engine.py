@@ -17,7 +17,7 @@ from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import denoiser_of, discover
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import QuantLayer, get_module, set_module, start_clock, start_runtime, stop_clock
+from reelquant.nn import QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
 from reelquant.recipes.calibration import Calibration, calibrate
 from reelquant.recipes.plan import Plan, make_plan
@@ -326,10 +326,8 @@ def _account(session: Session, report: Report, before: int) -> None:
     report.bytes_tables = sum(tables.values())
     report.bytes_quantized = sum(layer_bytes(layer) for layer in layers.values()) - report.bytes_tables
     report.bytes_model_float, report.bytes_model = before, _model_bytes(session.denoiser)
-    for layer in layers.values():
-        assert isinstance(layer, QuantLayer)
-        report.kernel[layer.kernel.name] = report.kernel.get(layer.kernel.name, 0) + 1
-    report.simulated = any(layer.simulated for layer in layers.values() if isinstance(layer, QuantLayer))
+    facts = kernels_of(session.denoiser)
+    report.kernel, report.simulated = facts.names, facts.simulated
     for row in session.plan.kept:
         report.kept.setdefault(row.kept or "", []).append(row.layer.name)
     report.seconds = session.seconds

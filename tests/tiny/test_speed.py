@@ -1,0 +1,63 @@
+"""``reelquant benchmark`` on a bundled pipeline at few steps: what is measured, printed and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import reelquant
+from reelquant import CheckpointError, UnsupportedError
+from reelquant.cli import app
+from reelquant.evidence.speed import Spread
+
+CALL = {"num_inference_steps": 3, "num_frames": 5}
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """``tiny-dit`` with int8 weights, in a folder."""
+    pipe = reelquant.open_pipeline("tiny-dit")
+    report = reelquant.quantize(pipe, "w8a16")
+    return str(reelquant.save(pipe, tmp_path_factory.mktemp("speed") / "out", report))
+
+
+def test_times_memory_and_kernels_are_measured(quantized: str) -> None:
+    found = reelquant.benchmark(quantized, "tiny-dit", rounds=2, **CALL)
+    assert found.speedup.low <= found.speedup.median <= found.speedup.high
+    assert found.step_speedup is not None
+    for variant in ("reference", "test"):
+        assert 0 < found.step_seconds[variant].median < found.seconds[variant].median
+    assert 0.4 < found.weight_bytes["test"] / found.weight_bytes["reference"] < 0.7  # int8 of bfloat16
+    assert found.peak_bytes["reference"] > found.weight_bytes["reference"]
+    assert found.kernels == {"float products": 65} and not found.simulated
+    data = found.to_json()
+    assert data["speedup_vs_bf16"] == found.speedup.median and data["peak_memory_ratio"] > 0
+    assert data["data"]["call"]["num_inference_steps"] == 3 and json.dumps(data)
+
+
+def test_the_verb_prints_a_table_or_one_document(quantized: str) -> None:
+    command = ["benchmark", quantized, "-r", "tiny-dit", "--steps", "2", "--frames", "5", "-n", "1", "--no-memory", "--dtype", "float32"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    for words in ("whole clip", "one step", "x faster", "weights of the denoiser", "float products (65)", "nothing is simulated"):
+        assert words in shown.stdout
+    assert "peak memory" not in shown.stdout
+    document = json.loads(CliRunner().invoke(app, [*command, "--json", "--threads", str(torch.get_num_threads())]).stdout)
+    assert document["speedup_vs_fp32"] == document["speedup"]["median"] and document["peak_memory_bytes"] is None
+
+
+def test_what_cannot_be_measured_is_refused(quantized: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="'tiny-dit' holds no quantized layer"):
+        reelquant.benchmark("tiny-dit", "tiny-dit", rounds=1, memory=False, **CALL)
+    with pytest.raises(CheckpointError, match="no pipeline at"):
+        reelquant.benchmark(quantized, tmp_path / "nothing", rounds=1)
+
+
+@pytest.mark.parametrize(("values", "expected"), [([2.0], (2, 2, 2)), ([3.0, 1.0, 2.0], (2, 1, 3)), ([1.0, 2.0, 3.0, 4.0, 5.0], (3, 2, 4))])
+def test_medians_and_quartiles(values: list[float], expected: tuple[float, float, float]) -> None:
+    found = Spread.of(values)
+    assert (found.median, found.low, found.high) == expected
