@@ -332,7 +332,10 @@ def test_one_graph_serves_all_steps(name: str) -> None:
 # --- attention ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 700, 500, 64), (2, 1, 513, 1030, 128), (1, 1, 600, 600, 40)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2, 700, 500, 64), (2, 1, 513, 1030, 128), (1, 1, 600, 600, 40), (40, 2, 8, 8, 64), (3, 16, 1280, 77, 64), (9, 4, 1, 1, 16)],
+)
 def test_attention_is_as_good_as_attention_in_bfloat16(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     batch, heads, queries, keys, head = shape
@@ -355,10 +358,11 @@ def test_attention_refuses_what_torch_does_better() -> None:
     x = torch.randn(1, 2, 1024, 64).bfloat16()
     assert attention.refuses(x.float(), x.float(), x.float()) == "not bfloat16"
     assert attention.refuses(x[:, :, :100], x[:, :, :100], x[:, :, :100]) == "too short to gain"
+    assert attention.refuses(x[..., :8], x[..., :8], x[..., :8]) == "heads of 8 channels"
     assert "heads share keys" in str(attention.refuses(x, x[:, :1], x[:, :1]))
 
 
 def test_a_kernel_is_named_once() -> None:
     names = [kernel.name for device in KERNELS.values() for kernel in device()]
     assert len(names) == len(set(names)) and all(isinstance(kernel, Kernel) for device in KERNELS.values() for kernel in device())
-    assert math.isfinite(attention.LEAST) and nibbles.TILE == 64
+    assert math.isfinite(attention.LONG) and nibbles.TILE == 64

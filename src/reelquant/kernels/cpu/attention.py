@@ -1,4 +1,4 @@
-"""Attention for long sequences: a block of queries at a time, scores in cache, both products in bfloat16.
+"""Attention as plain matrix products in bfloat16: long sequences a block of queries at a time, many short ones all at once.
 
 Stock attention on CPUs multiplies bfloat16 no faster than float32; plain matrix products are twice as fast. Scaled queries and scores
 are rounded to bfloat16 before the softmax, which sums in float32: the error is that of attention written out in bfloat16, about three
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 18  # scores at a time: half a second-level cache
-LEAST = 1 << 18  # scores of a head from which it wins over stock attention
-HEADS = (32, 256)  # widths of heads
+LONG = 1 << 18  # scores of a head from which blocks win over stock attention
+SHORT = 128  # keys up to which products of all heads at once win over it, if there are
+MANY = 32  # heads, over all clips, places and frames
+HEADS = (16, 256)  # widths of heads
+AT_ONCE = 1 << 22  # scores of all heads at once; more are made in several pieces
 
 
 def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -22,7 +25,9 @@ def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return "not bfloat16"
     if query.ndim != 4 or query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3]:
         return "not [batch, heads, tokens, head], or heads share keys"
-    if query.shape[2] * key.shape[2] < LEAST or not HEADS[0] <= query.shape[3] <= HEADS[1]:
+    if not HEADS[0] <= query.shape[3] <= HEADS[1]:
+        return f"heads of {query.shape[3]} channels"
+    if not _long(query, key) and not (0 < key.shape[2] <= SHORT and query.shape[0] * query.shape[1] >= MANY and query.shape[2]):
         return "too short to gain"
     return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "the processor multiplies no bfloat16"
 
@@ -38,6 +43,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     Returns:
         ``[batch, heads, queries, head]`` in the memory order of ``[batch, queries, heads, head]``, which callers flatten next.
     """
+    if not _long(query, key):
+        return _all_heads(query, key, value, query.shape[3] ** -0.5 if scale is None else scale)
     batch, heads, queries, head = query.shape
     rows = max(min(BLOCK // key.shape[2], queries), 16)
     scores, weights = query.new_empty(2, rows, key.shape[2])
@@ -47,6 +54,22 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
         for h in range(heads):
             _one_head(query[b, h].contiguous(), key[b, h].contiguous().t(), value[b, h].contiguous(), scores, weights, out[b, h])
     return out
+
+
+def _long(query: Tensor, key: Tensor) -> bool:
+    return query.shape[2] * key.shape[2] >= LONG
+
+
+def _all_heads(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    batch, heads, queries, _ = query.shape
+    out = query.new_empty(batch, queries, heads, value.shape[3])
+    step = max(AT_ONCE // (heads * queries * key.shape[2]), 1)
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        q, k, v = (x[part].reshape(-1, x.shape[2], x.shape[3]) for x in (query, key, value))
+        scores = torch.baddbmm(q.new_empty(1, 1, 1).expand(len(q), queries, key.shape[2]), q, k.mT, beta=0, alpha=scale)
+        out[part] = torch.bmm(torch.softmax(scores, -1), v).view(-1, heads, queries, value.shape[3]).transpose(1, 2)
+    return out.transpose(1, 2)
 
 
 def _one_head(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, weights: Tensor, out: Tensor) -> None:
