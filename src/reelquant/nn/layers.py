@@ -22,6 +22,7 @@ from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, pack
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of
+from reelquant.nn.pages import drop_mapped
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
@@ -178,6 +179,7 @@ class QuantLayer(nn.Module):
             kernel, refused = self.selected
             ready = Ready(kernel.prepare(self.operands), kernel, refused, self._parameters["weight"])
             if ready.holds:
+                drop_mapped(self.weight.data)
                 self.weight.data = self.weight.new_empty(1).expand(self.weight.shape)
             self._ready = ready
         return ready

@@ -56,6 +56,8 @@ def prepare(operands: Operands) -> IntegerLinear | IntegerConvolution:
 
 def signed(weight: PackedWeight) -> Tensor:
     """Integer codes ``[out, width]`` int8 of a symmetric format."""
+    if weight.codes.dtype == torch.int8:
+        return weight.codes
     return (weight.unpacked().to(torch.int16) + int(weight.quantizer.format.low)).to(torch.int8)
 
 
