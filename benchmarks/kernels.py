@@ -30,7 +30,7 @@ from benchmarks.speed import machine, raw, tables
 from benchmarks.speed.shapes import KINDS, MODELS, Attention, Conv, Gemm, Shape, shapes
 from benchmarks.speed.tables import Row
 from benchmarks.speed.timing import clock_for, interleaved, speedup
-from reelquant.kernels import reference
+from reelquant.kernels import Reference
 from reelquant.nn import LAYERS, LayerLayout, QuantLayer, TensorLayout
 
 BASE = "bf16"
@@ -184,8 +184,7 @@ def ours(layout: LayerLayout) -> Make:
         made = layer(shape, layout)
         x = random(shape.m, shape.k) if isinstance(shape, Gemm) else _last(random(*shape.input_shape))
         x = x.to(torch.bfloat16)
-        padded = made._padded(x)
-        expected = lambda: reference(padded.float(), made.stage(padded), made.packed, made.bias, made._operation())  # noqa: E731
+        expected = lambda: Reference(made.operands)(x.float())  # noqa: E731
         return Case(lambda: made(x), expected, made.kernel.name)
 
     return make

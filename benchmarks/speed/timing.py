@@ -7,10 +7,11 @@ With one thread the CPU time of that thread is read, which does not run while th
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from reelquant.evidence.speed import Spread
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"thread": time.thread_time, "process": time.process_time, "wall": time.perf_counter}
@@ -22,25 +23,6 @@ LEAST = 0.02  # seconds of one sample; faster functions are repeated within it
 def clock_for(threads: int, own_threads: bool = False) -> Clock:
     """The clock to time with: CPU time for one thread, wall time for several."""
     return CLOCKS["wall" if threads > 1 else "process" if own_threads else "thread"]
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A median and the quartiles around it."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value; with fewer than four the quartiles are the extremes."""
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 3 else (min(values), 0, max(values))
-        return cls(statistics.median(values), low, high)
-
-    def text(self, digits: int = 2) -> str:
-        """``1.93 (1.90 to 1.95)``."""
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
 @dataclass(frozen=True)

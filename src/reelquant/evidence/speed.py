@@ -48,6 +48,10 @@ class Spread:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 3 else (min(values), 0.0, max(values))
         return cls(statistics.median(values), low, high)
 
+    def text(self, digits: int = 2) -> str:
+        """``1.93 (1.90 to 1.95)``."""
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
 
 @dataclass(frozen=True)
 class Benchmark:
