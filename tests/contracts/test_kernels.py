@@ -156,6 +156,23 @@ def test_the_backend_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.parametrize("numbers", ["int8", "uint8", "int8 token", "float"])
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "Conv3d", "Conv1d"])
+def test_nan_shows_and_infinity_saturates(name: str, numbers: str) -> None:
+    if "token" in numbers and name != "Linear":
+        return
+    layer, x = make(name, ("int8", "channel"), INPUTS[numbers], shift=True)
+    for form in (x, x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x):
+        broken = form.clone()
+        broken[(0,) * broken.ndim] = torch.nan
+        assert bool(layer(broken).isnan().any())
+        assert bool(layer(form).isfinite().all())
+        if numbers in ("int8", "uint8"):
+            broken[(0,) * broken.ndim] = torch.inf
+            large = broken.nan_to_num(posinf=1e30)
+            assert torch.equal(layer(broken), layer(large)) and bool(layer(broken).isfinite().all())
+
+
 # --- a weight that the kernel has taken over ----------------------------------------------------------------------------------------
 
 

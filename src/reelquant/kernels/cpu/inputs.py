@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,20 @@ def refuses(operands: Operands) -> str | None:
     return None
 
 
+class Codes(NamedTuple):
+    """An input as bytes.
+
+    Attributes:
+        codes: uint8; ``[rows, channels]`` of a linear layer.
+        scales: ``[rows]`` float32 of dynamic inputs.
+        poisoned: the input holds NaN, which no code stands for: the output must be NaN, so that it shows.
+    """
+
+    codes: Tensor
+    scales: Tensor | None
+    poisoned: bool
+
+
 class Inputs:
     """Turns inputs into codes. The rewrite is folded into one multiplication and one addition per channel.
 
@@ -67,8 +81,8 @@ class Inputs:
         index = 0 if len(self.scales) == 1 else int(slot)
         return self.scales[index], self.zeros[index]
 
-    def rows(self, x: Tensor, slot: Any) -> tuple[Tensor, Tensor | None]:
-        """Codes ``[rows, channels]`` uint8 of an input ``[..., channels]``, and scales ``[rows]`` if they are dynamic.
+    def rows(self, x: Tensor, slot: Any) -> Codes:
+        """Codes of an input ``[..., channels]``.
 
         Layers of a group read the same tensor with the same numbers: the codes of the last one are kept, and given again.
         """
@@ -79,20 +93,20 @@ class Inputs:
         _remember(x, (self.key, index), found)
         return found
 
-    def _encode(self, x: Tensor, index: int) -> tuple[Tensor, Tensor | None]:
+    def _encode(self, x: Tensor, index: int) -> Codes:
         x = readable(x)
         memory = _scratch(x.numel()).reshape(x.shape)
         codes = torch.from_numpy(memory)
         common = (len(x), x.numel(), loops.view(x), self.block, self.multiply, self.add)
         if self.dynamic:
             scales = torch.empty(len(x))
-            loops.spread(loops.quantize_tokens, *common, self.levels, memory, scales.numpy())
-            return codes, scales
+            strange = loops.spread(loops.quantize_tokens, *common, self.levels, memory, scales.numpy())
+            return Codes(codes, scales, strange and not bool(x.isfinite().all()))
         inverse, zero = np.float32(1 / self.scales[index]), np.float32(self.zeros[index])
-        loops.spread(loops.quantize_rows, *common, inverse, zero, self.low, self.high, memory)
-        return codes, None
+        strange = loops.spread(loops.quantize_rows, *common, inverse, zero, self.low, self.high, memory)
+        return Codes(codes, None, strange and bool(x.isnan().any()))
 
-    def pixels(self, x: Tensor, slot: Any, border: tuple[int, ...]) -> Tensor:
+    def pixels(self, x: Tensor, slot: Any, border: tuple[int, ...]) -> Codes:
         """Codes of a convolution's input, channels last.
 
         Args:
@@ -100,7 +114,7 @@ class Inputs:
             border: places to add, as ``F.pad`` takes them; they get the code of zero, channel by channel.
 
         Returns:
-            ``[N, C, *padded places]`` uint8 in channels-last memory.
+            Codes ``[N, C, *padded places]`` in channels-last memory.
         """
         scale, zero = self.step(slot)
         inverse = np.float32(1 / scale)
@@ -121,11 +135,11 @@ class Inputs:
         else:
             loop, data = loops.quantize_planes, readable(x).view(*x.shape[:2], math.prod(places[:-2]), -1)
             lines = x.shape[0] * math.prod(places[:-2])
-        loops.spread(
+        strange = loops.spread(
             loop, lines, x.numel(), loops.view(data), self.multiply, self.add, inverse, np.float32(zero), self.low, self.high, offset,
             memory,
         )  # fmt: skip
-        return codes.view(x.shape[0], *size, x.shape[1]).movedim(-1, 1)
+        return Codes(codes.view(x.shape[0], *size, x.shape[1]).movedim(-1, 1), None, strange and bool(x.isnan().any()))
 
     def _zero_codes(self, inverse: np.float32, zero: int) -> Tensor:
         value = torch.from_numpy(self.add) * float(inverse) if len(self.add) else torch.zeros(1)
@@ -171,11 +185,11 @@ def _tables(numbers: InputNumbers, offset: int) -> tuple[list[float], list[int]]
     return scales, [int(zero) + offset for zero in zeros]
 
 
-def _remember(x: Tensor, key: tuple[bytes, int], found: tuple[Tensor, Tensor | None]) -> None:
+def _remember(x: Tensor, key: tuple[bytes, int], found: Codes) -> None:
     _last.entry = None if x.is_inference() else (weakref.ref(x), x._version, key, found)
 
 
-def _recall(x: Tensor, key: tuple[bytes, int]) -> tuple[Tensor, Tensor | None] | None:
+def _recall(x: Tensor, key: tuple[bytes, int]) -> Codes | None:
     """The codes that this very tensor got in the last call of this thread; an input that was written to since is not the same."""
     entry = getattr(_last, "entry", None)
     if entry is None or entry[0]() is not x or entry[1] != x._version or entry[2] != key:

@@ -87,9 +87,11 @@ class IntegerLinear:
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
-        codes, scales = self.inputs.rows(x, slot)
+        codes, scales, poisoned = self.inputs.rows(x, slot)
         if not len(codes):
             return x.new_empty(*x.shape[:-1], self.rows)
+        if poisoned:
+            return x.new_full((*x.shape[:-1], self.rows), torch.nan)
         out = self._product(codes, slot, dtype, activation) if scales is None else self._scaled(codes, scales, dtype)
         return out.view(*x.shape[:-1], self.rows).to(x.dtype)
 
@@ -145,10 +147,12 @@ class IntegerConvolution:
             padded = F.pad(x, self.window.padding) if any(self.window.padding) else x
             return self.window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
         scale, zero = self.inputs.step(slot)
+        codes, _, poisoned = self.inputs.pixels(batched, slot, self.border)
         out = torch.ops.onednn.qconv_pointwise.default(
-            self.inputs.pixels(batched, slot, self.border), scale, zero, self.packed, self.scale, self.zero, self.bias,
+            codes, scale, zero, self.packed, self.scale, self.zero, self.bias,
             list(self.window.stride), self.padding, list(self.window.dilation), 1, 1.0, 0, dtype, "none", [], "",
         )  # fmt: skip
+        out = torch.full_like(out, torch.nan) if poisoned else out
         return (out if batched is x else out[0]).to(x.dtype)
 
 

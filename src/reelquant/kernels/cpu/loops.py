@@ -24,6 +24,7 @@ LANES = 16  # float32 numbers in the widest vector register
 NONE = np.empty(0, np.float32)  # a vector that is not there
 
 _fast: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "nnan", "ninf", "arcp", "reassoc"}}
+_sums: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "reassoc"}}
 _exact: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
 
 
@@ -32,17 +33,15 @@ def view(x: Tensor) -> np.ndarray[Any, Any]:
     return x.detach().view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.detach().numpy()
 
 
-def spread(loop: Callable[..., None], rows: int, elements: int, *arguments: Any) -> None:
-    """Run a loop over all rows, by as many threads as torch uses."""
+def spread(loop: Callable[..., bool | None], rows: int, elements: int, *arguments: Any) -> bool:
+    """Run a loop over all rows, by as many threads as torch uses; whether any share of it answered True."""
     threads = min(torch.get_num_threads(), rows) if elements > SMALL else 1
     if threads <= 1:
-        loop(0, rows, *arguments)
-        return
+        return bool(loop(0, rows, *arguments))
     edges = [rows * i // threads for i in range(threads + 1)]
     others = [_pool(threads - 1).submit(loop, *edges[i : i + 2], *arguments) for i in range(1, threads)]
-    loop(edges[0], edges[1], *arguments)
-    for other in others:
-        other.result()
+    first = bool(loop(edges[0], edges[1], *arguments))
+    return any([first, *[bool(other.result()) for other in others]])
 
 
 @lru_cache(maxsize=4)
@@ -165,6 +164,15 @@ def _encode(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: An
         codes[j] = np.uint8(np.int32(min(max(value, low), high)))
 
 
+@numba.njit(**_sums)
+def _strange(buffer: Any) -> bool:
+    """Whether a row may hold NaN or infinities: codes cannot, so the caller has to look. Its sum is finite if it does not."""
+    total = np.float32(0)
+    for j in range(buffer.shape[0]):
+        total += buffer[j]
+    return not abs(total) < np.float32(3e38)
+
+
 # --- inputs: floats to codes ----------------------------------------------------------------------------------------------------------
 
 
@@ -177,14 +185,20 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
         block: width of the rotated blocks, 1 for no rotation; its factor is in ``multiply`` or ``inverse``.
         multiply, add: ``[channels]`` float32, or empty.
         codes: ``[rows, channels]`` uint8, written.
+
+    Returns:
+        Whether some row may hold NaN or infinities.
     """
+    strange = False
     buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
     for i in range(start, stop):
         _read(x[i], buffer)
         if block > 1:
             _rotate(buffer, spare, block)
         _affine(buffer, multiply, add)
+        strange |= _strange(buffer)
         _encode(buffer, inverse, zero, low, high, codes[i])
+    return strange
 
 
 @numba.njit(**_exact)
@@ -195,12 +209,14 @@ def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales)
         levels: the largest magnitudes that a negative and a positive code stand for, 128 and 127 for 8 bits.
         scales: ``[rows]`` float32, written.
     """
+    strange = False
     buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
     for i in range(start, stop):
         _read(x[i], buffer)
         if block > 1:
             _rotate(buffer, spare, block)
         _affine(buffer, multiply, add)
+        strange |= _strange(buffer)
         lowest, highest = np.float32(0), np.float32(0)
         for j in range(buffer.shape[0]):
             lowest = min(lowest, buffer[j])
@@ -208,6 +224,7 @@ def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales)
         scale = max(-lowest / levels[0], highest / levels[1])
         scales[i] = max(scale, np.finfo(np.float32).tiny)
         _encode(buffer, np.float32(1) / scales[i], np.float32(128), np.float32(128) - levels[0], np.float32(128) + levels[1], codes[i])
+    return strange
 
 
 @numba.njit(**_exact)
@@ -222,7 +239,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
     """
     channels, depth, places = x.shape[1:]
     width = offset[3]
-    affine = multiply.shape[0] > 0
+    affine, strange = multiply.shape[0] > 0, False
     piece = min(places, PIECE)
     buffer, lines = np.empty(piece, np.float32), np.empty((channels, piece), np.uint8)
     for plane in range(start, stop):
@@ -232,6 +249,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
             count = min(piece, places - first)
             for c in range(channels):
                 _read(x[n, c, d, first : first + count], buffer[:count])
+                strange |= _strange(buffer[:count])
                 slope, level = (multiply[c] * inverse, add[c] * inverse + zero) if affine else (inverse, zero)
                 _encode(buffer[:count], slope, level, low, high, lines[c])
             for p in range(count):
@@ -239,19 +257,22 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
                 pixel = target[h + offset[1], w + offset[2]]
                 for c in range(channels):
                     pixel[c] = lines[c, p]
+    return strange
 
 
 @numba.njit(**_exact)
 def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """The same from channels last: ``x`` is ``[N, D, H, W, C]``."""
     depth, height, width, channels = x.shape[1:]
-    buffer = np.empty(channels, np.float32)
+    buffer, strange = np.empty(channels, np.float32), False
     for row in range(start, stop):
         n, d, h = row // (depth * height), row // height % depth, row % height
         for w in range(width):
             _read(x[n, d, h, w], buffer)
             _affine(buffer, multiply, add)
+            strange |= _strange(buffer)
             _encode(buffer, inverse, zero, low, high, codes[n, d + offset[0], h + offset[1], w + offset[2]])
+    return strange
 
 
 # --- products of rows -----------------------------------------------------------------------------------------------------------------
