@@ -7,7 +7,7 @@ from reelquant.kernels.cpu import floats, int8, nibbles
 
 KERNELS = (
     Kernel("onednn int8", int8.refuses, int8.prepare),
-    Kernel("onednn int8 from int4", nibbles.refuses, nibbles.NibbleLinear),
+    Kernel("onednn int8 from int4", nibbles.refuses, nibbles.prepare),
     Kernel("float products", floats.refuses, floats.FloatProduct, low_bit=False),
 )
 """Best first."""

@@ -1,4 +1,5 @@
 """4-bit weights times 8-bit inputs: codes stay packed in memory, and one matrix of bytes per shape is filled anew for every product.
+Convolutions keep their widened codes.
 
 The bytes are written straight into the layout that oneDNN multiplies from, so nothing is repacked. Scales of groups are folded into the
 codes: ``round(code * group_scale / row_scale)`` with a row's largest weight at 127. Each weight moves by at most half of its row's
@@ -10,16 +11,16 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from reelquant.formats import Int, pack
+from reelquant.formats import Granularity, Int, Quantizer, pack
 from reelquant.kernels.cpu import inputs, int8, loops
-from reelquant.kernels.operands import Operands
+from reelquant.kernels.operands import Operands, PackedWeight
 
 TILE = 64  # rows and columns of a tile of oneDNN's int8 layout; inside, four columns of a row lie together
 
@@ -31,9 +32,37 @@ def refuses(operands: Operands) -> str | None:
         return f"weights are {weight.format.name}, not int4"
     if weight.granularity.kind not in ("group", "channel") or weight.granularity.size % 4:
         return f"weights have a scale per {weight.granularity}; groups are multiples of 4"
-    if operands.window is not None:
-        return "convolutions take int8 weights"
+    if operands.window is not None and len(operands.window.stride) not in int8.DIMS:
+        return "one-dimensional convolutions have no integer product in oneDNN"
     return inputs.refuses(operands) or int8.available() or layout_known()
+
+
+def prepare(operands: Operands) -> NibbleLinear | NibbleConvolution:
+    """What computes the layer."""
+    return NibbleLinear(operands) if operands.window is None else NibbleConvolution(operands)
+
+
+class NibbleConvolution(int8.IntegerConvolution):
+    """A convolution whose weights are widened once and kept beside the packed ones: 12 bits a weight.
+
+    The layout that oneDNN convolves from depends on the shape of the window, so it cannot be filled as that of products is.
+    """
+
+    def __init__(self, operands: Operands) -> None:
+        codes, scale = _widened(operands.weight)
+        wide = PackedWeight(codes, Quantizer(Int(8), Granularity("channel"), scale), operands.weight.shape)
+        super().__init__(replace(operands, weight=wide))
+        self.codes = None
+
+
+def _widened(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+    """8-bit codes ``[out, width]`` with a scale per row; the very codes where rows have one scale already."""
+    if weight.quantizer.granularity.kind == "channel":
+        return int8.signed(weight), weight.quantizer.scale.float()
+    values = weight.dequantize().flatten(1)
+    largest = values.abs().amax(1)
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return (values / scale[:, None]).round_().to(torch.int8), scale
 
 
 class NibbleLinear(int8.IntegerLinear):
