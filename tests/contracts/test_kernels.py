@@ -198,6 +198,22 @@ def test_a_prepared_layer_saves_copies_and_moves_the_weight_it_was_given(name: s
 
 
 @vnni
+@pytest.mark.parametrize("attempt", range(5))
+def test_threads_that_come_together_prepare_a_layer_once(attempt: int) -> None:
+    layer, x = make("Linear", ("int8", "channel"), INPUTS["int8"])
+    expected = oracle(layer, x)
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(layer(x.clone()))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for one in found:
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=2 * one_code(layer))
+
+
+@vnni
 def test_a_prepared_layer_takes_other_weights() -> None:
     layer, x = make("Linear", ("int8", "channel"), INPUTS["int8"])
     before = layer(x)

@@ -34,10 +34,6 @@ class Kernel:
     prepare: Callable[[Operands], Runner]
     low_bit: bool = True
 
-    def simulates(self, operands: Operands) -> bool:
-        """Whether the arithmetic is float although the recipe rounds the input."""
-        return operands.numbers is not None and not self.low_bit
-
 
 REFERENCE = Kernel("reference", Reference.refuses, Reference, low_bit=False)
 

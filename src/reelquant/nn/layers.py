@@ -9,6 +9,7 @@ then keeps its shape and dtype and no memory, and saving, copying and moving the
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from reelquant.observe import Geometry
 
 SHIFT_DTYPE = torch.bfloat16
 """Per-channel shifts and scales: the bias and the weight codes were computed with the rounded values, so nothing is lost."""
+_preparing = threading.RLock()  # of all layers: between repacking a weight and letting go of it nobody else may look at it
 
 
 @dataclass(eq=False)
@@ -113,7 +115,7 @@ class QuantLayer(nn.Module):
     @property
     def simulated(self) -> bool:
         """Whether float arithmetic stands in for the low-bit arithmetic of the recipe."""
-        return self.kernel.simulates(self.operands)
+        return self.layout.input is not None and not self.kernel.low_bit
 
     @property
     def operands(self) -> Operands:
@@ -174,15 +176,18 @@ class QuantLayer(nn.Module):
         return self._ready if self._ready is not None and self._ready.weight is self._parameters["weight"] else None
 
     def prepare(self) -> Ready:
-        """Choose a kernel and build what computes this layer; once."""
-        if (ready := self._prepared()) is None:
-            kernel, refused = self.selected
-            ready = Ready(kernel.prepare(self.operands), kernel, refused, self._parameters["weight"])
-            if ready.holds:
-                drop_mapped(self.weight.data)
-                self.weight.data = self.weight.new_empty(1).expand(self.weight.shape)
-            self._ready = ready
-        return ready
+        """Choose a kernel and build what computes this layer; once, also for threads that come together."""
+        return self._prepared() or self._prepare()
+
+    def _prepare(self) -> Ready:
+        with _preparing:
+            if (ready := self._prepared()) is None:
+                kernel, refused = self.selected
+                ready = self._ready = Ready(kernel.prepare(self.operands), kernel, refused, self._parameters["weight"])
+                if ready.holds:
+                    drop_mapped(self.weight.data)
+                    self.weight.data = self.weight.new_empty(1).expand(self.weight.shape)
+            return ready
 
     def release(self) -> None:
         """Take the weight back from the kernel, if it has it; the next call prepares anew."""
