@@ -25,7 +25,7 @@ POST: dict[str, tuple[str, str]] = {
 }
 """Activation -> oneDNN's name of it and of its variant."""
 NATIVE = (torch.float32, torch.bfloat16)  # dtypes that products are written in; others pass through float32
-DIMS = {2: torch.channels_last, 3: torch.channels_last_3d}
+DIMS = (2, 3)  # axes of the convolutions that have integer products
 
 
 def available() -> str | None:
@@ -44,6 +44,8 @@ def refuses(operands: Operands) -> str | None:
         return f"weights are {weight.format.name}, not symmetric integers"
     if weight.granularity.kind not in ("tensor", "channel"):
         return f"weights have a scale per {weight.granularity}"
+    if weight.format.bits == 4 and operands.window is None:
+        return "4-bit weights stay packed"
     if operands.window is not None and len(operands.window.stride) not in DIMS:
         return "one-dimensional convolutions have no integer product in oneDNN"
     return inputs.refuses(operands) or available()
@@ -134,11 +136,6 @@ class IntegerConvolution:
 
     def _codes(self) -> Tensor:
         return self.packed.to_dense().reshape(self.shape[0], -1).contiguous()
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Of the output."""
-        return DIMS[len(self.shape) - 2]
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
