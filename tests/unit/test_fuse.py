@@ -130,7 +130,7 @@ def test_attention_is_faster_inside_of_a_started_denoiser_only(monkeypatch: pyte
     assert torch.equal(compiled(x), fast) and len(calls) == 2
     assert torch.equal(torch.compile(Attends(), fullgraph=True, backend="aot_eager")(x), stock) and len(calls) == 2
     with backend("reference"):
-        assert torch.equal(inside(x), stock)
+        assert torch.equal(inside(x), stock) and torch.equal(compiled(x), stock)
     with pytest.raises(RuntimeError):
         inside(torch.randn(1, 1, 640, 128).bfloat16())  # an error inside leaves nothing switched on
     assert torch.equal(outside(x), stock)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reelquant.kernels import current_backend
+
 STOCK = F.scaled_dot_product_attention
 
 
@@ -25,6 +27,8 @@ ATTENTION = {"cpu": _cpu}
 
 def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why stock attention should compute this, or None."""
+    if current_backend() != "auto":
+        return "the reference was asked for"
     device = query.device.type
     return ATTENTION[device]().refuses(query, key, value) if device in ATTENTION else f"there is none for {device}"
 

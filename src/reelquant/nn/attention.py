@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant.kernels import attention as fast
-from reelquant.kernels import current_backend
 
 HOOKS = "_reelquant_attention_hooks"
 _thread = threading.local()
@@ -65,7 +64,7 @@ def _wrap() -> None:
             if torch.compiler.is_compiling():
                 if _inside and query.ndim == 4 and key.shape[:2] == query.shape[:2]:
                     return torch.ops.reelquant.attention(query, key, value, options.get("scale"))
-            elif getattr(_thread, "depth", 0) and fast.refuses(query, key, value) is None and current_backend() == "auto":
+            elif getattr(_thread, "depth", 0) and fast.refuses(query, key, value) is None:
                 return fast.attention(query, key, value, options.get("scale"))
         return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
