@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import reelquant
 from reelquant import CheckpointError, UnsupportedError
 from reelquant.cli import app
+from reelquant.evidence import speed
 from reelquant.evidence.speed import Spread
 
 CALL = {"num_inference_steps": 3, "num_frames": 5}
@@ -48,6 +49,13 @@ def test_the_verb_prints_a_table_or_one_document(quantized: str) -> None:
     assert "peak memory" not in shown.stdout
     document = json.loads(CliRunner().invoke(app, [*command, "--json", "--threads", str(torch.get_num_threads())]).stdout)
     assert document["speedup_vs_fp32"] == document["speedup"]["median"] and document["peak_memory_bytes"] is None
+
+
+def test_times_are_not_lost_when_memory_cannot_be_measured(quantized: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "__name__", "reelquant.no_such_module")
+    found = reelquant.benchmark(quantized, "tiny-dit", rounds=1, **CALL)
+    assert found.speedup.median > 0 and found.peak_bytes == {} and found.to_json()["peak_memory_ratio"] is None
+    assert "No module named 'reelquant.no_such_module'" in found.data["peak_memory_failed"]
 
 
 def test_what_cannot_be_measured_is_refused(quantized: str, tmp_path: Path) -> None:

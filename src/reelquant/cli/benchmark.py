@@ -93,6 +93,7 @@ def _tables(made: Benchmark) -> list[Table]:
             times.add_row(name, size(values["reference"]), size(values["test"]), f"{share:.2f} of it")
     why = [("not the best kernel", f"{reason} ({count} layers)") for reason, count in made.refused.items()]
     machine = f"{data['machine']['gpu'] if data['device'] != 'cpu' else data['machine']['cpu']}, {data['threads']} threads"
+    why += [("peak memory", f"not measured: {data['peak_memory_failed']}")] if data["peak_memory_failed"] else []
     how = [
         ("kernels", computed_by(made.kernels, made.simulated)),
         *why,
