@@ -194,6 +194,10 @@ class QuantLayer(nn.Module):
         self.weight.data = self.codes
         self._ready = None
 
+    def forget(self) -> None:
+        """Drop what was prepared, weight and all: the layer's tensors are taken from elsewhere before it runs again."""
+        self._ready = None
+
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input, "")
 

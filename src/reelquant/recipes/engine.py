@@ -18,7 +18,7 @@ from reelquant.clock import Clock
 from reelquant.discover import denoiser_of, discover
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
-from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
+from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes
 from reelquant.recipes.calibration import Calibration, calibrate
 from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import Recipe
@@ -116,15 +116,11 @@ class Session:
         """Move a rewrite into the affine norm that produces the input: ``gamma / s``, ``(beta - z) / s``."""
         if built.fold is None or built.group.producer is None:
             return
-        norm, rewrite = get_module(self.denoiser, built.group.producer), built.fold
+        norm = get_module(self.denoiser, built.group.producer)
         self.norms.setdefault(built.group.producer, {name: p.detach().clone() for name, p in norm.named_parameters(recurse=False)})
-        original = self.norms[built.group.producer]
-        scale = torch.ones(()) if rewrite.scale is None else rewrite.scale
         with torch.no_grad():
-            norm.weight.copy_(original["weight"].float() / scale)
-            if "bias" in original:
-                shift = 0 if rewrite.shift is None else rewrite.shift
-                norm.bias.copy_((original["bias"].float() - shift) / scale)
+            for name, value in folded(self.norms[built.group.producer], built.fold).items():
+                getattr(norm, name).copy_(value)
 
     def restore(self) -> None:
         """Put every float layer and norm back."""
