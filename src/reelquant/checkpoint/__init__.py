@@ -1,7 +1,7 @@
 """Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece."""
 
 from reelquant.checkpoint.folder import INDEX, check_target, new_folder
-from reelquant.checkpoint.save import REPORT_FILE, save
+from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
 from reelquant.checkpoint.shards import Shards, Spec, write_tensors
 from reelquant.checkpoint.stored import FORMAT_VERSION, METHOD, Slots, Stored, adopt, describe
 from reelquant.checkpoint.verify import tile_checksum, verify
@@ -20,6 +20,7 @@ __all__ = [
     "adopt",
     "check_target",
     "describe",
+    "forget_paths",
     "new_folder",
     "save",
     "tile_checksum",

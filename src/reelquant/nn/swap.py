@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +44,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
 def kernels_of(model: nn.Module) -> KernelFacts:
     """What computes the quantized layers of a model on the device they lie on."""
     layers = quantized_layers(model).values()
-    selected = [layer.selected for layer in layers]
-    names = Counter(kernel.name for kernel, _ in selected)
-    reasons = Counter(reason for _, refused in selected for reason in list(refused.values())[:1])
-    return KernelFacts(dict(names.most_common()), dict(reasons.most_common()), any(layer.simulated for layer in layers))
+    return KernelFacts.of(layer_facts(layer) for layer in layers)
+
+
+def layer_facts(layer: QuantLayer) -> tuple[str, str | None, bool]:
+    """The kernel of a layer, why the best one of the device refused it, and whether it simulates."""
+    kernel, refused = layer.selected
+    return kernel.name, next(iter(refused.values()), None), layer.simulated
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,13 @@ class KernelFacts:
     names: dict[str, int]
     refused: dict[str, int]
     simulated: bool
+
+    @classmethod
+    def of(cls, facts: Iterable[tuple[str, str | None, bool]]) -> KernelFacts:
+        """Count :func:`layer_facts`."""
+        known = list(facts)
+        names, reasons = Counter(name for name, _, _ in known), Counter(reason for _, reason, _ in known if reason)
+        return cls(dict(names.most_common()), dict(reasons.most_common()), any(simulated for _, _, simulated in known))
 
 
 def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:

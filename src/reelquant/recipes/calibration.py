@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from reelquant.models.sampling import sample
 from reelquant.nn import get_module
 from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Steps, observe
 from reelquant.recipes.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from reelquant.recipes.journal import Journal
 
 ROWS = 1024  # rows kept of every input, over all calls
 GRAM_ROWS = 4096, 8  # rows that enter a second moment, over all calls: at least so many, and so many per column
@@ -31,7 +35,7 @@ class Calibration:
     """
 
     steps: Steps
-    inputs: dict[str, InputStatistics]
+    inputs: Mapping[str, InputStatistics]
     prompts: tuple[str, ...]
     references: dict[str, Tensor] = field(default_factory=dict)
 
@@ -57,8 +61,9 @@ def calibrate(
     seed: int,
     arguments: dict[str, Any],
     on_step: Callable[[], None],
+    journal: Journal | None = None,
 ) -> Calibration:
-    """Sample ``prompts`` once and gather what the plan's layers need.
+    """Sample ``prompts`` once and gather what the plan's layers need, in memory or in a journal on disk.
 
     Raises:
         CalibrationError: no prompts, no denoiser calls, or values that are not finite.
@@ -66,13 +71,19 @@ def calibrate(
     generator = torch.Generator().manual_seed(seed)
     batch = plan.recipe.calibrate.batch if plan.recipe.calibrate else 4
     calls = -(-len(prompts) // batch) * (arguments.get("num_inference_steps") or 50)
-    watched, inputs = _watch(plan, denoiser, generator, calls)
+    make = functools.partial(_watch, plan, denoiser, generator, calls)
+    watched, inputs = make() if journal is None else journal.keep(make, generator)
 
     def run() -> None:
         sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
 
     steps = observe(denoiser, timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), watched, run)
     return Calibration(steps, inputs, tuple(prompts))
+
+
+def templates(plan: Plan, denoiser: nn.Module) -> dict[str, InputStatistics]:
+    """Empty statistics of everything that the plan's layers read, for their sizes."""
+    return _watch(plan, denoiser, torch.Generator(), 1)[0]
 
 
 def _watch(

@@ -17,7 +17,7 @@ from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import denoiser_of, discover
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
+from reelquant.nn import KernelFacts, QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes
 from reelquant.recipes.calibration import Calibration, calibrate
 from reelquant.recipes.plan import Plan, make_plan
@@ -65,6 +65,15 @@ class Session:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def call_with(self, **overrides: Any) -> None:
+        """Arguments of the pipeline call: the pipeline's own, then the recipe's steps, then ``overrides``."""
+        recipe = self.plan.recipe
+        self.arguments = call_arguments(self.pipe, **overrides)
+        if recipe.calibrate is not None:
+            self.seed = recipe.calibrate.seed
+            if recipe.calibrate.steps is not None and overrides.get("num_inference_steps") is None:
+                self.arguments["num_inference_steps"] = recipe.calibrate.steps
 
     @property
     def steps(self) -> int:
@@ -122,6 +131,24 @@ class Session:
             for name, value in folded(self.norms[built.group.producer], built.fold).items():
                 getattr(norm, name).copy_(value)
 
+    def observe(self, prompts: Sequence[str]) -> Calibration:
+        """One sampling pass of the float pipeline, with statistics of what the plan's layers read."""
+        return calibrate(
+            self.pipe, self.denoiser, self.plan, prompts, seed=self.seed, arguments=self.arguments, on_step=self.progress.advance
+        )
+
+    def trial(self, assignment: Assignment, reference: Tensor, **steps: Any) -> float:
+        """How near a candidate comes to the float latents, in dB."""
+        self.install(assignment, self.draft)
+        try:
+            return latent_psnr(reference, self.held_out_latents(**steps))
+        finally:
+            self.restore()
+
+    def kernels(self) -> KernelFacts:
+        """What computes the installed layers."""
+        return kernels_of(self.denoiser)
+
     def restore(self) -> None:
         """Put every float layer and norm back."""
         for name, module in self.floats.items():
@@ -162,15 +189,14 @@ def quantize_pipeline(
     """
     component, denoiser = denoiser_of(pipe)
     session = Session(pipe, component, denoiser, _plan(recipe, denoiser, skip), progress or Silent(), {}, 0)
-    session.arguments = call_arguments(pipe, **overrides)
-    if recipe.calibrate is not None:
-        session.seed = recipe.calibrate.seed
-        if recipe.calibrate.steps is not None and overrides.get("num_inference_steps") is None:
-            session.arguments["num_inference_steps"] = recipe.calibrate.steps
+    session.call_with(**overrides)
     _check_weights(session)
     try:
-        _observe(session, prompts, calibration)
-        return _finish(session), session.calibration
+        gather(session, prompts, calibration)
+        report = settle(session)
+        session.floats, session.norms = {}, {}
+        start_runtime(denoiser)
+        return report, session.calibration
     except BaseException:
         stop_clock(denoiser)
         session.restore()
@@ -189,7 +215,8 @@ def _check_weights(session: Session) -> None:
                 raise CalibrationError(f"the {part} of layer '{name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
 
 
-def _observe(session: Session, prompts: Sequence[str] | None, calibration: Calibration | None) -> None:
+def gather(session: Session, prompts: Sequence[str] | None, calibration: Calibration | None = None) -> None:
+    """Part the prompts into those that calibrate and those held out, and calibrate."""
     recipe = session.plan.recipe
     if recipe.calibrate is None:
         return
@@ -203,14 +230,11 @@ def _observe(session: Session, prompts: Sequence[str] | None, calibration: Calib
         raise CalibrationError(f"recipe '{recipe.name}' calibrates on {recipe.calibrate.prompts} prompts and got none; pass prompts=[...]")
     runs = -(-len(chosen) // recipe.calibrate.batch)
     with session.timed("calibrate", session.steps * runs):
-        session.calibration = calibrate(
-            session.pipe, session.denoiser, session.plan, chosen, seed=session.seed, arguments=session.arguments,
-            on_step=session.progress.advance,
-        )  # fmt: skip
+        session.calibration = session.observe(chosen)
 
 
-def _finish(session: Session) -> Report:
-    """Choose, build, install and check; afterwards the float layers are gone."""
+def settle(session: Session) -> Report:
+    """Choose, build, install and check."""
     recipe = session.plan.recipe
     before = _model_bytes(session.denoiser)
     reference = None
@@ -228,8 +252,6 @@ def _finish(session: Session) -> Report:
         _tables(session, report)
     _check(session, report, reference)
     _account(session, report, before)
-    session.floats, session.norms = {}, {}
-    start_runtime(session.denoiser)
     return report
 
 
@@ -249,12 +271,9 @@ def _search(session: Session) -> tuple[Assignment, list[Any]]:
         reference = session.float_latents(**steps)
 
         def evaluate(assignment: Assignment) -> float:
-            session.install(assignment, session.draft)
-            try:
-                return latent_psnr(reference, session.held_out_latents(**steps))
-            finally:
-                session.restore()
-                session.progress.advance()
+            psnr = session.trial(assignment, reference, **steps)
+            session.progress.advance()
+            return psnr
 
         found = choose(session.plan, groups, evaluate)
         session.drafts = {}
@@ -322,7 +341,7 @@ def _account(session: Session, report: Report, before: int) -> None:
     report.bytes_tables = sum(tables.values())
     report.bytes_quantized = sum(layer_bytes(layer) for layer in layers.values()) - report.bytes_tables
     report.bytes_model_float, report.bytes_model = before, _model_bytes(session.denoiser)
-    facts = kernels_of(session.denoiser)
+    facts = session.kernels()
     report.kernel, report.simulated = facts.names, facts.simulated
     for row in session.plan.kept:
         report.kept.setdefault(row.kept or "", []).append(row.layer.name)
