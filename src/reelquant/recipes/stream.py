@@ -218,15 +218,17 @@ def _prompts(job: Job, pipe: Any, plan: Plan) -> Sequence[str] | None:
 
 def _pipeline(job: Job, work: Workspace) -> Any:
     """The stock pipeline around denoisers, and large text encoders, that stay on disk."""
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     source = job.source
+    # Not DiffusionPipeline: it takes no note of components given to it that are optional for the real class, and loads them itself.
+    kind = getattr(diffusers, json.loads((source.folder / INDEX).read_text())["_class_name"], diffusers.DiffusionPipeline)
     parts = {name: disk.model for name, disk in source.disks.items()}
     for name, (library, cls) in _modules(source.folder).items():
         size = sum(file.stat().st_size for file in (source.folder / name).glob("*.safetensors"))
         if library == "transformers" and size > job.budget / LARGE:
             parts[name] = _text_encoder(source, name, cls, work.folder / "work" / "offload")
-    pipe = DiffusionPipeline.from_pretrained(source.folder, dtype=source.dtype, use_safetensors=True, **parts)
+    pipe = kind.from_pretrained(source.folder, dtype=source.dtype, use_safetensors=True, **parts)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in parts:
             part.to(source.device)
