@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from reelquant.recipes.plan import Plan
     from reelquant.recipes.recipe import Recipe
     from reelquant.recipes.report import Report
+    from reelquant.recipes.stream import Job
 
 
 def quantize(
@@ -64,6 +65,78 @@ def quantize(
     if hasattr(denoiser := plain(pipe.components[report.component]), "register_to_config"):
         adopt(denoiser, chosen)
     return report
+
+
+def quantize_folder(
+    source: str | Path,
+    output: str | Path,
+    recipe: str | Path | dict[str, Any] | Recipe,
+    prompts: Sequence[str] | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    max_memory: int | str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **call: Any,
+) -> Report:
+    """Quantize a pipeline's folder into another one, without ever holding the float model in memory.
+
+    The result is that of :func:`quantize` and :func:`save`, bit by bit. A run that was stopped, also by ``kill -9`` or a full disk, is
+    kept in ``<output>.partial`` and goes on with ``resume``; docs/streaming.md says what is where.
+
+    Args:
+        source: bundled name, folder or hub id of a float pipeline.
+        output: the folder to write; it appears complete or not at all.
+        recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`.
+        prompts: calibration texts; by default the pipeline's own or general video prompts.
+        components: denoisers to quantize, by name; by default the first.
+        skip: patterns of layers that stay float, on top of the recipe's.
+        overrides: dotted changes to the recipe.
+        dtype: of the float parts of what is quantized, float32 by default; other components are copied as they are.
+        device: where layers are built and the sampler runs.
+        max_memory: ``"8GB"`` or a number of bytes; by default what is free. Activations of a denoiser call come on top.
+        resume: go on with an interrupted run of the same work.
+        force: replace an existing folder in the end, and give up what an interrupted run left.
+        progress: hears how far the run is.
+        call: arguments of the pipeline call during calibration.
+
+    Returns:
+        The report of the last component.
+
+    Raises:
+        ReelQuantError: one sentence on what is wrong and what would work.
+
+    Example:
+        >>> reelquant.quantize_folder("wan-14b", "wan-14b-w8a16", "w8a16", dtype=torch.bfloat16, max_memory="8GB")
+    """
+    from reelquant.recipes.stream import quantize_folder as streamed
+
+    job = folder_job(source, recipe, prompts, components, skip, overrides, dtype, device, max_memory, call)
+    return streamed(job, output, resume=resume, force=force, progress=progress)
+
+
+def folder_job(
+    source: str | Path, recipe: Any, prompts: Sequence[str] | None, components: Sequence[str] | None, skip: Sequence[str],
+    overrides: dict[str, Any] | None, dtype: torch.dtype | None, device: str, max_memory: int | str | None, call: Mapping[str, Any],
+) -> Job:  # fmt: skip
+    """The work of :func:`quantize_folder`, planned but not begun: its ``plans`` and :meth:`~reelquant.recipes.stream.Job.estimate`."""
+    import torch
+
+    from reelquant.models.pipelines import local_folder
+    from reelquant.recipes.estimate import free_memory, parse_bytes
+    from reelquant.recipes.recipe import load_recipe
+    from reelquant.recipes.stream import Job, Source
+
+    budget = free_memory() if max_memory is None else parse_bytes(max_memory)
+    chosen = load_recipe(recipe, overrides)
+    opened = Source.open(local_folder(source), dtype or torch.float32, device)
+    names = list(components) if components else list(opened.disks)[:1]
+    return Job.of(opened, dict.fromkeys(names, chosen), [prompts] if isinstance(prompts, str) else prompts, skip, call, budget)
 
 
 def plan(

@@ -56,7 +56,7 @@ class Shards:
         for file in files:
             try:
                 with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118: not a mapping
+                    for name in opened.keys():  # noqa: SIM118
                         part = opened.get_slice(name)
                         self.specs[name] = Spec(DTYPES[part.get_dtype()], tuple(part.get_shape()))
                         self._home[name] = file
@@ -78,7 +78,9 @@ class Shards:
                 return cls(_indexed(index))
             if single.is_file():
                 return cls([single])
-        raise CheckpointError(f"'{folder}' holds no weights: looked for {' and '.join(f'{stem}.safetensors' for stem in STEMS)}, also sharded")
+        raise CheckpointError(
+            f"'{folder}' holds no weights: looked for {' and '.join(f'{stem}.safetensors' for stem in STEMS)}, also sharded"
+        )
 
     def load(self, name: str) -> Tensor:
         """A tensor in memory of its own: nothing of the file stays mapped."""

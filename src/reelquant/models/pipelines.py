@@ -49,6 +49,24 @@ def locate(model: str | Path) -> str:
     return text
 
 
+def local_folder(model: str | Path) -> Path:
+    """The folder of a pipeline on this machine; a hub id is downloaded, its weights as safetensors.
+
+    Raises:
+        CheckpointError: if nothing is there, or it cannot be downloaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = locate(model)
+    if Path(folder).is_dir():
+        return Path(folder)
+    try:
+        return Path(DiffusionPipeline.download(folder, use_safetensors=True))
+    except Exception as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise CheckpointError(f"cannot download pipeline '{model}': {type(error).__name__}: {reason}") from error
+
+
 def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """Load a pipeline with stock ``DiffusionPipeline.from_pretrained``; safetensors only.
 

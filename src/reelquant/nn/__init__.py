@@ -13,7 +13,17 @@ from reelquant.nn.layers import (
 )
 from reelquant.nn.runtime import start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
-from reelquant.nn.swap import KernelFacts, dequantized, get_module, kernels_of, layer_facts, quantized_layers, set_module, start_clock, stop_clock
+from reelquant.nn.swap import (
+    KernelFacts,
+    dequantized,
+    get_module,
+    kernels_of,
+    layer_facts,
+    quantized_layers,
+    set_module,
+    start_clock,
+    stop_clock,
+)
 
 __all__ = [
     "LAYERS",

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError
@@ -40,7 +39,7 @@ class Estimate:
         largest: what takes most of it, in words.
         disk: free space that is needed until the work is done, the result included.
         result: the folder that will be there in the end.
-        reads: how often the denoiser is read from disk.
+        moved: bytes that are read and written until then.
         calls: denoiser calls, at most (half of them without guidance); 0 for data-free recipes.
     """
 
@@ -50,12 +49,8 @@ class Estimate:
     largest: str
     disk: int
     result: int
-    reads: int
+    moved: int
     calls: int
-
-    def seconds(self, speed: float) -> float:
-        """Time to read and write at ``speed`` bytes per second; what the sampler computes comes on top."""
-        return (self.source * self.reads + 2 * self.result) / speed
 
     def check_memory(self, budget: int) -> None:
         """Refuse a budget that a single layer breaks.
@@ -106,7 +101,7 @@ def estimate(folder: Path, disks: Mapping[str, OnDisk], plans: Mapping[str, Plan
         largest=largest,
         disk=result + sum(part["scratch"] for part in parts),
         result=result,
-        reads=sum(part["reads"] for part in parts),
+        moved=2 * others + 3 * result + sum(stored[name] * part["reads"] for name, part in zip(plans, parts, strict=True)),
         calls=sum(part["calls"] for part in parts),
     )
 

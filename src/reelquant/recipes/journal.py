@@ -143,7 +143,7 @@ class Journal:
         self._generator = generator
         done = len(list((self.folder / "calls" / self._phase).glob("*.safetensors")))
         watched = make()[0]
-        for number, name in enumerate(watched):
+        for number in range(len(watched)):
             for log in (self._log(number, "inputs"), self._log(number, "gram")):
                 if log.path.exists():
                     log.cut(done)
@@ -173,7 +173,7 @@ class Journal:
         self._last[number] = self._call
 
     def _add_up(self, number: int, empty: Gram) -> None:
-        """Moments of all calls before this one. A process killed in between leaves rows that the state already has: they are passed over."""
+        """Moments of all calls before this one. Rows that a killed process left although they are added up count once."""
         gram = dataclasses.replace(empty)
         self._moments(number, gram)
         state = {name: value.contiguous() for name, value in gram.state.items()} | {"call": torch.tensor(self._call - 1)}

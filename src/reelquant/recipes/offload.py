@@ -106,8 +106,8 @@ class OnDisk:
         expected = model.state_dict()
         if missing := sorted(set(expected) - set(shards.specs)):
             raise CheckpointError(
-                f"'{shards.files[0].parent}' lacks {len(missing)} tensors of {type(model).__name__}, first '{missing[0]}'; if it was written "
-                "for an older diffusers, open the pipeline and save it anew"
+                f"'{shards.files[0].parent}' lacks {len(missing)} tensors of {type(model).__name__}, first '{missing[0]}'; if it was "
+                "written for an older diffusers, open the pipeline and save it anew"
             )
         for name, value in expected.items():
             if tuple(value.shape) != shards.specs[name].shape:

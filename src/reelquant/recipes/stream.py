@@ -8,10 +8,12 @@ remember what has been done, so a run that was stopped goes on by running again.
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import UnsupportedError, nearest
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.checkpoint import (
@@ -39,8 +41,8 @@ from reelquant.checkpoint import (
 )
 from reelquant.discover import denoisers_of, discover
 from reelquant.models.pipelines import calibration_prompts, check_folder, mark_quantized
-from reelquant.nn import KernelFacts, LayerLayout, QuantLayer, get_module, layer_facts, quantized_class, set_module, stop_clock
-from reelquant.recipes.build import BuiltGroup, LayerRecord, Options, build_layer, folded, prepare_group
+from reelquant.nn import KernelFacts, LayerLayout, QuantLayer, get_module, layer_facts, quantized_class, stop_clock
+from reelquant.recipes.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
 from reelquant.recipes.calibration import Calibration, calibrate
 from reelquant.recipes.engine import Session, gather, settle
 from reelquant.recipes.estimate import Estimate, check_room, estimate
@@ -49,8 +51,9 @@ from reelquant.recipes.offload import OnDisk, hollow, imagined
 from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import Recipe
 from reelquant.recipes.report import Report
-from reelquant.recipes.search import Assignment, family
+from reelquant.recipes.search import Assignment
 from reelquant.sites import Group
+from reelquant.transforms import Rewrite
 
 SHARD = 10_000_000_000  # bytes; what diffusers writes by default
 LARGE = 4  # a text encoder beyond this part of the budget stays on disk, too
@@ -84,7 +87,9 @@ class Source:
         path = Path(folder)
         check_folder(path)
         index = json.loads((path / INDEX).read_text())
-        known = {name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers" and _has_weights(path / name)}
+        known = {
+            name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers" and _has_weights(path / name)
+        }
         models = {name: hollow(path, name, dtype) for name in known}
         found = denoisers_of(SimpleNamespace(components=models))
         for name in found:
@@ -138,7 +143,14 @@ class Job:
         cls, source: Source, recipes: Mapping[str, Recipe], prompts: Sequence[str] | None, skip: Sequence[str], call: Mapping[str, Any],
         budget: int,
     ) -> Job:  # fmt: skip
-        """Plan every component."""
+        """Plan every component.
+
+        Raises:
+            UnsupportedError: for a component that is no denoiser of the pipeline.
+        """
+        for name in recipes:
+            if name not in source.disks:
+                raise UnsupportedError(f"'{name}' is no denoiser of '{source.folder}'; {nearest(name, source.disks)}")
         return cls(source, {name: source.plan(name, recipe, skip) for name, recipe in recipes.items()}, prompts, call, budget)
 
     @property
@@ -163,6 +175,19 @@ class Job:
     def estimate(self) -> Estimate:
         """Time, memory and disk before anything is done."""
         return estimate(self.source.folder, self.source.disks, self.plans, self.call)
+
+    def seconds(self, expected: Estimate) -> float:
+        """About how long it takes: one layer is loaded and rounded, its times count for all. Samplers and solvers come on top."""
+        name, plan = next(iter(self.plans.items()))
+        disk, row = self.source.disks[name], max(plan.quantized, key=lambda row: math.prod(row.layer.shape))
+        start = time.perf_counter()
+        module = disk.layer(row.layer.name)
+        loaded = time.perf_counter()
+        build_layer(plan, GroupWork([row], Rewrite(), False), replace(row, input=None), module, {}, {}, [], draft=True)
+        built = time.perf_counter()
+        weights = sum(math.prod(row.layer.shape) for plan in self.plans.values() for row in plan.quantized)
+        size = sum(value.numel() * value.element_size() for value in module.parameters())
+        return expected.moved * (loaded - start) / size + weights * (built - loaded) / math.prod(row.layer.shape)
 
 
 def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None) -> Report:
@@ -232,6 +257,8 @@ def _pipeline(job: Job, work: Workspace) -> Any:
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in parts:
             part.to(source.device)
+    here = property(lambda self: torch.device(source.device))  # else the pipeline reads it off parameters, which are on the meta device
+    pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": here, "_execution_device": here})
     return pipe
 
 
@@ -352,7 +379,9 @@ class Streamed(Session):
 
     def kernels(self) -> KernelFacts:
         """What would compute the layers, as each said when it was built."""
-        said = [_read_about(self.disk.pieces[name].files[0]) for name, part in self.denoiser.named_modules() if isinstance(part, QuantLayer)]
+        said = [
+            _read_about(self.disk.pieces[name].files[0]) for name, part in self.denoiser.named_modules() if isinstance(part, QuantLayer)
+        ]
         return KernelFacts.of(one["facts"] for one in said)
 
 
