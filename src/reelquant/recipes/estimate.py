@@ -112,7 +112,8 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any]) -> dict[str, A
     floats = _bytes(model)
     result = floats - sum(_bytes(get_module(model, name)) for name in layers) + sum(row.bytes_after for row in plan.quantized)
     widest = max(layers, key=layers.__getitem__)
-    need = {f"building layer '{widest}'": PER_WEIGHT * layers[widest]}
+    shapes = {(tuple(value.shape), value.dtype): value.numel() * value.element_size() for value in model.parameters()}
+    need = {f"building layer '{widest}'": PER_WEIGHT * layers[widest], "probing the denoiser": sum(shapes.values())}
     if recipe.calibrate is None:
         memory, largest = max((size, what) for what, size in need.items())
         return {"memory": memory, "largest": largest, "in_memory": memory, "result": result, "scratch": result, "reads": 1, "calls": 0}

@@ -65,8 +65,8 @@ def imagined(model: nn.Module) -> Iterator[None]:
     def random(like: Tensor) -> nn.Parameter:
         spec = Spec(like.dtype, tuple(like.shape))
         if spec not in shared:
-            values = torch.randn(spec.shape, generator=generator, dtype=torch.float32) / max(torch.Size(spec.shape[1:]).numel(), 1) ** 0.5
-            shared[spec] = nn.Parameter(values.to(spec.dtype), requires_grad=False)
+            values = torch.randn(spec.shape, generator=generator, dtype=spec.dtype)
+            shared[spec] = nn.Parameter(values.div_(max(torch.Size(spec.shape[1:]).numel(), 1) ** 0.5), requires_grad=False)
         return shared[spec]
 
     put: Put = []
