@@ -23,8 +23,8 @@ from reelquant.recipes.search import candidates, trial_count
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-# Measured on layers of 26 to 71 million weights: bytes at the peak of building one, per weight and per element of its second moment.
-PER_WEIGHT, PER_MOMENT = 18, 48
+# Measured on layers of 71 and 157 million weights (PER_WEIGHT; PER_MOMENT is counted, not measured): bytes at the peak of building one, per weight and per element of its second moment.
+PER_WEIGHT, PER_MOMENT = 21, 48
 GUIDED = 2  # denoiser calls per step: samplers with guidance make two
 
 
