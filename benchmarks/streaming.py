@@ -31,8 +31,8 @@ SHAPES = {  # WanTransformer3DModel configurations of the published models, but 
 RESULTS = Path(__file__).with_name("results")
 SHARD = 5_000_000_000
 COLUMNS = (
-    "shape", "recipe", "blocks", "checkpoint_gb", "allowed_gb", "peak_rss_gb", "peak_anon_gb", "estimated_gb", "seconds", "result_gb", "kills",
-    "same_bytes",
+    "shape", "recipe", "blocks", "checkpoint_gb", "allowed_gb", "peak_rss_gb", "peak_anon_gb", "estimated_gb", "seconds", "result_gb",
+    "kills", "same_bytes",
 )  # fmt: skip
 
 
@@ -160,8 +160,10 @@ def measure(scratch: Path, shape: str, recipe: str, size: float, memory: str, ki
     same = digests(whole) == expected if kills else None
     shutil.rmtree(scratch)
     return {
-        "shape": shape, "recipe": recipe, "blocks": blocks, "checkpoint_gb": stored / 1e9, "allowed_gb": parse_bytes(memory) / 1e9,
-        "peak_rss_gb": max(one["rss"] for one in runs) / 1e9, "peak_anon_gb": max(one["anon"] for one in runs) / 1e9,
+        "shape": shape, "recipe": recipe, "blocks": blocks, "checkpoint_gb": stored / 1e9,
+        "allowed_gb": parse_bytes(memory) / 1e9,
+        "peak_rss_gb": max(one["rss"] for one in runs) / 1e9,
+        "peak_anon_gb": max(one["anon"] for one in runs) / 1e9,
         "estimated_gb": estimate["memory"] / 1e9, "seconds": first["seconds"], "result_gb": result / 1e9, "kills": stopped, "same_bytes": same,
     }  # fmt: skip
 

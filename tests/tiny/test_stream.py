@@ -18,10 +18,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
 from reelquant.checkpoint import Shards, Spec, workspace, write_tensors
+from reelquant.cli import app
 from reelquant.discover import discover
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
@@ -29,6 +31,7 @@ from reelquant.recipes import estimate, stream
 from reelquant.recipes.estimate import parse_bytes
 from reelquant.recipes.journal import Journal
 from reelquant.recipes.offload import OnDisk, hollow, imagined
+from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
 from tests.tiny.stock import CALL, MIXED, PROMPTS, frames, realigned, wan_pipeline
 
@@ -237,9 +240,10 @@ def stopped(model: Path, target: Path, recipe: Any, monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         real(*words)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stream, "_store", store)
+    monkeypatch.setattr(stream, "_store", store)
+    with pytest.raises(KeyboardInterrupt):
         reelquant.quantize_folder(model, target, recipe)
+    monkeypatch.setattr(stream, "_store", real)
 
 
 def test_work_that_is_done_is_not_done_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,6 +321,23 @@ def test_too_little_memory_is_found_before_the_work(model: Path, tmp_path: Path)
     with pytest.raises(RecipeError, match=r"--max-memory 1 MB is too little: .* take .* allow that much"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16", max_memory="1MB")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_the_work_takes(model: Path) -> None:
+    result = CliRunner().invoke(app, ["quantize", str(model), "-r", "qvd-w8a8", "--dry-run", "--json", "--max-memory", "2GB"])
+    told = json.loads(result.stdout)["estimate"]
+    assert told["budget"] == 2 * 10**9 and not told["streams"]
+    assert told["calls"] > 0 and told["seconds"] > 0
+    assert 0 < told["result"] < told["source"] < told["disk"]
+    assert "What it takes" in CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "--dry-run"]).stdout
+
+
+def test_the_estimated_result_is_near_the_real_one(model: Path, tmp_path: Path) -> None:
+    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe("w4a16")}, None, (), {}, 10**10)
+    stream.quantize_folder(job, tmp_path / "out")
+    made = sum(len(content) for content in contents(tmp_path / "out" / "transformer").values())
+    others = sum(len(content) for name, content in contents(tmp_path / "out").items() if not name.startswith("transformer"))
+    assert job.estimate().result == pytest.approx(made + others, rel=0.2)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:

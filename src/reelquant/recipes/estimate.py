@@ -23,7 +23,8 @@ from reelquant.recipes.search import candidates, trial_count
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CGROUP = Path("/sys/fs/cgroup/memory.max")
-# Measured on layers of 71 and 157 million weights (PER_WEIGHT; PER_MOMENT is counted, not measured): bytes at the peak of building one, per weight and per element of its second moment.
+# Bytes at the peak of building a layer: per weight (measured on one of 157 million weights), and per element of its second moment
+# (counted in gptq's code: the moments, their covariance, and what the double-precision factorization holds).
 PER_WEIGHT, PER_MOMENT = 21, 48
 GUIDED = 2  # denoiser calls per step: samplers with guidance make two
 
@@ -60,8 +61,8 @@ class Estimate:
         """
         if self.memory > budget:
             raise RecipeError(
-                f"--max-memory {_words(budget)} is too little: {self.largest} and the libraries take {_words(self.memory)}; allow that much, "
-                "or choose a recipe without 'solve: gptq'"
+                f"--max-memory {_words(budget)} is too little: {self.largest} and the libraries take {_words(self.memory)}; allow that "
+                "much, or choose a recipe without 'solve: gptq'"
             )
 
 
