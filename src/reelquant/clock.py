@@ -62,6 +62,10 @@ class Clock(nn.Module):
             self._now = int(self.slot), bool(self.stored)
         return self._now
 
+    def follow(self, slot: Tensor, stored: Tensor) -> None:
+        """Answer :meth:`now` with what a compiled graph carries: in there :meth:`tick` is a part of the graph, and keeps no Python value."""
+        self._now = int(slot), bool(stored)
+
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""
         if self._told:

@@ -1,4 +1,4 @@
-"""What makes a whole quantized denoiser faster than its layers alone: attention, and activations fused into layers."""
+"""What makes a whole quantized denoiser faster than its layers alone: attention, fused activations, feed-forwards in blocks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 from reelquant.kernels import current_backend
 from reelquant.nn.attention import start_attention, stop_attention
 from reelquant.nn.fuse import fuse_activations, part_activations
+from reelquant.nn.tokenwise import block_tokens, unblock_tokens
 
 
 def start_runtime(model: nn.Module) -> None:
@@ -14,9 +15,11 @@ def start_runtime(model: nn.Module) -> None:
     if current_backend() == "auto":
         start_attention(model)
         fuse_activations(model)
+        block_tokens(model)
 
 
 def stop_runtime(model: nn.Module) -> None:
     """Undo :func:`start_runtime`."""
     stop_attention(model)
+    unblock_tokens(model)
     part_activations(model)
