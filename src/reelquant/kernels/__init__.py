@@ -54,6 +54,7 @@ def _cuda() -> tuple[Kernel, ...]:
         Kernel("triton int8 from int4", layers.refuses_nibbles, layers.NibbleLinear),
         Kernel("triton int8 convolution", layers.refuses_convolution, layers.CodeConvolution),
         Kernel("triton float products", layers.refuses_float, layers.FloatLinear),
+        Kernel("torch int8", layers.refuses_plain, layers.PlainLinear),
     )
 
 
