@@ -63,7 +63,7 @@ class Clock(nn.Module):
         return self._now
 
     def follow(self, slot: Tensor, stored: Tensor) -> None:
-        """Answer :meth:`now` with what a compiled graph carries: in there :meth:`tick` is a part of the graph, and keeps no Python value."""
+        """Answer :meth:`now` with what a compiled graph carries; :meth:`tick` is a part of that graph, and keeps no Python value."""
         self._now = int(slot), bool(stored)
 
     def fall_back(self) -> None:

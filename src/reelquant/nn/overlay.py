@@ -1,6 +1,7 @@
 """Another ``forward`` for a module of somebody else's class, and the way back.
 
-The module gets a class of its own, a mixin over its old class, so that ``isinstance``, names of parameters, saving and copying go on as before.
+The module gets a class of its own, a mixin over its old class, so that ``isinstance``, names of parameters, saving and copying go on as
+before.
 """
 
 from __future__ import annotations
