@@ -67,7 +67,7 @@ class ReelQuantConfig:
             self.recipe: Any = copy.deepcopy(recipe)
             return
         self.recipe = load_recipe(recipe if not isinstance(recipe, Mapping) else dict(recipe))
-        check(self.recipe, modules_to_not_convert, modules_dtype_dict, group_size)
+        check(modules_to_not_convert, modules_dtype_dict, group_size)
 
     @property
     def stored(self) -> bool:
@@ -119,8 +119,8 @@ def data_free(recipe: Recipe) -> Recipe:
     """
     if not recipe.data_free:
         raise RecipeError(
-            f"recipe '{recipe.name}' calibrates: it has to see the pipeline sample, and from_pretrained only loads; load the float pipeline, "
-            f"call reelquant.quantize(pipe, '{recipe.name}') and reelquant.save(pipe, folder), and open that folder instead; "
+            f"recipe '{recipe.name}' calibrates: it has to see the pipeline sample, and from_pretrained only loads; load the float "
+            f"pipeline, call reelquant.quantize(pipe, '{recipe.name}') and reelquant.save(pipe, folder), and open that folder instead; "
             "w8a16 and w4a16 need no data"
         )
     return recipe
