@@ -137,11 +137,13 @@ def _hits(rules: Sequence[Rule], layer: Layer) -> list[Rule]:
 
 
 def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> str | None:
-    """Why a layer stays float: the user, the model, the recipe, or a fact about the layer. A rule may overrule the model."""
+    """Why a layer stays float: the user, the model, the recipe, or a fact about the layer."""
     for pattern in skip:
         if matches(pattern, layer):
             return f"skipped by you ({pattern})"
-    verdict = own.get(layer.name)
+    if layer.name in own:
+        return own[layer.name]
+    verdict: str | None = None
     for rule in _hits(rules, layer):
         if rule.keep is not None:
             verdict = (rule.because or f"kept by rule '{rule.on}'") if rule.keep else None
