@@ -11,7 +11,7 @@ from reelquant.nn.layers import (
     buffer_shapes,
     quantized_class,
 )
-from reelquant.nn.runtime import start_runtime, stop_runtime
+from reelquant.nn.runtime import set_kernels, start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.nn.swap import KernelFacts, dequantized, get_module, kernels_of, quantized_layers, set_module, start_clock, stop_clock
 
@@ -32,6 +32,7 @@ __all__ = [
     "kernels_of",
     "quantized_class",
     "quantized_layers",
+    "set_kernels",
     "set_module",
     "start_clock",
     "start_runtime",
