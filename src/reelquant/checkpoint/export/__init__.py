@@ -26,7 +26,7 @@ def export(
     output: str | Path,
     *,
     component: str | None = None,
-    numbers: str | None = None,
+    type: str | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
@@ -40,7 +40,7 @@ def export(
         format: a name of :data:`FORMATS`.
         output: a ``.safetensors`` file (comfyui), a ``.gguf`` file, or a folder (torchao).
         component: which denoiser, if there are several; torchao exports are whole pipelines.
-        numbers: a name of :data:`TYPES` for all layers; by default, for each layer the type that holds its codes.
+        type: a name of :data:`TYPES` for all layers; by default, for each layer the type that holds its codes.
         force: replace what is there, once the new is complete.
         progress: hears how far the export is.
 
@@ -51,5 +51,5 @@ def export(
     if format not in FORMATS:
         raise UnsupportedError(f"unknown format '{format}'; {nearest(format, FORMATS)}")
     return FORMATS[format](
-        Path(folder), Path(output), component=component, numbers=numbers, force=force, progress=progress or Silent()
+        Path(folder), Path(output), component=component, numbers=type, force=force, progress=progress or Silent()
     )

@@ -41,7 +41,7 @@ class Gguf(Dialect[str]):
         "Q4_0": NumberType("Q4_0", Int(4), GROUP, Mse(candidates=16, smallest=0.7)),
         "Q4_1": NumberType("Q4_1", Int(4, signed=False), GROUP),
         "Q8_0": NumberType("Q8_0", Int(8), GROUP),
-        "Q4_K": NumberType("Q4_K", Int(4, signed=False), GROUP),
+        "Q4_K": NumberType("Q4_K", Int(4, signed=False), GROUP, together=SUPERBLOCK),
     }
     default = "Q8_0"
 

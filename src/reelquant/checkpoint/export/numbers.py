@@ -20,22 +20,24 @@ class NumberType:
         format: the numbers.
         granularity: who shares a scale: ``tensor``, ``channel`` (a row) or ``group-n`` (n weights of a row).
         range: how a weight is rounded whose codes do not fit.
+        together: weights of a row that must share a scale for codes to be kept; 0 for those of ``granularity``.
     """
 
     name: str
     format: NumberFormat
     granularity: Granularity
     range: RangeRule = MinMax()
+    together: int = 0
 
     def refuses(self, facts: Facts) -> str | None:
         """Why the codes of a layer cannot be kept, or None if they can."""
         layout = facts.layout
-        if folded := [word for word in ("rotation", "scale") if getattr(layout, {"rotation": "rotate"}.get(word, word))]:
-            return f"the {' and '.join(folded)} of the input {'is' if len(folded) == 1 else 'are'} folded into the weight"
+        if layout.rotate or layout.scale:
+            return f"the input's {'rotation' if layout.rotate else 'scale'} is folded into the weight"
         if not self._holds(parse_format(layout.weight.format)) or layout.weight.levels:
             return f"{layout.weight.format} numbers do not fit {self.name}"
         if not self._divides(layout.weight.grain(), facts.shape):
-            return f"a scale per {layout.weight.granularity} does not fit one per {self.granularity}"
+            return f"a scale per {layout.weight.granularity} is finer than {self.name} has them"
         return None
 
     def _holds(self, given: NumberFormat) -> bool:
@@ -48,7 +50,7 @@ class NumberType:
         own, width = self.granularity, torch.Size(shape[1:]).numel()
         if own.kind == "tensor" or given.kind == "tensor":
             return given.kind == "tensor"
-        members = own.size or width
+        members = self.together or own.size or width
         return width % members == 0 and (given.kind == "channel" or given.size % members == 0 or given.size >= width)
 
     def encode(self, layer: Layer, facts: Facts) -> tuple[Tensor, Quantizer]:

@@ -83,6 +83,7 @@ class Source:
         self.config = read_config(folder)
         self.stored = Stored.from_json(self.config[QUANTIZATION])
         self._open, self._files = ExitStack(), dict[str, Any]()
+        self._tensors: dict[str, list[str]] = {}
 
     def __enter__(self) -> Source:
         from safetensors import SafetensorError, safe_open
@@ -93,6 +94,8 @@ class Source:
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"'{file}' is truncated or corrupt ({error}); download or save it again") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
+        for key in self._files:
+            self._tensors.setdefault(key.rpartition(".")[0], []).append(key)
         if missing := sorted(set(self._expected()) - set(self._files)):
             raise CheckpointError(f"'{self.folder}' lacks {len(missing)} tensors, '{missing[0]}' first; download or save it again")
         return self
@@ -131,19 +134,13 @@ class Source:
         """Names of the tensors that are not quantized."""
         return tuple(name for name in self.blank.state_dict() if name.rpartition(".")[0] not in self.stored.layers)
 
-    def fp32(self, name: str) -> bool:
-        """Whether diffusers keeps a tensor in float32."""
-        words = getattr(self.blank, "_keep_in_fp32_modules", None) or ()
-        return any(word in name.split(".") for word in words)
-
     @cached_property
     def dtype(self) -> torch.dtype:
         """Of most numbers that are not quantized."""
         counts: Counter[torch.dtype] = Counter()
-        for name in self.floats:
-            counts[self.about(name)[1]] += self.blank.state_dict()[name].numel()
-        floating = Counter({dtype: count for dtype, count in counts.items() if dtype.is_floating_point})
-        return floating.most_common(1)[0][0] if floating else torch.float32
+        for shape, dtype in map(self.about, self.floats):
+            counts[dtype] += torch.Size(shape).numel() if dtype.is_floating_point else 0
+        return counts.most_common(1)[0][0] if counts.total() else torch.float32
 
     def about(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of a stored tensor, from the header of its file."""
@@ -156,12 +153,8 @@ class Source:
 
     def bytes_of(self, name: str) -> int:
         """What a layer or tensor takes in the artifact."""
-        names = [key for key in self._files if key.rpartition(".")[0] == name] if name in self.stored.layers else [name]
-        total = 0
-        for key in names:
-            shape, dtype = self.about(key)
-            total += torch.Size(shape).numel() * dtype.itemsize
-        return total
+        stored = [self.about(key) for key in (self._tensors[name] if name in self.stored.layers else [name])]
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in stored)
 
     @torch.no_grad()
     def layer(self, name: str) -> Layer:
