@@ -99,7 +99,7 @@ def load(folder: str | Path, **options: Any) -> Any:
 
 
 def export(folder: str | Path, format: str, output: str | Path, **options: Any) -> Exported:
-    """Write a saved folder in the format of another project (``comfyui``, ``gguf``, ``torchao``); see :func:`reelquant.checkpoint.export.export`.
+    """Write a saved folder for another project: ``comfyui``, ``gguf`` or ``torchao``; see :func:`reelquant.checkpoint.export.export`.
 
     Example:
         >>> made = reelquant.export("out", "gguf", "model.gguf")

@@ -21,7 +21,7 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write; a folder for torchao.", show_default=False)],
     type: Annotated[
         str | None,
-        typer.Option("--type", "-t", help="Numbers of all layers (int8, fp8, scaled_fp8; Q8_0, Q4_0, Q4_1, Q4_K). Default: what keeps codes."),
+        typer.Option("--type", "-t", help="int8, fp8, scaled_fp8, Q8_0, Q4_0, Q4_1 or Q4_K for all layers; by default what keeps codes."),
     ] = None,
     component: Annotated[str | None, typer.Option("--component", help="Which denoiser, if there are several.", show_default=False)] = None,
     force: Force = False,
@@ -58,7 +58,9 @@ def _tables(made: Exported) -> list[Table]:
     from reelquant.cli.console import size
     from reelquant.cli.tables import facts, table
 
-    layers = table(f"{', '.join(made.components)} for {made.format}", ["", "was", "becomes"], ["layers", "before", "after", "largest error"])
+    layers = table(
+        f"{', '.join(made.components)} for {made.format}", ["", "was", "becomes"], ["layers", "before", "after", "largest error"]
+    )
     for (fate, was, becomes), tales in _alike(made.layers).items():
         error = max(tale.error for tale in tales)
         sizes = (size(sum(getattr(tale, name) for tale in tales)) for name in ("bytes_before", "bytes_after"))

@@ -31,6 +31,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def opens_single_files(model: nn.Module) -> bool:
+    """Whether diffusers opens single files (GGUF among them) of this class."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    return any(kind.__name__ in SINGLE_FILE_LOADABLE_CLASSES for kind in type(model).__mro__)
+
+
 def blank_model(folder: Path) -> nn.Module:
     """The float model of a component's folder, parameters on the meta device.
 

@@ -50,6 +50,4 @@ def export(
     """
     if format not in FORMATS:
         raise UnsupportedError(f"unknown format '{format}'; {nearest(format, FORMATS)}")
-    return FORMATS[format](
-        Path(folder), Path(output), component=component, numbers=type, force=force, progress=progress or Silent()
-    )
+    return FORMATS[format](Path(folder), Path(output), component=component, numbers=type, force=force, progress=progress or Silent())

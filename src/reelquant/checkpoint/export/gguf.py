@@ -25,6 +25,7 @@ from reelquant.checkpoint.export.result import Exported, left_behind
 from reelquant.checkpoint.export.source import Facts, Source, choose_component
 from reelquant.checkpoint.export.write import Part, Shape, check_file, new_file, raw
 from reelquant.formats import Granularity, Int, Mse, Quantizer
+from reelquant.models.blank import opens_single_files
 from reelquant.nn import get_module
 
 SUFFIX = ".gguf"
@@ -173,6 +174,8 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     gguf_library()
     dialect, path = Gguf(numbers), check_file(output, SUFFIX, force=force)
     with Source(choose_component(folder, component)) as source:
+        if not opens_single_files(source.blank):
+            raise UnsupportedError(f"nobody reads GGUF files of {source.kind}: diffusers has no from_single_file for it; export to torchao")
         naming = naming_of(source.kind)
         parts, tales = assemble(source, dialect, naming)
         progress.phase("export", len(parts))

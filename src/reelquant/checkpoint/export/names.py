@@ -70,7 +70,9 @@ ORIGINAL: dict[str, Naming] = {
     "SkyReelsV2Transformer3DModel": Naming("those of the original SkyReels-V2 checkpoints (as Wan's)", "wan", WAN),
     "LTXVideoTransformer3DModel": Naming("those of the original LTX-Video checkpoints", "ltxv", LTX),
 }
-DIFFUSERS = Naming("those of diffusers: no table of original names for this model, ComfyUI does not recognise it", "diffusers")
+DIFFUSERS = Naming(
+    "those of diffusers, by which ComfyUI recognises few models: there is no table of original names for this one", "diffusers"
+)
 
 
 def naming_of(kind: str) -> Naming:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class NumberType:
     name: str
     format: NumberFormat
     granularity: Granularity
-    range: RangeRule = MinMax()
+    range: RangeRule = field(default_factory=MinMax)
     together: int = 0
 
     def refuses(self, facts: Facts) -> str | None:
