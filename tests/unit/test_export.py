@@ -226,19 +226,45 @@ def test_a_model_that_nobody_reads_from_gguf_is_refused(tmp_path: Path) -> None:
         exported(folder, "gguf", tmp_path)
 
 
-def saved_alone(cls: str, folder: Path, component: str = "unet") -> Path:
-    """A denoiser in int8, in a folder with an index, which is all that exporters look at."""
+def saved_alone(cls: str, folder: Path, component: str = "unet", recipe: Any = "w8a16") -> Path:
+    """A quantized denoiser in a folder with an index, which is all that exporters look at."""
     from reelquant.checkpoint import adopt
     from reelquant.recipes.engine import quantize_pipeline
     from reelquant.recipes.recipe import load_recipe
     from tests.tiny.pipelines import FakePipeline
 
-    pipe = FakePipeline(TINY[cls]())
-    quantize_pipeline(pipe, load_recipe("w8a16"))
-    adopt(pipe.denoiser, load_recipe("w8a16"))
+    pipe, chosen = FakePipeline(TINY[cls]()), load_recipe(recipe)
+    quantize_pipeline(pipe, chosen, *([] if chosen.data_free else [PROMPTS]), **({} if chosen.data_free else {"num_inference_steps": 3}))
+    adopt(pipe.denoiser, chosen)
     pipe.denoiser.save_pretrained(folder / component)
     (folder / "model_index.json").write_text("{}")
     return folder
+
+
+SHIFTED = {
+    "name": "shifted",
+    "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": {"format": "int8"}},
+    "calibrate": {"prompts": 2},
+    "steps": [{"transform": "shift", "center": "mid", "on": "role:main"}],
+}
+
+
+def test_a_bias_without_a_place_is_refused(tmp_path: Path) -> None:
+    """UNets have q, k and v without biases, and norms before them that shifts fold into."""
+    folder = saved_alone("UNetMotionModel", tmp_path / "x", recipe=SHIFTED)
+    with pytest.raises(UnsupportedError, match=r"layers \('.*attn1.to_[qkv]', .* need biases that quantization made.* w8a16"):
+        exported(folder, "comfyui", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_bias_that_only_undoes_a_shift_of_the_layer_itself_needs_no_place() -> None:
+    layout = LayerLayout(TensorLayout("int8", "channel"), shift=True)
+    quant = QuantLinear(6, 4, True, layout, device="cpu")
+    codes, shift = torch.randint(-128, 128, (4, 6), dtype=torch.int8), torch.randn(6).bfloat16()
+    bias = (codes.float() @ shift.float()).half()
+    for extra, gone in ((0.0, True), (1.0, False)):
+        quant.fill(LayerTensors(codes, torch.ones(4).bfloat16(), (bias + extra).float(), {"pre_quant_shift": shift}))
+        assert Layer("x", quant, quant.dequantized_weight(), quant.float_bias()).bias_is_gone == gone
 
 
 # --------------------------------------------------------------------------------------------------------------------- ComfyUI

@@ -73,10 +73,27 @@ class Dialect(ABC, Generic[Form]):
 
 
 def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[list[Part[Form]], list[Tale]]:
-    """A part and a tale per layer and per tensor that is not quantized; errors are entered when a part is made."""
+    """A part and a tale per layer and per tensor that is not quantized; errors are entered when a part is made.
+
+    Raises:
+        UnsupportedError: if layers need a bias where the architecture has none.
+    """
+    _check_biases(source)
     made = [_float(source, dialect, naming, name) for name in source.floats]
     made += [_layer(source, dialect, naming, facts) for facts in source.layers.values()]
     return [part for part, _ in made], [tale for _, tale in made]
+
+
+def _check_biases(source: Source) -> None:
+    """Refuse biases without a place. They correct a mean, or undo a shift that was folded into the norm before: no weight holds them."""
+    made = [name for name, facts in source.layers.items() if facts.layout.bias and not facts.bias]
+    if homeless := [name for name in made if not source.layer(name).bias_is_gone]:
+        some = ", ".join(f"'{name}'" for name in homeless[:2])
+        raise UnsupportedError(
+            f"{len(homeless)} layers ({some}{' ...' if len(homeless) > 2 else ''}) need biases that quantization made, and {source.kind} "
+            "has no place for them outside of reelquant; quantize with a recipe that makes none: without shift and correct_bias on these "
+            "layers, as w8a16, w4a16 or minmax-w8a8"
+        )
 
 
 def _float(source: Source, dialect: Dialect[Form], naming: Naming, name: str) -> tuple[Part[Form], Tale]:

@@ -30,6 +30,7 @@ from reelquant.nn import get_module
 
 SUFFIX = ".gguf"
 BLOCK, SUPERBLOCK = 32, 256
+PIECE = 256  # rows that are read back at once
 GROUP = Granularity("group", BLOCK)
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 OPENS = "{kind}.from_single_file(file, config=FOLDER, subfolder='{component}', quantization_config=GGUFQuantizationConfig(...))"
@@ -72,8 +73,9 @@ class Gguf(Dialect[str]):
         library = gguf_library()
         blocks = PACK[numbers](codes.reshape(-1, BLOCK), quantizer)
         rows = blocks.reshape(facts.shape[0], -1)
-        seen = library.quants.dequantize(rows.numpy(), library.GGMLQuantizationType[numbers])
-        return {f"{name}.weight": rows}, torch.from_numpy(np.ascontiguousarray(seen))
+        kind = library.GGMLQuantizationType[numbers]
+        seen = [torch.from_numpy(library.quants.dequantize(some.numpy(), kind)) for some in rows.split(PIECE)]  # the library takes copies
+        return {f"{name}.weight": rows}, torch.cat(seen)
 
     def cast(self, value: Tensor, form: str) -> Tensor:
         return value.to(next(dtype for dtype, name in FLOATS.items() if name == form))

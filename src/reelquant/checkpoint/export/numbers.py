@@ -87,4 +87,4 @@ class NumberType:
 def added_error(layer: Layer, values: Tensor) -> float:
     """Squared difference over the squared weight: 0 if the reader sees the very numbers of the artifact."""
     weight = layer.weight.flatten(1)
-    return float((values.float().reshape_as(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+    return float((values.float().reshape_as(weight) - weight).norm() / weight.norm().clamp(min=1e-30)) ** 2

@@ -92,8 +92,5 @@ def left_behind(layers: dict[str, Facts], *, rounding: str) -> dict[str, list[st
         "ranges of inputs per denoising step": [n for n, x in layers.items() if x.layout.slots > 1],
         f"rounding of inputs: {rounding}": [n for n, x in layers.items() if x.layout.input is not None],
         "tables of temporal outputs: the layers are computed in every step": [n for n, x in layers.items() if x.layout.table],
-        "biases that quantization made where the architecture has none, which correct the mean of the rounding error": [
-            n for n, x in layers.items() if x.layout.bias and not x.bias
-        ],
     }
     return {what: names for what, names in found.items() if names}

@@ -40,8 +40,14 @@ class Layer:
     bias: Tensor | None
 
     @property
+    def bias_is_gone(self) -> bool:
+        """Whether nothing is left of a bias that quantization made, which is stored in float16, once the shift is folded."""
+        left, stored = self.plain_bias, self.quant.bias
+        return bool((left.abs() <= stored.abs() * torch.finfo(torch.float16).eps).all())
+
+    @property
     def plain_bias(self) -> Tensor:
-        """The bias, of a layer whose architecture has one."""
+        """The bias of a layer that has one."""
         assert self.bias is not None
         return self.bias
 
