@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import gguf
 import pytest
 import torch
@@ -190,7 +190,7 @@ def read_gguf(folder: Path, file: Path) -> Any:
 def test_diffusers_reads_gguf_back(folders: dict[str, Path], tmp_path: Path, recipe: str, type: str | None, near: float) -> None:
     made = exported(folders[recipe], "gguf", tmp_path, type=type)
     ours, theirs = model_of(folders[recipe]), read_gguf(folders[recipe], made.path).requires_grad_(False)
-    told = {tale.name: tale for tale in made.layers}
+    told = {outcome.name: outcome for outcome in made.layers}
     for name, layer in quantized_layers(ours).items():
         weight = theirs.get_submodule(name).weight
         weight = dequantize_gguf_tensor(weight) if isinstance(weight, GGUFParameter) else weight
@@ -218,6 +218,22 @@ def test_rows_that_do_not_fill_blocks_are_written_as_floats(folders: dict[str, P
     assert (short.name, short.becomes) == ("condition_embedder.text_embedder.linear_1", "F16")
     assert short.why == "rows of 16 weights are no multiple of 32"
     assert 0 < short.error < HALF**2
+
+
+@pytest.mark.parametrize("cls", ["LTXVideoTransformer3DModel", "HunyuanVideoTransformer3DModel", "MochiTransformer3DModel"])
+def test_other_families_are_read_back_under_either_names(tmp_path: Path, cls: str) -> None:
+    folder = saved_alone(cls, tmp_path / "x", "transformer")
+    made = exported(folder, "gguf", tmp_path)
+    kind: Any = getattr(diffusers, cls)
+    ours = kind.from_pretrained(folder, subfolder="transformer").dequantize().state_dict()
+    theirs = kind.from_single_file(
+        str(made.path), config=str(folder), subfolder="transformer", dtype=torch.float32,
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+    ).state_dict()  # fmt: skip
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        found = dequantize_gguf_tensor(value) if isinstance(value, GGUFParameter) else value
+        torch.testing.assert_close(found.float(), ours[name], rtol=2 * HALF, atol=1e-6, msg=name)
 
 
 def test_a_model_that_nobody_reads_from_gguf_is_refused(tmp_path: Path) -> None:
@@ -279,7 +295,7 @@ def test_comfyui_files_hold_int8_codes_scales_and_descriptions(folders: dict[str
         "format": "int8_tensorwise", "full_precision_matrix_mult": True,
     }  # fmt: skip
     assert tensors["patch_embedding.weight"].dtype == torch.float32 and tensors["head.modulation"].shape == (1, 2, 256)
-    assert not made.left_behind and {tale.error for tale in made.layers} == {0.0}
+    assert not made.left_behind and {outcome.error for outcome in made.layers} == {0.0}
 
 
 def test_comfyui_rounds_inputs_only_where_the_recipe_does_and_nothing_was_folded(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -406,9 +422,9 @@ def test_what_stays_behind_is_told(folders: dict[str, Path], tmp_path: Path) -> 
     steps = [name for what, names in made.left_behind.items() if what.startswith("ranges of inputs per") for name in names]
     assert steps == ["blocks.0.ffn.net.2"]
     assert any(what.startswith("rounding of inputs: weight-only") for what in made.left_behind)
-    assert {tale.fate for tale in made.layers} == set(FATES)
-    assert all(bool(tale.why) == (tale.fate in ("requantized", "dequantized")) for tale in made.layers)
-    assert "the input's rotation is folded into the weight" in {tale.why for tale in made.of("requantized")}
+    assert {outcome.fate for outcome in made.layers} == set(FATES)
+    assert all(bool(outcome.why) == (outcome.fate in ("requantized", "dequantized")) for outcome in made.layers)
+    assert "the input's rotation is folded into the weight" in {outcome.why for outcome in made.of("requantized")}
     data = json.loads(json.dumps(made.to_json()))
     assert data["counts"] == {fate: len(made.of(fate)) for fate in FATES} and data["bytes_after"] == made.bytes_after
 
@@ -428,7 +444,6 @@ def test_one_layer_is_in_memory_at_a_time(folders: dict[str, Path], tmp_path: Pa
     read = Source.layer
 
     def watched(self: Source, name: str) -> Layer:
-        gc.collect()
         alive.append(sum(ref() is not None for ref in seen))
         layer = read(self, name)
         seen.append(weakref.ref(layer))

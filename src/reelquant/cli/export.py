@@ -12,7 +12,7 @@ from reelquant.cli.options import Force, Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reelquant.checkpoint.export import Exported, Tale
+    from reelquant.checkpoint.export import Exported, Outcome
 
 
 def export(
@@ -61,20 +61,20 @@ def _tables(made: Exported) -> list[Table]:
     layers = table(
         f"{', '.join(made.components)} for {made.format}", ["", "was", "becomes"], ["layers", "before", "after", "largest error"]
     )
-    for (fate, was, becomes), tales in _alike(made.layers).items():
-        error = max(tale.error for tale in tales)
-        sizes = (size(sum(getattr(tale, name) for tale in tales)) for name in ("bytes_before", "bytes_after"))
-        layers.add_row(fate, was, becomes, str(len(tales)), *sizes, f"{error:.1e}" if error else "0")
+    for (fate, was, becomes), outcomes in _alike(made.layers).items():
+        error = max(outcome.error for outcome in outcomes)
+        sizes = (size(sum(getattr(outcome, name) for outcome in outcomes)) for name in ("bytes_before", "bytes_after"))
+        layers.add_row(fate, was, becomes, str(len(outcomes)), *sizes, f"{error:.1e}" if error else "0")
     layers.add_section()
     layers.add_row("[bold]all", "", "", str(len(made.layers)), size(made.bytes_before), size(made.bytes_after), "")
     layers.caption = "; ".join(f"{fate}: {words}" for fate, words in FATES.items()) + ". error: of the weight, over its square"
     layers.caption_justify, layers.caption_style = "left", "dim"
-    why: dict[str, list[Tale]] = {}
-    for tale in made.layers:
-        if tale.why:
-            why.setdefault(f"{tale.fate}: {tale.why}", []).append(tale)
+    why: dict[str, list[Outcome]] = {}
+    for outcome in made.layers:
+        if outcome.why:
+            why.setdefault(f"{outcome.fate}: {outcome.why}", []).append(outcome)
     notes = [
-        *((reason, _some([tale.name for tale in tales])) for reason, tales in why.items()),
+        *((reason, _some([outcome.name for outcome in outcomes])) for reason, outcomes in why.items()),
         *((f"left behind: {what}", _some(names)) for what, names in made.left_behind.items()),
         ("names of tensors", made.names),
         ("opens with", made.opens_with),
@@ -84,11 +84,11 @@ def _tables(made: Exported) -> list[Table]:
     return [layers, told]
 
 
-def _alike(tales: list[Tale]) -> dict[tuple[str, str, str], list[Tale]]:
+def _alike(outcomes: list[Outcome]) -> dict[tuple[str, str, str], list[Outcome]]:
     """Layers of one fate and the same numbers, the most numerous fates as they come."""
-    found: dict[tuple[str, str, str], list[Tale]] = {}
-    for tale in sorted(tales, key=lambda tale: tale.fate == "float"):
-        found.setdefault((tale.fate, tale.was, tale.becomes), []).append(tale)
+    found: dict[tuple[str, str, str], list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.fate == "float"):
+        found.setdefault((outcome.fate, outcome.was, outcome.becomes), []).append(outcome)
     return found
 
 

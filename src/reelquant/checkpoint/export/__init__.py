@@ -8,9 +8,9 @@ from pathlib import Path
 from reelquant._errors import UnsupportedError, nearest
 from reelquant._progress import Progress, Silent
 from reelquant.checkpoint.export import comfyui, gguf, torchao
-from reelquant.checkpoint.export.result import FATES, Exported, Tale
+from reelquant.checkpoint.export.result import FATES, Exported, Outcome
 
-__all__ = ["FATES", "FORMATS", "TYPES", "Exported", "Tale", "export"]
+__all__ = ["FATES", "FORMATS", "TYPES", "Exported", "Outcome", "export"]
 
 FORMATS: dict[str, Callable[..., Exported]] = {"comfyui": comfyui.export, "gguf": gguf.export, "torchao": torchao.export}
 TYPES: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from reelquant._errors import UnsupportedError, nearest
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType, added_error
-from reelquant.checkpoint.export.result import Tale
+from reelquant.checkpoint.export.result import Outcome
 from reelquant.checkpoint.export.source import Facts, Source
 from reelquant.checkpoint.export.write import Form, Part, Shape
 from reelquant.formats import Quantizer
@@ -72,8 +72,8 @@ class Dialect(ABC, Generic[Form]):
         """A form in words."""
 
 
-def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[list[Part[Form]], list[Tale]]:
-    """A part and a tale per layer and per tensor that is not quantized; errors are entered when a part is made.
+def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[list[Part[Form]], list[Outcome]]:
+    """A part and an outcome per layer and per tensor that is not quantized; errors are entered when a part is made.
 
     Raises:
         UnsupportedError: if layers need a bias where the architecture has none.
@@ -81,7 +81,7 @@ def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[li
     _check_biases(source)
     made = [_float(source, dialect, naming, name) for name in source.floats]
     made += [_layer(source, dialect, naming, facts) for facts in source.layers.values()]
-    return [part for part, _ in made], [tale for _, tale in made]
+    return [part for part, _ in made], [outcome for _, outcome in made]
 
 
 def _check_biases(source: Source) -> None:
@@ -96,18 +96,20 @@ def _check_biases(source: Source) -> None:
         )
 
 
-def _float(source: Source, dialect: Dialect[Form], naming: Naming, name: str) -> tuple[Part[Form], Tale]:
+def _float(source: Source, dialect: Dialect[Form], naming: Naming, name: str) -> tuple[Part[Form], Outcome]:
     shape, dtype = source.about(name)
     form = dialect.float_form(source, name, shape, dtype)
-    tale = Tale(name, "float", str(dtype).removeprefix("torch."), dialect.called(form), source.bytes_of(name), dialect.size(shape, form))
-    return Part({naming(name): (shape, form)}, lambda: {naming(name): dialect.cast(source.tensor(name), form)}), tale
+    outcome = Outcome(
+        name, "float", str(dtype).removeprefix("torch."), dialect.called(form), source.bytes_of(name), dialect.size(shape, form)
+    )
+    return Part({naming(name): (shape, form)}, lambda: {naming(name): dialect.cast(source.tensor(name), form)}), outcome
 
 
-def _layer(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Tale]:
+def _layer(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
     why = dialect.stays_float(facts)
-    part, tale = _dequantized(source, dialect, naming, facts, why) if why else _quantized(source, dialect, naming, facts)
-    tale.bytes_after = sum(dialect.size(shape, form) for shape, form in part.tensors.values())
-    return part, tale
+    part, outcome = _dequantized(source, dialect, naming, facts, why) if why else _quantized(source, dialect, naming, facts)
+    outcome.bytes_after = sum(dialect.size(shape, form) for shape, form in part.tensors.values())
+    return part, outcome
 
 
 def _bias_form(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> dict[str, tuple[Shape, Form]]:
@@ -118,31 +120,31 @@ def _bias_form(source: Source, dialect: Dialect[Form], naming: Naming, facts: Fa
     return {naming(name): (shape, dialect.float_form(source, name, shape, source.about(name)[1]))}
 
 
-def _dequantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts, why: str) -> tuple[Part[Form], Tale]:
+def _dequantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts, why: str) -> tuple[Part[Form], Outcome]:
     weight, form = naming(f"{facts.name}.weight"), dialect.dequantized_form(source, facts)
     bias = _bias_form(source, dialect, naming, facts)
-    tale = Tale(facts.name, "dequantized", facts.numbers, dialect.called(form), source.bytes_of(facts.name), 0, why)
+    outcome = Outcome(facts.name, "dequantized", facts.numbers, dialect.called(form), source.bytes_of(facts.name), 0, why)
 
     def make() -> dict[str, Tensor]:
         layer = source.layer(facts.name)
         written = dialect.cast(layer.weight, form)
-        tale.error = added_error(layer, layer.weight.to(written.dtype))
+        outcome.error = added_error(layer, layer.weight.to(written.dtype))
         return {weight: written} | {name: dialect.cast(layer.plain_bias, kind) for name, (_, kind) in bias.items()}
 
-    return Part({weight: (facts.shape, form), **bias}, make), tale
+    return Part({weight: (facts.shape, form), **bias}, make), outcome
 
 
-def _quantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Tale]:
+def _quantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
     chosen = dialect.type_for(facts)
     numbers, name = dialect.types[chosen], naming(f"{facts.name}.weight").removesuffix(".weight")
     bias = _bias_form(source, dialect, naming, facts)
     why = numbers.refuses(facts) or ""
-    tale = Tale(facts.name, "requantized" if why else "carried", facts.numbers, chosen, source.bytes_of(facts.name), 0, why)
+    outcome = Outcome(facts.name, "requantized" if why else "carried", facts.numbers, chosen, source.bytes_of(facts.name), 0, why)
 
     def make() -> dict[str, Tensor]:
         layer = source.layer(facts.name)
         tensors, seen = dialect.pack(name, facts, chosen, *numbers.encode(layer, facts))
-        tale.error = added_error(layer, seen)
+        outcome.error = added_error(layer, seen)
         return tensors | {key: dialect.cast(layer.plain_bias, kind) for key, (_, kind) in bias.items()}
 
-    return Part({**dialect.forms(name, facts, chosen), **bias}, make), tale
+    return Part({**dialect.forms(name, facts, chosen), **bias}, make), outcome

@@ -76,7 +76,7 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     dialect, path = ComfyUI(numbers), check_file(output, SUFFIX, force=force)
     with Source(choose_component(folder, component)) as source:
         naming = naming_of(source.kind)
-        parts, tales = assemble(source, dialect, naming)
+        parts, outcomes = assemble(source, dialect, naming)
         if numbers == MARKER:
             parts.append(Part({MARKER: ((2,), torch.float8_e4m3fn)}, lambda: {MARKER: torch.zeros(2, dtype=torch.float8_e4m3fn)}))
         about = {"format": "pt", "reelquant": json.dumps({"version": __version__, "recipe": source.stored.recipe.get("name")})}
@@ -84,4 +84,4 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
         with new_file(path) as temporary:
             write_safetensors(temporary, parts, about, progress)
         behind = left_behind(source.layers, rounding="ComfyUI finds ranges by row where it rounds, and computes in float elsewhere")
-        return Exported(path, "comfyui", (source.component,), naming.words, tales, behind, OPENS)
+        return Exported(path, "comfyui", (source.component,), naming.words, outcomes, behind, OPENS)

@@ -179,13 +179,13 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
         if not opens_single_files(source.blank):
             raise UnsupportedError(f"nobody reads GGUF files of {source.kind}: diffusers has no from_single_file for it; export to torchao")
         naming = naming_of(source.kind)
-        parts, tales = assemble(source, dialect, naming)
+        parts, outcomes = assemble(source, dialect, naming)
         progress.phase("export", len(parts))
         with new_file(path) as temporary:
             _write(temporary, parts, dialect, naming.architecture, source, progress)
         behind = left_behind(source.layers, rounding="weight-only, products are computed in float")
         opens = OPENS.format(kind=source.kind, component=source.component)
-        return Exported(path, "gguf", (source.component,), naming.words, tales, behind, opens)
+        return Exported(path, "gguf", (source.component,), naming.words, outcomes, behind, opens)
 
 
 def _write(path: Path, parts: list[Part[str]], dialect: Gguf, architecture: str, source: Source, progress: Progress) -> None:

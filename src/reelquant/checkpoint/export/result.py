@@ -18,7 +18,7 @@ FATES: dict[Fate, str] = {
 
 
 @dataclass
-class Tale:
+class Outcome:
     """What became of one layer, or of one tensor that is not quantized.
 
     Attributes:
@@ -49,7 +49,7 @@ class Exported:
         format: a name of :data:`reelquant.checkpoint.export.FORMATS`.
         components: what was written.
         names: whose names the tensors have.
-        layers: a :class:`Tale` per layer and per tensor that is not quantized.
+        layers: an :class:`Outcome` per layer and per tensor that is not quantized.
         left_behind: what the format cannot hold, and the layers it was in.
         opens_with: how the file is read.
     """
@@ -58,21 +58,21 @@ class Exported:
     format: str
     components: tuple[str, ...]
     names: str
-    layers: list[Tale]
+    layers: list[Outcome]
     left_behind: dict[str, list[str]] = field(default_factory=dict)
     opens_with: str = ""
 
-    def of(self, fate: Fate) -> list[Tale]:
+    def of(self, fate: Fate) -> list[Outcome]:
         """Layers of one fate."""
-        return [tale for tale in self.layers if tale.fate == fate]
+        return [outcome for outcome in self.layers if outcome.fate == fate]
 
     @property
     def bytes_before(self) -> int:
-        return sum(tale.bytes_before for tale in self.layers)
+        return sum(outcome.bytes_before for outcome in self.layers)
 
     @property
     def bytes_after(self) -> int:
-        return sum(tale.bytes_after for tale in self.layers)
+        return sum(outcome.bytes_after for outcome in self.layers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

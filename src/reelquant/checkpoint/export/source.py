@@ -18,7 +18,7 @@ from reelquant.checkpoint.stored import METHOD, Stored
 from reelquant.checkpoint.verify import verify_layer
 from reelquant.models.blank import CLASS, QUANTIZATION, blank_model, read_config
 from reelquant.models.pipelines import locate
-from reelquant.nn import LayerLayout, QuantLayer, buffer_shapes, get_module, quantized_class
+from reelquant.nn import LayerLayout, QuantLayer, get_module, quantized_class
 
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls the files of a model
 
@@ -170,12 +170,10 @@ class Source:
             CheckpointError: if a tensor is missing or the values are not those that were saved.
         """
         module: Any = get_module(self.blank, name)
-        layout = self.stored.layers[name]
-        quant = quantized_class(module).like(module, layout, device="meta")
-        names = ["weight", *(["bias"] if layout.bias else []), *buffer_shapes(quant.weight_shape, layout, quant._channels())]
-        for tensor in names:
+        quant = quantized_class(module).like(module, self.stored.layers[name], device="meta")
+        for tensor, expected in quant.state_dict().items():
             key = f"{name}.{tensor}"
-            if key not in self._files or self.about(key)[0] != tuple(getattr(quant, tensor).shape):
+            if key not in self._files or self.about(key)[0] != tuple(expected.shape):
                 raise CheckpointError(f"'{key}' is missing or has another shape than its quantization_config says; save the model again")
             value = self.tensor(key)
             is_parameter = tensor in quant._parameters

@@ -22,7 +22,7 @@ from reelquant.checkpoint.export.assemble import assemble
 from reelquant.checkpoint.export.dtypes import SafetensorsDialect, as_numbers, code_dtype
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType
-from reelquant.checkpoint.export.result import Exported, Tale, left_behind
+from reelquant.checkpoint.export.result import Exported, Outcome, left_behind
 from reelquant.checkpoint.export.source import WEIGHTS, Facts, Source, quantized_components
 from reelquant.checkpoint.export.write import Shape, write_safetensors
 from reelquant.checkpoint.folder import check_target, new_folder
@@ -73,17 +73,17 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     if component is not None:
         raise UnsupportedError(f"torchao exports are whole pipelines; leave out component='{component}' (--component)")
     path = check_target(output, force=force)
-    tales: list[Tale] = []
+    outcomes: list[Outcome] = []
     behind: dict[str, list[str]] = {}
     root = next(iter(found.values())).parent
     with new_folder(path, force=force) as temporary:
         shutil.copytree(root, temporary, dirs_exist_ok=True, ignore=lambda at, names: _not_copied(Path(at), names, root, found))
         for name, place in found.items():
             made = _component(place, temporary / name, dialect, progress)
-            tales += made.layers
+            outcomes += made.layers
             for what, names in made.left_behind.items():
                 behind.setdefault(what, []).extend(f"{name}.{layer}" if len(found) > 1 else layer for layer in names)
-    return Exported(path, "torchao", tuple(found), SAME.words, tales, behind, OPENS)
+    return Exported(path, "torchao", tuple(found), SAME.words, outcomes, behind, OPENS)
 
 
 def _not_copied(at: Path, names: list[str], root: Path, found: dict[str, Path]) -> list[str]:
@@ -98,13 +98,13 @@ def _component(place: Path, target: Path, dialect: TorchAo, progress: Progress) 
     with Source(place) as source:
         if CLASS not in source.config:
             raise UnsupportedError(f"component '{source.component}' is quantized and no model of diffusers; torchao exports cannot hold it")
-        parts, tales = assemble(source, dialect, SAME)
-        chosen = {tale.name: tale.becomes for tale in tales if tale.fate in ("carried", "requantized")}
+        parts, outcomes = assemble(source, dialect, SAME)
+        chosen = {outcome.name: outcome.becomes for outcome in outcomes if outcome.fate in ("carried", "requantized")}
         progress.phase("export", len(parts))
         write_safetensors(target / f"{WEIGHTS}.safetensors", parts, _metadata(source, chosen), progress)
         _write_config(source, target, chosen)
         behind = left_behind(source.layers, rounding="weight-only, products are computed in float")
-        return Exported(target, "torchao", (source.component,), SAME.words, tales, behind)
+        return Exported(target, "torchao", (source.component,), SAME.words, outcomes, behind)
 
 
 def _metadata(source: Source, chosen: dict[str, str]) -> dict[str, str]:
