@@ -1,4 +1,4 @@
-"""The verbs: quantize, plan, configure, save, load, evaluate, compare, benchmark. Each is a few calls into the floors below."""
+"""The verbs: quantize, plan, configure, save, load, export, evaluate, compare, benchmark. Each is a few calls into the floors below."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from reelquant._progress import Progress
+    from reelquant.checkpoint.export import Exported
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.speed import Benchmark
     from reelquant.recipes.plan import Plan
@@ -137,6 +138,18 @@ def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: 
 def load(folder: str | Path, **options: Any) -> Any:
     """Open what :func:`save` wrote: :func:`open_pipeline` with ``dtype`` and ``device``, every layer checked against its checksum."""
     return open_pipeline(folder, **options)
+
+
+def export(folder: str | Path, format: str, output: str | Path, **options: Any) -> Exported:
+    """Write a saved folder for another project: ``comfyui``, ``gguf`` or ``torchao``; see :func:`reelquant.checkpoint.export.export`.
+
+    Example:
+        >>> made = reelquant.export("out", "gguf", "model.gguf")
+        >>> made.of("requantized"), made.left_behind
+    """
+    from reelquant.checkpoint.export import export as written
+
+    return written(folder, format, output, **options)
 
 
 def evaluate(
