@@ -155,7 +155,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
 
 
 # function of the engine -> the call of it that fails
-STAGES = dict(calibrate=1, sample=3, build_group=4, set_module=9, latent_psnr=2, add_table=2, drop_unused=1, _check=1, _account=1)
+STAGES = dict(calibrate_together=1, sample=3, build_group=4, set_module=9, latent_psnr=2, add_table=2, drop_unused=1, _check=1, _account=1)
 BREAKS = [(stage, KeyboardInterrupt()) for stage in STAGES]
 BREAKS += [("set_module", CalibrationError("broken")), ("set_module", RuntimeError("out of memory"))]
 

@@ -17,15 +17,26 @@ from torch import nn
 
 from reelquant.discover.arguments import argument_of, bind, kinds
 from reelquant.discover.blocks import find_blocks
-from reelquant.discover.components import denoiser_of, denoisers_of, plain
+from reelquant.discover.components import component_of, denoiser_of, denoisers_of, kind_of_component, modules_of, plain
 from reelquant.discover.groups import find_groups
 from reelquant.discover.inputs import dummy_inputs
 from reelquant.discover.lineage import Trace, channel_axis, trace
+from reelquant.discover.outline import outline
 from reelquant.discover.probe import quantizable, steady
 from reelquant.discover.roles import dependencies, role_of
 from reelquant.sites import DenoiserMap, Layer, Role
 
-__all__ = ["bind", "denoiser_of", "denoisers_of", "discover", "dummy_inputs"]
+__all__ = [
+    "bind",
+    "component_of",
+    "denoiser_of",
+    "denoisers_of",
+    "discover",
+    "dummy_inputs",
+    "kind_of_component",
+    "modules_of",
+    "outline",
+]
 
 
 def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> DenoiserMap:

@@ -9,6 +9,7 @@ then keeps its shape and dtype and no memory, and saving, copying and moving the
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -331,12 +332,46 @@ LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantCo
 
 
 def quantized_class(module: nn.Module) -> Any | None:
-    """The quantized counterpart of a float layer, or None if there is none. Subclasses that keep the stock forward count."""
+    """The quantized counterpart of a float layer, or None if there is none.
+
+    Subclasses count if they keep the stock forward, or prepare the input and hand it to ``super().forward`` (causal convolutions).
+    """
     for kind, replacement in LAYERS.items():
         if isinstance(module, kind) and not isinstance(module, QuantLayer):
             forward = type(module).forward
-            return replacement if forward in (kind.forward, _compatible_forward(type(module))) else None
+            if forward in (kind.forward, _compatible_forward(type(module))):
+                return replacement
+            return _extended(type(module), replacement) if _hands_on(type(module)) else None
     return None
+
+
+def float_class(layer: QuantLayer) -> type[nn.Module]:
+    """The class of the float layer that a quantized one stands for; built like its first base class in :data:`LAYERS`."""
+    return type(layer).__mro__[1] if type(layer) not in LAYERS.values() else next(kind for kind in LAYERS if isinstance(layer, kind))
+
+
+def _hands_on(kind: type[nn.Module]) -> bool:
+    """Does a forward reach its weight through ``super().forward`` alone?"""
+    code = getattr(kind.forward, "__code__", None)
+    return code is not None and {"super", "forward"} <= set(code.co_names) and "weight" not in code.co_names
+
+
+@functools.cache
+def _extended(kind: type[nn.Module], replacement: Any) -> Any:
+    """A quantized layer with the forward of ``kind``, whose ``super().forward`` is the quantized one."""
+
+    def like(cls: Any, module: nn.Module, layout: LayerLayout, device: Any = None) -> Any:
+        new = replacement.like(module, layout, device)
+        new.__class__ = cls
+        new.__dict__ |= own_attributes(module, new)
+        return new
+
+    return type(f"Quant{kind.__name__}", (kind, replacement), {"like": classmethod(like)})
+
+
+def own_attributes(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """What a subclass keeps on its layers beside the attributes of the ``stock`` class: paddings, caches."""
+    return {name: value for name, value in vars(module).items() if name not in vars(stock)}
 
 
 def _compatible_forward(kind: type[nn.Module]) -> Any:

@@ -63,16 +63,40 @@ def calibrate(
     Raises:
         CalibrationError: no prompts, no denoiser calls, or values that are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batch = plan.recipe.calibrate.batch if plan.recipe.calibrate else 4
+    return calibrate_together(pipe, [(denoiser, plan)], prompts, seed=seed, arguments=arguments, on_step=on_step)[0]
+
+
+def calibrate_together(
+    pipe: Any,
+    parts: Sequence[tuple[nn.Module, Plan]],
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    arguments: dict[str, Any],
+    on_step: Callable[[], None],
+) -> list[Calibration]:
+    """The same for several denoisers of one pipeline in one sampling pass: each sees its own part of the trajectory.
+
+    Raises:
+        CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
+    """
+    recipe = parts[0][1].recipe
+    batch = recipe.calibrate.batch if recipe.calibrate else 4
     calls = -(-len(prompts) // batch) * (arguments.get("num_inference_steps") or 50)
-    watched, inputs = _watch(plan, denoiser, generator, calls)
+    found: list[Calibration] = []
 
-    def run() -> None:
-        sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
+    def run(rest: Sequence[tuple[nn.Module, Plan]]) -> None:
+        if not rest:
+            sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
+            return
+        denoiser, plan = rest[0]
+        watched, inputs = _watch(plan, denoiser, torch.Generator().manual_seed(seed), calls)
+        reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
+        steps = observe(denoiser, reader, watched, lambda: run(rest[1:]))
+        found.insert(0, Calibration(steps, inputs, tuple(prompts)))
 
-    steps = observe(denoiser, timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), watched, run)
-    return Calibration(steps, inputs, tuple(prompts))
+    run(parts)
+    return found
 
 
 def _watch(
