@@ -71,23 +71,26 @@ def quantize(
     return report
 
 
-def plan(
+def plan(pipe: Any, recipe: Source, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None) -> Plan:
+    """What a recipe would do to the (first) denoiser of a pipeline: a row per layer, nothing is changed."""
+    from reelquant.discover import denoiser_of
+
+    name = denoiser_of(pipe)[0]
+    return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides)[name]
+
+
+def plans(
     pipe: Any,
     recipe: Source,
     *,
-    component: str | None = None,
+    components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
-) -> Plan:
-    """What a recipe would do to a component of a pipeline (its first denoiser by default): a row per layer, nothing is changed."""
-    from reelquant.discover import component_of, denoiser_of, discover, kind_of_component
-    from reelquant.recipes.components import assign, map_of
-    from reelquant.recipes.plan import make_plan
+) -> dict[str, Plan]:
+    """The plan of every component that :func:`quantize` would quantize with these arguments, by name."""
+    from reelquant.recipes.components import assign, plan_components
 
-    name = component or denoiser_of(pipe)[0]
-    part = component_of(pipe, name)
-    map_ = discover(part) if kind_of_component(name, part) == "denoiser" else map_of(name, part)
-    return make_plan(assign(pipe, recipe, [name], overrides)[name], map_, part, skip)
+    return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
 
 
 def open_pipeline(model: str | Path, **options: Any) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger(__name__)
 NAME = "reelquant_clock"  # the denoiser's submodule
+Inputs = Literal["float", "8-bit"]  # of protected steps
 TOLERANCE = 2**-11  # relative: timesteps are stored as float32 and may come back as float16; neighbouring integers stay apart
 
 
@@ -28,22 +29,41 @@ class Clock(nn.Module):
         slot: 0-d int64, index of the stored timestep nearest to the current one.
         stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
             be used.
+        protected_slots: the steps at which inputs are not rounded, or more finely, as ``inputs`` says.
+        protected_slots: steps at which layers do not round their inputs, or do it more finely; set by :meth:`protect`.
+        protects: ``[slots]`` bool, the same as a table.
+        protected: 0-d bool, whether the current slot is one of them.
+        inputs: what happens there: ``float`` leaves inputs unrounded, ``8-bit`` rounds integers of fewer bits to eight.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
     """
 
     timesteps: Tensor
     slot: Tensor
     stored: Tensor
+    protects: Tensor
+    protected: Tensor
 
-    def __init__(self, timesteps: Sequence[float]) -> None:
+    def __init__(self, timesteps: Sequence[float], protected: Sequence[int] = (), inputs: Inputs = "float") -> None:
         super().__init__()
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("stored", torch.zeros((), dtype=torch.bool), persistent=False)
+        self.register_buffer("protects", torch.zeros(len(self.timesteps), dtype=torch.bool), persistent=False)
+        self.register_buffer("protected", torch.zeros((), dtype=torch.bool), persistent=False)
         self._now: tuple[int, bool] | None = None
+        self._protected: bool | None = None
+        self.protect(protected, inputs)
         self.argument = "timestep"
         self._told = False
         self._timestep, self._mixed = 0.0, False
+
+    def protect(self, slots: Sequence[int], inputs: Inputs = "float") -> None:
+        """Protect the steps of these slots, and no others."""
+        chosen = sorted(set(slots))
+        self.protects.zero_()
+        self.protects[chosen] = True
+        self.protected_slots, self.inputs = tuple(chosen), inputs
+        self._protected = None
 
     def tick(self, timestep: Tensor | float) -> None:
         """Set :attr:`slot` and :attr:`exact` for a call with this timestep: a number, one per clip, or one per token."""
@@ -52,7 +72,9 @@ class Clock(nn.Module):
         distance = (self.timesteps - now).abs()
         self.slot.copy_(distance.argmin())
         self.stored.copy_((distance.amin() <= TOLERANCE * now.abs()) & (times == now).all())
-        self._now = None
+        if self.protected_slots:
+            self.protected.copy_(self.protects.index_select(0, self.slot.reshape(1))[0])
+        self._now = self._protected = None
         if not torch.compiler.is_compiling():
             self._timestep, self._mixed = float(now), bool((times != now).any())
 
@@ -61,6 +83,14 @@ class Clock(nn.Module):
         if self._now is None:
             self._now = int(self.slot), bool(self.stored)
         return self._now
+
+    def protects_now(self) -> bool:
+        """:attr:`protected` as a Python value, read once per call."""
+        if not self.protected_slots:
+            return False
+        if self._protected is None:
+            self._protected = bool(self.protected)
+        return self._protected
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""

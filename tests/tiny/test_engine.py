@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, ReelQuantError
 from reelquant.discover import discover
 from reelquant.nn import QuantLayer, get_module, quantized_layers
-from reelquant.recipes import engine
+from reelquant.recipes import components, engine
 from reelquant.recipes.engine import quantize_pipeline
 from reelquant.recipes.recipe import Recipe, load_recipe, names
 from reelquant.recipes.report import Report
@@ -40,7 +40,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
             MAPS[name] = discover(denoiser)
         return MAPS[name]
 
-    monkeypatch.setattr(engine, "discover", cached)
+    monkeypatch.setattr(components, "discover", cached)
 
 
 def recipe(name: str, **overrides: Any) -> Recipe:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from reelquant._errors import CheckpointError, SiteError, UnsupportedError
 from reelquant.checkpoint import METHOD, Stored, verify
-from reelquant.clock import Clock
 from reelquant.nn import (
     dequantized,
     get_module,
@@ -148,7 +147,7 @@ class ReelQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         slots = self.stored.slots
         if slots is not None:
-            start_clock(model, Clock(slots.timesteps), slots.argument)
+            start_clock(model, slots.clock(), slots.argument)
         start_runtime(model)
         checked = verify(model, self.stored.checksums)
         _log_proof(model, checked)

@@ -33,6 +33,7 @@ def number_of(layer: QuantLayer) -> int:
 def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
     """The layer as one node of a graph."""
     step = [clock[0].slot, clock[0].stored] if clock else []
+    step += [clock[0].protected] if clock and clock[0].protected_slots else []
     return torch.ops.reelquant.layer(x, step, layer.number, activation)
 
 
@@ -40,7 +41,8 @@ def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) 
 def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer = _layers[number]
     slot, exact = _step(layer, x, step)
-    return _as_declared(layer, layer.compute(x, slot, exact, activation))
+    protected = layer.layout.input is not None and len(step) > 2 and bool(step[2])
+    return _as_declared(layer, layer.compute(x, slot, exact, activation, protected=protected))
 
 
 @_run.register_fake

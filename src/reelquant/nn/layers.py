@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,14 +43,15 @@ class LayerTensors:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ready:
-    """What computes a layer, and the weight it was built from."""
+    """What computes a layer, and the weight it was built from; ``finer`` computes protected steps from the same memory."""
 
     runner: Runner
     kernel: Kernel
     refused: dict[str, str]
     weight: Any
+    finer: Runner | None = None
 
     @property
     def holds(self) -> bool:
@@ -202,9 +203,11 @@ class QuantLayer(nn.Module):
         """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
         if torch.compiler.is_compiling():
             return call(self, input, self.clock, activation)
-        return self.compute(input, *(self.clock[0].now() if self.clock else (0, False)), activation)
+        if not self.clock:
+            return self.compute(input, 0, False, activation)
+        return self.compute(input, *self.clock[0].now(), activation, protected=self.clock[0].protects_now())
 
-    def compute(self, input: Tensor, slot: int | Tensor, exact: bool, activation: str = "") -> Tensor:
+    def compute(self, input: Tensor, slot: int | Tensor, exact: bool, activation: str = "", *, protected: bool = False) -> Tensor:
         """The output at a step; ``exact`` if the current timestep is the very one of that slot."""
         if self.layout.table and self.clock:
             if exact:
@@ -213,12 +216,24 @@ class QuantLayer(nn.Module):
             self.clock[0].fall_back()
         if self.layout.slots > 1 and not self.clock:
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
-        runner: Any = self.prepare().runner
+        runner: Any = self._protecting() if protected and self.layout.input is not None else self.prepare().runner
         if not activation:
             return runner(input, slot)
         if activation in getattr(runner, "fused", ()):
             return runner(input, slot, activation)
         return ACTIVATIONS[activation](runner(input, slot))
+
+    def _protecting(self) -> Any:
+        """What computes a protected step, from the weight as it is: no second copy outlives the call."""
+        ready, numbers = self.prepare(), self._numbers()
+        assert numbers is not None
+        if self.clock[0].inputs == "8-bit" and (ready.finer or numbers.widened() is numbers):
+            return ready.finer or ready.runner
+        given = replace(self.operands, numbers=None if self.clock[0].inputs == "float" else numbers.widened())
+        if given.numbers is not None and hasattr(ready.runner, "rounding"):
+            ready.finer = ready.runner.rounding(given)
+            return ready.finer
+        return select(given, self.weight.device.type)[0].prepare(given)
 
     def _from_table(self, input: Tensor, slot: int | Tensor) -> Tensor:
         """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import RecipeError, nearest
-from reelquant.discover import component_of, denoisers_of, kind_of_component, modules_of, outline
+from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, read_tokens, round_trip
+from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import Recipe, load_recipe
-from reelquant.sites import DenoiserMap
+from reelquant.sites import DenoiserMap, matches, select
 
 Source = str | Path | Mapping[str, Any] | Recipe
 SAFE = "w8a16"  # of text encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
@@ -100,9 +101,28 @@ def _cosines(known: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]
     return {"prompt_cosine": float(values.mean()), "prompt_cosine_min": float(values.min())}
 
 
+def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str]) -> dict[str, Plan]:
+    """A plan for every component. With several, a pattern of the user's counts where it names a layer, and must do so somewhere."""
+    maps = {name: map_of(name, component_of(pipe, name)) for name in recipes}
+    every = [layer for map_ in maps.values() for layer in map_.layers.values()]
+    for pattern in skip:
+        select(pattern, every)
+    return {
+        name: make_plan(recipes[name], map_, component_of(pipe, name), [pattern for pattern in skip if _names_layers(pattern, map_)])
+        for name, map_ in maps.items()
+    }
+
+
+def _names_layers(pattern: str, map_: DenoiserMap) -> bool:
+    return any(matches(pattern, layer) for layer in map_.layers.values())
+
+
 def map_of(name: str, part: nn.Module) -> DenoiserMap:
-    """The map of a component that does not denoise."""
-    if kind_of_component(name, part) == "vae":
+    """The map of a component, whatever it does."""
+    kind = kind_of_component(name, part)
+    if kind == "denoiser":
+        return discover(part)
+    if kind == "vae":
         clip = fitting_clip(part)
         return outline(part, lambda: round_trip(part, clip))
     with torch.random.fork_rng(devices=[]):

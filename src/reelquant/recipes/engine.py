@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
-from reelquant.discover import component_of, denoiser_of, discover, kind_of_component
+from reelquant.discover import component_of, denoiser_of, kind_of_component
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
 from reelquant.recipes.calibration import Calibration, calibrate_together
-from reelquant.recipes.components import Measure, map_of, start_measuring
-from reelquant.recipes.plan import Plan, make_plan
+from reelquant.recipes.components import Measure, plan_components, start_measuring
+from reelquant.recipes.plan import Plan
+from reelquant.recipes.protect import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe
 from reelquant.recipes.report import Report, total
 from reelquant.recipes.search import Assignment, choose, family, latent_psnr, trial_count
 from reelquant.reuse import add_table, drop_unused
-from reelquant.sites import DenoiserMap, Group, matches, select
+from reelquant.sites import Group
 
 HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
 
@@ -35,9 +36,10 @@ HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibr
 class Session:
     """One component's quantization in progress: the pipeline, the plan, and what was observed.
 
-    ``denoiser`` is the component's module, also where it is a text encoder or VAE; ``texts`` are those of calibration. Float layers are
-    kept in ``floats`` until the end, so that candidates can be compared and a failed run leaves the pipeline as it was.
-    ``held_out`` are the texts that choices and the final check are made on: not those of calibration, or at least with other seeds.
+    ``denoiser`` is the component's module, also where it is a text encoder or VAE; ``texts`` are those of calibration; ``sampled`` are the
+    timesteps of the whole sampler, of which a denoiser may see a part. Float layers are kept in ``floats`` until the end, so that
+    candidates can be compared and a failed run leaves the pipeline as it was. ``held_out`` are the texts that choices and the final check
+    are made on: not those of calibration, or at least with other seeds.
     """
 
     pipe: Any
@@ -53,6 +55,7 @@ class Session:
     calibration: Calibration | None = None
     held_out: list[str] = field(default_factory=list)
     clock: tuple[Clock, ...] = ()
+    sampled: list[float] = field(default_factory=list)
     floats: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     drafts: dict[tuple[str, str], BuiltGroup] = field(default_factory=dict)
@@ -213,8 +216,9 @@ def quantize_components(
         ReelQuantError: and the pipeline is as it was.
     """
     sessions = [_open(pipe, name, recipe, prompts, progress or Silent(), overrides) for name, recipe in recipes.items()]
-    _plan(sessions, skip)
+    made = plan_components(pipe, recipes, skip)
     for session in sessions:
+        session.plan = made[session.component]
         _check_weights(session)
     try:
         _observe(sessions, calibrations or {})
@@ -248,21 +252,6 @@ def _open(
     return session
 
 
-def _plan(sessions: Sequence[Session], skip: Sequence[str]) -> None:
-    """A plan for every component. With several, a pattern of the user's counts where it names a layer, and must do so somewhere."""
-    maps = [discover(s.denoiser) if s.denoises else map_of(s.component, s.denoiser) for s in sessions]
-    for session, map_ in zip(sessions, maps, strict=True):
-        own = [pattern for pattern in skip if len(sessions) == 1 or _names_layers(pattern, map_)]
-        session.plan = make_plan(session.recipe, map_, session.denoiser, own)
-    for pattern in skip if len(sessions) > 1 else ():
-        if not any(_names_layers(pattern, map_) for map_ in maps):
-            select(pattern, [layer for map_ in maps for layer in map_.layers.values()])
-
-
-def _names_layers(pattern: str, map_: DenoiserMap) -> bool:
-    return any(matches(pattern, layer) for layer in map_.layers.values())
-
-
 def _check_weights(session: Session) -> None:
     """Refuse broken weights before anything is sampled; a layer that stays float would break the clips just as well."""
     for name in session.plan.layers:
@@ -279,7 +268,7 @@ def _observe(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> N
         if session.recipe.calibrate is None:
             continue
         if found is not None and found.suffices(session.plan):
-            session.calibration = found
+            session.calibration, session.sampled = found, found.steps.timesteps
         else:
             alike.setdefault(repr((session.recipe.calibrate, session.arguments)), []).append(session)
     for together in alike.values():
@@ -293,8 +282,10 @@ def _observe(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> N
                 first.pipe, [(session.denoiser, session.plan) for session in together], first.texts, seed=first.seed,
                 arguments=first.arguments, on_step=first.progress.advance,
             )  # fmt: skip
+        times = {time for calibration in found for time in calibration.steps.timesteps}
         for session, calibration in zip(together, found, strict=True):
             session.calibration = calibration
+            session.sampled = calibration.steps.timesteps if len(found) == 1 else sorted(times, reverse=True)
 
 
 def _reference(session: Session) -> None:
@@ -324,6 +315,7 @@ def _finish(session: Session) -> Report:
     report.trials, report.timesteps, report.seed, report.warnings = trials, session.timesteps, session.seed, session.warnings
     if recipe.temporal == "table":
         _tables(session, report)
+    _protect(session, report)
     _check(session, report)
     _account(session, report, before)
     return report
@@ -360,7 +352,10 @@ def _start_clock(session: Session) -> None:
     argument = session.plan.map.timestep_argument
     if not session.timesteps or argument is None:
         return
-    session.clock = (Clock(session.timesteps),)
+    policy = session.recipe.protect_steps
+    named = policy is not None and not isinstance(policy.steps, str)
+    slots = slots_of(policy.steps, session.sampled, session.timesteps) if named else ()
+    session.clock = (Clock(session.timesteps, slots, policy.inputs if policy else "float"),)
     start_clock(session.denoiser, session.clock[0], argument)
 
 
@@ -390,6 +385,29 @@ def _tables(session: Session, report: Report) -> None:
         return result[0] if isinstance(result, tuple) else result.sample
 
     drop_unused(layers, output)
+
+
+def _protect(session: Session, report: Report) -> None:
+    """Find out which steps need more precise activations, if that is to be found out."""
+    policy = session.recipe.protect_steps
+    if policy is None:
+        return
+    if not session.clock:
+        raise CalibrationError(f"protect_steps of '{report.recipe}' follows the timestep, and {report.denoiser} is called without one")
+    clock = session.clock[0]
+    if policy.steps == "auto":
+
+        def latents(slots: Sequence[int]) -> Tensor:
+            clock.protect(slots, policy.inputs)
+            try:
+                return session.held_out_latents(on_step=None)
+            finally:
+                session.progress.advance()
+
+        with session.timed("measure steps", len(session.timesteps) + 1):
+            report.steps = measure_steps(session.timesteps, latents, policy.share)
+        clock.protect([found.step for found in report.steps if found.protected], policy.inputs)
+    report.protected = list(clock.protected_slots)
 
 
 def _check(session: Session, report: Report) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reelquant.recipes.build import LayerRecord
+from reelquant.recipes.protect import StepError
 from reelquant.recipes.search import Trial
 
 
@@ -33,6 +34,8 @@ class Report:
         latent_psnr: of the held-out clips' final latents against float, dB; None for data-free recipes.
         figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min`` (unitless),
             ``round_trip_psnr`` (dB).
+        protected: slots (indices into ``timesteps``) whose activations are more precise.
+        steps: what each step's rounding costs, if that decided it.
         parts: report by component, if there are several.
         trials: what the search tried.
         seconds: time per phase.
@@ -60,6 +63,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
+    protected: list[int] = field(default_factory=list)
+    steps: list[StepError] = field(default_factory=list)
     parts: dict[str, Report] = field(default_factory=dict)
 
     @property
