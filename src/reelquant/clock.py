@@ -29,7 +29,6 @@ class Clock(nn.Module):
         slot: 0-d int64, index of the stored timestep nearest to the current one.
         stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
             be used.
-        protected_slots: the steps at which inputs are not rounded, or more finely, as ``inputs`` says.
         protected_slots: steps at which layers do not round their inputs, or do it more finely; set by :meth:`protect`.
         protects: ``[slots]`` bool, the same as a table.
         protected: 0-d bool, whether the current slot is one of them.
