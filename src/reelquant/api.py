@@ -66,7 +66,7 @@ def quantize(
         prompts = calibration_prompts(pipe, max([*wanted, TEXTS]))
     report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
     for name, chosen in recipes.items():
-        if hasattr(part := plain(pipe.components[name]), "register_to_config"):
+        if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
             adopt(part, chosen)
     return report
 

@@ -39,7 +39,7 @@ def kind_of_component(name: str, part: nn.Module) -> Kind:
         UnsupportedError: for components that are neither denoiser, text encoder nor VAE.
     """
     names = set(inspect.signature(plain(part).forward).parameters)
-    if _denoises(part):
+    if denoises(part):
         return "denoiser"
     if hasattr(part, "encode") and hasattr(part, "decode"):
         return "vae"
@@ -57,7 +57,7 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     Raises:
         UnsupportedError: if there is none.
     """
-    found = {name: part for name, part in modules_of(pipeline).items() if _denoises(part)}
+    found = {name: part for name, part in modules_of(pipeline).items() if denoises(part)}
     if not found:
         components = getattr(pipeline, "components", None) or vars(pipeline)
         raise UnsupportedError(
@@ -77,7 +77,8 @@ def plain(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _denoises(module: nn.Module) -> bool:
+def denoises(module: nn.Module) -> bool:
+    """Whether a model takes a latent and a timestep."""
     names = inspect.signature(plain(module).forward).parameters
     kinds = {kind_of((name,)) for name in names}
     return {"latent", "timestep"} <= kinds and "controlnet_cond" not in names

@@ -17,13 +17,6 @@ _USUAL = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classifier
 
 
 @torch.no_grad()
-def read_tokens(text_encoder: nn.Module) -> Any:
-    """The answer of a text encoder to eight tokens."""
-    device = next(text_encoder.parameters()).device
-    return text_encoder(input_ids=torch.arange(8, device=device)[None])
-
-
-@torch.no_grad()
 def embed(pipe: Any, prompts: Sequence[str]) -> list[Tensor]:
     """What the denoiser is given for these texts: every float tensor that the pipeline's ``encode_prompt`` returns.
 

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline
-from reelquant.models.parts import cosines, decibels, embed, fitting_clip, read_tokens, round_trip
+from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.sites import DenoiserMap, matches, select
@@ -119,11 +118,6 @@ def _names_layers(pattern: str, map_: DenoiserMap) -> bool:
 
 def map_of(name: str, part: nn.Module) -> DenoiserMap:
     """The map of a component, whatever it does."""
-    kind = kind_of_component(name, part)
-    if kind == "denoiser":
+    if kind_of_component(name, part) == "denoiser":
         return discover(part)
-    if kind == "vae":
-        clip = fitting_clip(part)
-        return outline(part, lambda: round_trip(part, clip))
-    with torch.random.fork_rng(devices=[]):
-        return outline(part, lambda: read_tokens(part))
+    return outline(part)
