@@ -50,9 +50,7 @@ class OnTheFly:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
-        self.waiting = {
-            row.layer.name: {name for name, _ in _float_layer(model, row.layer.name).named_parameters()} for row in plan.quantized
-        }
+        self.waiting = {row.layer.name: {name for name, _ in _float_layer(model, row.layer.name).named_parameters()} for row in plan.quantized}
         self._biases: dict[str, Tensor] = {}
         self._lock = threading.Lock()  # shards may be read by several threads
 

@@ -27,17 +27,12 @@ def check(
     Raises:
         RecipeError: naming the option, the value and what would work.
     """
-    for option, words in (
-        ("modules_to_not_convert", keep),
-        *((f"modules_dtype_dict['{name}']", words) for name, words in (formats or {}).items()),
-    ):
+    for option, words in (("modules_to_not_convert", keep), *((f"modules_dtype_dict['{name}']", words) for name, words in (formats or {}).items())):
         if words is not None and (isinstance(words, str) or not all(isinstance(word, str) and word for word in words)):
             raise RecipeError(f"{option} is a list of module names or patterns, got {words!r}")
     for name in formats or {}:
         parse_format(name)
-    if group_size is not None and (
-        not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1)
-    ):
+    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1)):
         raise RecipeError(f"group_size is a number of weights (32, 64, 128 ...) or -1 for one scale per output channel, got {group_size!r}")
 
 
@@ -58,13 +53,8 @@ def with_options(
     rules = []
     for name, words in (formats or {}).items():
         weight = {"format": name, **(GROUPED if parse_format(name).bits < FEW_BITS else BY_CHANNEL)}
-        rules += [
-            {"on": on, "keep": False, "weight": _grouped(weight, group_size)} for on in _patterns(words, "modules_dtype_dict", model, known)
-        ]
-    rules += [
-        {"on": on, "keep": True, "because": "modules_to_not_convert"}
-        for on in _patterns(keep or (), "modules_to_not_convert", model, known)
-    ]
+        rules += [{"on": on, "keep": False, "weight": _grouped(weight, group_size)} for on in _patterns(words, "modules_dtype_dict", model, known)]
+    rules += [{"on": on, "keep": True, "because": "modules_to_not_convert"} for on in _patterns(keep or (), "modules_to_not_convert", model, known)]
     return load_recipe(data | {"rules": [*data.get("rules", ()), *rules]}) if rules or group_size is not None else recipe
 
 
@@ -96,9 +86,7 @@ def _regroup(data: dict[str, Any], size: int) -> None:
     """Give every grouped weight of a recipe, and those of its defaults, groups of this size."""
     data["defaults"] = data["defaults"] | {"weight": _grouped(data["defaults"]["weight"], size)}
     data["rules"] = [
-        rule | {"weight": _grouped(rule["weight"], size)}
-        if str((rule.get("weight") or {}).get("granularity", "")).startswith("group")
-        else rule
+        rule | {"weight": _grouped(rule["weight"], size)} if str((rule.get("weight") or {}).get("granularity", "")).startswith("group") else rule
         for rule in data.get("rules", ())
     ]
 
