@@ -11,7 +11,7 @@ from torch import nn
 from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant._version import __version__
 from reelquant.checkpoint.verify import tile_checksum
-from reelquant.clock import NAME, Clock, Inputs
+from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, LayerLayout, QuantLayer, buffer_shapes, quantized_layers
 
@@ -28,15 +28,18 @@ class Slots:
     argument: str
     protected: tuple[int, ...] = ()
     inputs: Inputs = "float"
+    pairs: Pairs | None = None
+    latent: str | None = None
 
     def clock(self) -> Clock:
         """The clock of a loaded denoiser."""
-        return Clock(self.timesteps, self.protected, self.inputs)
+        return Clock(self.timesteps, self.protected, self.inputs, self.pairs, self.latent)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; nothing of protection where there is none."""
+        """Plain data; nothing of protection and guidance where there is none."""
         protection = {"protected": list(self.protected), "protected_inputs": self.inputs} if self.protected else {}
-        return {"timesteps": list(self.timesteps), "argument": self.argument, **protection}
+        guidance = {"pairs": self.pairs, "latent": self.latent} if self.pairs else {}
+        return {"timesteps": list(self.timesteps), "argument": self.argument, **protection, **guidance}
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,10 @@ class Stored:
     def _check_slots(self) -> None:
         count = len(self.slots.timesteps) if self.slots else 0
         for name, layout in self.layers.items():
-            rows = max(layout.slots, layout.table)
-            if rows > 1 and rows != count:
-                raise CheckpointError(f"layer '{name}' has parameters for {rows} denoising steps, quantization_config.slots lists {count}")
+            if layout.steps > 1 and layout.steps != count:
+                raise CheckpointError(
+                    f"layer '{name}' has parameters for {layout.steps} denoising steps, quantization_config.slots lists {count}"
+                )
 
 
 def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str) -> Stored:
@@ -148,7 +152,9 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
 
 def _clock_slots(model: nn.Module) -> Slots | None:
     clock = getattr(model, NAME, None)
-    return Slots(tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs) if isinstance(clock, Clock) else None
+    if not isinstance(clock, Clock):
+        return None
+    return Slots(tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs, clock.pairs, clock.latent)
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
@@ -184,10 +190,12 @@ def _slots(data: Any) -> Slots | None:
     try:
         found = Slots(
             tuple(float(time) for time in data["timesteps"]), str(data["argument"]), tuple(int(slot) for slot in data.get("protected", ())),
-            data.get("protected_inputs", "float"),
+            data.get("protected_inputs", "float"), data.get("pairs"), data.get("latent"),
         )  # fmt: skip
         if found.inputs not in get_args(Inputs) or any(slot not in range(len(found.timesteps)) for slot in found.protected):
             raise ValueError(f"protected {list(found.protected)}, {found.inputs!r}")
+        if found.pairs not in (None, *get_args(Pairs)):
+            raise ValueError(f"pairs {found.pairs!r}")
         return found
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"quantization_config.slots is damaged: {type(error).__name__}: {error}") from None

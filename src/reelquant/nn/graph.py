@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reelquant.clock import Clock
+from reelquant.clock import ANY, Clock, Moment
 
 if TYPE_CHECKING:
     from reelquant.nn.layers import QuantLayer
@@ -32,17 +32,13 @@ def number_of(layer: QuantLayer) -> int:
 
 def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
     """The layer as one node of a graph."""
-    step = [clock[0].slot, clock[0].stored] if clock else []
-    step += [clock[0].protected] if clock and clock[0].protected_slots else []
-    return torch.ops.reelquant.layer(x, step, layer.number, activation)
+    return torch.ops.reelquant.layer(x, clock[0].state if clock else [], layer.number, activation)
 
 
 @torch.library.custom_op("reelquant::layer", mutates_args=())
 def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer = _layers[number]
-    slot, exact = _step(layer, x, step)
-    protected = layer.layout.input is not None and len(step) > 2 and bool(step[2])
-    return _as_declared(layer, layer.compute(x, slot, exact, activation, protected=protected))
+    return _as_declared(layer, layer.compute(x, _moment(layer, x, step), activation))
 
 
 @_run.register_fake
@@ -51,12 +47,14 @@ def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> T
     return _as_declared(layer, x.new_empty(layer.output_shape(x)))
 
 
-def _step(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> tuple[int | Tensor, bool]:
-    """Slot and exactness; where kernels read the slot from the device, nothing waits for it unless a table may answer."""
+def _moment(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> Moment:
+    """The state of the clock; where kernels read the slot from the device, nothing waits for it that this layer does not need."""
     if not step:
-        return 0, False
-    exact = bool(step[1]) if layer.layout.table else False
-    return step[0] if x.is_cuda and not exact else int(step[0]), exact
+        return Moment()
+    layout, (slot, stored, protected, half) = layer.layout, step
+    exact = bool(stored) if layout.table else False
+    protects = bool(protected) if layout.input is not None and layer.clock[0].protected_slots else False
+    return Moment(slot if x.is_cuda and not exact else int(slot), exact, protects, int(half) if layout.halves else ANY)
 
 
 def _as_declared(layer: QuantLayer, out: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.clock import Clock, keeping_dtype
+from reelquant.clock import ANY, BOTH, FIRST, SECOND, Clock, Moment, keeping_dtype
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of
 from reelquant.nn.pages import drop_mapped
-from reelquant.nn.spec import LayerLayout, TensorLayout
+from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
 SHIFT_DTYPE = torch.bfloat16
@@ -203,25 +203,26 @@ class QuantLayer(nn.Module):
         """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
         if torch.compiler.is_compiling():
             return call(self, input, self.clock, activation)
-        if not self.clock:
-            return self.compute(input, 0, False, activation)
-        return self.compute(input, *self.clock[0].now(), activation, protected=self.clock[0].protects_now())
+        return self.compute(input, self.clock[0].now() if self.clock else Moment(), activation)
 
-    def compute(self, input: Tensor, slot: int | Tensor, exact: bool, activation: str = "", *, protected: bool = False) -> Tensor:
-        """The output at a step; ``exact`` if the current timestep is the very one of that slot."""
+    def compute(self, input: Tensor, now: Moment, activation: str = "") -> Tensor:
+        """The output at a step; ``now.exact`` if the current timestep is the very one of that slot."""
         if self.layout.table and self.clock:
-            if exact:
-                stored = self._from_table(input, slot)
+            if now.exact:
+                stored = self._from_table(input, now.slot)
                 return ACTIVATIONS[activation](stored) if activation else stored
             self.clock[0].fall_back()
         if self.layout.slots > 1 and not self.clock:
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
-        runner: Any = self._protecting() if protected and self.layout.input is not None else self.prepare().runner
-        if not activation:
-            return runner(input, slot)
-        if activation in getattr(runner, "fused", ()):
-            return runner(input, slot, activation)
-        return ACTIVATIONS[activation](runner(input, slot))
+        runner: Any = self._protecting() if now.protected and self.layout.input is not None else self.prepare().runner
+        if not self.layout.halves:
+            return _run(runner, input, now.slot, activation)
+        slot = (now.slot if self.layout.slots > HALVES else 0) * HALVES
+        if now.half != BOTH or len(input) % 2:
+            return _run(runner, input, slot + (ANY if now.half == BOTH else now.half), activation)
+        return torch.cat(
+            [_run(runner, half, slot + which, activation) for which, half in zip((FIRST, SECOND), input.chunk(2), strict=True)]
+        )
 
     def _protecting(self) -> Any:
         """What computes a protected step, from the weight as it is: no second copy outlives the call."""
@@ -270,6 +271,15 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         inputs = self.layout.input
         return f"{super().extra_repr()}, weight={self.layout.weight.format}, input={inputs.format if inputs else 'float'}"
+
+
+def _run(runner: Any, input: Tensor, slot: int | Tensor, activation: str) -> Tensor:
+    """Product and activation, in one kernel if it can."""
+    if not activation:
+        return runner(input, slot)
+    if activation in getattr(runner, "fused", ()):
+        return runner(input, slot, activation)
+    return ACTIVATIONS[activation](runner(input, slot))
 
 
 class QuantLinear(QuantLayer, nn.Linear):

@@ -285,6 +285,12 @@ def _observe(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> N
         times = {time for calibration in found for time in calibration.steps.timesteps}
         for session, calibration in zip(together, found, strict=True):
             session.calibration = calibration
+            if session.recipe.guidance == "apart" and calibration.pairs is None:
+                raise CalibrationError(
+                    f"recipe '{session.recipe.name}' keeps the halves of guidance apart, and {type(session.pipe).__name__} samples without "
+                    "classifier-free guidance: no call holds its latents twice, and no second call has those of the first; pass a "
+                    "guidance_scale above 1, or drop 'guidance: apart'"
+                )
             session.sampled = calibration.steps.timesteps if len(found) == 1 else sorted(times, reverse=True)
 
 
@@ -355,7 +361,8 @@ def _start_clock(session: Session) -> None:
     policy = session.recipe.protect_steps
     named = policy is not None and not isinstance(policy.steps, str)
     slots = slots_of(policy.steps, session.sampled, session.timesteps) if named else ()
-    session.clock = (Clock(session.timesteps, slots, policy.inputs if policy else "float"),)
+    pairs = session.calibration.pairs if session.calibration and session.recipe.guidance == "apart" else None
+    session.clock = (Clock(session.timesteps, slots, policy.inputs if policy else "float", pairs, session.plan.map.latent_argument),)
     start_clock(session.denoiser, session.clock[0], argument)
 
 

@@ -173,7 +173,7 @@ class Step(_Strict):
         return _construct("solver", self.solve or "", SOLVERS, options)
 
 
-LATER: dict[str, Any] = {"protect_steps": None}
+LATER: dict[str, Any] = {"protect_steps": None, "guidance": "joint"}
 """Keys that recipes did not have at first, with what they mean when they are not there: recipes without them keep their digest."""
 
 
@@ -184,6 +184,7 @@ class Recipe(_Strict):
         temporal: ``quantize`` temporal layers like the rules say, or also store their exact outputs for the
             sampler's own steps (``table``).
         protect_steps: ``[0, 1, -1]``, ``auto``, or a :class:`Protect`; None for none.
+        guidance: ``apart`` gives static inputs one scale for the first half of a classifier-free guidance pair and one for the second.
     """
 
     name: str
@@ -196,6 +197,7 @@ class Recipe(_Strict):
     search: Search = Search()
     temporal: Literal["quantize", "table"] = "quantize"
     protect_steps: Protect | None = None
+    guidance: Literal["joint", "apart"] = "joint"
 
     @field_validator("protect_steps", mode="before")
     @classmethod
@@ -216,6 +218,7 @@ class Recipe(_Strict):
             hungry = [step for step in self.steps if step.transform or step.mechanism(step.choices()[0]).needs]
             wants = [f"'{step.transform or step.solve}'" for step in hungry] + (["'temporal: table'"] if self.temporal == "table" else [])
             wants += ["'protect_steps'"] if self.protect_steps else []
+            wants += ["'guidance: apart'"] if self.guidance == "apart" else []
             if wants:
                 raise RecipeError(f"{wants[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
         return self
