@@ -251,3 +251,17 @@ def test_embeddings_are_compared_without_padding() -> None:
     b = torch.tensor([[[1.0, 1.0], [5.0, 5.0]]])
     assert cosines([a], [b]).tolist() == pytest.approx([0.5**0.5])
     assert decibels(torch.zeros(4), torch.full((4,), 0.2)) == pytest.approx(20.0) and decibels(torch.ones(3), torch.ones(3)) == 200
+
+
+def test_convolutions_that_change_their_input_stay_float_where_it_would_be_calibrated() -> None:
+    pipe = wan_pipeline()
+    stem = pipe.transformer.patch_embedding
+
+    class Causal(type(stem)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(nn.functional.pad(x, (0, 0, 0, 0, 0, 0)))
+
+    stem.__class__ = Causal
+    keys = {"rules": []}
+    kept = {name: reelquant.plan(pipe, name, overrides=keys).layers["patch_embedding"].kept for name in ("minmax-w8a8", "w8a16")}
+    assert "calibration does not see" in str(kept["minmax-w8a8"]) and kept["w8a16"] != kept["minmax-w8a8"]

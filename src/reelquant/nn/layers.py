@@ -359,14 +359,14 @@ LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantCo
 def quantized_class(module: nn.Module) -> Any | None:
     """The quantized counterpart of a float layer, or None if there is none.
 
-    Subclasses count if they keep the stock forward, or prepare the input and hand it to ``super().forward`` (causal convolutions).
+    Subclasses count if they keep the stock forward; those of convolutions also if :func:`prepares_input`.
     """
     for kind, replacement in LAYERS.items():
         if isinstance(module, kind) and not isinstance(module, QuantLayer):
             forward = type(module).forward
             if forward in (kind.forward, _compatible_forward(type(module))):
                 return replacement
-            return _extended(type(module), replacement) if _hands_on(type(module)) else None
+            return _extended(type(module), replacement) if prepares_input(module) else None
     return None
 
 
@@ -375,10 +375,11 @@ def float_class(layer: QuantLayer) -> type[nn.Module]:
     return type(layer).__mro__[1] if type(layer) not in LAYERS.values() else next(kind for kind in LAYERS if isinstance(layer, kind))
 
 
-def _hands_on(kind: type[nn.Module]) -> bool:
-    """Does a forward reach its weight through ``super().forward`` alone?"""
-    code = getattr(kind.forward, "__code__", None)
-    return code is not None and {"super", "forward"} <= set(code.co_names) and "weight" not in code.co_names
+def prepares_input(module: nn.Module) -> bool:
+    """Is this a convolution that pads its input by itself and reaches its weight through ``super().forward`` alone (causal ones do)?"""
+    code = getattr(type(module).forward, "__code__", None)
+    names = set() if code is None else set(code.co_names)
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and {"super", "forward"} <= names and "weight" not in names
 
 
 @functools.cache
