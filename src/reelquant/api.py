@@ -13,34 +13,37 @@ if TYPE_CHECKING:
     from reelquant.checkpoint.export import Exported
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.speed import Benchmark
+    from reelquant.recipes.components import Source
     from reelquant.recipes.plan import Plan
-    from reelquant.recipes.recipe import Recipe
     from reelquant.recipes.report import Report
 
 
 def quantize(
     pipe: Any,
-    recipe: str | Path | dict[str, Any] | Recipe,
+    recipe: Source,
     prompts: Sequence[str] | None = None,
     *,
+    components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
     progress: Progress | None = None,
     **call: Any,
 ) -> Report:
-    """Quantize the denoiser of a diffusers pipeline in place.
+    """Quantize components of a diffusers pipeline in place; all its denoisers, if nothing else is said.
 
     Args:
         pipe: any diffusers pipeline with a transformer or UNet, in float.
-        recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`.
+        recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`; or one of these by component:
+            ``{"transformer": "qvd-w8a8", "transformer_2": "qvd-w4a8"}``.
         prompts: calibration texts, or one text; by default the pipeline's own or general video prompts.
+        components: names of the components to quantize. Text encoders and VAEs get ``w8a16`` unless ``recipe`` says otherwise.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
         progress: hears how far the run is.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Returns:
-        A report with sizes, errors and reasons.
+        A report with sizes, errors and reasons; its ``parts`` are those of the components, if there are several.
 
     Raises:
         ReelQuantError: one sentence on what is wrong and what would work; the pipeline is as it was.
@@ -48,35 +51,47 @@ def quantize(
     Example:
         >>> import reelquant
         >>> pipe = reelquant.open_pipeline("tiny-dit")
-        >>> report = reelquant.quantize(pipe, "qvd-w8a8")
+        >>> report = reelquant.quantize(pipe, "qvd-w8a8", components=["transformer", "text_encoder", "vae"])
         >>> reelquant.save(pipe, "out", report)
     """
     from reelquant.checkpoint import adopt
     from reelquant.discover.components import plain
     from reelquant.models.pipelines import calibration_prompts
-    from reelquant.recipes.engine import quantize_pipeline
-    from reelquant.recipes.recipe import load_recipe
+    from reelquant.recipes.components import TEXTS, assign
+    from reelquant.recipes.engine import quantize_components
 
-    chosen = load_recipe(recipe, overrides)
+    recipes = assign(pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters, and nobody means that
-    if prompts is None and chosen.calibrate is not None:
-        prompts = calibration_prompts(pipe, chosen.calibrate.prompts + chosen.search.prompts)
-    report = quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]
-    if hasattr(denoiser := plain(pipe.components[report.component]), "register_to_config"):
-        adopt(denoiser, chosen)
+    if prompts is None:
+        wanted = [one.calibrate.prompts + one.search.prompts for one in recipes.values() if one.calibrate is not None]
+        prompts = calibration_prompts(pipe, max([*wanted, TEXTS]))
+    report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
+    for name, chosen in recipes.items():
+        if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
+            adopt(part, chosen)
     return report
 
 
-def plan(
-    pipe: Any, recipe: str | Path | dict[str, Any] | Recipe, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None
-) -> Plan:
-    """What a recipe would do to a pipeline: a row per layer, nothing is changed."""
-    from reelquant.discover import denoiser_of, discover
-    from reelquant.recipes.plan import make_plan
-    from reelquant.recipes.recipe import load_recipe
+def plan(pipe: Any, recipe: Source, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None) -> Plan:
+    """What a recipe would do to the (first) denoiser of a pipeline: a row per layer, nothing is changed."""
+    from reelquant.discover import denoiser_of
 
-    _, denoiser = denoiser_of(pipe)
-    return make_plan(load_recipe(recipe, overrides), discover(denoiser), denoiser, skip)
+    name = denoiser_of(pipe)[0]
+    return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides)[name]
+
+
+def plans(
+    pipe: Any,
+    recipe: Source,
+    *,
+    components: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Plan]:
+    """The plan of every component that :func:`quantize` would quantize with these arguments, by name."""
+    from reelquant.recipes.components import assign, plan_components
+
+    return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
 
 
 def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | None = None) -> None:

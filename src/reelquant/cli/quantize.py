@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, opened, settings
+from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, by_component, call_options, opened, settings
 
 if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation
@@ -18,8 +18,18 @@ GATE_CLIPS = 8
 
 def quantize(
     model: Model,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A name from `reelquant recipes`, or a YAML file.", show_default=False)],
+    recipe: Annotated[
+        list[str],
+        typer.Option(
+            "--recipe", "-r", help="A name from `reelquant recipes`, or a YAML file; COMPONENT=RECIPE for one component. Repeatable.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must be new.", show_default=False)] = None,
+    components: Annotated[
+        str | None,
+        typer.Option("--components", help="Which to quantize, with commas; by default all denoisers.", show_default=False),
+    ] = None,
     prompts: Prompts = None,
     steps: Steps = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the first calibration clip.", show_default=False)] = None,
@@ -39,13 +49,15 @@ def quantize(
     force: Force = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Quantize a pipeline's denoiser and save the whole pipeline as a stock diffusers folder.
+    """Quantize components of a pipeline and save the whole pipeline as a stock diffusers folder.
 
     [bold]Examples[/bold]
 
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]      the plan, nothing else
     [cyan]reelquant quantize Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r w8a16 -o wan[/cyan]
+    [cyan]reelquant quantize wan-a14b -r transformer=qvd-w8a8 -r transformer_2=qvd-w4a8 -o out[/cyan]
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --components transformer,text_encoder,vae -o out[/cyan]
     [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out --gate default[/cyan]
     [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --exclude down_blocks.0 \
@@ -64,17 +76,28 @@ def quantize(
         from reelquant.evidence.gate import check_preset
 
         check_preset(gate)
-    chosen = _recipe(recipe, settings(change or []), seed)
+    chosen = _chosen(recipe, settings(change or []), seed)
     texts = _texts(prompts)
     pipe = opened(model, device, dtype)
+    names = components.replace(" ", "").split(",") if components else None
     if dry_run or output is None:
-        _show_plan(pipe, chosen, exclude or [], json)
+        _show_plans(pipe, chosen, names, exclude or [], json)
         return
     call = call_options(steps=steps)
-    document = _run(pipe, chosen, texts, exclude or [], call, output, force, json)
+    document = _run(pipe, chosen, names, texts, exclude or [], call, output, force, json)
     del pipe
     made = None if gate is None else _hold_against(model, output, texts, gate, device, dtype, call)
     _finish(document, made, json)
+
+
+def _chosen(sources: list[str], changes: dict[str, Any], seed: int | None) -> Recipe | dict[str, Recipe]:
+    """The recipe, or one by component."""
+    parts = [by_component(source) for source in sources]
+    if all(component for component, _ in parts):
+        return {component: _recipe(source, changes, seed) for component, source in parts}
+    if len(parts) > 1:
+        raise typer.BadParameter("give one recipe, or COMPONENT=RECIPE for each", param_hint="--recipe")
+    return _recipe(parts[0][1], changes, seed)
 
 
 def _recipe(source: str, changes: dict[str, Any], seed: int | None) -> Recipe:
@@ -92,26 +115,36 @@ def _texts(file: Path | None) -> list[str] | None:
     return read_prompts(file)
 
 
-def _show_plan(pipe: Any, recipe: Recipe, exclude: list[str], json: bool) -> None:
-    from reelquant.api import plan
+def _show_plans(pipe: Any, recipe: Recipe | dict[str, Recipe], components: list[str] | None, exclude: list[str], json: bool) -> None:
+    from reelquant.api import plans
     from reelquant.cli import console, tables
 
-    made = plan(pipe, recipe, skip=exclude)
+    made = plans(pipe, recipe, components=components, skip=exclude)
     if json:
-        console.emit(tables.plan_json(made))
-    else:
-        console.out.print(tables.plan_table(made))
-        console.out.print("[dim]dry run: nothing was changed or written[/dim]")
+        documents = {name: tables.plan_json(one) for name, one in made.items()}
+        console.emit(documents if len(documents) > 1 else next(iter(documents.values())))
+        return
+    for one in made.values():
+        console.out.print(tables.plan_table(one))
+    console.out.print("[dim]dry run: nothing was changed or written[/dim]")
 
 
 def _run(
-    pipe: Any, recipe: Recipe, texts: list[str] | None, exclude: list[str], call: dict[str, Any], output: Path, force: bool, json: bool
-) -> None:
+    pipe: Any,
+    recipe: Recipe | dict[str, Recipe],
+    components: list[str] | None,
+    texts: list[str] | None,
+    exclude: list[str],
+    call: dict[str, Any],
+    output: Path,
+    force: bool,
+    json: bool,
+) -> dict[str, Any]:
     from reelquant import api
     from reelquant.cli import console, tables
 
     with console.Bars() as bars:
-        report = api.quantize(pipe, recipe, texts, skip=exclude, progress=bars, **call)
+        report = api.quantize(pipe, recipe, texts, components=components, skip=exclude, progress=bars, **call)
         bars.phase("write", 1)
         path = api.save(pipe, output, report, force=force)
     for part in [] if json else tables.proof(report):

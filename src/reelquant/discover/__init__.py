@@ -18,7 +18,7 @@ from torch import nn
 
 from reelquant.discover.arguments import argument_of, bind, kinds
 from reelquant.discover.blocks import find_blocks
-from reelquant.discover.components import denoiser_of, denoisers_of, denoises, plain
+from reelquant.discover.components import component_of, denoiser_of, denoisers_of, denoises, kind_of_component, modules_of, plain
 from reelquant.discover.groups import find_groups
 from reelquant.discover.inputs import dummy_inputs
 from reelquant.discover.lineage import Trace, channel_axis, trace
@@ -28,7 +28,19 @@ from reelquant.discover.roles import dependencies, role_of
 from reelquant.discover.stand_in import stand_in
 from reelquant.sites import DenoiserMap, Layer, Role
 
-__all__ = ["bind", "denoiser_of", "denoisers_of", "denoises", "discover", "dummy_inputs", "outline", "stand_in"]
+__all__ = [
+    "bind",
+    "component_of",
+    "denoiser_of",
+    "denoisers_of",
+    "denoises",
+    "discover",
+    "dummy_inputs",
+    "kind_of_component",
+    "modules_of",
+    "outline",
+    "stand_in",
+]
 
 
 def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> DenoiserMap:

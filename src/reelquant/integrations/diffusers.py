@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.checkpoint import METHOD, Stored, adopt, verify
-from reelquant.clock import Clock
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
 from reelquant.nn import get_module, start_clock, start_runtime
@@ -108,7 +107,7 @@ class ReelQuantizer(DiffusersQuantizer):
         assert self.stored is not None
         slots = self.stored.slots
         if slots is not None:
-            start_clock(model, Clock(slots.timesteps), slots.argument)
+            start_clock(model, slots.clock(), slots.argument)
         start_runtime(model)
         log_proof(model, verify(model, self.stored.checksums))
 

@@ -9,6 +9,7 @@ from reelquant.nn.layers import (
     QuantLayer,
     QuantLinear,
     buffer_shapes,
+    prepares_input,
     quantized_class,
 )
 from reelquant.nn.runtime import set_kernels, start_runtime, stop_runtime
@@ -30,6 +31,7 @@ __all__ = [
     "dequantized",
     "get_module",
     "kernels_of",
+    "prepares_input",
     "quantized_class",
     "quantized_layers",
     "set_kernels",

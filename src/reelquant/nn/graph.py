@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from reelquant.clock import Clock
+from reelquant.clock import ANY, Clock, Moment
 
 if TYPE_CHECKING:
     from reelquant.nn.layers import QuantLayer
@@ -42,14 +42,13 @@ def call_tokenwise(module: Tokenwise, x: Tensor, clock: Sequence[Clock]) -> Tens
 
 
 def _state(clock: Sequence[Clock]) -> list[Tensor]:
-    return [clock[0].slot, clock[0].stored] if clock else []
+    return clock[0].state if clock else []
 
 
 @torch.library.custom_op("reelquant::layer", mutates_args=())
 def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer: QuantLayer = _modules[number]
-    slot, exact = _step(layer, x, step)
-    return _as_declared(layer, layer.compute(x, slot, exact, activation))
+    return _as_declared(layer, layer.compute(x, _moment(layer, x, step), activation))
 
 
 @_run.register_fake
@@ -62,8 +61,8 @@ def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> T
 def _run_tokenwise(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
     module: Tokenwise = _modules[number]
     if step:
-        module.layers()[0].clock[0].follow(*step)
-    return module.in_blocks(x)
+        module.layers()[0].clock[0].follow(step)
+    return module.forward(x)  # its hooks are in the graph
 
 
 @_run_tokenwise.register_fake
@@ -71,12 +70,14 @@ def _shape_tokenwise(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], _modules[number].width)
 
 
-def _step(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> tuple[int | Tensor, bool]:
-    """Slot and exactness; where kernels read the slot from the device, nothing waits for it unless a table may answer."""
+def _moment(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> Moment:
+    """The state of the clock; where kernels read the slot from the device, nothing waits for it that this layer does not need."""
     if not step:
-        return 0, False
-    exact = bool(step[1]) if layer.layout.table else False
-    return step[0] if x.is_cuda and not exact else int(step[0]), exact
+        return Moment()
+    layout, (slot, stored, protected, half) = layer.layout, step
+    exact = bool(stored) if layout.table else False
+    protects = bool(protected) if layout.input is not None and layer.clock[0].protected_slots else False
+    return Moment(slot if x.is_cuda and not exact else int(slot), exact, protects, int(half) if layout.halves else ANY)
 
 
 def _as_declared(layer: QuantLayer, out: Tensor) -> Tensor:

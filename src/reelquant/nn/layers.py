@@ -9,22 +9,23 @@ then keeps its shape and dtype and no memory, and saving, copying and moving the
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.clock import Clock, keeping_dtype
+from reelquant.clock import ANY, BOTH, FIRST, SECOND, Clock, Moment, keeping_dtype
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of
 from reelquant.nn.pages import drop_mapped
-from reelquant.nn.spec import LayerLayout, TensorLayout
+from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
 SHIFT_DTYPE = torch.bfloat16
@@ -42,14 +43,15 @@ class LayerTensors:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ready:
-    """What computes a layer, and the weight it was built from."""
+    """What computes a layer, and the weight it was built from; ``finer`` computes protected steps from the same memory."""
 
     runner: Runner
     kernel: Kernel
     refused: dict[str, str]
     weight: Any
+    finer: Runner | None = None
 
     @property
     def holds(self) -> bool:
@@ -202,23 +204,38 @@ class QuantLayer(nn.Module):
         """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
         if torch.compiler.is_compiling():
             return call(self, input, self.clock, activation)
-        return self.compute(input, *(self.clock[0].now() if self.clock else (0, False)), activation)
+        return self.compute(input, self.clock[0].now() if self.clock else Moment(), activation)
 
-    def compute(self, input: Tensor, slot: int | Tensor, exact: bool, activation: str = "") -> Tensor:
-        """The output at a step; ``exact`` if the current timestep is the very one of that slot."""
+    def compute(self, input: Tensor, now: Moment, activation: str = "") -> Tensor:
+        """The output at a step; ``now.exact`` if the current timestep is the very one of that slot."""
         if self.layout.table and self.clock:
-            if exact:
-                stored = self._from_table(input, slot)
+            if now.exact:
+                stored = self._from_table(input, now.slot)
                 return ACTIVATIONS[activation](stored) if activation else stored
             self.clock[0].fall_back()
         if self.layout.slots > 1 and not self.clock:
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
-        runner: Any = self.prepare().runner
-        if not activation:
-            return runner(input, slot)
-        if activation in getattr(runner, "fused", ()):
-            return runner(input, slot, activation)
-        return ACTIVATIONS[activation](runner(input, slot))
+        runner: Any = self._protecting() if now.protected and self.layout.input is not None else self.prepare().runner
+        if not self.layout.halves:
+            return _run(runner, input, now.slot, activation)
+        slot = (now.slot if self.layout.slots > HALVES else 0) * HALVES
+        if now.half != BOTH or len(input) % 2:
+            return _run(runner, input, slot + (ANY if now.half == BOTH else now.half), activation)
+        return torch.cat(
+            [_run(runner, half, slot + which, activation) for which, half in zip((FIRST, SECOND), input.chunk(2), strict=True)]
+        )
+
+    def _protecting(self) -> Any:
+        """What computes a protected step, from the weight as it is: no second copy outlives the call."""
+        ready, numbers = self.prepare(), self._numbers()
+        assert numbers is not None
+        if self.clock[0].inputs == "8-bit" and (ready.finer or numbers.widened() is numbers):
+            return ready.finer or ready.runner
+        given = replace(self.operands, numbers=None if self.clock[0].inputs == "float" else numbers.widened())
+        if given.numbers is not None and hasattr(ready.runner, "rounding"):
+            ready.finer = ready.runner.rounding(given)
+            return ready.finer
+        return select(given, self.weight.device.type, self.kernels)[0].prepare(given)
 
     def _from_table(self, input: Tensor, slot: int | Tensor) -> Tensor:
         """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""
@@ -255,6 +272,15 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         inputs = self.layout.input
         return f"{super().extra_repr()}, weight={self.layout.weight.format}, input={inputs.format if inputs else 'float'}"
+
+
+def _run(runner: Any, input: Tensor, slot: int | Tensor, activation: str) -> Tensor:
+    """Product and activation, in one kernel if it can."""
+    if not activation:
+        return runner(input, slot)
+    if activation in getattr(runner, "fused", ()):
+        return runner(input, slot, activation)
+    return ACTIVATIONS[activation](runner(input, slot))
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -332,12 +358,47 @@ LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantCo
 
 
 def quantized_class(module: nn.Module) -> Any | None:
-    """The quantized counterpart of a float layer, or None if there is none. Subclasses that keep the stock forward count."""
+    """The quantized counterpart of a float layer, or None if there is none.
+
+    Subclasses count if they keep the stock forward; those of convolutions also if :func:`prepares_input`.
+    """
     for kind, replacement in LAYERS.items():
         if isinstance(module, kind) and not isinstance(module, QuantLayer):
             forward = type(module).forward
-            return replacement if forward in (kind.forward, _compatible_forward(type(module))) else None
+            if forward in (kind.forward, _compatible_forward(type(module))):
+                return replacement
+            return _extended(type(module), replacement) if prepares_input(module) else None
     return None
+
+
+def float_class(layer: QuantLayer) -> type[nn.Module]:
+    """The class of the float layer that a quantized one stands for; built like its first base class in :data:`LAYERS`."""
+    return type(layer).__mro__[1] if type(layer) not in LAYERS.values() else next(kind for kind in LAYERS if isinstance(layer, kind))
+
+
+def prepares_input(module: nn.Module) -> bool:
+    """Is this a convolution that pads its input by itself and reaches its weight through ``super().forward`` alone (causal ones do)?"""
+    code = getattr(type(module).forward, "__code__", None)
+    names = set() if code is None else set(code.co_names)
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and {"super", "forward"} <= names and "weight" not in names
+
+
+@functools.cache
+def _extended(kind: type[nn.Module], replacement: Any) -> Any:
+    """A quantized layer with the forward of ``kind``, whose ``super().forward`` is the quantized one."""
+
+    def like(cls: Any, module: nn.Module, layout: LayerLayout, device: Any = None) -> Any:
+        new = replacement.like(module, layout, device)
+        new.__class__ = cls
+        new.__dict__ |= own_attributes(module, new)
+        return new
+
+    return type(f"Quant{kind.__name__}", (kind, replacement), {"like": classmethod(like)})
+
+
+def own_attributes(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """What a subclass keeps on its layers beside the attributes of the ``stock`` class: paddings, caches."""
+    return {name: value for name, value in vars(module).items() if name not in vars(stock)}
 
 
 def _compatible_forward(kind: type[nn.Module]) -> Any:

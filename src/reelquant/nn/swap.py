@@ -10,7 +10,7 @@ from torch import nn
 
 from reelquant._errors import SiteError, nearest
 from reelquant.clock import NAME, Clock, attach
-from reelquant.nn.layers import LAYERS, QuantLayer
+from reelquant.nn.layers import LAYERS, QuantLayer, float_class, own_attributes
 
 HOOK = "_reelquant_clock_hook"
 
@@ -73,9 +73,13 @@ def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
     new.weight = nn.Parameter(layer.dequantized_weight(dtype))
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().to(dtype))
+    if (original := float_class(layer)) is not kind:
+        new.__class__ = original
+        new.__dict__ |= {name: value for name, value in own_attributes(layer, new).items() if name not in STATE}
     return new
 
 
+STATE = ("layout", "weight_shape", "clock", "number", "_ready")  # what a quantized layer holds beside a float one's attributes
 _CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 

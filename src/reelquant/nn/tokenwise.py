@@ -44,8 +44,11 @@ class Tokenwise(Overlay):
         tokens = math.prod(hidden_states.shape[:-1])
         if args or kwargs or self.training or tokens <= self.rows or not untouched(layers):
             return super().forward(hidden_states, *args, **kwargs)
+        clock = layers[0].clock
         if torch.compiler.is_compiling():
-            return call_tokenwise(self, hidden_states, layers[0].clock)
+            return call_tokenwise(self, hidden_states, clock)
+        if clock and clock[0].now().protected:  # what computes such a step is made for every call
+            return super().forward(hidden_states)
         return self.in_blocks(hidden_states)
 
     def layers(self) -> list[Any]:
@@ -89,11 +92,11 @@ def unblock_tokens(model: nn.Module) -> None:
 
 
 def _layers(module: nn.Module) -> list[QuantLinear] | None:
-    """The quantized linear layers of a module that has two or more, and no other numbers."""
+    """The quantized linear layers of a module that has two or more, and no other numbers; none if the place in the batch matters."""
     layers = [child for child in module.modules() if isinstance(child, QuantLayer)]
     if isinstance(module, QuantLayer) or len(layers) < 2:
         return None
-    linear = [layer for layer in layers if isinstance(layer, QuantLinear) and not layer.layout.table]
+    linear = [layer for layer in layers if isinstance(layer, QuantLinear) and not (layer.layout.table or layer.layout.halves)]
     if len(linear) < len(layers) or any(layer.weight.device.type == "meta" for layer in linear):
         return None
     own = {id(tensor) for layer in linear for tensor in (*layer.parameters(), *layer.buffers())}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
+from reelquant.clock import ANY, BOTH, FIRST, SECOND
 from reelquant.kernels import hadamard
 
 Need = Literal["range", "rotated", "rows", "gram", "features"]
@@ -302,13 +303,24 @@ class InputStatistics:
     gram: Gram | None = None
     features: Features | None = None
     rotated: ChannelRange | None = None  # of the rotated channels
+    halves: tuple[InputStatistics, InputStatistics] | None = None  # ranges of each half of a guidance pair
 
-    def update(self, x: Tensor, step: int, part: int = 0) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0, half: int = ANY) -> None:
+        if self.halves is not None and half in (FIRST, SECOND):
+            self.halves[half - FIRST].update(x, step, part)
+        if self.halves is not None and half == BOTH and len(x) % 2 == 0:
+            for statistics, rows in zip(self.halves, x.chunk(2), strict=True):
+                statistics.update(rows, step, part)
         if self.rotated is not None:
             self.rotated.update(hadamard(x.detach().float(), self.rotated.channel_axis), step, part)
         for statistic in (self.range, self.rows, self.gram, self.features):
             if statistic is not None:
                 statistic.update(x, step, part)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each half of a guidance pair was seen at every step."""
+        return self.halves is not None and all(half.range.seen == self.range.seen for half in self.halves)
 
     def bad_from(self) -> float:
         """The first step at which a value was NaN or infinite; infinity if none was."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.formats import QuantSpec
-from reelquant.nn import get_module, quantized_class
+from reelquant.nn import get_module, prepares_input, quantized_class
 from reelquant.recipes.recipe import Recipe, Rule, TensorRecipe
 from reelquant.sites import DenoiserMap, Layer, matches, select
 from reelquant.solvers import Solver
@@ -110,6 +110,8 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
 def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> LayerPlan:
     before = sum(p.numel() * 4 for p in module.parameters(recurse=False))
     reason = _kept(recipe.rules, layer, module, skip, own)
+    if reason is None and not recipe.data_free and prepares_input(module):
+        reason = "it changes its input before it multiplies, so calibration does not see what would be rounded"
     if reason is not None:
         return LayerPlan(layer, reason, bytes_before=before, bytes_after=before)
     weight, inputs = recipe.defaults.weight, recipe.defaults.input
