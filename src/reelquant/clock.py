@@ -6,8 +6,10 @@ timestep, never by a step counter: a 50-step calibration serves a 20-step sample
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +30,7 @@ class Clock(nn.Module):
         slot: 0-d int64, index of the stored timestep nearest to the current one.
         stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
             be used.
+        tables: whether they may be used at all; not while an adapter changes what they hold.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
     """
 
@@ -40,7 +43,8 @@ class Clock(nn.Module):
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("stored", torch.zeros((), dtype=torch.bool), persistent=False)
-        self._now: tuple[int, bool] | None = None
+        self._now: dict[int, tuple[Any, Any]] = {}  # by thread: several may run one denoiser, each at a step of its own
+        self.tables = True
         self.argument = "timestep"
         self._told = False
         self._timestep, self._mixed = 0.0, False
@@ -50,23 +54,31 @@ class Clock(nn.Module):
         times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
         now = times.amax()  # frames given as a condition carry timestep 0
         distance = (self.timesteps - now).abs()
-        self.slot.copy_(distance.argmin())
-        self.stored.copy_((distance.amin() <= TOLERANCE * now.abs()) & (times == now).all())
-        self._now = None
-        if not torch.compiler.is_compiling():
+        slot, stored = distance.argmin(), (distance.amin() <= TOLERANCE * now.abs()) & (times == now).all() & self.tables
+        self.slot.copy_(slot)
+        self.stored.copy_(stored)
+        if torch.compiler.is_compiling():
+            self._now = {}
+        else:
+            self._now[threading.get_ident()] = slot, stored
             self._timestep, self._mixed = float(now), bool((times != now).any())
 
     def now(self) -> tuple[int, bool]:
-        """:attr:`slot` and :attr:`stored` as Python values, read once per call."""
-        if self._now is None:
-            self._now = int(self.slot), bool(self.stored)
-        return self._now
+        """:attr:`slot` and :attr:`stored` of this thread's call as Python values, read once per call."""
+        thread = threading.get_ident()
+        slot, stored = self._now.get(thread, (self.slot, self.stored))  # autograd recomputes in threads of its own
+        if isinstance(slot, Tensor):
+            slot, stored = int(slot), bool(stored)
+            if thread in self._now:
+                self._now[thread] = slot, stored
+        return slot, stored
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""
         if self._told:
             return
         why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
+        why = why if self.tables else "meets an adapter that changes the table"
         logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)
         self._told = True
 
@@ -91,12 +103,11 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def timestep_reader(denoiser: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """A function that reads the timestep out of ``(args, kwargs)`` of a denoiser call; None if the call has none."""
     parameters = list(inspect.signature(denoiser.forward).parameters)
-    position = parameters.index(argument)
+    return functools.partial(_read, argument, parameters.index(argument))
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs.get(argument, args[position] if len(args) > position else None)
 
-    return read
+def _read(argument: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get(argument, args[position] if len(args) > position else None)
 
 
 def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
@@ -104,13 +115,11 @@ def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
 
     The hook finds the clock through the module it is called for, so a deep copy of the denoiser ticks its own copy.
     """
-    read = timestep_reader(denoiser, argument)
     clock.argument = argument
     denoiser.add_module(NAME, clock)
+    return denoiser.register_forward_pre_hook(functools.partial(_before, timestep_reader(denoiser, argument)), with_kwargs=True)
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = read(args, kwargs)
-        if timestep is not None:
-            getattr(module, NAME).tick(timestep)
 
-    return denoiser.register_forward_pre_hook(before, with_kwargs=True)
+def _before(read: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if (timestep := read(args, kwargs)) is not None:
+        getattr(module, NAME).tick(timestep)

@@ -66,12 +66,18 @@ def _activation(module: nn.Module, layer: QuantLinear) -> str | None:
     return next(fitting, None) if bool((output != 0).any()) else None
 
 
+def _plain(layer: nn.Module) -> bool:
+    """Whether nothing comes between a call of a layer and its forward: no adapter, no hook, no offloading, which replaces ``forward``."""
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return isinstance(layer, QuantLinear) and not hooked
+
+
 def _fuse(module: nn.Module, name: str, activation: str) -> None:
     kind = type(module)
 
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = getattr(self, name)
-        if args or kwargs or not isinstance(layer, QuantLinear) or self.training:  # adapters wrap the layer and come in between
+        if args or kwargs or self.training or not _plain(layer):
             return kind.forward(self, hidden_states, *args, **kwargs)
         return layer.activated(hidden_states, activation)
 
