@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from reelquant._progress import Progress
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.speed import Benchmark
+    from reelquant.models.lora import Adapters
     from reelquant.recipes.plan import Plan
     from reelquant.recipes.recipe import Recipe
     from reelquant.recipes.report import Report
@@ -24,6 +26,7 @@ def quantize(
     *,
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
+    lora: Adapters = (),
     progress: Progress | None = None,
     **call: Any,
 ) -> Report:
@@ -35,6 +38,7 @@ def quantize(
         prompts: calibration texts, or one text; by default the pipeline's own or general video prompts.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
+        lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
         progress: hears how far the run is.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -52,6 +56,7 @@ def quantize(
     """
     from reelquant.checkpoint import adopt
     from reelquant.discover.components import plain
+    from reelquant.models.lora import merging, parse_adapters, refuse_loaded
     from reelquant.models.pipelines import calibration_prompts
     from reelquant.recipes.engine import quantize_pipeline
     from reelquant.recipes.recipe import load_recipe
@@ -60,7 +65,10 @@ def quantize(
     prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters, and nobody means that
     if prompts is None and chosen.calibrate is not None:
         prompts = calibration_prompts(pipe, chosen.calibrate.prompts + chosen.search.prompts)
-    report = quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]
+    refuse_loaded(pipe)
+    with merging(pipe, lora) if lora else nullcontext():
+        report = quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]
+    report.adapters = {Path(file).name: scale for file, scale in parse_adapters(lora).items()}
     if hasattr(denoiser := plain(pipe.components[report.component]), "register_to_config"):
         adopt(denoiser, chosen)
     return report

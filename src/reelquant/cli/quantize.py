@@ -31,6 +31,10 @@ def quantize(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: calibrate.prompts=8. Repeatable.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE:SCALE", help="Merge this adapter into the float weights before they are quantized. Repeatable."),
+    ] = None,
     gate: Annotated[
         str | None,
         typer.Option("--gate", help="Afterwards hold 8 clips against float: strict, default or loose; exit code 1 if a limit is missed."),
@@ -48,6 +52,7 @@ def quantize(
     [cyan]reelquant quantize Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r w8a16 -o wan[/cyan]
     [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out --gate default[/cyan]
+    [cyan]reelquant quantize my-folder -r w8a16 -o out --lora style.safetensors:0.8[/cyan]
     [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --exclude down_blocks.0 \
         --set search.scope=family[/cyan]
 
@@ -64,6 +69,8 @@ def quantize(
         from reelquant.evidence.gate import check_preset
 
         check_preset(gate)
+        if lora:
+            raise typer.BadParameter("it compares with the float pipeline as it is, without adapters; leave one of them away", param_hint="--gate")
     chosen = _recipe(recipe, settings(change or []), seed)
     texts = _texts(prompts)
     pipe = opened(model, device, dtype)
@@ -71,7 +78,7 @@ def quantize(
         _show_plan(pipe, chosen, exclude or [], json)
         return
     call = call_options(steps=steps)
-    document = _run(pipe, chosen, texts, exclude or [], call, output, force, json)
+    document = _run(pipe, chosen, texts, exclude or [], lora or [], call, output, force, json)
     del pipe
     made = None if gate is None else _hold_against(model, output, texts, gate, device, dtype, call)
     _finish(document, made, json)
@@ -105,13 +112,14 @@ def _show_plan(pipe: Any, recipe: Recipe, exclude: list[str], json: bool) -> Non
 
 
 def _run(
-    pipe: Any, recipe: Recipe, texts: list[str] | None, exclude: list[str], call: dict[str, Any], output: Path, force: bool, json: bool
-) -> None:
+    pipe: Any, recipe: Recipe, texts: list[str] | None, exclude: list[str], lora: list[str], call: dict[str, Any], output: Path,
+    force: bool, json: bool,
+) -> dict[str, Any]:  # fmt: skip
     from reelquant import api
     from reelquant.cli import console, tables
 
     with console.Bars() as bars:
-        report = api.quantize(pipe, recipe, texts, skip=exclude, progress=bars, **call)
+        report = api.quantize(pipe, recipe, texts, skip=exclude, lora=lora, progress=bars, **call)
         bars.phase("write", 1)
         path = api.save(pipe, output, report, force=force)
     for part in [] if json else tables.proof(report):

@@ -28,6 +28,7 @@ class Report:
         latent_psnr: of the calibration clips' final latents against float, dB; None for data-free recipes.
         trials: what the search tried.
         seconds: time per phase.
+        adapters: file name -> scale of what was merged into the float weights before.
     """
 
     recipe: str
@@ -51,6 +52,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
