@@ -85,25 +85,25 @@ def branch(tensors: dict[str, Tensor], layer: str, module: Any, x: Tensor) -> Te
 @pytest.mark.parametrize("prepared", [False, True], ids=["before the first run", "after a run"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_adapter_adds_its_branch_to_every_layer(name: str, prepared: bool, file: Path) -> None:
-    pipe, seen = opened(name), {}
+    pipe, seen = opened(name), set()
     if prepared:
         latents(pipe, num_inference_steps=1)
     pipe.load_lora_weights(str(file), adapter_name="style")
     found = wrappers(denoiser(pipe))
     kinds = {type(wrapper.base_layer) for wrapper in found.values()}
-    assert kinds == {QuantLinear} if name == "tiny-dit" else {QuantLinear, QuantConv2d}
+    assert kinds == ({QuantLinear} if name == "tiny-dit" else {QuantLinear, QuantConv2d})
     pipe.set_adapters("style", 0.5)
-    handles = [
-        wrapper.register_forward_hook(lambda module, args, output, layer=layer: seen.setdefault(layer, (args[0], output)))
-        for layer, wrapper in found.items()
-    ]
+    tensors = factors(name)
+
+    def check(layer: str, module: Any, args: Any, output: Tensor) -> None:
+        seen.add(layer)
+        base, x = module.base_layer, args[0]
+        torch.testing.assert_close(output, base(x) + 0.5 * branch(tensors, layer, base, x), rtol=1e-4, atol=1e-4)
+
+    handles = [wrapper.register_forward_hook(functools.partial(check, layer)) for layer, wrapper in found.items()]
     changed = latents(pipe)
     for handle in handles:
         handle.remove()
-    tensors = factors(name)
-    for layer, (x, output) in seen.items():
-        base = found[layer].base_layer
-        torch.testing.assert_close(output, base(x) + 0.5 * branch(tensors, layer, base, x), rtol=1e-4, atol=1e-4)
     assert set(seen) == set(found) and not torch.equal(changed, expected(name))
     pipe.disable_lora()
     assert torch.equal(latents(pipe), expected(name))
