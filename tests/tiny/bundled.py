@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
@@ -77,3 +79,28 @@ def latents(pipe: Any, *, seed: int = 1, **call: Any) -> Tensor:
 def expected(name: str) -> Tensor:
     """What the pipeline in memory gives."""
     return latents(quantized(name))
+
+
+CPU = torch.device("cpu")
+Mode = Callable[[Any, Any], Any]
+
+
+def group_offloaded(level: str) -> Mode:
+    groups = {"num_blocks_per_group": 1} if level == "block_level" else {}
+    return lambda pipe, model: model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=level, **groups)
+
+
+def model_offloaded(pipe: Any, model: Any) -> None:
+    """``enable_model_cpu_offload`` wants an accelerator; this is the hook that it puts on every component."""
+    for part in (pipe.text_encoder, model):
+        cpu_offload_with_hook(part, CPU)
+
+
+OFFLOAD: dict[str, Mode] = {
+    "model offload": model_offloaded,
+    "sequential offload": lambda pipe, model: cpu_offload(model, CPU, offload_buffers=True),
+    "sequential offload, buffers stay": lambda pipe, model: cpu_offload(model, CPU),
+    "group offload by block": group_offloaded("block_level"),
+    "group offload by leaf": group_offloaded("leaf_level"),
+}
+"""What offloads to the CPU, computing there too: the hooks that diffusers' own methods put on models where there is an accelerator."""

@@ -9,14 +9,13 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, cpu_offload_with_hook, dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from diffusers.models.attention import FreeNoiseTransformerBlock
@@ -27,22 +26,8 @@ import reelquant
 from reelquant import UnsupportedError
 from reelquant.nn import QuantLinear, quantized_layers
 from tests.tiny import bundled
-from tests.tiny.bundled import NAMES, denoiser, expected, folder, latents, opened, quantized
+from tests.tiny.bundled import CPU, NAMES, OFFLOAD, Mode, denoiser, expected, folder, latents, opened, quantized
 from tests.tiny.stock import realigned
-
-CPU = torch.device("cpu")
-Mode = Callable[[Any, Any], Any]
-
-
-def group_offloaded(level: str) -> Mode:
-    groups = {"num_blocks_per_group": 1} if level == "block_level" else {}
-    return lambda pipe, model: model.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=level, **groups)
-
-
-def model_offloaded(pipe: Any, model: Any) -> None:
-    """``enable_model_cpu_offload`` wants an accelerator; this is the hook that it puts on every component."""
-    for part in (pipe.text_encoder, model):
-        cpu_offload_with_hook(part, CPU)
 
 
 def tiled(pipe: Any, model: Any) -> None:
@@ -51,12 +36,8 @@ def tiled(pipe: Any, model: Any) -> None:
 
 
 MODES: dict[str, Mode] = {
-    "model offload": model_offloaded,
-    "sequential offload": lambda pipe, model: cpu_offload(model, CPU, offload_buffers=True),
-    "sequential offload, buffers stay": lambda pipe, model: cpu_offload(model, CPU),
+    **OFFLOAD,
     "dispatched": lambda pipe, model: dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True),
-    "group offload by block": group_offloaded("block_level"),
-    "group offload by leaf": group_offloaded("leaf_level"),
     "pipe.to": lambda pipe, model: pipe.to("cpu"),
     "tiled and sliced vae": tiled,
     "reset attention": lambda pipe, model: model.set_attn_processor(copy.deepcopy(next(iter(model.attn_processors.values())))),
@@ -74,7 +55,7 @@ def test_a_loaded_pipeline_gives_what_the_one_in_memory_gave(name: str, mode: st
     assert torch.equal(latents(pipe), expected(name))
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if "offload" in mode])
+@pytest.mark.parametrize("mode", OFFLOAD)
 def test_offloading_that_is_switched_on_before_the_first_run_gives_the_same(mode: str) -> None:
     pipe = opened("tiny-dit")
     MODES[mode](pipe, denoiser(pipe))

@@ -33,7 +33,7 @@ def quantize(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option("--lora", metavar="FILE:SCALE", help="Merge this adapter into the float weights before they are quantized. Repeatable."),
+        typer.Option("--lora", metavar="FILE:SCALE", help="Merge this adapter into the float weights first. Repeatable."),
     ] = None,
     gate: Annotated[
         str | None,
@@ -70,7 +70,7 @@ def quantize(
 
         check_preset(gate)
         if lora:
-            raise typer.BadParameter("it compares with the float pipeline as it is, without adapters; leave one of them away", param_hint="--gate")
+            raise typer.BadParameter("it compares with the float pipeline, which lacks the adapters of --lora", param_hint="--gate")
     chosen = _recipe(recipe, settings(change or []), seed)
     texts = _texts(prompts)
     pipe = opened(model, device, dtype)

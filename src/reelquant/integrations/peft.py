@@ -55,8 +55,8 @@ def _guard_variants(layer: Any) -> None:
         variant = resolve(self, **kwargs)
         if variant is not None and isinstance(self.get_base_layer(), QuantLayer):
             raise UnsupportedError(
-                f"this adapter is a {type(variant).__name__.removesuffix('Variant')}, which computes with the float weight of its layer; on "
-                "quantized layers plain LoRA runs. Merge it before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"
+                f"this adapter is a {type(variant).__name__.removesuffix('Variant')}, which computes with the float weight of its layer; "
+                "beside quantized layers plain LoRA runs. Merge it before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"
             )
         return variant
 

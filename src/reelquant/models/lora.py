@@ -78,21 +78,19 @@ class LoraFiles:
     def __init__(self, pipe: Any, adapters: Adapters) -> None:
         self.scales = parse_adapters(adapters)
         if not hasattr(pipe, "load_lora_weights"):
-            raise UnsupportedError(f"diffusers has no loader of adapters for {type(pipe).__name__}; merge them with the tool that made them")
+            raise UnsupportedError(
+                f"diffusers has no loader of adapters for {type(pipe).__name__}; merge them with the tool that made them"
+            )
         host, self._parts = _hollow_pipeline(pipe)
         for number, source in enumerate(self.scales):
             _load(host, source, f"adapter_{number}", self._parts)
         names = [f"adapter_{number}" for number in range(len(self.scales))]
         self._layers = {part: _wrapped(module, names, list(self.scales.values())) for part, module in self._parts.items()}
+        self._changed = {part: _changed(layers) for part, layers in self._layers.items()}
 
     def tensors(self, component: str) -> set[str]:
         """Names of the tensors of a component that :meth:`merged` changes."""
-        return {
-            f"{layer}.{name}"
-            for layer, wrapper in self._layers.get(component, {}).items()
-            for name, _ in wrapper.get_base_layer().named_parameters(recurse=False)
-            if name == "weight" or _has_bias(wrapper)
-        }
+        return self._changed.get(component, set())
 
     def merged(self, component: str, name: str, value: Tensor) -> Tensor:
         """A tensor of a component with all adapters added to it, in float32 and back in its dtype.
@@ -117,7 +115,9 @@ class LoraFiles:
             wrapper.merge(safe_merge=True)
             return getattr(base, kind).data.to(value.dtype)
         except ValueError:  # peft's check for NaN
-            raise CheckpointError(f"'{name}' is not finite once the adapters {list(self.scales)} are merged; one of them is broken") from None
+            raise CheckpointError(
+                f"'{name}' is not finite once the adapters {list(self.scales)} are merged; one of them is broken"
+            ) from None
         finally:
             wrapper.merged_adapters.clear()
             for key, parameter in base.named_parameters(recurse=False):
@@ -216,5 +216,7 @@ def _wrapped(module: nn.Module, names: list[str], scales: list[float]) -> dict[s
     return found
 
 
-def _has_bias(wrapper: Any) -> bool:
-    return any(getattr(wrapper, "lora_bias", {}).values())
+def _changed(layers: Mapping[str, Any]) -> set[str]:
+    """Tensors that merging changes: weights, and biases where an adapter has one."""
+    biased = {layer for layer, wrapper in layers.items() if any(getattr(wrapper, "lora_bias", {}).values())}
+    return {f"{layer}.weight" for layer in layers} | {f"{layer}.bias" for layer in biased}

@@ -171,8 +171,8 @@ class QuantLayer(nn.Module):
             return ready.codes.to(weight.device)
         if copied:
             raise UnsupportedError(
-                f"the weight of a quantized layer ({self}) was moved while a kernel held it, without the layer being asked; load the model "
-                "again, and call model.to('cpu') before something that moves parameters itself is switched on (group offloading with streams)"
+                f"the weight of a quantized layer ({self}) was moved while a kernel held it, without the layer being asked; load the "
+                "model again, and call model.to('cpu') before switching on what moves parameters itself (group offloading with streams)"
             )
         return weight
 
