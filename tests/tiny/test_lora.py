@@ -32,6 +32,7 @@ TARGETS = {  # Linear layers of every kind of kernel, and convolutions
     "tiny-unet": ["attn1.to_q", "attn1.to_v", "attn2.to_k", "net.2", "resnets.0.conv1", "conv_shortcut"],
 }
 PARTS = {"tiny-dit": "transformer", "tiny-unet": "unet"}
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # peft, about several adapters in one model
 RANK, WEIGHTS = 4, "pytorch_lora_weights.safetensors"
 
 

@@ -8,6 +8,7 @@ float weight of that layer only.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,7 +189,9 @@ def _load(host: Any, source: str, adapter: str, parts: Mapping[str, nn.Module]) 
         raise CheckpointError(f"no adapter at '{file}'; give a safetensors file (pickled ones can run code and are refused)")
     expert = {"load_into_transformer_2": True} if component == EXPERT else {}
     try:
-        host.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter, use_safetensors=True, **expert)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what is wanted
+            host.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter, use_safetensors=True, **expert)
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise CheckpointError(f"cannot read adapter '{file}' for {type(host).__name__}: {type(error).__name__}: {reason}") from error

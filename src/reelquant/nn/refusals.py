@@ -10,8 +10,8 @@ from torch import nn
 from reelquant._errors import UnsupportedError
 
 FUSING = (
-    "adapters are not fused into quantized weights: what is smaller than half a step would be lost. Leave them loaded, which costs two thin "
-    "products a layer, or merge them before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"
+    "adapters are not fused into quantized weights: what is smaller than half a step would be lost. Leave them loaded, which costs two "
+    "thin products a layer, or merge them before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"
 )
 SENTENCES = {
     "fuse_lora": FUSING,
