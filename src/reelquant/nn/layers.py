@@ -310,8 +310,8 @@ class QuantLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (ready := self._prepared()) and ready.holds:
-            destination[prefix + "weight"] = self.codes
+        if (codes := self.codes).data_ptr() != self.weight.data_ptr():
+            destination[prefix + "weight"] = codes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.release()
