@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from reelquant.checkpoint.export import Exported
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.speed import Benchmark
+    from reelquant.models.lora import Adapters
     from reelquant.recipes.components import Source
     from reelquant.recipes.plan import Plan
     from reelquant.recipes.report import Report
@@ -26,6 +28,7 @@ def quantize(
     components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
+    lora: Adapters = (),
     progress: Progress | None = None,
     **call: Any,
 ) -> Report:
@@ -39,6 +42,7 @@ def quantize(
         components: names of the components to quantize. Text encoders and VAEs get ``w8a16`` unless ``recipe`` says otherwise.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
+        lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
         progress: hears how far the run is.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -56,6 +60,7 @@ def quantize(
     """
     from reelquant.checkpoint import adopt
     from reelquant.discover.components import plain
+    from reelquant.models.lora import merging, parse_adapters, refuse_loaded
     from reelquant.models.pipelines import calibration_prompts
     from reelquant.recipes.components import TEXTS, assign
     from reelquant.recipes.engine import quantize_components
@@ -65,7 +70,10 @@ def quantize(
     if prompts is None:
         wanted = [one.calibrate.prompts + one.search.prompts for one in recipes.values() if one.calibrate is not None]
         prompts = calibration_prompts(pipe, max([*wanted, TEXTS]))
-    report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
+    refuse_loaded(pipe)
+    with merging(pipe, lora) if lora else nullcontext():
+        report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
+    report.adapters = {Path(file).name: scale for file, scale in parse_adapters(lora).items()}
     for name, chosen in recipes.items():
         if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
             adopt(part, chosen)

@@ -6,8 +6,10 @@ timestep, never by a step counter: a 50-step calibration serves a 20-step sample
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -49,7 +51,7 @@ class Clock(nn.Module):
         which: 0-d int64, what the current call computes: :data:`ANY`, :data:`FIRST`, :data:`SECOND` or :data:`BOTH`.
         latent: name of the denoiser's latent argument, which guidance calls are known by.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
-        tables: whether tables of outputs may be used at all.
+        tables: whether tables of outputs may be used at all; not while an adapter changes what they hold.
     """
 
     timesteps: Tensor
@@ -73,7 +75,7 @@ class Clock(nn.Module):
         self.register_buffer("which", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("seen", torch.full((2,), torch.nan), persistent=False)
         self.pairs, self.latent = pairs, latent
-        self._now: Moment | None = None
+        self._now: dict[int, Any] = {}  # by thread: several may run one denoiser, each at a step of its own
         self.protect(protected, inputs)
         self.argument, self.tables = "timestep", True
         self._told = False
@@ -85,7 +87,7 @@ class Clock(nn.Module):
         self.protects.zero_()
         self.protects[chosen] = True
         self.protected_slots, self.inputs = tuple(chosen), inputs
-        self._now = None
+        self._now = {}
 
     def look(self, latent: Tensor) -> None:
         """Set :attr:`which` for a call with these latents."""
@@ -97,27 +99,36 @@ class Clock(nn.Module):
         self.which.copy_(torch.where(again, SECOND, FIRST))
         self.seen.copy_(now)
 
-    def tick(self, timestep: Tensor | float) -> None:
+    def tick(self, timestep: Tensor | float, latent: Tensor | None = None) -> None:
         """Set :attr:`slot` and :attr:`exact` for a call with this timestep: a number, one per clip, or one per token."""
         times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
         now = times.amax()  # frames given as a condition carry timestep 0
         distance = (self.timesteps - now).abs()
-        self.slot.copy_(distance.argmin())
-        self.stored.copy_((distance.amin() <= TOLERANCE * now.abs()) & (times == now).all())
-        if not self.tables:
-            self.stored.zero_()
-        if self.protected_slots:
-            self.protected.copy_(self.protects.index_select(0, self.slot.reshape(1))[0])
-        self._now = None
-        if not torch.compiler.is_compiling():
+        slot = distance.argmin()
+        stored = (distance.amin() <= TOLERANCE * now.abs()) & (times == now).all() & self.tables
+        protected = self.protects.index_select(0, slot.reshape(1))[0] if self.protected_slots else self.protected
+        self.slot.copy_(slot)
+        self.stored.copy_(stored)
+        self.protected.copy_(protected)
+        if latent is not None:
+            self.look(latent)
+        if torch.compiler.is_compiling():
+            self._now = {}
+        else:
+            self._now[threading.get_ident()] = [slot, stored, protected, self.which.clone()]
             self._timestep, self._mixed = float(now), bool((times != now).any())
 
     def now(self) -> Moment:
-        """The current call in Python values, read once per call."""
-        if self._now is None:
-            protected = bool(self.protected) if self.protected_slots else False
-            self._now = Moment(int(self.slot), bool(self.stored), protected, int(self.which) if self.pairs else ANY)
-        return self._now
+        """This thread's call in Python values, read once per call."""
+        thread = threading.get_ident()
+        kept = self._now.get(thread)
+        if isinstance(kept, Moment):
+            return kept
+        slot, stored, protected, which = kept or self.state  # autograd recomputes in threads of its own
+        moment = Moment(int(slot), bool(stored), bool(protected) and bool(self.protected_slots), int(which) if self.pairs else ANY)
+        if kept is not None:
+            self._now[thread] = moment
+        return moment
 
     @property
     def state(self) -> list[Tensor]:
@@ -127,13 +138,15 @@ class Clock(nn.Module):
     def follow(self, state: Sequence[Tensor]) -> None:
         """Answer :meth:`now` with the :attr:`state` of a compiled graph: :meth:`tick` is a part of it, and keeps no Python value."""
         slot, stored, protected, which = state
-        self._now = Moment(int(slot), bool(stored), bool(protected), int(which) if self.pairs else ANY)
+        half = int(which) if self.pairs else ANY
+        self._now[threading.get_ident()] = Moment(int(slot), bool(stored), bool(protected), half)
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""
         if self._told or not self.tables:
             return
         why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
+        why = why if self.tables else "meets an adapter that changes the table"
         logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)
         self._told = True
 
@@ -164,12 +177,11 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 def timestep_reader(denoiser: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """A function that reads the timestep (or another argument) out of ``(args, kwargs)`` of a denoiser call; None if it has none."""
     parameters = list(inspect.signature(denoiser.forward).parameters)
-    position = parameters.index(argument)
+    return functools.partial(_read, argument, parameters.index(argument))
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs.get(argument, args[position] if len(args) > position else None)
 
-    return read
+def _read(argument: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get(argument, args[position] if len(args) > position else None)
 
 
 def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
@@ -177,16 +189,13 @@ def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
 
     The hook finds the clock through the module it is called for, so a deep copy of the denoiser ticks its own copy.
     """
-    read = timestep_reader(denoiser, argument)
-    latent = None if clock.pairs is None or clock.latent is None else timestep_reader(denoiser, clock.latent)
     clock.argument = argument
     denoiser.add_module(NAME, clock)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = read(args, kwargs)
-        if timestep is not None:
-            getattr(module, NAME).tick(timestep)
-        if latent is not None:
-            getattr(module, NAME).look(latent(args, kwargs))
-
+    latent = timestep_reader(denoiser, clock.latent) if clock.pairs and clock.latent else None
+    before = functools.partial(_before, timestep_reader(denoiser, argument), latent)
     return denoiser.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _before(read: Callable[..., Any], latent: Callable[..., Any] | None, module: nn.Module, args: Any, kwargs: Any) -> None:
+    if (timestep := read(args, kwargs)) is not None:
+        getattr(module, NAME).tick(timestep, None if latent is None else latent(args, kwargs))

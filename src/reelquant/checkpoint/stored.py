@@ -114,10 +114,12 @@ def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str) -> Stored
     """What has to be stored about a model whose layers are quantized.
 
     Raises:
-        UnsupportedError: if an adapter wraps quantized layers.
+        UnsupportedError: if an adapter wraps quantized layers, or their weights are offloaded.
     """
     layers = quantized_layers(model)
-    for name in layers:
+    for name, layer in layers.items():
+        if layer.weight.device.type == "meta":
+            raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before saving")
         if "base_layer" in name.split("."):
             raise UnsupportedError(
                 f"layer '{name}' is wrapped by an adapter; unload the adapters (pipe.unload_lora_weights()) before saving"

@@ -41,6 +41,10 @@ def quantize(
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: calibrate.prompts=8. Repeatable.")
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE:SCALE", help="Merge this adapter into the float weights first. Repeatable."),
+    ] = None,
     gate: Annotated[
         str | None,
         typer.Option("--gate", help="Afterwards hold 8 clips against float: strict, default or loose; exit code 1 if a limit is missed."),
@@ -60,6 +64,7 @@ def quantize(
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --components transformer,text_encoder,vae -o out[/cyan]
     [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out --gate default[/cyan]
+    [cyan]reelquant quantize my-folder -r w8a16 -o out --lora style.safetensors:0.8[/cyan]
     [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --exclude down_blocks.0 \
         --set search.scope=family[/cyan]
 
@@ -76,6 +81,8 @@ def quantize(
         from reelquant.evidence.gate import check_preset
 
         check_preset(gate)
+        if lora:
+            raise typer.BadParameter("it compares with the float pipeline, which lacks the adapters of --lora", param_hint="--gate")
     chosen = _chosen(recipe, settings(change or []), seed)
     texts = _texts(prompts)
     pipe = opened(model, device, dtype)
@@ -84,7 +91,7 @@ def quantize(
         _show_plans(pipe, chosen, names, exclude or [], json)
         return
     call = call_options(steps=steps)
-    document = _run(pipe, chosen, names, texts, exclude or [], call, output, force, json)
+    document = _run(pipe, chosen, names, texts, exclude or [], lora or [], call, output, force, json)
     del pipe
     made = None if gate is None else _hold_against(model, output, texts, gate, device, dtype, call)
     _finish(document, made, json)
@@ -135,6 +142,7 @@ def _run(
     components: list[str] | None,
     texts: list[str] | None,
     exclude: list[str],
+    lora: list[str],
     call: dict[str, Any],
     output: Path,
     force: bool,
@@ -144,7 +152,7 @@ def _run(
     from reelquant.cli import console, tables
 
     with console.Bars() as bars:
-        report = api.quantize(pipe, recipe, texts, components=components, skip=exclude, progress=bars, **call)
+        report = api.quantize(pipe, recipe, texts, components=components, skip=exclude, lora=lora, progress=bars, **call)
         bars.phase("write", 1)
         path = api.save(pipe, output, report, force=force)
     for part in [] if json else tables.proof(report):

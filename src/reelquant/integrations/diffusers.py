@@ -145,7 +145,8 @@ class ReelQuantizer(DiffusersQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters are: gradients pass through quantized layers."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -4,16 +4,19 @@ Plain parameters and buffers only, so that offload, device maps, compile, peft a
 their input *before* the shift, so a shifted zero is what the border sees and the rewrite is exact up to the edge.
 
 What computes a layer is prepared when it first runs (:mod:`reelquant.kernels`). A kernel may take the weight over, repacked: the parameter
-then keeps its shape and dtype and no memory, and saving, copying and moving the layer ask the kernel for the codes.
+then keeps its shape and dtype and no memory, and saving, copying and moving the layer ask the kernel for the codes. Offloading moves
+parameters without asking; what was prepared is recognised as out of date by the memory it was made from.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,7 @@ from reelquant.observe import Geometry
 
 SHIFT_DTYPE = torch.bfloat16
 """Per-channel shifts and scales: the bias and the weight codes were computed with the rounded values, so nothing is lost."""
+PLACEHOLDER = 0x5A  # every code of a weight that a kernel holds; no quantizer gives that code to all of a weight
 _preparing = threading.RLock()  # of all layers: between repacking a weight and letting go of it nobody else may look at it
 
 
@@ -45,18 +49,30 @@ class LayerTensors:
 
 @dataclass(eq=False)
 class Ready:
-    """What computes a layer, and the weight it was built from; ``finer`` computes protected steps from the same memory."""
+    """What computes a layer, and the memory its weight had then; kept, so that no other weight can come to lie there.
+
+    ``finer`` computes protected steps from the same memory.
+    """
 
     runner: Runner
     kernel: Kernel
     refused: dict[str, str]
-    weight: Any
+    weight: Tensor
     finer: Runner | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether the runner has taken the weight over."""
+        """Whether the runner has taken the weight over; the memory is a placeholder's then."""
         return getattr(self.runner, "codes", None) is not None
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight as it is stored."""
+        return self.runner.codes() if self.holds else self.weight  # type: ignore[attr-defined]
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether a weight still lies where it did: offloading puts another one in its place, or the same one elsewhere."""
+        return weight.data_ptr() == self.weight.data_ptr()
 
 
 class QuantLayer(nn.Module):
@@ -150,9 +166,21 @@ class QuantLayer(nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """The weight's codes as they are stored, wherever they are now."""
-        ready = self._prepared()
-        return ready.runner.codes() if ready and ready.holds else self.weight.data
+        """The weight's codes as they are stored, wherever they are now.
+
+        Raises:
+            UnsupportedError: if they are lost, because something copied the parameter of a running layer instead of asking the layer.
+        """
+        ready, weight = self._ready, self.weight.data
+        copied = not (ready and ready.fits(weight)) and _is_placeholder(weight)
+        if ready and (copied or ready.fits(weight)):
+            return ready.codes.to(weight.device)
+        if copied:
+            raise UnsupportedError(
+                f"the weight of a quantized layer ({self}) was moved while a kernel held it, without the layer being asked; load the "
+                "model again, and call model.to('cpu') before switching on what moves parameters itself (group offloading with streams)"
+            )
+        return weight
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, the input's rewrite undone: what a float layer would hold (its bias is :meth:`float_bias`)."""
@@ -175,8 +203,9 @@ class QuantLayer(nn.Module):
     # --- running ----------------------------------------------------------------------------------------------------------------
 
     def _prepared(self) -> Ready | None:
-        """What is ready to run, if it is for the weight that is here now: offloading puts another one in its place."""
-        return self._ready if self._ready is not None and self._ready.weight is self._parameters["weight"] else None
+        """What is ready to run, if it is for the weight that is here now."""
+        ready = self._ready
+        return ready if ready is not None and ready.fits(self._parameters["weight"]) else None  # type: ignore[arg-type]
 
     def prepare(self) -> Ready:
         """Choose a kernel and build what computes this layer; once, also for threads that come together."""
@@ -185,16 +214,27 @@ class QuantLayer(nn.Module):
     def _prepare(self) -> Ready:
         with _preparing:
             if (ready := self._prepared()) is None:
+                self.release()
+                _drop_outdated()
                 kernel, refused = self.selected
-                ready = self._ready = Ready(kernel.prepare(self.operands), kernel, refused, self._parameters["weight"])
+                ready = Ready(kernel.prepare(self.operands), kernel, refused, self.weight.data)
                 if ready.holds:
                     drop_mapped(self.weight.data)
-                    self.weight.data = self.weight.new_empty(1).expand(self.weight.shape)
+                    self.weight.data = self.weight.new_full((1,), PLACEHOLDER).expand(self.weight.shape)
+                    ready = replace(ready, weight=self.weight.data)
+                self._ready = ready
+                _running.add(self)
             return ready
 
     def release(self) -> None:
         """Take the weight back from the kernel, if it has it; the next call prepares anew."""
-        self.weight.data = self.codes
+        if self._ready is None:
+            return
+        codes, weight = self.codes, self.weight.data
+        if 0 in weight.stride():
+            self.weight.data = codes
+        elif codes.data_ptr() != weight.data_ptr():
+            weight.copy_(codes)  # in place: group offloading keeps this memory and moves copies of it
         self._ready = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -215,6 +255,13 @@ class QuantLayer(nn.Module):
             self.clock[0].fall_back()
         if self.layout.slots > 1 and not self.clock:
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
+        if torch.is_grad_enabled() and input.requires_grad:
+            out = StraightThrough.apply(input, self, now)
+            return ACTIVATIONS[activation](out) if activation else out
+        return self._product(input, now, activation)
+
+    def _product(self, input: Tensor, now: Moment, activation: str) -> Tensor:
+        """What the kernel of this step gives; halves of guidance that have scales of their own one after the other."""
         runner: Any = self._protecting() if now.protected and self.layout.input is not None else self.prepare().runner
         if not self.layout.halves:
             return _run(runner, input, now.slot, activation)
@@ -244,26 +291,52 @@ class QuantLayer(nn.Module):
             return input.new_zeros(()).expand(shape)
         return of_slot(self.output_table, slot).to(input.dtype).expand(shape)
 
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of this shape, given that of the output: as if the input were not rounded.
+
+        The weight is dequantized for it, so adapters train on quantized layers; the layer itself does not.
+        """
+        x = gradient.new_zeros(shape).requires_grad_()
+        with torch.enable_grad():
+            operands = self.operands
+            out = operands.product(operands.padded(x), self.dequantized_weight(gradient.dtype), None)
+        return torch.autograd.grad(out, x, gradient)[0]
+
     # --- moving, copying, saving: the weight comes back first --------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
-        """``.to(bfloat16)`` and ``.half()`` cast the bias, as in a float layer; scales, shifts, levels and tables keep their dtype."""
-        self.release()
+        """``.to(bfloat16)`` and ``.half()`` cast the bias, as in a float layer; scales, shifts, levels and tables keep their dtype.
+
+        So does the bias where a cast would leave one byte of it (layerwise casting).
+        """
         kept = keeping_dtype(fn)
-        return super()._apply(lambda tensor: fn(tensor) if tensor is self.bias else kept(tensor), recurse)
 
-    def __getstate__(self) -> dict[str, Any]:
+        def cast(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if tensor is self.bias and new.dtype.itemsize > 1 else kept(tensor)
+
+        samples = (self.weight.new_empty(0), self.bias)
+        if any(sample is not None and cast(sample) is not sample for sample in samples):
+            self.release()
+        return super()._apply(cast, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantLayer:
+        new = memo[id(self)] = type(self).__new__(type(self))
         parameters = self._parameters | {"weight": nn.Parameter(self.codes, requires_grad=False)}
-        return self.__dict__ | {"_parameters": parameters, "_ready": None}
+        new.__setstate__(copy.deepcopy(self.__dict__ | {"_parameters": parameters, "_ready": None}, memo))
+        new.number = number_of(new)
+        return new
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.number = number_of(self)
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "quantized models are not pickled (torch.save, multiprocessing): a pickle can run code, and kernels hold the weights; "
+            "use save_pretrained or reelquant.save, and load them where they are needed"
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (ready := self._prepared()) and ready.holds:
-            destination[prefix + "weight"] = self.codes
+        if (codes := self.codes).data_ptr() != self.weight.data_ptr():
+            destination[prefix + "weight"] = codes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.release()
@@ -281,6 +354,38 @@ def _run(runner: Any, input: Tensor, slot: int | Tensor, activation: str) -> Ten
     if activation in getattr(runner, "fused", ()):
         return runner(input, slot, activation)
     return ACTIVATIONS[activation](runner(input, slot))
+
+
+_running: weakref.WeakSet[QuantLayer] = weakref.WeakSet()
+
+
+def _drop_outdated() -> None:
+    """Let go of what was prepared from weights that were offloaded since; nothing tells their layers, so others do."""
+    for layer in _running:
+        if layer._prepared() is None:
+            layer.release()
+
+
+def _is_placeholder(weight: Tensor) -> bool:
+    """Whether this is what a kernel that holds a weight leaves in its place, or a copy of that."""
+    if weight.device.type == "meta":
+        return False
+    return bool((weight[0] == PLACEHOLDER).all()) and bool((weight == PLACEHOLDER).all())
+
+
+class StraightThrough(torch.autograd.Function):
+    """A layer between adapters that are trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLayer, now: Moment) -> Tensor:
+        """What the layer's kernel gives."""
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer._product(x.detach(), now, "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """:meth:`QuantLayer.input_gradient`."""
+        return ctx.layer.input_gradient(gradient, ctx.shape), None, None
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -311,12 +416,17 @@ class _QuantConv(QuantLayer):
 
     channel_axis = 1
 
+    def __new__(cls, *geometry: Any, **options: Any) -> Any:
+        """Called like a stock convolution it is one: peft builds the float factors of an adapter with the class of its layer."""
+        return _float_class(cls)(*geometry, **options) if geometry or options else super().__new__(cls)
+
     @classmethod
     def like(cls, module: Any, layout: LayerLayout, device: Any = None) -> _QuantConv:
         """An empty layer of the same geometry."""
         if module.groups != 1 or module.padding_mode != "zeros":
             raise UnsupportedError(f"convolutions with groups={module.groups}, padding_mode='{module.padding_mode}' stay float")
-        new = cls(
+        new = cls.__new__(cls)
+        new.__init__(
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
             bias=module.bias is not None, device="meta", dtype=module.weight.dtype,
         )  # fmt: skip
@@ -404,6 +514,10 @@ def own_attributes(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
 def _compatible_forward(kind: type[nn.Module]) -> Any:
     """diffusers' ``LoRACompatible*`` layers add an unused ``scale`` argument to the stock forward."""
     return kind.forward if kind.__name__.startswith("LoRACompatible") else None
+
+
+def _float_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return next(base for base in kind.__mro__ if not issubclass(base, QuantLayer))
 
 
 def buffer_shapes(shape: tuple[int, ...], layout: LayerLayout, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

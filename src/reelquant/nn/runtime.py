@@ -1,4 +1,4 @@
-"""What makes a whole quantized denoiser faster than its layers alone: attention, fused activations, feed-forwards in blocks."""
+"""What a whole quantized denoiser has beside its layers: faster attention, fused activations, feed-forwards in blocks, refusals."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from torch import nn
 from reelquant.kernels import check_backend, current_backend
 from reelquant.nn.attention import start_attention, stop_attention
 from reelquant.nn.fuse import fuse_activations, part_activations
+from reelquant.nn.refusals import allow, refuse
 from reelquant.nn.swap import quantized_layers
 from reelquant.nn.tokenwise import block_tokens, unblock_tokens
 
 
 def start_runtime(model: nn.Module) -> None:
-    """Switch it on, unless the reference was asked for; twice is once."""
+    """Switch it on, twice is once; nothing is made faster if the reference was asked for."""
+    refuse(model)
     if current_backend() == "auto":
         start_attention(model)
         fuse_activations(model)
@@ -21,6 +23,7 @@ def start_runtime(model: nn.Module) -> None:
 
 def stop_runtime(model: nn.Module) -> None:
     """Undo :func:`start_runtime`."""
+    allow(model)
     stop_attention(model)
     unblock_tokens(model)
     part_activations(model)
@@ -37,5 +40,6 @@ def set_kernels(model: nn.Module, name: str) -> None:
     for layer in quantized_layers(model).values():
         layer.release()
         layer.kernels = name
+    refuse(model)
     if name == "auto":
         start_runtime(model)

@@ -87,16 +87,30 @@ def start_clock(model: nn.Module, clock: Clock, argument: str) -> None:
     """Make the clock a part of the model, tick it before every call, and show it to every quantized layer; an earlier one goes."""
     stop_clock(model)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))  # meta: offloaded
-    object.__setattr__(model, HOOK, attach(model, clock.to(device), argument))
+    watch = model.register_forward_pre_hook(_watch_adapters)
+    object.__setattr__(model, HOOK, (watch, attach(model, clock.to(device), argument)))
     for layer in quantized_layers(model).values():
         layer.clock = (clock,)
 
 
 def stop_clock(model: nn.Module) -> None:
     """Undo :func:`start_clock`."""
-    if (handle := vars(model).pop(HOOK, None)) is None:
+    if (handles := vars(model).pop(HOOK, None)) is None:
         return
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     delattr(model, NAME)
     for layer in quantized_layers(model).values():
         layer.clock = ()
+
+
+def _watch_adapters(model: nn.Module, args: object) -> None:
+    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one switches all of them off."""
+    adapted = bool(getattr(model, "peft_config", None)) and any(_feeds_table(module) for module in model.modules())
+    getattr(model, NAME).tables = not adapted
+
+
+def _feeds_table(module: nn.Module) -> bool:
+    """Whether this is an adapter around a layer with a table, or around a float linear one, which may come before such a layer."""
+    base = getattr(module, "base_layer", None)
+    return bool(base.layout.table) if isinstance(base, QuantLayer) else isinstance(base, nn.Linear)

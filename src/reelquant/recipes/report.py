@@ -39,6 +39,7 @@ class Report:
         parts: report by component, if there are several.
         trials: what the search tried.
         seconds: time per phase.
+        adapters: file name -> scale of what was merged into the float weights before.
     """
 
     recipe: str
@@ -62,6 +63,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     protected: list[int] = field(default_factory=list)
     steps: list[StepError] = field(default_factory=list)
