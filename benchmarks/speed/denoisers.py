@@ -152,6 +152,10 @@ DENOISERS: dict[str, Denoiser] = {
         "WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 2}, (1, 16, 13, 20, 30), _wan(512),
         "2 of 30 layers, 1950 of 32760 tokens",
     ),
+    "wan-1.3b-deep": Denoiser(
+        "WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, (1, 16, 5, 30, 40), _wan(512),
+        "all 30 layers, 1500 of 32760 tokens",
+    ),
     "wan-14b": Denoiser(
         "WanTransformer3DModel", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 1}, (1, 16, 5, 20, 20), _wan(256),
         "1 of 40 layers, 500 of 32760 tokens",

@@ -40,13 +40,14 @@ def reset_high_water() -> bool:
 
 
 def peaks(build: Callable[[], Callable[[], object]], calls: int = 2) -> dict[str, float]:
-    """Megabytes while building and while running: ``build`` makes the function that is then called."""
+    """Megabytes of the bare process, while building and while running: ``build`` makes the function that is then called."""
+    bare = high_water() if reset_high_water() else float("nan")
     work = build()
     built = high_water()
     reset_high_water()
     for _ in range(calls):
         work()
-    return {"rss_build_mb": round(built / MB), "rss_mb": round(high_water() / MB)}
+    return {"rss_bare_mb": round(bare / MB), "rss_build_mb": round(built / MB), "rss_mb": round(high_water() / MB)}
 
 
 def answer(result: Any) -> None:

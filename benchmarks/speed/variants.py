@@ -304,7 +304,7 @@ VARIANTS: dict[str, Variant] = {
     REFERENCE: Variant(plain(torch.float32), "32/32", note="what errors are held against"),
     "bf16 compiled": Variant(plain(torch.bfloat16, compiled=True), "16/16"),
     **{f"ours {name}": Variant(ours(name), BITS[name], note="this library, eager") for name in RECIPES},
-    **{f"ours {name} compiled": Variant(ours(name, compiled=True), BITS[name], note="this library") for name in RECIPES[:1]},
+    **{f"ours {name} compiled": Variant(ours(name, compiled=True), BITS[name], note="this library") for name in RECIPES[:2]},
     "torchao w8a8": Variant(torchao(DYNAMIC, torch.bfloat16), "8/8 dynamic", TORCHAO, "linear layers only"),
     "torchao w8a8 compiled": Variant(torchao(DYNAMIC, torch.float32, compiled=True), "8/8 dynamic", TORCHAO, "on float32, bf16 fails"),
     "torchao w8 compiled": Variant(torchao("Int8WeightOnlyConfig", torch.bfloat16, compiled=True), "8/16", TORCHAO, "linear layers only"),

@@ -1,8 +1,9 @@
-"""The verbs: quantize, plan, save, load, evaluate, compare, benchmark. Each is a few calls into the floors below."""
+"""The verbs: quantize, plan, configure, save, load, export, evaluate, compare, benchmark. Each is a few calls into the floors below."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,37 +11,44 @@ if TYPE_CHECKING:
     import torch
 
     from reelquant._progress import Progress
+    from reelquant.checkpoint.export import Exported
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.speed import Benchmark
+    from reelquant.models.lora import Adapters
+    from reelquant.recipes.components import Source
     from reelquant.recipes.plan import Plan
-    from reelquant.recipes.recipe import Recipe
     from reelquant.recipes.report import Report
     from reelquant.recipes.stream import Job
 
 
 def quantize(
     pipe: Any,
-    recipe: str | Path | dict[str, Any] | Recipe,
+    recipe: Source,
     prompts: Sequence[str] | None = None,
     *,
+    components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
+    lora: Adapters = (),
     progress: Progress | None = None,
     **call: Any,
 ) -> Report:
-    """Quantize the denoiser of a diffusers pipeline in place.
+    """Quantize components of a diffusers pipeline in place; all its denoisers, if nothing else is said.
 
     Args:
         pipe: any diffusers pipeline with a transformer or UNet, in float.
-        recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`.
+        recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`; or one of these by component:
+            ``{"transformer": "qvd-w8a8", "transformer_2": "qvd-w4a8"}``.
         prompts: calibration texts, or one text; by default the pipeline's own or general video prompts.
+        components: names of the components to quantize. Text encoders and VAEs get ``w8a16`` unless ``recipe`` says otherwise.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
+        lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
         progress: hears how far the run is.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Returns:
-        A report with sizes, errors and reasons.
+        A report with sizes, errors and reasons; its ``parts`` are those of the components, if there are several.
 
     Raises:
         ReelQuantError: one sentence on what is wrong and what would work; the pipeline is as it was.
@@ -48,34 +56,39 @@ def quantize(
     Example:
         >>> import reelquant
         >>> pipe = reelquant.open_pipeline("tiny-dit")
-        >>> report = reelquant.quantize(pipe, "qvd-w8a8")
+        >>> report = reelquant.quantize(pipe, "qvd-w8a8", components=["transformer", "text_encoder", "vae"])
         >>> reelquant.save(pipe, "out", report)
     """
     from reelquant.checkpoint import adopt
     from reelquant.discover.components import plain
-    from reelquant.models.pipelines import calibration_prompts
-    from reelquant.recipes.engine import quantize_pipeline
-    from reelquant.recipes.recipe import load_recipe
+    from reelquant.models.lora import merging, parse_adapters, refuse_loaded
+    from reelquant.recipes.components import assign, default_texts
+    from reelquant.recipes.engine import quantize_components
 
-    chosen = load_recipe(recipe, overrides)
+    recipes = assign(pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters, and nobody means that
-    if prompts is None and chosen.calibrate is not None:
-        prompts = calibration_prompts(pipe, chosen.calibrate.prompts + chosen.search.prompts)
-    report = quantize_pipeline(pipe, chosen, prompts, skip=skip, progress=progress, **call)[0]
-    if hasattr(denoiser := plain(pipe.components[report.component]), "register_to_config"):
-        adopt(denoiser, chosen)
+    if prompts is None:
+        prompts = default_texts(pipe, recipes)
+    refuse_loaded(pipe)
+    with merging(pipe, lora) if lora else nullcontext():
+        report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
+    report.adapters = {Path(file).name: scale for file, scale in parse_adapters(lora).items()}
+    for name, chosen in recipes.items():
+        if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
+            adopt(part, chosen)
     return report
 
 
 def quantize_folder(
     source: str | Path,
     output: str | Path,
-    recipe: str | Path | dict[str, Any] | Recipe,
+    recipe: Source,
     prompts: Sequence[str] | None = None,
     *,
     components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
+    lora: Adapters = (),
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     max_memory: int | str | None = None,
@@ -92,11 +105,12 @@ def quantize_folder(
     Args:
         source: bundled name, folder or hub id of a float pipeline.
         output: the folder to write; it appears complete or not at all.
-        recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`.
+        recipe: as in :func:`quantize`, one for all denoisers or one by component.
         prompts: calibration texts; by default the pipeline's own or general video prompts.
-        components: denoisers to quantize, by name; by default the first.
+        components: denoisers to quantize, by name; by default all.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe.
+        lora: adapters to merge into the float weights first, as in :func:`quantize`; all that they change must be quantized.
         dtype: of the float parts of what is quantized, float32 by default; other components are copied as they are.
         device: where layers are built and the sampler runs.
         max_memory: ``"8GB"`` or a number of bytes; by default what is free. Activations of a denoiser call come on top.
@@ -106,49 +120,105 @@ def quantize_folder(
         call: arguments of the pipeline call during calibration.
 
     Returns:
-        The report of the last component.
+        As :func:`quantize`.
 
     Raises:
-        ReelQuantError: one sentence on what is wrong and what would work.
+        ReelQuantError: one sentence on what is wrong and what would work; text encoders, VAEs and ``temporal: table`` need a pipeline in
+            memory.
 
     Example:
         >>> reelquant.quantize_folder("wan-14b", "wan-14b-w8a16", "w8a16", dtype=torch.bfloat16, max_memory="8GB")
     """
     from reelquant.recipes.stream import quantize_folder as streamed
 
-    job = folder_job(source, recipe, prompts, components, skip, overrides, dtype, device, max_memory, call)
+    job = folder_job(source, recipe, prompts, components, skip, overrides, lora, dtype, device, max_memory, call)
     return streamed(job, output, resume=resume, force=force, progress=progress)
 
 
 def folder_job(
-    source: str | Path, recipe: Any, prompts: Sequence[str] | None, components: Sequence[str] | None, skip: Sequence[str],
-    overrides: dict[str, Any] | None, dtype: torch.dtype | None, device: str, max_memory: int | str | None, call: Mapping[str, Any],
+    source: str | Path, recipe: Source, prompts: Sequence[str] | None, components: Sequence[str] | None, skip: Sequence[str],
+    overrides: dict[str, Any] | None, lora: Adapters, dtype: torch.dtype | None, device: str, max_memory: int | str | None,
+    call: Mapping[str, Any],
 ) -> Job:  # fmt: skip
     """The work of :func:`quantize_folder`, planned but not begun: its ``plans`` and :meth:`~reelquant.recipes.stream.Job.estimate`."""
     import torch
 
+    from reelquant.models.lora import parse_adapters
     from reelquant.models.pipelines import local_folder
+    from reelquant.recipes import stream
+    from reelquant.recipes.components import assign
     from reelquant.recipes.estimate import free_memory, parse_bytes
-    from reelquant.recipes.recipe import load_recipe
-    from reelquant.recipes.stream import Job, Source
 
     budget = free_memory() if max_memory is None else parse_bytes(max_memory)
-    chosen = load_recipe(recipe, overrides)
-    opened = Source.open(local_folder(source), dtype or torch.float32, device)
-    names = list(components) if components else list(opened.disks)[:1]
-    return Job.of(opened, dict.fromkeys(names, chosen), [prompts] if isinstance(prompts, str) else prompts, skip, call, budget)
+    opened = stream.Source.open(local_folder(source), dtype or torch.float32, device)
+    opened.check_denoisers([*(components or ()), *(recipe if isinstance(recipe, Mapping) else ())])
+    recipes = assign(opened.pipe, recipe, components, overrides)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    return stream.Job.of(opened, recipes, prompts, skip, call, budget, parse_adapters(lora))
 
 
-def plan(
-    pipe: Any, recipe: str | Path | dict[str, Any] | Recipe, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None
-) -> Plan:
-    """What a recipe would do to a pipeline: a row per layer, nothing is changed."""
-    from reelquant.discover import denoiser_of, discover
-    from reelquant.recipes.plan import make_plan
-    from reelquant.recipes.recipe import load_recipe
+def plan(pipe: Any, recipe: Source, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None) -> Plan:
+    """What a recipe would do to the (first) denoiser of a pipeline: a row per layer, nothing is changed."""
+    from reelquant.discover import denoiser_of
 
-    _, denoiser = denoiser_of(pipe)
-    return make_plan(load_recipe(recipe, overrides), discover(denoiser), denoiser, skip)
+    name = denoiser_of(pipe)[0]
+    return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides)[name]
+
+
+def plans(
+    pipe: Any,
+    recipe: Source,
+    *,
+    components: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+) -> dict[str, Plan]:
+    """The plan of every component that :func:`quantize` would quantize with these arguments, by name."""
+    from reelquant.recipes.components import assign, plan_components
+
+    return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
+
+
+def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | None = None) -> None:
+    """Change how a quantized model is computed, after it was loaded or quantized. Nothing of this is stored with it.
+
+    Args:
+        model: a quantized model, or a pipeline: all its quantized parts are meant.
+        kernels: ``reference`` for plain torch, the oracle of all kernels, or ``auto`` for the fastest.
+        temporal_table: whether stored outputs of temporal layers are used where they fit, or every layer is computed.
+
+    Raises:
+        RecipeError: if there are no kernels of that name.
+        UnsupportedError: if nothing is quantized, or a table is asked for where none is stored.
+
+    Example:
+        >>> pipe = reelquant.load("out")
+        >>> reelquant.configure(pipe, kernels="reference")
+    """
+    from torch import nn
+
+    from reelquant._errors import UnsupportedError
+    from reelquant.clock import NAME
+    from reelquant.discover.components import plain
+    from reelquant.kernels import check_backend
+    from reelquant.nn import quantized_layers, set_kernels
+
+    parts = [model] if isinstance(model, nn.Module) else [part for part in model.components.values() if isinstance(part, nn.Module)]
+    layers = {part: quantized_layers(part) for part in map(plain, parts)}
+    layers = {part: own for part, own in layers.items() if own}
+    if not layers:
+        raise UnsupportedError(f"{type(model).__name__} has no quantized layers; reelquant.quantize makes some")
+    if kernels is not None:
+        check_backend(kernels)
+    with_table = [part for part, own in layers.items() if any(layer.layout.table for layer in own.values())]
+    if temporal_table and not with_table:
+        raise UnsupportedError(
+            f"{type(model).__name__} stores no tables of temporal outputs; quantize with overrides={{'temporal': 'table'}} to have them"
+        )
+    for part in layers if kernels is not None else ():
+        set_kernels(part, kernels)
+    for part in with_table if temporal_table is not None else ():
+        getattr(part, NAME).tables = temporal_table
 
 
 def open_pipeline(model: str | Path, **options: Any) -> Any:
@@ -168,6 +238,18 @@ def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: 
 def load(folder: str | Path, **options: Any) -> Any:
     """Open what :func:`save` wrote: :func:`open_pipeline` with ``dtype`` and ``device``, every layer checked against its checksum."""
     return open_pipeline(folder, **options)
+
+
+def export(folder: str | Path, format: str, output: str | Path, **options: Any) -> Exported:
+    """Write a saved folder for another project: ``comfyui``, ``gguf`` or ``torchao``; see :func:`reelquant.checkpoint.export.export`.
+
+    Example:
+        >>> made = reelquant.export("out", "gguf", "model.gguf")
+        >>> made.of("requantized"), made.left_behind
+    """
+    from reelquant.checkpoint.export import export as written
+
+    return written(folder, format, output, **options)
 
 
 def evaluate(

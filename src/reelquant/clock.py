@@ -6,10 +6,12 @@ timestep, never by a step counter: a 50-step calibration serves a 20-step sample
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,19 @@ from torch.utils.hooks import RemovableHandle
 
 logger = logging.getLogger(__name__)
 NAME = "reelquant_clock"  # the denoiser's submodule
+Inputs = Literal["float", "8-bit"]  # of protected steps
+Pairs = Literal["batched", "sequential"]  # how a pipeline calls its denoiser for classifier-free guidance
+ANY, FIRST, SECOND, BOTH = range(4)  # which half of a guidance pair a call computes; any: not told apart
 TOLERANCE = 2**-11  # relative: timesteps are stored as float32 and may come back as float16; neighbouring integers stay apart
+
+
+class Moment(NamedTuple):
+    """A clock read: what a layer has to know of the call it is in."""
+
+    slot: int | Tensor = 0
+    exact: bool = False
+    protected: bool = False
+    half: int = ANY
 
 
 class Clock(nn.Module):
@@ -28,45 +42,111 @@ class Clock(nn.Module):
         slot: 0-d int64, index of the stored timestep nearest to the current one.
         stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
             be used.
+        protected_slots: steps at which layers do not round their inputs, or do it more finely; set by :meth:`protect`.
+        protects: ``[slots]`` bool, the same as a table.
+        protected: 0-d bool, whether the current slot is one of them.
+        inputs: what happens there: ``float`` leaves inputs unrounded, ``8-bit`` rounds integers of fewer bits to eight.
+        pairs: how guidance calls come, if its halves have scales of their own: both in one ``batched`` call, which then holds the
+            latents twice, or ``sequential``, a second call on the latents of the first.
+        which: 0-d int64, what the current call computes: :data:`ANY`, :data:`FIRST`, :data:`SECOND` or :data:`BOTH`.
+        latent: name of the denoiser's latent argument, which guidance calls are known by.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
+        tables: whether tables of outputs may be used at all; not while an adapter changes what they hold.
     """
 
     timesteps: Tensor
     slot: Tensor
     stored: Tensor
+    protects: Tensor
+    protected: Tensor
+    which: Tensor
+    seen: Tensor
 
-    def __init__(self, timesteps: Sequence[float]) -> None:
+    def __init__(
+        self, timesteps: Sequence[float], protected: Sequence[int] = (), inputs: Inputs = "float", pairs: Pairs | None = None,
+        latent: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("stored", torch.zeros((), dtype=torch.bool), persistent=False)
-        self._now: tuple[int, bool] | None = None
-        self.argument = "timestep"
+        self.register_buffer("protects", torch.zeros(len(self.timesteps), dtype=torch.bool), persistent=False)
+        self.register_buffer("protected", torch.zeros((), dtype=torch.bool), persistent=False)
+        self.register_buffer("which", torch.zeros((), dtype=torch.long), persistent=False)
+        self.register_buffer("seen", torch.full((2,), torch.nan), persistent=False)
+        self.pairs, self.latent = pairs, latent
+        self._now: dict[int, Any] = {}  # by thread: several may run one denoiser, each at a step of its own
+        self.protect(protected, inputs)
+        self.argument, self.tables = "timestep", True
         self._told = False
         self._timestep, self._mixed = 0.0, False
 
-    def tick(self, timestep: Tensor | float) -> None:
+    def protect(self, slots: Sequence[int], inputs: Inputs = "float") -> None:
+        """Protect the steps of these slots, and no others."""
+        chosen = sorted(set(slots))
+        self.protects.zero_()
+        self.protects[chosen] = True
+        self.protected_slots, self.inputs = tuple(chosen), inputs
+        self._now = {}
+
+    def look(self, latent: Tensor) -> None:
+        """Set :attr:`which` for a call with these latents."""
+        if self.pairs == "batched":
+            self.which.copy_(BOTH * holds_twice(latent))
+            return
+        now = torch.stack([latent.float().sum(), latent.float().square().sum()])
+        again = (now == self.seen).all() & (self.which == FIRST)
+        self.which.copy_(torch.where(again, SECOND, FIRST))
+        self.seen.copy_(now)
+
+    def tick(self, timestep: Tensor | float, latent: Tensor | None = None) -> None:
         """Set :attr:`slot` and :attr:`exact` for a call with this timestep: a number, one per clip, or one per token."""
         times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
         now = times.amax()  # frames given as a condition carry timestep 0
         distance = (self.timesteps - now).abs()
-        self.slot.copy_(distance.argmin())
-        self.stored.copy_((distance.amin() <= TOLERANCE * now.abs()) & (times == now).all())
-        self._now = None
-        if not torch.compiler.is_compiling():
+        slot = distance.argmin()
+        stored = (distance.amin() <= TOLERANCE * now.abs()) & (times == now).all() & self.tables
+        protected = self.protects.index_select(0, slot.reshape(1))[0] if self.protected_slots else self.protected
+        self.slot.copy_(slot)
+        self.stored.copy_(stored)
+        self.protected.copy_(protected)
+        if latent is not None:
+            self.look(latent)
+        if torch.compiler.is_compiling():
+            self._now = {}
+        else:
+            self._now[threading.get_ident()] = [slot, stored, protected, self.which.clone()]
             self._timestep, self._mixed = float(now), bool((times != now).any())
 
-    def now(self) -> tuple[int, bool]:
-        """:attr:`slot` and :attr:`stored` as Python values, read once per call."""
-        if self._now is None:
-            self._now = int(self.slot), bool(self.stored)
-        return self._now
+    def now(self) -> Moment:
+        """This thread's call in Python values, read once per call."""
+        thread = threading.get_ident()
+        kept = self._now.get(thread)
+        if isinstance(kept, Moment):
+            return kept
+        slot, stored, protected, which = kept or self.state  # autograd recomputes in threads of its own
+        moment = Moment(int(slot), bool(stored), bool(protected) and bool(self.protected_slots), int(which) if self.pairs else ANY)
+        if kept is not None:
+            self._now[thread] = moment
+        return moment
+
+    @property
+    def state(self) -> list[Tensor]:
+        """The same as tensors, for graphs that read them when they run."""
+        return [self.slot, self.stored, self.protected, self.which]
+
+    def follow(self, state: Sequence[Tensor]) -> None:
+        """Answer :meth:`now` with the :attr:`state` of a compiled graph: :meth:`tick` is a part of it, and keeps no Python value."""
+        slot, stored, protected, which = state
+        half = int(which) if self.pairs else ANY
+        self._now[threading.get_ident()] = Moment(int(slot), bool(stored), bool(protected), half)
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""
-        if self._told:
+        if self._told or not self.tables:
             return
         why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
+        why = why if self.tables else "meets an adapter that changes the table"
         logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)
         self._told = True
 
@@ -76,6 +156,12 @@ class Clock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slots={len(self.timesteps)}"
+
+
+def holds_twice(latent: Tensor) -> Tensor:
+    """Whether a batch holds the same latents twice, as guidance in one call does: 0-d bool."""
+    count, odd = divmod(len(latent), 2)
+    return (latent[:count] == latent[count:]).all() if count and not odd else torch.zeros((), dtype=torch.bool, device=latent.device)
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -89,14 +175,13 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def timestep_reader(denoiser: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """A function that reads the timestep out of ``(args, kwargs)`` of a denoiser call; None if the call has none."""
+    """A function that reads the timestep (or another argument) out of ``(args, kwargs)`` of a denoiser call; None if it has none."""
     parameters = list(inspect.signature(denoiser.forward).parameters)
-    position = parameters.index(argument)
+    return functools.partial(_read, argument, parameters.index(argument))
 
-    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return kwargs.get(argument, args[position] if len(args) > position else None)
 
-    return read
+def _read(argument: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs.get(argument, args[position] if len(args) > position else None)
 
 
 def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
@@ -104,13 +189,13 @@ def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
 
     The hook finds the clock through the module it is called for, so a deep copy of the denoiser ticks its own copy.
     """
-    read = timestep_reader(denoiser, argument)
     clock.argument = argument
     denoiser.add_module(NAME, clock)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = read(args, kwargs)
-        if timestep is not None:
-            getattr(module, NAME).tick(timestep)
-
+    latent = timestep_reader(denoiser, clock.latent) if clock.pairs and clock.latent else None
+    before = functools.partial(_before, timestep_reader(denoiser, argument), latent)
     return denoiser.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _before(read: Callable[..., Any], latent: Callable[..., Any] | None, module: nn.Module, args: Any, kwargs: Any) -> None:
+    if (timestep := read(args, kwargs)) is not None:
+        getattr(module, NAME).tick(timestep, None if latent is None else latent(args, kwargs))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, ReelQuantError
 from reelquant.discover import discover
 from reelquant.nn import QuantLayer, get_module, quantized_layers
-from reelquant.recipes import engine
+from reelquant.recipes import components, engine
 from reelquant.recipes.engine import quantize_pipeline
 from reelquant.recipes.recipe import Recipe, load_recipe, names
 from reelquant.recipes.report import Report
@@ -40,7 +40,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
             MAPS[name] = discover(denoiser)
         return MAPS[name]
 
-    monkeypatch.setattr(engine, "discover", cached)
+    monkeypatch.setattr(components, "discover", cached)
 
 
 def recipe(name: str, **overrides: Any) -> Recipe:
@@ -155,7 +155,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
 
 
 # function of the engine -> the call of it that fails
-STAGES = dict(calibrate=1, sample=3, build_group=4, set_module=9, latent_psnr=2, add_table=2, drop_unused=1, _check=1, _account=1)
+STAGES = dict(calibrate_together=1, sample=3, build_group=4, set_module=9, latent_psnr=2, add_table=2, drop_unused=1, _check=1, _account=1)
 BREAKS = [(stage, KeyboardInterrupt()) for stage in STAGES]
 BREAKS += [("set_module", CalibrationError("broken")), ("set_module", RuntimeError("out of memory"))]
 

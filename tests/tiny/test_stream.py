@@ -17,20 +17,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
 from reelquant.checkpoint import Shards, Spec, workspace, write_tensors
 from reelquant.cli import app
-from reelquant.discover import discover
+from reelquant.discover import discover, stand_in
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
 from reelquant.recipes import estimate, stream
 from reelquant.recipes.estimate import parse_bytes
 from reelquant.recipes.journal import Journal
-from reelquant.recipes.offload import OnDisk, hollow, imagined
+from reelquant.recipes.offload import OnDisk, hollow
 from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
 from tests.tiny.stock import CALL, MIXED, PROMPTS, frames, realigned, wan_pipeline
@@ -61,11 +61,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_memory(model: Path, recipe: Any, target: Path, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+def in_memory(model: Path, recipe: Any, target: Path, dtype: torch.dtype = torch.float32, lora: Any = (), **overrides: Any) -> Any:
     pipe = reelquant.open_pipeline(model, dtype=dtype)
-    for part in (pipe.text_encoder, pipe.vae, getattr(pipe, "transformer", None) or pipe.unet):
-        realigned(part)
-    report = reelquant.quantize(pipe, recipe, overrides=overrides)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            realigned(part)
+    report = reelquant.quantize(pipe, recipe, overrides=overrides, lora=lora)
     reelquant.save(pipe, target, report)
     return report
 
@@ -80,7 +81,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def facts(report: Any) -> dict[str, Any]:
-    return {name: value for name, value in report.to_json().items() if name != "seconds"}
+    """Everything but timings."""
+    data = report.to_json() | {"parts": {name: facts(part) for name, part in report.parts.items()}}
+    return {name: value for name, value in data.items() if name != "seconds"}
 
 
 # ------------------------------------------------------------------------------------------------------------------ the same bits
@@ -136,20 +139,91 @@ def test_large_text_encoders_stay_on_disk(model: Path, tmp_path: Path, monkeypat
     assert contents(tmp_path / "disk") == contents(tmp_path / "resident")
 
 
-def test_both_experts_of_a_pipeline(model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of two experts."""
     pipe = wan_pipeline()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         second = type(pipe.transformer).from_config(pipe.transformer.config)
     pipe.register_modules(transformer_2=second)
     pipe.register_to_config(boundary_ratio=0.5)
-    pipe.save_pretrained(tmp_path / "two")
-    reelquant.quantize_folder(tmp_path / "two", tmp_path / "out", "w8a16", components=["transformer", "transformer_2"])
-    first, second = (contents(tmp_path / "out" / name) for name in ("transformer", "transformer_2"))
-    alone = reelquant.quantize_folder(model, tmp_path / "one", "w8a16")
-    assert alone.component == "transformer"
-    assert first == contents(tmp_path / "one" / "transformer")
-    assert first.keys() == second.keys() and first != second
+    folder = tmp_path_factory.mktemp("experts") / "two"
+    pipe.save_pretrained(folder)
+    write_notes(folder, CALL, PROMPTS)
+    return folder
+
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", GPTQ, {"transformer": MIXED, "transformer_2": "w8a16"}], ids=["data-free", "together", "each"])
+def test_both_experts_of_a_pipeline(two: Path, recipe: Any, tmp_path: Path) -> None:
+    expected = in_memory(two, recipe, tmp_path / "memory")
+    report = reelquant.quantize_folder(two, tmp_path / "disk", recipe)
+    assert facts(report) == facts(expected)
+    for name in EXPERTS:
+        assert contents(tmp_path / "disk" / name) == contents(tmp_path / "memory" / name)
+
+
+def test_one_of_two_experts(two: Path, tmp_path: Path) -> None:
+    report = reelquant.quantize_folder(two, tmp_path / "out", "w8a16", components=["transformer_2"])
+    assert report.component == "transformer_2"
+    assert contents(tmp_path / "out" / "transformer") == contents(two / "transformer")
+
+
+@pytest.mark.parametrize("change", [{"protect_steps": "auto"}, {"protect_steps": [0, -1]}, {"guidance": "apart"}], ids=str)
+def test_steps_and_halves_that_differ(model: Path, change: dict[str, Any], tmp_path: Path) -> None:
+    recipe = MIXED | change
+    expected = in_memory(model, recipe, tmp_path / "memory")
+    report = reelquant.quantize_folder(model, tmp_path / "disk", recipe)
+    assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
+    assert facts(report) == facts(expected)
+
+
+def adapter(folder: Path, parts: tuple[str, ...] = ("transformer",)) -> Path:
+    """An adapter of the second feed-forward layers of these denoisers; it moves the biggest weight of each by more than a step."""
+    tensors: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(3)
+    for name, module in wan_pipeline().transformer.named_modules():
+        if name.endswith("net.2"):
+            out, ins = module.weight.shape
+            tensors[f"{name}.lora_A.weight"] = torch.randn(4, ins, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
+    save_file({f"{part}.{name}": value for part in parts for name, value in tensors.items()}, folder / "style.safetensors")
+    return folder / "style.safetensors"
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", MIXED], ids=["data-free", "calibrated"])
+def test_adapters_are_merged_first(model: Path, recipe: Any, tmp_path: Path) -> None:
+    lora = {str(adapter(tmp_path)): 0.5}
+    expected = in_memory(model, recipe, tmp_path / "memory", lora=lora)
+    report = reelquant.quantize_folder(model, tmp_path / "disk", recipe, lora=lora)
+    assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
+    assert facts(report) == facts(expected) and report.adapters == {"style.safetensors": 0.5}
+
+
+def test_adapters_of_what_is_only_copied_are_refused(two: Path, tmp_path: Path) -> None:
+    lora = {str(adapter(tmp_path)): 1.0}
+    with pytest.raises(UnsupportedError, match=r"the adapters change 'transformer', which is copied .* quantize 'transformer', too, or"):
+        reelquant.quantize_folder(two, tmp_path / "out", "w8a16", components=["transformer_2"], lora=lora)
+    with pytest.raises(CheckpointError, match="no adapter at 'gone.safetensors'"):
+        reelquant.quantize_folder(two, tmp_path / "new", "w8a16", lora={"gone.safetensors": 1.0})
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_what_needs_memory_is_refused_where_it_would_be_streamed(model: Path, tmp_path: Path) -> None:
+    def run(*more: str) -> Any:
+        words = ["quantize", str(model), "-o", str(tmp_path / "out"), "--json", *more]
+        return CliRunner().invoke(app, words, catch_exceptions=True)
+
+    both = ["-r", "w8a16", "--components", "transformer,vae"]
+    assert "'vae' is no denoiser" in str(run(*both, "--max-memory", "8GB").exception)
+    table = ["-r", "qvd-w8a8", "--set", "temporal=table", "--set", "calibrate.prompts=2", "--set", "calibrate.steps=2"]
+    assert "needs the model in memory" in str(run(*table, "--resume").exception)
+    assert not list(tmp_path.iterdir())
+    report = json.loads(run(*both).stdout)
+    assert list(report["parts"]) == ["transformer", "vae"]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -159,8 +233,7 @@ def test_discovery_needs_no_values(name: str) -> None:
     for module in model.modules():
         for key, value in module._parameters.items():
             module._parameters[key] = None if value is None else nn.Parameter(value.to("meta"))
-    with imagined(model):
-        assert discover(model) == expected
+    assert discover(stand_in(model)) == expected
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -216,7 +289,7 @@ def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(model: Path, tmp
     work = tmp_path / "out.partial" / "work" / "transformer"
     moments: dict[str, Callable[[], bool]] = {
         "planned": lambda: (tmp_path / "out.partial" / "work.json").is_file(),
-        "sampling": lambda: len(list(work.glob("journal/calls/calibrate/*.safetensors"))) >= 5,
+        "sampling": lambda: len(list(work.glob("journal/calls/calibrate-transformer/*.safetensors"))) >= 5,
         "searching": lambda: len(list(work.glob("trials/*.json"))) >= 1,
         "building": lambda: len(list(work.glob("final/*/*.safetensors"))) >= 3,
     }

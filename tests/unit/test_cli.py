@@ -23,7 +23,7 @@ from reelquant.kernels.cpu import int8
 from reelquant.models.sampling import write_notes
 from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
-VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "inspect", "recipes", "metrics", "weights")
+VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "export", "inspect", "recipes", "metrics", "weights")
 SHORT = ["--set", "calibrate.prompts=1", "--set", "search.prompts=1", "--set", "search.steps=1"]
 
 
@@ -321,7 +321,8 @@ def test_inspect_a_quantized_folder(quantized: tuple[Path, Any]) -> None:
 
 def test_recipes_are_listed_and_explained(tmp_path: Path) -> None:
     assert "qvd-w8a8" in invoke("recipes").stdout
-    assert {"name": "w8a16", "needs_data": False}.items() <= json.loads(invoke("recipes", "--json").stdout)[-1].items()
+    listed = {one["name"]: one for one in json.loads(invoke("recipes", "--json").stdout)}
+    assert listed["w8a16"]["needs_data"] is False and listed["qvd-w8a8"]["needs_data"] is True
     one = invoke("recipes", "minmax-w4a8").stdout
     assert "int4, a scale per group-64, range by minmax" in one
     assert "summary: Plain static" in one  # the YAML itself

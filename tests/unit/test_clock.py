@@ -123,13 +123,13 @@ def test_timesteps_that_a_call_does_not_have_read_as_none() -> None:
 def test_a_compiled_graph_follows_the_timestep_and_knows_whether_it_is_stored() -> None:
     clock = Clock(TIMES)
     clock.tick(999)
-    assert clock.now() == (0, True)
+    assert clock.now()[:2] == (0, True)
 
     def step(timestep: Tensor) -> tuple[Tensor, Tensor]:
         clock.tick(timestep)
         return clock.slot + 0, clock.stored & True
 
     compiled = torch.compile(step, backend="eager", fullgraph=True)
-    assert compiled(torch.tensor(490.0)) == (2, False) and clock.now() == (2, False)
+    assert compiled(torch.tensor(490.0)) == (2, False) and clock.now()[:2] == (2, False)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        assert compiled(torch.tensor(TIMES[3])) == (3, True) and clock.now() == (3, True)
+        assert compiled(torch.tensor(TIMES[3])) == (3, True) and clock.now()[:2] == (3, True)

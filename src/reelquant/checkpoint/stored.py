@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant._version import __version__
 from reelquant.checkpoint.verify import tile_checksum
-from reelquant.clock import NAME, Clock
+from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, LayerLayout, QuantLayer, buffer_shapes, quantized_layers
 
@@ -22,10 +22,24 @@ REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "igno
 
 @dataclass(frozen=True)
 class Slots:
-    """The calibrated timesteps, in sampling order, and the denoiser's argument that carries the timestep."""
+    """The calibrated timesteps, in sampling order, the denoiser's argument that carries the timestep, and which steps are protected."""
 
     timesteps: tuple[float, ...]
     argument: str
+    protected: tuple[int, ...] = ()
+    inputs: Inputs = "float"
+    pairs: Pairs | None = None
+    latent: str | None = None
+
+    def clock(self) -> Clock:
+        """The clock of a loaded denoiser."""
+        return Clock(self.timesteps, self.protected, self.inputs, self.pairs, self.latent)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; nothing of protection and guidance where there is none."""
+        protection = {"protected": list(self.protected), "protected_inputs": self.inputs} if self.protected else {}
+        guidance = {"pairs": self.pairs, "latent": self.latent} if self.pairs else {}
+        return {"timesteps": list(self.timesteps), "argument": self.argument, **protection, **guidance}
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ class Stored:
             "recipe_digest": self.recipe_digest,
             "config_groups": self._groups(),
             "ignore": list(self.ignore),
-            "slots": self.slots and {"timesteps": list(self.slots.timesteps), "argument": self.slots.argument},
+            "slots": self.slots and self.slots.to_json(),
             "checksums": dict(self.checksums),
         }
 
@@ -90,19 +104,22 @@ class Stored:
     def _check_slots(self) -> None:
         count = len(self.slots.timesteps) if self.slots else 0
         for name, layout in self.layers.items():
-            rows = max(layout.slots, layout.table)
-            if rows > 1 and rows != count:
-                raise CheckpointError(f"layer '{name}' has parameters for {rows} denoising steps, quantization_config.slots lists {count}")
+            if layout.steps > 1 and layout.steps != count:
+                raise CheckpointError(
+                    f"layer '{name}' has parameters for {layout.steps} denoising steps, quantization_config.slots lists {count}"
+                )
 
 
 def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums: Mapping[str, str] | None = None) -> Stored:
     """What has to be stored about a model whose layers are quantized; ``checksums`` of layers whose tensors are elsewhere.
 
     Raises:
-        UnsupportedError: if an adapter wraps quantized layers.
+        UnsupportedError: if an adapter wraps quantized layers, or their weights are offloaded.
     """
     layers = quantized_layers(model)
-    for name in layers:
+    for name, layer in layers.items():
+        if checksums is None and layer.weight.device.type == "meta":
+            raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before saving")
         if "base_layer" in name.split("."):
             raise UnsupportedError(
                 f"layer '{name}' is wrapped by an adapter; unload the adapters (pipe.unload_lora_weights()) before saving"
@@ -117,15 +134,15 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
     """Describe a model that was quantized in memory in its own config, so that stock diffusers can save it, and must not cast it.
 
     Args:
-        model: a diffusers model with quantized layers; calling this again renews the description.
+        model: a model of diffusers or transformers with quantized layers; calling this again renews the description.
         recipe: the :class:`~reelquant.recipes.recipe.Recipe` that was followed; None keeps what the model says about itself.
 
     Raises:
-        UnsupportedError: if adapters wrap quantized layers, or the model is not one of diffusers.
+        UnsupportedError: if adapters wrap quantized layers, or the model is of neither library.
     """
-    if not hasattr(model, "register_to_config"):
-        raise UnsupportedError(f"{type(model).__name__} is not a diffusers model, so there is no config to describe its layers in")
-    before = model.config.get("quantization_config") or {}
+    if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+        raise UnsupportedError(f"{type(model).__name__} is no model of diffusers or transformers: no config to describe its layers in")
+    before = getattr(model.config, "quantization_config", None) or {}
     before = before if isinstance(before, dict) else before.to_dict()
     mapping, digest = before.get("recipe", {}), before.get("recipe_digest", "")
     if recipe is not None:
@@ -135,7 +152,9 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
 
 def _clock_slots(model: nn.Module) -> Slots | None:
     clock = getattr(model, NAME, None)
-    return Slots(tuple(clock.timesteps.tolist()), clock.argument) if isinstance(clock, Clock) else None
+    if not isinstance(clock, Clock):
+        return None
+    return Slots(tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs, clock.pairs, clock.latent)
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
@@ -169,6 +188,14 @@ def _slots(data: Any) -> Slots | None:
     if data is None:
         return None
     try:
-        return Slots(tuple(float(time) for time in data["timesteps"]), str(data["argument"]))
+        found = Slots(
+            tuple(float(time) for time in data["timesteps"]), str(data["argument"]), tuple(int(slot) for slot in data.get("protected", ())),
+            data.get("protected_inputs", "float"), data.get("pairs"), data.get("latent"),
+        )  # fmt: skip
+        if found.inputs not in get_args(Inputs) or any(slot not in range(len(found.timesteps)) for slot in found.protected):
+            raise ValueError(f"protected {list(found.protected)}, {found.inputs!r}")
+        if found.pairs not in (None, *get_args(Pairs)):
+            raise ValueError(f"pairs {found.pairs!r}")
+        return found
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"quantization_config.slots is damaged: {type(error).__name__}: {error}") from None

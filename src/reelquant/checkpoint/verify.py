@@ -62,15 +62,24 @@ def verify(model: nn.Module, checksums: Mapping[str, str]) -> int:
     """
     present = {name: layer for name, layer in quantized_layers(model).items() if layer.weight.device.type != "meta"}
     for name, layer in present.items():
-        for tensor, value in layer.state_dict().items():
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                raise CheckpointError(f"'{name}.{tensor}' holds NaN or inf: the checkpoint is damaged; download or save it again")
-        if (found := _checksum_or_reason(layer)) != checksums[name]:
-            raise CheckpointError(
-                f"layer '{name}' has checksum {found}, its quantization_config says {checksums[name]}: the weights are damaged or were "
-                "changed after quantization; download them again, or save the pipeline with reelquant.save"
-            )
+        verify_layer(name, layer, checksums[name])
     return len(present)
+
+
+def verify_layer(name: str, layer: QuantLayer, checksum: str) -> None:
+    """Compare one layer with its checksum.
+
+    Raises:
+        CheckpointError: naming the layer, if it holds other values, or NaN or inf.
+    """
+    for tensor, value in layer.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"'{name}.{tensor}' holds NaN or inf: the checkpoint is damaged; download or save it again")
+    if (found := _checksum_or_reason(layer)) != checksum:
+        raise CheckpointError(
+            f"layer '{name}' has checksum {found}, its quantization_config says {checksum}: the weights are damaged or were "
+            "changed after quantization; download them again, or save the pipeline with reelquant.save"
+        )
 
 
 def _checksum_or_reason(layer: QuantLayer) -> str:

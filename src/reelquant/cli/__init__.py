@@ -16,6 +16,7 @@ from reelquant.cli.compare import compare
 from reelquant.cli.demo import demo
 from reelquant.cli.errors import Verbs
 from reelquant.cli.evaluate import evaluate
+from reelquant.cli.export import export
 from reelquant.cli.generate import generate
 from reelquant.cli.inspect import inspect
 from reelquant.cli.metrics import metrics, weights
@@ -55,8 +56,9 @@ def main(
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
+    [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
     """
 
 
-for verb in (demo, quantize, generate, evaluate, compare, benchmark, inspect, recipes, metrics, weights):
+for verb in (demo, quantize, generate, evaluate, compare, benchmark, export, inspect, recipes, metrics, weights):
     app.command()(verb)

@@ -27,6 +27,7 @@ PHASES = {
     "check": "sampling held-out clips quantized",
     "sample": "sampling",
     "write": "writing the folder",
+    "export": "writing layers",
     "pictures": "drawing",
     "peak memory": "measuring peak memory",
     "distances": "distances between sets of clips",

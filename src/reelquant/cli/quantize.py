@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, opened, settings
+from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, by_component, call_options, opened, settings
 
 if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation
@@ -20,8 +20,18 @@ GATE_CLIPS = 8
 
 def quantize(
     model: Model,
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A name from `reelquant recipes`, or a YAML file.", show_default=False)],
+    recipe: Annotated[
+        list[str],
+        typer.Option(
+            "--recipe", "-r", help="A name from `reelquant recipes`, or a YAML file; COMPONENT=RECIPE for one component. Repeatable.",
+            show_default=False,
+        ),
+    ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; must be new.", show_default=False)] = None,
+    components: Annotated[
+        str | None,
+        typer.Option("--components", help="Which to quantize, with commas; by default all denoisers.", show_default=False),
+    ] = None,
     prompts: Prompts = None,
     steps: Steps = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the first calibration clip.", show_default=False)] = None,
@@ -32,6 +42,10 @@ def quantize(
     ] = None,
     change: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: calibrate.prompts=8. Repeatable.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="FILE:SCALE", help="Merge this adapter into the float weights first. Repeatable."),
     ] = None,
     gate: Annotated[
         str | None,
@@ -46,7 +60,7 @@ def quantize(
     force: Force = False,
     json: Json = False,
 ) -> None:  # fmt: skip
-    """Quantize a pipeline's denoiser and save the whole pipeline as a stock diffusers folder.
+    """Quantize components of a pipeline and save the whole pipeline as a stock diffusers folder.
 
     [bold]Examples[/bold]
 
@@ -55,8 +69,11 @@ def quantize(
     [cyan]reelquant quantize Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r w8a16 -o wan[/cyan]
     [cyan]reelquant quantize wan-14b -r w8a16 -o out --dtype bfloat16 --max-memory 8GB[/cyan]      never the whole model in memory
     [cyan]reelquant quantize wan-14b -r w8a16 -o out --dtype bfloat16 --max-memory 8GB --resume[/cyan]      after a crash
+    [cyan]reelquant quantize wan-a14b -r transformer=qvd-w8a8 -r transformer_2=qvd-w4a8 -o out[/cyan]
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --components transformer,text_encoder,vae -o out[/cyan]
     [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out --gate default[/cyan]
+    [cyan]reelquant quantize my-folder -r w8a16 -o out --lora style.safetensors:0.8[/cyan]
     [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --exclude down_blocks.0 \
         --set search.scope=family[/cyan]
 
@@ -73,19 +90,32 @@ def quantize(
         from reelquant.evidence.gate import check_preset
 
         check_preset(gate)
-    chosen = _recipe(recipe, settings(change or []), seed)
+        if lora:
+            raise typer.BadParameter("it compares with the float pipeline, which lacks the adapters of --lora", param_hint="--gate")
+    chosen = _chosen(recipe, settings(change or []), seed)
     texts = _texts(prompts)
+    names = components.replace(" ", "").split(",") if components else None
     call = call_options(steps=steps)
-    job = _job(model, chosen, texts, exclude or [], dtype, device, max_memory, call)
+    job = _job(model, chosen, names, texts, exclude or [], lora or [], dtype, device, max_memory, call, resume)
     if dry_run or output is None:
-        _show_plan(job, json)
+        _show_plans(job or opened(model, device, dtype), chosen, names, exclude or [], json)
         return
-    if resume or job.estimate().in_memory > job.budget:
+    if job is not None and (resume or job.estimate().in_memory > job.budget):
         document = _stream(job, output, resume, force, json)
     else:
-        document = _run(opened(model, device, dtype), chosen, texts, exclude or [], call, output, force, json)
+        document = _run(opened(model, device, dtype), chosen, names, texts, exclude or [], lora or [], call, output, force, json)
     made = None if gate is None else _hold_against(model, output, texts, gate, device, dtype, call)
     _finish(document, made, json)
+
+
+def _chosen(sources: list[str], changes: dict[str, Any], seed: int | None) -> Recipe | dict[str, Recipe]:
+    """The recipe, or one by component."""
+    parts = [by_component(source) for source in sources]
+    if all(component for component, _ in parts):
+        return {component: _recipe(source, changes, seed) for component, source in parts}
+    if len(parts) > 1:
+        raise typer.BadParameter("give one recipe, or COMPONENT=RECIPE for each", param_hint="--recipe")
+    return _recipe(parts[0][1], changes, seed)
 
 
 def _recipe(source: str, changes: dict[str, Any], seed: int | None) -> Recipe:
@@ -104,33 +134,45 @@ def _texts(file: Path | None) -> list[str] | None:
 
 
 def _job(
-    model: str, recipe: Recipe, texts: list[str] | None, exclude: list[str], dtype: str, device: str, max_memory: str | None,
-    call: dict[str, Any],
-) -> Job:  # fmt: skip
-    """The work, planned from headers alone."""
+    model: str, recipe: Recipe | dict[str, Recipe], components: list[str] | None, texts: list[str] | None, exclude: list[str],
+    lora: list[str], dtype: str, device: str, max_memory: str | None, call: dict[str, Any], resume: bool,
+) -> Job | None:  # fmt: skip
+    """The work, planned from headers alone; None for work that has to be done in memory."""
     from reelquant.cli.options import check_device, torch_dtype
     from reelquant.models.pipelines import locate
 
     kind = torch_dtype(dtype)
     locate(model)  # before the slow imports
     check_device(device)
+    from reelquant._errors import CheckpointError, UnsupportedError
     from reelquant.api import folder_job
 
-    return folder_job(model, recipe, texts, None, exclude, None, kind, device, max_memory, call)
+    try:
+        return folder_job(model, recipe, texts, components, exclude, None, lora, kind, device, max_memory, call)
+    except (CheckpointError, UnsupportedError):
+        if max_memory is not None or resume:
+            raise
+        return None  # text encoders, VAEs, checkpoints that diffusers converts: what else is wrong, the way through memory finds, too
 
 
-def _show_plan(job: Job, json: bool) -> None:
+def _show_plans(source: Any, recipe: Recipe | dict[str, Recipe], components: list[str] | None, exclude: list[str], json: bool) -> None:
+    """The plans of a job and what it takes, or those for a pipeline in memory."""
+    from reelquant.api import plans
     from reelquant.cli import console, tables
+    from reelquant.recipes.stream import Job
 
-    expected = job.estimate()
-    for plan in job.plans.values():
-        if json:
-            console.emit(tables.plan_json(plan) | {"estimate": tables.estimate_json(job, expected)})
-        else:
-            console.out.print(tables.plan_table(plan))
-    if not json:
-        console.out.print(tables.estimate_table(job, expected))
-        console.out.print("[dim]dry run: nothing was changed or written[/dim]")
+    job = source if isinstance(source, Job) else None
+    made = plans(source, recipe, components=components, skip=exclude) if job is None else job.plans
+    if json:
+        documents = {name: tables.plan_json(one) for name, one in made.items()}
+        takes = {} if job is None else {"estimate": tables.estimate_json(job, job.estimate())}
+        console.emit((documents if len(documents) > 1 else next(iter(documents.values()))) | takes)
+        return
+    for one in made.values():
+        console.out.print(tables.plan_table(one))
+    if job is not None:
+        console.out.print(tables.estimate_table(job, job.estimate()))
+    console.out.print("[dim]dry run: nothing was changed or written[/dim]")
 
 
 def _stream(job: Job, output: Path, resume: bool, force: bool, json: bool) -> dict[str, Any]:
@@ -146,13 +188,22 @@ def _stream(job: Job, output: Path, resume: bool, force: bool, json: bool) -> di
 
 
 def _run(
-    pipe: Any, recipe: Recipe, texts: list[str] | None, exclude: list[str], call: dict[str, Any], output: Path, force: bool, json: bool
+    pipe: Any,
+    recipe: Recipe | dict[str, Recipe],
+    components: list[str] | None,
+    texts: list[str] | None,
+    exclude: list[str],
+    lora: list[str],
+    call: dict[str, Any],
+    output: Path,
+    force: bool,
+    json: bool,
 ) -> dict[str, Any]:
     from reelquant import api
     from reelquant.cli import console
 
     with console.Bars() as bars:
-        report = api.quantize(pipe, recipe, texts, skip=exclude, progress=bars, **call)
+        report = api.quantize(pipe, recipe, texts, components=components, skip=exclude, lora=lora, progress=bars, **call)
         bars.phase("write", 1)
         path = api.save(pipe, output, report, force=force)
     return _told(report, path, json)

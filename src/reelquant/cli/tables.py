@@ -121,8 +121,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def proof(report: Report) -> list[Table]:
-    """What was done and how well: sizes, worst layers, layers that stay, warnings."""
-    parts = [summary(report), *([worst(report)] if any(x.error is not None for x in report.layers) else []), kept(report)]
+    """What was done and how well: sizes, worst layers, layers that stay, warnings; the sizes of every component before those of all."""
+    parts = [
+        *(summary(part) for part in report.parts.values()),
+        summary(report),
+        *([worst(report)] if any(x.error is not None for x in report.layers) else []),
+        kept(report),
+    ]
     return parts + ([facts("Warnings", [("!", text) for text in report.warnings])] if report.warnings else [])
 
 
@@ -134,17 +139,23 @@ def summary(report: Report) -> Table:
     psnr = "not sampled: the recipe needs no data"
     if report.latent_psnr is not None:
         psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float"
+    tdscore = report.mean("tdscore", "temporal")
     rows = [
         ("layers", f"{len(report.layers)} quantized, {skipped} stay float"),
         ("their bytes", f"{size(report.bytes_float)} -> {size(report.bytes_quantized)}, {smaller}"),
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
-        ("whole denoiser", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
+        ("with float layers", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
         ("kernels", kernels),
-        ("held-out clips", psnr),
-        ("temporal layers", f"TDScore {figure(report.mean('tdscore', 'temporal'))} (1 is lossless)"),
+        *([] if report.figures and report.latent_psnr is None else [("held-out clips", psnr)]),
+        *([("temporal layers", f"TDScore {figure(tdscore)} (1 is lossless)")] if tdscore is not None else []),
+        *((name.replace("_", " "), _figure(name, value)) for name, value in report.figures.items()),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
     ]
     return facts(f"{report.recipe} on {report.denoiser} ({report.component})", rows)
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.1f} dB to float" if name.endswith("psnr") else f"{value:.5f}"
 
 
 def computed_by(kernels: Mapping[str, int], simulated: bool) -> str:

@@ -1,16 +1,54 @@
-"""Which components of a pipeline denoise."""
+"""What the components of a pipeline are: which denoise, which encode texts, which encode pictures."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import UnsupportedError, nearest
 from reelquant.discover.arguments import kind_of
 
 _FIRST = ("transformer", "transformer_2", "unet")
+Kind = Literal["denoiser", "text encoder", "vae"]
+
+
+def modules_of(pipeline: Any) -> dict[str, nn.Module]:
+    """Every component that is a module, by name."""
+    components = getattr(pipeline, "components", None) or vars(pipeline)
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+
+
+def component_of(pipeline: Any, name: str) -> nn.Module:
+    """The component of this name.
+
+    Raises:
+        UnsupportedError: if there is none, or it is no module; naming those that are.
+    """
+    parts = modules_of(pipeline)
+    if name not in parts:
+        raise UnsupportedError(f"{type(pipeline).__name__} has no component '{name}' that could be quantized; {nearest(name, parts)}")
+    return parts[name]
+
+
+def kind_of_component(name: str, part: nn.Module) -> Kind:
+    """What a component does, by what it can be called with.
+
+    Raises:
+        UnsupportedError: for components that are neither denoiser, text encoder nor VAE.
+    """
+    names = set(inspect.signature(plain(part).forward).parameters)
+    if denoises(part):
+        return "denoiser"
+    if hasattr(part, "encode") and hasattr(part, "decode"):
+        return "vae"
+    if "input_ids" in names:
+        return "text encoder"
+    raise UnsupportedError(
+        f"component '{name}' ({type(part).__name__}) is neither a denoiser, a text encoder nor a VAE, so nothing is known of what it is "
+        "called with; leave it out"
+    )
 
 
 def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -19,9 +57,9 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
     Raises:
         UnsupportedError: if there is none.
     """
-    components = getattr(pipeline, "components", None) or vars(pipeline)
-    found = {name: part for name, part in components.items() if isinstance(part, nn.Module) and _denoises(part)}
+    found = {name: part for name, part in modules_of(pipeline).items() if denoises(part)}
     if not found:
+        components = getattr(pipeline, "components", None) or vars(pipeline)
         raise UnsupportedError(
             f"{type(pipeline).__name__} has no denoiser: none of its components ({', '.join(components)}) takes both a latent and a "
             "timestep; pass the module itself"
@@ -39,7 +77,8 @@ def plain(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _denoises(module: nn.Module) -> bool:
+def denoises(module: nn.Module) -> bool:
+    """Whether a model takes a latent and a timestep."""
     names = inspect.signature(plain(module).forward).parameters
     kinds = {kind_of((name,)) for name in names}
     return {"latent", "timestep"} <= kinds and "controlnet_cond" not in names

@@ -1,59 +1,77 @@
-"""Tell diffusers about reelquant without importing diffusers.
+"""Tell other libraries about reelquant without importing them.
 
-diffusers has no entry points for quantizers: two dicts in ``diffusers.quantizers.auto`` are the whole registry. They are filled right
-after that module has run, whether it is imported before or after ``import reelquant``.
+Neither diffusers nor transformers has entry points for quantizers: two dicts in their ``quantizers.auto`` are the whole registry. They are
+filled right after that module has run, whether it is imported before or after ``import reelquant``. peft knows only the quantizers it comes
+with.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from types import ModuleType
 
-TARGET = "diffusers.quantizers.auto"
 logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
 class _Watcher(MetaPathFinder):
-    """Finds only :data:`TARGET`, the way Python would, and registers once its code has run."""
+    """Finds only :data:`TARGETS`, the way Python would, and plugs in once their code has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != TARGET:
+        if fullname not in TARGETS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
-        def run_and_register(module: ModuleType) -> None:
+        def run_and_plug_in(module: ModuleType) -> None:
             run(module)
-            _register(module)
+            _plug_in(module)
 
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]  # the loader belongs to this one spec
+        spec.loader.exec_module = run_and_plug_in  # type: ignore[method-assign]  # the loader belongs to this one spec
         return spec
 
 
 def install() -> None:
-    """Register now if diffusers' registry is loaded, else when it is; safe to call again and from several threads."""
+    """Plug in now where a target is loaded, else when it is; safe to call again and from several threads."""
     with _lock:
         if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
             sys.meta_path.insert(0, _Watcher())
-    if TARGET in sys.modules:
-        _register(importlib.import_module(TARGET))  # waits if another thread is in the middle of importing it
+    for target in TARGETS:
+        if target in sys.modules:
+            _plug_in(importlib.import_module(target))  # waits if another thread is in the middle of importing it
 
 
-def _register(registry: ModuleType) -> None:
+def _plug_in(module: ModuleType) -> None:
     try:
-        plugin = importlib.import_module("reelquant.integrations.diffusers")
-        registry.AUTO_QUANTIZATION_CONFIG_MAPPING[plugin.METHOD] = plugin.ReelQuantConfig
-        registry.AUTO_QUANTIZER_MAPPING[plugin.METHOD] = plugin.ReelQuantizer
-    except Exception:  # an `import diffusers` must not fail because of us
-        logger.warning("reelquant could not register with diffusers: quantized checkpoints will not open", exc_info=True)
+        TARGETS[module.__name__](module)
+    except Exception:  # importing the library must not fail because of us
+        logger.warning("reelquant could not plug into %s, which may be of a version it does not know", module.__name__, exc_info=True)
+
+
+def _quantizer(plugin: str, name: str, registry: ModuleType) -> None:
+    found = importlib.import_module(plugin)
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[found.METHOD] = found.ReelQuantConfig
+    registry.AUTO_QUANTIZER_MAPPING[found.METHOD] = getattr(found, name)
+
+
+def _adapters(layers: ModuleType) -> None:
+    importlib.import_module("reelquant.integrations.peft").guard(layers)
+
+
+TARGETS: dict[str, Callable[[ModuleType], None]] = {
+    "diffusers.quantizers.auto": functools.partial(_quantizer, "reelquant.integrations.diffusers", "ReelQuantizer"),
+    "transformers.quantizers.auto": functools.partial(_quantizer, "reelquant.integrations.transformers", "ReelQuantHfQuantizer"),
+    "peft.tuners.lora.layer": _adapters,
+}
+"""Module of another library -> what is done once it has run."""

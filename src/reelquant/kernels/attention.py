@@ -29,6 +29,8 @@ def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why stock attention should compute this, or None."""
     if current_backend() != "auto":
         return "the reference was asked for"
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return "gradients are wanted"
     device = query.device.type
     return ATTENTION[device]().refuses(query, key, value) if device in ATTENTION else f"there is none for {device}"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant.formats import Granularity, NumberFormat, Quantizer, QuantSpec, dynamic, unpack
+from reelquant.formats import Granularity, Int, NumberFormat, Quantizer, QuantSpec, dynamic, unpack
 from reelquant.kernels.hadamard import hadamard
 
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -63,6 +63,19 @@ class InputNumbers:
     scale: Tensor | None = None
     zero_point: Tensor | None = None
     rule: QuantSpec | None = None
+
+    def widened(self, bits: int = 8) -> InputNumbers:
+        """The same range in finer steps: integers of fewer bits become integers of ``bits``, everything else stays as it is.
+
+        ``(code - zero) * scale`` covers the old range to within one new step: the scale is divided, the zero point multiplied.
+        """
+        if not isinstance(self.format, Int) or self.format.bits >= bits:
+            return self
+        wide, finer = Int(bits, self.format.signed), 2 ** (bits - self.format.bits)
+        if self.rule is not None:
+            return replace(self, format=wide, rule=replace(self.rule, format=wide))
+        assert self.scale is not None
+        return replace(self, format=wide, scale=self.scale / finer, zero_point=None if self.zero_point is None else self.zero_point * finer)
 
     def quantizer(self, x: Tensor, slot: int | Tensor) -> Quantizer:
         """The quantizer of this input at this step."""
@@ -134,11 +147,15 @@ class Operands:
         """The input with its zero border."""
         return F.pad(x, self.window.padding) if self.window is not None and any(self.window.padding) else x
 
-    def staged(self, x: Tensor, slot: int | Tensor) -> Tensor:
-        """``round((rotate(x) - shift) / scale)`` in float32."""
+    def moved(self, x: Tensor) -> Tensor:
+        """``(rotate(x) - shift) / scale`` in float32."""
         x = hadamard(x.float(), self.channel_axis) if self.rotate else x.float()
         x = x if self.shift is None else x - self._along(self.shift, x.ndim)
-        x = x if self.scale is None else x / self._along(self.scale, x.ndim)
+        return x if self.scale is None else x / self._along(self.scale, x.ndim)
+
+    def staged(self, x: Tensor, slot: int | Tensor) -> Tensor:
+        """The same, rounded as the layer's input is."""
+        x = self.moved(x)
         return x if self.numbers is None else self.numbers.quantizer(x, slot)(x)
 
     def _along(self, vector: Tensor, ndim: int) -> Tensor:

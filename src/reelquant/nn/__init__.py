@@ -9,9 +9,10 @@ from reelquant.nn.layers import (
     QuantLayer,
     QuantLinear,
     buffer_shapes,
+    prepares_input,
     quantized_class,
 )
-from reelquant.nn.runtime import start_runtime, stop_runtime
+from reelquant.nn.runtime import set_kernels, start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.nn.swap import (
     KernelFacts,
@@ -41,8 +42,10 @@ __all__ = [
     "get_module",
     "kernels_of",
     "layer_facts",
+    "prepares_input",
     "quantized_class",
     "quantized_layers",
+    "set_kernels",
     "set_module",
     "start_clock",
     "start_runtime",

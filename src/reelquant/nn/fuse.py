@@ -13,8 +13,25 @@ from torch import Tensor, nn
 
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.layers import QuantLayer, QuantLinear
+from reelquant.nn.overlay import Overlay, lay, lift, untouched
 
-MARK = "Fused"
+
+class Fused(Overlay):
+    """A module that is a layer and an activation.
+
+    Attributes:
+        layer_name: its layer.
+        activation: of :data:`~reelquant.kernels.activations.ACTIVATIONS`.
+    """
+
+    layer_name: str
+    activation: str
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = getattr(self, self.layer_name)
+        if args or kwargs or self.training or not untouched([layer]):  # adapters come in between
+            return super().forward(hidden_states, *args, **kwargs)
+        return layer.activated(hidden_states, self.activation)
 
 
 def fuse_activations(model: nn.Module) -> list[str]:
@@ -23,21 +40,19 @@ def fuse_activations(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         child = _only_layer(module)
         if child is not None and (activation := _activation(module, child[1])) is not None:
-            _fuse(module, child[0], activation)
+            lay(Fused, module, layer_name=child[0], activation=activation)
             found.append(name)
     return found
 
 
 def part_activations(model: nn.Module) -> None:
     """Undo :func:`fuse_activations`."""
-    for module in model.modules():
-        if type(module).__name__.startswith(MARK):
-            module.__class__ = type(module).__mro__[1]
+    lift(Fused, model)
 
 
 def _only_layer(module: nn.Module) -> tuple[str, QuantLinear] | None:
     """The one quantized linear layer that a module holds, if it holds nothing else that has numbers."""
-    if isinstance(module, QuantLayer) or type(module).__name__.startswith(MARK):
+    if isinstance(module, QuantLayer | Fused):
         return None
     children = [(name, child) for name, child in module.named_children() if isinstance(child, QuantLinear)]
     if len(children) != 1 or children[0][1].weight.device.type == "meta":
@@ -64,15 +79,3 @@ def _activation(module: nn.Module, layer: QuantLinear) -> str | None:
     output = seen[0][1]
     fitting = (name for name, function in ACTIVATIONS.items() if torch.equal(function(output), answer))
     return next(fitting, None) if bool((output != 0).any()) else None
-
-
-def _fuse(module: nn.Module, name: str, activation: str) -> None:
-    kind = type(module)
-
-    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = getattr(self, name)
-        if args or kwargs or not isinstance(layer, QuantLinear) or self.training:  # adapters wrap the layer and come in between
-            return kind.forward(self, hidden_states, *args, **kwargs)
-        return layer.activated(hidden_states, activation)
-
-    module.__class__ = type(MARK + kind.__name__, (kind,), {"forward": forward})

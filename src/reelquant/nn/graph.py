@@ -1,7 +1,7 @@
-"""Quantized layers inside compiled graphs: one opaque operator, so that a graph is the same whatever kernel computes a layer.
+"""Quantized layers inside compiled graphs: opaque operators, so that a graph is the same whatever kernel computes a layer.
 
 The graph carries the step as two tensors, and the operator reads them when it runs; so one compilation serves all steps, tables of
-outputs included. Layers are found by a number, because operators take tensors and numbers only.
+outputs included. Modules are found by a number, because operators take tensors and numbers only.
 """
 
 from __future__ import annotations
@@ -9,52 +9,75 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from reelquant.clock import Clock
+from reelquant.clock import ANY, Clock, Moment
 
 if TYPE_CHECKING:
     from reelquant.nn.layers import QuantLayer
+    from reelquant.nn.tokenwise import Tokenwise
 
-_layers: weakref.WeakValueDictionary[int, QuantLayer] = weakref.WeakValueDictionary()
+_modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def number_of(layer: QuantLayer) -> int:
-    """A number by which :func:`call` finds the layer, as long as it lives."""
+def number_of(module: nn.Module) -> int:
+    """A number by which graphs find the module, as long as it lives."""
     new = next(_numbers)
-    _layers[new] = layer
+    _modules[new] = module
     return new
 
 
 def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
     """The layer as one node of a graph."""
-    step = [clock[0].slot, clock[0].stored] if clock else []
-    return torch.ops.reelquant.layer(x, step, layer.number, activation)
+    return torch.ops.reelquant.layer(x, _state(clock), layer.number, activation)
+
+
+def call_tokenwise(module: Tokenwise, x: Tensor, clock: Sequence[Clock]) -> Tensor:
+    """A module of several layers as one node; all of them have the same clock."""
+    return torch.ops.reelquant.tokenwise(x, _state(clock), module.number)
+
+
+def _state(clock: Sequence[Clock]) -> list[Tensor]:
+    return clock[0].state if clock else []
 
 
 @torch.library.custom_op("reelquant::layer", mutates_args=())
 def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
-    layer = _layers[number]
-    slot, exact = _step(layer, x, step)
-    return _as_declared(layer, layer.compute(x, slot, exact, activation))
+    layer: QuantLayer = _modules[number]
+    return _as_declared(layer, layer.compute(x, _moment(layer, x, step), activation))
 
 
 @_run.register_fake
 def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
-    layer = _layers[number]
+    layer: QuantLayer = _modules[number]
     return _as_declared(layer, x.new_empty(layer.output_shape(x)))
 
 
-def _step(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> tuple[int | Tensor, bool]:
-    """Slot and exactness; where kernels read the slot from the device, nothing waits for it unless a table may answer."""
+@torch.library.custom_op("reelquant::tokenwise", mutates_args=())
+def _run_tokenwise(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
+    module: Tokenwise = _modules[number]
+    if step:
+        module.layers()[0].clock[0].follow(step)
+    return module.forward(x)  # its hooks are in the graph
+
+
+@_run_tokenwise.register_fake
+def _shape_tokenwise(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _modules[number].width)
+
+
+def _moment(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> Moment:
+    """The state of the clock; where kernels read the slot from the device, nothing waits for it that this layer does not need."""
     if not step:
-        return 0, False
-    exact = bool(step[1]) if layer.layout.table else False
-    return step[0] if x.is_cuda and not exact else int(step[0]), exact
+        return Moment()
+    layout, (slot, stored, protected, half) = layer.layout, step
+    exact = bool(stored) if layout.table else False
+    protects = bool(protected) if layout.input is not None and layer.clock[0].protected_slots else False
+    return Moment(slot if x.is_cuda and not exact else int(slot), exact, protects, int(half) if layout.halves else ANY)
 
 
 def _as_declared(layer: QuantLayer, out: Tensor) -> Tensor:

@@ -4,31 +4,36 @@ Plain parameters and buffers only, so that offload, device maps, compile, peft a
 their input *before* the shift, so a shifted zero is what the border sees and the rewrite is exact up to the edge.
 
 What computes a layer is prepared when it first runs (:mod:`reelquant.kernels`). A kernel may take the weight over, repacked: the parameter
-then keeps its shape and dtype and no memory, and saving, copying and moving the layer ask the kernel for the codes.
+then keeps its shape and dtype and no memory, and saving, copying and moving the layer ask the kernel for the codes. Offloading moves
+parameters without asking; what was prepared is recognised as out of date by the memory it was made from.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import threading
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.clock import Clock, keeping_dtype
+from reelquant.clock import ANY, BOTH, FIRST, SECOND, Clock, Moment, keeping_dtype
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of
 from reelquant.nn.pages import drop_mapped
-from reelquant.nn.spec import LayerLayout, TensorLayout
+from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
 SHIFT_DTYPE = torch.bfloat16
 """Per-channel shifts and scales: the bias and the weight codes were computed with the rounded values, so nothing is lost."""
+PLACEHOLDER = 0x5A  # every code of a weight that a kernel holds; no quantizer gives that code to all of a weight
 _preparing = threading.RLock()  # of all layers: between repacking a weight and letting go of it nobody else may look at it
 
 
@@ -42,19 +47,32 @@ class LayerTensors:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ready:
-    """What computes a layer, and the weight it was built from."""
+    """What computes a layer, and the memory its weight had then; kept, so that no other weight can come to lie there.
+
+    ``finer`` computes protected steps from the same memory.
+    """
 
     runner: Runner
     kernel: Kernel
     refused: dict[str, str]
-    weight: Any
+    weight: Tensor
+    finer: Runner | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether the runner has taken the weight over."""
+        """Whether the runner has taken the weight over; the memory is a placeholder's then."""
         return getattr(self.runner, "codes", None) is not None
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight as it is stored."""
+        return self.runner.codes() if self.holds else self.weight  # type: ignore[attr-defined]
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether a weight still lies where it did: offloading puts another one in its place, or the same one elsewhere."""
+        return weight.data_ptr() == self.weight.data_ptr()
 
 
 class QuantLayer(nn.Module):
@@ -65,6 +83,7 @@ class QuantLayer(nn.Module):
     channel_axis: int
     _ready: Ready | None
     output_format = torch.contiguous_format
+    kernels = "auto"  # or "reference", whatever others use; see set_kernels
     clock: tuple[Clock, ...]  # a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's
 
     def _build(self, layout: LayerLayout, device: torch.device | str | None) -> None:
@@ -110,7 +129,7 @@ class QuantLayer(nn.Module):
     def selected(self) -> tuple[Kernel, dict[str, str]]:
         """The kernel, and why each better one of this device refused the layer."""
         ready = self._prepared()
-        return (ready.kernel, ready.refused) if ready else select(self.operands, self.weight.device.type)
+        return (ready.kernel, ready.refused) if ready else select(self.operands, self.weight.device.type, self.kernels)
 
     @property
     def simulated(self) -> bool:
@@ -147,9 +166,21 @@ class QuantLayer(nn.Module):
 
     @property
     def codes(self) -> Tensor:
-        """The weight's codes as they are stored, wherever they are now."""
-        ready = self._prepared()
-        return ready.runner.codes() if ready and ready.holds else self.weight.data
+        """The weight's codes as they are stored, wherever they are now.
+
+        Raises:
+            UnsupportedError: if they are lost, because something copied the parameter of a running layer instead of asking the layer.
+        """
+        ready, weight = self._ready, self.weight.data
+        copied = not (ready and ready.fits(weight)) and _is_placeholder(weight)
+        if ready and (copied or ready.fits(weight)):
+            return ready.codes.to(weight.device)
+        if copied:
+            raise UnsupportedError(
+                f"the weight of a quantized layer ({self}) was moved while a kernel held it, without the layer being asked; load the "
+                "model again, and call model.to('cpu') before switching on what moves parameters itself (group offloading with streams)"
+            )
+        return weight
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as floats, the input's rewrite undone: what a float layer would hold (its bias is :meth:`float_bias`)."""
@@ -172,8 +203,9 @@ class QuantLayer(nn.Module):
     # --- running ----------------------------------------------------------------------------------------------------------------
 
     def _prepared(self) -> Ready | None:
-        """What is ready to run, if it is for the weight that is here now: offloading puts another one in its place."""
-        return self._ready if self._ready is not None and self._ready.weight is self._parameters["weight"] else None
+        """What is ready to run, if it is for the weight that is here now."""
+        ready = self._ready
+        return ready if ready is not None and ready.fits(self._parameters["weight"]) else None  # type: ignore[arg-type]
 
     def prepare(self) -> Ready:
         """Choose a kernel and build what computes this layer; once, also for threads that come together."""
@@ -182,16 +214,27 @@ class QuantLayer(nn.Module):
     def _prepare(self) -> Ready:
         with _preparing:
             if (ready := self._prepared()) is None:
+                self.release()
+                _drop_outdated()
                 kernel, refused = self.selected
-                ready = self._ready = Ready(kernel.prepare(self.operands), kernel, refused, self._parameters["weight"])
+                ready = Ready(kernel.prepare(self.operands), kernel, refused, self.weight.data)
                 if ready.holds:
                     drop_mapped(self.weight.data)
-                    self.weight.data = self.weight.new_empty(1).expand(self.weight.shape)
+                    self.weight.data = self.weight.new_full((1,), PLACEHOLDER).expand(self.weight.shape)
+                    ready = replace(ready, weight=self.weight.data)
+                self._ready = ready
+                _running.add(self)
             return ready
 
     def release(self) -> None:
         """Take the weight back from the kernel, if it has it; the next call prepares anew."""
-        self.weight.data = self.codes
+        if self._ready is None:
+            return
+        codes, weight = self.codes, self.weight.data
+        if 0 in weight.stride():
+            self.weight.data = codes
+        elif codes.data_ptr() != weight.data_ptr():
+            weight.copy_(codes)  # in place: group offloading keeps this memory and moves copies of it
         self._ready = None
 
     def forget(self) -> None:
@@ -205,23 +248,45 @@ class QuantLayer(nn.Module):
         """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
         if torch.compiler.is_compiling():
             return call(self, input, self.clock, activation)
-        return self.compute(input, *(self.clock[0].now() if self.clock else (0, False)), activation)
+        return self.compute(input, self.clock[0].now() if self.clock else Moment(), activation)
 
-    def compute(self, input: Tensor, slot: int | Tensor, exact: bool, activation: str = "") -> Tensor:
-        """The output at a step; ``exact`` if the current timestep is the very one of that slot."""
+    def compute(self, input: Tensor, now: Moment, activation: str = "") -> Tensor:
+        """The output at a step; ``now.exact`` if the current timestep is the very one of that slot."""
         if self.layout.table and self.clock:
-            if exact:
-                stored = self._from_table(input, slot)
+            if now.exact:
+                stored = self._from_table(input, now.slot)
                 return ACTIVATIONS[activation](stored) if activation else stored
             self.clock[0].fall_back()
         if self.layout.slots > 1 and not self.clock:
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
-        runner: Any = self.prepare().runner
-        if not activation:
-            return runner(input, slot)
-        if activation in getattr(runner, "fused", ()):
-            return runner(input, slot, activation)
-        return ACTIVATIONS[activation](runner(input, slot))
+        if torch.is_grad_enabled() and input.requires_grad:
+            out = StraightThrough.apply(input, self, now)
+            return ACTIVATIONS[activation](out) if activation else out
+        return self._product(input, now, activation)
+
+    def _product(self, input: Tensor, now: Moment, activation: str) -> Tensor:
+        """What the kernel of this step gives; halves of guidance that have scales of their own one after the other."""
+        runner: Any = self._protecting() if now.protected and self.layout.input is not None else self.prepare().runner
+        if not self.layout.halves:
+            return _run(runner, input, now.slot, activation)
+        slot = (now.slot if self.layout.slots > HALVES else 0) * HALVES
+        if now.half != BOTH or len(input) % 2:
+            return _run(runner, input, slot + (ANY if now.half == BOTH else now.half), activation)
+        return torch.cat(
+            [_run(runner, half, slot + which, activation) for which, half in zip((FIRST, SECOND), input.chunk(2), strict=True)]
+        )
+
+    def _protecting(self) -> Any:
+        """What computes a protected step, from the weight as it is: no second copy outlives the call."""
+        ready, numbers = self.prepare(), self._numbers()
+        assert numbers is not None
+        if self.clock[0].inputs == "8-bit" and (ready.finer or numbers.widened() is numbers):
+            return ready.finer or ready.runner
+        given = replace(self.operands, numbers=None if self.clock[0].inputs == "float" else numbers.widened())
+        if given.numbers is not None and hasattr(ready.runner, "rounding"):
+            ready.finer = ready.runner.rounding(given)
+            return ready.finer
+        return select(given, self.weight.device.type, self.kernels)[0].prepare(given)
 
     def _from_table(self, input: Tensor, slot: int | Tensor) -> Tensor:
         """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""
@@ -230,26 +295,52 @@ class QuantLayer(nn.Module):
             return input.new_zeros(()).expand(shape)
         return of_slot(self.output_table, slot).to(input.dtype).expand(shape)
 
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """The gradient of an input of this shape, given that of the output: as if the input were not rounded.
+
+        The weight is dequantized for it, so adapters train on quantized layers; the layer itself does not.
+        """
+        x = gradient.new_zeros(shape).requires_grad_()
+        with torch.enable_grad():
+            operands = self.operands
+            out = operands.product(operands.padded(x), self.dequantized_weight(gradient.dtype), None)
+        return torch.autograd.grad(out, x, gradient)[0]
+
     # --- moving, copying, saving: the weight comes back first --------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLayer:
-        """``.to(bfloat16)`` and ``.half()`` cast the bias, as in a float layer; scales, shifts, levels and tables keep their dtype."""
-        self.release()
+        """``.to(bfloat16)`` and ``.half()`` cast the bias, as in a float layer; scales, shifts, levels and tables keep their dtype.
+
+        So does the bias where a cast would leave one byte of it (layerwise casting).
+        """
         kept = keeping_dtype(fn)
-        return super()._apply(lambda tensor: fn(tensor) if tensor is self.bias else kept(tensor), recurse)
 
-    def __getstate__(self) -> dict[str, Any]:
+        def cast(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return new if tensor is self.bias and new.dtype.itemsize > 1 else kept(tensor)
+
+        samples = (self.weight.new_empty(0), self.bias)
+        if any(sample is not None and cast(sample) is not sample for sample in samples):
+            self.release()
+        return super()._apply(cast, recurse)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantLayer:
+        new = memo[id(self)] = type(self).__new__(type(self))
         parameters = self._parameters | {"weight": nn.Parameter(self.codes, requires_grad=False)}
-        return self.__dict__ | {"_parameters": parameters, "_ready": None}
+        new.__setstate__(copy.deepcopy(self.__dict__ | {"_parameters": parameters, "_ready": None}, memo))
+        new.number = number_of(new)
+        return new
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.number = number_of(self)
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "quantized models are not pickled (torch.save, multiprocessing): a pickle can run code, and kernels hold the weights; "
+            "use save_pretrained or reelquant.save, and load them where they are needed"
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (ready := self._prepared()) and ready.holds:
-            destination[prefix + "weight"] = self.codes
+        if (codes := self.codes).data_ptr() != self.weight.data_ptr():
+            destination[prefix + "weight"] = codes
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.release()
@@ -258,6 +349,47 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         inputs = self.layout.input
         return f"{super().extra_repr()}, weight={self.layout.weight.format}, input={inputs.format if inputs else 'float'}"
+
+
+def _run(runner: Any, input: Tensor, slot: int | Tensor, activation: str) -> Tensor:
+    """Product and activation, in one kernel if it can."""
+    if not activation:
+        return runner(input, slot)
+    if activation in getattr(runner, "fused", ()):
+        return runner(input, slot, activation)
+    return ACTIVATIONS[activation](runner(input, slot))
+
+
+_running: weakref.WeakSet[QuantLayer] = weakref.WeakSet()
+
+
+def _drop_outdated() -> None:
+    """Let go of what was prepared from weights that were offloaded since; nothing tells their layers, so others do."""
+    for layer in _running:
+        if layer._prepared() is None:
+            layer.release()
+
+
+def _is_placeholder(weight: Tensor) -> bool:
+    """Whether this is what a kernel that holds a weight leaves in its place, or a copy of that."""
+    if weight.device.type == "meta":
+        return False
+    return bool((weight[0] == PLACEHOLDER).all()) and bool((weight == PLACEHOLDER).all())
+
+
+class StraightThrough(torch.autograd.Function):
+    """A layer between adapters that are trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantLayer, now: Moment) -> Tensor:
+        """What the layer's kernel gives."""
+        ctx.layer, ctx.shape = layer, x.shape
+        return layer._product(x.detach(), now, "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        """:meth:`QuantLayer.input_gradient`."""
+        return ctx.layer.input_gradient(gradient, ctx.shape), None, None
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -288,12 +420,17 @@ class _QuantConv(QuantLayer):
 
     channel_axis = 1
 
+    def __new__(cls, *geometry: Any, **options: Any) -> Any:
+        """Called like a stock convolution it is one: peft builds the float factors of an adapter with the class of its layer."""
+        return _float_class(cls)(*geometry, **options) if geometry or options else super().__new__(cls)
+
     @classmethod
     def like(cls, module: Any, layout: LayerLayout, device: Any = None) -> _QuantConv:
         """An empty layer of the same geometry."""
         if module.groups != 1 or module.padding_mode != "zeros":
             raise UnsupportedError(f"convolutions with groups={module.groups}, padding_mode='{module.padding_mode}' stay float")
-        new = cls(
+        new = cls.__new__(cls)
+        new.__init__(
             module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
             bias=module.bias is not None, device="meta", dtype=module.weight.dtype,
         )  # fmt: skip
@@ -335,17 +472,56 @@ LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantCo
 
 
 def quantized_class(module: nn.Module) -> Any | None:
-    """The quantized counterpart of a float layer, or None if there is none. Subclasses that keep the stock forward count."""
+    """The quantized counterpart of a float layer, or None if there is none.
+
+    Subclasses count if they keep the stock forward; those of convolutions also if :func:`prepares_input`.
+    """
     for kind, replacement in LAYERS.items():
         if isinstance(module, kind) and not isinstance(module, QuantLayer):
             forward = type(module).forward
-            return replacement if forward in (kind.forward, _compatible_forward(type(module))) else None
+            if forward in (kind.forward, _compatible_forward(type(module))):
+                return replacement
+            return _extended(type(module), replacement) if prepares_input(module) else None
     return None
+
+
+def float_class(layer: QuantLayer) -> type[nn.Module]:
+    """The class of the float layer that a quantized one stands for; built like its first base class in :data:`LAYERS`."""
+    return type(layer).__mro__[1] if type(layer) not in LAYERS.values() else next(kind for kind in LAYERS if isinstance(layer, kind))
+
+
+def prepares_input(module: nn.Module) -> bool:
+    """Is this a convolution that pads its input by itself and reaches its weight through ``super().forward`` alone (causal ones do)?"""
+    code = getattr(type(module).forward, "__code__", None)
+    names = set() if code is None else set(code.co_names)
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and {"super", "forward"} <= names and "weight" not in names
+
+
+@functools.cache
+def _extended(kind: type[nn.Module], replacement: Any) -> Any:
+    """A quantized layer with the forward of ``kind``, whose ``super().forward`` is the quantized one."""
+
+    def like(cls: Any, module: nn.Module, layout: LayerLayout, device: Any = None) -> Any:
+        new = replacement.like(module, layout, device)
+        new.__class__ = cls
+        new.__dict__ |= own_attributes(module, new)
+        return new
+
+    return type(f"Quant{kind.__name__}", (kind, replacement), {"like": classmethod(like)})
+
+
+def own_attributes(module: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """What a subclass keeps on its layers beside the attributes of the ``stock`` class: paddings, caches."""
+    return {name: value for name, value in vars(module).items() if name not in vars(stock)}
 
 
 def _compatible_forward(kind: type[nn.Module]) -> Any:
     """diffusers' ``LoRACompatible*`` layers add an unused ``scale`` argument to the stock forward."""
     return kind.forward if kind.__name__.startswith("LoRACompatible") else None
+
+
+def _float_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return next(base for base in kind.__mro__ if not issubclass(base, QuantLayer))
 
 
 def buffer_shapes(shape: tuple[int, ...], layout: LayerLayout, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -1,22 +1,45 @@
-"""What makes a whole quantized denoiser faster than its layers alone: attention, and activations fused into layers."""
+"""What a whole quantized denoiser has beside its layers: faster attention, fused activations, feed-forwards in blocks, refusals."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from reelquant.kernels import current_backend
+from reelquant.kernels import check_backend, current_backend
 from reelquant.nn.attention import start_attention, stop_attention
 from reelquant.nn.fuse import fuse_activations, part_activations
+from reelquant.nn.refusals import allow, refuse
+from reelquant.nn.swap import quantized_layers
+from reelquant.nn.tokenwise import block_tokens, unblock_tokens
 
 
 def start_runtime(model: nn.Module) -> None:
-    """Switch it on, unless the reference was asked for; twice is once."""
+    """Switch it on, twice is once; nothing is made faster if the reference was asked for."""
+    refuse(model)
     if current_backend() == "auto":
         start_attention(model)
         fuse_activations(model)
+        block_tokens(model)
 
 
 def stop_runtime(model: nn.Module) -> None:
     """Undo :func:`start_runtime`."""
+    allow(model)
     stop_attention(model)
+    unblock_tokens(model)
     part_activations(model)
+
+
+def set_kernels(model: nn.Module, name: str) -> None:
+    """Let one model be computed by ``reference`` or ``auto`` kernels, from its next call on; other models are left alone.
+
+    Raises:
+        RecipeError: if there are no kernels of that name.
+    """
+    check_backend(name)
+    stop_runtime(model)
+    for layer in quantized_layers(model).values():
+        layer.release()
+        layer.kernels = name
+    refuse(model)
+    if name == "auto":
+        start_runtime(model)

@@ -43,7 +43,8 @@ class TensorLayout:
         return parse_granularity(self.granularity, axis)
 
 
-FLAGS = ("slots", "rotate", "shift", "scale", "bias", "table", "unused")
+FLAGS = ("slots", "rotate", "shift", "scale", "bias", "table", "unused", "halves")
+HALVES = 3  # rows of input scales per step where guidance halves are apart: of any call, of the first half, of the second
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,12 @@ class LayerLayout:
     Attributes:
         weight: layout of the weight codes.
         input: layout of the input quantizer, or None for weight-only layers.
-        slots: rows of the input scales: 1, or one per calibrated step.
+        slots: rows of the input scales: 1, or one per calibrated step; :data:`HALVES` times as many with ``halves``.
         rotate: whether the input's channels are rotated first (:func:`reelquant.kernels.hadamard`).
         shift, scale: whether a per-channel ``pre_quant_shift`` / ``pre_quant_scale`` is stored.
         bias: whether the layer has a bias (a transform may have created one).
         table: rows of the stored output table of a temporal layer, 0 for none.
+        halves: whether the halves of a guidance pair have input scales of their own.
         unused: the layer's output is never needed while the tables of later layers are in force.
     """
 
@@ -70,6 +72,12 @@ class LayerLayout:
     table: int = 0
     unused: bool = False
     rotate: bool = False
+    halves: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps that the layer tells apart."""
+        return max(self.slots // (HALVES if self.halves else 1), self.table)
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, in the wording of ``config.json``."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from reelquant._errors import SiteError, nearest
 from reelquant.clock import NAME, Clock, attach
-from reelquant.nn.layers import LAYERS, QuantLayer
+from reelquant.nn.layers import LAYERS, QuantLayer, float_class, own_attributes
 
 HOOK = "_reelquant_clock_hook"
 
@@ -84,9 +84,13 @@ def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
     new.weight = nn.Parameter(layer.dequantized_weight(dtype))
     if bias is not None:
         new.bias = nn.Parameter(bias.detach().to(dtype))
+    if (original := float_class(layer)) is not kind:
+        new.__class__ = original
+        new.__dict__ |= {name: value for name, value in own_attributes(layer, new).items() if name not in STATE}
     return new
 
 
+STATE = ("layout", "weight_shape", "clock", "number", "_ready")  # what a quantized layer holds beside a float one's attributes
 _CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 
@@ -94,16 +98,30 @@ def start_clock(model: nn.Module, clock: Clock, argument: str) -> None:
     """Make the clock a part of the model, tick it before every call, and show it to every quantized layer; an earlier one goes."""
     stop_clock(model)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))  # meta: offloaded
-    object.__setattr__(model, HOOK, attach(model, clock.to(device), argument))
+    watch = model.register_forward_pre_hook(_watch_adapters)
+    object.__setattr__(model, HOOK, (watch, attach(model, clock.to(device), argument)))
     for layer in quantized_layers(model).values():
         layer.clock = (clock,)
 
 
 def stop_clock(model: nn.Module) -> None:
     """Undo :func:`start_clock`."""
-    if (handle := vars(model).pop(HOOK, None)) is None:
+    if (handles := vars(model).pop(HOOK, None)) is None:
         return
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     delattr(model, NAME)
     for layer in quantized_layers(model).values():
         layer.clock = ()
+
+
+def _watch_adapters(model: nn.Module, args: object) -> None:
+    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one switches all of them off."""
+    adapted = bool(getattr(model, "peft_config", None)) and any(_feeds_table(module) for module in model.modules())
+    getattr(model, NAME).tables = not adapted
+
+
+def _feeds_table(module: nn.Module) -> bool:
+    """Whether this is an adapter around a layer with a table, or around a float linear one, which may come before such a layer."""
+    base = getattr(module, "base_layer", None)
+    return bool(base.layout.table) if isinstance(base, QuantLayer) else isinstance(base, nn.Linear)

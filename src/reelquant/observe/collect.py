@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
+from reelquant.clock import ANY
 from reelquant.observe.statistics import InputStatistics
 
 
@@ -23,6 +25,7 @@ class Steps:
     part: int = 0
     calls: int = 0
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the first denoiser call
+    halves: Counter[int] = field(default_factory=Counter)  # calls by what they compute of a guidance pair
 
     def see(self, timestep: Tensor | float) -> None:
         value = float(torch.as_tensor(timestep).float().amax())
@@ -51,6 +54,7 @@ def observe(
     watched: Mapping[str, InputStatistics],
     run: Callable[[], None],
     on_call: Callable[[int], None] = lambda calls: None,
+    half_of: Callable[[tuple[Any, ...], dict[str, Any]], int] = lambda args, kwargs: ANY,
 ) -> Steps:
     """Run the pipeline once and fill the statistics.
 
@@ -59,21 +63,24 @@ def observe(
         timestep_of: reads the timestep out of ``(args, kwargs)`` of a denoiser call.
         watched: layer name -> statistics of its input.
         run: samples with the real pipeline.
+        half_of: which half of a guidance pair a denoiser call computes, as :mod:`reelquant.clock` numbers them.
         on_call: told the number of denoiser calls so far (progress).
 
     Raises:
         CalibrationError: if the denoiser was never called, or an input was NaN or infinite.
     """
-    steps = Steps()
+    steps, half = Steps(), [ANY]
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         steps.see(timestep_of(args, kwargs))
         steps.example = steps.example or (args, kwargs)
+        half[0] = half_of(args, kwargs)
+        steps.halves[half[0]] += 1
         on_call(steps.calls)
 
     def watch(statistics: InputStatistics) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            statistics.update(args[0] if args else kwargs["input"], steps.current, steps.part)
+            statistics.update(args[0] if args else kwargs["input"], steps.current, steps.part, half[0])
 
         return hook
 

@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
+from reelquant.clock import ANY, BOTH, FIRST, SECOND
 from reelquant.kernels import hadamard
 
 Need = Literal["range", "rotated", "rows", "gram", "features"]
+HALVES = "first", "second"  # of a guidance pair
 
 
 @dataclass(frozen=True)
@@ -340,6 +342,7 @@ class InputStatistics:
     gram: Gram | None = None
     features: Features | None = None
     rotated: ChannelRange | None = None  # of the rotated channels
+    halves: tuple[InputStatistics, InputStatistics] | None = None  # ranges of each half of a guidance pair
 
     @property
     def parts(self) -> dict[str, Statistic]:
@@ -347,24 +350,40 @@ class InputStatistics:
         named = {name: getattr(self, name) for name in ("rotated", "range", "rows", "gram", "features")}
         return {name: statistic for name, statistic in named.items() if statistic is not None}
 
-    def look(self, x: Tensor) -> dict[str, Tensor]:
-        """What all members have to know of one input: ``range.low``, ``rows.rows`` ..."""
+    def look(self, x: Tensor, half: int = ANY) -> dict[str, Tensor]:
+        """What all members have to know of one input: ``range.low``, ``rows.rows``, ``first.range.low`` (of a half of guidance) ..."""
         found: dict[str, Tensor] = {}
         for name, statistic in self.parts.items():
             seen = hadamard(x.detach().float(), statistic.channel_axis) if statistic is self.rotated else x
             found |= {f"{name}.{key}": value for key, value in statistic.look(seen).items()}
+        for name, (statistics, rows) in self._halves_in(x, half).items():
+            found |= {f"{name}.{key}": value for key, value in statistics.look(rows).items()}
         return found
+
+    def _halves_in(self, x: Tensor, half: int) -> dict[str, tuple[InputStatistics, Tensor]]:
+        """The rows of each half of a guidance pair that a call computed."""
+        if self.halves is None:
+            return {}
+        if half == BOTH and len(x) % 2 == 0:
+            return dict(zip(HALVES, zip(self.halves, x.chunk(2), strict=True), strict=True))
+        return {HALVES[half - FIRST]: (self.halves[half - FIRST], x)} if half in (FIRST, SECOND) else {}
 
     def absorb(self, seen: Mapping[str, Tensor], step: int, part: int = 0) -> None:
         """Add one look to all members."""
-        for name, statistic in self.parts.items():
+        halves = {} if self.halves is None else dict(zip(HALVES, self.halves, strict=True))
+        for name, statistic in (self.parts | halves).items():
             own = {key.partition(".")[2]: value for key, value in seen.items() if key.startswith(f"{name}.")}
             if own:
                 statistic.absorb(own, step, part)
 
-    def update(self, x: Tensor, step: int, part: int = 0) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0, half: int = ANY) -> None:
         """Look and absorb."""
-        self.absorb(self.look(x), step, part)
+        self.absorb(self.look(x, half), step, part)
+
+    @property
+    def apart(self) -> bool:
+        """Whether each half of a guidance pair was seen at every step."""
+        return self.halves is not None and all(half.range.seen == self.range.seen for half in self.halves)
 
     def bad_from(self) -> float:
         """The first step at which a value was NaN or infinite; infinity if none was."""

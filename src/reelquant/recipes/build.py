@@ -208,9 +208,10 @@ def _make_layer(
     if inputs and len(inputs) not in (1, len(timesteps)):
         raise CalibrationError(f"'{row.layer.name}' ran at {len(inputs)} of {len(timesteps)} steps only: it cannot have scales per step")
     bias = _bias(module, weight, rewrite, statistics, solution, correct=step is not None and step.correct_bias)
-    layout = _layout(row, rewrite, folds, solution, inputs, bias)
+    rows = inputs if inputs is None else _with_halves(row.input, rewrite, statistics, inputs, unseen=plan.unseen)
+    layout = _layout(row, rewrite, folds, solution, inputs, rows, bias)
     layer = quantized_class(module).like(module, layout, device=weight.device)
-    layer.fill(_tensors(row, layout, rewrite, folds, solution, inputs, None if bias is None else bias.to(_bias_dtype(module, bias))))
+    layer.fill(_tensors(row, layout, rewrite, folds, solution, rows, None if bias is None else bias.to(_bias_dtype(module, bias))))
     return Made(layer, solution, inputs, bias)
 
 
@@ -249,6 +250,27 @@ def _input_quantizers(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatis
         return [fit(spec, rewrite.input(features.features))]
     if spec.range.needs_samples or spec.alternatives:
         return [fit(spec, _sampled(rewrite, statistics, spec))]
+    return _bound(spec, rewrite, statistics, unseen=unseen)
+
+
+def _with_halves(
+    spec: QuantSpec | None, rewrite: Rewrite, statistics: InputStatistics | None, inputs: list[Quantizer], *, unseen: bool
+) -> list[Quantizer]:
+    """Three rows a step where the halves of guidance are apart: of any call, of the first half, of the second.
+
+    Formats that were fitted to samples, and ranges of inputs that are the same in both halves, stay joint.
+    """
+    if spec is None or statistics is None or not statistics.apart or spec.range.needs_samples or spec.alternatives:
+        return inputs
+    if statistics.features is not None and not statistics.features.varies:
+        return inputs
+    assert statistics.halves is not None
+    first, second = (_bound(spec, rewrite, half, unseen=unseen) for half in statistics.halves)
+    return [quantizer for row in zip(inputs, first, second, strict=True) for quantizer in row]
+
+
+def _bound(spec: QuantSpec, rewrite: Rewrite, statistics: InputStatistics, *, unseen: bool) -> list[Quantizer]:
+    """One quantizer per slot, over the ranges of channels that were seen."""
     seen = statistics.rotated if rewrite.rotated else statistics.range
     assert seen is not None
     low, high = (rewrite.affine(v) for v in seen.envelope(per_step=spec.slots == "per_step", unseen=unseen))
@@ -302,14 +324,21 @@ def _mean(statistics: InputStatistics, taps: int) -> Tensor:
 
 
 def _layout(
-    row: LayerPlan, rewrite: Rewrite, folds: bool, solution: Solution, inputs: list[Quantizer] | None, bias: Tensor | None
+    row: LayerPlan,
+    rewrite: Rewrite,
+    folds: bool,
+    solution: Solution,
+    inputs: list[Quantizer] | None,
+    rows: list[Quantizer] | None,
+    bias: Tensor | None,
 ) -> LayerLayout:
     assert row.weight is not None
     input_layout = None if row.input is None else TensorLayout.of(row.input, inputs[0].format if inputs else row.input.format)
     return LayerLayout(
         weight=TensorLayout.of(row.weight, solution.quantizer.format),
         input=input_layout,
-        slots=len(inputs) if inputs else 1,
+        slots=len(rows) if rows else 1,
+        halves=rows is not inputs,
         rotate=rewrite.rotated,
         shift=rewrite.shift is not None and not folds,
         scale=rewrite.scale is not None and not folds,

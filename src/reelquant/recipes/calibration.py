@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from reelquant.clock import timestep_reader
+from reelquant.clock import BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
 from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Steps, observe
@@ -39,6 +39,12 @@ class Calibration:
     prompts: tuple[str, ...]
     references: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def pairs(self) -> Pairs | None:
+        """How guidance calls came, or None if there were none, or nobody looked."""
+        seen = self.steps.halves
+        return "batched" if seen[BOTH] else "sequential" if seen[SECOND] else None
+
     def suffices(self, plan: Plan) -> bool:
         """True if another plan for the same float model finds everything it needs here."""
         return all(self._suffices(plan, row) for row in plan.quantized)
@@ -49,7 +55,17 @@ class Calibration:
         if found is None or (found.gram is None and "gram" in wanted) or (found.rotated is None and "rotated" in wanted):
             return False
         grain = None if row.input is None else row.input.granularity
+        if plan.recipe.guidance == "apart" and found.halves is None:
+            return False
         return grain is None or grain.kind != "frame" or grain.size == found.range.frames
+
+
+class Part(NamedTuple):
+    """A denoiser that is observed, its plan, and the journal that keeps its statistics; None for memory."""
+
+    denoiser: nn.Module
+    plan: Plan
+    journal: Journal | None = None
 
 
 def calibrate(
@@ -61,24 +77,64 @@ def calibrate(
     seed: int,
     arguments: dict[str, Any],
     on_step: Callable[[], None],
-    journal: Journal | None = None,
 ) -> Calibration:
-    """Sample ``prompts`` once and gather what the plan's layers need, in memory or in a journal on disk.
+    """Sample ``prompts`` once and gather what the plan's layers need.
 
     Raises:
         CalibrationError: no prompts, no denoiser calls, or values that are not finite.
     """
-    generator = torch.Generator().manual_seed(seed)
-    batch = plan.recipe.calibrate.batch if plan.recipe.calibrate else 4
+    return calibrate_together(pipe, [Part(denoiser, plan)], prompts, seed=seed, arguments=arguments, on_step=on_step)[0]
+
+
+def calibrate_together(
+    pipe: Any,
+    parts: Sequence[Part],
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    arguments: dict[str, Any],
+    on_step: Callable[[], None],
+) -> list[Calibration]:
+    """The same for several denoisers of one pipeline in one sampling pass: each sees its own part of the trajectory.
+
+    Raises:
+        CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
+    """
+    recipe = parts[0].plan.recipe
+    batch = recipe.calibrate.batch if recipe.calibrate else 4
     calls = -(-len(prompts) // batch) * (arguments.get("num_inference_steps") or 50)
-    make = functools.partial(_watch, plan, denoiser, generator, calls)
-    watched, inputs = make() if journal is None else journal.keep(make, generator)
+    found: list[Calibration] = []
 
-    def run() -> None:
-        sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
+    def run(rest: Sequence[Part]) -> None:
+        if not rest:
+            sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
+            return
+        denoiser, plan, journal = rest[0]
+        generator = torch.Generator().manual_seed(seed)
+        make = functools.partial(_watch, plan, denoiser, generator, calls)
+        watched, inputs = make() if journal is None else journal.keep(make, generator)
+        reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
+        watch_pairs = {"half_of": _half_reader(denoiser, plan)} if plan.recipe.guidance == "apart" else {}
+        steps = observe(denoiser, reader, watched, lambda: run(rest[1:]), **watch_pairs)
+        found.insert(0, Calibration(steps, inputs, tuple(prompts)))
 
-    steps = observe(denoiser, timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), watched, run)
-    return Calibration(steps, inputs, tuple(prompts))
+    run(parts)
+    return found
+
+
+def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
+    """Which half of a guidance pair a call computes: both if it holds its latents twice, the second if the call before had the same."""
+    read = timestep_reader(denoiser, plan.map.latent_argument or "hidden_states")
+    clock = Clock([], pairs="sequential")
+
+    def half_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        latent = read(args, kwargs).detach().cpu()
+        if bool(holds_twice(latent)):
+            return BOTH
+        clock.look(latent)
+        return int(clock.which)
+
+    return half_of
 
 
 def templates(plan: Plan, denoiser: nn.Module) -> dict[str, InputStatistics]:
@@ -119,7 +175,21 @@ def _statistics(
         else None,
         Features() if row.layer.role == "temporal" and not geometry.kernel else None,
         ChannelRange(row.layer.channel_axis, geometry.padded, frames) if "rotated" in wanted else None,
+        _halves(plan, row, geometry, frames, rotated="rotated" in wanted),
     )
+
+
+def _halves(
+    plan: Plan, row: LayerPlan, geometry: Geometry, frames: int, *, rotated: bool
+) -> tuple[InputStatistics, InputStatistics] | None:
+    if plan.recipe.guidance != "apart":
+        return None
+
+    def half() -> InputStatistics:
+        ranges = [ChannelRange(row.layer.channel_axis, geometry.padded, frames) for _ in range(2)]
+        return InputStatistics(row.layer.name, geometry, ranges[0], rotated=ranges[1] if rotated else None)
+
+    return half(), half()
 
 
 def _share(rows: int, calls: int) -> int:

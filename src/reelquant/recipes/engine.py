@@ -4,54 +4,72 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from reelquant._errors import CalibrationError
+from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
-from reelquant.discover import denoiser_of, discover
+from reelquant.discover import component_of, denoiser_of, kind_of_component
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import KernelFacts, QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes
-from reelquant.recipes.calibration import Calibration, calibrate
-from reelquant.recipes.plan import Plan, make_plan
+from reelquant.recipes.calibration import Calibration, Part, calibrate_together
+from reelquant.recipes.components import Measure, plan_components, start_measuring
+from reelquant.recipes.plan import Plan
+from reelquant.recipes.protect import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe
-from reelquant.recipes.report import Report
+from reelquant.recipes.report import Report, total
 from reelquant.recipes.search import Assignment, choose, family, latent_psnr, trial_count
 from reelquant.reuse import add_table, drop_unused
 from reelquant.sites import Group
+
+if TYPE_CHECKING:
+    from reelquant.recipes.journal import Journal
 
 HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
 
 
 @dataclass(eq=False)
 class Session:
-    """One quantization in progress: the pipeline, the plan, and what was observed.
+    """One component's quantization in progress: the pipeline, the plan, and what was observed.
 
-    Float layers are kept in ``floats`` until the end, so that candidates can be compared and a failed run leaves the pipeline as it was.
-    ``held_out`` are the texts that choices and the final check are made on: not those of calibration, or at least with other seeds.
+    ``denoiser`` is the component's module, also where it is a text encoder or VAE; ``texts`` are those of calibration; ``sampled`` are the
+    timesteps of the whole sampler, of which a denoiser may see a part. Float layers are kept in ``floats`` until the end, so that
+    candidates can be compared and a failed run leaves the pipeline as it was. ``held_out`` are the texts that choices and the final check
+    are made on: not those of calibration, or at least with other seeds. Statistics go to ``journal``, or stay in memory if it is None.
     """
 
     pipe: Any
     component: str
     denoiser: nn.Module
-    plan: Plan
+    recipe: Recipe
     progress: Progress
-    arguments: dict[str, Any]
-    seed: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    plan: Plan = field(init=False)
+    journal: Journal | None = None
+    texts: list[str] = field(default_factory=list)
+    measure: Measure = dict
     calibration: Calibration | None = None
     held_out: list[str] = field(default_factory=list)
     clock: tuple[Clock, ...] = ()
+    sampled: list[float] = field(default_factory=list)
     floats: dict[str, nn.Module] = field(default_factory=dict)
     norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     drafts: dict[tuple[str, str], BuiltGroup] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the component is called with a timestep; a text encoder or VAE is not."""
+        return kind_of_component(self.component, self.denoiser) == "denoiser"
 
     @property
     def groups(self) -> list[Group]:
@@ -66,14 +84,18 @@ class Session:
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def call_with(self, **overrides: Any) -> None:
-        """Arguments of the pipeline call: the pipeline's own, then the recipe's steps, then ``overrides``."""
-        recipe = self.plan.recipe
+    def begin(self, prompts: Sequence[str], overrides: dict[str, Any]) -> None:
+        """Part the texts, and settle the pipeline call: the pipeline's own arguments, then the recipe's steps, then ``overrides``."""
         self.arguments = call_arguments(self.pipe, **overrides)
-        if recipe.calibrate is not None:
-            self.seed = recipe.calibrate.seed
-            if recipe.calibrate.steps is not None and overrides.get("num_inference_steps") is None:
-                self.arguments["num_inference_steps"] = recipe.calibrate.steps
+        wanted = self.recipe.calibrate
+        if wanted is None:
+            self.texts = list(prompts)
+            return
+        self.seed = wanted.seed
+        self.texts = list(prompts[: wanted.prompts])
+        self.held_out = list((prompts[wanted.prompts :] or prompts)[: self.recipe.search.prompts])
+        if wanted.steps is not None and overrides.get("num_inference_steps") is None:
+            self.arguments["num_inference_steps"] = wanted.steps
 
     @property
     def steps(self) -> int:
@@ -86,12 +108,22 @@ class Session:
         return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, output="latent", **arguments)
 
     def float_latents(self, **overrides: Any) -> Tensor:
-        """The same by the float pipeline; sampled once for all recipes that share a calibration."""
-        assert self.calibration is not None and not self.floats
+        """The same by the float pipeline; sampled once for all recipes that share a calibration, before anything is quantized."""
+        assert self.calibration is not None
         key = repr((self.held_out, self.seed, sorted(self.arguments.items()), overrides.get("num_inference_steps")))
         if key not in self.calibration.references:
             self.calibration.references[key] = self.held_out_latents(**overrides)
         return self.calibration.references[key]
+
+    @property
+    def trials(self) -> int:
+        """How many candidates will be sampled."""
+        return 0 if self.calibration is None else trial_count(self.plan, self.groups)
+
+    @property
+    def trial_arguments(self) -> dict[str, Any]:
+        """What trials sample with instead."""
+        return {"num_inference_steps": self.recipe.search.steps, "on_step": None}
 
     @property
     def timesteps(self) -> list[float]:
@@ -131,17 +163,16 @@ class Session:
             for name, value in folded(self.norms[built.group.producer], built.fold).items():
                 getattr(norm, name).copy_(value)
 
-    def observe(self, prompts: Sequence[str]) -> Calibration:
-        """One sampling pass of the float pipeline, with statistics of what the plan's layers read."""
-        return calibrate(
-            self.pipe, self.denoiser, self.plan, prompts, seed=self.seed, arguments=self.arguments, on_step=self.progress.advance
-        )
+    def observe(self, together: Sequence[Session]) -> list[Calibration]:
+        """One sampling pass of the float pipeline for sessions that sample alike, this one first."""
+        parts = [Part(session.denoiser, session.plan, session.journal) for session in together]
+        return calibrate_together(self.pipe, parts, self.texts, seed=self.seed, arguments=self.arguments, on_step=self.progress.advance)
 
-    def trial(self, assignment: Assignment, reference: Tensor, **steps: Any) -> float:
+    def trial(self, assignment: Assignment, reference: Tensor) -> float:
         """How near a candidate comes to the float latents, in dB."""
         self.install(assignment, self.draft)
         try:
-            return latent_psnr(reference, self.held_out_latents(**steps))
+            return latent_psnr(reference, self.held_out_latents(**self.trial_arguments))
         finally:
             self.restore()
 
@@ -170,41 +201,78 @@ def quantize_pipeline(
     calibration: Calibration | None = None,
     **overrides: Any,
 ) -> tuple[Report, Calibration | None]:
-    """Quantize a pipeline's denoiser in place.
+    """Quantize a pipeline's (first) denoiser in place: :func:`quantize_components` for one component.
 
     Args:
-        pipe: a diffusers pipeline in float.
-        recipe: what to do.
-        prompts: texts; the recipe says how many calibrate, those after them are held out to make choices and for the final check.
-        skip: further patterns of layers to keep float.
-        progress: hears how far the run is.
         calibration: statistics of an earlier run on the same float model; used if they hold what this recipe needs.
-        overrides: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames`` ...).
 
     Returns:
         The report, and the calibration for further recipes on the same float model.
+    """
+    component = denoiser_of(pipe)[0]
+    known = {} if calibration is None else {component: calibration}
+    report, found = quantize_components(pipe, {component: recipe}, prompts, skip=skip, progress=progress, calibrations=known, **overrides)
+    return report, found.get(component)
+
+
+def quantize_components(
+    pipe: Any,
+    recipes: Mapping[str, Recipe],
+    prompts: Sequence[str] | None = None,
+    *,
+    skip: Sequence[str] = (),
+    progress: Progress | None = None,
+    calibrations: Mapping[str, Calibration] | None = None,
+    **overrides: Any,
+) -> tuple[Report, dict[str, Calibration]]:
+    """Quantize components of a pipeline in place, one after the other.
+
+    Denoisers that calibrate alike are observed in one sampling pass of the float pipeline, each over its own part of the trajectory. A
+    denoiser's choices and its final check are made with those before it quantized already.
+
+    Args:
+        pipe: a diffusers pipeline in float.
+        recipes: what to do, by component name; see :func:`reelquant.recipes.components.assign`.
+        prompts: texts; the recipe says how many calibrate, those after them are held out to make choices and for the final check.
+        skip: further patterns of layers to keep float; each must match in one of the components.
+        progress: hears how far the run is.
+        calibrations: statistics of an earlier run on the same float models; used if they hold what the recipes need.
+        overrides: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames`` ...).
+
+    Returns:
+        The report, and the calibrations for further recipes on the same float models.
 
     Raises:
         ReelQuantError: and the pipeline is as it was.
     """
-    component, denoiser = denoiser_of(pipe)
-    session = Session(pipe, component, denoiser, _plan(recipe, denoiser, skip), progress or Silent(), {}, 0)
-    session.call_with(**overrides)
-    _check_weights(session)
+    sessions = [Session(pipe, name, component_of(pipe, name), recipe, progress or Silent()) for name, recipe in recipes.items()]
+    made = plan_components(pipe, recipes, skip)
+    for session in sessions:
+        session.begin(prompts or (), overrides)
+        session.plan = made[session.component]
+        _check_weights(session)
     try:
-        gather(session, prompts, calibration)
-        report = settle(session)
-        session.floats, session.norms = {}, {}
-        start_runtime(denoiser)
-        return report, session.calibration
+        reports = run(sessions, calibrations or {})
     except BaseException:
-        stop_clock(denoiser)
-        session.restore()
+        for session in reversed(sessions):
+            stop_clock(session.denoiser)
+            session.restore()
         raise
+    for session in sessions:
+        session.floats, session.norms = {}, {}
+        start_runtime(session.denoiser)
+    return total(reports), {session.component: session.calibration for session in sessions if session.calibration is not None}
 
 
-def _plan(recipe: Recipe, denoiser: nn.Module, skip: Sequence[str]) -> Plan:
-    return make_plan(recipe, discover(denoiser), denoiser, skip)
+def run(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> dict[str, Report]:
+    """Observe, sample what to compare with, then choose, build, install and check, one session after the other: a report of each.
+
+    Whoever made the sessions puts the float layers back if this fails, and lets them go if it does not.
+    """
+    _observe(sessions, known)
+    for session in sessions:
+        _reference(session)
+    return {session.component: _finish(session) for session in sessions}
 
 
 def _check_weights(session: Session) -> None:
@@ -215,42 +283,66 @@ def _check_weights(session: Session) -> None:
                 raise CalibrationError(f"the {part} of layer '{name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
 
 
-def gather(session: Session, prompts: Sequence[str] | None, calibration: Calibration | None = None) -> None:
-    """Part the prompts into those that calibrate and those held out, and calibrate."""
-    recipe = session.plan.recipe
-    if recipe.calibrate is None:
-        return
-    texts = list(prompts or [])
-    session.held_out = (texts[recipe.calibrate.prompts :] or texts)[: recipe.search.prompts]
-    if calibration is not None and calibration.suffices(session.plan):
-        session.calibration = calibration
-        return
-    chosen = texts[: recipe.calibrate.prompts]
-    if not chosen:
-        raise CalibrationError(f"recipe '{recipe.name}' calibrates on {recipe.calibrate.prompts} prompts and got none; pass prompts=[...]")
-    runs = -(-len(chosen) // recipe.calibrate.batch)
-    with session.timed("calibrate", session.steps * runs):
-        session.calibration = session.observe(chosen)
+def _observe(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> None:
+    """Statistics for every session whose recipe wants them; one sampling pass for those that sample alike."""
+    alike: dict[str, list[Session]] = {}
+    for session in sessions:
+        found = known.get(session.component)
+        if session.recipe.calibrate is None:
+            continue
+        if found is not None and found.suffices(session.plan):
+            session.calibration, session.sampled = found, found.steps.timesteps
+        else:
+            alike.setdefault(repr((session.recipe.calibrate, session.arguments)), []).append(session)
+    for together in alike.values():
+        first = together[0]
+        wanted = first.recipe.calibrate
+        assert wanted is not None
+        if not first.texts:
+            raise CalibrationError(f"recipe '{first.recipe.name}' calibrates on {wanted.prompts} prompts and got none; pass prompts=[...]")
+        with first.timed("calibrate", first.steps * -(-len(first.texts) // wanted.batch)):
+            found = first.observe(together)
+        times = {time for calibration in found for time in calibration.steps.timesteps}
+        for session, calibration in zip(together, found, strict=True):
+            session.calibration = calibration
+            if session.recipe.guidance == "apart" and calibration.pairs is None:
+                raise CalibrationError(
+                    f"recipe '{session.recipe.name}' keeps the halves of guidance apart, and {type(session.pipe).__name__} samples without "
+                    "classifier-free guidance: no call holds its latents twice, and no second call has those of the first; pass a "
+                    "guidance_scale above 1, or drop 'guidance: apart'"
+                )
+            session.sampled = calibration.steps.timesteps if len(found) == 1 else sorted(times, reverse=True)
 
 
-def settle(session: Session) -> Report:
-    """Choose, build, install and check."""
-    recipe = session.plan.recipe
-    before = _model_bytes(session.denoiser)
-    reference = None
+def _reference(session: Session) -> None:
+    """What the float pipeline gives on held-out prompts, while all of it is float."""
     if session.calibration is not None:
         with session.timed("float reference", session.steps):
-            reference = session.float_latents()
+            session.float_latents()
+            if session.trials:
+                session.float_latents(**session.trial_arguments)
+    if not session.denoises:
+        try:
+            session.measure = start_measuring(session.pipe, session.component, session.denoiser, session.texts)
+        except UnsupportedError as error:
+            session.warnings.append(f"what quantization does to its outputs is not measured: {error}")
+
+
+def _finish(session: Session) -> Report:
+    """Choose, build, install and check."""
+    recipe = session.recipe
+    before = _model_bytes(session.denoiser)
     _start_clock(session)  # candidates with per-step scales need it as much as the final layers do
     assignment, trials = _search(session)
     with session.timed("build", len(session.groups)):
         chosen = session.install(assignment, lambda group, options: _solved(session, group, options))
     report = Report(recipe.name, recipe.digest(), type(session.denoiser).__name__, session.component)
     report.layers = [record for built in chosen for record in built.records]
-    report.trials, report.timesteps, report.seed = trials, session.timesteps, session.seed
+    report.trials, report.timesteps, report.seed, report.warnings = trials, session.timesteps, session.seed, session.warnings
     if recipe.temporal == "table":
         _tables(session, report)
-    _check(session, report, reference)
+    _protect(session, report)
+    _check(session, report)
     _account(session, report, before)
     return report
 
@@ -262,16 +354,14 @@ def _solved(session: Session, group: Group, options: Options) -> BuiltGroup:
 
 
 def _search(session: Session) -> tuple[Assignment, list[Any]]:
-    groups, search = session.groups, session.plan.recipe.search
-    total = trial_count(session.plan, groups)
-    if not total or session.calibration is None:
+    groups = session.groups
+    if not session.trials:
         return choose(session.plan, groups, lambda assignment: 0.0)
-    steps = {"num_inference_steps": search.steps, "on_step": None}
-    with session.timed("search", total):
-        reference = session.float_latents(**steps)
+    with session.timed("search", session.trials):
+        reference = session.float_latents(**session.trial_arguments)
 
         def evaluate(assignment: Assignment) -> float:
-            psnr = session.trial(assignment, reference, **steps)
+            psnr = session.trial(assignment, reference)
             session.progress.advance()
             return psnr
 
@@ -285,7 +375,11 @@ def _start_clock(session: Session) -> None:
     argument = session.plan.map.timestep_argument
     if not session.timesteps or argument is None:
         return
-    session.clock = (Clock(session.timesteps),)
+    policy = session.recipe.protect_steps
+    named = policy is not None and not isinstance(policy.steps, str)
+    slots = slots_of(policy.steps, session.sampled, session.timesteps) if named else ()
+    pairs = session.calibration.pairs if session.calibration and session.recipe.guidance == "apart" else None
+    session.clock = (Clock(session.timesteps, slots, policy.inputs if policy else "float", pairs, session.plan.map.latent_argument),)
     start_clock(session.denoiser, session.clock[0], argument)
 
 
@@ -317,10 +411,37 @@ def _tables(session: Session, report: Report) -> None:
     drop_unused(layers, output)
 
 
-def _check(session: Session, report: Report, reference: Tensor | None) -> None:
-    """Sample the held-out prompts end to end: finite, and how far from float."""
-    if session.calibration is None or reference is None:
+def _protect(session: Session, report: Report) -> None:
+    """Find out which steps need more precise activations, if that is to be found out."""
+    policy = session.recipe.protect_steps
+    if policy is None:
         return
+    if not session.clock:
+        raise CalibrationError(f"protect_steps of '{report.recipe}' follows the timestep, and {report.denoiser} is called without one")
+    clock = session.clock[0]
+    if policy.steps == "auto":
+
+        def latents(slots: Sequence[int]) -> Tensor:
+            clock.protect(slots, policy.inputs)
+            try:
+                return session.held_out_latents(on_step=None)
+            finally:
+                session.progress.advance()
+
+        with session.timed("measure steps", len(session.timesteps) + 1):
+            report.steps = measure_steps(session.timesteps, latents, policy.share)
+        clock.protect([found.step for found in report.steps if found.protected], policy.inputs)
+    report.protected = list(clock.protected_slots)
+
+
+def _check(session: Session, report: Report) -> None:
+    """Sample the held-out prompts end to end: finite, and how far from float. Components that do not denoise are called by themselves."""
+    report.figures = session.measure()
+    if broken := [name for name, value in report.figures.items() if value != value]:
+        raise CalibrationError(f"the quantized {session.component} ({report.recipe}) gives NaN ({broken[0]}); try a recipe with more bits")
+    if session.calibration is None:
+        return
+    reference = session.float_latents()
     with session.timed("check", session.steps):
         latents = session.held_out_latents()
     if not bool(latents.isfinite().all()):

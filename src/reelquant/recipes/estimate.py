@@ -91,13 +91,15 @@ def estimate(folder: Path, disks: Mapping[str, OnDisk], plans: Mapping[str, Plan
     stored = {part.name: _stored(part) for part in folder.iterdir() if part.is_dir()}
     others = sum(size for name, size in stored.items() if name not in plans)
     floats = sum(_bytes(disk.model) for disk in disks.values()) + sum(size for name, size in stored.items() if name not in disks)
-    parts = [_component(plan, disks[name], call) for name, plan in plans.items()]
+    first = next(iter(plans.values()))  # says where the blocks of a denoiser without a plan are
+    outside = sum(_bytes(disk.model) - sum(_blocks(plans.get(name, first), disk)) for name, disk in disks.items())
+    parts = [_component(plan, disks[name], call, outside) for name, plan in plans.items()]
     base = psutil.Process().memory_info().rss
     memory, largest = max((part["memory"], part["largest"]) for part in parts)
     result = others + sum(part["result"] for part in parts)
     return Estimate(
         source=sum(stored.values()),
-        in_memory=base + floats + max(part["in_memory"] for part in parts),
+        in_memory=base + floats + memory + sum(part["statistics"] for part in parts),
         memory=base + memory,
         largest=largest,
         disk=result + sum(part["scratch"] for part in parts),
@@ -107,22 +109,26 @@ def estimate(folder: Path, disks: Mapping[str, OnDisk], plans: Mapping[str, Plan
     )
 
 
-def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any]) -> dict[str, Any]:
+def _blocks(plan: Plan, disk: OnDisk) -> list[int]:
+    return [_bytes(get_module(disk.model, name)) for name in disk.present(plan.map.blocks)]
+
+
+def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) -> dict[str, Any]:
     model, recipe = disk.model, plan.recipe
     layers = {row.layer.name: math.prod(row.layer.shape) for row in plan.quantized}
     floats = _bytes(model)
     result = floats - sum(_bytes(get_module(model, name)) for name in layers) + sum(row.bytes_after for row in plan.quantized)
     widest = max(layers, key=layers.__getitem__)
-    shapes = {(tuple(value.shape), value.dtype): value.numel() * value.element_size() for value in model.parameters()}
-    need = {f"building layer '{widest}'": PER_WEIGHT * layers[widest], "probing the denoiser": sum(shapes.values())}
+    need = {f"building layer '{widest}'": PER_WEIGHT * layers[widest]}
     if recipe.calibrate is None:
         memory, largest = max((size, what) for what, size in need.items())
-        return {"memory": memory, "largest": largest, "in_memory": memory, "result": result, "scratch": result, "reads": 1, "calls": 0}
+        return {"memory": memory, "largest": largest, "statistics": 0, "result": result, "scratch": result, "reads": 1, "calls": 0}
     steps = call.get("num_inference_steps") or recipe.calibrate.steps or 50
     runs = math.ceil(recipe.calibrate.prompts / recipe.calibrate.batch)
     held = math.ceil(recipe.search.prompts / 4)
     trials = trial_count(plan, plan.map.groups) if len(candidates(plan)) > 1 else 0
-    sampled = steps * runs + 2 * steps * held + recipe.search.steps * held * (trials + bool(trials))
+    measured = steps + 1 if recipe.protect_steps is not None and recipe.protect_steps.steps == "auto" else 0
+    sampled = steps * runs + (2 + measured) * steps * held + recipe.search.steps * held * (trials + bool(trials))
     inputs = templates(plan, model)
     columns = {own.name: own.geometry.channels * own.geometry.taps for own in inputs.values()}
     moments = {own.name: columns[own.name] for own in inputs.values() if own.gram is not None}
@@ -130,14 +136,12 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any]) -> dict[str, A
     if moments:
         name = max(moments, key=moments.__getitem__)
         need[f"solving layer '{name}'"] = PER_MOMENT * moments[name] ** 2 + PER_WEIGHT * layers[name]
-    blocks = [_bytes(get_module(model, name)) for name in plan.map.blocks]
-    resident = floats - sum(blocks)
-    need["the parts outside of blocks, and the largest block,"] = resident + max(blocks, default=0)
+    need["the parts outside of blocks, and the largest block,"] = outside + max(_blocks(plan, disk), default=0)
     memory, largest = max((size, what) for what, size in need.items())
     logs = rows + sum(3 * 4 * count**2 for count in moments.values())  # rows, the moments so far, the moments that replace them
     statistics = rows + sum(4 * count**2 for count in moments.values())
     return {
-        "memory": memory, "largest": largest, "in_memory": memory + statistics, "result": result,
+        "memory": memory, "largest": largest, "statistics": statistics, "result": result,
         "scratch": result + logs + (result if trials else 0), "reads": 2 + trials + sampled * GUIDED, "calls": sampled * GUIDED,
     }  # fmt: skip
 

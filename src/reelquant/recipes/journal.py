@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
 from reelquant.checkpoint import whole_file
+from reelquant.clock import ANY
 from reelquant.discover.probe import tensors_in
 from reelquant.observe import Gram, InputStatistics
 
@@ -214,20 +215,20 @@ class Logged:
     def __init__(self, journal: Journal, number: int, own: InputStatistics) -> None:
         self.journal, self.number, self.own = journal, number, own
 
-    def update(self, x: Tensor, step: int, part: int = 0) -> None:
+    def update(self, x: Tensor, step: int, part: int = 0, half: int = ANY) -> None:
         """See one input.
 
         Raises:
             CalibrationError: if it is not finite.
         """
-        seen = self.own.look(x)
+        seen = self.own.look(x, half)
         if not bool(seen["range.low"].isfinite().all() and seen["range.high"].isfinite().all()):
             raise CalibrationError(
                 f"the input of layer '{self.own.name}' holds NaN or inf at step {step}; check the weights, or run the pipeline in float32 "
                 "or bfloat16 instead of float16"
             )
-        half = x.dtype in (torch.bfloat16, torch.float16)  # rows are values of x: nothing is lost
-        rows = {name: value.to(x.dtype) for name, value in seen.items() if half and name.endswith(".rows")}
+        short = x.dtype in (torch.bfloat16, torch.float16)  # rows are values of x: nothing is lost
+        rows = {name: value.to(x.dtype) for name, value in seen.items() if short and name.endswith(".rows")}
         self.journal.write(self.number, self.own, seen | rows, step, part)
 
     def bad_from(self) -> float:

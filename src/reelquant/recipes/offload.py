@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,31 +53,6 @@ def _empty(spec: Spec) -> nn.Parameter:
     return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=False)
 
 
-@contextmanager
-def imagined(model: nn.Module) -> Iterator[None]:
-    """Inside, a model on the meta device runs: every parameter holds random numbers, one tensor for all parameters of a shape.
-
-    Discovery asks which values move which, never what they are, so it finds the same map in a fraction of the model's memory.
-    """
-    shared: dict[Spec, nn.Parameter] = {}
-    generator = torch.Generator().manual_seed(0)
-
-    def random(like: Tensor) -> nn.Parameter:
-        spec = Spec(like.dtype, tuple(like.shape))
-        if spec not in shared:
-            values = torch.randn(spec.shape, generator=generator, dtype=spec.dtype)
-            shared[spec] = nn.Parameter(values.div_(max(torch.Size(spec.shape[1:]).numel(), 1) ** 0.5), requires_grad=False)
-        return shared[spec]
-
-    put: Put = []
-    try:
-        for module in model.modules():
-            _put(put, module._parameters, {key: random(value) for key, value in module._parameters.items() if value is not None})
-        yield
-    finally:
-        _take_back(put)
-
-
 def _put(put: Put, members: dict[str, Any], values: dict[str, Tensor]) -> None:
     for key, value in values.items():
         put.append((members, key, members[key]))
@@ -90,6 +65,11 @@ def _take_back(put: Put) -> None:
     put.clear()
 
 
+def keep(name: str, value: Tensor) -> Tensor:
+    """A float tensor as it is in its file."""
+    return value
+
+
 class OnDisk:
     """A model whose tensors are loaded from files when they are needed.
 
@@ -98,11 +78,13 @@ class OnDisk:
         shards: the float checkpoint.
         pieces: files that hold what became of a module, by its name: quantized layers, and norms that took a rewrite over.
         device: where the model runs.
+        change: what is done to a float tensor, by its name, after it was read; adapters are merged so.
     """
 
     def __init__(self, model: nn.Module, shards: Shards, device: str = "cpu") -> None:
         self.model, self.shards, self.device = model, shards, device
         self.pieces: dict[str, Shards] = {}
+        self.change: Callable[[str, Tensor], Tensor] = keep
         expected = model.state_dict()
         if missing := sorted(set(expected) - set(shards.specs)):
             raise CheckpointError(
@@ -117,13 +99,21 @@ class OnDisk:
             if not value.is_meta:  # a buffer
                 value.copy_(shards.load(name))
 
+    def present(self, blocks: Sequence[str]) -> list[str]:
+        """Those of the names that the model has; the blocks of an expert are where its twin has them."""
+        names = {name for name, _ in self.model.named_modules()}
+        return [block for block in blocks if block in names]
+
     def load(self, name: str) -> Tensor:
         """A tensor of the model as it is now, in the dtype it has there."""
         owner, _, key = name.rpartition(".")
         if owner in self.pieces:
             return self.pieces[owner].load(key)
         like = self.model.get_parameter(name) if name in dict(self._parameters_of(owner)) else self.model.get_buffer(name)
-        return self.shards.load(name).to(like.dtype)
+        return self._float(name, like.dtype)
+
+    def _float(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.change(name, self.shards.load(name).to(dtype))
 
     def _parameters_of(self, owner: str) -> Iterator[tuple[str, Tensor]]:
         for key, value in get_module(self.model, owner).named_parameters(recurse=False):
@@ -143,7 +133,7 @@ class OnDisk:
         return module
 
     def _finite(self, name: str, key: str) -> Tensor:
-        value = self.shards.load(f"{name}.{key}").to(getattr(get_module(self.model, name), key).dtype)
+        value = self._float(f"{name}.{key}", getattr(get_module(self.model, name), key).dtype)
         if not bool(value.isfinite().all()):
             raise CalibrationError(f"the {key} of layer '{name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
         return value.to(self.device)

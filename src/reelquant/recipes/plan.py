@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.formats import QuantSpec
-from reelquant.nn import get_module, quantized_class
+from reelquant.nn import get_module, prepares_input, quantized_class
 from reelquant.recipes.recipe import Recipe, Rule, TensorRecipe
 from reelquant.sites import DenoiserMap, Layer, matches, select
 from reelquant.solvers import Solver
@@ -68,7 +70,8 @@ def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequ
     """
     for pattern in (*(rule.on for rule in recipe.rules if rule.on), *(step.on for step in recipe.steps), *skip):
         select(pattern, map_.layers.values())
-    rows = {layer.name: _row(recipe, layer, get_module(denoiser, layer.name), skip) for layer in map_.layers.values()}
+    own = _model_keeps(recipe, denoiser)
+    rows = {layer.name: _row(recipe, layer, get_module(denoiser, layer.name), skip, own) for layer in map_.layers.values()}
     plan = Plan(recipe, map_, rows)
     if not plan.quantized:
         reasons = sorted({row.kept or "" for row in plan.kept})
@@ -78,9 +81,37 @@ def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequ
     return plan
 
 
-def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str]) -> LayerPlan:
+def _model_keeps(recipe: Recipe, model: nn.Module) -> dict[str, str]:
+    """Layers that the model itself wants in float, and why. What it keeps in float32 only counts where no data can show otherwise."""
+    kept = {layer: f"shares its weight with '{other}'" for layer, other in _shared_weights(model).items()}
+    if recipe.data_free:
+        words = {word for kind in _FLOAT32 for word in _words(getattr(model, kind, None))}
+        kept |= {name: "the model keeps it in float32" for name, _ in model.named_modules() if words & set(name.split("."))}
+    return kept
+
+
+_FLOAT32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+
+
+def _words(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Modules of which another one uses the weight: embeddings and output heads."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    pairs = [(one, other) for names in owners.values() for one, other in itertools.pairwise(names)]
+    pairs += (getattr(model, "all_tied_weights_keys", None) or {}).items()  # transformers ties them after loading
+    return {a.rpartition(".")[0]: b.rpartition(".")[0] for one, other in pairs for a, b in ((one, other), (other, one))}
+
+
+def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> LayerPlan:
     before = sum(p.numel() * 4 for p in module.parameters(recurse=False))
-    reason = _kept(recipe.rules, layer, module, skip)
+    reason = _kept(recipe.rules, layer, module, skip, own)
+    if reason is None and not recipe.data_free and prepares_input(module):
+        reason = "it changes its input before it multiplies, so calibration does not see what would be rounded"
     if reason is not None:
         return LayerPlan(layer, reason, bytes_before=before, bytes_after=before)
     weight, inputs = recipe.defaults.weight, recipe.defaults.input
@@ -107,11 +138,13 @@ def _hits(rules: Sequence[Rule], layer: Layer) -> list[Rule]:
     return [rule for rule in rules if matches(rule.on, layer)]
 
 
-def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str]) -> str | None:
-    """Why a layer stays float: the user, the recipe, or a fact about the layer."""
+def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> str | None:
+    """Why a layer stays float: the user, the model, the recipe, or a fact about the layer."""
     for pattern in skip:
         if matches(pattern, layer):
             return f"skipped by you ({pattern})"
+    if layer.name in own:
+        return own[layer.name]
     verdict: str | None = None
     for rule in _hits(rules, layer):
         if rule.keep is not None:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from reelquant._errors import RecipeError, nearest
+from reelquant.clock import Inputs
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
 from reelquant.solvers import SOLVERS, Solver
 from reelquant.transforms import TRANSFORMS, Transform
@@ -120,6 +121,20 @@ class Search(_Strict):
     scope: Literal["model", "family"] = "model"
 
 
+class Protect(_Strict):
+    """Denoising steps that get more precise activations, from the same stored weights.
+
+    Attributes:
+        steps: of the sampler that calibrates, from 0, or from -1 backwards; or ``auto``: found by what each does to held-out clips.
+        inputs: ``float`` rounds no inputs at these steps, ``8-bit`` rounds them to eight bits where the recipe says fewer.
+        share: ``auto`` protects at most this share of the steps.
+    """
+
+    steps: tuple[int, ...] | Literal["auto"] = "auto"
+    inputs: Inputs = "float"
+    share: float = Field(default=0.2, gt=0, le=1)
+
+
 class Step(_Strict):
     """One thing done to the layers that ``on`` matches: ``{transform: shift, center: mid}`` or ``{solve: gptq}``.
 
@@ -158,12 +173,18 @@ class Step(_Strict):
         return _construct("solver", self.solve or "", SOLVERS, options)
 
 
+LATER: dict[str, Any] = {"protect_steps": None, "guidance": "joint"}
+"""Keys that recipes did not have at first, with what they mean when they are not there: recipes without them keep their digest."""
+
+
 class Recipe(_Strict):
     """A whole method. See ``docs/adding-a-method.md``.
 
     Attributes:
         temporal: ``quantize`` temporal layers like the rules say, or also store their exact outputs for the
             sampler's own steps (``table``).
+        protect_steps: ``[0, 1, -1]``, ``auto``, or a :class:`Protect`; None for none.
+        guidance: ``apart`` gives static inputs one scale for the first half of a classifier-free guidance pair and one for the second.
     """
 
     name: str
@@ -175,6 +196,13 @@ class Recipe(_Strict):
     calibrate: Calibrate | None = Calibrate()
     search: Search = Search()
     temporal: Literal["quantize", "table"] = "quantize"
+    protect_steps: Protect | None = None
+    guidance: Literal["joint", "apart"] = "joint"
+
+    @field_validator("protect_steps", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"steps": value} if isinstance(value, str | list | tuple) else value
 
     @field_validator("steps")
     @classmethod
@@ -189,6 +217,8 @@ class Recipe(_Strict):
         if self.calibrate is None:
             hungry = [step for step in self.steps if step.transform or step.mechanism(step.choices()[0]).needs]
             wants = [f"'{step.transform or step.solve}'" for step in hungry] + (["'temporal: table'"] if self.temporal == "table" else [])
+            wants += ["'protect_steps'"] if self.protect_steps else []
+            wants += ["'guidance: apart'"] if self.guidance == "apart" else []
             if wants:
                 raise RecipeError(f"{wants[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
         return self
@@ -200,7 +230,9 @@ class Recipe(_Strict):
 
     def digest(self) -> str:
         """Hash of the content, stored with every result."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:16]
+        content = self.model_dump(mode="json")
+        content = {key: value for key, value in content.items() if key not in LATER or value != LATER[key]}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _construct(kind: str, name: str, table: dict[str, Any], options: dict[str, Any]) -> Any:
@@ -310,6 +342,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
         "steps": Step,
         "calibrate": Calibrate,
         "search": Search,
+        "protect_steps": Protect,
         "weight": TensorRecipe,
         "input": TensorRecipe,
     }

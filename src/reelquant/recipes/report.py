@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from reelquant.recipes.build import LayerRecord
+from reelquant.recipes.protect import StepError
 from reelquant.recipes.search import Trial
 
 
 @dataclass
 class Report:
-    """The proof of one quantization. Sizes are bytes of the denoiser; ``kept`` maps a reason to the layers it holds for.
+    """The proof of one quantization. Sizes are bytes of the component; ``kept`` maps a reason to the layers it holds for.
+
+    With several components :func:`total` makes one report of theirs: sizes are sums, layers are called ``component.layer``, and
+    ``parts`` holds the report of each.
 
     Attributes:
         recipe, digest: name and content hash of the recipe.
@@ -25,9 +31,15 @@ class Report:
         bytes_model_float, bytes_model: the whole denoiser.
         kernel: kernel name -> number of layers.
         simulated: True if any layer computes in float arithmetic although it is stored in few bits.
-        latent_psnr: of the calibration clips' final latents against float, dB; None for data-free recipes.
+        latent_psnr: of the held-out clips' final latents against float, dB; None for data-free recipes.
+        figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min`` (unitless),
+            ``round_trip_psnr`` (dB).
+        protected: slots (indices into ``timesteps``) whose activations are more precise.
+        steps: what each step's rounding costs, if that decided it.
+        parts: report by component, if there are several.
         trials: what the search tried.
         seconds: time per phase.
+        adapters: file name -> scale of what was merged into the float weights before.
     """
 
     recipe: str
@@ -51,6 +63,16 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+    protected: list[int] = field(default_factory=list)
+    steps: list[StepError] = field(default_factory=list)
+    parts: dict[str, Report] = field(default_factory=dict)
+
+    @property
+    def by_component(self) -> dict[str, Report]:
+        """The report of every component, also if there is only one."""
+        return self.parts or {self.component: self}
 
     @property
     def ratio(self) -> float:
@@ -64,8 +86,37 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain data."""
-        return asdict(self) | {"ratio": self.ratio}
+        data = asdict(replace(self, parts={})) | {"ratio": self.ratio}
+        return data | {"parts": {name: part.to_json() for name, part in self.parts.items()}}
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``."""
         Path(path).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n")
+
+
+_SUMS = ("bytes_float", "bytes_quantized", "bytes_tables", "bytes_model_float", "bytes_model")
+
+
+def total(reports: Mapping[str, Report]) -> Report:
+    """One report of those of all components; the only one as it is."""
+    parts = list(reports.values())
+    if len(parts) == 1:
+        return parts[0]
+    words = {
+        name: ", ".join(dict.fromkeys(getattr(part, name) for part in parts)) for name in ("recipe", "digest", "denoiser", "component")
+    }
+    found = Report(**words, parts=dict(reports), versions=parts[0].versions, seed=parts[0].seed)
+    for component, part in reports.items():
+        found.layers += [replace(record, name=f"{component}.{record.name}") for record in part.layers]
+        found.warnings += [f"{component}: {text}" for text in part.warnings]
+        found.figures |= {f"{component}.{name}": value for name, value in part.figures.items()}
+        found.prompts = found.prompts or part.prompts
+        for reason, names in part.kept.items():
+            found.kept.setdefault(reason, []).extend(f"{component}.{name}" for name in names)
+        found.latent_psnr = found.latent_psnr if part.latent_psnr is None else part.latent_psnr  # the last one: all denoisers quantized
+    for name in _SUMS:
+        setattr(found, name, sum(getattr(part, name) for part in parts))
+    found.kernel = dict(sum((Counter(part.kernel) for part in parts), Counter()))
+    found.seconds = dict(sum((Counter(part.seconds) for part in parts), Counter()))
+    found.simulated = any(part.simulated for part in parts)
+    return found

@@ -7,11 +7,12 @@ remember what has been done, so a run that was stopped goes on by running again.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError, nearest
+from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.checkpoint import (
@@ -39,18 +40,20 @@ from reelquant.checkpoint import (
     workspace,
     write_tensors,
 )
-from reelquant.discover import denoisers_of, discover
-from reelquant.models.pipelines import calibration_prompts, check_folder, mark_quantized
+from reelquant.discover import denoisers_of, discover, stand_in
+from reelquant.models.lora import LoraFiles, adapter_file
+from reelquant.models.pipelines import check_folder, mark_quantized
 from reelquant.nn import KernelFacts, LayerLayout, QuantLayer, get_module, layer_facts, quantized_class, stop_clock
 from reelquant.recipes.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
-from reelquant.recipes.calibration import Calibration, calibrate
-from reelquant.recipes.engine import Session, gather, settle
+from reelquant.recipes.calibration import Calibration
+from reelquant.recipes.components import default_texts, plan_components
+from reelquant.recipes.engine import Session, run
 from reelquant.recipes.estimate import Estimate, check_room, estimate
 from reelquant.recipes.journal import Journal, digest
-from reelquant.recipes.offload import OnDisk, hollow, imagined
-from reelquant.recipes.plan import Plan, make_plan
+from reelquant.recipes.offload import OnDisk, hollow, keep
+from reelquant.recipes.plan import Plan
 from reelquant.recipes.recipe import Recipe
-from reelquant.recipes.report import Report
+from reelquant.recipes.report import Report, total
 from reelquant.recipes.search import Assignment
 from reelquant.sites import Group
 from reelquant.transforms import Rewrite
@@ -97,23 +100,33 @@ class Source:
                 raise UnsupportedError(f"'{path / name}' is quantized; give the folder of the float pipeline")
         return cls(path, dtype, device, {name: OnDisk(model, Shards.of(path / name), device) for name, model in found.items()})
 
-    def plan(self, component: str, recipe: Recipe, skip: Sequence[str] = ()) -> Plan:
-        """What the recipe does to a component, without its weights."""
-        model = self.disks[component].model
-        with imagined(model):
-            map_ = discover(model)
-        plan = make_plan(recipe, map_, model, skip)
-        if recipe.temporal == "table":
-            raise UnsupportedError(
-                f"recipe '{recipe.name}' stores tables of temporal outputs, which needs the model in memory; set temporal=quantize, or "
-                "allow more memory"
-            )
-        return plan
+    @property
+    def pipe(self) -> Any:
+        """Something with the name of the pipeline's class and its denoisers."""
+        kind = type(json.loads((self.folder / INDEX).read_text())["_class_name"], (SimpleNamespace,), {})
+        return kind(components={name: disk.model for name, disk in self.disks.items()})
+
+    def check_denoisers(self, names: Iterable[str]) -> None:
+        """Refuse components that only a pipeline in memory quantizes.
+
+        Raises:
+            UnsupportedError: naming the first.
+        """
+        for name in names:
+            if name in _modules(self.folder) and name not in self.disks:
+                raise UnsupportedError(
+                    f"'{name}' is no denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from disk to "
+                    "disk; leave it out, or quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
+                )
 
     def files(self) -> dict[str, list[int]]:
         """Size and time of change of every file, by its path in the folder."""
         found = (file for file in sorted(self.folder.rglob("*")) if file.is_file())
-        return {str(file.relative_to(self.folder)): [file.stat().st_size, file.stat().st_mtime_ns] for file in found}
+        return {str(file.relative_to(self.folder)): _stamp(file) for file in found}
+
+
+def _stamp(file: Path) -> list[int]:
+    return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _has_weights(folder: Path) -> bool:
@@ -130,6 +143,7 @@ class Job:
         prompts: calibration texts; None for the pipeline's own.
         call: arguments of the pipeline call during calibration.
         budget: bytes of memory that may be used.
+        adapters: file -> scale of what is merged into the float weights first; see :mod:`reelquant.models.lora`.
     """
 
     source: Source
@@ -137,21 +151,34 @@ class Job:
     prompts: Sequence[str] | None
     call: Mapping[str, Any]
     budget: int
+    adapters: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, source: Source, recipes: Mapping[str, Recipe], prompts: Sequence[str] | None, skip: Sequence[str], call: Mapping[str, Any],
-        budget: int,
+        budget: int, adapters: Mapping[str, float] | None = None,
     ) -> Job:  # fmt: skip
-        """Plan every component.
+        """Plan every component; their parameters stay on the meta device.
 
         Raises:
             UnsupportedError: for a component that is no denoiser of the pipeline.
         """
-        for name in recipes:
-            if name not in source.disks:
-                raise UnsupportedError(f"'{name}' is no denoiser of '{source.folder}'; {nearest(name, source.disks)}")
-        return cls(source, {name: source.plan(name, recipe, skip) for name, recipe in recipes.items()}, prompts, call, budget)
+        source.check_denoisers(recipes)
+        plans = plan_components(source.pipe, recipes, skip, lambda name, part: discover(stand_in(part)))
+        return cls(source, plans, prompts, call, budget, adapters or {})
+
+    def check(self) -> None:
+        """Refuse what needs the model in memory.
+
+        Raises:
+            UnsupportedError: for a recipe with tables of temporal outputs.
+        """
+        for plan in self.plans.values():
+            if plan.recipe.temporal == "table":
+                raise UnsupportedError(
+                    f"recipe '{plan.recipe.name}' stores tables of temporal outputs, which needs the model in memory; set "
+                    "temporal=quantize, or allow more memory"
+                )
 
     @property
     def calibrates(self) -> bool:
@@ -169,6 +196,7 @@ class Job:
             "device": self.source.device,
             "prompts": digest(self.prompts),
             "call": digest(dict(self.call)),
+            "adapters": {source: [scale, *_stamp(adapter_file(source)[1])] for source, scale in self.adapters.items()},
             "source": self.source.files(),
         }
 
@@ -194,51 +222,75 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
     """Do it: the folder appears complete or not at all, and what is done is kept for ``resume``.
 
     Returns:
-        The report of the last component, as it is written to ``report.json``.
+        The report, as it is written to ``report.json``.
 
     Raises:
         CheckpointError: no room, a folder that may not be written, another process at work, an interrupted run about something else.
         CalibrationError: weights or inputs that are not finite.
+        UnsupportedError: for what needs the model in memory.
     """
+    job.check()
     expected = job.estimate()
     expected.check_memory(job.budget)
     with workspace(output, job.identity(), resume=resume, force=force) as work:
         check_room(work, expected)
-        report = Report("", "", "", "")
-        pipe = _pipeline(job, work) if job.calibrates else None
-        for name, plan in job.plans.items():
-            report = _component(job, work, pipe, name, plan, progress or Silent())
+        pipe = _pipeline(job, work) if job.calibrates or job.adapters else None
+        report = _components(job, work, pipe, progress or Silent())
         _copy_others(job, work)
         report.save(work.result / REPORT_FILE)
         return report
 
 
-def _component(job: Job, work: Workspace, pipe: Any, name: str, plan: Plan, progress: Progress) -> Report:
-    """Quantize one component and write its folder."""
-    disk, folder = job.source.disks[name], work.folder / "work" / name
-    session = Streamed(
-        pipe, name, disk.model, plan, progress, {}, 0, disks=job.source.disks, journal=Journal(folder / "journal"), folder=folder
-    )
-    if pipe is not None:
-        session.call_with(**job.call)
-    for row in plan.kept:
-        disk.layer(row.layer.name)  # refuses values that are not finite
-    try:
-        gather(session, _prompts(job, pipe, plan))
-        report = settle(session)
-        with session.timed("write", 1):
-            _write(session, work.result / name)
-    finally:
-        stop_clock(disk.model)
-        session.restore()
+def _components(job: Job, work: Workspace, pipe: Any, progress: Progress) -> Report:
+    """Quantize every component and write its folder."""
+    place, sessions = work.folder / "work", list[Streamed]()
+    recipes = {name: plan.recipe for name, plan in job.plans.items()}
+    texts = job.prompts or (default_texts(pipe, recipes) if job.calibrates else [])
+    for name, plan in job.plans.items():
+        journal, model = Journal(place / name / "journal"), job.source.disks[name].model
+        sessions.append(Streamed(pipe, name, model, plan.recipe, progress, journal=journal, job=job, folder=place / name, peers=sessions))
+        sessions[-1].plan = plan
+    with _merging(job, pipe):
+        try:
+            for session in sessions:
+                session.check_weights()
+                if job.calibrates:
+                    session.begin(texts, dict(job.call))
+            reports = run(sessions, {})
+            for session in sessions:
+                with session.timed("write", 1):
+                    _write(session, work.result / session.component)
+        finally:
+            for session in reversed(sessions):
+                stop_clock(session.denoiser)
+                session.restore()
+    report = total(reports)
+    report.adapters = {Path(file).name: scale for file, scale in job.adapters.items()}
     return report
 
 
-def _prompts(job: Job, pipe: Any, plan: Plan) -> Sequence[str] | None:
-    calibration = plan.recipe.calibrate
-    if calibration is None or job.prompts is not None:
-        return job.prompts
-    return calibration_prompts(pipe, calibration.prompts + plan.recipe.search.prompts)
+@contextmanager
+def _merging(job: Job, pipe: Any) -> Iterator[None]:
+    """Inside, adapters are merged into each tensor when it is read.
+
+    Raises:
+        UnsupportedError: if one changes a component that is copied as it is.
+    """
+    files = LoraFiles(pipe, job.adapters) if job.adapters else None
+    for name in files.components if files else ():
+        if name not in job.plans:
+            raise UnsupportedError(
+                f"the adapters change '{name}', which is copied as it is when a pipeline is quantized from disk to disk; "
+                + (f"quantize '{name}', too, or " if name in job.source.disks else "")
+                + "quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
+            )
+    try:
+        for name in files.components if files else ():
+            job.source.disks[name].change = functools.partial(files.merged, name)
+        yield
+    finally:
+        for disk in job.source.disks.values():
+            disk.change = keep
 
 
 def _pipeline(job: Job, work: Workspace) -> Any:
@@ -288,50 +340,61 @@ class Streamed(Session):
     """A quantization whose tensors are on disk.
 
     Attributes:
-        disks: all denoisers of the pipeline.
+        job: the work.
+        folder: where the pieces of this component go.
+        peers: the sessions of all components, this one among them.
         journal: what was sampled.
-        folder: where the pieces go.
     """
 
-    disks: dict[str, OnDisk] = field(kw_only=True)
-    journal: Journal = field(kw_only=True)
+    job: Job = field(kw_only=True)
     folder: Path = field(kw_only=True)
+    peers: list[Streamed] = field(kw_only=True)
+    journal: Journal = field(kw_only=True)
 
     @property
     def disk(self) -> OnDisk:
-        return self.disks[self.component]
+        return self.job.source.disks[self.component]
+
+    def check_weights(self) -> None:
+        """Refuse float layers that are not finite; those that are quantized are checked when they are built."""
+        for row in self.plan.kept:
+            self.disk.layer(row.layer.name)
 
     @contextmanager
     def sampling(self, phase: str) -> Iterator[None]:
         """Inside, the pipeline runs."""
         with ExitStack() as stack:
-            for disk in self.disks.values():
-                stack.enter_context(disk.running(blocks_of(self.plan, disk)))
-            stack.enter_context(self.journal.remembering(self.denoiser, phase))
+            for name, disk in self.job.source.disks.items():
+                stack.enter_context(disk.running(disk.present(self.job.plans.get(name, self.plan).map.blocks)))
+            for peer in self.peers:
+                stack.enter_context(peer.journal.remembering(peer.denoiser, phase))
             yield
 
-    def observe(self, prompts: Sequence[str]) -> Calibration:
+    def observe(self, together: Sequence[Session]) -> list[Calibration]:
         """Sample once, block by block, and keep the statistics on disk."""
-        with self.sampling("calibrate"):
-            found = calibrate(
-                self.pipe, self.denoiser, self.plan, prompts, seed=self.seed, arguments=self.arguments, on_step=self.progress.advance,
-                journal=self.journal,
-            )  # fmt: skip
-        self.journal.forget_generator()
+        with self.sampling(f"calibrate-{self.component}"):
+            found = super().observe(together)
+        for peer in self.peers:
+            peer.journal.forget_generator()
         return found
 
     def held_out_latents(self, **overrides: Any) -> Tensor:
         """Final latents of the held-out clips, sampled block by block."""
         steps = (self.arguments | overrides).get("num_inference_steps")
-        pieces = {name: str(shards.files[0].relative_to(self.folder)) for name, shards in self.disk.pieces.items()}
-        with self.sampling(f"sampled-{digest(steps, pieces)}"):
+        pieces = {
+            f"{peer.component}.{name}": str(shards.files[0].relative_to(peer.folder))
+            for peer in self.peers
+            for name, shards in peer.disk.pieces.items()
+        }
+        protected = [(clock.protected_slots, clock.inputs) for peer in self.peers for clock in peer.clock]
+        with self.sampling(f"sampled-{self.component}-{digest(steps, pieces, protected)}"):
             return super().held_out_latents(**overrides)
 
-    def trial(self, assignment: Assignment, reference: Tensor, **steps: Any) -> float:
+    def trial(self, assignment: Assignment, reference: Tensor) -> float:
         """A candidate's score; remembered, so that its layers need not be kept."""
         record = self.folder / "trials" / f"{digest({name: list(options.items()) for name, options in assignment.items()})}.json"
         if not record.is_file():
-            score = super().trial(assignment, reference, **steps)
+            score = super().trial(assignment, reference)
             whole_file(record, lambda path: path.write_text(json.dumps(score)))
             if self.plan.recipe.search.scope == "model":
                 shutil.rmtree(self.folder / "draft", ignore_errors=True)
@@ -383,12 +446,6 @@ class Streamed(Session):
             _read_about(self.disk.pieces[name].files[0]) for name, part in self.denoiser.named_modules() if isinstance(part, QuantLayer)
         ]
         return KernelFacts.of(one["facts"] for one in said)
-
-
-def blocks_of(plan: Plan, disk: OnDisk) -> tuple[str, ...]:
-    """The blocks of a denoiser; those of another expert are where its twin has them."""
-    names = {name for name, _ in disk.model.named_modules()}
-    return tuple(block for block in plan.map.blocks if block in names)
 
 
 def _about(layer: QuantLayer, record: LayerRecord | None) -> dict[str, Any]:

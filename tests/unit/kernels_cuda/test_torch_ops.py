@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reelquant._errors import UnsupportedError
+from reelquant.kernels import Reference, cuda, select
+from reelquant.kernels.cuda import layers
 from reelquant.kernels.torch_ops import FP8, linear_8bit, product
+from tests.contracts.test_kernels import INPUTS, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACTIVATE: dict[str, Any] = {
@@ -72,3 +75,25 @@ def test_refusals() -> None:
     ):
         with pytest.raises(UnsupportedError, match=message):
             linear_8bit(**({"codes": x, "weight": weight, "input_scale": one, "weight_scale": one[0]} | change))
+
+
+@pytest.mark.parametrize("weight", [("int8", "channel"), ("int8", "tensor")], ids="-".join)
+@pytest.mark.parametrize("numbers", ["int8", "uint8", "int8 token"])
+@pytest.mark.parametrize("rewrite", [{}, {"shift": True, "scale": True, "rotate": True}], ids=["", "rewritten"])
+def test_layers_compute_what_the_reference_computes(weight: Any, numbers: str, rewrite: dict[str, bool]) -> None:
+    slots = 1 if "token" in numbers else 3
+    layer, x = make("Linear", weight, INPUTS[numbers], slots=slots, **rewrite)
+    layer, x = layer.to(DEVICE), x.to(DEVICE)
+    assert layers.refuses_plain(layer.operands) is None
+    built, oracle = layers.PlainLinear(layer.operands), Reference(layer.operands)
+    for slot in range(slots):
+        torch.testing.assert_close(built(x, slot), oracle(x, slot), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(built(x, torch.tensor(slot, device=DEVICE), "silu"), F.silu(oracle(x, slot)), rtol=1e-5, atol=1e-4)
+    x[0, 0] = torch.nan
+    assert bool(built(x).isnan().all())
+
+
+def test_without_triton_layers_on_a_gpu_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "available", lambda: "triton is not installed; `pip install triton`")
+    kernel, refused = select(make("Linear", ("int8", "channel"), INPUTS["int8"])[0].operands, "cuda")
+    assert kernel.name == "torch int8" and kernel.low_bit and "triton is not installed" in refused["triton int8"]

@@ -1,9 +1,9 @@
 """Attention as plain matrix products in bfloat16: long sequences a block of queries at a time, many short ones all at once.
 
-Stock attention on CPUs multiplies bfloat16 no faster than float32; plain matrix products are twice as fast. Scaled queries and scores
-are rounded to bfloat16 before the softmax, which sums in float32: the error is that of attention written out in bfloat16, about three
-times that of stock attention. Looked at and left out: 8-bit scores (SageAttention, arXiv 2410.02367), no faster here and rounder; a
-softmax of our own in numba, slower than torch's.
+Stock attention on CPUs multiplies bfloat16 no faster than float32; plain matrix products are twice as fast. Scores are rounded to bfloat16
+before the softmax, which sums in float32: the error is that of attention written out in bfloat16, about twice that of stock attention.
+Looked at and left out: 8-bit scores (SageAttention, arXiv 2410.02367), no faster here and rounder; keys and values packed once for all
+blocks of queries, slower; views of heads instead of copies, slower.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 18  # scores at a time: half a second-level cache
+from reelquant.kernels.cpu.softmax import softmax_
+
+BLOCK = 1 << 19  # scores at a time: a second-level cache
+ROWS = 64  # queries in a block are a multiple of it, which suits the products
 LONG = 1 << 18  # scores of a head from which blocks win over stock attention
 SHORT = 128  # keys up to which products of all heads at once win over it, if there are
 MANY = 32  # heads, over all clips, places and frames
 HEADS = (16, 256)  # widths of heads
+WIDE = 32  # keys from which a softmax of our own wins over torch's
 AT_ONCE = 1 << 22  # scores of all heads at once; more are made in several pieces
 
 
@@ -46,13 +50,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     if not _long(query, key):
         return _all_heads(query, key, value, query.shape[3] ** -0.5 if scale is None else scale)
     batch, heads, queries, head = query.shape
-    rows = max(min(BLOCK // key.shape[2], queries), 16)
-    scores, weights = query.new_empty(2, rows, key.shape[2])
-    query = query * (head**-0.5 if scale is None else scale)
+    rows = min(max(BLOCK // key.shape[2] // ROWS, 1) * ROWS, queries)
+    scores = query.new_empty(rows, key.shape[2])
+    scale = head**-0.5 if scale is None else scale
     out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
     for b in range(batch):
         for h in range(heads):
-            _one_head(query[b, h].contiguous(), key[b, h].contiguous().t(), value[b, h].contiguous(), scores, weights, out[b, h])
+            _one_head(query[b, h].contiguous(), key[b, h].contiguous().t(), value[b, h].contiguous(), scores, scale, out[b, h])
     return out
 
 
@@ -68,14 +72,14 @@ def _all_heads(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
         part = slice(start, start + step)
         q, k, v = (x[part].reshape(-1, x.shape[2], x.shape[3]) for x in (query, key, value))
         scores = torch.baddbmm(q.new_empty(1, 1, 1).expand(len(q), queries, key.shape[2]), q, k.mT, beta=0, alpha=scale)
-        out[part] = torch.bmm(torch.softmax(scores, -1), v).view(-1, heads, queries, value.shape[3]).transpose(1, 2)
+        weights = softmax_(scores.flatten(0, 1), 1.0).view_as(scores) if key.shape[2] >= WIDE else torch.softmax(scores, -1)
+        out[part] = torch.bmm(weights, v).view(-1, heads, queries, value.shape[3]).transpose(1, 2)
     return out.transpose(1, 2)
 
 
-def _one_head(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, weights: Tensor, out: Tensor) -> None:
+def _one_head(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, scale: float, out: Tensor) -> None:
     for start in range(0, len(query), len(scores)):
         block = query[start : start + len(scores)]
-        part, share = scores[: len(block)], weights[: len(block)]
+        part = scores[: len(block)]
         torch.mm(block, key, out=part)
-        torch.softmax(part, -1, out=share)
-        out[start : start + len(block)] = share @ value
+        out[start : start + len(block)] = softmax_(part, scale) @ value

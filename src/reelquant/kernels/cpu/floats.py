@@ -51,6 +51,7 @@ class FloatProduct:
             staged = staged.float()
         linear = given.window is None
         few = linear and given.weight.codes.dtype == torch.int8 and 0 < staged.numel() <= FEW * staged.shape[-1]
+        few = few and not staged.requires_grad  # loops know nothing of gradients
         return (self._few(staged) if few else self._many(staged) if linear else self._convolved(staged)).to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ repacked once; the repacked copy replaces the stored one, and :meth:`codes` give
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +75,12 @@ class IntegerLinear:
         self.bias = None if operands.bias is None else operands.bias.detach().float()
         self._pack(operands)
 
+    def rounding(self, operands: Operands) -> IntegerLinear:
+        """The same weight, in the same memory, with another rounding of its inputs."""
+        twin = copy.copy(self)
+        twin.inputs = Inputs(operands)
+        return twin
+
     def _pack(self, operands: Operands) -> None:
         codes = signed(operands.weight)
         self.scale = operands.weight.quantizer.scale.float().expand(self.rows).contiguous()
@@ -133,6 +141,12 @@ class IntegerConvolution:
             codes, self.scale, 1.0, inputs.OFFSET, list(self.window.stride), self.padding, list(self.window.dilation), 1, size
         )  # fmt: skip
         self.codes = self._codes if operands.weight.codes.dtype == torch.int8 else None
+
+    def rounding(self, operands: Operands) -> IntegerConvolution:
+        """The same weight, in the same memory, with another rounding of its inputs."""
+        twin = copy.copy(self)
+        twin.inputs = Inputs(operands)
+        return twin
 
     def _codes(self) -> Tensor:
         return self.packed.to_dense().reshape(self.shape[0], -1).contiguous()

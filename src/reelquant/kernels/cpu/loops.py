@@ -25,7 +25,7 @@ NONE = np.empty(0, np.float32)  # a vector that is not there
 
 _fast: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "nnan", "ninf", "arcp", "reassoc"}}
 _sums: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "reassoc"}}
-_exact: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
+EXACT: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
 
 
 def view(x: Tensor) -> np.ndarray[Any, Any]:
@@ -52,11 +52,11 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 # --- parts of loops -------------------------------------------------------------------------------------------------------------------
 
 
-def _read(row: Any, buffer: Any) -> None:
+def read(row: Any, buffer: Any) -> None:
     """Copy a row into a float32 buffer."""
 
 
-@overload(_read, jit_options=_exact)
+@overload(read, jit_options=EXACT)
 def _read_of(row: Any, buffer: Any) -> Any:
     if row.dtype == numba.types.int16:
 
@@ -74,11 +74,11 @@ def _read_of(row: Any, buffer: Any) -> Any:
     return from_float32
 
 
-def _write(buffer: Any, row: Any) -> None:
+def write(buffer: Any, row: Any) -> None:
     """Copy a float32 buffer into a row, rounded to nearest even if it is narrower."""
 
 
-@overload(_write, jit_options=_exact)
+@overload(write, jit_options=EXACT)
 def _write_of(buffer: Any, row: Any) -> Any:
     if row.dtype == numba.types.int16:
 
@@ -106,7 +106,7 @@ def _sylvester(size: int) -> np.ndarray[Any, Any]:
 SIGNS = _sylvester(LANES)
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def _rotate(buffer: Any, spare: Any, block: int) -> None:
     """Hadamard transform of every block of the buffer, without its factor ``1 / sqrt(block)``.
 
@@ -128,7 +128,7 @@ def _rotate(buffer: Any, spare: Any, block: int) -> None:
         buffer[j] = spare[j]
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def _mix(x: Any, out: Any) -> None:
     """Every 16 numbers times the matrix of signs; as a global it is a constant of the program, which no store can change."""
     for i in range(x.shape[0]):
@@ -142,7 +142,7 @@ def _mix(x: Any, out: Any) -> None:
             out[i, j] = (first + second) + (third + fourth)
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def _butterflies(x: Any) -> None:
     for i in range(x.shape[0]):
         for j in range(x.shape[2]):
@@ -150,14 +150,14 @@ def _butterflies(x: Any) -> None:
             x[i, 0, j], x[i, 1, j] = a + b, a - b
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def _affine(buffer: Any, multiply: Any, add: Any) -> None:
     if multiply.shape[0]:
         for j in range(buffer.shape[0]):
             buffer[j] = buffer[j] * multiply[j] + add[j]
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def _encode(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: Any) -> None:
     for j in range(buffer.shape[0]):
         value = np.rint(buffer[j] * inverse + zero)
@@ -176,7 +176,7 @@ def _strange(buffer: Any) -> bool:
 # --- inputs: floats to codes ----------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high, codes):  # type: ignore[no-untyped-def]
     """``codes[i, j] = clamp(round((rotate(x[i])[j] * multiply[j] + add[j]) * inverse + zero), low, high)``.
 
@@ -192,7 +192,7 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
     strange = False
     buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
     for i in range(start, stop):
-        _read(x[i], buffer)
+        read(x[i], buffer)
         if block > 1:
             _rotate(buffer, spare, block)
         _affine(buffer, multiply, add)
@@ -201,7 +201,7 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
     return strange
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales):  # type: ignore[no-untyped-def]
     """The same with a symmetric scale for every row, found from its own values; signed codes are stored with 128 added.
 
@@ -212,7 +212,7 @@ def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales)
     strange = False
     buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
     for i in range(start, stop):
-        _read(x[i], buffer)
+        read(x[i], buffer)
         if block > 1:
             _rotate(buffer, spare, block)
         _affine(buffer, multiply, add)
@@ -227,7 +227,7 @@ def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales)
     return strange
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """Channels first to channels last, into the inside of a padded tensor.
 
@@ -248,7 +248,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
         for first in range(0, places, piece):
             count = min(piece, places - first)
             for c in range(channels):
-                _read(x[n, c, d, first : first + count], buffer[:count])
+                read(x[n, c, d, first : first + count], buffer[:count])
                 strange |= _strange(buffer[:count])
                 slope, level = (multiply[c] * inverse, add[c] * inverse + zero) if affine else (inverse, zero)
                 _encode(buffer[:count], slope, level, low, high, lines[c])
@@ -260,7 +260,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
     return strange
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """The same from channels last: ``x`` is ``[N, D, H, W, C]``."""
     depth, height, width, channels = x.shape[1:]
@@ -268,7 +268,7 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
     for row in range(start, stop):
         n, d, h = row // (depth * height), row // height % depth, row % height
         for w in range(width):
-            _read(x[n, d, h, w], buffer)
+            read(x[n, d, h, w], buffer)
             _affine(buffer, multiply, add)
             strange |= _strange(buffer)
             _encode(buffer, inverse, zero, low, high, codes[n, d + offset[0], h + offset[1], w + offset[2]])
@@ -278,7 +278,7 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
 # --- products of rows -----------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def finish_tokens(start, stop, x, scales, bias, out):  # type: ignore[no-untyped-def]
     """``out[i] = x[i] * scales[i] + bias``: what is left of a product whose input had a scale per row. ``bias`` may be empty."""
     buffer = np.empty(x.shape[1], np.float32)
@@ -289,33 +289,33 @@ def finish_tokens(start, stop, x, scales, bias, out):  # type: ignore[no-untyped
         else:
             for j in range(buffer.shape[0]):
                 buffer[j] = x[i, j] * scales[i]
-        _write(buffer, out[i])
+        write(buffer, out[i])
 
 
 # --- weights: codes to floats, codes to wider codes -----------------------------------------------------------------------------------
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def widen_rows(start, stop, codes, scale, out):  # type: ignore[no-untyped-def]
     """``out[i, j] = codes[i, j] * scale[i]`` for int8 codes."""
     buffer = np.empty(codes.shape[1], np.float32)
     for i in range(start, stop):
         for j in range(buffer.shape[0]):
             buffer[j] = np.float32(codes[i, j]) * scale[i]
-        _write(buffer, out[i])
+        write(buffer, out[i])
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def widen_nibbles(start, stop, packed, scale, size, zero, out):  # type: ignore[no-untyped-def]
     """The same for packed 4-bit codes with a scale per group of ``size`` (even) columns: ``[rows, groups]``."""
     columns = out.shape[1]
     buffer = np.empty(columns + 1, np.float32)
     for i in range(start, stop):
         _nibbles(packed[i], scale[i], size, zero, columns, buffer)
-        _write(buffer[:columns], out[i])
+        write(buffer[:columns], out[i])
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def fill_tiles(start, stop, nibbles, scale, codes, sums):  # type: ignore[no-untyped-def]
     """Packed 4-bit codes with group scales to int8 codes with one scale a row, and minus the sum of every row.
 
@@ -346,7 +346,7 @@ def fill_tiles(start, stop, nibbles, scale, codes, sums):  # type: ignore[no-unt
             sums[i, j] = -(total[4 * j] + total[4 * j + 1] + total[4 * j + 2] + total[4 * j + 3])
 
 
-@numba.njit(**_exact)
+@numba.njit(**EXACT)
 def _nibbles(packed: Any, scale: Any, size: int, zero: Any, columns: int, buffer: Any) -> None:
     half = size // 2
     for g in range(scale.shape[0]):

@@ -1,4 +1,4 @@
-"""Quantized layers on NVIDIA GPUs: which of the Triton kernels computes one, with what was repacked once.
+"""Quantized layers on NVIDIA GPUs: which of the Triton kernels computes one, with what was repacked once; torch's own product without them.
 
 A static input is rounded with the scale of the current step; the step is read by the kernel from the device in compiled graphs, and is a
 row of the table in eager mode, so no layer waits for the GPU. Rotated inputs are rotated by torch before they are rounded.
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.formats import Int
-from reelquant.kernels import cuda
+from reelquant.kernels import cuda, torch_ops
 from reelquant.kernels.hadamard import hadamard
 from reelquant.kernels.operands import Operands
 
@@ -43,9 +43,14 @@ def _input(operands: Operands) -> str | None:
 
 def refuses_linear(operands: Operands) -> str | None:
     """Why a layer is not a product of 8-bit codes, or None."""
+    return refuses_plain(operands) or cuda.available()
+
+
+def refuses_plain(operands: Operands) -> str | None:
+    """Why torch's own integer product does not compute a layer, or None; it asks for no Triton."""
     if operands.window is not None:
         return "a convolution"
-    return _weight(operands, (8,), ("tensor", "channel")) or _input(operands) or cuda.available()
+    return _weight(operands, (8,), ("tensor", "channel")) or _input(operands)
 
 
 def refuses_nibbles(operands: Operands) -> str | None:
@@ -131,6 +136,28 @@ class CodeLinear:
             codes, self.weight, weight_scale=self.scale, bias=self.bias, activation=ACTIVATIONS[activation], weight_sums=self.sums,
             out_dtype=_dtype(x), **numbers,
         ).to(x.dtype)  # fmt: skip
+
+
+class PlainLinear:
+    """8-bit codes times 8-bit codes by ``torch._int_mm``; everything around the product is plain torch."""
+
+    fused = tuple(ACTIVATIONS)
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.sums = operands.weight.codes.sum(1, dtype=torch.int32)
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
+        weight, numbers = self.operands.weight, self.operands.numbers
+        assert numbers is not None and isinstance(numbers.format, Int)
+        moved = self.operands.moved(x)
+        quantizer = numbers.quantizer(moved, slot)
+        zero = quantizer.scale.new_full((), -numbers.format.low) if quantizer.zero_point is None else quantizer.zero_point
+        out = torch_ops.linear_8bit(
+            quantizer.codes(moved), weight.codes, quantizer.scale.reshape(-1), weight.quantizer.scale, None, self.operands.bias,
+            ACTIVATIONS[activation], zero.reshape(1, 1), self.sums, _dtype(x),
+        )  # fmt: skip
+        return torch.where(moved.isnan().any(), torch.nan, out).to(x.dtype)  # no code stands for NaN, and it must show
 
 
 class NibbleLinear:

@@ -1,0 +1,150 @@
+"""From layers of the artifact to parts of a file; what differs between formats is a :class:`Dialect`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Generic
+
+import torch
+from torch import Tensor
+
+from reelquant._errors import UnsupportedError, nearest
+from reelquant.checkpoint.export.names import Naming
+from reelquant.checkpoint.export.numbers import NumberType, added_error
+from reelquant.checkpoint.export.result import Outcome
+from reelquant.checkpoint.export.source import Facts, Source
+from reelquant.checkpoint.export.write import Form, Part, Shape
+from reelquant.formats import Quantizer
+
+
+class Dialect(ABC, Generic[Form]):
+    """What a format can hold and how it is written.
+
+    Attributes:
+        types: number types by name, in the order in which they are tried; a layer gets the first one that holds its codes.
+        default: type of layers whose codes none holds.
+    """
+
+    types: ClassVar[Mapping[str, NumberType]]
+    default: ClassVar[str]
+
+    def __init__(self, wanted: str | None = None) -> None:
+        if wanted is not None and wanted not in self.types:
+            raise UnsupportedError(f"unknown type '{wanted}'; {nearest(wanted, self.types)}")
+        self.wanted = wanted
+
+    def type_for(self, facts: Facts) -> str:
+        """Name of the type that a layer is written in."""
+        holding = (name for name, numbers in self.types.items() if numbers.refuses(facts) is None)
+        return self.wanted or next(holding, self.default)
+
+    @abstractmethod
+    def stays_float(self, facts: Facts) -> str | None:
+        """Why the format's readers cannot quantize this layer, or None."""
+
+    @abstractmethod
+    def float_form(self, source: Source, name: str, shape: Shape, dtype: torch.dtype) -> Form:
+        """How a tensor that is not quantized is written."""
+
+    @abstractmethod
+    def dequantized_form(self, source: Source, facts: Facts) -> Form:
+        """How the weight of a layer is written that :meth:`stays_float`."""
+
+    @abstractmethod
+    def forms(self, name: str, facts: Facts, numbers: str) -> dict[str, tuple[Shape, Form]]:
+        """Tensors of a quantized weight; ``name`` is the layer's in the file."""
+
+    @abstractmethod
+    def pack(self, name: str, facts: Facts, numbers: str, codes: Tensor, quantizer: Quantizer) -> tuple[dict[str, Tensor], Tensor]:
+        """Those tensors, and the weight that a reader makes of them."""
+
+    @abstractmethod
+    def cast(self, value: Tensor, form: Form) -> Tensor:
+        """A float tensor as it is written."""
+
+    @abstractmethod
+    def size(self, shape: Shape, form: Form) -> int:
+        """Bytes of a tensor in the file."""
+
+    @abstractmethod
+    def called(self, form: Form) -> str:
+        """A form in words."""
+
+
+def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[list[Part[Form]], list[Outcome]]:
+    """A part and an outcome per layer and per tensor that is not quantized; errors are entered when a part is made.
+
+    Raises:
+        UnsupportedError: if layers need a bias where the architecture has none.
+    """
+    _check_biases(source)
+    made = [_float(source, dialect, naming, name) for name in source.floats]
+    made += [_layer(source, dialect, naming, facts) for facts in source.layers.values()]
+    return [part for part, _ in made], [outcome for _, outcome in made]
+
+
+def _check_biases(source: Source) -> None:
+    """Refuse biases without a place. They correct a mean, or undo a shift that was folded into the norm before: no weight holds them."""
+    made = [name for name, facts in source.layers.items() if facts.layout.bias and not facts.bias]
+    if homeless := [name for name in made if not source.layer(name).bias_is_gone]:
+        some = ", ".join(f"'{name}'" for name in homeless[:2])
+        raise UnsupportedError(
+            f"{len(homeless)} layers ({some}{' ...' if len(homeless) > 2 else ''}) need biases that quantization made, and {source.kind} "
+            "has no place for them outside of reelquant; quantize with a recipe that makes none: without shift and correct_bias on these "
+            "layers, as w8a16, w4a16 or minmax-w8a8"
+        )
+
+
+def _float(source: Source, dialect: Dialect[Form], naming: Naming, name: str) -> tuple[Part[Form], Outcome]:
+    shape, dtype = source.about(name)
+    form = dialect.float_form(source, name, shape, dtype)
+    outcome = Outcome(
+        name, "float", str(dtype).removeprefix("torch."), dialect.called(form), source.bytes_of(name), dialect.size(shape, form)
+    )
+    return Part({naming(name): (shape, form)}, lambda: {naming(name): dialect.cast(source.tensor(name), form)}), outcome
+
+
+def _layer(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
+    why = dialect.stays_float(facts)
+    part, outcome = _dequantized(source, dialect, naming, facts, why) if why else _quantized(source, dialect, naming, facts)
+    outcome.bytes_after = sum(dialect.size(shape, form) for shape, form in part.tensors.values())
+    return part, outcome
+
+
+def _bias_form(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> dict[str, tuple[Shape, Form]]:
+    """The bias, if the architecture has a place for it."""
+    if not facts.bias:
+        return {}
+    name, shape = f"{facts.name}.bias", facts.shape[:1]
+    return {naming(name): (shape, dialect.float_form(source, name, shape, source.about(name)[1]))}
+
+
+def _dequantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts, why: str) -> tuple[Part[Form], Outcome]:
+    weight, form = naming(f"{facts.name}.weight"), dialect.dequantized_form(source, facts)
+    bias = _bias_form(source, dialect, naming, facts)
+    outcome = Outcome(facts.name, "dequantized", facts.numbers, dialect.called(form), source.bytes_of(facts.name), 0, why)
+
+    def make() -> dict[str, Tensor]:
+        layer = source.layer(facts.name)
+        written = dialect.cast(layer.weight, form)
+        outcome.error = added_error(layer, layer.weight.to(written.dtype))
+        return {weight: written} | {name: dialect.cast(layer.plain_bias, kind) for name, (_, kind) in bias.items()}
+
+    return Part({weight: (facts.shape, form), **bias}, make), outcome
+
+
+def _quantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
+    chosen = dialect.type_for(facts)
+    numbers, name = dialect.types[chosen], naming(f"{facts.name}.weight").removesuffix(".weight")
+    bias = _bias_form(source, dialect, naming, facts)
+    why = numbers.refuses(facts) or ""
+    outcome = Outcome(facts.name, "requantized" if why else "carried", facts.numbers, chosen, source.bytes_of(facts.name), 0, why)
+
+    def make() -> dict[str, Tensor]:
+        layer = source.layer(facts.name)
+        tensors, seen = dialect.pack(name, facts, chosen, *numbers.encode(layer, facts))
+        outcome.error = added_error(layer, seen)
+        return tensors | {key: dialect.cast(layer.plain_bias, kind) for key, (_, kind) in bias.items()}
+
+    return Part({**dialect.forms(name, facts, chosen), **bias}, make), outcome

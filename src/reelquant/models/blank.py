@@ -1,0 +1,55 @@
+"""The architecture a component's folder describes, without its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reelquant._errors import CheckpointError
+
+CONFIG, CLASS, QUANTIZATION = "config.json", "_class_name", "quantization_config"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a component's folder; empty if it has none.
+
+    Raises:
+        CheckpointError: if it is no JSON object.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"'{file}' is no JSON ({error}); download or save it again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{file}' must hold a JSON object, got {config!r:.60}; download or save it again")
+    return config
+
+
+def opens_single_files(model: nn.Module) -> bool:
+    """Whether diffusers opens single files (GGUF among them) of this class."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    return any(kind.__name__ in SINGLE_FILE_LOADABLE_CLASSES for kind in type(model).__mro__)
+
+
+def blank_model(folder: Path) -> nn.Module:
+    """The float model of a component's folder, parameters on the meta device.
+
+    Raises:
+        CheckpointError: if its class is not one of the installed diffusers.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    config = read_config(folder)
+    kind = getattr(diffusers, str(config.get(CLASS)), None)
+    if not hasattr(kind, "from_config"):
+        raise CheckpointError(f"'{folder / CONFIG}' names the class {config.get(CLASS)!r}, which diffusers {diffusers.__version__} lacks")
+    with init_empty_weights():
+        return kind.from_config({key: value for key, value in config.items() if key != QUANTIZATION})

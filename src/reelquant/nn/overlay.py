@@ -1,0 +1,41 @@
+"""Another ``forward`` for a module of somebody else's class, and the way back.
+
+The module gets a class of its own, a mixin over its old class, so that ``isinstance``, names of parameters, saving and copying go on as
+before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from reelquant.nn.layers import QuantLayer
+
+
+class Overlay(nn.Module):
+    """A mixin that :func:`lay` puts over a module's class; its ``forward`` may call ``super().forward``."""
+
+    below: type[nn.Module]
+
+
+def lay(over: type[Overlay], module: nn.Module, **members: Any) -> None:
+    """Put a mixin over a module's class; members become attributes of the new class."""
+    kind = type(module)
+    module.__class__ = type(over.__name__ + kind.__name__, (over, kind), {**members, "below": kind})
+
+
+def lift(over: type[Overlay], model: nn.Module) -> None:
+    """Undo :func:`lay` in a whole model."""
+    for module in model.modules():
+        if isinstance(module, over):
+            module.__class__ = module.below
+
+
+def untouched(layers: Iterable[nn.Module]) -> bool:
+    """Whether nobody wraps or watches these layers: adapters and offloading do, and want every call to go through ``layer(x)``."""
+    return all(
+        isinstance(layer, QuantLayer) and "forward" not in vars(layer) and not layer._forward_pre_hooks and not layer._forward_hooks
+        for layer in layers
+    )

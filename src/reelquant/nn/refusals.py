@@ -1,0 +1,37 @@
+"""Methods of diffusers models that write into weights: on quantized models they say what to do instead."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn
+
+from torch import nn
+
+from reelquant._errors import UnsupportedError
+
+FUSING = (
+    "adapters are not fused into quantized weights: what is smaller than half a step would be lost. Leave them loaded, which costs two "
+    "thin products a layer, or merge them before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"
+)
+SENTENCES = {
+    "fuse_lora": FUSING,
+    "fuse_qkv_projections": "the query, key and value layers of a quantized model stay apart: each has scales of its own, and their common "
+    "input is rounded once anyway; quantize the model after fuse_qkv_projections() if it has to be fused",
+}
+
+
+def refuse(model: nn.Module) -> None:
+    """Put a refusal in the place of every such method that the model has."""
+    for name, sentence in SENTENCES.items():
+        if hasattr(type(model), name):
+            object.__setattr__(model, name, functools.partial(_refused, sentence))
+
+
+def allow(model: nn.Module) -> None:
+    """Undo :func:`refuse`."""
+    for name in SENTENCES:
+        vars(model).pop(name, None)
+
+
+def _refused(sentence: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise UnsupportedError(sentence)

@@ -1,0 +1,139 @@
+"""Which recipe every component of a pipeline gets, and what quantization did to those that do not denoise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from reelquant._errors import RecipeError, nearest
+from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline
+from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
+from reelquant.models.pipelines import calibration_prompts
+from reelquant.recipes.plan import Plan, make_plan
+from reelquant.recipes.recipe import Recipe, load_recipe
+from reelquant.sites import DenoiserMap, matches, select
+
+Source = str | Path | Mapping[str, Any] | Recipe
+SAFE = "w8a16"  # of text encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
+TEXTS = 8  # prompts whose embeddings are compared
+
+
+def assign(
+    pipe: Any, recipe: Source, components: Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Recipe]:
+    """The recipe of every component that is to be quantized, denoisers first.
+
+    Args:
+        pipe: a pipeline.
+        recipe: one for all denoisers, or a mapping from component to recipe.
+        components: which to quantize; all denoisers by default, and those that the mapping names. Text encoders and VAEs that the mapping
+            does not name get :data:`SAFE`.
+        overrides: dotted changes to the recipes that were given.
+
+    Raises:
+        RecipeError: a denoiser without a recipe, or a recipe that calibrates for a component without timesteps.
+        UnsupportedError: for a component that is not there, or of which nothing is known.
+    """
+    table = recipe if _by_component(pipe, recipe) else None
+    given = {} if table is None else {name: load_recipe(one, overrides and dict(overrides)) for name, one in table.items()}
+    wanted = dict.fromkeys([*given, *(components or ([] if given else denoisers_of(pipe)))])
+    kinds = {name: kind_of_component(name, component_of(pipe, name)) for name in wanted}
+    found: dict[str, Recipe] = {}
+    for name in sorted(wanted, key=lambda name: kinds[name] != "denoiser"):
+        if name in given:
+            found[name] = given[name]
+        elif kinds[name] != "denoiser":
+            found[name] = load_recipe(SAFE)
+        elif table is None:
+            found[name] = load_recipe(recipe, overrides and dict(overrides))  # type: ignore[arg-type]
+        else:
+            raise RecipeError(f"component '{name}' has no recipe; the mapping names {', '.join(given)}")
+        if kinds[name] != "denoiser" and not found[name].data_free:
+            raise RecipeError(
+                f"recipe '{found[name].name}' calibrates over denoising steps, and component '{name}' ({kinds[name]}) has none; "
+                "give it one that needs no data: w8a16 or w4a16"
+            )
+    return found
+
+
+def _by_component(pipe: Any, recipe: Source) -> bool:
+    """Is this a mapping from components to recipes? One with the keys of a recipe is a recipe."""
+    if not isinstance(recipe, Mapping) or "defaults" in recipe:
+        return False
+    parts = modules_of(pipe)
+    for name in recipe:
+        if name not in parts:
+            raise RecipeError(
+                f"'{name}' is no component of {type(pipe).__name__} (which has {', '.join(parts)}) and this mapping is no recipe, as it "
+                f"has no 'defaults'; {nearest(name, parts)}"
+            )
+    return True
+
+
+Measure = Callable[[], dict[str, float]]
+
+
+def start_measuring(pipe: Any, name: str, part: nn.Module, prompts: Sequence[str]) -> Measure:
+    """Run a float component, and return what compares it, quantized, with that.
+
+    Figures: ``prompt_cosine`` and ``prompt_cosine_min`` over the tokens of the prompts; ``round_trip_psnr`` in dB of a small moving clip
+    through the VAE; none for denoisers, which sampled clips are for.
+
+    Raises:
+        UnsupportedError: if the pipeline cannot be asked for embeddings.
+    """
+    kind = kind_of_component(name, part)
+    if kind == "vae":
+        clip = fitting_clip(part)
+        before = round_trip(part, clip)
+        return lambda: {"round_trip_psnr": decibels(before, round_trip(part, clip))}
+    if kind == "text encoder":
+        known = embed(pipe, prompts[:TEXTS])
+        return lambda: _cosines(known, embed(pipe, prompts[:TEXTS]))
+    return dict
+
+
+def _cosines(known: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
+    values = cosines(known, now)
+    return {"prompt_cosine": float(values.mean()), "prompt_cosine_min": float(values.min())}
+
+
+def default_texts(pipe: Any, recipes: Mapping[str, Recipe]) -> list[str]:
+    """As many texts as the recipes calibrate and check with, where the user gives none."""
+    wanted = [one.calibrate.prompts + one.search.prompts for one in recipes.values() if one.calibrate is not None]
+    return calibration_prompts(pipe, max([*wanted, TEXTS]))
+
+
+def map_of(name: str, part: nn.Module) -> DenoiserMap:
+    """The map of a component, whatever it does."""
+    if kind_of_component(name, part) == "denoiser":
+        return discover(part)
+    return outline(part)
+
+
+def plan_components(
+    pipe: Any,
+    recipes: Mapping[str, Recipe],
+    skip: Sequence[str],
+    map_of: Callable[[str, nn.Module], DenoiserMap] = map_of,
+) -> dict[str, Plan]:
+    """A plan for every component. With several, a pattern of the user's counts where it names a layer, and must do so somewhere.
+
+    Args:
+        map_of: the map of a component, by name and module.
+    """
+    maps = {name: map_of(name, component_of(pipe, name)) for name in recipes}
+    every = [layer for map_ in maps.values() for layer in map_.layers.values()]
+    for pattern in skip:
+        select(pattern, every)
+    return {
+        name: make_plan(recipes[name], map_, component_of(pipe, name), [pattern for pattern in skip if _names_layers(pattern, map_)])
+        for name, map_ in maps.items()
+    }
+
+
+def _names_layers(pattern: str, map_: DenoiserMap) -> bool:
+    return any(matches(pattern, layer) for layer in map_.layers.values())
