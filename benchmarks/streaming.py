@@ -164,7 +164,8 @@ def measure(scratch: Path, shape: str, recipe: str, size: float, memory: str, ki
         "allowed_gb": parse_bytes(memory) / 1e9,
         "peak_rss_gb": max(one["rss"] for one in runs) / 1e9,
         "peak_anon_gb": max(one["anon"] for one in runs) / 1e9,
-        "estimated_gb": estimate["memory"] / 1e9, "seconds": first["seconds"], "result_gb": result / 1e9, "kills": stopped, "same_bytes": same,
+        "estimated_gb": estimate["memory"] / 1e9, "seconds": first["seconds"], "result_gb": result / 1e9,
+        "kills": stopped, "same_bytes": same,
     }  # fmt: skip
 
 
