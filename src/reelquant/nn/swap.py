@@ -105,7 +105,7 @@ def stop_clock(model: nn.Module) -> None:
 
 
 def _watch_adapters(model: nn.Module, args: object) -> None:
-    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one keeps all of them from being used."""
+    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one keeps them from being used."""
     adapted = bool(getattr(model, "peft_config", None)) and any(_feeds_table(module) for module in model.modules())
     getattr(model, NAME).adapted = adapted
 
