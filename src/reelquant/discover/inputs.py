@@ -19,6 +19,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.discover.probe import run, steady
 
 LAYOUTS = ("bcthw", "bchw", "btchw", "bnc")
+AUDIO = 5  # length of a made-up sound
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,17 @@ def _prompt(s: Sketch) -> Tensor | None:
     return s.random(s.prompts, s.tokens, width) if width else None
 
 
+def _mask(s: Sketch) -> Tensor:
+    return torch.ones(1, s.tokens, dtype=torch.bool, device=_device(s.denoiser))
+
+
 def _vector(*keys: str) -> Callable[[Sketch], Tensor | None]:
     return lambda s: s.random(1, s.get(*keys)) if s.get(*keys) else None
+
+
+def _row(length: Callable[[Sketch], int], *keys: str) -> Callable[[Sketch], Tensor | None]:
+    """Tokens of a further modality."""
+    return lambda s: s.random(1, length(s), s.get(*keys)) if s.get(*keys) else None
 
 
 def _guidance(s: Sketch) -> Tensor | None:
@@ -150,7 +160,9 @@ BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "timestep": lambda s: s.number(s.timestep),
     "timesteps": lambda s: s.number(s.timestep),
     "encoder_hidden_states": _prompt,
-    "encoder_attention_mask": lambda s: torch.ones(1, s.tokens, dtype=torch.bool, device=_device(s.denoiser)),
+    "encoder_hidden_states_2": _row(lambda s: s.tokens, "text_embed_2_dim"),
+    "encoder_attention_mask": _mask,
+    "encoder_attention_mask_2": _mask,
     "encoder_hidden_states_image": _image_tokens,
     "pooled_projections": _vector("pooled_projection_dim"),
     "guidance": _guidance,
@@ -163,15 +175,19 @@ BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "txt_ids": _positions(lambda s: s.tokens),
     "img_shapes": lambda s: [[(s.frames, s.height, s.width)]],
     "txt_seq_lens": lambda s: [s.tokens],
-    "fps": lambda s: s.number(8),
+    "fps": lambda s: s.number(0),  # a number for I2VGen-XL, one of two classes for SkyReels-V2
     "image_latents": _latent,
     "image_embeddings": _vector("cross_attention_dim"),
+    "image_embeds": _row(lambda s: 3, "image_embed_dim"),
+    "audio_hidden_states": _row(lambda s: AUDIO, "audio_in_channels"),
+    "audio_encoder_hidden_states": _row(lambda s: s.tokens, "caption_channels"),
+    "audio_num_frames": lambda s: AUDIO,
     "num_frames": lambda s: s.frames,
     "height": lambda s: s.height,
     "width": lambda s: s.width,
     "return_dict": lambda s: False,
 }
-_RARELY_NEEDED = {"encoder_attention_mask", "class_labels", "fps", "image_latents", "image_embeddings"}
+_RARELY_NEEDED = {"encoder_attention_mask", "encoder_attention_mask_2", "class_labels", "fps", "image_latents", "image_embeddings"}
 
 
 def _build(sketch: Sketch) -> dict[str, Any]:
