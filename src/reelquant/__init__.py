@@ -11,12 +11,14 @@ reelquant.benchmark("out", "tiny-dit")       # what it gained, on this machine
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
 from reelquant._version import __version__
 from reelquant.api import benchmark, compare, evaluate, load, open_pipeline, plan, quantize, save
+from reelquant.integrations.config import ReelQuantConfig
 from reelquant.integrations.register import install as _install
 
 __all__ = [
     "CalibrationError",
     "CheckpointError",
     "RecipeError",
+    "ReelQuantConfig",
     "ReelQuantError",
     "SiteError",
     "UnsupportedError",

@@ -6,7 +6,8 @@
 
 Nothing is listed by layer name or by model class (see ``docs/design.md``, "discover, don't hand-write"). One file per question:
 ``arguments`` (what an argument means), ``inputs`` (tiny inputs), ``probe`` (runs that leave no trace), ``roles``, ``lineage`` (which
-tensor came from where), ``groups``, ``blocks``, ``components`` (the denoiser of a pipeline).
+tensor came from where), ``groups``, ``blocks``, ``components`` (the denoiser of a pipeline), ``stand_in`` (a model to run before its
+weights are there), ``outline`` (the map of a model that cannot be run).
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from torch import nn
 
 from reelquant.discover.arguments import argument_of, bind, kinds
 from reelquant.discover.blocks import find_blocks
-from reelquant.discover.components import denoiser_of, denoisers_of, plain
+from reelquant.discover.components import denoiser_of, denoisers_of, denoises, plain
 from reelquant.discover.groups import find_groups
 from reelquant.discover.inputs import dummy_inputs
 from reelquant.discover.lineage import Trace, channel_axis, trace
+from reelquant.discover.outline import outline
 from reelquant.discover.probe import quantizable, steady
 from reelquant.discover.roles import dependencies, role_of
+from reelquant.discover.stand_in import stand_in
 from reelquant.sites import DenoiserMap, Layer, Role
 
-__all__ = ["bind", "denoiser_of", "denoisers_of", "discover", "dummy_inputs"]
+__all__ = ["bind", "denoiser_of", "denoisers_of", "denoises", "discover", "dummy_inputs", "outline", "stand_in"]
 
 
 def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> DenoiserMap:

@@ -20,7 +20,7 @@ def denoisers_of(pipeline: Any) -> dict[str, nn.Module]:
         UnsupportedError: if there is none.
     """
     components = getattr(pipeline, "components", None) or vars(pipeline)
-    found = {name: part for name, part in components.items() if isinstance(part, nn.Module) and _denoises(part)}
+    found = {name: part for name, part in components.items() if isinstance(part, nn.Module) and denoises(part)}
     if not found:
         raise UnsupportedError(
             f"{type(pipeline).__name__} has no denoiser: none of its components ({', '.join(components)}) takes both a latent and a "
@@ -39,7 +39,8 @@ def plain(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
-def _denoises(module: nn.Module) -> bool:
+def denoises(module: nn.Module) -> bool:
+    """Whether a model takes a latent and a timestep."""
     names = inspect.signature(plain(module).forward).parameters
     kinds = {kind_of((name,)) for name in names}
     return {"latent", "timestep"} <= kinds and "controlnet_cond" not in names

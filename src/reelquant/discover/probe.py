@@ -107,7 +107,9 @@ def _restore_buffers(module: nn.Module, originals: dict[str, Tensor | None], cop
 
 
 def _all_zero(parameter: nn.Parameter) -> bool:
-    return parameter.is_floating_point() and not parameter.is_meta and parameter.element_size() > 1 and not bool(parameter.any())
+    if not parameter.is_floating_point() or parameter.is_meta or parameter.element_size() == 1 or not parameter.numel():
+        return False
+    return not bool(parameter[(0,) * parameter.ndim]) and not bool(parameter.any())  # the first number nearly always tells
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:

@@ -6,84 +6,37 @@ diffusers would cast scales to the load dtype. Only biases that the float layers
 
 from __future__ import annotations
 
-import copy
-import json
-import logging
 import re
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from reelquant._errors import CheckpointError, SiteError, UnsupportedError
-from reelquant.checkpoint import METHOD, Stored, verify
+from reelquant._errors import CheckpointError, UnsupportedError
+from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.clock import Clock
-from reelquant.nn import (
-    dequantized,
-    get_module,
-    kernels_of,
-    quantized_class,
-    quantized_layers,
-    set_module,
-    start_clock,
-    start_runtime,
-    stop_clock,
-    stop_runtime,
-)
+from reelquant.integrations.config import ReelQuantConfig, data_free
+from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers
+from reelquant.nn import dequantized, get_module, quantized_layers, set_module, start_clock, start_runtime, stop_clock, stop_runtime
 
-logger = logging.getLogger(__name__)
-
-
-class Method(str, Enum):
-    """diffusers wants an enum member with ``.value``."""
-
-    REELQUANT = METHOD
-
-
-class ReelQuantConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a model, as plain data; :class:`~reelquant.checkpoint.Stored` gives it meaning."""
-
-    def __init__(self, quant_method: str = METHOD, **content: Any) -> None:
-        self.quant_method = Method(quant_method)  # type: ignore[assignment]
-        self.content = content
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data."""
-        return {"quant_method": METHOD, **copy.deepcopy(self.content)}
-
-    to_diff_dict = to_dict
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """The same as text."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ReelQuantConfig) and self.content == other.content
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        name = (self.content.get("recipe") or {}).get("name")
-        return f"ReelQuantConfig(recipe={name!r}, {len(self.content.get('checksums', ()))} layers)"
+__all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
 
 class ReelQuantizer(DiffusersQuantizer):
-    """Opens and describes quantized models. Models are quantized by :func:`reelquant.quantize`, not while loading."""
+    """Opens quantized models, and quantizes float ones while they load, if the recipe needs no data."""
 
     use_keep_in_fp32_modules = True  # float parts are treated as if the model were not quantized
 
     def __init__(self, quantization_config: ReelQuantConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        if not self.pre_quantized:
-            raise UnsupportedError(
-                "this checkpoint is float: load it without quantization_config and call reelquant.quantize(pipe, recipe); "
-                "ReelQuantConfig describes checkpoints that reelquant.save has written"
-            )
-        self.stored = Stored.from_json(quantization_config.to_dict())
+        self.stored: Stored | None = None
+        self.on_the_fly: OnTheFly | None = None
+        if self.pre_quantized:
+            self.stored = Stored.from_json(quantization_config.to_dict())
+        else:
+            data_free(quantization_config.recipe)
         self._keys: set[str] | None = None
         self._made: set[str] = set()  # layers whose bias a transform made: it keeps the dtype it is stored in
 
@@ -98,10 +51,10 @@ class ReelQuantizer(DiffusersQuantizer):
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        for name, layout in self.stored.layers.items():
-            module = _float_layer(model, name)
-            self._made |= {name} if module.bias is None and layout.bias else set()
-            set_module(model, name, quantized_class(module).like(module, layout, device="meta"))
+        if self.stored is None:
+            self.on_the_fly = OnTheFly(model, plan_for(model, self.quantization_config))
+            return
+        self._made = put_empty_layers(model, self.stored)
         self._check_keys(model)
 
     def _check_keys(self, model: nn.Module) -> None:
@@ -120,8 +73,10 @@ class ReelQuantizer(DiffusersQuantizer):
                 )
 
     def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any) -> bool:
-        """Every tensor of a quantized layer is ours."""
-        return param_name.rpartition(".")[0] in self.stored.layers
+        """Every tensor of a layer that is quantized, or about to be, is ours."""
+        if self.on_the_fly is not None:
+            return self.on_the_fly.wants(param_name)
+        return self.stored is not None and param_name.rpartition(".")[0] in self.stored.layers
 
     def check_quantized_param_shape(self, param_name: str, current_param: Tensor, loaded_param: Tensor) -> bool:
         """Called when shapes differ, which they never should."""
@@ -135,6 +90,9 @@ class ReelQuantizer(DiffusersQuantizer):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         """Put a stored tensor into its layer, uncast; only the bias that the float layer had arrives in the load dtype."""
+        if self.on_the_fly is not None:
+            self.on_the_fly.take(param_name, state_dict[param_name].to(target_device), param_value.to(target_device))
+            return
         layer_name, _, tensor = param_name.rpartition(".")
         layer = get_module(model, layer_name)
         is_parameter = tensor in layer._parameters
@@ -146,12 +104,21 @@ class ReelQuantizer(DiffusersQuantizer):
         setattr(layer, tensor, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.on_the_fly is not None:
+            self._describe(model, self.on_the_fly)
+        assert self.stored is not None
         slots = self.stored.slots
         if slots is not None:
             start_clock(model, Clock(slots.timesteps), slots.argument)
         start_runtime(model)
-        checked = verify(model, self.stored.checksums)
-        _log_proof(model, checked)
+        log_proof(model, verify(model, self.stored.checksums))
+
+    def _describe(self, model: nn.Module, done: OnTheFly) -> None:
+        """From now on the model, its config and this quantizer are as if a quantized checkpoint had been loaded."""
+        done.finish()
+        adopt(model, done.plan.recipe)
+        self.quantization_config = model.config["quantization_config"]
+        self.stored, self.on_the_fly, self.pre_quantized = Stored.from_json(self.quantization_config.to_dict()), None, True
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
@@ -161,7 +128,7 @@ class ReelQuantizer(DiffusersQuantizer):
         Raises:
             UnsupportedError: if adapters wrap quantized layers.
         """
-        for name in self.stored.layers:
+        for name in self.stored.layers if self.stored else ():
             if f"{name}.weight" not in state_dict:
                 raise UnsupportedError(f"layer '{name}' is wrapped or gone; unload adapters (unload_lora_weights) before saving")
         return state_dict, {}
@@ -189,31 +156,7 @@ class ReelQuantizer(DiffusersQuantizer):
         return True
 
 
-def _float_layer(model: nn.Module, name: str) -> Any:
-    """The layer that is to be replaced."""
-    try:
-        module = get_module(model, name)
-    except SiteError as error:
-        raise CheckpointError(f"quantization_config names a layer that does not exist: {error}") from None
-    if quantized_class(module) is None:
-        raise CheckpointError(f"quantization_config names '{name}', which is a {type(module).__name__} and has no quantized form")
-    return module
-
-
 def _forget(model: nn.Module, keys: tuple[str, ...]) -> None:
     """Remove keys of a model's config, which diffusers only lets grow."""
     config = model._internal_dict
     model._internal_dict = type(config)({key: value for key, value in config.items() if key not in keys})
-
-
-def _log_proof(model: nn.Module, checked: int) -> None:
-    layers = quantized_layers(model)
-    tensors = [t for layer in layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    kernels = kernels_of(model)
-    names = ", ".join(f"{name} x{count}" for name, count in sorted(kernels.names.items())) + (
-        " (simulated in part)" if kernels.simulated else ""
-    )
-    logger.info(
-        "%s: %d quantized layers, %d bytes, %d checksums verified, kernels: %s", type(model).__name__, len(layers), size, checked, names
-    )

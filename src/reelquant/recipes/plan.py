@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -68,7 +69,8 @@ def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequ
     """
     for pattern in (*(rule.on for rule in recipe.rules if rule.on), *(step.on for step in recipe.steps), *skip):
         select(pattern, map_.layers.values())
-    rows = {layer.name: _row(recipe, layer, get_module(denoiser, layer.name), skip) for layer in map_.layers.values()}
+    own = _model_keeps(recipe, denoiser)
+    rows = {layer.name: _row(recipe, layer, get_module(denoiser, layer.name), skip, own) for layer in map_.layers.values()}
     plan = Plan(recipe, map_, rows)
     if not plan.quantized:
         reasons = sorted({row.kept or "" for row in plan.kept})
@@ -78,9 +80,27 @@ def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequ
     return plan
 
 
-def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str]) -> LayerPlan:
+def _model_keeps(recipe: Recipe, model: nn.Module) -> dict[str, str]:
+    """Layers that the model itself wants in float, and why: their weight is another module's too, or the model keeps them in float32 and
+    the recipe, which sees no data, cannot know that they need not be."""
+    words = [word for kind in ("", "_strict") for word in _words(getattr(model, f"_keep_in_fp32_modules{kind}", None))]
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})  # of transformers, whose modules share nothing before they are loaded
+    pairs = [(one.rpartition(".")[0], other.rpartition(".")[0]) for one, other in (*tied.items(), *((b, a) for a, b in tied.items()))]
+    shared = dict(pairs) | {name: names[index - 1] for names in owners.values() if len(names) > 1 for index, name in enumerate(names)}
+    exact = {name for name, _ in model.named_modules() if recipe.data_free and any(word in name.split(".") for word in words)}
+    return dict.fromkeys(exact, "the model keeps it in float32") | {name: f"shares its weight with '{of}'" for name, of in shared.items()}
+
+
+def _words(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> LayerPlan:
     before = sum(p.numel() * 4 for p in module.parameters(recurse=False))
-    reason = _kept(recipe.rules, layer, module, skip)
+    reason = _kept(recipe.rules, layer, module, skip, own)
     if reason is not None:
         return LayerPlan(layer, reason, bytes_before=before, bytes_after=before)
     weight, inputs = recipe.defaults.weight, recipe.defaults.input
@@ -107,12 +127,12 @@ def _hits(rules: Sequence[Rule], layer: Layer) -> list[Rule]:
     return [rule for rule in rules if matches(rule.on, layer)]
 
 
-def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str]) -> str | None:
-    """Why a layer stays float: the user, the recipe, or a fact about the layer."""
+def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> str | None:
+    """Why a layer stays float: the user, the model, the recipe, or a fact about the layer. A rule may overrule the model."""
     for pattern in skip:
         if matches(pattern, layer):
             return f"skipped by you ({pattern})"
-    verdict: str | None = None
+    verdict = own.get(layer.name)
     for rule in _hits(rules, layer):
         if rule.keep is not None:
             verdict = (rule.because or f"kept by rule '{rule.on}'") if rule.keep else None

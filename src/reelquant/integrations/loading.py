@@ -1,0 +1,144 @@
+"""What loading a model needs in every library: a plan for a model without weights, layers quantized as their tensors arrive, empty layers
+that stored tensors are put into, and a line of proof."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from torch import Tensor, nn
+
+from reelquant._errors import CalibrationError, CheckpointError, SiteError, UnsupportedError
+from reelquant.checkpoint import Stored
+from reelquant.discover import denoises, discover, outline, stand_in
+from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
+from reelquant.integrations.options import with_options
+from reelquant.nn import get_module, kernels_of, quantized_class, quantized_layers, set_module
+from reelquant.nn.pages import drop_mapped
+from reelquant.recipes.build import build_group
+from reelquant.recipes.plan import Plan, make_plan
+from reelquant.sites import DenoiserMap, Group
+
+logger = logging.getLogger(__name__)
+
+
+def plan_for(model: nn.Module, config: ReelQuantConfig) -> Plan:
+    """What a wish makes of a model whose parameters are on the meta device.
+
+    Raises:
+        ReelQuantError: if the recipe calibrates, an option names what the model has not, or nothing would be quantized.
+    """
+    found = _map(model)
+    recipe = with_options(data_free(config.recipe), model, found.layers.values(), *(getattr(config, option) for option in OPTIONS))
+    return make_plan(recipe, found, model)
+
+
+def _map(model: nn.Module) -> DenoiserMap:
+    if not denoises(model):
+        return outline(model)
+    try:
+        return discover(stand_in(model))
+    except UnsupportedError as error:
+        logger.warning("roles of the layers of %s are told by their names only: %s", type(model).__name__, error)
+        return outline(model)
+
+
+class OnTheFly:
+    """Quantizes the layers of a plan one by one, each as soon as its last tensor has arrived; its float weight is let go at once."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        self.model, self.plan = model, plan
+        self.waiting = {row.layer.name: {name for name, _ in _float_layer(model, row.layer.name).named_parameters()} for row in plan.quantized}
+        self._biases: dict[str, Tensor] = {}
+        self._lock = threading.Lock()  # shards may be read by several threads
+
+    def wants(self, name: str) -> bool:
+        """Whether this tensor belongs to a layer that is going to be quantized."""
+        layer, _, tensor = name.rpartition(".")
+        return tensor in self.waiting.get(layer, ())
+
+    def take(self, name: str, stored: Tensor, cast: Tensor | None = None) -> None:
+        """A tensor of the float checkpoint.
+
+        Args:
+            name: its path.
+            stored: as the file has it; codes are chosen from these values.
+            cast: in the dtype that float parts are loaded in, which the bias keeps.
+
+        Raises:
+            CalibrationError: if it holds NaN or inf.
+        """
+        path, _, tensor = name.rpartition(".")
+        if not bool(stored.isfinite().all()):
+            raise CalibrationError(f"the {tensor} of layer '{path}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
+        layer = get_module(self.model, path)
+        layer._parameters[tensor] = nn.Parameter(stored, requires_grad=False)
+        if tensor == "bias":
+            self._biases[path] = stored if cast is None else cast
+        with self._lock:
+            self.waiting[path] -= {tensor}
+            complete = not self.waiting[path]
+        if complete:
+            self._quantize(path, layer)
+            drop_mapped(stored)
+
+    def _quantize(self, path: str, layer: nn.Module) -> None:
+        group = Group((path,), self.plan.layers[path].layer.role)
+        made = build_group(self.plan, group, self.model, {}, {}, ()).layers[path]
+        if made.bias is not None:
+            made.bias.data = self._biases.pop(path).clone()
+        made.requires_grad_(False)
+        set_module(self.model, path, made)
+
+    def finish(self) -> None:
+        """Nothing may be left.
+
+        Raises:
+            CheckpointError: naming the first tensor that the checkpoint lacks.
+        """
+        missing = [f"{path}.{tensor}" for path, tensors in self.waiting.items() for tensor in sorted(tensors)]
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint of {type(self.model).__name__} lacks {len(missing)} tensors that were to be quantized: '{missing[0]}'"
+                f"{' ...' if len(missing) > 1 else ''}; download it again"
+            )
+
+
+def put_empty_layers(model: nn.Module, stored: Stored) -> set[str]:
+    """Exchange float layers for empty quantized ones; names of those whose bias the float layer did not have.
+
+    Raises:
+        CheckpointError: if the description names a layer that does not exist or has no quantized form.
+    """
+    made = set()
+    for name, layout in stored.layers.items():
+        module = _float_layer(model, name)
+        made |= {name} if module.bias is None and layout.bias else set()
+        set_module(model, name, quantized_class(module).like(module, layout, device="meta"))
+    return made
+
+
+def _float_layer(model: nn.Module, name: str) -> Any:
+    """The layer that is to be replaced."""
+    try:
+        module = get_module(model, name)
+    except SiteError as error:
+        raise CheckpointError(f"quantization_config names a layer that does not exist: {error}") from None
+    if quantized_class(module) is None:
+        raise CheckpointError(f"quantization_config names '{name}', which is a {type(module).__name__} and has no quantized form")
+    return module
+
+
+def log_proof(model: nn.Module, checked: int) -> None:
+    """What was loaded, how large it is, and what computes it."""
+    layers = quantized_layers(model)
+    tensors = [t for layer in layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    kernels = kernels_of(model)
+    names = ", ".join(f"{name} x{count}" for name, count in sorted(kernels.names.items())) + (
+        " (simulated in part)" if kernels.simulated else ""
+    )
+    logger.info(
+        "%s: %d quantized layers, %d bytes, %d checksums verified, kernels: %s", type(model).__name__, len(layers), size, checked, names
+    )
