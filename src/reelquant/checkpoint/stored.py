@@ -117,15 +117,15 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
     """Describe a model that was quantized in memory in its own config, so that stock diffusers can save it, and must not cast it.
 
     Args:
-        model: a diffusers model with quantized layers; calling this again renews the description.
+        model: a model of diffusers or transformers with quantized layers; calling this again renews the description.
         recipe: the :class:`~reelquant.recipes.recipe.Recipe` that was followed; None keeps what the model says about itself.
 
     Raises:
-        UnsupportedError: if adapters wrap quantized layers, or the model is not one of diffusers.
+        UnsupportedError: if adapters wrap quantized layers, or the model is of neither library.
     """
-    if not hasattr(model, "register_to_config"):
-        raise UnsupportedError(f"{type(model).__name__} is not a diffusers model, so there is no config to describe its layers in")
-    before = model.config.get("quantization_config") or {}
+    if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
+        raise UnsupportedError(f"{type(model).__name__} has no config to describe its layers in: it is no model of diffusers or transformers")
+    before = getattr(model.config, "quantization_config", None) or {}
     before = before if isinstance(before, dict) else before.to_dict()
     mapping, digest = before.get("recipe", {}), before.get("recipe_digest", "")
     if recipe is not None:

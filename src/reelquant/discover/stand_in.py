@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reelquant.discover.probe import QUANTIZABLE
+
 RANK = 4  # of the matrices that stand for those of linear layers
 
 
 def stand_in(model: nn.Module) -> nn.Module:
     """A float32 copy of a model on the meta device that runs on the CPU and takes no memory: every parameter is a view of one short
-    row of random numbers, shifted by one from row to row, and linear layers multiply by matrices of low rank instead of their own.
+    row of random numbers, shifted by one from row to row, and layers multiply by matrices of low rank instead of their own.
 
     Args:
         model: parameters on the meta device; parameters and buffers elsewhere are copied as they are.
@@ -30,14 +32,15 @@ def stand_in(model: nn.Module) -> nn.Module:
                 value = made.setdefault(id(parameter), nn.Parameter(_view(noise, name, parameter.shape), requires_grad=False))
                 module._parameters[name] = value
     for number, module in enumerate(twin.modules()):
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        kind = next((kind for kind in QUANTIZABLE if isinstance(module, kind)), None)
+        if kind is not None and type(module).forward is kind.forward and getattr(module, "groups", 1) == 1:
             module.forward = functools.partial(_project, module, noise.roll(number))  # instances first: hooks still see the module
     return twin
 
 
 def _longest(model: nn.Module) -> int:
     shapes = [(*parameter.shape, 1) for parameter in model.parameters()]
-    return max((max(shape[0] + math.prod(shape[1:]), RANK * max(shape)) for shape in shapes), default=1)
+    return max((max(shape[0], RANK) * RANK + RANK * math.prod(shape[1:]) for shape in shapes), default=1)
 
 
 def _view(noise: Tensor, name: str, shape: torch.Size) -> Tensor:
@@ -50,9 +53,14 @@ def _view(noise: Tensor, name: str, shape: torch.Size) -> Tensor:
     return (noise[: shape[0] + width] * width**-0.5).as_strided(shape, (1, *strides))
 
 
-def _project(layer: nn.Linear, noise: Tensor, input: Tensor, **_: Any) -> Tensor:
-    """What a linear layer of rank :data:`RANK` would answer; a full matrix would have to be written out first."""
-    down = noise[: RANK * layer.in_features].reshape(RANK, -1) * layer.in_features**-0.5
-    up = noise[: RANK * layer.out_features].reshape(-1, RANK) * RANK**-0.5
-    hidden = F.linear(input.to(down.dtype), down)
-    return F.linear(hidden, up, layer.bias)
+def _project(layer: Any, noise: Tensor, input: Tensor, **_: Any) -> Tensor:
+    """What a layer of rank :data:`RANK` would answer; a full weight would have to be written out first."""
+    shape = layer.weight.shape
+    width = math.prod(shape[1:])
+    down = (noise[: RANK * width] * width**-0.5).view(RANK, *shape[1:])
+    up = (noise[: RANK * shape[0]] * RANK**-0.5).view(-1, RANK)
+    input = input.to(down.dtype)
+    if len(shape) == 2:
+        return F.linear(F.linear(input, down), up, layer.bias)
+    hidden = layer._conv_forward(input, down, None)
+    return F.linear(hidden.movedim(1 - len(shape), -1), up, layer.bias).movedim(-1, 1 - len(shape))

@@ -102,7 +102,7 @@ class ReelQuantConfig:
         name = self.recipe.get("name") if isinstance(self.recipe, Mapping) else self.recipe.name
         options = "".join(f", {key}={getattr(self, key)!r}" for key in OPTIONS if getattr(self, key) is not None)
         layers = f", {len(self.content[STORED])} kinds of layers" if self.stored else ""
-        return f"ReelQuantConfig({name!r}{options}{layers})"
+        return f"ReelQuantConfig(recipe={name!r}{options}{layers})"
 
 
 def _plain(value: Any) -> Any:

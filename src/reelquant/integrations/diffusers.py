@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
@@ -18,8 +17,8 @@ from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.clock import Clock
 from reelquant.integrations.config import ReelQuantConfig, data_free
-from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers
-from reelquant.nn import dequantized, get_module, quantized_layers, set_module, start_clock, start_runtime, stop_clock, stop_runtime
+from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
+from reelquant.nn import get_module, start_clock, start_runtime
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
@@ -117,8 +116,11 @@ class ReelQuantizer(DiffusersQuantizer):
         """From now on the model, its config and this quantizer are as if a quantized checkpoint had been loaded."""
         done.finish()
         adopt(model, done.plan.recipe)
-        self.quantization_config = model.config["quantization_config"]
-        self.stored, self.on_the_fly, self.pre_quantized = Stored.from_json(self.quantization_config.to_dict()), None, True
+        self.adopted(model.config["quantization_config"])
+
+    def adopted(self, config: ReelQuantConfig) -> None:
+        self.quantization_config, self.on_the_fly, self.pre_quantized = config, None, True
+        self.stored = Stored.from_json(config.to_dict())
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
@@ -134,12 +136,7 @@ class ReelQuantizer(DiffusersQuantizer):
         return state_dict, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
-        dtype = model.dtype
-        for name, layer in quantized_layers(model).items():
-            made = layer.bias is None or layer.bias.dtype == torch.float16  # else the layer had it, and its dtype is the layer's
-            set_module(model, name, dequantized(layer, dtype if made else layer.bias.dtype))
-        stop_clock(model)
-        stop_runtime(model)
+        put_float_layers(model, model.dtype)
         _forget(model, ("quantization_config", "_pre_quantization_dtype"))
         return model
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, CheckpointError, SiteError, UnsupportedError
@@ -14,7 +15,7 @@ from reelquant.checkpoint import Stored
 from reelquant.discover import denoises, discover, outline, stand_in
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
 from reelquant.integrations.options import with_options
-from reelquant.nn import get_module, kernels_of, quantized_class, quantized_layers, set_module
+from reelquant.nn import dequantized, get_module, kernels_of, quantized_class, quantized_layers, set_module, stop_clock, stop_runtime
 from reelquant.nn.pages import drop_mapped
 from reelquant.recipes.build import build_group
 from reelquant.recipes.plan import Plan, make_plan
@@ -117,6 +118,15 @@ def put_empty_layers(model: nn.Module, stored: Stored) -> set[str]:
         made |= {name} if module.bias is None and layout.bias else set()
         set_module(model, name, quantized_class(module).like(module, layout, device="meta"))
     return made
+
+
+def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Exchange quantized layers for stock ones with the values their codes stand for, and stop what ran beside them."""
+    for name, layer in quantized_layers(model).items():
+        made = layer.bias is None or layer.bias.dtype == torch.float16  # else the layer had it, and its dtype is the layer's
+        set_module(model, name, dequantized(layer, dtype if made else layer.bias.dtype))
+    stop_clock(model)
+    stop_runtime(model)
 
 
 def _float_layer(model: nn.Module, name: str) -> Any:

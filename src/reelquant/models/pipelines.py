@@ -71,16 +71,22 @@ def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
 
 
 def mark_quantized(model: Any, description: dict[str, Any]) -> None:
-    """Give a model that was quantized in memory what diffusers gives one that it loads: a config entry, a quantizer, no casting.
+    """Give a model that was quantized in memory what its library gives one that it loads: a config entry, a quantizer, no casting.
 
     Args:
-        model: a diffusers model.
+        model: a model of diffusers or transformers.
         description: its ``quantization_config``.
     """
-    from diffusers.quantizers.auto import DiffusersAutoQuantizer
+    if hasattr(model, "register_to_config"):
+        from diffusers.quantizers.auto import DiffusersAutoQuantizer
 
-    quantizer = DiffusersAutoQuantizer.from_config(description, pre_quantized=True)
-    model.register_to_config(quantization_config=quantizer.quantization_config)
+        quantizer = DiffusersAutoQuantizer.from_config(description, pre_quantized=True)
+        model.register_to_config(quantization_config=quantizer.quantization_config)
+    else:
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        quantizer = AutoHfQuantizer.from_config(description, pre_quantized=True)
+        model.config.quantization_config = quantizer.quantization_config
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = quantizer.quantization_config.quant_method
 
