@@ -25,7 +25,7 @@ from reelquant import ReelQuantConfig
 from reelquant.discover import discover
 from reelquant.nn import QuantLayer, quantized_layers
 from reelquant.nn.layers import quantized_class
-from tests.families.models import FAMILIES, Family, Inputs
+from tests.families.models import FAMILIES, Inputs
 from tests.tiny.stock import realigned
 
 RECIPE = "w8a16"
@@ -33,6 +33,7 @@ DYNAMIC: dict[str, Any] = {
     "name": "dynamic-w8a8",
     "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": {"format": "int8", "granularity": "tensor", "dynamic": True}},
     "rules": [{"on": "role:entry | role:exit", "keep": True}],
+    "calibrate": None,
 }
 """Inputs in 8 bits, ranged in the forward: the most that works without data."""
 
@@ -47,10 +48,11 @@ class NotOurs(Exception):
 class Case:
     """A family with its float checkpoint on disk, as a user has one, and what several checks look at."""
 
-    def __init__(self, family: Family, folder: Path) -> None:
-        self.family, self.folder = family, folder
-        self.cls = family.cls
-        family.float().save_pretrained(folder / "float")
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.family, self.folder = name, FAMILIES[name], folder
+        model = self.family.make()
+        self.cls: Any = type(model)
+        model.save_pretrained(folder / "float")
 
     def float(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         return realigned(self.cls.from_pretrained(self.folder / "float", torch_dtype=dtype, **options))
@@ -63,7 +65,16 @@ class Case:
     @functools.cached_property
     def shared(self) -> Any:
         """A quantized model that nobody may change."""
-        return self.quantized()
+        return realigned(self.quantized())
+
+    @functools.cached_property
+    def half(self) -> Any:
+        """The same for bf16."""
+        return self.quantized(dtype=torch.bfloat16)
+
+    def copy(self) -> Any:
+        """A quantized model to change; quantizing another one would look at the model anew."""
+        return copy.deepcopy(self.shared)
 
     @functools.cached_property
     def answer(self) -> Tensor:
@@ -105,14 +116,15 @@ def close(reference: Tensor, other: Tensor) -> None:
 def num_parameters(case: Case) -> str:
     """Packed weights report the count of the unpacked ones."""
     count = case.float().num_parameters()
-    for recipe in (RECIPE, "w4a16"):
-        assert case.quantized(recipe).num_parameters() == count, recipe
+    for model in (case.shared, case.quantized("w4a16")):
+        assert model.num_parameters() == count
+        assert model.num_parameters(only_trainable=True) < count
     return f"{count:,}"
 
 
 def memory_footprint(case: Case) -> str:
     """The model shrinks by exactly what the recipe says of the layers it names, and by enough altogether."""
-    before, model = case.float(torch.bfloat16), case.quantized(dtype=torch.bfloat16)
+    before, model = case.float(torch.bfloat16), case.half
     weights = [before.get_submodule(name).weight for name in quantized_layers(model)]
     stated = sum(weight.nbytes - weight.numel() - 2 * weight.shape[0] for weight in weights)  # one byte a weight, bf16 a row
     sizes = before.get_memory_footprint(), model.get_memory_footprint()
@@ -131,14 +143,14 @@ def inference(case: Case) -> str:
     assert dynamic.isfinite().all()
     assert 15 < snr(case.reference, dynamic), snr(case.reference, dynamic)
     assert not torch.equal(dynamic, case.answer)
-    half = output(case.quantized(dtype=torch.bfloat16), case.inputs(torch.bfloat16))
+    half = output(case.half, case.inputs(torch.bfloat16))
     assert half.isfinite().all()
     return f"{found:.0f} dB, W8A8 {snr(case.reference, dynamic):.0f} dB"
 
 
 def dtype_assignment(case: Case) -> str:
     """Casts are refused, moves are not."""
-    model = case.quantized()
+    model = case.copy()
     for cast in (
         model.half, model.float, lambda: model.to(torch.float16), lambda: model.to(device="cpu", dtype=torch.bfloat16),
         lambda: model.to("cpu", torch.float16),
@@ -204,7 +216,7 @@ def serialization(case: Case) -> str:
         case.shared.save_pretrained(here / "a")
         loaded = realigned(case.cls.from_pretrained(here / "a"))
         assert set(quantized_layers(loaded)) == set(quantized_layers(case.shared))
-        assert torch.equal(output(loaded, case.inputs()), output(realigned(case.quantized()), case.inputs()))
+        assert torch.equal(output(loaded, case.inputs()), output(realigned(case.copy()), case.inputs()))
         loaded.save_pretrained(here / "b")
         name = "diffusion_pytorch_model.safetensors"
         assert (here / "a" / name).read_bytes() == (here / "b" / name).read_bytes()
@@ -216,9 +228,9 @@ def sharded_serialization(case: Case) -> str:
     with folder() as here:
         case.shared.save_pretrained(here, max_shard_size=max(case.shared.get_memory_footprint() // 5, 1))
         shards = len(list(here.glob("*.safetensors")))
-        assert shards > 2
+        assert shards > 1
         loaded = realigned(case.cls.from_pretrained(here))
-        assert torch.equal(output(loaded, case.inputs()), output(realigned(case.quantized()), case.inputs()))
+        assert torch.equal(output(loaded, case.inputs()), output(realigned(case.copy()), case.inputs()))
     return f"{shards} files"
 
 
@@ -238,7 +250,7 @@ def config_serialization(case: Case) -> str:
 
 def original_dtype(case: Case) -> str:
     """The model remembers what it was loaded as, and does not write that down."""
-    model = case.quantized(dtype=torch.bfloat16)
+    model = case.half
     assert model.config["_pre_quantization_dtype"] == torch.bfloat16
     with folder() as here:
         model.save_pretrained(here)
@@ -248,7 +260,7 @@ def original_dtype(case: Case) -> str:
 
 def dequantize(case: Case) -> str:
     """Back to stock layers that compute what the codes stand for, and can be saved and cast as a float model."""
-    model = case.quantized()
+    model = case.copy()
     model.dequantize()
     assert not quantized_layers(model)
     assert "quantization_config" not in model.config
@@ -272,16 +284,17 @@ def device_map(case: Case) -> str:
         case.float(device_map="auto")
     except ValueError as error:
         raise NotOurs(str(error)) from None
-    return _placed(case, "auto")
+    with folder() as here:
+        case.shared.save_pretrained(here)
+        return _placed(case, case.cls.from_pretrained(here, device_map="auto"))
 
 
 def cpu_device_map(case: Case) -> str:
-    """The whole model mapped to the CPU."""
-    return _placed(case, {"": "cpu"})
+    """The whole model mapped to the CPU, while it is quantized."""
+    return _placed(case, case.quantized(device_map={"": "cpu"}))
 
 
-def _placed(case: Case, where: Any) -> str:
-    model = case.quantized(device_map=where)
+def _placed(case: Case, model: Any) -> str:
     assert model.hf_device_map
     tensors = [*model.named_parameters(), *model.named_buffers()]
     assert not [name for name, tensor in tensors if tensor.is_meta]
@@ -294,7 +307,7 @@ def _placed(case: Case, where: Any) -> str:
 
 def lora_inference(case: Case) -> str:
     """An adapter on quantized projections does what it does on the float ones."""
-    model = inject(case, case.quantized())
+    model = inject(case, case.copy())
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
     assert wrapped
     assert any(isinstance(model.get_submodule(name).base_layer, QuantLayer) for name in wrapped)
@@ -317,7 +330,7 @@ def inject(case: Case, model: Any) -> Any:
 
 def training(case: Case) -> str:
     """Gradients reach every adapter that they reach in the float model, and are close to those."""
-    found, plain = gradients(inject(case, case.quantized()), case), gradients(inject(case, case.float()), case)
+    found, plain = gradients(inject(case, case.copy()), case), gradients(inject(case, case.float()), case)
     live = [name for name, gradient in plain.items() if gradient.norm() > 0]
     assert live
     for name in live:
@@ -342,7 +355,7 @@ def gradients(model: Any, case: Case) -> dict[str, Tensor]:
 def torch_compile(case: Case) -> str:
     """One graph without breaks, which later steps use again."""
     try:
-        compiled_steps(case.quantized(), case)
+        compiled_steps(case.copy(), case)
     except torch._dynamo.exc.Unsupported as error:
         with pytest.raises(torch._dynamo.exc.Unsupported) as own:
             compiled_steps(case.float(), case)
@@ -371,7 +384,7 @@ def torch_compile_with_group_offload(case: Case) -> str:
     """Every layer's tensors are on disk but while it runs, and the model is compiled."""
     if not case.cls._supports_group_offloading:
         raise NotOurs(f"{case.cls.__name__} says _supports_group_offloading = False")
-    model = case.quantized()
+    model = case.copy()
     with folder() as here:
         torch._dynamo.reset()
         model.enable_group_offload(torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(here))

@@ -1,6 +1,6 @@
 """One tiny denoiser for every family: the class and the wiring that its pipelines use, random weights, the arguments of one real call.
 
-Use: ``FAMILIES["wan-2.1"].float()`` and ``FAMILIES["wan-2.1"].inputs()``. Arguments are spelled out as the pipeline of the family passes
+Use: ``FAMILIES["wan-2.1"].make()`` and ``FAMILIES["wan-2.1"].inputs()``. Arguments are spelled out as the pipeline of the family passes
 them, independently of what :func:`reelquant.discover.dummy_inputs` makes up.
 """
 
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -35,18 +34,10 @@ class Family:
     call: Callable[[], Inputs]
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def float(self) -> Any:
-        """The float denoiser, in eval mode."""
-        return self.make()
-
     def inputs(self, dtype: torch.dtype = torch.float32) -> Inputs:
         """Arguments of one call; float tensors in this dtype, but timesteps and positions as pipelines give them."""
         made = self.call()
         return {name: _cast(value, dtype) if name not in AS_GIVEN else value for name, value in made.items()} | {"return_dict": False}
-
-    @property
-    def cls(self) -> type[Any]:
-        return getattr(diffusers, type(self.make()).__name__)
 
 
 AS_GIVEN = ("timestep", "fps", "img_ids", "txt_ids", "image_rotary_emb")
@@ -189,6 +180,11 @@ def wan_call(channels: int = 4, timestep: Tensor | None = None) -> Inputs:
     return {"hidden_states": noise(1, channels, 3, 8, 12), "timestep": time() if timestep is None else timestep, **text(16)}
 
 
+def wan_image_call() -> Inputs:
+    """Text is padded to 512 tokens: whatever stands before the last 512 is the picture."""
+    return wan_call(9) | text(16, 512) | {"encoder_hidden_states_image": noise(1, 5, 16)}
+
+
 def wan_per_token() -> Inputs:
     """Wan 2.2 TI2V-5B: a timestep for every token; those of the given first frame are zero."""
     tokens = torch.full((1, 3 * 4 * 6), 500.0)
@@ -197,10 +193,10 @@ def wan_per_token() -> Inputs:
 
 
 def hunyuan15_call() -> Inputs:
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    mask = torch.tensor([[1.0, 1, 1, 1, 0, 0]])
     return {
         "hidden_states": noise(1, 9, 2, 4, 6), "timestep": time(), **text(16), "encoder_attention_mask": mask,
-        "encoder_hidden_states_2": noise(1, 4, 12), "encoder_attention_mask_2": torch.tensor([[1, 1, 0, 0]]),
+        "encoder_hidden_states_2": noise(1, 4, 12), "encoder_attention_mask_2": torch.tensor([[1.0, 1, 0, 0]]),
         "image_embeds": noise(1, 3, 10),
     }  # fmt: skip
 
@@ -243,7 +239,7 @@ _NO_OUT = ("to_q", "to_k", "to_v")
 
 FAMILIES: dict[str, Family] = {
     "wan-2.1": Family("Wan 2.1", TINY["WanTransformer3DModel"], wan_call),
-    "wan-2.1-i2v": Family("Wan 2.1 image to video", wan_image, lambda: wan_call(9) | {"encoder_hidden_states_image": noise(1, 5, 16)}),
+    "wan-2.1-i2v": Family("Wan 2.1 image to video", wan_image, wan_image_call),
     "wan-2.2-a14b": Family("Wan 2.2 A14B (one of two experts)", wan_experts, lambda: wan_call(9)),
     "wan-2.2-5b": Family("Wan 2.2 TI2V-5B (a timestep per token)", TINY["WanTransformer3DModel"], wan_per_token),
     "cogvideox": Family(

@@ -18,7 +18,7 @@ from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.clock import Clock
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
-from reelquant.nn import get_module, start_clock, start_runtime
+from reelquant.nn import count_weights, get_module, start_clock, start_runtime
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
@@ -110,6 +110,7 @@ class ReelQuantizer(DiffusersQuantizer):
         if slots is not None:
             start_clock(model, Clock(slots.timesteps), slots.argument)
         start_runtime(model)
+        count_weights(model)
         log_proof(model, verify(model, self.stored.checksums))
 
     def _describe(self, model: nn.Module, done: OnTheFly) -> None:
