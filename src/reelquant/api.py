@@ -1,4 +1,4 @@
-"""The verbs: quantize, plan, save, load, evaluate, compare, benchmark. Each is a few calls into the floors below."""
+"""The verbs: quantize, plan, configure, save, load, evaluate, compare, benchmark. Each is a few calls into the floors below."""
 
 from __future__ import annotations
 
@@ -76,6 +76,48 @@ def plan(
 
     _, denoiser = denoiser_of(pipe)
     return make_plan(load_recipe(recipe, overrides), discover(denoiser), denoiser, skip)
+
+
+def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | None = None) -> None:
+    """Change how a quantized model is computed, after it was loaded or quantized. Nothing of this is stored with it.
+
+    Args:
+        model: a quantized model, or a pipeline: all its quantized parts are meant.
+        kernels: ``reference`` for plain torch, the oracle of all kernels, or ``auto`` for the fastest.
+        temporal_table: whether stored outputs of temporal layers are used where they fit, or every layer is computed.
+
+    Raises:
+        RecipeError: if there are no kernels of that name.
+        UnsupportedError: if nothing is quantized, or a table is asked for where none is stored.
+
+    Example:
+        >>> pipe = reelquant.load("out")
+        >>> reelquant.configure(pipe, kernels="reference")
+    """
+    from torch import nn
+
+    from reelquant._errors import UnsupportedError
+    from reelquant.clock import NAME
+    from reelquant.discover.components import plain
+    from reelquant.kernels import check_backend
+    from reelquant.nn import quantized_layers, set_kernels
+
+    parts = [model] if isinstance(model, nn.Module) else [part for part in model.components.values() if isinstance(part, nn.Module)]
+    layers = {part: quantized_layers(part) for part in map(plain, parts)}
+    layers = {part: own for part, own in layers.items() if own}
+    if not layers:
+        raise UnsupportedError(f"{type(model).__name__} has no quantized layers; reelquant.quantize makes some")
+    if kernels is not None:
+        check_backend(kernels)
+    with_table = [part for part, own in layers.items() if any(layer.layout.table for layer in own.values())]
+    if temporal_table and not with_table:
+        raise UnsupportedError(
+            f"{type(model).__name__} stores no tables of temporal outputs; quantize with overrides={{'temporal': 'table'}} to have them"
+        )
+    for part in layers if kernels is not None else ():
+        set_kernels(part, kernels)
+    for part in with_table if temporal_table is not None else ():
+        getattr(part, NAME).tables = temporal_table
 
 
 def open_pipeline(model: str | Path, **options: Any) -> Any:

@@ -29,6 +29,7 @@ class Clock(nn.Module):
         stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
             be used.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
+        tables: whether tables of outputs may be used at all.
     """
 
     timesteps: Tensor
@@ -41,7 +42,7 @@ class Clock(nn.Module):
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("stored", torch.zeros((), dtype=torch.bool), persistent=False)
         self._now: tuple[int, bool] | None = None
-        self.argument = "timestep"
+        self.argument, self.tables = "timestep", True
         self._told = False
         self._timestep, self._mixed = 0.0, False
 
@@ -52,6 +53,8 @@ class Clock(nn.Module):
         distance = (self.timesteps - now).abs()
         self.slot.copy_(distance.argmin())
         self.stored.copy_((distance.amin() <= TOLERANCE * now.abs()) & (times == now).all())
+        if not self.tables:
+            self.stored.zero_()
         self._now = None
         if not torch.compiler.is_compiling():
             self._timestep, self._mixed = float(now), bool((times != now).any())
@@ -64,7 +67,7 @@ class Clock(nn.Module):
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""
-        if self._told:
+        if self._told or not self.tables:
             return
         why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
         logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)

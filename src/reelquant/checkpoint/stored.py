@@ -124,7 +124,7 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
         UnsupportedError: if adapters wrap quantized layers, or the model is of neither library.
     """
     if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
-        raise UnsupportedError(f"{type(model).__name__} has no config to describe its layers in: it is no model of diffusers or transformers")
+        raise UnsupportedError(f"{type(model).__name__} is no model of diffusers or transformers: no config to describe its layers in")
     before = getattr(model.config, "quantization_config", None) or {}
     before = before if isinstance(before, dict) else before.to_dict()
     mapping, digest = before.get("recipe", {}), before.get("recipe_digest", "")

@@ -53,14 +53,13 @@ def _view(noise: Tensor, name: str, shape: torch.Size) -> Tensor:
     return (noise[: shape[0] + width] * width**-0.5).as_strided(shape, (1, *strides))
 
 
-def _project(layer: Any, noise: Tensor, input: Tensor, **_: Any) -> Tensor:
+def _project(layer: Any, noise: Tensor, input: Tensor, *_: Any, **__: Any) -> Tensor:
     """What a layer of rank :data:`RANK` would answer; a full weight would have to be written out first."""
     shape = layer.weight.shape
     width = math.prod(shape[1:])
     down = (noise[: RANK * width] * width**-0.5).view(RANK, *shape[1:])
     up = (noise[: RANK * shape[0]] * RANK**-0.5).view(-1, RANK)
-    input = input.to(down.dtype)
     if len(shape) == 2:
-        return F.linear(F.linear(input, down), up, layer.bias)
-    hidden = layer._conv_forward(input, down, None)
+        return F.linear(F.linear(input.to(down.dtype), down), up, layer.bias)
+    hidden = layer._conv_forward(input.to(down.dtype), down, None)
     return F.linear(hidden.movedim(1 - len(shape), -1), up, layer.bias).movedim(-1, 1 - len(shape))

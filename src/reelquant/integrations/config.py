@@ -61,13 +61,13 @@ class ReelQuantConfig:
         from reelquant.recipes.recipe import load_recipe
 
         self.quant_method = Method(quant_method)
-        self.modules_to_not_convert, self.modules_dtype_dict, self.group_size = modules_to_not_convert, modules_dtype_dict, group_size
-        self.content = content
+        self.modules_to_not_convert, self.modules_dtype_dict = _plain(modules_to_not_convert), _plain(modules_dtype_dict)
+        self.group_size, self.content = group_size, content
         if self.stored:  # a newer version may have followed a recipe that this one cannot read; the layers are described without it
             self.recipe: Any = copy.deepcopy(recipe)
             return
         self.recipe = load_recipe(recipe if not isinstance(recipe, Mapping) else dict(recipe))
-        check(self.recipe, modules_to_not_convert, modules_dtype_dict, group_size)
+        check(modules_to_not_convert, modules_dtype_dict, group_size)
 
     @property
     def stored(self) -> bool:
@@ -77,8 +77,8 @@ class ReelQuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
         recipe = self.recipe if self.stored else self.recipe.model_dump(mode="json", exclude_unset=True)
-        options = {key: _plain(getattr(self, key)) for key in OPTIONS if getattr(self, key) is not None}
-        return {"quant_method": METHOD, "recipe": copy.deepcopy(recipe), **options, **copy.deepcopy(self.content)}
+        options = {key: getattr(self, key) for key in OPTIONS if getattr(self, key) is not None}
+        return copy.deepcopy({"quant_method": METHOD, "recipe": recipe, **options, **self.content})
 
     to_diff_dict = to_dict
 
@@ -119,8 +119,8 @@ def data_free(recipe: Recipe) -> Recipe:
     """
     if not recipe.data_free:
         raise RecipeError(
-            f"recipe '{recipe.name}' calibrates: it has to see the pipeline sample, and from_pretrained only loads; load the float pipeline, "
-            f"call reelquant.quantize(pipe, '{recipe.name}') and reelquant.save(pipe, folder), and open that folder instead; "
+            f"recipe '{recipe.name}' calibrates: it has to see the pipeline sample, and from_pretrained only loads; load the float "
+            f"pipeline, call reelquant.quantize(pipe, '{recipe.name}') and reelquant.save(pipe, folder), and open that folder instead; "
             "w8a16 and w4a16 need no data"
         )
     return recipe

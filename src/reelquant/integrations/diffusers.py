@@ -113,7 +113,7 @@ class ReelQuantizer(DiffusersQuantizer):
         count_weights(model)
         log_proof(model, verify(model, self.stored.checksums))
 
-    def _describe(self, model: nn.Module, done: OnTheFly) -> None:
+    def _describe(self, model: Any, done: OnTheFly) -> None:
         """From now on the model, its config and this quantizer are as if a quantized checkpoint had been loaded."""
         done.finish()
         adopt(model, done.plan.recipe)

@@ -60,7 +60,8 @@ class OnTheFly:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
-        self.waiting = {row.layer.name: {name for name, _ in _float_layer(model, row.layer.name).named_parameters()} for row in plan.quantized}
+        names = [row.layer.name for row in plan.quantized]
+        self.waiting = {name: {tensor for tensor, _ in get_module(model, name).named_parameters()} for name in names}
         self._biases: dict[str, Tensor] = {}
         self._lock = threading.Lock()  # shards may be read by several threads
 

@@ -1,4 +1,4 @@
-"""What users of other quantizers expect to be able to say, told as changes of a recipe: keep these modules, that format there, groups of n."""
+"""What users of other quantizers expect to be able to say, as changes of a recipe: keep these modules, that format there, groups of n."""
 
 from __future__ import annotations
 
@@ -19,21 +19,25 @@ BY_CHANNEL: dict[str, Any] = {"granularity": "channel"}
 _PREFIXES = ("re:", "role:", "class:", "maybe:")
 
 
-def check(
-    recipe: Recipe, keep: Sequence[str] | None, formats: Mapping[str, Sequence[str]] | None, group_size: int | None
-) -> None:  # fmt: skip
+def check(keep: Sequence[str] | None, formats: Mapping[str, Sequence[str]] | None, group_size: int | None) -> None:
     """Whether the options make sense for some model.
 
     Raises:
         RecipeError: naming the option, the value and what would work.
     """
-    for option, words in (("modules_to_not_convert", keep), *((f"modules_dtype_dict['{name}']", words) for name, words in (formats or {}).items())):
-        if words is not None and (isinstance(words, str) or not all(isinstance(word, str) and word for word in words)):
-            raise RecipeError(f"{option} is a list of module names or patterns, got {words!r}")
-    for name in formats or {}:
+    if formats is not None and not isinstance(formats, Mapping):
+        raise RecipeError(f"modules_dtype_dict maps number formats to lists of modules, {{'int8': ['*.to_q']}}, got {formats!r}")
+    _check_words("modules_to_not_convert", keep or ())
+    for name, words in (formats or {}).items():
         parse_format(name)
-    if group_size is not None and (not isinstance(group_size, int) or isinstance(group_size, bool) or (group_size < 1 and group_size != -1)):
+        _check_words(f"modules_dtype_dict['{name}']", words)
+    if group_size is not None and (type(group_size) is not int or (group_size < 1 and group_size != -1)):
         raise RecipeError(f"group_size is a number of weights (32, 64, 128 ...) or -1 for one scale per output channel, got {group_size!r}")
+
+
+def _check_words(option: str, words: Any) -> None:
+    if isinstance(words, str) or not isinstance(words, Iterable) or not all(isinstance(word, str) and word for word in words):
+        raise RecipeError(f"{option} is a list of module names or patterns, got {words!r}")
 
 
 def with_options(
@@ -47,15 +51,19 @@ def with_options(
     Raises:
         SiteError: if a name is no part of the model; the message gives the nearest one.
     """
+    if not keep and not formats and group_size is None:
+        return recipe
     known, data = list(layers), recipe.model_dump(mode="json", exclude_unset=True)
     if group_size is not None:
         _regroup(data, group_size)
-    rules = []
+    rules = list(data.get("rules", ()))
     for name, words in (formats or {}).items():
         weight = {"format": name, **(GROUPED if parse_format(name).bits < FEW_BITS else BY_CHANNEL)}
-        rules += [{"on": on, "keep": False, "weight": _grouped(weight, group_size)} for on in _patterns(words, "modules_dtype_dict", model, known)]
-    rules += [{"on": on, "keep": True, "because": "modules_to_not_convert"} for on in _patterns(keep or (), "modules_to_not_convert", model, known)]
-    return load_recipe(data | {"rules": [*data.get("rules", ()), *rules]}) if rules or group_size is not None else recipe
+        weight = weight if group_size is None else _grouped(weight, group_size)
+        rules += [{"on": on, "keep": False, "weight": weight} for on in _patterns(words, "modules_dtype_dict", model, known)]
+    for on in _patterns(keep or (), "modules_to_not_convert", model, known):
+        rules.append({"on": on, "keep": True, "because": "modules_to_not_convert"})
+    return load_recipe(data | {"rules": rules})
 
 
 def _patterns(words: Sequence[str], option: str, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
@@ -83,13 +91,12 @@ def _check_known(word: str, option: str, model: nn.Module) -> None:
 
 
 def _regroup(data: dict[str, Any], size: int) -> None:
-    """Give every grouped weight of a recipe, and those of its defaults, groups of this size."""
-    data["defaults"] = data["defaults"] | {"weight": _grouped(data["defaults"]["weight"], size)}
-    data["rules"] = [
-        rule | {"weight": _grouped(rule["weight"], size)} if str((rule.get("weight") or {}).get("granularity", "")).startswith("group") else rule
-        for rule in data.get("rules", ())
-    ]
+    """Give the weights of a recipe's defaults, and those of rules that are grouped, groups of this size."""
+    data["defaults"]["weight"] = _grouped(data["defaults"]["weight"], size)
+    for rule in data.get("rules", ()):
+        if (rule.get("weight") or {}).get("granularity", "").startswith("group"):
+            rule["weight"] = _grouped(rule["weight"], size)
 
 
-def _grouped(weight: dict[str, Any], size: int | None) -> dict[str, Any]:
-    return weight if size is None else weight | {"granularity": "channel" if size == -1 else f"group-{size}"}
+def _grouped(weight: dict[str, Any], size: int) -> dict[str, Any]:
+    return weight | {"granularity": "channel" if size == -1 else f"group-{size}"}

@@ -71,7 +71,7 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         RecipeError: if there is no backend of that name.
     """
-    _check(name)
+    check_backend(name)
     token = _backend.set(name)
     try:
         yield
@@ -79,7 +79,12 @@ def backend(name: str) -> Iterator[None]:
         _backend.reset(token)
 
 
-def _check(name: str) -> str:
+def check_backend(name: str) -> str:
+    """The name, if there is such a backend.
+
+    Raises:
+        RecipeError: with the nearest one.
+    """
     if name not in BACKENDS:
         raise RecipeError(f"unknown kernels '{name}'; {nearest(name, BACKENDS)}")
     return name
@@ -87,13 +92,14 @@ def _check(name: str) -> str:
 
 def current_backend() -> str:
     """``auto``, unless :func:`backend` or the environment variable ``REELQUANT_KERNELS`` says otherwise."""
-    return _backend.get() or _check(os.environ.get("REELQUANT_KERNELS", "auto"))
+    return _backend.get() or check_backend(os.environ.get("REELQUANT_KERNELS", "auto"))
 
 
-def select(operands: Operands, device: str) -> tuple[Kernel, dict[str, str]]:
-    """The best kernel that takes this layer on this type of device, and why each better one does not."""
+def select(operands: Operands, device: str, wanted: str = "auto") -> tuple[Kernel, dict[str, str]]:
+    """The best kernel that takes this layer on this type of device, and why each better one does not; the reference if the layer
+    (``wanted``) or :func:`current_backend` asks for it."""
     refused: dict[str, str] = {}
-    if current_backend() == "auto" and device in KERNELS:
+    if wanted == "auto" and current_backend() == "auto" and device in KERNELS:
         for kernel in KERNELS[device]():
             if (reason := kernel.refuses(operands)) is None:
                 return kernel, refused
@@ -114,6 +120,7 @@ __all__ = [
     "Window",
     "backend",
     "block_size",
+    "check_backend",
     "current_backend",
     "hadamard",
     "of_slot",

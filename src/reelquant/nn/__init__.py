@@ -11,7 +11,7 @@ from reelquant.nn.layers import (
     buffer_shapes,
     quantized_class,
 )
-from reelquant.nn.runtime import start_runtime, stop_runtime
+from reelquant.nn.runtime import set_kernels, start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.nn.swap import (
     KernelFacts,
@@ -45,6 +45,7 @@ __all__ = [
     "kernels_of",
     "quantized_class",
     "quantized_layers",
+    "set_kernels",
     "set_module",
     "start_clock",
     "start_runtime",

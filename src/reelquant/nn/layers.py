@@ -65,6 +65,7 @@ class QuantLayer(nn.Module):
     channel_axis: int
     _ready: Ready | None
     output_format = torch.contiguous_format
+    kernels = "auto"  # or "reference", whatever others use; see set_kernels
     clock: tuple[Clock, ...]  # a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's
 
     def _build(self, layout: LayerLayout, device: torch.device | str | None) -> None:
@@ -110,7 +111,7 @@ class QuantLayer(nn.Module):
     def selected(self) -> tuple[Kernel, dict[str, str]]:
         """The kernel, and why each better one of this device refused the layer."""
         ready = self._prepared()
-        return (ready.kernel, ready.refused) if ready else select(self.operands, self.weight.device.type)
+        return (ready.kernel, ready.refused) if ready else select(self.operands, self.weight.device.type, self.kernels)
 
     @property
     def simulated(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,21 +82,29 @@ def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequ
 
 
 def _model_keeps(recipe: Recipe, model: nn.Module) -> dict[str, str]:
-    """Layers that the model itself wants in float, and why: their weight is another module's too, or the model keeps them in float32 and
-    the recipe, which sees no data, cannot know that they need not be."""
-    words = [word for kind in ("", "_strict") for word in _words(getattr(model, f"_keep_in_fp32_modules{kind}", None))]
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})  # of transformers, whose modules share nothing before they are loaded
-    pairs = [(one.rpartition(".")[0], other.rpartition(".")[0]) for one, other in (*tied.items(), *((b, a) for a, b in tied.items()))]
-    shared = dict(pairs) | {name: names[index - 1] for names in owners.values() if len(names) > 1 for index, name in enumerate(names)}
-    exact = {name for name, _ in model.named_modules() if recipe.data_free and any(word in name.split(".") for word in words)}
-    return dict.fromkeys(exact, "the model keeps it in float32") | {name: f"shares its weight with '{of}'" for name, of in shared.items()}
+    """Layers that the model itself wants in float, and why. What it keeps in float32 only counts where no data can show otherwise."""
+    kept = {layer: f"shares its weight with '{other}'" for layer, other in _shared_weights(model).items()}
+    if recipe.data_free:
+        words = {word for kind in _FLOAT32 for word in _words(getattr(model, kind, None))}
+        kept |= {name: "the model keeps it in float32" for name, _ in model.named_modules() if words & set(name.split("."))}
+    return kept
+
+
+_FLOAT32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 
 
 def _words(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or ())
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Modules of which another one uses the weight: embeddings and output heads."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    pairs = [(one, other) for names in owners.values() for one, other in itertools.pairwise(names)]
+    pairs += (getattr(model, "all_tied_weights_keys", None) or {}).items()  # transformers ties them after loading
+    return {a.rpartition(".")[0]: b.rpartition(".")[0] for one, other in pairs for a, b in ((one, other), (other, one))}
 
 
 def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> LayerPlan:
@@ -128,11 +137,13 @@ def _hits(rules: Sequence[Rule], layer: Layer) -> list[Rule]:
 
 
 def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> str | None:
-    """Why a layer stays float: the user, the model, the recipe, or a fact about the layer. A rule may overrule the model."""
+    """Why a layer stays float: the user, the model, the recipe, or a fact about the layer."""
     for pattern in skip:
         if matches(pattern, layer):
             return f"skipped by you ({pattern})"
-    verdict = own.get(layer.name)
+    if layer.name in own:
+        return own[layer.name]
+    verdict: str | None = None
     for rule in _hits(rules, layer):
         if rule.keep is not None:
             verdict = (rule.because or f"kept by rule '{rule.on}'") if rule.keep else None

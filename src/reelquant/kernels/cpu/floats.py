@@ -50,7 +50,8 @@ class FloatProduct:
         if staged.dtype not in (torch.float32, torch.bfloat16):
             staged = staged.float()
         linear = given.window is None
-        few = linear and given.weight.codes.dtype == torch.int8 and 0 < staged.numel() <= FEW * staged.shape[-1] and not staged.requires_grad
+        few = linear and given.weight.codes.dtype == torch.int8 and 0 < staged.numel() <= FEW * staged.shape[-1]
+        few = few and not staged.requires_grad  # loops know nothing of gradients
         return (self._few(staged) if few else self._many(staged) if linear else self._convolved(staged)).to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:
