@@ -25,7 +25,7 @@ from reelquant import ReelQuantConfig
 from reelquant.discover import discover
 from reelquant.nn import QuantLayer, quantized_layers
 from reelquant.nn.layers import quantized_class
-from tests.families.models import FAMILIES, Inputs
+from tests.families.models import FAMILIES, Inputs, awake
 from tests.tiny.stock import realigned
 
 RECIPE = "w8a16"
@@ -50,7 +50,7 @@ class Case:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.family, self.folder = name, FAMILIES[name], folder
-        model = self.family.make()
+        model = awake(self.family.make())
         self.cls: Any = type(model)
         model.save_pretrained(folder / "float")
 

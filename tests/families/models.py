@@ -62,6 +62,14 @@ def text(width: int, tokens: int = 6) -> Inputs:
     return {"encoder_hidden_states": noise(1, tokens, width)}
 
 
+def awake(model: nn.Module) -> nn.Module:
+    """The model with small noise where parameters are zero: gates and output projections that start at zero would hide what they gate."""
+    for number, parameter in enumerate(model.parameters()):
+        if not parameter.any():
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return model
+
+
 # ------------------------------------------------------------------------------------------------------------- models beyond TINY
 
 
