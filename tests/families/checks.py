@@ -1,7 +1,7 @@
 """The checks that diffusers runs on its own quantization methods, in our words: one function a check, one line a check in ``CHECKS``.
 
 A check takes a :class:`Case`, asserts, and returns the figure that the published matrix shows (``""`` if it has none). What a class of
-diffusers cannot do in float either is :class:`NotOurs`, and the float model is asked to prove it.
+diffusers cannot do in float either is :class:`UpstreamError`, and the float model is asked to prove it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ from tests.tiny.stock import realigned
 RECIPE = "w8a16"
 DYNAMIC: dict[str, Any] = {
     "name": "dynamic-w8a8",
-    "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": {"format": "int8", "granularity": "tensor", "dynamic": True}},
+    "defaults": {
+        "weight": {"format": "int8", "granularity": "channel"},
+        "input": {"format": "int8", "granularity": "tensor", "dynamic": True},
+    },
     "rules": [{"on": "role:entry | role:exit", "keep": True}],
     "calibrate": None,
 }
@@ -41,7 +44,7 @@ LEAST = 1.2
 """What the whole model must shrink by, in bf16, as diffusers asks of its own methods; these models are small and their ends stay float."""
 
 
-class NotOurs(Exception):
+class UpstreamError(Exception):
     """The float model of diffusers cannot do this either; the message says how it fails."""
 
 
@@ -57,7 +60,9 @@ class Case:
     def float(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         return realigned(self.cls.from_pretrained(self.folder / "float", torch_dtype=dtype, **options))
 
-    def quantized(self, recipe: Any = RECIPE, dtype: torch.dtype = torch.float32, config: dict[str, Any] | None = None, **options: Any) -> Any:
+    def quantized(
+        self, recipe: Any = RECIPE, dtype: torch.dtype = torch.float32, config: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
         """Quantized while loading, the way users write it."""
         settings = ReelQuantConfig(recipe, **config or {})
         return self.cls.from_pretrained(self.folder / "float", quantization_config=settings, torch_dtype=dtype, **options)
@@ -141,7 +146,7 @@ def inference(case: Case) -> str:
     assert found > 30, found
     dynamic = output(case.quantized(DYNAMIC), case.inputs())
     assert dynamic.isfinite().all()
-    assert 15 < snr(case.reference, dynamic), snr(case.reference, dynamic)
+    assert snr(case.reference, dynamic) > 15, snr(case.reference, dynamic)
     assert not torch.equal(dynamic, case.answer)
     half = output(case.half, case.inputs(torch.bfloat16))
     assert half.isfinite().all()
@@ -283,7 +288,7 @@ def device_map(case: Case) -> str:
     try:
         case.float(device_map="auto")
     except ValueError as error:
-        raise NotOurs(str(error)) from None
+        raise UpstreamError(str(error)) from None
     with folder() as here:
         case.shared.save_pretrained(here)
         return _placed(case, case.cls.from_pretrained(here, device_map="auto"))
@@ -361,7 +366,7 @@ def torch_compile(case: Case) -> str:
             compiled_steps(case.float(), case)
         if (reason := _reason(own.value)) != _reason(error):
             raise
-        raise NotOurs(reason) from None
+        raise UpstreamError(reason) from None
     return "1 graph"
 
 
@@ -383,7 +388,7 @@ def _reason(error: Exception) -> str:
 def torch_compile_with_group_offload(case: Case) -> str:
     """Every layer's tensors are on disk but while it runs, and the model is compiled."""
     if not case.cls._supports_group_offloading:
-        raise NotOurs(f"{case.cls.__name__} says _supports_group_offloading = False")
+        raise UpstreamError(f"{case.cls.__name__} says _supports_group_offloading = False")
     model = case.copy()
     with folder() as here:
         torch._dynamo.reset()
@@ -422,4 +427,4 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "torch_compile": torch_compile,
     "torch_compile_with_group_offload": torch_compile_with_group_offload,
 }
-"""Name of the check in the published matrix -> the check. Seventeen of diffusers' own; sharding, a variant of theirs, has its own column."""
+"""Name in the published matrix -> the check: the seventeen of diffusers, and sharding, a variant of theirs, in a column of its own."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")  # before diffusers is imported: nothing is downloaded
 
-from tests.families.checks import CHECKS, Case, NotOurs
+from tests.families.checks import CHECKS, Case, UpstreamError
 from tests.families.models import FAMILIES
 from tests.families.sweep import sweep
 
@@ -36,14 +36,14 @@ def run(names: list[str]) -> dict[str, dict[str, str]]:
             case = Case(name, Path(folder))
             found[name] = {check: _cell(case, check) for check in CHECKS}
         red = [f"{check}: {cell}" for check, cell in found[name].items() if cell.startswith(("FAILED", "diffusers"))]
-        print(f"{name}: {len(CHECKS) - len(red)} of {len(CHECKS)}", *red, sep="\n  ", file=sys.stderr, flush=True)
+        sys.stderr.write("\n  ".join([f"{name}: {len(CHECKS) - len(red)} of {len(CHECKS)}", *red]) + "\n")
     return found
 
 
 def _cell(case: Case, check: str) -> str:
     try:
         return CHECKS[check](case) or "yes"
-    except NotOurs as reason:
+    except UpstreamError as reason:
         return f"diffusers: {reason}"
     except Exception as error:  # published as red, with what was said
         return f"FAILED: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -124,7 +124,7 @@ def main() -> None:
     if options.output:
         options.output.write_text(text)
     else:
-        print(text)  # noqa: T201
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

@@ -27,16 +27,17 @@ from tests.families.models import FAMILIES, awake
 from tests.tiny.configs import build
 
 HEADS, HEAD = 2, 16
+WIDTHS = r"^(dim|hidden_size|model_dim|dit_dim|embed_dim|caption_projection_dim|model_channels|time_embed_hidden_dim)$"
 SIZES: tuple[tuple[str, Any], ...] = (
-    (r"_types$|^qk_norm$|^patch_size|compressed_patch|^rope_scale|^vae_scale|causal|multiplier|scale_factor|^freq_shift|theta$|^mlp_acts$", None),
+    (r"_types$|patch_size|^rope_scale|^vae_scale|causal|multiplier|scale_factor|^freq_shift|theta$|^mlp_acts$", None),
     (r"block_out_channels", lambda rng, old: tuple(16 * 2 ** min(i, 1) for i in range(len(old)))),
-    (r"in_channels|in_visual_dim|io_channels|latent_dim|out_channels|out_visual_dim|latent_channels", lambda rng, old: 4 if old < 64 else 8),
+    (r"(in|out|io|latent)_channels|(in|out)_visual_dim|latent_dim", lambda rng, old: 4 if old < 64 else 8),
     (r"channel_sizes", None),
     (r"num_groups$|^groups$", lambda rng, old: 4),
     (r"kv_heads|key_value", lambda rng, old: HEADS),
     (r"heads$", lambda rng, old: HEADS),
     (r"head_dim$|dim_head$", lambda rng, old: HEAD),
-    (r"^(dim|hidden_size|model_dim|dit_dim|embed_dim|caption_projection_dim|model_channels|time_embed_hidden_dim)$", lambda rng, old: HEADS * HEAD),
+    (WIDTHS, lambda rng, old: HEADS * HEAD),
     (r"^(rope_axes_dim|axes_dims_rope|axes_dims?|axes_dim_rope|rope_dim|rope_dim_list)$", lambda rng, old: AXES[len(old)]),
     (r"layers(?!_per)|depth|blocks$|^num_.*blocks", lambda rng, old: rng.choice((1, 2)) if isinstance(old, int) else None),
     (r"sample_(size|width|height)|image_size", lambda rng, old: 8),
@@ -60,7 +61,11 @@ FITTING: dict[str, dict[str, Any]] = {
     "Kandinsky3UNet": {"block_out_channels": (16, 32), "groups": 4, "layers_per_block": 1},
     "LuminaNextDiT2DModel": {"num_kv_heads": 2, "multiple_of": 8},
     "NucleusMoEImageTransformer2DModel": {"mlp_ratio": 8},  # the inner width is a multiple of 128
-    "OmniGenTransformer2DModel": {"rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8}, "vocab_size": 32, "pad_token_id": 0},
+    "OmniGenTransformer2DModel": {
+        "rope_scaling": {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+        "vocab_size": 32,
+        "pad_token_id": 0,
+    },
     "PRXTransformer2DModel": {"axes_dim": (8, 8)},
     "SanaVideoTransformer3DModel": {"cross_attention_dim": 32},
     "Transformer2DModel": {"in_channels": 16, "cross_attention_dim": 16, "norm_num_groups": 4},
