@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import nn
@@ -62,6 +64,21 @@ class KernelFacts:
     names: dict[str, int]
     refused: dict[str, int]
     simulated: bool
+
+
+def count_weights(model: nn.Module) -> None:
+    """Let ``num_parameters()`` of diffusers and transformers count weights, which may be packed several to a byte."""
+    model.num_parameters = MethodType(_num_parameters, model)
+
+
+def count_tensors(model: nn.Module) -> None:
+    """Undo :func:`count_weights`."""
+    vars(model).pop("num_parameters", None)
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    packed = sum(math.prod(layer.weight_shape) - layer.weight.numel() for layer in quantized_layers(model).values())
+    return type(model).num_parameters(model, only_trainable, exclude_embeddings) + (0 if only_trainable else packed)
 
 
 def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
