@@ -11,6 +11,7 @@ import torch
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
 from reelquant.models.sampling import notes
+from reelquant.nn import count_weights
 
 BUNDLED = ("tiny-dit", "tiny-unet")
 
@@ -105,6 +106,7 @@ def mark_quantized(model: Any, description: dict[str, Any]) -> None:
 
         quantizer = AutoHfQuantizer.from_config(description, pre_quantized=True)
         model.config.quantization_config = quantizer.quantization_config
+    count_weights(model)
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = quantizer.quantization_config.quant_method
 

@@ -16,6 +16,8 @@ from reelquant.nn.runtime import set_kernels, start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.nn.swap import (
     KernelFacts,
+    count_tensors,
+    count_weights,
     dequantized,
     get_module,
     kernels_of,
@@ -38,6 +40,8 @@ __all__ = [
     "QuantLinear",
     "TensorLayout",
     "buffer_shapes",
+    "count_tensors",
+    "count_weights",
     "dequantized",
     "get_module",
     "kernels_of",

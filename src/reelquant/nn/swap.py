@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import nn
@@ -75,6 +77,21 @@ class KernelFacts:
         return cls(dict(names.most_common()), dict(reasons.most_common()), any(simulated for _, _, simulated in known))
 
 
+def count_weights(model: nn.Module) -> None:
+    """Let ``num_parameters()`` of diffusers and transformers count weights, which may be packed several to a byte."""
+    model.num_parameters = MethodType(_num_parameters, model)
+
+
+def count_tensors(model: nn.Module) -> None:
+    """Undo :func:`count_weights`."""
+    vars(model).pop("num_parameters", None)
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    packed = sum(math.prod(layer.weight_shape) - layer.weight.numel() for layer in quantized_layers(model).values())
+    return type(model).num_parameters(model, only_trainable, exclude_embeddings) + (0 if only_trainable else packed)
+
+
 def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
     """A stock float layer with the values the quantized one stands for; its inputs are not rounded any more."""
     kind = next(kind for kind in LAYERS if isinstance(layer, kind))
@@ -116,9 +133,9 @@ def stop_clock(model: nn.Module) -> None:
 
 
 def _watch_adapters(model: nn.Module, args: object) -> None:
-    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one switches all of them off."""
+    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one keeps them from being used."""
     adapted = bool(getattr(model, "peft_config", None)) and any(_feeds_table(module) for module in model.modules())
-    getattr(model, NAME).tables = not adapted
+    getattr(model, NAME).adapted = adapted
 
 
 def _feeds_table(module: nn.Module) -> bool:
