@@ -3,12 +3,14 @@
     python -m benchmarks.memory --model wan-1.3b-deep --output benchmarks/results
 
 *process* is the high-water mark of resident pages while the step runs; *denoiser* is that without what the process held before it opened
-the denoiser (interpreter, torch, diffusers). The compiler of our loops is loaded with the first layer and counts as ours.
+the denoiser (interpreter, torch, diffusers). The compiler of our loops is loaded with the first layer and counts as ours. Weights are
+rounded to nearest and inputs per token, because that needs no data: static recipes take as much memory.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,26 +18,54 @@ import torch
 from benchmarks.speed import memory, tables
 from benchmarks.speed.denoisers import DENOISERS, Subject
 from benchmarks.speed.tables import Row
-from benchmarks.speed.variants import BASE, VARIANTS
+from benchmarks.speed.variants import BASE, stepping
 
 HEADINGS = ("variant", "process, MB", "of bf16", "denoiser, MB", "of bf16", "while loading, MB")
-NAMES = (BASE, "ours qvd-w8a8", "ours minmax-w8a8", "ours qvd-w4a8")
+INPUT = {"format": "int8", "granularity": "token", "dynamic": True}
+WEIGHTS = {"ours w8a8": {"format": "int8", "granularity": "channel"}, "ours w4a8": {"format": "int4", "granularity": "group-64"}}
+
+
+def folder_of(name: str, subject: Subject) -> Path:
+    """A checkpoint of the subject, quantized while diffusers loads the float one if it is not there yet."""
+    from reelquant import ReelQuantConfig
+
+    folder = subject.home / name.replace(" ", "-")
+    if not folder.is_dir():
+        import diffusers
+
+        if not (subject.home / "float").is_dir():
+            subject.spec.make().save_pretrained(subject.home / "float")
+        recipe = {"name": name, "defaults": {"weight": WEIGHTS[name], "input": INPUT}, "calibrate": None}
+        kind = getattr(diffusers, subject.spec.cls)
+        made = kind.from_pretrained(subject.home / "float", quantization_config=ReelQuantConfig(recipe), torch_dtype=torch.bfloat16)
+        made.save_pretrained(folder)
+    return folder
 
 
 def peak_of(name: str, subject: Subject) -> None:
-    """In a fresh process: the peaks of one variant."""
-    import diffusers  # noqa: F401  # belongs to the bare process
+    """In a fresh process: the peaks of one variant, opened as a user would."""
+    import diffusers
 
     import reelquant  # noqa: F401
 
-    memory.answer(memory.peaks(lambda: VARIANTS[name].make(subject).run))
+    folder = subject.home / "float-bf16" if name == BASE else folder_of(name, subject)
+    kind = getattr(diffusers, subject.spec.cls)
+
+    def build() -> Callable[[], object]:
+        return stepping(subject, kind.from_pretrained(folder, torch_dtype=torch.bfloat16).eval(), torch.bfloat16)
+
+    memory.answer(memory.peaks(build))
 
 
-def prepare(subject: Subject) -> None:
-    """Make the checkpoints, in a process that measures nothing."""
-    subject.load()
-    for name in NAMES[1:]:
-        subject.quantize(name.removeprefix("ours "))
+def prepare(name: str, subject: Subject) -> None:
+    """In a fresh process: the checkpoint of one variant."""
+    if name == BASE:
+        folder = subject.home / "float-bf16"
+        if not folder.is_dir():
+            subject.load(torch.bfloat16).save_pretrained(folder)
+    else:
+        folder_of(name, subject)
+    memory.answer({})
 
 
 def line(row: Row, base: Row) -> list[str]:
@@ -53,15 +83,18 @@ def main() -> None:
     made.add_argument("--model", choices=DENOISERS, default="wan-1.3b-deep")
     made.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     made.add_argument("--work", type=Path, default=Path("runs/speed"), help="checkpoints, made once")
-    made.add_argument("--peak-of", help=argparse.SUPPRESS)
+    made.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = made.parse_args()
     torch.set_num_threads(1)
     subject = Subject(args.model, args.work)
-    if args.peak_of:
-        return peak_of(args.peak_of, subject)
-    prepare(subject)
+    if args.child:
+        return {"prepare": prepare, "peak": peak_of}[args.child[0]](args.child[1], subject)
     options = ["--model", args.model, "--work", str(args.work)]
-    rows = [{"name": name} | memory.in_fresh_process("benchmarks.memory", [*options, "--peak-of", name]) for name in NAMES]
+    rows: list[Row] = []
+    for name in (BASE, *WEIGHTS):
+        memory.in_fresh_process("benchmarks.memory", [*options, "--child", "prepare", name])
+        rows.append({"name": name} | memory.in_fresh_process("benchmarks.memory", [*options, "--child", "peak", name]))
+        print("  ", rows[-1], flush=True)
     title = f"## Peak memory of one step of {args.model} ({DENOISERS[args.model].reduced})"
     print(tables.write(args.output, f"memory-{args.model}", title, HEADINGS, rows, [line(row, rows[0]) for row in rows]))
     return None

@@ -27,20 +27,19 @@ class Family:
         make: builds the float denoiser, the same weights every time.
         call: the arguments of one denoiser call, float32, batch one.
         attention: the projections that adapters are put on, by the end of their names.
+        as_given: arguments whose dtype the pipeline leaves alone.
     """
 
     title: str
     make: Callable[[], nn.Module]
     call: Callable[[], Inputs]
     attention: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    as_given: tuple[str, ...] = ("timestep", "fps", "img_ids", "txt_ids", "image_rotary_emb")
 
     def inputs(self, dtype: torch.dtype = torch.float32) -> Inputs:
         """Arguments of one call; float tensors in this dtype, but timesteps and positions as pipelines give them."""
         made = self.call()
-        return {name: _cast(value, dtype) if name not in AS_GIVEN else value for name, value in made.items()} | {"return_dict": False}
-
-
-AS_GIVEN = ("timestep", "fps", "img_ids", "txt_ids", "image_rotary_emb")
+        return {name: _cast(value, dtype) if name not in self.as_given else value for name, value in made.items()} | {"return_dict": False}
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
@@ -261,7 +260,7 @@ FAMILIES: dict[str, Family] = {
             "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]]), "pooled_projections": noise(1, 8),
         },
     ),
-    "hunyuanvideo-1.5": Family("HunyuanVideo 1.5", hunyuan15, hunyuan15_call),
+    "hunyuanvideo-1.5": Family("HunyuanVideo 1.5", hunyuan15, hunyuan15_call, as_given=()),  # its pipeline casts the timestep, too
     "ltx": Family(
         "LTX-Video", TINY["LTXVideoTransformer3DModel"],
         lambda: {

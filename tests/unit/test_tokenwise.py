@@ -62,10 +62,23 @@ class Places(Neighbours):
         return self.down(self.up(x))
 
 
+class Named(nn.Module):
+    """Parts with names that anything may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.names = nn.ModuleList([nn.Linear(WIDTH, 32)]), nn.ModuleList([nn.Linear(32, WIDTH)])
+        self.rows, self.width, self.number, self.activation = nn.Identity(), nn.Identity(), nn.Identity(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.names[0](self.activation(self.layers[0](self.number(self.width(self.rows(x))))))
+
+
 TOKENWISE = {
     "gelu": lambda: FeedForward(WIDTH, activation_fn="gelu-approximate"),
     "geglu": lambda: FeedForward(WIDTH, activation_fn="geglu"),
     "gated": Gated,
+    "names of parts": Named,
 }
 OTHERS = {
     "attention": lambda: Attention(WIDTH, heads=2, dim_head=8),

@@ -20,18 +20,18 @@ class Fused(Overlay):
     """A module that is a layer and an activation.
 
     Attributes:
-        layer_name: its layer.
-        activation: of :data:`~reelquant.kernels.activations.ACTIVATIONS`.
+        reelquant_layer: name of its layer.
+        reelquant_activation: of :data:`~reelquant.kernels.activations.ACTIVATIONS`.
     """
 
-    layer_name: str
-    activation: str
+    reelquant_layer: str
+    reelquant_activation: str
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer: Any = getattr(self, self.layer_name)
+        layer: Any = getattr(self, self.reelquant_layer)
         if args or kwargs or self.training or not untouched([layer]):  # adapters come in between
             return super().forward(hidden_states, *args, **kwargs)
-        return layer.activated(hidden_states, self.activation)
+        return layer.activated(hidden_states, self.reelquant_activation)
 
 
 def fuse_activations(model: nn.Module) -> list[str]:
@@ -40,7 +40,7 @@ def fuse_activations(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         child = _only_layer(module)
         if child is not None and (activation := _activation(module, child[1])) is not None:
-            lay(Fused, module, layer_name=child[0], activation=activation)
+            lay(Fused, module, reelquant_layer=child[0], reelquant_activation=activation)
             found.append(name)
     return found
 

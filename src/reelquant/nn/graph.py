@@ -38,7 +38,7 @@ def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) 
 
 def call_tokenwise(module: Tokenwise, x: Tensor, clock: Sequence[Clock]) -> Tensor:
     """A module of several layers as one node; all of them have the same clock."""
-    return torch.ops.reelquant.tokenwise(x, _state(clock), module.number)
+    return torch.ops.reelquant.tokenwise(x, _state(clock), module.reelquant_number)
 
 
 def _state(clock: Sequence[Clock]) -> list[Tensor]:
@@ -61,13 +61,13 @@ def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> T
 def _run_tokenwise(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
     module: Tokenwise = _modules[number]
     if step:
-        module.layers()[0].clock[0].follow(step)
+        module.reelquant_layers()[0].clock[0].follow(step)
     return module.forward(x)  # its hooks are in the graph
 
 
 @_run_tokenwise.register_fake
 def _shape_tokenwise(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _modules[number].width)
+    return x.new_empty(*x.shape[:-1], _modules[number].reelquant_width)
 
 
 def _moment(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> Moment:

@@ -28,46 +28,46 @@ class Tokenwise(Overlay):
     """A module that treats every token alone.
 
     Attributes:
-        rows: tokens at a time.
-        width: channels of the answer.
-        names: its layers.
-        number: by which compiled graphs find it.
+        reelquant_rows: tokens at a time.
+        reelquant_width: channels of the answer.
+        reelquant_names: its layers.
+        reelquant_number: by which compiled graphs find it.
     """
 
-    rows: int
-    width: int
-    names: list[str]
-    number: int
+    reelquant_rows: int
+    reelquant_width: int
+    reelquant_names: list[str]
+    reelquant_number: int
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layers = self.layers()
+        layers = self.reelquant_layers()
         tokens = math.prod(hidden_states.shape[:-1])
-        if args or kwargs or self.training or tokens <= self.rows or not untouched(layers):
+        if args or kwargs or self.training or tokens <= self.reelquant_rows or not untouched(layers):
             return super().forward(hidden_states, *args, **kwargs)
         clock = layers[0].clock
         if torch.compiler.is_compiling():
             return call_tokenwise(self, hidden_states, clock)
         if clock and clock[0].now().protected:  # what computes such a step is made for every call
             return super().forward(hidden_states)
-        return self.in_blocks(hidden_states)
+        return self.reelquant_in_blocks(hidden_states)
 
-    def layers(self) -> list[Any]:
+    def reelquant_layers(self) -> list[Any]:
         """Its quantized layers, or what has been put in their place."""
-        return [self.get_submodule(name) for name in self.names]
+        return [self.get_submodule(name) for name in self.reelquant_names]
 
-    def in_blocks(self, x: Tensor) -> Tensor:
+    def reelquant_in_blocks(self, x: Tensor) -> Tensor:
         """The answer to ``[..., tokens, channels]``, in blocks of nearly the same size."""
         flat = x.reshape(1, -1, x.shape[-1])
         tokens = flat.shape[1]
-        step = math.ceil(tokens / math.ceil(tokens / self.rows) / ROWS) * ROWS
-        out = x.new_empty(1, tokens, self.width)
+        step = math.ceil(tokens / math.ceil(tokens / self.reelquant_rows) / ROWS) * ROWS
+        out = x.new_empty(1, tokens, self.reelquant_width)
         for start in range(0, tokens, step):
             out[:, start : start + step] = super().forward(flat[:, start : start + step])
-        return out.view(*x.shape[:-1], self.width)
+        return out.view(*x.shape[:-1], self.reelquant_width)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.number = number_of(self)
+        self.reelquant_number = number_of(self)
 
 
 def block_tokens(model: nn.Module) -> list[str]:
@@ -80,8 +80,8 @@ def block_tokens(model: nn.Module) -> list[str]:
         if layers is not None and (width := _answer_width(module, layers)) is not None:
             rows = max(AT_ONCE // max(layer.out_features for layer in layers) // ROWS, 1) * ROWS
             names = [part for part, child in module.named_modules() if isinstance(child, QuantLinear)]
-            lay(Tokenwise, module, rows=rows, width=width, names=names)
-            module.number = number_of(module)
+            lay(Tokenwise, module, reelquant_rows=rows, reelquant_width=width, reelquant_names=names)
+            module.reelquant_number = number_of(module)
             found.append(name)
     return found
 
