@@ -18,14 +18,13 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
-from diffusers.models.attention import FreeNoiseTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 import reelquant
 from reelquant import UnsupportedError
 from reelquant.models.sampling import call_arguments
-from reelquant.nn import QuantLinear, quantized_layers
+from reelquant.nn import quantized_layers
 from tests.tiny import bundled
 from tests.tiny.bundled import CPU, NAMES, OFFLOAD, Mode, denoiser, expected, folder, latents, opened, quantized
 from tests.tiny.stock import realigned
@@ -298,7 +297,8 @@ def test_a_dequantized_model_is_a_stock_one(name: str, tmp_path: Path) -> None:
     assert not {"fuse_lora", "fuse_qkv_projections"} & set(vars(model))
     latent = latents(pipe)
     reelquant.save(pipe, tmp_path / "float")
-    assert torch.equal(latents(bundled.quiet(DiffusionPipeline.from_pretrained(tmp_path / "float"))), latent)
+    again = latents(bundled.quiet(DiffusionPipeline.from_pretrained(tmp_path / "float")))
+    torch.testing.assert_close(again, latent, rtol=1e-4, atol=1e-4)  # the order of sums depends on where a float weight lies in memory
     model.to(torch.bfloat16)
 
 
@@ -345,17 +345,11 @@ def test_attention_slicing_gives_the_same_up_to_the_order_of_sums() -> None:
     assert difference < 0.05 * expected("tiny-unet").abs().max()  # rounding of inputs to 8 bits makes more of a last bit
 
 
-def test_freeu_and_free_noise_run_on_a_quantized_unet() -> None:
+def test_freeu_runs_on_a_quantized_unet() -> None:
     pipe = opened("tiny-unet")
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     assert not torch.equal(latents(pipe), expected("tiny-unet"))
     pipe.disable_freeu()
-    assert torch.equal(latents(pipe), expected("tiny-unet"))
-    pipe.enable_free_noise(context_length=4, context_stride=2)
-    blocks = [part for part in pipe.unet.modules() if isinstance(part, FreeNoiseTransformerBlock)]
-    assert blocks and isinstance(blocks[0].attn1.to_q, QuantLinear)
-    assert latents(pipe).isfinite().all()
-    pipe.disable_free_noise()
     assert torch.equal(latents(pipe), expected("tiny-unet"))
 
 
