@@ -51,7 +51,8 @@ class Clock(nn.Module):
         which: 0-d int64, what the current call computes: :data:`ANY`, :data:`FIRST`, :data:`SECOND` or :data:`BOTH`.
         latent: name of the denoiser's latent argument, which guidance calls are known by.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
-        tables: whether tables of outputs may be used at all; not while an adapter changes what they hold.
+        tables: whether tables of outputs may be used at all; the user's choice.
+        adapted: whether an adapter changes what they hold, so that they are not used.
     """
 
     timesteps: Tensor
@@ -77,7 +78,7 @@ class Clock(nn.Module):
         self.pairs, self.latent = pairs, latent
         self._now: dict[int, Any] = {}  # by thread: several may run one denoiser, each at a step of its own
         self.protect(protected, inputs)
-        self.argument, self.tables = "timestep", True
+        self.argument, self.tables, self.adapted = "timestep", True, False
         self._told = False
         self._timestep, self._mixed = 0.0, False
 
@@ -105,7 +106,7 @@ class Clock(nn.Module):
         now = times.amax()  # frames given as a condition carry timestep 0
         distance = (self.timesteps - now).abs()
         slot = distance.argmin()
-        stored = (distance.amin() <= TOLERANCE * now.abs()) & (times == now).all() & self.tables
+        stored = (distance.amin() <= TOLERANCE * now.abs()) & (times == now).all() & (self.tables and not self.adapted)
         protected = self.protects.index_select(0, slot.reshape(1))[0] if self.protected_slots else self.protected
         self.slot.copy_(slot)
         self.stored.copy_(stored)
@@ -146,7 +147,7 @@ class Clock(nn.Module):
         if self._told or not self.tables:
             return
         why = "is not the only one of its call" if self._mixed else f"is none of the {len(self.timesteps)} in the table"
-        why = why if self.tables else "meets an adapter that changes the table"
+        why = "meets an adapter that changes the table" if self.adapted else why
         logger.warning("timestep %g %s: temporal layers are computed", self._timestep, why)
         self._told = True
 

@@ -107,7 +107,7 @@ def stop_clock(model: nn.Module) -> None:
 def _watch_adapters(model: nn.Module, args: object) -> None:
     """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one switches all of them off."""
     adapted = bool(getattr(model, "peft_config", None)) and any(_feeds_table(module) for module in model.modules())
-    getattr(model, NAME).tables = not adapted
+    getattr(model, NAME).adapted = adapted
 
 
 def _feeds_table(module: nn.Module) -> bool:
