@@ -373,7 +373,7 @@ def test_names_of_kohya_are_understood(tmp_path: Path) -> None:
             tensors[f"{stem}.lora_{'down' if kind == 'lora_A' else 'up'}.weight"] = value
             tensors[f"{stem}.alpha"] = torch.tensor(2.0)
     width = stock("tiny-unet").text_encoder.config.hidden_size
-    stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    stem = "lora_te_text_model_encoder_layers_0_self_attn_out_proj"
     tensors |= {f"{stem}.lora_down.weight": torch.randn(RANK, width), f"{stem}.lora_up.weight": torch.randn(width, RANK)}
     tensors[f"{stem}.alpha"] = torch.tensor(2.0)
     save_file(tensors, tmp_path / "sd.safetensors")
