@@ -10,7 +10,7 @@ reelquant.benchmark("out", "tiny-dit")       # what it gained, on this machine
 
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
 from reelquant._version import __version__
-from reelquant.api import benchmark, compare, configure, evaluate, export, load, open_pipeline, plan, quantize, save
+from reelquant.api import benchmark, compare, configure, evaluate, export, load, open_pipeline, plan, quantize, quantize_folder, save
 from reelquant.integrations.config import ReelQuantConfig
 from reelquant.integrations.register import install as _install
 
@@ -32,6 +32,7 @@ __all__ = [
     "open_pipeline",
     "plan",
     "quantize",
+    "quantize_folder",
     "save",
 ]
 

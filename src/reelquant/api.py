@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reelquant.recipes.components import Source
     from reelquant.recipes.plan import Plan
     from reelquant.recipes.report import Report
+    from reelquant.recipes.stream import Job
 
 
 def quantize(
@@ -61,15 +62,13 @@ def quantize(
     from reelquant.checkpoint import adopt
     from reelquant.discover.components import plain
     from reelquant.models.lora import merging, parse_adapters, refuse_loaded
-    from reelquant.models.pipelines import calibration_prompts
-    from reelquant.recipes.components import TEXTS, assign
+    from reelquant.recipes.components import assign, default_texts
     from reelquant.recipes.engine import quantize_components
 
     recipes = assign(pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters, and nobody means that
     if prompts is None:
-        wanted = [one.calibrate.prompts + one.search.prompts for one in recipes.values() if one.calibrate is not None]
-        prompts = calibration_prompts(pipe, max([*wanted, TEXTS]))
+        prompts = default_texts(pipe, recipes)
     refuse_loaded(pipe)
     with merging(pipe, lora) if lora else nullcontext():
         report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
@@ -78,6 +77,84 @@ def quantize(
         if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
             adopt(part, chosen)
     return report
+
+
+def quantize_folder(
+    source: str | Path,
+    output: str | Path,
+    recipe: Source,
+    prompts: Sequence[str] | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    lora: Adapters = (),
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    max_memory: int | str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **call: Any,
+) -> Report:
+    """Quantize a pipeline's folder into another one, without ever holding the float model in memory.
+
+    The result is that of :func:`quantize` and :func:`save`, bit by bit. A run that was stopped, also by ``kill -9`` or a full disk, is
+    kept in ``<output>.partial`` and goes on with ``resume``; docs/streaming.md says what is where.
+
+    Args:
+        source: bundled name, folder or hub id of a float pipeline.
+        output: the folder to write; it appears complete or not at all.
+        recipe: as in :func:`quantize`, one for all denoisers or one by component.
+        prompts: calibration texts; by default the pipeline's own or general video prompts.
+        components: denoisers to quantize, by name; by default all.
+        skip: patterns of layers that stay float, on top of the recipe's.
+        overrides: dotted changes to the recipe.
+        lora: adapters to merge into the float weights first, as in :func:`quantize`; all that they change must be quantized.
+        dtype: of the float parts of what is quantized, float32 by default; other components are copied as they are.
+        device: where layers are built and the sampler runs.
+        max_memory: ``"8GB"`` or a number of bytes; by default what is free. Activations of a denoiser call come on top.
+        resume: go on with an interrupted run of the same work.
+        force: replace an existing folder in the end, and give up what an interrupted run left.
+        progress: hears how far the run is.
+        call: arguments of the pipeline call during calibration.
+
+    Returns:
+        As :func:`quantize`.
+
+    Raises:
+        ReelQuantError: one sentence on what is wrong and what would work; text encoders, VAEs and ``temporal: table`` need a pipeline in
+            memory.
+
+    Example:
+        >>> reelquant.quantize_folder("wan-14b", "wan-14b-w8a16", "w8a16", dtype=torch.bfloat16, max_memory="8GB")
+    """
+    from reelquant.recipes.stream import quantize_folder as streamed
+
+    job = folder_job(source, recipe, prompts, components, skip, overrides, lora, dtype, device, max_memory, call)
+    return streamed(job, output, resume=resume, force=force, progress=progress)
+
+
+def folder_job(
+    source: str | Path, recipe: Source, prompts: Sequence[str] | None, components: Sequence[str] | None, skip: Sequence[str],
+    overrides: dict[str, Any] | None, lora: Adapters, dtype: torch.dtype | None, device: str, max_memory: int | str | None,
+    call: Mapping[str, Any],
+) -> Job:  # fmt: skip
+    """The work of :func:`quantize_folder`, planned but not begun: its ``plans`` and :meth:`~reelquant.recipes.stream.Job.estimate`."""
+    import torch
+
+    from reelquant.models.lora import parse_adapters
+    from reelquant.models.pipelines import local_folder
+    from reelquant.recipes import stream
+    from reelquant.recipes.components import assign
+    from reelquant.recipes.estimate import free_memory, parse_bytes
+
+    budget = free_memory() if max_memory is None else parse_bytes(max_memory)
+    opened = stream.Source.open(local_folder(source), dtype or torch.float32, device)
+    opened.check_denoisers([*(components or ()), *(recipe if isinstance(recipe, Mapping) else ())])
+    recipes = assign(opened.pipe, recipe, components, overrides)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    return stream.Job.of(opened, recipes, prompts, skip, call, budget, parse_adapters(lora))
 
 
 def plan(pipe: Any, recipe: Source, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None) -> Plan:

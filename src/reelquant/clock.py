@@ -51,8 +51,8 @@ class Clock(nn.Module):
         which: 0-d int64, what the current call computes: :data:`ANY`, :data:`FIRST`, :data:`SECOND` or :data:`BOTH`.
         latent: name of the denoiser's latent argument, which guidance calls are known by.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
-        tables: whether tables of outputs may be used at all; the user's choice.
-        adapted: whether an adapter changes what they hold, so that they are not used.
+        tables: whether tables of outputs may be used at all.
+        adapted: whether an adapter changes what they hold; then they are not used.
     """
 
     timesteps: Tensor

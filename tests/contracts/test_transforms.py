@@ -249,7 +249,8 @@ def test_folding_into_a_norm_is_exact(kind: str, dtype: torch.dtype) -> None:
     folds = dtype == torch.float32  # half precision would round gamma and beta, so the rewrite stays in the layers
     assert all(record.folded == folds for record in built.records)
     assert all(hasattr(layer, "pre_quant_scale") != folds for layer in built.layers.values())
-    session = Session(None, "", model, plan_, Silent(), {}, 0)
+    session = Session(None, "", model, plan_.recipe, Silent(), {}, 0)
+    session.plan = plan_
     session.install({family: {} for family in ("a", "b")}, lambda group, options: built)
     if folds:
         axis = 1 if conv else -1

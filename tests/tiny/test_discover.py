@@ -575,7 +575,10 @@ def test_denoisers_of_a_pipeline() -> None:
     ("path", "kind"),
     [
         (("hidden_states",), "latent"),
+        (("audio_hidden_states",), "latent"),
         (("timestep",), "timestep"),
+        (("audio_timestep",), "timestep"),
+        (("audio_encoder_hidden_states",), "prompt"),
         (("encoder_hidden_states_image",), "image"),
         (("encoder_hidden_states",), "prompt"),
         (("added_cond_kwargs", "text_embeds"), "prompt"),

@@ -299,24 +299,30 @@ def test_a_short_sampler_protects_the_noise_levels_of_the_long_one() -> None:
     assert found == {50: [0, 1, 2, 3, 49], 20: [0, 1, 19], 8: [0, 7]}
 
 
+@pytest.mark.slow
 def test_scales_per_step_serve_fewer_steps_of_another_sampler() -> None:
-    """tiny-dit: calibrated with 8 Euler steps, run with 5 of Euler and of UniPC; a scale per step must not lose to one for all."""
+    """tiny-dit: calibrated with 8 Euler steps, run with 5 of Euler and of UniPC: no worse than a scale for all, on the mean of four clips.
+
+    What a scale per step gains under many samplers is measured in docs/steps-and-components.md; this is about slots that are found wrong,
+    which costs ten times the margin.
+    """
     reference = reelquant.open_pipeline("tiny-dit")
-    prompts = calibration_prompts(reference, 3)
-    keys = {"calibrate.prompts": 2, "search.prompts": 1}
+    prompts = calibration_prompts(reference, 7)
+    keys = {"calibrate.prompts": 4, "search.prompts": 1}
+    samplers = (reference.scheduler, SAMPLERS["UniPC, flow"]())
     psnr: dict[str, list[float]] = {}
     for slots in ("per_step", "shared"):
         pipe = reelquant.open_pipeline("tiny-dit")
         reelquant.quantize(pipe, "minmax-w8a8", prompts, overrides=keys | {"defaults.input.slots": slots}, num_inference_steps=8)
         psnr[slots] = []
-        for scheduler in (reference.scheduler, SAMPLERS["UniPC, flow"]()):
+        for scheduler in samplers:
             finals = []
             for one in (reference, pipe):
                 one.scheduler = copy.deepcopy(scheduler)
-                finals.append(sample(one, prompts[-1:], seed=99, output="latent", num_inference_steps=5))
+                finals.append(sample(one, prompts[-4:], seed=99, output="latent", num_inference_steps=5))
             psnr[slots].append(latent_psnr(*finals))
     assert min(psnr["per_step"]) > 33
-    assert all(own > shared - 0.5 for own, shared in zip(psnr["per_step"], psnr["shared"], strict=True)), psnr
+    assert all(own > shared - 1 for own, shared in zip(psnr["per_step"], psnr["shared"], strict=True)), psnr
 
 
 # --- guidance -----------------------------------------------------------------------------------------------------------------------

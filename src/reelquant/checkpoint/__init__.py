@@ -1,20 +1,32 @@
 """Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece."""
 
-from reelquant.checkpoint.folder import check_target, new_folder
-from reelquant.checkpoint.save import save
+from reelquant.checkpoint.folder import INDEX, check_target, new_folder
+from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
+from reelquant.checkpoint.shards import Shards, Spec, write_tensors
 from reelquant.checkpoint.stored import FORMAT_VERSION, METHOD, Slots, Stored, adopt, describe
 from reelquant.checkpoint.verify import tile_checksum, verify
+from reelquant.checkpoint.workspace import Workspace, whole_file, work_folder, workspace
 
 __all__ = [
     "FORMAT_VERSION",
+    "INDEX",
     "METHOD",
+    "REPORT_FILE",
+    "Shards",
     "Slots",
+    "Spec",
     "Stored",
+    "Workspace",
     "adopt",
     "check_target",
     "describe",
+    "forget_paths",
     "new_folder",
     "save",
     "tile_checksum",
     "verify",
+    "whole_file",
+    "work_folder",
+    "workspace",
+    "write_tensors",
 ]

@@ -46,7 +46,7 @@ def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        _take_place(temporary, path)
+        take_place(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in created:  # innermost first
@@ -61,7 +61,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
-def _take_place(temporary: Path, path: Path) -> None:
+def take_place(temporary: Path, path: Path) -> None:
     """Rename into place; an old folder steps aside first and comes back if the rename fails."""
     if not path.exists():
         temporary.rename(path)

@@ -60,7 +60,7 @@ def save(
     with new_folder(folder, force=force) as temporary:
         pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=max_shard_size)
         _check_complete(pipe, temporary)
-        _forget_paths(temporary)
+        forget_paths(temporary)
         if dtype is not None:
             _cast(pipe, temporary, dtype)
         if report is not None:
@@ -89,7 +89,7 @@ def _check_complete(pipe: Any, folder: Path) -> None:
             raise UnsupportedError(f"diffusers cannot save component '{name}' ({type(part).__name__}), the folder would not open again")
 
 
-def _forget_paths(folder: Path) -> None:
+def forget_paths(folder: Path) -> None:
     """Drop where parts were loaded from: private, and different on every machine."""
     for file in sorted(folder.rglob("*.json")):
         text = file.read_text(encoding="utf-8")

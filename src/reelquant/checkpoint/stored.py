@@ -110,22 +110,22 @@ class Stored:
                 )
 
 
-def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str) -> Stored:
-    """What has to be stored about a model whose layers are quantized.
+def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums: Mapping[str, str] | None = None) -> Stored:
+    """What has to be stored about a model whose layers are quantized; ``checksums`` of layers whose tensors are elsewhere.
 
     Raises:
         UnsupportedError: if an adapter wraps quantized layers, or their weights are offloaded.
     """
     layers = quantized_layers(model)
     for name, layer in layers.items():
-        if layer.weight.device.type == "meta":
+        if checksums is None and layer.weight.device.type == "meta":
             raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before saving")
         if "base_layer" in name.split("."):
             raise UnsupportedError(
                 f"layer '{name}' is wrapped by an adapter; unload the adapters (pipe.unload_lora_weights()) before saving"
             )
     kept = [name for name, part in model.named_modules() if isinstance(part, tuple(LAYERS)) and not isinstance(part, QuantLayer)]
-    checksums = {name: tile_checksum(layer) for name, layer in layers.items()}
+    checksums = {name: tile_checksum(layer) if checksums is None else checksums[name] for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
     return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__)
 

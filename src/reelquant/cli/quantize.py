@@ -12,6 +12,8 @@ from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, St
 if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.recipes.recipe import Recipe
+    from reelquant.recipes.report import Report
+    from reelquant.recipes.stream import Job
 
 GATE_CLIPS = 8
 
@@ -49,7 +51,12 @@ def quantize(
         str | None,
         typer.Option("--gate", help="Afterwards hold 8 clips against float: strict, default or loose; exit code 1 if a limit is missed."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what every layer would become, and stop.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", metavar="SIZE", help="8GB, 500MB: a model that does not fit is streamed. By default what is free."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run; begin, if there is none.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what every layer would become, what it takes, and stop.")] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -60,6 +67,8 @@ def quantize(
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]      the plan, nothing else
     [cyan]reelquant quantize Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r w8a16 -o wan[/cyan]
+    [cyan]reelquant quantize wan-14b -r w8a16 -o out --dtype bfloat16 --max-memory 8GB[/cyan]      never the whole model in memory
+    [cyan]reelquant quantize wan-14b -r w8a16 -o out --dtype bfloat16 --max-memory 8GB --resume[/cyan]      after a crash
     [cyan]reelquant quantize wan-a14b -r transformer=qvd-w8a8 -r transformer_2=qvd-w4a8 -o out[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --components transformer,text_encoder,vae -o out[/cyan]
     [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
@@ -85,14 +94,16 @@ def quantize(
             raise typer.BadParameter("it compares with the float pipeline, which lacks the adapters of --lora", param_hint="--gate")
     chosen = _chosen(recipe, settings(change or []), seed)
     texts = _texts(prompts)
-    pipe = opened(model, device, dtype)
     names = components.replace(" ", "").split(",") if components else None
-    if dry_run or output is None:
-        _show_plans(pipe, chosen, names, exclude or [], json)
-        return
     call = call_options(steps=steps)
-    document = _run(pipe, chosen, names, texts, exclude or [], lora or [], call, output, force, json)
-    del pipe
+    job = _job(model, chosen, names, texts, exclude or [], lora or [], dtype, device, max_memory, call, resume)
+    if dry_run or output is None:
+        _show_plans(job or opened(model, device, dtype), chosen, names, exclude or [], json)
+        return
+    if job is not None and (resume or job.estimate().in_memory > job.budget):
+        document = _stream(job, output, resume, force, json)
+    else:
+        document = _run(opened(model, device, dtype), chosen, names, texts, exclude or [], lora or [], call, output, force, json)
     made = None if gate is None else _hold_against(model, output, texts, gate, device, dtype, call)
     _finish(document, made, json)
 
@@ -122,18 +133,58 @@ def _texts(file: Path | None) -> list[str] | None:
     return read_prompts(file)
 
 
-def _show_plans(pipe: Any, recipe: Recipe | dict[str, Recipe], components: list[str] | None, exclude: list[str], json: bool) -> None:
+def _job(
+    model: str, recipe: Recipe | dict[str, Recipe], components: list[str] | None, texts: list[str] | None, exclude: list[str],
+    lora: list[str], dtype: str, device: str, max_memory: str | None, call: dict[str, Any], resume: bool,
+) -> Job | None:  # fmt: skip
+    """The work, planned from headers alone; None for work that has to be done in memory."""
+    from reelquant.cli.options import check_device, torch_dtype
+    from reelquant.models.pipelines import locate
+
+    kind = torch_dtype(dtype)
+    locate(model)  # before the slow imports
+    check_device(device)
+    from reelquant._errors import CheckpointError, UnsupportedError
+    from reelquant.api import folder_job
+
+    try:
+        return folder_job(model, recipe, texts, components, exclude, None, lora, kind, device, max_memory, call)
+    except (CheckpointError, UnsupportedError):
+        if max_memory is not None or resume:
+            raise
+        return None  # text encoders, VAEs, checkpoints that diffusers converts: what else is wrong, the way through memory finds, too
+
+
+def _show_plans(source: Any, recipe: Recipe | dict[str, Recipe], components: list[str] | None, exclude: list[str], json: bool) -> None:
+    """The plans of a job and what it takes, or those for a pipeline in memory."""
     from reelquant.api import plans
     from reelquant.cli import console, tables
+    from reelquant.recipes.stream import Job
 
-    made = plans(pipe, recipe, components=components, skip=exclude)
+    job = source if isinstance(source, Job) else None
+    made = plans(source, recipe, components=components, skip=exclude) if job is None else job.plans
     if json:
         documents = {name: tables.plan_json(one) for name, one in made.items()}
-        console.emit(documents if len(documents) > 1 else next(iter(documents.values())))
+        takes = {} if job is None else {"estimate": tables.estimate_json(job, job.estimate())}
+        console.emit((documents if len(documents) > 1 else next(iter(documents.values()))) | takes)
         return
     for one in made.values():
         console.out.print(tables.plan_table(one))
+    if job is not None:
+        console.out.print(tables.estimate_table(job, job.estimate()))
     console.out.print("[dim]dry run: nothing was changed or written[/dim]")
+
+
+def _stream(job: Job, output: Path, resume: bool, force: bool, json: bool) -> dict[str, Any]:
+    """Quantize from disk to disk, after saying what that will take."""
+    from reelquant.cli import console, tables
+    from reelquant.recipes.stream import quantize_folder
+
+    if not json:
+        console.out.print(tables.estimate_table(job, job.estimate()))
+    with console.Bars() as bars:
+        report = quantize_folder(job, output, resume=resume, force=force, progress=bars)
+    return _told(report, Path(output).expanduser().resolve(), json)
 
 
 def _run(
@@ -149,12 +200,19 @@ def _run(
     json: bool,
 ) -> dict[str, Any]:
     from reelquant import api
-    from reelquant.cli import console, tables
+    from reelquant.cli import console
 
     with console.Bars() as bars:
         report = api.quantize(pipe, recipe, texts, components=components, skip=exclude, lora=lora, progress=bars, **call)
         bars.phase("write", 1)
         path = api.save(pipe, output, report, force=force)
+    return _told(report, path, json)
+
+
+def _told(report: Report, path: Path, json: bool) -> dict[str, Any]:
+    """Print the proof, unless a document is wanted."""
+    from reelquant.cli import console, tables
+
     for part in [] if json else tables.proof(report):
         console.out.print(part)
         console.out.print()

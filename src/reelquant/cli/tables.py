@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,8 +14,10 @@ from reelquant.cli.console import figure, size
 if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation, Result
     from reelquant.recipes.build import LayerRecord
+    from reelquant.recipes.estimate import Estimate
     from reelquant.recipes.plan import LayerPlan, Plan
     from reelquant.recipes.report import Report
+    from reelquant.recipes.stream import Job
 
 LAYER = 30  # columns that the names of layers get at least
 WORST = 8
@@ -50,6 +53,34 @@ def plan_table(plan: Plan) -> Table:
     made.add_row("[bold]quantized layers", "", f"{len(plan.quantized)} of {len(plan.layers)}", *_sizes(*plan_bytes(plan.quantized)))
     made.add_row("[bold]all layers", "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
     return made
+
+
+def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
+    """What the work takes, in bytes and seconds."""
+    return asdict(expected) | {"budget": job.budget, "seconds": job.seconds(expected), "streams": expected.in_memory > job.budget}
+
+
+def estimate_table(job: Job, expected: Estimate) -> Table:
+    """What the work takes, before it starts."""
+    streams = expected.in_memory > job.budget
+    calls = f", and {expected.calls} calls of the denoiser, solvers" if expected.calls else ""
+    made = table("What it takes" + (": from disk to disk" if streams else ": in memory"), ["", "about", "for"])
+    made.add_row("memory", size(expected.memory if streams else expected.in_memory), expected.largest if streams else "the whole model")
+    made.add_row("allowed", size(job.budget), "" if streams else "the whole model fits")
+    made.add_row("free disk", size(expected.disk if streams else expected.result), "until the work is done")
+    made.add_row("result", size(expected.result), f"the float folder has {size(expected.source)}")
+    made.add_row("time", duration(job.seconds(expected)), f"reading, rounding, writing{calls}")
+    if streams and expected.calls:
+        made.add_row("", "", "activations of a denoiser call come on top of the memory, the computation of the calls on top of the time")
+    return made
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: ``40 s``, ``3 min``, ``2.5 h``."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def plan_bytes(rows: Sequence[LayerPlan]) -> tuple[int, int]:

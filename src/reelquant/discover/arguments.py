@@ -19,10 +19,10 @@ Path = tuple[str | int, ...]
 # First match wins, so the narrow ones come first: `img_ids` is a position, `encoder_hidden_states_image` a picture.
 _NAMES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("other", re.compile(r"ids$|rotary|rope|coords|indicator|guidance|fps|resolution|aspect|crop|timestep_cond|scale")),
-    ("timestep", re.compile(r"^(timesteps?|timestep_r|r_timestep|sigmas?|t)$")),
+    ("timestep", re.compile(r"^(audio_)?(timesteps?|timestep_r|r_timestep|sigmas?|t)$")),
     ("image", re.compile(r"image|img|control|vace|pose|face|vit_|siglip")),
     ("prompt", re.compile(r"encoder_hidden_states|encoder_attention_mask|prompt|text|txt|caption|cap_|pooled|context|class_labels")),
-    ("latent", re.compile(r"^(hidden_states|sample|latents?|x)$")),
+    ("latent", re.compile(r"^(audio_)?(hidden_states|sample|latents?|x)$")),
 )
 
 

@@ -19,6 +19,8 @@ from reelquant._errors import UnsupportedError
 from reelquant.discover.probe import run, steady
 
 LAYOUTS = ("bcthw", "bchw", "btchw", "bnc")
+CHANNELS = ("in_channels", "in_visual_dim", "latent_dim", "io_channels")  # config keys of the latent's channels
+AUDIO = 5  # length of a made-up sound
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Sketch:
     @property
     def sizes(self) -> dict[str, int]:
         tokens = self.frames * self.height * self.width
-        return dict(b=1, c=self.get("in_channels"), t=self.frames, h=self.height, w=self.width, n=tokens)
+        return dict(b=1, c=self.get(*CHANNELS), t=self.frames, h=self.height, w=self.width, n=tokens)
 
     @property
     def tokens(self) -> int:
@@ -91,11 +93,20 @@ def _device(denoiser: nn.Module) -> torch.device:
 
 
 # ------------------------------------------------------------------------------------------------ argument name -> value, or None
-_TEXT_WIDTH = ("text_dim", "text_embed_dim", "caption_channels", "encoder_hid_dim", "joint_attention_dim", "cross_attention_dim")
+_TEXT_WIDTH = (
+    "text_dim", "text_embed_dim", "caption_channels", "encoder_hid_dim", "joint_attention_dim", "cross_attention_input_dim",
+    "cross_attention_dim", "cap_feat_dim", "in_text_dim", "dit_text_dim", "context_in_dim", "cond_token_dim", "condition_dim",
+)  # fmt: skip
 
 
 def _latent(s: Sketch) -> Tensor:
     return s.random(*(s.sizes[axis] for axis in s.layout))
+
+
+def _control(s: Sketch) -> Tensor | None:
+    """A video in the latent's shape, with channels of its own."""
+    channels = s.get("vace_in_channels")
+    return s.random(*((s.sizes | {"c": channels})[axis] for axis in s.layout)) if channels else None
 
 
 def _prompt(s: Sketch) -> Tensor | None:
@@ -103,8 +114,17 @@ def _prompt(s: Sketch) -> Tensor | None:
     return s.random(s.prompts, s.tokens, width) if width else None
 
 
+def _mask(s: Sketch) -> Tensor:
+    return torch.ones(1, s.tokens, dtype=torch.bool, device=_device(s.denoiser))
+
+
 def _vector(*keys: str) -> Callable[[Sketch], Tensor | None]:
     return lambda s: s.random(1, s.get(*keys)) if s.get(*keys) else None
+
+
+def _row(length: Callable[[Sketch], int], *keys: str) -> Callable[[Sketch], Tensor | None]:
+    """Tokens of a further modality."""
+    return lambda s: s.random(1, length(s), s.get(*keys)) if s.get(*keys) else None
 
 
 def _guidance(s: Sketch) -> Tensor | None:
@@ -122,6 +142,10 @@ def _added_conditions(s: Sketch) -> dict[str, Tensor] | None:
     if s.get("use_additional_conditions"):
         return {"resolution": s.random(1, 2).abs() * 100, "aspect_ratio": s.random(1, 1).abs()}
     return None
+
+
+def _pair(s: Sketch) -> Tensor:
+    return s.random(1, 2).abs() * 100
 
 
 def _added_time_ids(s: Sketch) -> Tensor:
@@ -149,8 +173,11 @@ BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "sample": _latent,
     "timestep": lambda s: s.number(s.timestep),
     "timesteps": lambda s: s.number(s.timestep),
+    "r_timestep": lambda s: s.number(s.timestep),
     "encoder_hidden_states": _prompt,
-    "encoder_attention_mask": lambda s: torch.ones(1, s.tokens, dtype=torch.bool, device=_device(s.denoiser)),
+    "encoder_hidden_states_2": _row(lambda s: s.tokens, "text_embed_2_dim"),
+    "encoder_attention_mask": _mask,
+    "encoder_attention_mask_2": _mask,
     "encoder_hidden_states_image": _image_tokens,
     "pooled_projections": _vector("pooled_projection_dim"),
     "guidance": _guidance,
@@ -158,20 +185,28 @@ BUILDERS: dict[str, Callable[[Sketch], Any]] = {
     "ofs": lambda s: s.random(1).abs() if s.get("ofs_embed_dim") else None,
     "added_cond_kwargs": _added_conditions,
     "added_time_ids": _added_time_ids,
+    "original_size": _pair,
+    "target_size": _pair,
+    "crop_coords": _pair,
     "class_labels": _class_label,
     "img_ids": _positions(lambda s: s.sizes["n"]),
     "txt_ids": _positions(lambda s: s.tokens),
     "img_shapes": lambda s: [[(s.frames, s.height, s.width)]],
     "txt_seq_lens": lambda s: [s.tokens],
-    "fps": lambda s: s.number(8),
+    "fps": lambda s: s.number(0),  # a number for I2VGen-XL, one of two classes for SkyReels-V2
     "image_latents": _latent,
+    "control_hidden_states": _control,
     "image_embeddings": _vector("cross_attention_dim"),
+    "image_embeds": _row(lambda s: 3, "image_embed_dim"),
+    "audio_hidden_states": _row(lambda s: AUDIO, "audio_in_channels"),
+    "audio_encoder_hidden_states": _row(lambda s: s.tokens, "caption_channels"),
+    "audio_num_frames": lambda s: AUDIO,
     "num_frames": lambda s: s.frames,
     "height": lambda s: s.height,
     "width": lambda s: s.width,
     "return_dict": lambda s: False,
 }
-_RARELY_NEEDED = {"encoder_attention_mask", "class_labels", "fps", "image_latents", "image_embeddings"}
+_RARELY_NEEDED = {"encoder_attention_mask", "encoder_attention_mask_2", "class_labels", "fps", "image_latents", "image_embeddings"}
 
 
 def _build(sketch: Sketch) -> dict[str, Any]:
@@ -213,7 +248,7 @@ def _tiny(denoiser: nn.Module) -> tuple[int, int, int]:
     One position would hide dependencies (a normalisation over one element, a softmax over one key); an axis as long as the channels
     would let a wrong layout pass.
     """
-    channels, step = _setting(denoiser, "in_channels"), _spatial_step(denoiser)
+    channels, step = _setting(denoiser, *CHANNELS), _spatial_step(denoiser)
     patch = _setting(denoiser, "patch_size")
     step_t = _setting(denoiser, "patch_size_t") or (patch[0] if isinstance(patch, list | tuple) else 1)
     frames = _setting(denoiser, "video_length") or next(f for f in range(2 * step_t, 99, step_t) if f != channels)
@@ -239,7 +274,7 @@ def dummy_inputs(denoiser: nn.Module) -> dict[str, Any]:
         UnsupportedError: naming the argument that cannot be built, or every layout that was tried and how it failed.
     """
     name = type(denoiser).__name__
-    if _setting(denoiser, "in_channels") is None:
+    if _setting(denoiser, *CHANNELS) is None:
         raise UnsupportedError(f"{name} has no config.in_channels to build a latent from; pass inputs= with the arguments of one real call")
     failures: dict[str, str] = {}
     for sketch in _sketches(denoiser):

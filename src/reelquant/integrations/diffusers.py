@@ -17,7 +17,7 @@ from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
-from reelquant.nn import get_module, start_clock, start_runtime
+from reelquant.nn import count_weights, get_module, start_clock, start_runtime
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
@@ -109,6 +109,7 @@ class ReelQuantizer(DiffusersQuantizer):
         if slots is not None:
             start_clock(model, slots.clock(), slots.argument)
         start_runtime(model)
+        count_weights(model)
         log_proof(model, verify(model, self.stored.checksums))
 
     def _describe(self, model: Any, done: OnTheFly) -> None:

@@ -15,7 +15,17 @@ from reelquant.checkpoint import Stored
 from reelquant.discover import denoises, discover, outline, stand_in
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
 from reelquant.integrations.options import with_options
-from reelquant.nn import dequantized, get_module, kernels_of, quantized_class, quantized_layers, set_module, stop_clock, stop_runtime
+from reelquant.nn import (
+    count_tensors,
+    dequantized,
+    get_module,
+    kernels_of,
+    quantized_class,
+    quantized_layers,
+    set_module,
+    stop_clock,
+    stop_runtime,
+)
 from reelquant.nn.pages import drop_mapped
 from reelquant.recipes.build import build_group
 from reelquant.recipes.plan import Plan, make_plan
@@ -128,6 +138,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
         set_module(model, name, dequantized(layer, dtype if made else layer.bias.dtype))
     stop_clock(model)
     stop_runtime(model)
+    count_tensors(model)
 
 
 def _float_layer(model: nn.Module, name: str) -> Any:

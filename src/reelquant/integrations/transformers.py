@@ -13,7 +13,7 @@ from reelquant._errors import ReelQuantError, UnsupportedError
 from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
-from reelquant.nn import QuantLayer, get_module, quantized_layers, start_runtime
+from reelquant.nn import QuantLayer, count_weights, get_module, quantized_layers, start_runtime
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantHfQuantizer"]
 
@@ -98,6 +98,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         for layer in quantized_layers(model).values():
             layer.requires_grad_(False)
         start_runtime(model)
+        count_weights(model)
         log_proof(model, verify(model, self.stored.checksums))
         return model
 

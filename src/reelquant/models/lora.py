@@ -89,6 +89,11 @@ class LoraFiles:
         self._layers = {part: _wrapped(module, names, list(self.scales.values())) for part, module in self._parts.items()}
         self._changed = {part: _changed(layers) for part, layers in self._layers.items()}
 
+    @property
+    def components(self) -> list[str]:
+        """Those that merging changes."""
+        return [part for part, names in self._changed.items() if names]
+
     def tensors(self, component: str) -> set[str]:
         """Names of the tensors of a component that :meth:`merged` changes."""
         return self._changed.get(component, set())
@@ -135,7 +140,7 @@ def merging(pipe: Any, adapters: Adapters) -> Iterator[None]:
     files = LoraFiles(pipe, adapters)
     originals: dict[tuple[str, str], Tensor] = {}
     try:
-        for component in files._parts:
+        for component in files.components:
             parameters = dict(pipe.components[component].named_parameters())
             for name in files.tensors(component):
                 originals[component, name] = parameters[name].data
@@ -180,13 +185,23 @@ def _hollow(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _load(host: Any, source: str, adapter: str, parts: Mapping[str, nn.Module]) -> None:
+def adapter_file(source: str) -> tuple[str, Path]:
+    """The component that an adapter was given for, or nothing, and its file.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is no safetensors file.
+    """
     component, _, file = source.rpartition("=")
     path = Path(file).expanduser()
-    if component and component not in parts:
-        raise RecipeError(f"adapter '{source}' is for '{component}', which this pipeline lacks; {nearest(component, parts)}")
     if path.suffix != ".safetensors" or not path.is_file():
         raise CheckpointError(f"no adapter at '{file}'; give a safetensors file (pickled ones can run code and are refused)")
+    return component, path
+
+
+def _load(host: Any, source: str, adapter: str, parts: Mapping[str, nn.Module]) -> None:
+    component, path = adapter_file(source)
+    if component and component not in parts:
+        raise RecipeError(f"adapter '{source}' is for '{component}', which this pipeline lacks; {nearest(component, parts)}")
     expert = {"load_into_transformer_2": True} if component == EXPERT else {}
     try:
         with warnings.catch_warnings():
@@ -194,9 +209,9 @@ def _load(host: Any, source: str, adapter: str, parts: Mapping[str, nn.Module]) 
             host.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter, use_safetensors=True, **expert)
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise CheckpointError(f"cannot read adapter '{file}' for {type(host).__name__}: {type(error).__name__}: {reason}") from error
+        raise CheckpointError(f"cannot read adapter '{path}' for {type(host).__name__}: {type(error).__name__}: {reason}") from error
     if not any(adapter in _adapters(wrapper) for part in parts.values() for wrapper in _tuners(part).values()):
-        raise CheckpointError(f"adapter '{file}' fits no layer of {type(host).__name__} ({', '.join(parts)}); it is for another model")
+        raise CheckpointError(f"adapter '{path}' fits no layer of {type(host).__name__} ({', '.join(parts)}); it is for another model")
 
 
 def _tuners(module: nn.Module) -> dict[str, Any]:

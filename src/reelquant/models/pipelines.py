@@ -11,6 +11,7 @@ import torch
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
 from reelquant.models.sampling import notes
+from reelquant.nn import count_weights
 
 BUNDLED = ("tiny-dit", "tiny-unet")
 
@@ -47,6 +48,24 @@ def locate(model: str | Path) -> str:
             f"{nearest(text, BUNDLED)}"
         )
     return text
+
+
+def local_folder(model: str | Path) -> Path:
+    """The folder of a pipeline on this machine; a hub id is downloaded, its weights as safetensors.
+
+    Raises:
+        CheckpointError: if nothing is there, or it cannot be downloaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = locate(model)
+    if Path(folder).is_dir():
+        return Path(folder)
+    try:
+        return Path(DiffusionPipeline.download(folder, use_safetensors=True))
+    except Exception as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise CheckpointError(f"cannot download pipeline '{model}': {type(error).__name__}: {reason}") from error
 
 
 def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
@@ -87,6 +106,7 @@ def mark_quantized(model: Any, description: dict[str, Any]) -> None:
 
         quantizer = AutoHfQuantizer.from_config(description, pre_quantized=True)
         model.config.quantization_config = quantizer.quantization_config
+    count_weights(model)
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = quantizer.quantization_config.quant_method
 

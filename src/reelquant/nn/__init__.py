@@ -14,7 +14,19 @@ from reelquant.nn.layers import (
 )
 from reelquant.nn.runtime import set_kernels, start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
-from reelquant.nn.swap import KernelFacts, dequantized, get_module, kernels_of, quantized_layers, set_module, start_clock, stop_clock
+from reelquant.nn.swap import (
+    KernelFacts,
+    count_tensors,
+    count_weights,
+    dequantized,
+    get_module,
+    kernels_of,
+    layer_facts,
+    quantized_layers,
+    set_module,
+    start_clock,
+    stop_clock,
+)
 
 __all__ = [
     "LAYERS",
@@ -28,9 +40,12 @@ __all__ = [
     "QuantLinear",
     "TensorLayout",
     "buffer_shapes",
+    "count_tensors",
+    "count_weights",
     "dequantized",
     "get_module",
     "kernels_of",
+    "layer_facts",
     "prepares_input",
     "quantized_class",
     "quantized_layers",

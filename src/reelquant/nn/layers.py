@@ -237,6 +237,10 @@ class QuantLayer(nn.Module):
             weight.copy_(codes)  # in place: group offloading keeps this memory and moves copies of it
         self._ready = None
 
+    def forget(self) -> None:
+        """Drop what was prepared, weight and all: the layer's tensors are taken from elsewhere before it runs again."""
+        self._ready = None
+
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input, "")
 

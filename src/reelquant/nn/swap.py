@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from torch import nn
@@ -43,10 +46,13 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantLayer]:
 def kernels_of(model: nn.Module) -> KernelFacts:
     """What computes the quantized layers of a model on the device they lie on."""
     layers = quantized_layers(model).values()
-    selected = [layer.selected for layer in layers]
-    names = Counter(kernel.name for kernel, _ in selected)
-    reasons = Counter(reason for _, refused in selected for reason in list(refused.values())[:1])
-    return KernelFacts(dict(names.most_common()), dict(reasons.most_common()), any(layer.simulated for layer in layers))
+    return KernelFacts.of(layer_facts(layer) for layer in layers)
+
+
+def layer_facts(layer: QuantLayer) -> tuple[str, str | None, bool]:
+    """The kernel of a layer, why the best one of the device refused it, and whether it simulates."""
+    kernel, refused = layer.selected
+    return kernel.name, next(iter(refused.values()), None), layer.simulated
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,28 @@ class KernelFacts:
     names: dict[str, int]
     refused: dict[str, int]
     simulated: bool
+
+    @classmethod
+    def of(cls, facts: Iterable[tuple[str, str | None, bool]]) -> KernelFacts:
+        """Count :func:`layer_facts`."""
+        known = list(facts)
+        names, reasons = Counter(name for name, _, _ in known), Counter(reason for _, reason, _ in known if reason)
+        return cls(dict(names.most_common()), dict(reasons.most_common()), any(simulated for _, _, simulated in known))
+
+
+def count_weights(model: nn.Module) -> None:
+    """Let ``num_parameters()`` of diffusers and transformers count weights, which may be packed several to a byte."""
+    model.num_parameters = MethodType(_num_parameters, model)
+
+
+def count_tensors(model: nn.Module) -> None:
+    """Undo :func:`count_weights`."""
+    vars(model).pop("num_parameters", None)
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    packed = sum(math.prod(layer.weight_shape) - layer.weight.numel() for layer in quantized_layers(model).values())
+    return type(model).num_parameters(model, only_trainable, exclude_embeddings) + (0 if only_trainable else packed)
 
 
 def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
@@ -105,7 +133,7 @@ def stop_clock(model: nn.Module) -> None:
 
 
 def _watch_adapters(model: nn.Module, args: object) -> None:
-    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one switches all of them off."""
+    """Tables hold outputs that were computed without adapters: an adapter on a layer that may feed one keeps them from being used."""
     adapted = bool(getattr(model, "peft_config", None)) and any(_feeds_table(module) for module in model.modules())
     getattr(model, NAME).adapted = adapted
 

@@ -91,6 +91,8 @@ def observe(
         run()
     if not steps.calls:
         raise CalibrationError(f"sampling never called the denoiser ({type(denoiser).__name__}): is it the pipeline's own module?")
-    for statistics in sorted(watched.values(), key=InputStatistics.bad_from):  # stable: of one step, the layer that ran first
+    for statistics in sorted(
+        watched.values(), key=lambda statistics: statistics.bad_from()
+    ):  # stable: of one step, the layer that ran first
         statistics.check(steps.timesteps)
     return steps

@@ -7,6 +7,7 @@ A convolution's input is seen the way its product sees it: with its zero padding
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from reelquant.clock import ANY, BOTH, FIRST, SECOND
 from reelquant.kernels import hadamard
 
 Need = Literal["range", "rotated", "rows", "gram", "features"]
+HALVES = "first", "second"  # of a guidance pair
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,23 @@ def _pick(total: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 class Statistic(ABC):
-    """Sees every input of a layer, with the step and the sampling run (part) it belongs to."""
+    """Sees every input of a layer, with the step and the sampling run (part) it belongs to.
+
+    Seeing has two halves, so that what one call showed can be kept on disk in between: :meth:`look` says what is worth knowing of one
+    input, :meth:`absorb` adds that to what is known. Equal looks absorbed in equal order give equal bits.
+    """
 
     @abstractmethod
-    def update(self, x: Tensor, step: int, part: int = 0) -> None: ...
+    def look(self, x: Tensor) -> dict[str, Tensor]:
+        """What there is to know of one input; what is known so far is not touched."""
+
+    @abstractmethod
+    def absorb(self, seen: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+        """Add one look."""
+
+    def update(self, x: Tensor, step: int, part: int = 0) -> None:
+        """Look and absorb."""
+        self.absorb(self.look(x), step, part)
 
 
 @dataclass
@@ -122,18 +137,22 @@ class ChannelRange(Statistic):
     _sum: dict[int, Tensor] = field(default_factory=dict)
     _count: dict[int, int] = field(default_factory=dict)
 
-    def update(self, x: Tensor, step: int, part: int = 0) -> None:
+    def look(self, x: Tensor) -> dict[str, Tensor]:
         if x.shape[0] % self.frames:
             raise CalibrationError(f"frame-{self.frames} needs inputs with a leading axis of batch * {self.frames}, got {tuple(x.shape)}")
         rows = x.detach().movedim(self.channel_axis, -1).float()
         rows = rows.reshape(-1, self.frames, rows[0].numel() // rows.shape[-1], rows.shape[-1]).transpose(0, 1).flatten(1, 2)
-        low, high, key = rows.amin(1), rows.amax(1), (step, part)
+        low, high = rows.amin(1), rows.amax(1)
         if self.padded:
             low, high = low.clamp(max=0), high.clamp(min=0)
+        return {"low": low, "high": high, "sum": rows.sum(1), "count": torch.tensor(rows.shape[1])}
+
+    def absorb(self, seen: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+        low, high, key = seen["low"], seen["high"], (step, part)
         self._low[key] = torch.minimum(self._low[key], low) if key in self._low else low
         self._high[key] = torch.maximum(self._high[key], high) if key in self._high else high
-        self._sum[step] = self._sum.get(step, 0) + rows.sum(1)
-        self._count[step] = self._count.get(step, 0) + rows.shape[1]
+        self._sum[step] = self._sum.get(step, 0) + seen["sum"]
+        self._count[step] = self._count.get(step, 0) + int(seen["count"])
 
     @property
     def seen(self) -> list[int]:
@@ -180,8 +199,11 @@ class Rows(Statistic):
     _parts: list[Tensor] = field(default_factory=list)
     _steps: list[Tensor] = field(default_factory=list)
 
-    def update(self, x: Tensor, step: int, part: int = 0) -> None:
-        self._parts.append(self.geometry.rows(x.detach(), self.per_call, self.generator).cpu())
+    def look(self, x: Tensor) -> dict[str, Tensor]:
+        return {"rows": self.geometry.rows(x.detach(), self.per_call, self.generator).cpu()}
+
+    def absorb(self, seen: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+        self._parts.append(seen["rows"])
         self._steps.append(torch.full((len(self._parts[-1]),), step))
 
     @property
@@ -207,13 +229,27 @@ class Gram(Statistic):
     _square: Tensor | float = 0.0
     _factors: dict[tuple[float, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
-    def update(self, x: Tensor, step: int, part: int = 0) -> None:
-        rows = self.geometry.rows(x.detach(), self.per_call, self.generator)
+    def look(self, x: Tensor) -> dict[str, Tensor]:
+        return {"rows": self.geometry.rows(x.detach(), self.per_call, self.generator)}
+
+    def absorb(self, seen: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+        rows = seen["rows"]
         self._origin = rows.mean(0) if self._origin is None else self._origin
         rows = rows - self._origin
         self._sum = self._sum + rows.sum(0)
-        self._square = self._square + rows.T @ rows
+        product = rows.T @ rows
+        self._square = self._square.add_(product) if isinstance(self._square, Tensor) else product
         self.count += len(rows)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was absorbed."""
+        assert self._origin is not None and isinstance(self._sum, Tensor) and isinstance(self._square, Tensor)
+        return {"origin": self._origin, "sum": self._sum, "square": self._square, "count": torch.tensor(self.count)}
+
+    @state.setter
+    def state(self, known: Mapping[str, Tensor]) -> None:
+        self._origin, self._sum, self._square, self.count = known["origin"], known["sum"], known["square"], int(known["count"])
 
     @property
     def mean(self) -> Tensor:
@@ -278,10 +314,13 @@ class Features(Statistic):
     _by_step: dict[int, Tensor] = field(default_factory=dict)
     varies: bool = False  # rows differ inside a call or between calls of one step: other conditioning is mixed in
 
-    def update(self, x: Tensor, step: int, part: int = 0) -> None:
+    def look(self, x: Tensor) -> dict[str, Tensor]:
         flat = x.detach().reshape(-1, x.shape[-1]).float()
-        known = self._by_step.setdefault(step, flat[0].clone())
-        self.varies |= not torch.allclose(flat, known.expand_as(flat), rtol=1e-4, atol=1e-5)
+        return {"first": flat[0].clone(), "low": flat.amin(0), "high": flat.amax(0)}
+
+    def absorb(self, seen: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+        known = self._by_step.setdefault(step, seen["first"])
+        self.varies |= not all(torch.allclose(seen[end], known, rtol=1e-4, atol=1e-5) for end in ("low", "high"))
 
     @property
     def features(self) -> Tensor:
@@ -305,17 +344,41 @@ class InputStatistics:
     rotated: ChannelRange | None = None  # of the rotated channels
     halves: tuple[InputStatistics, InputStatistics] | None = None  # ranges of each half of a guidance pair
 
+    @property
+    def parts(self) -> dict[str, Statistic]:
+        """The statistics that somebody asked for, by their member's name."""
+        named = {name: getattr(self, name) for name in ("rotated", "range", "rows", "gram", "features")}
+        return {name: statistic for name, statistic in named.items() if statistic is not None}
+
+    def look(self, x: Tensor, half: int = ANY) -> dict[str, Tensor]:
+        """What all members have to know of one input: ``range.low``, ``rows.rows``, ``first.range.low`` (of a half of guidance) ..."""
+        found: dict[str, Tensor] = {}
+        for name, statistic in self.parts.items():
+            seen = hadamard(x.detach().float(), statistic.channel_axis) if statistic is self.rotated else x
+            found |= {f"{name}.{key}": value for key, value in statistic.look(seen).items()}
+        for name, (statistics, rows) in self._halves_in(x, half).items():
+            found |= {f"{name}.{key}": value for key, value in statistics.look(rows).items()}
+        return found
+
+    def _halves_in(self, x: Tensor, half: int) -> dict[str, tuple[InputStatistics, Tensor]]:
+        """The rows of each half of a guidance pair that a call computed."""
+        if self.halves is None:
+            return {}
+        if half == BOTH and len(x) % 2 == 0:
+            return dict(zip(HALVES, zip(self.halves, x.chunk(2), strict=True), strict=True))
+        return {HALVES[half - FIRST]: (self.halves[half - FIRST], x)} if half in (FIRST, SECOND) else {}
+
+    def absorb(self, seen: Mapping[str, Tensor], step: int, part: int = 0) -> None:
+        """Add one look to all members."""
+        halves = {} if self.halves is None else dict(zip(HALVES, self.halves, strict=True))
+        for name, statistic in (self.parts | halves).items():
+            own = {key.partition(".")[2]: value for key, value in seen.items() if key.startswith(f"{name}.")}
+            if own:
+                statistic.absorb(own, step, part)
+
     def update(self, x: Tensor, step: int, part: int = 0, half: int = ANY) -> None:
-        if self.halves is not None and half in (FIRST, SECOND):
-            self.halves[half - FIRST].update(x, step, part)
-        if self.halves is not None and half == BOTH and len(x) % 2 == 0:
-            for statistics, rows in zip(self.halves, x.chunk(2), strict=True):
-                statistics.update(rows, step, part)
-        if self.rotated is not None:
-            self.rotated.update(hadamard(x.detach().float(), self.rotated.channel_axis), step, part)
-        for statistic in (self.range, self.rows, self.gram, self.features):
-            if statistic is not None:
-                statistic.update(x, step, part)
+        """Look and absorb."""
+        self.absorb(self.look(x, half), step, part)
 
     @property
     def apart(self) -> bool:

@@ -83,20 +83,67 @@ def build_group(
         timesteps: calibrated timesteps (slots of per-step scales).
         draft: round weights to nearest, whatever the recipe's solver is.
     """
-    rows = [plan.layers[name] for name in group.layers if plan.layers[name].kept is None]
-    modules = {row.layer.name: get_module(denoiser, row.layer.name) for row in rows}
-    rewrite = _rewrite(plan, rows, modules, inputs, options)
-    folds = len(rows) == len(group.layers) and not rewrite.identity and _folds(group, denoiser, rewrite)
-    rewrite = rewrite if folds else rewrite.stored(SHIFT_DTYPE)
-    built = BuiltGroup(group, {}, rewrite if folds else None, [])
-    for row in rows:
-        step, solver = _solver(plan, row, options)
-        statistics, module = inputs.get(row.layer.name), modules[row.layer.name]
-        made = _make_layer(plan, row, module, rewrite, folds, statistics, timesteps, step, Nearest() if draft else solver)
-        built.layers[row.layer.name] = made.layer
-        if not draft:
-            built.records.append(_record(plan, row, module, made, rewrite, folds, statistics, solver, options))
+    work = prepare_group(plan, group, denoiser, lambda name: get_module(denoiser, name), inputs, options)
+    built = BuiltGroup(group, {}, work.fold, [])
+    for row in work.rows:
+        layer, record = build_layer(plan, work, row, get_module(denoiser, row.layer.name), inputs, options, timesteps, draft=draft)
+        built.layers[row.layer.name] = layer
+        built.records += [record] if record else []
     return built
+
+
+@dataclass(frozen=True, eq=False)
+class GroupWork:
+    """What the layers of a group share while they are built.
+
+    Attributes:
+        rows: the layers to build.
+        rewrite: of their input.
+        folds: whether the rewrite moves into the producing norm.
+    """
+
+    rows: list[LayerPlan]
+    rewrite: Rewrite
+    folds: bool
+
+    @property
+    def fold(self) -> Rewrite | None:
+        """The rewrite that moves into the producing norm, or None."""
+        return self.rewrite if self.folds else None
+
+
+def prepare_group(
+    plan: Plan, group: Group, denoiser: nn.Module, layer_of: Callable[[str], nn.Module], inputs: Mapping[str, InputStatistics],
+    options: Options,
+) -> GroupWork:  # fmt: skip
+    """The rewrite of a group's input. ``layer_of`` gives the float layers, whose weights need not be in memory before; they are let go."""
+    rows = [plan.layers[name] for name in group.layers if plan.layers[name].kept is None]
+    rewrite = _rewrite(plan, rows, layer_of, inputs, options)
+    folds = len(rows) == len(group.layers) and not rewrite.identity and _folds(group, denoiser, rewrite)
+    return GroupWork(rows, rewrite if folds else rewrite.stored(SHIFT_DTYPE), folds)
+
+
+def build_layer(
+    plan: Plan, work: GroupWork, row: LayerPlan, module: nn.Module, inputs: Mapping[str, InputStatistics], options: Options,
+    timesteps: Sequence[float], *, draft: bool = False,
+) -> tuple[QuantLayer, LayerRecord | None]:  # fmt: skip
+    """One quantized layer of a group and, unless it is a draft, what the report says about it."""
+    step, solver = _solver(plan, row, options)
+    statistics = inputs.get(row.layer.name)
+    made = _make_layer(plan, row, module, work.rewrite, work.folds, statistics, timesteps, step, Nearest() if draft else solver)
+    if draft:
+        return made.layer, None
+    return made.layer, _record(plan, row, module, made, work.rewrite, work.folds, statistics, solver, options)
+
+
+def folded(norm: Mapping[str, Tensor], rewrite: Rewrite) -> dict[str, Tensor]:
+    """Parameters of an affine norm that took a rewrite over: ``gamma / s``, ``(beta - z) / s``, in the dtypes they have."""
+    scale = torch.ones(()) if rewrite.scale is None else rewrite.scale
+    moved = {"weight": norm["weight"].float() / scale}
+    if "bias" in norm:
+        shift = 0 if rewrite.shift is None else rewrite.shift
+        moved["bias"] = (norm["bias"].float() - shift) / scale
+    return {name: value.to(norm[name].dtype) for name, value in moved.items()}
 
 
 def _folds(group: Group, denoiser: nn.Module, rewrite: Rewrite) -> bool:
@@ -107,19 +154,20 @@ def _folds(group: Group, denoiser: nn.Module, rewrite: Rewrite) -> bool:
 
 
 def _rewrite(
-    plan: Plan, rows: Sequence[LayerPlan], modules: Mapping[str, nn.Module], inputs: Mapping[str, InputStatistics], options: Options
+    plan: Plan, rows: Sequence[LayerPlan], layer_of: Callable[[str], nn.Module], inputs: Mapping[str, InputStatistics], options: Options
 ) -> Rewrite:
     """All transforms that apply to every layer of the group, in recipe order."""
-    if not rows or rows[0].layer.name not in inputs:
+    steps = enumerate(plan.recipe.steps)
+    shared = [(number, step) for number, step in steps if step.transform and all(number in row.steps for row in rows)]
+    if not rows or not shared or rows[0].layer.name not in inputs:
         return Rewrite()
     statistics = inputs[rows[0].layer.name]
     ranges = [None if seen is None else _reach(seen, unseen=plan.unseen) for seen in (statistics.range, statistics.rotated)]
     assert ranges[0] is not None
-    view = GroupView(*ranges[0], [_weight(module) for module in modules.values()], ranges[1], any(row.input for row in rows))
+    weights = [_weight(layer_of(row.layer.name)) for row in rows]
+    view = GroupView(*ranges[0], weights, ranges[1], any(row.input for row in rows))
     total = Rewrite()
-    for number, step in enumerate(plan.recipe.steps):
-        if step.transform is None or not all(number in row.steps for row in rows):
-            continue
+    for number, step in shared:
         mechanism = step.mechanism(options.get(number, step.choices()[0]))
         assert isinstance(mechanism, Transform)
         rewrite = mechanism.plan(view)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from reelquant.models.sampling import sample
 from reelquant.nn import get_module
 from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Steps, observe
 from reelquant.recipes.plan import LayerPlan, Plan
+
+if TYPE_CHECKING:
+    from reelquant.recipes.journal import Journal
 
 ROWS = 1024  # rows kept of every input, over all calls
 GRAM_ROWS = 4096, 8  # rows that enter a second moment, over all calls: at least so many, and so many per column
@@ -31,7 +35,7 @@ class Calibration:
     """
 
     steps: Steps
-    inputs: dict[str, InputStatistics]
+    inputs: Mapping[str, InputStatistics]
     prompts: tuple[str, ...]
     references: dict[str, Tensor] = field(default_factory=dict)
 
@@ -56,6 +60,14 @@ class Calibration:
         return grain is None or grain.kind != "frame" or grain.size == found.range.frames
 
 
+class Part(NamedTuple):
+    """A denoiser that is observed, its plan, and the journal that keeps its statistics; None for memory."""
+
+    denoiser: nn.Module
+    plan: Plan
+    journal: Journal | None = None
+
+
 def calibrate(
     pipe: Any,
     denoiser: nn.Module,
@@ -71,12 +83,12 @@ def calibrate(
     Raises:
         CalibrationError: no prompts, no denoiser calls, or values that are not finite.
     """
-    return calibrate_together(pipe, [(denoiser, plan)], prompts, seed=seed, arguments=arguments, on_step=on_step)[0]
+    return calibrate_together(pipe, [Part(denoiser, plan)], prompts, seed=seed, arguments=arguments, on_step=on_step)[0]
 
 
 def calibrate_together(
     pipe: Any,
-    parts: Sequence[tuple[nn.Module, Plan]],
+    parts: Sequence[Part],
     prompts: Sequence[str],
     *,
     seed: int,
@@ -88,17 +100,19 @@ def calibrate_together(
     Raises:
         CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
     """
-    recipe = parts[0][1].recipe
+    recipe = parts[0].plan.recipe
     batch = recipe.calibrate.batch if recipe.calibrate else 4
     calls = -(-len(prompts) // batch) * (arguments.get("num_inference_steps") or 50)
     found: list[Calibration] = []
 
-    def run(rest: Sequence[tuple[nn.Module, Plan]]) -> None:
+    def run(rest: Sequence[Part]) -> None:
         if not rest:
             sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
             return
-        denoiser, plan = rest[0]
-        watched, inputs = _watch(plan, denoiser, torch.Generator().manual_seed(seed), calls)
+        denoiser, plan, journal = rest[0]
+        generator = torch.Generator().manual_seed(seed)
+        make = functools.partial(_watch, plan, denoiser, generator, calls)
+        watched, inputs = make() if journal is None else journal.keep(make, generator)
         reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
         watch_pairs = {"half_of": _half_reader(denoiser, plan)} if plan.recipe.guidance == "apart" else {}
         steps = observe(denoiser, reader, watched, lambda: run(rest[1:]), **watch_pairs)
@@ -121,6 +135,11 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
         return int(clock.which)
 
     return half_of
+
+
+def templates(plan: Plan, denoiser: nn.Module) -> dict[str, InputStatistics]:
+    """Empty statistics of everything that the plan's layers read, for their sizes."""
+    return _watch(plan, denoiser, torch.Generator(), 1)[0]
 
 
 def _watch(

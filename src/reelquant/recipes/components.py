@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from reelquant._errors import RecipeError, nearest
 from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
+from reelquant.models.pipelines import calibration_prompts
 from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.sites import DenoiserMap, matches, select
@@ -100,8 +101,30 @@ def _cosines(known: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]
     return {"prompt_cosine": float(values.mean()), "prompt_cosine_min": float(values.min())}
 
 
-def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str]) -> dict[str, Plan]:
-    """A plan for every component. With several, a pattern of the user's counts where it names a layer, and must do so somewhere."""
+def default_texts(pipe: Any, recipes: Mapping[str, Recipe]) -> list[str]:
+    """As many texts as the recipes calibrate and check with, where the user gives none."""
+    wanted = [one.calibrate.prompts + one.search.prompts for one in recipes.values() if one.calibrate is not None]
+    return calibration_prompts(pipe, max([*wanted, TEXTS]))
+
+
+def map_of(name: str, part: nn.Module) -> DenoiserMap:
+    """The map of a component, whatever it does."""
+    if kind_of_component(name, part) == "denoiser":
+        return discover(part)
+    return outline(part)
+
+
+def plan_components(
+    pipe: Any,
+    recipes: Mapping[str, Recipe],
+    skip: Sequence[str],
+    map_of: Callable[[str, nn.Module], DenoiserMap] = map_of,
+) -> dict[str, Plan]:
+    """A plan for every component. With several, a pattern of the user's counts where it names a layer, and must do so somewhere.
+
+    Args:
+        map_of: the map of a component, by name and module.
+    """
     maps = {name: map_of(name, component_of(pipe, name)) for name in recipes}
     every = [layer for map_ in maps.values() for layer in map_.layers.values()]
     for pattern in skip:
@@ -114,10 +137,3 @@ def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str
 
 def _names_layers(pattern: str, map_: DenoiserMap) -> bool:
     return any(matches(pattern, layer) for layer in map_.layers.values())
-
-
-def map_of(name: str, part: nn.Module) -> DenoiserMap:
-    """The map of a component, whatever it does."""
-    if kind_of_component(name, part) == "denoiser":
-        return discover(part)
-    return outline(part)

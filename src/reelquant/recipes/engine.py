@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import component_of, denoiser_of, kind_of_component
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
-from reelquant.recipes.build import BuiltGroup, Options, build_group, layer_bytes
-from reelquant.recipes.calibration import Calibration, calibrate_together
+from reelquant.nn import KernelFacts, QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
+from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes
+from reelquant.recipes.calibration import Calibration, Part, calibrate_together
 from reelquant.recipes.components import Measure, plan_components, start_measuring
 from reelquant.recipes.plan import Plan
 from reelquant.recipes.protect import measure_steps, slots_of
@@ -28,6 +28,9 @@ from reelquant.recipes.report import Report, total
 from reelquant.recipes.search import Assignment, choose, family, latent_psnr, trial_count
 from reelquant.reuse import add_table, drop_unused
 from reelquant.sites import Group
+
+if TYPE_CHECKING:
+    from reelquant.recipes.journal import Journal
 
 HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
 
@@ -39,7 +42,7 @@ class Session:
     ``denoiser`` is the component's module, also where it is a text encoder or VAE; ``texts`` are those of calibration; ``sampled`` are the
     timesteps of the whole sampler, of which a denoiser may see a part. Float layers are kept in ``floats`` until the end, so that
     candidates can be compared and a failed run leaves the pipeline as it was. ``held_out`` are the texts that choices and the final check
-    are made on: not those of calibration, or at least with other seeds.
+    are made on: not those of calibration, or at least with other seeds. Statistics go to ``journal``, or stay in memory if it is None.
     """
 
     pipe: Any
@@ -47,9 +50,10 @@ class Session:
     denoiser: nn.Module
     recipe: Recipe
     progress: Progress
-    arguments: dict[str, Any]
-    seed: int
+    arguments: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
     plan: Plan = field(init=False)
+    journal: Journal | None = None
     texts: list[str] = field(default_factory=list)
     measure: Measure = dict
     calibration: Calibration | None = None
@@ -79,6 +83,19 @@ class Session:
         start = time.perf_counter()
         yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def begin(self, prompts: Sequence[str], overrides: dict[str, Any]) -> None:
+        """Part the texts, and settle the pipeline call: the pipeline's own arguments, then the recipe's steps, then ``overrides``."""
+        self.arguments = call_arguments(self.pipe, **overrides)
+        wanted = self.recipe.calibrate
+        if wanted is None:
+            self.texts = list(prompts)
+            return
+        self.seed = wanted.seed
+        self.texts = list(prompts[: wanted.prompts])
+        self.held_out = list((prompts[wanted.prompts :] or prompts)[: self.recipe.search.prompts])
+        if wanted.steps is not None and overrides.get("num_inference_steps") is None:
+            self.arguments["num_inference_steps"] = wanted.steps
 
     @property
     def steps(self) -> int:
@@ -140,15 +157,28 @@ class Session:
         """Move a rewrite into the affine norm that produces the input: ``gamma / s``, ``(beta - z) / s``."""
         if built.fold is None or built.group.producer is None:
             return
-        norm, rewrite = get_module(self.denoiser, built.group.producer), built.fold
+        norm = get_module(self.denoiser, built.group.producer)
         self.norms.setdefault(built.group.producer, {name: p.detach().clone() for name, p in norm.named_parameters(recurse=False)})
-        original = self.norms[built.group.producer]
-        scale = torch.ones(()) if rewrite.scale is None else rewrite.scale
         with torch.no_grad():
-            norm.weight.copy_(original["weight"].float() / scale)
-            if "bias" in original:
-                shift = 0 if rewrite.shift is None else rewrite.shift
-                norm.bias.copy_((original["bias"].float() - shift) / scale)
+            for name, value in folded(self.norms[built.group.producer], built.fold).items():
+                getattr(norm, name).copy_(value)
+
+    def observe(self, together: Sequence[Session]) -> list[Calibration]:
+        """One sampling pass of the float pipeline for sessions that sample alike, this one first."""
+        parts = [Part(session.denoiser, session.plan, session.journal) for session in together]
+        return calibrate_together(self.pipe, parts, self.texts, seed=self.seed, arguments=self.arguments, on_step=self.progress.advance)
+
+    def trial(self, assignment: Assignment, reference: Tensor) -> float:
+        """How near a candidate comes to the float latents, in dB."""
+        self.install(assignment, self.draft)
+        try:
+            return latent_psnr(reference, self.held_out_latents(**self.trial_arguments))
+        finally:
+            self.restore()
+
+    def kernels(self) -> KernelFacts:
+        """What computes the installed layers."""
+        return kernels_of(self.denoiser)
 
     def restore(self) -> None:
         """Put every float layer and norm back."""
@@ -215,16 +245,14 @@ def quantize_components(
     Raises:
         ReelQuantError: and the pipeline is as it was.
     """
-    sessions = [_open(pipe, name, recipe, prompts, progress or Silent(), overrides) for name, recipe in recipes.items()]
+    sessions = [Session(pipe, name, component_of(pipe, name), recipe, progress or Silent()) for name, recipe in recipes.items()]
     made = plan_components(pipe, recipes, skip)
     for session in sessions:
+        session.begin(prompts or (), overrides)
         session.plan = made[session.component]
         _check_weights(session)
     try:
-        _observe(sessions, calibrations or {})
-        for session in sessions:
-            _reference(session)
-        reports = {session.component: _finish(session) for session in sessions}
+        reports = run(sessions, calibrations or {})
     except BaseException:
         for session in reversed(sessions):
             stop_clock(session.denoiser)
@@ -236,20 +264,15 @@ def quantize_components(
     return total(reports), {session.component: session.calibration for session in sessions if session.calibration is not None}
 
 
-def _open(
-    pipe: Any, component: str, recipe: Recipe, prompts: Sequence[str] | None, progress: Progress, overrides: dict[str, Any]
-) -> Session:
-    session = Session(pipe, component, component_of(pipe, component), recipe, progress, call_arguments(pipe, **overrides), 0)
-    texts = list(prompts or [])
-    if recipe.calibrate is None:
-        session.texts = texts
-        return session
-    session.seed = recipe.calibrate.seed
-    session.texts = texts[: recipe.calibrate.prompts]
-    session.held_out = (texts[recipe.calibrate.prompts :] or texts)[: recipe.search.prompts]
-    if recipe.calibrate.steps is not None and overrides.get("num_inference_steps") is None:
-        session.arguments["num_inference_steps"] = recipe.calibrate.steps
-    return session
+def run(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> dict[str, Report]:
+    """Observe, sample what to compare with, then choose, build, install and check, one session after the other: a report of each.
+
+    Whoever made the sessions puts the float layers back if this fails, and lets them go if it does not.
+    """
+    _observe(sessions, known)
+    for session in sessions:
+        _reference(session)
+    return {session.component: _finish(session) for session in sessions}
 
 
 def _check_weights(session: Session) -> None:
@@ -278,10 +301,7 @@ def _observe(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> N
         if not first.texts:
             raise CalibrationError(f"recipe '{first.recipe.name}' calibrates on {wanted.prompts} prompts and got none; pass prompts=[...]")
         with first.timed("calibrate", first.steps * -(-len(first.texts) // wanted.batch)):
-            found = calibrate_together(
-                first.pipe, [(session.denoiser, session.plan) for session in together], first.texts, seed=first.seed,
-                arguments=first.arguments, on_step=first.progress.advance,
-            )  # fmt: skip
+            found = first.observe(together)
         times = {time for calibration in found for time in calibration.steps.timesteps}
         for session, calibration in zip(together, found, strict=True):
             session.calibration = calibration
@@ -341,12 +361,9 @@ def _search(session: Session) -> tuple[Assignment, list[Any]]:
         reference = session.float_latents(**session.trial_arguments)
 
         def evaluate(assignment: Assignment) -> float:
-            session.install(assignment, session.draft)
-            try:
-                return latent_psnr(reference, session.held_out_latents(**session.trial_arguments))
-            finally:
-                session.restore()
-                session.progress.advance()
+            psnr = session.trial(assignment, reference)
+            session.progress.advance()
+            return psnr
 
         found = choose(session.plan, groups, evaluate)
         session.drafts = {}
@@ -445,7 +462,7 @@ def _account(session: Session, report: Report, before: int) -> None:
     report.bytes_tables = sum(tables.values())
     report.bytes_quantized = sum(layer_bytes(layer) for layer in layers.values()) - report.bytes_tables
     report.bytes_model_float, report.bytes_model = before, _model_bytes(session.denoiser)
-    facts = kernels_of(session.denoiser)
+    facts = session.kernels()
     report.kernel, report.simulated = facts.names, facts.simulated
     for row in session.plan.kept:
         report.kept.setdefault(row.kept or "", []).append(row.layer.name)

@@ -1,0 +1,135 @@
+"""A long piece of work beside the folder it makes: one process at a time, kept when it is stopped, gone when it is done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reelquant._errors import CheckpointError
+from reelquant.checkpoint.folder import check_target, take_place
+
+LOCK, IDENTITY, RESULT = "lock", "work.json", "result"
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where the work lies.
+
+    Attributes:
+        target: the folder that will appear.
+        folder: ``<target>.partial``, which is kept until then.
+    """
+
+    target: Path
+    folder: Path
+
+    @property
+    def result(self) -> Path:
+        """The folder that takes the target's place in the end."""
+        return self.folder / RESULT
+
+
+def work_folder(target: Path) -> Path:
+    """Where the work on a target is kept."""
+    return target.with_name(f"{target.name}.partial")
+
+
+@contextmanager
+def workspace(target: str | Path, identity: Mapping[str, Any], *, resume: bool = False, force: bool = False) -> Iterator[Workspace]:
+    """Work on a folder until it is complete; whatever stops the block, what it has written stays for ``resume``.
+
+    Args:
+        target: the folder to make.
+        identity: what the work is: plain data. Work is only resumed if all of it is as it was.
+        resume: go on where an earlier run stopped; without one, begin.
+        force: replace an existing target in the end, and give up what an earlier run left.
+
+    Raises:
+        CheckpointError: if the target is refused, another process works on it, an earlier run is not asked to go on or was about something
+            else, or the disk does not take the files.
+    """
+    path = check_target(target, force=force)
+    work = Workspace(path, work_folder(path))
+    with _locked(work):
+        _begin(work, json.loads(json.dumps(identity)), resume=resume, force=force)
+        try:
+            yield work
+            take_place(work.result, path)
+            shutil.rmtree(work.folder)
+        except OSError as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"cannot write '{path}': {error}; what is done is kept in '{work.folder}': free space and go on with resume=True (--resume)"
+            ) from error
+
+
+@contextmanager
+def _locked(work: Workspace) -> Iterator[None]:
+    """Hold the lock that ends with the process, however it ends."""
+    try:
+        work.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(work.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"cannot work in '{work.folder}': {error}; choose another folder") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            other = os.read(handle, 20).decode() or "unknown"
+            raise CheckpointError(f"process {other} is writing '{work.target}'; wait for it, or choose another folder") from None
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(handle)
+        _remove_if_empty(work.folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Nothing was begun: leave no trace."""
+    if folder.is_dir() and [file.name for file in folder.iterdir()] == [LOCK]:
+        shutil.rmtree(folder)
+
+
+def _begin(work: Workspace, identity: dict[str, Any], *, resume: bool, force: bool) -> None:
+    known = work.folder / IDENTITY
+    if known.is_file() and not resume and not force:
+        raise CheckpointError(
+            f"'{work.folder}' holds an interrupted run; go on with resume=True (--resume), or give it up with force=True (--force)"
+        )
+    if known.is_file() and resume:
+        _compare(json.loads(known.read_text()), identity, work)
+        return
+    others = {file for file in work.folder.iterdir() if file.name != LOCK}
+    if others and not known.is_file():
+        raise CheckpointError(f"'{work.folder}' is not a working folder of reelquant (no {IDENTITY}) and is in the way; move it")
+    for file in others:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    work.result.mkdir()
+    whole_file(known, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n"))
+
+
+def _compare(before: dict[str, Any], now: dict[str, Any], work: Workspace) -> None:
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        was, is_ = (f"{side.get(changed[0])!r:.120}" for side in (before, now))
+        raise CheckpointError(
+            f"'{work.folder}' was begun with another {changed[0]}: {was}, now {is_}; resume with the same one, "
+            "or give the old run up with force=True (--force)"
+        )
+
+
+def whole_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file that is complete whenever it is there, also if the process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".writing")
+    write(temporary)
+    temporary.replace(path)

@@ -1,0 +1,178 @@
+"""A denoiser that stays on disk: its parameters are on the meta device, and a block is in memory only while it runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import CalibrationError, CheckpointError
+from reelquant.checkpoint import INDEX, Shards, Spec
+from reelquant.nn import QuantLayer, get_module
+
+Put = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor was put, and what was there before
+
+
+def hollow(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
+    """The component of a pipeline's folder as ``from_pretrained(dtype=...)`` would load it, its parameters on the meta device.
+
+    Raises:
+        CheckpointError: if it is not a model of the installed diffusers.
+    """
+    import diffusers
+    from accelerate import init_empty_weights
+
+    library, cls = json.loads((folder / INDEX).read_text())[name]
+    kind = getattr(diffusers, cls, None) if library == "diffusers" else None
+    if kind is None:
+        raise CheckpointError(f"component '{name}' of '{folder}' is a {library}.{cls}, which the installed diffusers does not know")
+    config = kind.load_config(folder / name)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)  # buffers that a model computes for itself follow it
+        with init_empty_weights():
+            model = kind.from_config(config)
+    finally:
+        torch.set_default_dtype(before)
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            single = exact & {*path.split("."), key}
+            wanted = torch.float32 if single else dtype if parameter.is_floating_point() else parameter.dtype
+            module._parameters[key] = _empty(Spec(wanted, tuple(parameter.shape)))
+    return model.eval()
+
+
+def _empty(spec: Spec) -> nn.Parameter:
+    return nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype, device="meta"), requires_grad=False)
+
+
+def _put(put: Put, members: dict[str, Any], values: dict[str, Tensor]) -> None:
+    for key, value in values.items():
+        put.append((members, key, members[key]))
+        members[key] = value
+
+
+def _take_back(put: Put) -> None:
+    for members, key, before in reversed(put):
+        members[key] = before
+    put.clear()
+
+
+def keep(name: str, value: Tensor) -> Tensor:
+    """A float tensor as it is in its file."""
+    return value
+
+
+class OnDisk:
+    """A model whose tensors are loaded from files when they are needed.
+
+    Attributes:
+        model: the module, its parameters on the meta device.
+        shards: the float checkpoint.
+        pieces: files that hold what became of a module, by its name: quantized layers, and norms that took a rewrite over.
+        device: where the model runs.
+        change: what is done to a float tensor, by its name, after it was read; adapters are merged so.
+    """
+
+    def __init__(self, model: nn.Module, shards: Shards, device: str = "cpu") -> None:
+        self.model, self.shards, self.device = model, shards, device
+        self.pieces: dict[str, Shards] = {}
+        self.change: Callable[[str, Tensor], Tensor] = keep
+        expected = model.state_dict()
+        if missing := sorted(set(expected) - set(shards.specs)):
+            raise CheckpointError(
+                f"'{shards.files[0].parent}' lacks {len(missing)} tensors of {type(model).__name__}, first '{missing[0]}'; if it was "
+                "written for an older diffusers, open the pipeline and save it anew"
+            )
+        for name, value in expected.items():
+            if tuple(value.shape) != shards.specs[name].shape:
+                raise CheckpointError(
+                    f"'{name}' has shape {shards.specs[name].shape} in '{shards.files[0].parent}', its config asks for {tuple(value.shape)}"
+                )
+            if not value.is_meta:  # a buffer
+                value.copy_(shards.load(name))
+
+    def present(self, blocks: Sequence[str]) -> list[str]:
+        """Those of the names that the model has; the blocks of an expert are where its twin has them."""
+        names = {name for name, _ in self.model.named_modules()}
+        return [block for block in blocks if block in names]
+
+    def load(self, name: str) -> Tensor:
+        """A tensor of the model as it is now, in the dtype it has there."""
+        owner, _, key = name.rpartition(".")
+        if owner in self.pieces:
+            return self.pieces[owner].load(key)
+        like = self.model.get_parameter(name) if name in dict(self._parameters_of(owner)) else self.model.get_buffer(name)
+        return self._float(name, like.dtype)
+
+    def _float(self, name: str, dtype: torch.dtype) -> Tensor:
+        return self.change(name, self.shards.load(name).to(dtype))
+
+    def _parameters_of(self, owner: str) -> Iterator[tuple[str, Tensor]]:
+        for key, value in get_module(self.model, owner).named_parameters(recurse=False):
+            yield (f"{owner}.{key}" if owner else key), value
+
+    def layer(self, name: str) -> Any:
+        """A copy of a float layer with its tensors in memory; the model keeps none.
+
+        Raises:
+            CalibrationError: if a tensor is not finite.
+        """
+        module = copy.copy(get_module(self.model, name))
+        module._parameters = {
+            key: None if value is None else nn.Parameter(self._finite(name, key), requires_grad=False)
+            for key, value in module._parameters.items()
+        }
+        return module
+
+    def _finite(self, name: str, key: str) -> Tensor:
+        value = self._float(f"{name}.{key}", getattr(get_module(self.model, name), key).dtype)
+        if not bool(value.isfinite().all()):
+            raise CalibrationError(f"the {key} of layer '{name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
+        return value.to(self.device)
+
+    @contextmanager
+    def running(self, blocks: Sequence[str]) -> Iterator[None]:
+        """Inside, the model can be called: a block is loaded before it runs and let go afterwards, all else is in memory throughout."""
+        resident: Put = []
+        with ExitStack() as stack:
+            stack.callback(_take_back, resident)
+            for name, module in self.model.named_modules():
+                if not any(name == block or name.startswith(f"{block}.") for block in blocks):
+                    self._fill(resident, module, name, recurse=False)
+            for block in blocks:
+                for handle in self._hooks(block):
+                    stack.callback(handle.remove)
+            yield
+        for layer in (part for part in self.model.modules() if isinstance(part, QuantLayer)):
+            layer.forget()
+
+    def _hooks(self, block: str) -> list[Any]:
+        put: Put = []
+        module = get_module(self.model, block)
+
+        def before(*_: Any) -> None:
+            self._fill(put, module, block, recurse=True)
+
+        def after(*_: Any) -> None:
+            _take_back(put)
+            for layer in (part for part in module.modules() if isinstance(part, QuantLayer)):
+                layer.forget()
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
+
+    def _fill(self, put: Put, module: nn.Module, name: str, *, recurse: bool) -> None:
+        for path, part in module.named_modules() if recurse else [("", module)]:
+            owner = ".".join(word for word in (name, path) if word)
+            for members in (part._parameters, part._buffers):
+                meta = {key: value for key, value in members.items() if value is not None and value.is_meta}
+                loaded = {key: self.load(f"{owner}.{key}" if owner else key).to(self.device) for key in meta}
+                kind = nn.Parameter if members is part._parameters else None
+                _put(put, members, {k: kind(v, requires_grad=False) if kind else v for k, v in loaded.items()})

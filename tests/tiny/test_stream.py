@@ -1,0 +1,479 @@
+"""Quantizing from disk to disk: the bits of a run in memory, whatever stops it in between."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import reelquant
+from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
+from reelquant.checkpoint import Shards, Spec, workspace, write_tensors
+from reelquant.cli import app
+from reelquant.discover import discover, stand_in
+from reelquant.models.pipelines import bundled_path
+from reelquant.models.sampling import write_notes
+from reelquant.recipes import estimate, stream
+from reelquant.recipes.estimate import parse_bytes
+from reelquant.recipes.journal import Journal
+from reelquant.recipes.offload import OnDisk, hollow
+from reelquant.recipes.recipe import load_recipe
+from tests.tiny.configs import TINY
+from tests.tiny.stock import CALL, MIXED, PROMPTS, frames, realigned, wan_pipeline
+
+ROOT = Path(__file__).parents[2]
+SHORT = {"calibrate.prompts": 4, "search.prompts": 1, "search.steps": 2}
+GPTQ = {
+    "name": "gptq",
+    "defaults": {"weight": {"format": "int4", "granularity": "group-16"}, "input": {"format": "int8", "slots": "per_step"}},
+    "rules": [{"on": "role:entry | role:exit", "keep": True}],
+    "calibrate": {"prompts": 4, "steps": 3, "ranges": "unseen"},
+    "search": {"prompts": 1, "steps": 2},
+    "steps": [
+        {"transform": "rotate", "on": "*.net.2"},
+        {"transform": "range_integrate", "power": [0.5, 1.0], "on": "role:main & !*.net.2"},
+        {"solve": "gptq", "correct_bias": True, "on": "role:main | role:temporal | role:prompt"},
+    ],
+}
+"""Everything that calibration can ask for: moments, rotated ranges, a search, folded norms, scales per step."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random pipeline on disk that says how it likes to be called."""
+    folder = tmp_path_factory.mktemp("model") / "wan"
+    wan_pipeline().save_pretrained(folder, max_shard_size="30KB")
+    write_notes(folder, CALL, PROMPTS)
+    return folder
+
+
+def in_memory(model: Path, recipe: Any, target: Path, dtype: torch.dtype = torch.float32, lora: Any = (), **overrides: Any) -> Any:
+    pipe = reelquant.open_pipeline(model, dtype=dtype)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            realigned(part)
+    report = reelquant.quantize(pipe, recipe, overrides=overrides, lora=lora)
+    reelquant.save(pipe, target, report)
+    return report
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the report, which holds timings."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "report.json"
+    }
+
+
+def facts(report: Any) -> dict[str, Any]:
+    """Everything but timings."""
+    data = report.to_json() | {"parts": {name: facts(part) for name, part in report.parts.items()}}
+    return {name: value for name, value in data.items() if name != "seconds"}
+
+
+# ------------------------------------------------------------------------------------------------------------------ the same bits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recipe", ["w4a16", MIXED, GPTQ], ids=lambda recipe: recipe if isinstance(recipe, str) else recipe["name"])
+def test_the_denoiser_is_that_of_a_run_in_memory_byte_for_byte(model: Path, recipe: Any, dtype: torch.dtype, tmp_path: Path) -> None:
+    expected = in_memory(model, recipe, tmp_path / "memory", dtype)
+    report = reelquant.quantize_folder(model, tmp_path / "disk", recipe, dtype=dtype)
+    assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
+    assert facts(report) == facts(expected)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-dit", "tiny-unet"])
+def test_bundled_pipelines_too(name: str, tmp_path: Path) -> None:
+    quick = {"calibrate.prompts": 2, "calibrate.steps": 2, "search.prompts": 1, "search.steps": 1}
+    in_memory(bundled_path(name), "qvd-w4a8", tmp_path / "memory", **quick)
+    reelquant.quantize_folder(name, tmp_path / "disk", "qvd-w4a8", overrides=quick)
+    part = "transformer" if name == "tiny-dit" else "unet"
+    assert contents(tmp_path / "disk" / part) == contents(tmp_path / "memory" / part)
+
+
+def test_the_result_opens_and_other_components_are_copies(model: Path, tmp_path: Path) -> None:
+    reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
+    made, source = contents(tmp_path / "out"), contents(model)
+    for name, content in source.items():
+        assert name.startswith("transformer/") or made[name] == content
+    pipe = wan_pipeline()
+    reelquant.quantize(pipe, "w8a16")
+    assert torch.equal(frames(reelquant.load(tmp_path / "out")), frames(pipe))
+
+
+def test_a_result_in_shards_is_that_of_diffusers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "SHARD", 10_000)
+    reelquant.quantize_folder(model, tmp_path / "disk", "w8a16")
+    pipe = reelquant.open_pipeline(model)
+    reelquant.quantize(pipe, "w8a16")
+    reelquant.save(pipe, tmp_path / "memory", max_shard_size=10_000)
+    assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
+
+
+def test_large_text_encoders_stay_on_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reelquant.quantize_folder(model, tmp_path / "resident", MIXED)
+    opened: list[nn.Module] = []
+    real = stream._text_encoder
+    monkeypatch.setattr(stream, "LARGE", 1e12)
+    monkeypatch.setattr(stream, "_text_encoder", lambda *words: opened.append(real(*words)) or opened[-1])
+    reelquant.quantize_folder(model, tmp_path / "disk", MIXED)
+    assert all(parameter.is_meta for parameter in opened[0].parameters())
+    assert contents(tmp_path / "disk") == contents(tmp_path / "resident")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of two experts."""
+    pipe = wan_pipeline()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        second = type(pipe.transformer).from_config(pipe.transformer.config)
+    pipe.register_modules(transformer_2=second)
+    pipe.register_to_config(boundary_ratio=0.5)
+    folder = tmp_path_factory.mktemp("experts") / "two"
+    pipe.save_pretrained(folder)
+    write_notes(folder, CALL, PROMPTS)
+    return folder
+
+
+EXPERTS = ("transformer", "transformer_2")
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", GPTQ, {"transformer": MIXED, "transformer_2": "w8a16"}], ids=["data-free", "together", "each"])
+def test_both_experts_of_a_pipeline(two: Path, recipe: Any, tmp_path: Path) -> None:
+    expected = in_memory(two, recipe, tmp_path / "memory")
+    report = reelquant.quantize_folder(two, tmp_path / "disk", recipe)
+    assert facts(report) == facts(expected)
+    for name in EXPERTS:
+        assert contents(tmp_path / "disk" / name) == contents(tmp_path / "memory" / name)
+
+
+def test_one_of_two_experts(two: Path, tmp_path: Path) -> None:
+    report = reelquant.quantize_folder(two, tmp_path / "out", "w8a16", components=["transformer_2"])
+    assert report.component == "transformer_2"
+    assert contents(tmp_path / "out" / "transformer") == contents(two / "transformer")
+
+
+@pytest.mark.parametrize("change", [{"protect_steps": "auto"}, {"protect_steps": [0, -1]}, {"guidance": "apart"}], ids=str)
+def test_steps_and_halves_that_differ(model: Path, change: dict[str, Any], tmp_path: Path) -> None:
+    recipe = MIXED | change
+    expected = in_memory(model, recipe, tmp_path / "memory")
+    report = reelquant.quantize_folder(model, tmp_path / "disk", recipe)
+    assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
+    assert facts(report) == facts(expected)
+
+
+def adapter(folder: Path, parts: tuple[str, ...] = ("transformer",)) -> Path:
+    """An adapter of the second feed-forward layers of these denoisers; it moves the biggest weight of each by more than a step."""
+    tensors: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(3)
+    for name, module in wan_pipeline().transformer.named_modules():
+        if name.endswith("net.2"):
+            out, ins = module.weight.shape
+            tensors[f"{name}.lora_A.weight"] = torch.randn(4, ins, generator=generator)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(out, 4, generator=generator)
+    save_file({f"{part}.{name}": value for part in parts for name, value in tensors.items()}, folder / "style.safetensors")
+    return folder / "style.safetensors"
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", MIXED], ids=["data-free", "calibrated"])
+def test_adapters_are_merged_first(model: Path, recipe: Any, tmp_path: Path) -> None:
+    lora = {str(adapter(tmp_path)): 0.5}
+    expected = in_memory(model, recipe, tmp_path / "memory", lora=lora)
+    report = reelquant.quantize_folder(model, tmp_path / "disk", recipe, lora=lora)
+    assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
+    assert facts(report) == facts(expected) and report.adapters == {"style.safetensors": 0.5}
+
+
+def test_adapters_of_what_is_only_copied_are_refused(two: Path, tmp_path: Path) -> None:
+    lora = {str(adapter(tmp_path)): 1.0}
+    with pytest.raises(UnsupportedError, match=r"the adapters change 'transformer', which is copied .* quantize 'transformer', too, or"):
+        reelquant.quantize_folder(two, tmp_path / "out", "w8a16", components=["transformer_2"], lora=lora)
+    with pytest.raises(CheckpointError, match=r"no adapter at 'gone\.safetensors'"):
+        reelquant.quantize_folder(two, tmp_path / "new", "w8a16", lora={"gone.safetensors": 1.0})
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_what_needs_memory_is_refused_where_it_would_be_streamed(model: Path, tmp_path: Path) -> None:
+    def run(*more: str) -> Any:
+        words = ["quantize", str(model), "-o", str(tmp_path / "out"), "--json", *more]
+        return CliRunner().invoke(app, words)
+
+    both = ["-r", "w8a16", "--components", "transformer,vae"]
+    assert "'vae' is no denoiser" in run(*both, "--max-memory", "8GB").stderr
+    table = ["-r", "qvd-w8a8", "--set", "temporal=table", "--set", "calibrate.prompts=2", "--set", "calibrate.steps=2"]
+    assert "needs the model in memory" in run(*table, "--resume").stderr
+    assert not list(tmp_path.iterdir())
+    report = json.loads(run(*both).stdout)
+    assert list(report["parts"]) == ["transformer", "vae"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_discovery_needs_no_values(name: str) -> None:
+    model = TINY[name]()
+    expected = discover(model)
+    for module in model.modules():
+        for key, value in module._parameters.items():
+            module._parameters[key] = None if value is None else nn.Parameter(value.to("meta"))
+    assert discover(stand_in(model)) == expected
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_model_on_disk_holds_one_block_at_a_time(model: Path) -> None:
+    disk = OnDisk(hollow(model, "transformer", torch.float32), Shards.of(model / "transformer"))
+    blocks = ("blocks.0", "blocks.1")
+    held: list[list[bool]] = []
+
+    def look(*_: Any) -> None:
+        held.append([all(not p.is_meta for p in disk.model.get_submodule(block).parameters()) for block in blocks])
+
+    for block in blocks:
+        disk.model.get_submodule(block).attn1.register_forward_pre_hook(look)
+    arguments = {
+        "hidden_states": torch.randn(1, 4, 2, 4, 4),
+        "timestep": torch.tensor([500]),
+        "encoder_hidden_states": torch.randn(1, 6, 16),
+    }
+    with disk.running(blocks), torch.no_grad():
+        found = disk.model(**arguments, return_dict=False)[0]
+    assert held == [[True, False], [False, True]]
+    assert all(parameter.is_meta for parameter in disk.model.parameters())
+    with torch.no_grad():
+        assert torch.equal(found, realigned(reelquant.open_pipeline(model).transformer)(**arguments, return_dict=False)[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------- killed, resumed
+
+
+def command(*words: object, **options: Any) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    line = [sys.executable, "-m", "reelquant", *map(str, words)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> None:
+    """Kill -9 at a moment of the work; it must not have ended before."""
+    until = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, "the moment never came"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "gptq.yaml"
+    recipe.write_text(json.dumps(GPTQ))
+    reelquant.quantize_folder(model, tmp_path / "whole", recipe)
+    work = tmp_path / "out.partial" / "work" / "transformer"
+    moments: dict[str, Callable[[], bool]] = {
+        "planned": lambda: (tmp_path / "out.partial" / "work.json").is_file(),
+        "sampling": lambda: len(list(work.glob("journal/calls/calibrate-transformer/*.safetensors"))) >= 5,
+        "searching": lambda: len(list(work.glob("trials/*.json"))) >= 1,
+        "building": lambda: len(list(work.glob("final/*/*.safetensors"))) >= 3,
+    }
+    words = ("quantize", model, "-r", recipe, "-o", tmp_path / "out", "--resume")
+    for reached in moments.values():
+        kill_when(command(*words), reached)
+        assert not (tmp_path / "out").exists()
+    last = command(*words)
+    assert last.communicate() and last.returncode == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def stopped(model: Path, target: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch, after: int = 3) -> None:
+    """A run that dies while it stores the layer after so many."""
+    real, count = stream._store, [0]
+
+    def store(*words: Any) -> None:
+        count[0] += 1
+        if count[0] > after:
+            raise KeyboardInterrupt
+        real(*words)
+
+    monkeypatch.setattr(stream, "_store", store)
+    with pytest.raises(KeyboardInterrupt):
+        reelquant.quantize_folder(model, target, recipe)
+    monkeypatch.setattr(stream, "_store", real)
+
+
+def test_work_that_is_done_is_not_done_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(model, tmp_path / "out", MIXED, monkeypatch)
+    made, called = list[str](), list[str]()
+    build, remember = stream.build_layer, Journal._remember
+    monkeypatch.setattr(
+        stream, "build_layer", lambda plan, work, row, *more, **named: made.append(row) or build(plan, work, row, *more, **named)
+    )
+    monkeypatch.setattr(
+        Journal, "_remember", lambda self, record, output: called.append(record.parent.name) or remember(self, record, output)
+    )
+    report = reelquant.quantize_folder(model, tmp_path / "out", MIXED, resume=True)
+    assert len(made) == len(report.layers) - 3
+    assert len(set(called)) == 1  # neither calibration nor the float clips: only the check of the quantized model
+
+
+def test_resuming_other_work_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(model, tmp_path / "out", "w8a16", monkeypatch)
+    with pytest.raises(CheckpointError, match="begun with another recipe"):
+        reelquant.quantize_folder(model, tmp_path / "out", "w4a16", resume=True)
+    with pytest.raises(CheckpointError, match="begun with another dtype"):
+        reelquant.quantize_folder(model, tmp_path / "out", "w8a16", dtype=torch.bfloat16, resume=True)
+    with pytest.raises(CheckpointError, match=r"begun with another layers"):
+        reelquant.quantize_folder(model, tmp_path / "out", "w8a16", skip=["blocks.0"], resume=True)
+    os.utime(model / "transformer" / "config.json", (1, 1))
+    with pytest.raises(CheckpointError, match="begun with another source"):
+        reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
+    with pytest.raises(CheckpointError, match=r"holds an interrupted run; go on with resume=True"):
+        reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
+    reelquant.quantize_folder(model, tmp_path / "out", "w4a16", force=True)
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+# -------------------------------------------------------------------------------------------------------------------- what goes wrong
+
+
+def test_a_second_process_is_refused(model: Path, tmp_path: Path) -> None:
+    held = tmp_path / "out.partial"
+    held.mkdir()
+    with (held / "lock").open("w") as lock:
+        lock.write("4711")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(CheckpointError, match="process 4711 is writing"):
+            reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_error_and_the_work_is_kept(model: Path, tmp_path: Path) -> None:
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    words = ("quantize", model, "-r", "w8a16", "-o", tmp_path / "out", "--resume")
+    process = command(*words, preexec_fn=small_files)
+    error = process.communicate()[1]
+    assert process.returncode == 1
+    assert len(error.splitlines()) == 1 and "--resume" in error, error
+    assert not (tmp_path / "out").exists()
+    assert list((tmp_path / "out.partial").rglob("final/*/*.safetensors"))
+    again = command(*words)
+    assert again.communicate() and again.returncode == 0
+    reelquant.quantize_folder(model, tmp_path / "whole", "w8a16")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_too_little_room_is_found_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(CheckpointError, match=r"has 0.001 MB free, the work takes"):
+        reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
+
+
+def test_too_little_memory_is_found_before_the_work(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 1 MB is too little: .* take .* allow that much"):
+        reelquant.quantize_folder(model, tmp_path / "out", "w8a16", max_memory="1MB")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_the_work_takes(model: Path) -> None:
+    result = CliRunner().invoke(app, ["quantize", str(model), "-r", "qvd-w8a8", "--dry-run", "--json", "--max-memory", "2GB"])
+    told = json.loads(result.stdout)["estimate"]
+    assert told["budget"] == 2 * 10**9 and not told["streams"]
+    assert told["calls"] > 0 and told["seconds"] > 0
+    assert 0 < told["result"] < told["source"] < told["disk"]
+    assert "What it takes" in CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "--dry-run"]).stdout
+
+
+def test_the_estimated_result_is_near_the_real_one(model: Path, tmp_path: Path) -> None:
+    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe("w4a16")}, None, (), {}, 10**10)
+    stream.quantize_folder(job, tmp_path / "out")
+    made = sum(len(content) for content in contents(tmp_path / "out" / "transformer").values())
+    others = sum(len(content) for name, content in contents(tmp_path / "out").items() if not name.startswith("transformer"))
+    assert job.estimate().result == pytest.approx(made + others, rel=0.2)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    pipe = wan_pipeline()
+    with torch.no_grad():
+        pipe.transformer.blocks[1].ffn.net[2].weight[0, 0] = torch.nan
+    pipe.save_pretrained(tmp_path / "bad")
+    with pytest.raises(CalibrationError, match=r"the weight of layer 'blocks\.1\.ffn\.net\.2' holds NaN or inf"):
+        reelquant.quantize_folder(tmp_path / "bad", tmp_path / "out", "w8a16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantized_folders_and_unknown_components_are_refused(model: Path, tmp_path: Path) -> None:
+    reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
+    with pytest.raises(UnsupportedError, match="is quantized; give the folder of the float pipeline"):
+        reelquant.quantize_folder(tmp_path / "out", tmp_path / "twice", "w8a16")
+    with pytest.raises(UnsupportedError, match="'vae' is no denoiser"):
+        reelquant.quantize_folder(model, tmp_path / "twice", "w8a16", components=["vae"])
+
+
+def test_a_folder_that_is_in_the_way_stays(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is not a working folder"), workspace(tmp_path / "out", {}, force=True):
+        pass
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+# --------------------------------------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(("text", "count"), [("8GB", 8 * 10**9), ("500 mb", 500 * 10**6), ("1.5GiB", 3 * 2**29), (1000, 1000), ("12", 12)])
+def test_sizes(text: str | int, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "8 bananas", "-1GB", "0", "1e3"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(RecipeError, match="is no amount of memory"):
+        parse_bytes(text)
+
+
+def test_files_are_those_of_safetensors_byte_for_byte(tmp_path: Path) -> None:
+    kinds = [torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.int64]
+    tensors = {f"t{i}": torch.arange(6).reshape(2, 3).to(kind) for i, kind in enumerate(kinds)}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "ähnlich": torch.ones(5)}
+    save_file(tensors, tmp_path / "theirs.safetensors", {"format": "pt"})
+    write_tensors(
+        tmp_path / "ours.safetensors", {name: Spec(value.dtype, tuple(value.shape)) for name, value in tensors.items()}, tensors.__getitem__
+    )
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
+
+
+def test_missing_shards_and_tensors_are_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        Shards.of(tmp_path)
+    folder = tmp_path / "wan"
+    subprocess.run(["cp", "-r", str(model), str(folder)], check=True)
+    first = sorted((folder / "transformer").glob("*.safetensors"))[0]
+    content = first.read_bytes()
+    first.unlink()
+    with pytest.raises(CheckpointError, match=f"names '{first.name}', which is not there"):
+        reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
+    first.write_bytes(content[:100])
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
