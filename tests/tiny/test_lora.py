@@ -374,6 +374,24 @@ def test_names_of_kohya_are_understood(tmp_path: Path) -> None:
     assert assert_merges_like_stock("tiny-unet", {tmp_path / "sd.safetensors": 0.7}) == len(tensors) // 3
 
 
+def test_text_encoders_get_their_part_of_a_file(tmp_path: Path) -> None:
+    """As sd-scripts writes it: denoiser and text encoder in one file."""
+    width, layer = stock("tiny-unet").text_encoder.config.hidden_size, "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    channels = get_module(stock("tiny-unet").unet, "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q").in_features
+    stems = {f"lora_unet_{layer}": channels, "lora_te_text_model_encoder_layers_0_self_attn_out_proj": width}
+    tensors = {}
+    for stem, size in stems.items():
+        tensors |= {f"{stem}.lora_down.weight": torch.randn(RANK, size), f"{stem}.lora_up.weight": torch.randn(size, RANK)}
+        tensors[f"{stem}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "sd.safetensors")
+    files = LoraFiles(stock("tiny-unet"), {str(tmp_path / "sd.safetensors"): 0.5})
+    assert len(files.tensors("unet")) == 1
+    (name,) = files.tensors("text_encoder")
+    weight = stock("tiny-unet").text_encoder.get_parameter(name)
+    delta = tensors[f"{stem}.lora_up.weight"] @ tensors[f"{stem}.lora_down.weight"] * 2 / RANK
+    torch.testing.assert_close(files.merged("text_encoder", name, weight), weight + 0.5 * delta)
+
+
 def test_biases_of_adapters_are_merged(tmp_path: Path) -> None:
     tensors = factors("tiny-dit", targets=["blocks.0.attn1.to_q"])
     bias = torch.randn(len(tensors["blocks.0.attn1.to_q.lora_B.weight"]))
