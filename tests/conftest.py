@@ -37,13 +37,16 @@ settings.load_profile("reelquant")
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Every test starts from seed 0 and cannot leave another default dtype or grad mode behind."""
+    """Every test starts from seed 0 and cannot leave another default dtype, grad mode or attention behind."""
+    from reelquant.nn import attention
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     yield
     assert torch.get_default_dtype() == torch.float32, "a test left another default dtype behind"
     assert torch.is_grad_enabled(), "a test left gradients switched off"
+    assert not attention.running(), "a test left a denoiser's attention switched on"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,9 @@
 diffusers reaches attention in dozens of processors, and all of them end in ``F.scaled_dot_product_attention``. That function is wrapped,
 once, when the first denoiser asks for it; the wrapper acts only while such a denoiser runs in the same thread, and hands everything else
 on untouched.
+
+torch runs the hook that ends a call after errors too, but not after an interrupt: a denoiser that was interrupted counts as running until
+somebody calls it again in that thread. Attention elsewhere is then the fast one as well, right to the accuracy of bfloat16.
 """
 
 from __future__ import annotations
@@ -34,20 +37,41 @@ def stop_attention(model: nn.Module) -> None:
     """Undo :func:`start_attention`."""
     for handle in vars(model).pop(HOOKS, ()):
         handle.remove()
+    _end(model)
+
+
+def running() -> bool:
+    """Whether a started denoiser is being called in this thread."""
+    return bool(_stack())
+
+
+def _stack() -> list[int]:
+    """The denoisers that are being called in this thread, by identity, outermost first."""
+    if not hasattr(_thread, "stack"):
+        _thread.stack = []
+    return _thread.stack
+
+
+def _end(module: nn.Module) -> None:
+    """Take a denoiser, and those called inside of it, from the stack; nothing happens if it is not there."""
+    stack = _stack()
+    if id(module) in stack:
+        del stack[stack.index(id(module)) :]
 
 
 def _enter(module: nn.Module, args: Any) -> None:
     global _inside
     _inside = True
     if not torch.compiler.is_compiling():
-        _thread.depth = getattr(_thread, "depth", 0) + 1
+        _end(module)  # what an interrupt left behind
+        _stack().append(id(module))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     global _inside
     _inside = False
     if not torch.compiler.is_compiling():
-        _thread.depth -= 1
+        _end(module)
 
 
 def _wrap() -> None:
@@ -64,7 +88,7 @@ def _wrap() -> None:
             if torch.compiler.is_compiling():
                 if _inside and query.ndim == 4 and key.shape[:2] == query.shape[:2]:
                     return torch.ops.reelquant.attention(query, key, value, options.get("scale"))
-            elif getattr(_thread, "depth", 0) and fast.refuses(query, key, value) is None:
+            elif running() and fast.refuses(query, key, value) is None:
                 return fast.attention(query, key, value, options.get("scale"))
         return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
