@@ -385,6 +385,17 @@ def test_codes_dequantize_to_what_calling_gives(fmt: NumberFormat, granularity: 
     assert torch.equal(quantizer.dequantize(codes), quantizer(x))
 
 
+@pytest.mark.parametrize("grain", [Granularity("tensor"), Granularity("channel"), Granularity("group", 8)], ids=str)
+@pytest.mark.parametrize("name", ["int8", "uint4", "e4m3"])
+def test_codes_chosen_a_few_units_at_a_time_are_those_of_the_whole(name: str, grain: Granularity, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(37, 20) * torch.logspace(-2, 2, 37)[:, None]
+    quantizer = fit(QuantSpec(parse_format(name), grain), x)
+    whole = quantizer.codes(x)
+    for size in (1, 50):
+        monkeypatch.setattr("reelquant.formats.quantizer.AT_ONCE", size)
+        assert torch.equal(quantizer.codes(x), whole)
+
+
 @every_format
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_quantizer_computes_in_float32_and_keeps_the_dtype(fmt: NumberFormat, dtype: torch.dtype) -> None:

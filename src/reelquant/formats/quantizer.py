@@ -18,6 +18,7 @@ from reelquant.formats.number import Int, NumberFormat
 from reelquant.formats.ranges import CRITERIA, ByCriterion, MinMax, RangeRule, scale_and_zero_point
 
 Slots = Literal["shared", "per_step"]
+AT_ONCE = 1 << 18  # values whose codes are chosen at a time: every pass over more than the cache holds costs as much as all the arithmetic
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ class Quantizer:
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of a tensor: uint8 indices in the shape of ``x``."""
-        return self.granularity.unblock(self.format.encode(self._to_unit(self.granularity.blocks(x))), x.shape)
+        blocks = self.granularity.blocks(x)
+        codes = torch.empty(blocks.shape, dtype=torch.uint8, device=x.device)
+        units = max(AT_ONCE // max(blocks.shape[1], 1), 1)
+        for start in range(0, len(blocks), units):
+            some = slice(start, start + units)
+            codes[some] = self.format.encode(self._to_unit(blocks[some], some))
+        return self.granularity.unblock(codes, x.shape)
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of codes, in their shape."""
@@ -96,9 +103,9 @@ class Quantizer:
             return values.reshape(-1, 1)
         raise UnsupportedError(f"weights cannot have granularity '{self.granularity}'; use tensor, channel or group-n")
 
-    def _to_unit(self, blocks: Tensor) -> Tensor:
-        unit = blocks.float() / self.scale[:, None]
-        return unit if self.zero_point is None else unit + self.zero_point[:, None]
+    def _to_unit(self, blocks: Tensor, units: slice = slice(None)) -> Tensor:
+        unit = blocks.float() / self.scale[units, None]
+        return unit if self.zero_point is None else unit + self.zero_point[units, None]
 
     def _from_unit(self, unit: Tensor) -> Tensor:
         unit = unit if self.zero_point is None else unit - self.zero_point[:, None]

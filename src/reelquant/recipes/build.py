@@ -296,16 +296,17 @@ def _bias(
     nothing. Without correction only the shift is compensated, ``b + W_q (z / s)``, so that the constant part cancels code by code.
     """
     bias = None if module.bias is None else module.bias.detach().float()
-    matrix, rounded = weight.flatten(1), solution.quantizer.dequantize(solution.codes)
+    correct = correct and statistics is not None
+    if not correct and rewrite.shift is None:
+        return bias
+    matrix, rounded = weight.flatten(1), solution.values
     taps = matrix.shape[1] // weight.shape[1]
     per_tap = rewrite.per_tap(taps)
-    if correct and statistics is not None:
+    if correct:
         mean = _mean(statistics, taps)
         extra = matrix @ mean - rounded @ per_tap.input(mean)
-    elif rewrite.shift is not None:
-        extra = -(rounded @ per_tap.input(torch.zeros_like(per_tap.shift)))
     else:
-        return bias
+        extra = -(rounded @ per_tap.input(torch.zeros_like(per_tap.shift)))
     return extra if bias is None else bias + extra
 
 

@@ -13,11 +13,10 @@ SOLVERS: dict[str, type[Solver]] = {"nearest": Nearest, "gptq": Gptq}
 def solve(solver: Solver, problem: Problem) -> Solution:
     """Solve, and keep rounding to nearest with the solver's scales where the solver loses to it on its own objective."""
     found = solver.solve(problem)
-    codes = found.quantizer.codes(problem.weight)
-    error = problem.objective(found.quantizer.dequantize(codes))
-    if found.error <= error:
+    if type(solver) is Nearest:  # nothing to hold it against, and passes over large weights are what quantizing without data takes
         return found
-    return Solution(found.quantizer, codes, error, replaced=type(solver).__name__.lower())
+    nearest = Solution(found.quantizer, found.quantizer.codes(problem.weight), replaced=type(solver).__name__.lower())
+    return found if problem.objective(found.values) <= problem.objective(nearest.values) else nearest
 
 
 def register_solver(name: str, solver: type[Solver]) -> None:

@@ -58,5 +58,4 @@ class Gptq(Solver):
                 work[:, column:stop] -= error * inverse[column, column:stop]
                 errors[:, column - start], rounded[:, places[column]] = error[:, 0], nearest[:, 0]
             work[:, stop:] -= errors @ inverse[start:stop, stop:]
-        codes = quantizer.codes(rounded)
-        return Solution(quantizer, codes, problem.objective(quantizer.dequantize(codes)))
+        return Solution(quantizer, quantizer.codes(rounded))

@@ -14,4 +14,4 @@ class Nearest(Solver):
 
     def solve(self, problem: Problem) -> Solution:
         quantizer = fit(problem.spec, problem.weight)
-        return Solution(quantizer, quantizer.codes(problem.weight), problem.objective(quantizer(problem.weight)))
+        return Solution(quantizer, quantizer.codes(problem.weight))

@@ -45,14 +45,17 @@ class Solution:
     Attributes:
         quantizer: format and scales.
         codes: ``[out, in]`` uint8.
-        error: the problem's objective.
         replaced: name of the solver that was given up for ``nearest``, or None.
     """
 
     quantizer: Quantizer
     codes: Tensor
-    error: float
     replaced: str | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The weight as these codes have it, ``[out, in]`` float32."""
+        return self.quantizer.dequantize(self.codes)
 
 
 class Solver(ABC):
