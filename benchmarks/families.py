@@ -168,10 +168,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     return "\n".join([
         "# Peers, family by family", "",
         "`python -m benchmarks.families`. A cell: layers quantized of all linear and convolution layers, their share of the weights, bytes",
-        "of the whole model against float32, and signal over noise of the output against float32 on a fixed input. Tiny random models: which",
-        "layers a peer quantizes and how it fails carries over to real ones; shares and bytes depend on the widths, which are not those of the",
-        "real ones; an error in dB shows only that the right function is computed, and a peer that quantizes less is nearer to float. Every",
-        "peer has its defaults, but for SDNQ's lower limit on sizes, which would skip every layer.", "",
+        "of the whole model against float32, and signal over noise of the output against float32 on a fixed input. Tiny random models:",
+        "which layers a peer quantizes and how it fails carries over to real ones; shares and bytes depend on the widths, which are not",
+        "those of the real ones; an error in dB shows only that the right function is computed, and a peer that quantizes less is nearer",
+        "to float. Every peer has its defaults, but for SDNQ's lower limit on sizes, which would skip every layer.", "",
         markdown(["family", *versions.values()], table), "", "What the failures said:", "", *(said or ["none"]), "",
     ])  # fmt: skip
 
