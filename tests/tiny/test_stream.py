@@ -27,6 +27,7 @@ from reelquant.cli import app
 from reelquant.discover import discover, stand_in
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
+from reelquant.observe import ChannelRange, Geometry, Gram, InputStatistics, Rows
 from reelquant.recipes import estimate, stream
 from reelquant.recipes.estimate import parse_bytes
 from reelquant.recipes.journal import Journal
@@ -349,6 +350,26 @@ def test_resuming_other_work_is_refused(model: Path, tmp_path: Path, monkeypatch
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
     reelquant.quantize_folder(model, tmp_path / "out", "w4a16", force=True)
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("added_up", [False, True])
+def test_what_was_logged_comes_back_on_the_device_of_the_model(added_up: bool, tmp_path: Path) -> None:
+    geometry, generator = Geometry(4), torch.Generator()
+
+    def empty() -> InputStatistics:
+        return InputStatistics("layer", geometry, ChannelRange(-1, False), Rows(geometry, 8, generator), Gram(geometry, 8, generator))
+
+    written, own = Journal(tmp_path), empty()
+    x = torch.randn(16, 4)
+    written.write(0, own, own.look(x), 0, 0)
+    if added_up:
+        written._call = 1
+        written._add_up(0, empty().gram)
+    written._remember(tmp_path / "call", {"sample": x})
+    found = Journal(tmp_path, "meta").read(0, empty())
+    assert {value.device.type for value in (*found.range.envelope(), found.gram.mean, found.gram.covariance)} == {"meta"}
+    assert found.rows.rows.device.type == "cpu"
+    assert Journal(tmp_path, "meta")._recall(tmp_path / "call").sample.is_meta
 
 
 # -------------------------------------------------------------------------------------------------------------------- what goes wrong

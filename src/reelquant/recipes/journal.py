@@ -77,10 +77,11 @@ class Journal:
 
     Attributes:
         folder: where.
+        device: where the model runs, so that what is read meets its tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
         self._generator: torch.Generator | None = None
         self._phase, self._call = "", 0
         self._last: dict[int, int] = {}  # layer -> the last call that logged rows of it
@@ -125,7 +126,7 @@ class Journal:
         tensors = load_file(record)
         if self._generator is not None:
             self._generator.set_state(tensors.pop("generator"))
-        values = [tensors[str(i)].clone() for i in range(len(tensors))]
+        values = [_own(tensors[str(i)], self.device) for i in range(len(tensors))]
         with safe_open(record, "pt") as opened:
             keys = json.loads(opened.metadata()["keys"])
         return tuple(values) if keys is None else _output(dict(zip(keys, values, strict=True)))
@@ -187,18 +188,29 @@ class Journal:
         if self._state(number).exists():
             state = load_file(self._state(number))
             through = int(state.pop("call"))
-            gram.state = {name: value.clone() for name, value in state.items()}
+            gram.state = {name: _own(value, self.device) if value.dim() else value for name, value in state.items()}
         for _, seen in self._log(number, "gram").frames(through):
-            gram.absorb({"rows": seen["rows"].float()}, 0)
+            gram.absorb({"rows": seen["rows"].to(self.device).float()}, 0)
 
     def read(self, number: int, own: InputStatistics) -> InputStatistics:
         """Fill empty statistics."""
         for _, seen in self._log(number, "inputs").frames():
             step, part = int(seen.pop("step")), int(seen.pop("part"))
-            own.absorb({name: value.float() if name == "rows.rows" else value for name, value in seen.items()}, step, part)
+            own.absorb({name: self._as_seen(name, value) for name, value in seen.items()}, step, part)
         if own.gram is not None:
             self._moments(number, own.gram)
         return own
+
+    def _as_seen(self, name: str, value: Tensor) -> Tensor:
+        """A part of a look where a run in memory has it: sampled rows and counts stay on the CPU."""
+        if name == "rows.rows":
+            return value.float()
+        return value.to(self.device) if value.dim() else value
+
+
+def _own(value: Tensor, device: str) -> Tensor:
+    """In memory of its own, not mapped from the file."""
+    return value.to(device, copy=True)
 
 
 def _output(values: dict[str, Tensor]) -> Any:

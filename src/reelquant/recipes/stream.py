@@ -247,7 +247,7 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress) -> Rep
     recipes = {name: plan.recipe for name, plan in job.plans.items()}
     texts = job.prompts or (default_texts(pipe, recipes) if job.calibrates else [])
     for name, plan in job.plans.items():
-        journal, model = Journal(place / name / "journal"), job.source.disks[name].model
+        journal, model = Journal(place / name / "journal", job.source.device), job.source.disks[name].model
         sessions.append(Streamed(pipe, name, model, plan.recipe, progress, journal=journal, job=job, folder=place / name, peers=sessions))
         sessions[-1].plan = plan
     with _merging(job, pipe):
