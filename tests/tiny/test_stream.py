@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,7 +240,7 @@ def test_discovery_needs_no_values(name: str) -> None:
 
 
 def test_a_model_on_disk_holds_one_block_at_a_time(model: Path) -> None:
-    disk = OnDisk(hollow(model, "transformer", torch.float32), Shards.of(model / "transformer"))
+    disk = OnDisk(hollow(model / "transformer", torch.float32), Shards.of(model / "transformer"))
     blocks = ("blocks.0", "blocks.1")
     held: list[list[bool]] = []
 
@@ -485,16 +486,78 @@ def test_files_are_those_of_safetensors_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_missing_shards_and_tensors_are_named(model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    """A copy of the pipeline, to break."""
+    shutil.copytree(model, tmp_path / "wan")
+    return tmp_path / "wan"
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        stream.Source.open(folder)
+
+
+def test_missing_shards_and_tensors_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
         Shards.of(tmp_path)
-    folder = tmp_path / "wan"
-    subprocess.run(["cp", "-r", str(model), str(folder)], check=True)
     first = sorted((folder / "transformer").glob("*.safetensors"))[0]
     content = first.read_bytes()
     first.unlink()
-    with pytest.raises(CheckpointError, match=f"names '{first.name}', which is not there"):
-        reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
+    refused(folder, f"names '{first.name}', which is not there")
     first.write_bytes(content[:100])
-    with pytest.raises(CheckpointError, match="truncated or corrupt"):
-        reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
+    refused(folder, "truncated or corrupt")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_component_without_its_weights_is_an_interrupted_download(folder: Path, part: str) -> None:
+    for file in (folder / part).glob("*.safetensors*"):
+        file.unlink()
+    refused(folder, f"{part}' holds no weights")
+    shutil.rmtree(folder / part)
+    refused(folder, f"lacks its component '{part}'")
+
+
+def test_a_lost_shard_of_a_part_that_is_only_copied_is_named(folder: Path) -> None:
+    (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    refused(folder, r"names 'gone\.safetensors', which is not there")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    refused(folder, "has no weight_map")
+
+
+def test_links_to_nothing_are_named(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").symlink_to(folder / "gone")
+    refused(folder, r"tokenizer\.json' is a link to nothing")
+
+
+def test_configs_that_are_no_json_are_named(folder: Path) -> None:
+    (folder / "transformer" / "config.json").write_text("{")
+    refused(folder, r"transformer/config\.json' is no JSON")
+    (folder / "transformer" / "config.json").unlink()
+    refused(folder, r"cannot read '.*transformer/config\.json' \(No such file")
+    (folder / "model_index.json").write_text("[]")
+    refused(folder, r"model_index\.json' must hold a JSON object")
+
+
+def test_components_behind_links_are_copied_and_remembered(folder: Path, tmp_path: Path) -> None:
+    (folder / "vae").rename(tmp_path / "elsewhere")
+    (folder / "vae").symlink_to(tmp_path / "elsewhere")
+    (folder / "vae" / "up").symlink_to(folder / "vae")
+    reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
+    assert contents(tmp_path / "out" / "vae") == contents(tmp_path / "elsewhere")
+    assert {"vae/config.json", "model_index.json"} <= set(stream.Source.open(folder).files())
+    (folder / "vae" / "weights.bin").write_bytes(b"")
+    refused(folder, r"vae/weights\.bin' is a pickle file")
+
+
+def test_an_output_may_lie_in_the_folder_of_its_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(folder, folder / "out", "w8a16", monkeypatch)
+    reelquant.quantize_folder(folder, folder / "out", "w8a16", resume=True)
+    assert {path.name for path in (folder / "out").iterdir()} == {path.name for path in folder.iterdir()} - {"out"} | {"report.json"}
+
+
+def test_what_the_libraries_cannot_open_is_told_as_such(folder: Path, tmp_path: Path) -> None:
+    (folder / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot open pipeline '.*wan': "):
+        reelquant.quantize_folder(folder, tmp_path / "out", MIXED)

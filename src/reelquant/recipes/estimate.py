@@ -86,9 +86,8 @@ def free_memory() -> int:
     return free if limit == "max" else min(free, int(limit))
 
 
-def estimate(folder: Path, disks: Mapping[str, OnDisk], plans: Mapping[str, Plan], call: Mapping[str, Any]) -> Estimate:
-    """Add up what the components take."""
-    stored = {part.name: _stored(part) for part in folder.iterdir() if part.is_dir()}
+def estimate(stored: Mapping[str, int], disks: Mapping[str, OnDisk], plans: Mapping[str, Plan], call: Mapping[str, Any]) -> Estimate:
+    """Add up what the components take; ``stored`` are the bytes of each in the source."""
     others = sum(size for name, size in stored.items() if name not in plans)
     floats = sum(_bytes(disk.model) for disk in disks.values()) + sum(size for name, size in stored.items() if name not in disks)
     first = next(iter(plans.values()))  # says where the blocks of a denoiser without a plan are

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import CheckpointError, ReelQuantError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.checkpoint import (
@@ -41,8 +41,9 @@ from reelquant.checkpoint import (
     write_tensors,
 )
 from reelquant.discover import denoisers_of, discover, stand_in
+from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.lora import LoraFiles, adapter_file
-from reelquant.models.pipelines import check_folder, mark_quantized
+from reelquant.models.pipelines import cannot_open, check_folder, files_in, mark_quantized
 from reelquant.nn import KernelFacts, LayerLayout, QuantLayer, get_module, layer_facts, quantized_class, stop_clock
 from reelquant.recipes.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
 from reelquant.recipes.calibration import Calibration
@@ -60,7 +61,7 @@ from reelquant.transforms import Rewrite
 
 SHARD = 10_000_000_000  # bytes; what diffusers writes by default
 LARGE = 4  # a text encoder beyond this part of the budget stays on disk, too
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+WEIGHTS = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +70,14 @@ class Source:
 
     Attributes:
         folder: the folder.
+        index: what its ``model_index.json`` says.
         dtype: of the float parts.
         device: where layers are built and the sampler runs.
         disks: every denoiser, by component name, in the order in which the sampler uses them.
     """
 
     folder: Path
+    index: Mapping[str, Any]
     dtype: torch.dtype
     device: str
     disks: dict[str, OnDisk]
@@ -89,21 +92,45 @@ class Source:
         """
         path = Path(folder)
         check_folder(path)
-        index = json.loads((path / INDEX).read_text())
-        known = {
-            name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers" and _has_weights(path / name)
-        }
-        models = {name: hollow(path, name, dtype) for name in known}
+        source = cls(path, read_json(path / INDEX), dtype, device, {})
+        source.check_complete()
+        models = {name: hollow(path / name, dtype) for name, (library, _) in source.modules.items() if library == "diffusers"}
         found = denoisers_of(SimpleNamespace(components=models))
         for name in found:
-            if "quantization_config" in json.loads((path / name / "config.json").read_text()):
+            if QUANTIZATION in read_config(path / name):
                 raise UnsupportedError(f"'{path / name}' is quantized; give the folder of the float pipeline")
-        return cls(path, dtype, device, {name: OnDisk(model, Shards.of(path / name), device) for name, model in found.items()})
+        return replace(source, disks={name: OnDisk(model, Shards.of(path / name), device) for name, model in found.items()})
+
+    @property
+    def components(self) -> dict[str, tuple[str, str]]:
+        """Library and class of everything the pipeline is made of, by name."""
+        pairs = {name: part for name, part in self.index.items() if isinstance(part, list) and len(part) == 2}
+        return {name: (part[0], part[1]) for name, part in pairs.items() if all(isinstance(word, str) for word in part)}
+
+    @property
+    def modules(self) -> dict[str, tuple[str, str]]:
+        """The components that have weights."""
+        return {name: part for name, part in self.components.items() if any((self.folder / name).glob("*.safetensors"))}
+
+    def check_complete(self) -> None:
+        """Refuse a folder that lacks a component, the weights of one, or a shard of them: a download that was interrupted.
+
+        Raises:
+            CheckpointError: naming the first.
+        """
+        for name, (library, kind) in self.components.items():
+            if not (self.folder / name).is_dir():
+                raise CheckpointError(f"'{self.folder}' lacks its component '{name}' ({library}.{kind}); download or save it again")
+            if name in self.modules or _describes_model(self.folder / name, library, kind):
+                Shards.of(self.folder / name)
+        for file in self.files().values():
+            if not file.is_file():
+                raise CheckpointError(f"'{file}' is a link to nothing; download or save it again")
 
     @property
     def pipe(self) -> Any:
         """Something with the name of the pipeline's class and its denoisers."""
-        kind = type(json.loads((self.folder / INDEX).read_text())["_class_name"], (SimpleNamespace,), {})
+        kind = type(str(self.index.get(CLASS)), (SimpleNamespace,), {})
         return kind(components={name: disk.model for name, disk in self.disks.items()})
 
     def check_denoisers(self, names: Iterable[str]) -> None:
@@ -113,24 +140,41 @@ class Source:
             UnsupportedError: naming the first.
         """
         for name in names:
-            if name in _modules(self.folder) and name not in self.disks:
+            if name in self.modules and name not in self.disks:
                 raise UnsupportedError(
                     f"'{name}' is no denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from disk to "
                     "disk; leave it out, or quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
                 )
 
-    def files(self) -> dict[str, list[int]]:
-        """Size and time of change of every file, by its path in the folder."""
-        found = (file for file in sorted(self.folder.rglob("*")) if file.is_file())
-        return {str(file.relative_to(self.folder)): _stamp(file) for file in found}
+    def stored(self) -> dict[str, int]:
+        """Bytes of every component."""
+        files = self.files().items()
+        return {part: sum(file.stat().st_size for name, file in files if Path(name).parts[0] == part) for part in self.components}
+
+    def files(self) -> dict[str, Path]:
+        """What makes the pipeline, by path in the folder: files beside the components, and those of the components.
+
+        Left out are hidden files, the whole model once more in one file for other programs, and folders that are no component: an
+        output may lie in the folder of its source.
+        """
+        beside = [file for file in self.folder.iterdir() if not file.is_dir() and file.suffix not in WEIGHTS]
+        files = [file for part in (beside, *(files_in(self.folder / name) for name in self.components)) for file in part]
+        found = {str(file.relative_to(self.folder)): file for file in sorted(files)}
+        return {name: file for name, file in found.items() if not any(word.startswith(".") for word in Path(name).parts)}
+
+
+def _describes_model(folder: Path, library: str, kind: str) -> bool:
+    """Whether a component's config is that of something with weights; diffusers calls those of schedulers differently."""
+    config = read_config(folder)
+    if library != "transformers":
+        return CLASS in config
+    import transformers
+
+    return bool(config) and issubclass(getattr(transformers, kind, object), nn.Module)
 
 
 def _stamp(file: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns]
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +241,12 @@ class Job:
             "prompts": digest(self.prompts),
             "call": digest(dict(self.call)),
             "adapters": {source: [scale, *_stamp(adapter_file(source)[1])] for source, scale in self.adapters.items()},
-            "source": self.source.files(),
+            "source": {name: _stamp(file) for name, file in self.source.files().items()},
         }
 
     def estimate(self) -> Estimate:
         """Time, memory and disk before anything is done."""
-        return estimate(self.source.folder, self.source.disks, self.plans, self.call)
+        return estimate(self.source.stored(), self.source.disks, self.plans, self.call)
 
     def seconds(self, expected: Estimate) -> float:
         """About how long it takes: one layer is loaded and rounded, its times count for all. Samplers and solvers come on top."""
@@ -294,14 +338,27 @@ def _merging(job: Job, pipe: Any) -> Iterator[None]:
 
 
 def _pipeline(job: Job, work: Workspace) -> Any:
-    """The stock pipeline around denoisers, and large text encoders, that stay on disk."""
+    """The stock pipeline around denoisers, and large text encoders, that stay on disk.
+
+    Raises:
+        CheckpointError: if diffusers or transformers cannot open it.
+    """
+    try:
+        return _open(job, work)
+    except ReelQuantError:
+        raise
+    except Exception as error:
+        raise cannot_open(job.source.folder, error) from error
+
+
+def _open(job: Job, work: Workspace) -> Any:
     import diffusers
 
     source = job.source
     # Not DiffusionPipeline: it takes no note of components given to it that are optional for the real class, and loads them itself.
-    kind = getattr(diffusers, json.loads((source.folder / INDEX).read_text())["_class_name"], diffusers.DiffusionPipeline)
+    kind = getattr(diffusers, str(source.index.get(CLASS)), diffusers.DiffusionPipeline)
     parts = {name: disk.model for name, disk in source.disks.items()}
-    for name, (library, cls) in _modules(source.folder).items():
+    for name, (library, cls) in source.modules.items():
         size = sum(file.stat().st_size for file in (source.folder / name).glob("*.safetensors"))
         if library == "transformers" and size > job.budget / LARGE:
             parts[name] = _text_encoder(source, name, cls, work.folder / "work" / "offload")
@@ -312,11 +369,6 @@ def _pipeline(job: Job, work: Workspace) -> Any:
     here = property(lambda self: torch.device(source.device))  # else the pipeline reads it off parameters, which are on the meta device
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": here, "_execution_device": here})
     return pipe
-
-
-def _modules(folder: Path) -> dict[str, tuple[str, str]]:
-    index = json.loads((folder / INDEX).read_text())
-    return {name: (part[0], part[1]) for name, part in index.items() if isinstance(part, list) and part[0] and _has_weights(folder / name)}
 
 
 def _text_encoder(source: Source, name: str, cls: str, offload: Path) -> nn.Module:
@@ -501,13 +553,9 @@ INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 
 def _copy_others(job: Job, work: Workspace) -> None:
     """Everything that is not quantized, byte for byte. Copies, not links: a link would let a later save write into the source."""
-    source = job.source.folder
-    for file in sorted(source.rglob("*")):
-        path = file.relative_to(source)
-        outside = len(path.parts) == 1 and path.suffix in WEIGHTS  # the whole model once more, for other programs
-        hidden = any(part.startswith(".") for part in path.parts)
-        if not file.is_file() or outside or hidden or path.parts[0] in job.plans or path.name == REPORT_FILE:
+    for name, file in job.source.files().items():
+        if Path(name).parts[0] in job.plans or name == REPORT_FILE:
             continue
-        target = work.result / path
+        target = work.result / name
         if not target.is_file():
             whole_file(target, lambda place, file=file: shutil.copyfile(file, place))
