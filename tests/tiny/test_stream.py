@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import resource
@@ -11,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
-from reelquant.checkpoint import Shards, Spec, workspace, write_tensors
+from reelquant.checkpoint import Shards, Spec, new_folder, workspace, write_tensors
 from reelquant.cli import app
 from reelquant.discover import discover, stand_in
 from reelquant.models.pipelines import bundled_path
@@ -349,7 +351,7 @@ def test_resuming_other_work_is_refused(model: Path, tmp_path: Path, monkeypatch
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
     with pytest.raises(CheckpointError, match=r"holds an interrupted run; go on with resume=True"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
-    reelquant.quantize_folder(model, tmp_path / "out", "w4a16", force=True)
+    reelquant.quantize_folder(model, tmp_path / "out", "w4a16", resume=True, force=True)
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
@@ -459,6 +461,79 @@ def test_a_folder_that_is_in_the_way_stays(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a working folder"), workspace(tmp_path / "out", {}, force=True):
         pass
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_folder_that_appears_during_the_work_stays(tmp_path: Path) -> None:
+    def work(**options: Any) -> None:
+        with workspace(tmp_path / "out", {}, **options) as made:
+            (made.result / "model_index.json").touch()
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "thesis.txt").write_text("mine")
+
+    with pytest.raises(CheckpointError, match="already exists"):
+        work()
+    with pytest.raises(CheckpointError, match="is not a pipeline folder"):
+        work(force=True)
+    with pytest.raises(CheckpointError, match="already exists"), new_folder(tmp_path / "new"):
+        (tmp_path / "new").mkdir()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@contextmanager
+def files_of_at_most(count: int) -> Iterator[None]:
+    """Inside, the disk takes so many bytes a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_error_whoever_writes(tmp_path: Path) -> None:
+    told = r"cannot write '.*out': .* go on with resume=True"
+    with pytest.raises(CheckpointError, match=told), workspace(tmp_path / "out", {}), files_of_at_most(1000):
+        stream._store(tmp_path / "layer.safetensors", {"weight": torch.zeros(1000)}, {})
+
+
+class Killed(BaseException):
+    """Ends the work where it is."""
+
+
+@contextmanager
+def killed_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, the change of the disk with this number does not come."""
+    changes = itertools.count()
+
+    def fatal(real: Any) -> Any:
+        def change(*words: Any, **named: Any) -> Any:
+            if next(changes) >= number:
+                raise Killed
+            return real(*words, **named)
+
+        return change
+
+    with monkeypatch.context() as patched, suppress(Killed):
+        for name in ("mkdir", "unlink", "replace", "rename", "write_text"):
+            patched.setattr(Path, name, fatal(getattr(Path, name)))
+        patched.setattr(shutil, "rmtree", fatal(shutil.rmtree))
+        yield
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_work_can_go_on_wherever_beginning_and_ending_it_is_killed(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(what: str, **options: Any) -> None:
+        with workspace(tmp_path / "out", {"what": what}, **options) as made:
+            made.result.joinpath("model_index.json").touch()
+            assert not (made.folder / "old").exists()
+
+    with suppress(Killed), workspace(tmp_path / "out", {"what": "old"}) as made:
+        (made.folder / "old").touch()
+        raise Killed
+    with killed_before(number, monkeypatch):
+        work("new", force=True)
+    work("new", resume=True, force=True)
+    assert (tmp_path / "out" / "model_index.json").is_file() and not (tmp_path / "out.partial").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------------- parts
