@@ -28,6 +28,7 @@ from reelquant import CalibrationError, CheckpointError, RecipeError, Unsupporte
 from reelquant.checkpoint import Shards, Spec, new_folder, workspace, write_tensors
 from reelquant.cli import app
 from reelquant.discover import discover, stand_in
+from reelquant.discover.lineage import extremes
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
 from reelquant.observe import ChannelRange, Geometry, Gram, InputStatistics, Rows
@@ -239,6 +240,25 @@ def test_discovery_needs_no_values(name: str) -> None:
             module._parameters[key] = None if value is None else nn.Parameter(value.to("meta"))
     assert discover(stand_in(model)) == expected
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_stand_in_is_as_small_as_its_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(256, 64) for _ in range(30)], nn.Linear(1, 8))
+    model[-1].weight = nn.Parameter(torch.empty(8, 0))
+    model.register_parameter("positions", nn.Parameter(torch.empty(1, 5000, 10)))
+    made: list[int] = []
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda count, **named: made.append(count) or real(count, **named))
+    monkeypatch.setattr(Tensor, "roll", None)
+    twin = stand_in(model.to("meta"))
+    assert made == [1 + 5000 * 10]
+    assert twin[-1](torch.zeros(2, 0)).shape == (2, 8)
+    assert not torch.equal(twin[0](torch.ones(1, 256)), twin[1](torch.ones(1, 256)))
+
+
+def test_empty_tensors_have_no_extremes() -> None:
+    low, high = extremes(torch.zeros(0, 3), -1)
+    assert low.shape == high.shape == (3,) and bool(low.isnan().all())
 
 
 def test_a_model_on_disk_holds_one_block_at_a_time(model: Path) -> None:
