@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import itertools
 import json
 import os
@@ -364,6 +365,10 @@ def test_resuming_other_work_is_refused(model: Path, tmp_path: Path, monkeypatch
         reelquant.quantize_folder(model, tmp_path / "out", "w4a16", resume=True)
     with pytest.raises(CheckpointError, match="begun with another dtype"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16", dtype=torch.bfloat16, resume=True)
+    with monkeypatch.context() as other:
+        other.setattr(importlib.metadata, "version", lambda name, real=importlib.metadata.version: real(name) + "x" * (name == "diffusers"))
+        with pytest.raises(CheckpointError, match="begun with another diffusers"):
+            reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
     with pytest.raises(CheckpointError, match=r"begun with another layers"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16", skip=["blocks.0"], resume=True)
     os.utime(model / "transformer" / "config.json", (1, 1))
@@ -426,6 +431,21 @@ def test_a_full_disk_is_one_error_and_the_work_is_kept(model: Path, tmp_path: Pa
     assert again.communicate() and again.returncode == 0
     reelquant.quantize_folder(model, tmp_path / "whole", "w8a16")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_interrupted_run_says_where_its_work_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*words: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "_store", interrupted)
+    result = CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "-o", str(tmp_path / "out"), "--resume", "--json"])
+    assert f"what was made is in '{tmp_path / 'out'}.partial': go on with --resume" in result.stderr
+
+
+def test_a_gate_on_what_does_not_fit_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    words = ["quantize", str(model), "-r", "w8a16", "-o", str(tmp_path / "out"), "--max-memory", "1MB", "--gate", "default"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "on a bigger machine" in " ".join(result.stderr.replace("│", " ").split())
 
 
 def test_too_little_room_is_found_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

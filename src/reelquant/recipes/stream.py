@@ -8,12 +8,13 @@ remember what has been done, so a run that was stopped goes on by running again.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,7 @@ from reelquant.transforms import Rewrite
 
 SHARD = 10_000_000_000  # bytes; what diffusers writes by default
 LARGE = 4  # a text encoder beyond this part of the budget stays on disk, too
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 WEIGHTS = (".safetensors", ".gguf")
 
 
@@ -173,6 +175,15 @@ def _describes_model(folder: Path, library: str, kind: str) -> bool:
     return bool(config) and issubclass(getattr(transformers, kind, object), nn.Module)
 
 
+def _versions() -> dict[str, str]:
+    """Those of the libraries that sample and compute, where they are installed."""
+    found: dict[str, str] = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
 def _stamp(file: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns]
 
@@ -233,7 +244,7 @@ class Job:
         kept = {name: sorted(row.layer.name for row in plan.kept) for name, plan in self.plans.items()}
         return {
             "reelquant": __version__,
-            "torch": torch.__version__,
+            **_versions(),
             "recipe": {name: plan.recipe.digest() for name, plan in self.plans.items()},
             "layers": digest(kept),
             "dtype": str(self.source.dtype),
@@ -247,6 +258,11 @@ class Job:
     def estimate(self) -> Estimate:
         """Time, memory and disk before anything is done."""
         return estimate(self.source.stored(), self.source.disks, self.plans, self.call)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the way through memory is open."""
+        return self.estimate().in_memory <= self.budget
 
     def seconds(self, expected: Estimate) -> float:
         """About how long it takes: one layer is loaded and rounded, its times count for all. Samplers and solvers come on top."""
