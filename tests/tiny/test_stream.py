@@ -6,6 +6,7 @@ import fcntl
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -34,6 +35,7 @@ from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
 from reelquant.observe import ChannelRange, Geometry, Gram, InputStatistics, Rows
 from reelquant.recipes import estimate, stream
+from reelquant.recipes.build import shared_transforms
 from reelquant.recipes.estimate import parse_bytes
 from reelquant.recipes.journal import Journal
 from reelquant.recipes.offload import OnDisk, hollow
@@ -244,8 +246,9 @@ def test_discovery_needs_no_values(name: str) -> None:
 
 
 def test_a_stand_in_is_as_small_as_its_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(*[nn.Linear(256, 64) for _ in range(30)], nn.Linear(1, 8))
-    model[-1].weight = nn.Parameter(torch.empty(8, 0))
+    narrow = nn.Linear(1, 8)
+    narrow.weight = nn.Parameter(torch.empty(8, 0))
+    model = nn.Sequential(*[nn.Linear(256, 64) for _ in range(30)], narrow)
     model.register_parameter("positions", nn.Parameter(torch.empty(1, 5000, 10)))
     made: list[int] = []
     real = torch.randn
@@ -253,8 +256,9 @@ def test_a_stand_in_is_as_small_as_its_longest_row(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Tensor, "roll", None)
     twin = stand_in(model.to("meta"))
     assert made == [1 + 5000 * 10]
-    assert twin[-1](torch.zeros(2, 0)).shape == (2, 8)
-    assert not torch.equal(twin[0](torch.ones(1, 256)), twin[1](torch.ones(1, 256)))
+    first, second, *_, last = twin.children()
+    assert last(torch.zeros(2, 0)).shape == (2, 8)
+    assert not torch.equal(first(torch.ones(1, 256)), second(torch.ones(1, 256)))
 
 
 def test_empty_tensors_have_no_extremes() -> None:
@@ -400,6 +404,23 @@ def test_what_was_logged_comes_back_on_the_device_of_the_model(added_up: bool, t
     assert Journal(tmp_path, "meta")._recall(tmp_path / "call").sample.is_meta
 
 
+def test_statistics_are_laid_out_once(tmp_path: Path) -> None:
+    geometry, generator, made = Geometry(4), torch.Generator(), list[str]()
+
+    def make() -> Any:
+        made.append("table")
+        table = {name: InputStatistics(name, geometry, ChannelRange(-1, False), Rows(geometry, 8, generator)) for name in ("a", "b")}
+        return table, table
+
+    journal = Journal(tmp_path)
+    logged, known = journal.keep(make, generator)
+    for name in ("a", "b"):
+        logged[name].update(torch.randn(16, 4), 0)
+    first = known["a"].rows.rows
+    assert known["b"].range.seen == [0]
+    assert torch.equal(known["a"].rows.rows, first) and len(made) == 1
+
+
 # -------------------------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -452,6 +473,77 @@ def test_too_little_room_is_found_before_the_work(model: Path, tmp_path: Path, m
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CheckpointError, match=r"has 0.001 MB free, the work takes"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
+
+
+def test_too_little_room_for_what_has_to_be_remembered_is_found_at_the_first_call(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(MIXED)}, None, (), {}, 10**10)
+    free = job.estimate().disk + 1000
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
+    with pytest.raises(CheckpointError, match=r"the work takes .* calibrate with shorter, smaller clips"):
+        stream.quantize_folder(job, tmp_path / "out")
+    assert len(list((tmp_path / "out.partial").rglob("calls/*/*.safetensors"))) == 1
+
+
+def test_a_search_keeps_no_more_on_disk_than_was_estimated(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"search.scope": "family", "search.steps": 1, "calibrate.prompts": 2, "calibrate.steps": 2}
+    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(GPTQ, changes)}, None, (), {}, 10**10)
+    rooms: list[int] = []
+    most = [0]
+    forget = Journal.forget
+
+    def watched(journal: Journal, phase: str) -> None:
+        work = tmp_path / "out.partial"
+        most[0] = max(most[0], sum(file.stat().st_size for file in work.rglob("*") if file.is_file()))
+        forget(journal, phase)
+
+    monkeypatch.setattr(Journal, "forget", watched)
+    monkeypatch.setattr(stream, "check_room", lambda work, expected, output=0: rooms.append(output))
+    monkeypatch.setattr(stream, "_copy_others", lambda job, work: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        stream.quantize_folder(job, tmp_path / "out")
+    expected = job.estimate()
+    phases = list((tmp_path / "out.partial").glob("work/*/journal/calls/*"))
+    assert len(phases) == 4  # calibration, the float clips of the check and of the trials, the check
+    assert len(rooms) == 2 and rooms[1] > 0
+    assert 0.1 < most[0] / (expected.disk + expected.outputs * rooms[1]) <= 1
+
+
+def test_components_beside_the_denoiser_count_where_they_are_held(model: Path) -> None:
+    def job(recipe: Any, budget: int) -> stream.Job:
+        return stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(recipe)}, None, (), {}, budget)
+
+    pipe = wan_pipeline()
+    text, vae = (sum(4 * value.numel() for value in part.state_dict().values()) for part in (pipe.text_encoder, pipe.vae))
+    assert job(MIXED, 10**10).resident == pytest.approx(text + vae, rel=0.05)
+    assert job(MIXED, 1000).offloaded == ["text_encoder"] and job(MIXED, 1000).resident == pytest.approx(vae, rel=0.05)
+    assert not job("w8a16", 10**10).opens
+
+
+def test_layers_whose_shared_input_is_transformed_are_counted_together(model: Path) -> None:
+    plan = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(GPTQ)}, None, (), {}, 10**10).plans["transformer"]
+    groups = [[plan.layers[name] for name in group.layers if plan.layers[name].kept is None] for group in plan.map.groups]
+    weights = [sum(math.prod(row.layer.shape) for row in rows) for rows in groups if shared_transforms(plan, rows)]
+    assert max(estimate._transformed(plan).values()) == 8 * max(weights)
+
+
+def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "CGROUP", tmp_path)
+    machine = estimate.free_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert estimate.free_memory() == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\nactive_file 7\n")
+    assert estimate.free_memory() == 500_000
+
+
+def test_no_layer_is_built_that_does_not_fit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "build_layer", None)
+    for more in (["--dry-run"], ["-o", str(tmp_path / "out")]):
+        result = CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "--max-memory", "1MB", *more])
+        assert "--max-memory 1 MB is too little" in result.stderr and "Error" not in result.stderr
 
 
 def test_too_little_memory_is_found_before_the_work(model: Path, tmp_path: Path) -> None:

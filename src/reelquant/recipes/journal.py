@@ -9,10 +9,12 @@ A call counts once its output has been written. A run that was killed samples ag
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,10 +80,12 @@ class Journal:
     Attributes:
         folder: where.
         device: where the model runs, so that what is read meets its tensors.
+        room: hears how many bytes the first remembered output takes.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder, self.device = folder, device
+    def __init__(self, folder: Path, device: str = "cpu", room: Callable[[int], object] = int) -> None:
+        self.folder, self.device, self.room = folder, device, room
+        self._asked = False
         self._generator: torch.Generator | None = None
         self._phase, self._call = "", 0
         self._last: dict[int, int] = {}  # layer -> the last call that logged rows of it
@@ -121,6 +125,13 @@ class Journal:
         if self._generator is not None:
             tensors["generator"] = self._generator.get_state()
         whole_file(record, lambda path: save_file(tensors, path, {"keys": json.dumps(keys)}))
+        if not self._asked:
+            self.room(record.stat().st_size)
+            self._asked = True
+
+    def forget(self, phase: str) -> None:
+        """Let the calls of a phase go: what they were for is known."""
+        shutil.rmtree(self.folder / "calls" / phase, ignore_errors=True)
 
     def _recall(self, record: Path) -> Any:
         tensors = load_file(record)
@@ -144,13 +155,13 @@ class Journal:
         """
         self._generator = generator
         done = len(list((self.folder / "calls" / self._phase).glob("*.safetensors")))
-        watched = make()[0]
+        watched, empty = make()
         for number in range(len(watched)):
             for log in (self._log(number, "inputs"), self._log(number, "gram")):
                 if log.path.exists():
                     log.cut(done)
         numbers = {name: number for number, name in enumerate(watched)}
-        return {name: Logged(self, numbers[name], own) for name, own in watched.items()}, Known(self, numbers, make)
+        return {name: Logged(self, numbers[name], own) for name, own in watched.items()}, Known(self, numbers, empty, generator)
 
     def forget_generator(self) -> None:
         """Calibration is over: later calls draw no rows."""
@@ -254,16 +265,17 @@ class Logged:
 class Known(Mapping[str, InputStatistics]):
     """Statistics by layer name, read from the journal when they are asked for; the last ones are kept."""
 
-    def __init__(self, journal: Journal, numbers: Mapping[str, int], make: Callable[[], tuple[Any, dict[str, InputStatistics]]]) -> None:
-        self._journal, self._make = journal, make
-        self._numbers = {name: numbers[own.name] for name, own in make()[1].items()}
+    def __init__(self, journal: Journal, numbers: Mapping[str, int], empty: Mapping[str, InputStatistics], generator: Any) -> None:
+        self._journal, self._empty, self._generator = journal, empty, generator
+        self._numbers = {name: numbers[own.name] for name, own in empty.items()}
         self._last: tuple[int, InputStatistics] | None = None
 
     def __getitem__(self, name: str) -> InputStatistics:
         number = self._numbers[name]
         if self._last is None or self._last[0] != number:
             self._last = None  # the old ones go before the new ones come
-            own = self._journal.read(number, self._make()[1][name])
+            own = copy.deepcopy(self._empty[name], {id(self._generator): self._generator})  # generators cannot be copied
+            self._journal.read(number, own)
             if not own.range.seen:
                 raise CalibrationError(f"layer '{name}' never ran while sampling, so nothing is known of its input; skip it")
             self._last = number, own

@@ -239,6 +239,24 @@ class Job:
     def calibrates(self) -> bool:
         return any(not plan.recipe.data_free for plan in self.plans.values())
 
+    @property
+    def opens(self) -> bool:
+        """Whether the pipeline is opened: to sample, or because it knows where adapters belong."""
+        return self.calibrates or bool(self.adapters)
+
+    @property
+    def offloaded(self) -> list[str]:
+        """Text encoders so large that they stay on disk, too."""
+        stored, modules = self.source.stored(), self.source.modules
+        return [name for name, (library, _) in modules.items() if library == "transformers" and stored[name] > self.budget / LARGE]
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the components that are in memory as long as the pipeline is open."""
+        here = set(self.source.modules) - set(self.source.disks) - set(self.offloaded)
+        specs = [spec for name in here for spec in Shards.of(self.source.folder / name).specs.values()]
+        return sum(spec.numel for spec in specs) * self.source.dtype.itemsize
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
         kept = {name: sorted(row.layer.name for row in plan.kept) for name, plan in self.plans.items()}
@@ -257,7 +275,7 @@ class Job:
 
     def estimate(self) -> Estimate:
         """Time, memory and disk before anything is done."""
-        return estimate(self.source.stored(), self.source.disks, self.plans, self.call)
+        return estimate(self.source.stored(), self.source.disks, self.plans, self.call, self.resident if self.opens else 0)
 
     @property
     def fits(self) -> bool:
@@ -265,7 +283,12 @@ class Job:
         return self.estimate().in_memory <= self.budget
 
     def seconds(self, expected: Estimate) -> float:
-        """About how long it takes: one layer is loaded and rounded, its times count for all. Samplers and solvers come on top."""
+        """About how long it takes: one layer is loaded and rounded, its times count for all. Samplers and solvers come on top.
+
+        Raises:
+            RecipeError: if not even that layer fits.
+        """
+        expected.check_memory(self.budget)
         name, plan = next(iter(self.plans.items()))
         disk, row = self.source.disks[name], max(plan.quantized, key=lambda row: math.prod(row.layer.shape))
         start = time.perf_counter()
@@ -294,20 +317,20 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
     expected.check_memory(job.budget)
     with workspace(output, job.identity(), resume=resume, force=force) as work:
         check_room(work, expected)
-        pipe = _pipeline(job, work) if job.calibrates or job.adapters else None
-        report = _components(job, work, pipe, progress or Silent())
+        pipe = _pipeline(job, work) if job.opens else None
+        report = _components(job, work, pipe, progress or Silent(), functools.partial(check_room, work, expected))
         _copy_others(job, work)
         report.save(work.result / REPORT_FILE)
         return report
 
 
-def _components(job: Job, work: Workspace, pipe: Any, progress: Progress) -> Report:
-    """Quantize every component and write its folder."""
+def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: Callable[[int], None]) -> Report:
+    """Quantize every component and write its folder. ``room`` hears what an output takes that has to be remembered."""
     place, sessions = work.folder / "work", list[Streamed]()
     recipes = {name: plan.recipe for name, plan in job.plans.items()}
     texts = job.prompts or (default_texts(pipe, recipes) if job.calibrates else [])
     for name, plan in job.plans.items():
-        journal, model = Journal(place / name / "journal", job.source.device), job.source.disks[name].model
+        journal, model = Journal(place / name / "journal", job.source.device, room), job.source.disks[name].model
         sessions.append(Streamed(pipe, name, model, plan.recipe, progress, journal=journal, job=job, folder=place / name, peers=sessions))
         sessions[-1].plan = plan
     with _merging(job, pipe):
@@ -374,10 +397,8 @@ def _open(job: Job, work: Workspace) -> Any:
     # Not DiffusionPipeline: it takes no note of components given to it that are optional for the real class, and loads them itself.
     kind = getattr(diffusers, str(source.index.get(CLASS)), diffusers.DiffusionPipeline)
     parts = {name: disk.model for name, disk in source.disks.items()}
-    for name, (library, cls) in source.modules.items():
-        size = sum(file.stat().st_size for file in (source.folder / name).glob("*.safetensors"))
-        if library == "transformers" and size > job.budget / LARGE:
-            parts[name] = _text_encoder(source, name, cls, work.folder / "work" / "offload")
+    for name in job.offloaded:
+        parts[name] = _text_encoder(source, name, source.modules[name][1], work.folder / "work" / "offload")
     pipe = kind.from_pretrained(source.folder, dtype=source.dtype, use_safetensors=True, **parts)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in parts:
@@ -412,12 +433,14 @@ class Streamed(Session):
         folder: where the pieces of this component go.
         peers: the sessions of all components, this one among them.
         journal: what was sampled.
+        sampled_as: the phase of the last clips.
     """
 
     job: Job = field(kw_only=True)
     folder: Path = field(kw_only=True)
     peers: list[Streamed] = field(kw_only=True)
     journal: Journal = field(kw_only=True)
+    sampled_as: str = ""
 
     @property
     def disk(self) -> OnDisk:
@@ -455,7 +478,8 @@ class Streamed(Session):
             for name, shards in peer.disk.pieces.items()
         }
         protected = [(clock.protected_slots, clock.inputs) for peer in self.peers for clock in peer.clock]
-        with self.sampling(f"sampled-{self.component}-{digest(steps, pieces, protected)}"):
+        self.sampled_as = f"sampled-{self.component}-{digest(steps, pieces, protected)}"
+        with self.sampling(self.sampled_as):
             return super().held_out_latents(**overrides)
 
     def trial(self, assignment: Assignment, reference: Tensor) -> float:
@@ -464,6 +488,8 @@ class Streamed(Session):
         if not record.is_file():
             score = super().trial(assignment, reference)
             whole_file(record, lambda path: path.write_text(json.dumps(score)))
+            for peer in self.peers:
+                peer.journal.forget(self.sampled_as)
             if self.plan.recipe.search.scope == "model":
                 shutil.rmtree(self.folder / "draft", ignore_errors=True)
                 self.drafts.clear()
