@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
+import itertools
 import json
+import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +27,15 @@ from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
-from reelquant.checkpoint import Shards, Spec, workspace, write_tensors
+from reelquant.checkpoint import Shards, Spec, new_folder, workspace, write_tensors
 from reelquant.cli import app
 from reelquant.discover import discover, stand_in
+from reelquant.discover.lineage import extremes
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
+from reelquant.observe import ChannelRange, Geometry, Gram, InputStatistics, Rows
 from reelquant.recipes import estimate, stream
+from reelquant.recipes.build import shared_transforms
 from reelquant.recipes.estimate import parse_bytes
 from reelquant.recipes.journal import Journal
 from reelquant.recipes.offload import OnDisk, hollow
@@ -237,8 +245,29 @@ def test_discovery_needs_no_values(name: str) -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_a_stand_in_is_as_small_as_its_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = nn.Linear(1, 8)
+    narrow.weight = nn.Parameter(torch.empty(8, 0))
+    model = nn.Sequential(*[nn.Linear(256, 64) for _ in range(30)], narrow)
+    model.register_parameter("positions", nn.Parameter(torch.empty(1, 5000, 10)))
+    made: list[int] = []
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda count, **named: made.append(count) or real(count, **named))
+    monkeypatch.setattr(Tensor, "roll", None)
+    twin = stand_in(model.to("meta"))
+    assert made == [1 + 5000 * 10]
+    first, second, *_, last = twin.children()
+    assert last(torch.zeros(2, 0)).shape == (2, 8)
+    assert not torch.equal(first(torch.ones(1, 256)), second(torch.ones(1, 256)))
+
+
+def test_empty_tensors_have_no_extremes() -> None:
+    low, high = extremes(torch.zeros(0, 3), -1)
+    assert low.shape == high.shape == (3,) and bool(low.isnan().all())
+
+
 def test_a_model_on_disk_holds_one_block_at_a_time(model: Path) -> None:
-    disk = OnDisk(hollow(model, "transformer", torch.float32), Shards.of(model / "transformer"))
+    disk = OnDisk(hollow(model / "transformer", torch.float32), Shards.of(model / "transformer"))
     blocks = ("blocks.0", "blocks.1")
     held: list[list[bool]] = []
 
@@ -340,6 +369,10 @@ def test_resuming_other_work_is_refused(model: Path, tmp_path: Path, monkeypatch
         reelquant.quantize_folder(model, tmp_path / "out", "w4a16", resume=True)
     with pytest.raises(CheckpointError, match="begun with another dtype"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16", dtype=torch.bfloat16, resume=True)
+    with monkeypatch.context() as other:
+        other.setattr(importlib.metadata, "version", lambda name, real=importlib.metadata.version: real(name) + "x" * (name == "diffusers"))
+        with pytest.raises(CheckpointError, match="begun with another diffusers"):
+            reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
     with pytest.raises(CheckpointError, match=r"begun with another layers"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16", skip=["blocks.0"], resume=True)
     os.utime(model / "transformer" / "config.json", (1, 1))
@@ -347,8 +380,45 @@ def test_resuming_other_work_is_refused(model: Path, tmp_path: Path, monkeypatch
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
     with pytest.raises(CheckpointError, match=r"holds an interrupted run; go on with resume=True"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
-    reelquant.quantize_folder(model, tmp_path / "out", "w4a16", force=True)
+    reelquant.quantize_folder(model, tmp_path / "out", "w4a16", resume=True, force=True)
     assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("added_up", [False, True])
+def test_what_was_logged_comes_back_on_the_device_of_the_model(added_up: bool, tmp_path: Path) -> None:
+    geometry, generator = Geometry(4), torch.Generator()
+
+    def empty() -> InputStatistics:
+        return InputStatistics("layer", geometry, ChannelRange(-1, False), Rows(geometry, 8, generator), Gram(geometry, 8, generator))
+
+    written, own = Journal(tmp_path), empty()
+    x = torch.randn(16, 4)
+    written.write(0, own, own.look(x), 0, 0)
+    if added_up:
+        written._call = 1
+        written._add_up(0, empty().gram)
+    written._remember(tmp_path / "call", {"sample": x})
+    found = Journal(tmp_path, "meta").read(0, empty())
+    assert {value.device.type for value in (*found.range.envelope(), found.gram.mean, found.gram.covariance)} == {"meta"}
+    assert found.rows.rows.device.type == "cpu"
+    assert Journal(tmp_path, "meta")._recall(tmp_path / "call").sample.is_meta
+
+
+def test_statistics_are_laid_out_once(tmp_path: Path) -> None:
+    geometry, generator, made = Geometry(4), torch.Generator(), list[str]()
+
+    def make() -> Any:
+        made.append("table")
+        table = {name: InputStatistics(name, geometry, ChannelRange(-1, False), Rows(geometry, 8, generator)) for name in ("a", "b")}
+        return table, table
+
+    journal = Journal(tmp_path)
+    logged, known = journal.keep(make, generator)
+    for name in ("a", "b"):
+        logged[name].update(torch.randn(16, 4), 0)
+    first = known["a"].rows.rows
+    assert known["b"].range.seen == [0]
+    assert torch.equal(known["a"].rows.rows, first) and len(made) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------------- what goes wrong
@@ -384,10 +454,96 @@ def test_a_full_disk_is_one_error_and_the_work_is_kept(model: Path, tmp_path: Pa
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_an_interrupted_run_says_where_its_work_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*words: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream, "_store", interrupted)
+    result = CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "-o", str(tmp_path / "out"), "--resume", "--json"])
+    assert f"what was made is in '{tmp_path / 'out'}.partial': go on with --resume" in result.stderr
+
+
+def test_a_gate_on_what_does_not_fit_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    words = ["quantize", str(model), "-r", "w8a16", "-o", str(tmp_path / "out"), "--max-memory", "1MB", "--gate", "default"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "on a bigger machine" in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_too_little_room_is_found_before_the_work(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(CheckpointError, match=r"has 0.001 MB free, the work takes"):
         reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
+
+
+def test_too_little_room_for_what_has_to_be_remembered_is_found_at_the_first_call(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(MIXED)}, None, (), {}, 10**10)
+    free = job.estimate().disk + 1000
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
+    with pytest.raises(CheckpointError, match=r"the work takes .* calibrate with shorter, smaller clips"):
+        stream.quantize_folder(job, tmp_path / "out")
+    assert len(list((tmp_path / "out.partial").rglob("calls/*/*.safetensors"))) == 1
+
+
+def test_a_search_keeps_no_more_on_disk_than_was_estimated(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"search.scope": "family", "search.steps": 1, "calibrate.prompts": 2, "calibrate.steps": 2}
+    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(GPTQ, changes)}, None, (), {}, 10**10)
+    rooms: list[int] = []
+    most = [0]
+    forget = Journal.forget
+
+    def watched(journal: Journal, phase: str) -> None:
+        work = tmp_path / "out.partial"
+        most[0] = max(most[0], sum(file.stat().st_size for file in work.rglob("*") if file.is_file()))
+        forget(journal, phase)
+
+    monkeypatch.setattr(Journal, "forget", watched)
+    monkeypatch.setattr(stream, "check_room", lambda work, expected, output=0: rooms.append(output))
+    monkeypatch.setattr(stream, "_copy_others", lambda job, work: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        stream.quantize_folder(job, tmp_path / "out")
+    expected = job.estimate()
+    phases = list((tmp_path / "out.partial").glob("work/*/journal/calls/*"))
+    assert len(phases) == 4  # calibration, the float clips of the check and of the trials, the check
+    assert len(rooms) == 2 and rooms[1] > 0
+    assert 0.1 < most[0] / (expected.disk + expected.outputs * rooms[1]) <= 1
+
+
+def test_components_beside_the_denoiser_count_where_they_are_held(model: Path) -> None:
+    def job(recipe: Any, budget: int) -> stream.Job:
+        return stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(recipe)}, None, (), {}, budget)
+
+    pipe = wan_pipeline()
+    text, vae = (sum(4 * value.numel() for value in part.state_dict().values()) for part in (pipe.text_encoder, pipe.vae))
+    assert job(MIXED, 10**10).resident == pytest.approx(text + vae, rel=0.05)
+    assert job(MIXED, 1000).offloaded == ["text_encoder"] and job(MIXED, 1000).resident == pytest.approx(vae, rel=0.05)
+    assert not job("w8a16", 10**10).opens
+
+
+def test_layers_whose_shared_input_is_transformed_are_counted_together(model: Path) -> None:
+    plan = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(GPTQ)}, None, (), {}, 10**10).plans["transformer"]
+    groups = [[plan.layers[name] for name in group.layers if plan.layers[name].kept is None] for group in plan.map.groups]
+    weights = [sum(math.prod(row.layer.shape) for row in rows) for rows in groups if shared_transforms(plan, rows)]
+    assert max(estimate._transformed(plan).values()) == 8 * max(weights)
+
+
+def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "CGROUP", tmp_path)
+    machine = estimate.free_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert estimate.free_memory() == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\nactive_file 7\n")
+    assert estimate.free_memory() == 500_000
+
+
+def test_no_layer_is_built_that_does_not_fit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "build_layer", None)
+    for more in (["--dry-run"], ["-o", str(tmp_path / "out")]):
+        result = CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "--max-memory", "1MB", *more])
+        assert "--max-memory 1 MB is too little" in result.stderr and "Error" not in result.stderr
 
 
 def test_too_little_memory_is_found_before_the_work(model: Path, tmp_path: Path) -> None:
@@ -439,6 +595,79 @@ def test_a_folder_that_is_in_the_way_stays(tmp_path: Path) -> None:
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
 
 
+def test_a_folder_that_appears_during_the_work_stays(tmp_path: Path) -> None:
+    def work(**options: Any) -> None:
+        with workspace(tmp_path / "out", {}, **options) as made:
+            (made.result / "model_index.json").touch()
+            (tmp_path / "out").mkdir(exist_ok=True)
+            (tmp_path / "out" / "thesis.txt").write_text("mine")
+
+    with pytest.raises(CheckpointError, match="already exists"):
+        work()
+    with pytest.raises(CheckpointError, match="is not a pipeline folder"):
+        work(force=True)
+    with pytest.raises(CheckpointError, match="already exists"), new_folder(tmp_path / "new"):
+        (tmp_path / "new").mkdir()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@contextmanager
+def files_of_at_most(count: int) -> Iterator[None]:
+    """Inside, the disk takes so many bytes a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_error_whoever_writes(tmp_path: Path) -> None:
+    told = r"cannot write '.*out': .* go on with resume=True"
+    with pytest.raises(CheckpointError, match=told), workspace(tmp_path / "out", {}), files_of_at_most(1000):
+        stream._store(tmp_path / "layer.safetensors", {"weight": torch.zeros(1000)}, {})
+
+
+class Killed(BaseException):
+    """Ends the work where it is."""
+
+
+@contextmanager
+def killed_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inside, the change of the disk with this number does not come."""
+    changes = itertools.count()
+
+    def fatal(real: Any) -> Any:
+        def change(*words: Any, **named: Any) -> Any:
+            if next(changes) >= number:
+                raise Killed
+            return real(*words, **named)
+
+        return change
+
+    with monkeypatch.context() as patched, suppress(Killed):
+        for name in ("mkdir", "unlink", "replace", "rename", "write_text"):
+            patched.setattr(Path, name, fatal(getattr(Path, name)))
+        patched.setattr(shutil, "rmtree", fatal(shutil.rmtree))
+        yield
+
+
+@pytest.mark.parametrize("number", range(18))
+def test_work_can_go_on_wherever_beginning_and_ending_it_is_killed(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(what: str, **options: Any) -> None:
+        with workspace(tmp_path / "out", {"what": what}, **options) as made:
+            made.result.joinpath("model_index.json").touch()
+            assert not (made.folder / "old").exists()
+
+    with suppress(Killed), workspace(tmp_path / "out", {"what": "old"}) as made:
+        (made.folder / "old").touch()
+        raise Killed
+    with killed_before(number, monkeypatch):
+        work("new", force=True)
+    work("new", resume=True, force=True)
+    assert (tmp_path / "out" / "model_index.json").is_file() and not (tmp_path / "out.partial").exists()
+
+
 # --------------------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -464,16 +693,78 @@ def test_files_are_those_of_safetensors_byte_for_byte(tmp_path: Path) -> None:
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_missing_shards_and_tensors_are_named(model: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def folder(model: Path, tmp_path: Path) -> Path:
+    """A copy of the pipeline, to break."""
+    shutil.copytree(model, tmp_path / "wan")
+    return tmp_path / "wan"
+
+
+def refused(folder: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        stream.Source.open(folder)
+
+
+def test_missing_shards_and_tensors_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no weights"):
         Shards.of(tmp_path)
-    folder = tmp_path / "wan"
-    subprocess.run(["cp", "-r", str(model), str(folder)], check=True)
     first = sorted((folder / "transformer").glob("*.safetensors"))[0]
     content = first.read_bytes()
     first.unlink()
-    with pytest.raises(CheckpointError, match=f"names '{first.name}', which is not there"):
-        reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
+    refused(folder, f"names '{first.name}', which is not there")
     first.write_bytes(content[:100])
-    with pytest.raises(CheckpointError, match="truncated or corrupt"):
-        reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
+    refused(folder, "truncated or corrupt")
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_component_without_its_weights_is_an_interrupted_download(folder: Path, part: str) -> None:
+    for file in (folder / part).glob("*.safetensors*"):
+        file.unlink()
+    refused(folder, f"{part}' holds no weights")
+    shutil.rmtree(folder / part)
+    refused(folder, f"lacks its component '{part}'")
+
+
+def test_a_lost_shard_of_a_part_that_is_only_copied_is_named(folder: Path) -> None:
+    (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    refused(folder, r"names 'gone\.safetensors', which is not there")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    refused(folder, "has no weight_map")
+
+
+def test_links_to_nothing_are_named(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)
+    (folder / "tokenizer" / "tokenizer.json").symlink_to(folder / "gone")
+    refused(folder, r"tokenizer\.json' is a link to nothing")
+
+
+def test_configs_that_are_no_json_are_named(folder: Path) -> None:
+    (folder / "transformer" / "config.json").write_text("{")
+    refused(folder, r"transformer/config\.json' is no JSON")
+    (folder / "transformer" / "config.json").unlink()
+    refused(folder, r"cannot read '.*transformer/config\.json' \(No such file")
+    (folder / "model_index.json").write_text("[]")
+    refused(folder, r"model_index\.json' must hold a JSON object")
+
+
+def test_components_behind_links_are_copied_and_remembered(folder: Path, tmp_path: Path) -> None:
+    (folder / "vae").rename(tmp_path / "elsewhere")
+    (folder / "vae").symlink_to(tmp_path / "elsewhere")
+    (folder / "vae" / "up").symlink_to(folder / "vae")
+    reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
+    assert contents(tmp_path / "out" / "vae") == contents(tmp_path / "elsewhere")
+    assert {"vae/config.json", "model_index.json"} <= set(stream.Source.open(folder).files())
+    (folder / "vae" / "weights.bin").write_bytes(b"")
+    refused(folder, r"vae/weights\.bin' is a pickle file")
+
+
+def test_an_output_may_lie_in_the_folder_of_its_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(folder, folder / "out", "w8a16", monkeypatch)
+    reelquant.quantize_folder(folder, folder / "out", "w8a16", resume=True)
+    assert {path.name for path in (folder / "out").iterdir()} == {path.name for path in folder.iterdir()} - {"out"} | {"report.json"}
+
+
+def test_what_the_libraries_cannot_open_is_told_as_such(folder: Path, tmp_path: Path) -> None:
+    (folder / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot open pipeline '.*wan': "):
+        reelquant.quantize_folder(folder, tmp_path / "out", MIXED)

@@ -46,7 +46,7 @@ def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        take_place(temporary, path)
+        take_place(temporary, path, force=force)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in created:  # innermost first
@@ -61,8 +61,13 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
 
 
-def take_place(temporary: Path, path: Path) -> None:
-    """Rename into place; an old folder steps aside first and comes back if the rename fails."""
+def take_place(temporary: Path, path: Path, *, force: bool) -> None:
+    """Rename into place; an old folder steps aside first and comes back if the rename fails.
+
+    Raises:
+        CheckpointError: if :func:`check_target` refuses what has appeared there in the meantime.
+    """
+    check_target(path, force=force)
     if not path.exists():
         temporary.rename(path)
         return

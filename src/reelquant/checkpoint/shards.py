@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import CheckpointError
+from reelquant.models.blank import read_json
 
 STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call their weights
 # Names of the format, in the order in which tensors lie in a file: wide ones first, so that all are aligned.
@@ -83,15 +84,25 @@ class Shards:
         )
 
     def load(self, name: str) -> Tensor:
-        """A tensor in memory of its own: nothing of the file stays mapped."""
-        from safetensors import safe_open
+        """A tensor in memory of its own: nothing of the file stays mapped.
 
-        with safe_open(self._home[name], "pt") as opened:
-            return opened.get_tensor(name).clone()
+        Raises:
+            CheckpointError: if its file cannot be read any more.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._home[name], "pt") as opened:
+                return opened.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read '{name}' from '{self._home[name]}' ({error}); is the disk still there?") from None
 
 
 def _indexed(index: Path) -> list[Path]:
-    files = [index.parent / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    homes = read_json(index).get("weight_map")
+    if not isinstance(homes, dict) or not homes:
+        raise CheckpointError(f"'{index}' has no weight_map that names files; download or save it again")
+    files = [index.parent / name for name in sorted(set(homes.values()))]
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"'{index}' names '{file.name}', which is not there; download or save it again")

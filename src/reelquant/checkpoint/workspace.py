@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from reelquant._errors import CheckpointError
 from reelquant.checkpoint.folder import check_target, take_place
 
-LOCK, IDENTITY, RESULT = "lock", "work.json", "result"
+LOCK, IDENTITY, RESULT, WRITING = "lock", "work.json", "result", ".writing"
+GIVEN_UP: Mapping[str, Any] = {}  # the identity of work that is being deleted
 
 
 @dataclass(frozen=True)
@@ -49,26 +50,30 @@ def workspace(target: str | Path, identity: Mapping[str, Any], *, resume: bool =
         target: the folder to make.
         identity: what the work is: plain data. Work is only resumed if all of it is as it was.
         resume: go on where an earlier run stopped; without one, begin.
-        force: replace an existing target in the end, and give up what an earlier run left.
+        force: replace an existing target in the end, and give up what an earlier run left (with ``resume``, if it was about something
+            else).
 
     Raises:
         CheckpointError: if the target is refused, another process works on it, an earlier run is not asked to go on or was about something
             else, or the disk does not take the files.
     """
+    from safetensors import SafetensorError
+
     path = check_target(target, force=force)
     work = Workspace(path, work_folder(path))
     with _locked(work):
-        _begin(work, json.loads(json.dumps(identity)), resume=resume, force=force)
         try:
+            _begin(work, json.loads(json.dumps(identity)), resume=resume, force=force)
             yield work
-            take_place(work.result, path)
-            shutil.rmtree(work.folder)
-        except OSError as error:
+            take_place(work.result, path, force=force)
+        except (OSError, SafetensorError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
                 f"cannot write '{path}': {error}; what is done is kept in '{work.folder}': free space and go on with resume=True (--resume)"
             ) from error
+        with suppress(OSError):  # the folder is there, and what stays behind is in nobody's way
+            _clear(work)
 
 
 @contextmanager
@@ -100,21 +105,36 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _begin(work: Workspace, identity: dict[str, Any], *, resume: bool, force: bool) -> None:
+    """Take up the work that is there, or leave nothing of it."""
     known = work.folder / IDENTITY
-    if known.is_file() and not resume and not force:
+    before = json.loads(known.read_text()) if known.is_file() else GIVEN_UP
+    if before != GIVEN_UP and not resume and not force:
         raise CheckpointError(
             f"'{work.folder}' holds an interrupted run; go on with resume=True (--resume), or give it up with force=True (--force)"
         )
-    if known.is_file() and resume:
-        _compare(json.loads(known.read_text()), identity, work)
-        return
-    others = {file for file in work.folder.iterdir() if file.name != LOCK}
+    if before != GIVEN_UP and resume and not force:
+        _compare(before, identity, work)
+    if before == GIVEN_UP or before != identity or not resume:
+        _clear(work)
+        _note(work, identity)
+    work.result.mkdir(exist_ok=True)
+
+
+def _note(work: Workspace, identity: Mapping[str, Any]) -> None:
+    whole_file(work.folder / IDENTITY, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n"))
+
+
+def _clear(work: Workspace) -> None:
+    """Delete the work. Killed in between, the folder is still known as ours, and as one in which nothing can be resumed."""
+    known = work.folder / IDENTITY
+    own = (LOCK, IDENTITY, IDENTITY + WRITING)
+    others = [file for file in work.folder.iterdir() if file.name not in own]
     if others and not known.is_file():
         raise CheckpointError(f"'{work.folder}' is not a working folder of reelquant (no {IDENTITY}) and is in the way; move it")
+    _note(work, GIVEN_UP)
     for file in others:
         shutil.rmtree(file) if file.is_dir() else file.unlink()
-    work.result.mkdir()
-    whole_file(known, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n"))
+    known.unlink()
 
 
 def _compare(before: dict[str, Any], now: dict[str, Any], work: Workspace) -> None:
@@ -130,6 +150,6 @@ def _compare(before: dict[str, Any], now: dict[str, Any], work: Workspace) -> No
 def whole_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that is complete whenever it is there, also if the process is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".writing")
+    temporary = path.with_name(path.name + WRITING)
     write(temporary)
     temporary.replace(path)

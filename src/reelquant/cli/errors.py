@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -24,6 +25,16 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ReelQuantError):
         return f"reelquant: {text}"
     return f"reelquant: unexpected {type(error).__name__}: {text or 'no message'} (`reelquant --debug ...` shows where)"
+
+
+@contextmanager
+def kept_in(folder: Path | None) -> Iterator[None]:
+    """Inside, Ctrl-C says that what was made is in a folder, if it is there, instead of that nothing is left."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = [f"what was made is in '{folder}': go on with --resume"] if folder is not None and folder.is_dir() else []
+        raise KeyboardInterrupt(*kept) from None
 
 
 @contextmanager

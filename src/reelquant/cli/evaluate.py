@@ -146,16 +146,13 @@ def listening(options: Options) -> Any:
     from contextlib import contextmanager
 
     from reelquant.cli.console import Bars
+    from reelquant.cli.errors import kept_in
 
     @contextmanager
     def opened() -> Any:
-        try:
-            with Bars() as bars:
-                options.progress = bars
-                yield options
-        except KeyboardInterrupt:
-            kept = f"what was made is in '{options.output}': go on with --resume" if options.output else None
-            raise KeyboardInterrupt(*([kept] if kept else [])) from None
+        with kept_in(options.output and Path(options.output)), Bars() as bars:
+            options.progress = bars
+            yield options
 
     return opened()
 

@@ -97,10 +97,17 @@ def quantize(
     names = components.replace(" ", "").split(",") if components else None
     call = call_options(steps=steps)
     job = _job(model, chosen, names, texts, exclude or [], lora or [], dtype, device, max_memory, call, resume)
+    streams = job is not None and not job.fits
+    if gate is not None and streams:
+        raise typer.BadParameter(
+            "it holds both whole pipelines in memory, and this one does not fit; quantize without it and run `reelquant evaluate "
+            f"{output or 'OUTPUT'} --reference {model} --gate {gate}` on a bigger machine",
+            param_hint="--gate",
+        )
     if dry_run or output is None:
         _show_plans(job or opened(model, device, dtype), chosen, names, exclude or [], json)
         return
-    if job is not None and (resume or job.estimate().in_memory > job.budget):
+    if job is not None and (resume or streams):
         document = _stream(job, output, resume, force, json)
     else:
         document = _run(opened(model, device, dtype), chosen, names, texts, exclude or [], lora or [], call, output, force, json)
@@ -177,14 +184,17 @@ def _show_plans(source: Any, recipe: Recipe | dict[str, Recipe], components: lis
 
 def _stream(job: Job, output: Path, resume: bool, force: bool, json: bool) -> dict[str, Any]:
     """Quantize from disk to disk, after saying what that will take."""
+    from reelquant.checkpoint import work_folder
     from reelquant.cli import console, tables
+    from reelquant.cli.errors import kept_in
     from reelquant.recipes.stream import quantize_folder
 
+    path = Path(output).expanduser().resolve()
     if not json:
         console.out.print(tables.estimate_table(job, job.estimate()))
-    with console.Bars() as bars:
-        report = quantize_folder(job, output, resume=resume, force=force, progress=bars)
-    return _told(report, Path(output).expanduser().resolve(), json)
+    with kept_in(work_folder(path)), console.Bars() as bars:
+        report = quantize_folder(job, path, resume=resume, force=force, progress=bars)
+    return _told(report, path, json)
 
 
 def _run(

@@ -71,7 +71,8 @@ def estimate_table(job: Job, expected: Estimate) -> Table:
     made.add_row("result", size(expected.result), f"the float folder has {size(expected.source)}")
     made.add_row("time", duration(job.seconds(expected)), f"reading, rounding, writing{calls}")
     if streams and expected.calls:
-        made.add_row("", "", "activations of a denoiser call come on top of the memory, the computation of the calls on top of the time")
+        on_top = "activations of a denoiser call come on top of the memory, its remembered outputs of the disk, its computation of the time"
+        made.add_row("", "", on_top)
     return made
 
 

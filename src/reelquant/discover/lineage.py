@@ -155,6 +155,9 @@ def is_norm(module: nn.Module) -> bool:
 def extremes(x: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest value per channel: they survive reshapes that keep the channels, and few others."""
     flat = x.detach().movedim(channel_axis, 0).flatten(1)
+    if not flat.shape[1]:
+        nothing = flat.new_full((len(flat),), torch.nan)  # equals nothing, not even that of another empty tensor
+        return nothing, nothing
     return flat.amin(1), flat.amax(1)
 
 

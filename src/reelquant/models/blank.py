@@ -13,6 +13,23 @@ from reelquant._errors import CheckpointError
 CONFIG, CLASS, QUANTIZATION = "config.json", "_class_name", "quantization_config"
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is no JSON object.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read '{file}' ({error.strerror}); download or save it again") from None
+    except ValueError as error:
+        raise CheckpointError(f"'{file}' is no JSON ({error}); download or save it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"'{file}' must hold a JSON object, got {found!r:.60}; download or save it again")
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a component's folder; empty if it has none.
 
@@ -20,15 +37,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: if it is no JSON object.
     """
     file = folder / CONFIG
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"'{file}' is no JSON ({error}); download or save it again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{file}' must hold a JSON object, got {config!r:.60}; download or save it again")
-    return config
+    return read_json(file) if file.is_file() else {}
 
 
 def opens_single_files(model: nn.Module) -> bool:
@@ -42,12 +51,12 @@ def blank_model(folder: Path) -> nn.Module:
     """The float model of a component's folder, parameters on the meta device.
 
     Raises:
-        CheckpointError: if its class is not one of the installed diffusers.
+        CheckpointError: if its config is missing or broken, or its class is not one of the installed diffusers.
     """
     import diffusers
     from accelerate import init_empty_weights
 
-    config = read_config(folder)
+    config = read_json(folder / CONFIG)
     kind = getattr(diffusers, str(config.get(CLASS)), None)
     if not hasattr(kind, "from_config"):
         raise CheckpointError(f"'{folder / CONFIG}' names the class {config.get(CLASS)!r}, which diffusers {diffusers.__version__} lacks")

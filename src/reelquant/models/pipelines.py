@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from importlib import resources
 from pathlib import Path
@@ -84,9 +85,14 @@ def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
     except ReelQuantError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {reason}") from error
+        raise cannot_open(model, error) from error
     return pipe.to(device)
+
+
+def cannot_open(model: str | Path, error: Exception) -> CheckpointError:
+    """What a failure of the libraries means to whoever asked for the pipeline, in one line."""
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    return CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {reason}")
 
 
 def mark_quantized(model: Any, description: dict[str, Any]) -> None:
@@ -111,6 +117,16 @@ def mark_quantized(model: Any, description: dict[str, Any]) -> None:
     model.quantization_method = quantizer.quantization_config.quant_method
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Every file of a folder, sorted, also where folders in it are links, but for links to a folder that they lie in."""
+    found = list[Path]()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        folders[:] = [part for part in folders if not here.resolve().is_relative_to((here / part).resolve())]
+        found += [here / file for file in files]
+    return sorted(found)
+
+
 def check_folder(folder: Path) -> None:
     """Refuse pickled, truncated and corrupt weight files before anything is loaded.
 
@@ -119,7 +135,7 @@ def check_folder(folder: Path) -> None:
     """
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(folder.rglob("*")):
+    for file in files_in(folder):
         if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
             raise CheckpointError(f"'{file}' is a pickle file and is refused: it can run code. Convert it to safetensors first")
         if file.suffix == ".safetensors":

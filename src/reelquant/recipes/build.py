@@ -157,9 +157,8 @@ def _rewrite(
     plan: Plan, rows: Sequence[LayerPlan], layer_of: Callable[[str], nn.Module], inputs: Mapping[str, InputStatistics], options: Options
 ) -> Rewrite:
     """All transforms that apply to every layer of the group, in recipe order."""
-    steps = enumerate(plan.recipe.steps)
-    shared = [(number, step) for number, step in steps if step.transform and all(number in row.steps for row in rows)]
-    if not rows or not shared or rows[0].layer.name not in inputs:
+    shared = shared_transforms(plan, rows)
+    if not shared or rows[0].layer.name not in inputs:
         return Rewrite()
     statistics = inputs[rows[0].layer.name]
     ranges = [None if seen is None else _reach(seen, unseen=plan.unseen) for seen in (statistics.range, statistics.rotated)]
@@ -173,6 +172,12 @@ def _rewrite(
         rewrite = mechanism.plan(view)
         view, total = view.rewritten(rewrite), total.then(rewrite)
     return total
+
+
+def shared_transforms(plan: Plan, rows: Sequence[LayerPlan]) -> list[tuple[int, Step]]:
+    """The transforms, with their numbers in the recipe, of an input that these layers share: those that apply to all of them."""
+    steps = enumerate(plan.recipe.steps)
+    return [(number, step) for number, step in steps if step.transform and rows and all(number in row.steps for row in rows)]
 
 
 def _reach(seen: ChannelRange, *, unseen: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -377,7 +382,15 @@ def _tensors(
 
 def layer_bytes(layer: nn.Module) -> int:
     """Bytes of a layer's own parameters and buffers."""
-    tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+    return _bytes([*layer.parameters(recurse=False), *layer.buffers(recurse=False)])
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of a model."""
+    return _bytes([*model.parameters(), *model.buffers()])
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

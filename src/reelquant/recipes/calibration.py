@@ -137,9 +137,9 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
     return half_of
 
 
-def templates(plan: Plan, denoiser: nn.Module) -> dict[str, InputStatistics]:
-    """Empty statistics of everything that the plan's layers read, for their sizes."""
-    return _watch(plan, denoiser, torch.Generator(), 1)[0]
+def templates(plan: Plan, denoiser: nn.Module, calls: int) -> dict[str, InputStatistics]:
+    """Empty statistics of everything that the plan's layers read in so many calls, for their sizes."""
+    return _watch(plan, denoiser, torch.Generator(), calls)[0]
 
 
 def _watch(

@@ -18,7 +18,7 @@ from reelquant.clock import Clock
 from reelquant.discover import component_of, denoiser_of, kind_of_component
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import KernelFacts, QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
-from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes
+from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes, model_bytes
 from reelquant.recipes.calibration import Calibration, Part, calibrate_together
 from reelquant.recipes.components import Measure, plan_components, start_measuring
 from reelquant.recipes.plan import Plan
@@ -331,7 +331,7 @@ def _reference(session: Session) -> None:
 def _finish(session: Session) -> Report:
     """Choose, build, install and check."""
     recipe = session.recipe
-    before = _model_bytes(session.denoiser)
+    before = model_bytes(session.denoiser)
     _start_clock(session)  # candidates with per-step scales need it as much as the final layers do
     assignment, trials = _search(session)
     with session.timed("build", len(session.groups)):
@@ -461,7 +461,7 @@ def _account(session: Session, report: Report, before: int) -> None:
     report.bytes_float = sum(record.bytes_before for record in report.layers)
     report.bytes_tables = sum(tables.values())
     report.bytes_quantized = sum(layer_bytes(layer) for layer in layers.values()) - report.bytes_tables
-    report.bytes_model_float, report.bytes_model = before, _model_bytes(session.denoiser)
+    report.bytes_model_float, report.bytes_model = before, model_bytes(session.denoiser)
     facts = session.kernels()
     report.kernel, report.simulated = facts.names, facts.simulated
     for row in session.plan.kept:
@@ -471,8 +471,3 @@ def _account(session: Session, report: Report, before: int) -> None:
     replaced = [record.name for record in report.layers if record.replaced]
     if replaced:
         report.warnings.append(f"{len(replaced)} layers keep nearest rounding: their solver lost to it on its own objective")
-
-
-def _model_bytes(denoiser: nn.Module) -> int:
-    tensors = [*denoiser.parameters(), *denoiser.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError
 from reelquant.checkpoint import Workspace
 from reelquant.nn import get_module
-from reelquant.recipes.calibration import ROWS, templates
+from reelquant.observe import InputStatistics
+from reelquant.recipes.build import model_bytes, shared_transforms
+from reelquant.recipes.calibration import templates
 from reelquant.recipes.offload import OnDisk
 from reelquant.recipes.plan import Plan
 from reelquant.recipes.search import candidates, trial_count
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-CGROUP = Path("/sys/fs/cgroup/memory.max")
+CGROUP = Path("/sys/fs/cgroup")
 # Bytes at the peak of building a layer: per weight (measured on one of 157 million weights: 20.4), and per element of its second moment
 # (an assumption, not measured: the moments, their covariance, and a factorization in double precision).
 PER_WEIGHT, PER_MOMENT = 21, 48
+PER_SHARED = 8  # bytes per weight of the layers that share a transformed input: float32, and once more rewritten
+FRAME = 1000  # bytes of a frame in a log beside its numbers
 GUIDED = 2  # denoiser calls per step: samplers with guidance make two
 
 
@@ -36,9 +39,11 @@ class Estimate:
     Attributes:
         source: the float checkpoint as it is stored, all components.
         in_memory: memory that the way through memory needs.
-        memory: memory that streaming needs, the activations of a denoiser call left out.
+        memory: memory that streaming needs, the components beside the denoisers included, the activations of a denoiser call left out.
         largest: what takes most of it, in words.
-        disk: free space that is needed until the work is done, the result included.
+        disk: free space that is needed until the work is done, the result included, remembered outputs of the denoiser left out: their
+            size shows with the first.
+        outputs: how many of those are kept at a time, at most.
         result: the folder that will be there in the end.
         moved: bytes that are read and written until then.
         calls: denoiser calls, at most (half of them without guidance); 0 for data-free recipes.
@@ -52,6 +57,7 @@ class Estimate:
     result: int
     moved: int
     calls: int
+    outputs: int
 
     def check_memory(self, budget: int) -> None:
         """Refuse a budget that a single layer breaks.
@@ -61,8 +67,8 @@ class Estimate:
         """
         if self.memory > budget:
             raise RecipeError(
-                f"--max-memory {_words(budget)} is too little: {self.largest} and the libraries take {_words(self.memory)}; allow that "
-                "much, or choose a recipe without 'solve: gptq'"
+                f"--max-memory {_words(budget)} is too little: {self.largest}, the other components and the libraries take "
+                f"{_words(self.memory)}; allow that much, or choose a recipe without 'solve: gptq'"
             )
 
 
@@ -80,19 +86,35 @@ def parse_bytes(text: str | int) -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still use: what is free, or what its control group allows."""
-    limit = CGROUP.read_text().strip() if CGROUP.is_file() else "max"
+    """Bytes that this process may still use: what is free, or what its control group leaves of its limit."""
+    limit = CGROUP / "memory.max"
+    most = limit.read_text().strip() if limit.is_file() else "max"
     free = psutil.virtual_memory().available
-    return free if limit == "max" else min(free, int(limit))
+    return free if most == "max" else min(free, max(int(most) - _used(), 0))
 
 
-def estimate(folder: Path, disks: Mapping[str, OnDisk], plans: Mapping[str, Plan], call: Mapping[str, Any]) -> Estimate:
-    """Add up what the components take."""
-    stored = {part.name: _stored(part) for part in folder.iterdir() if part.is_dir()}
+def _used() -> int:
+    """Bytes that a control group holds and does not give back when asked: file pages that nothing looks at go first."""
+    idle = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+    return int((CGROUP / "memory.current").read_text()) - (int(idle[1]) if idle else 0)
+
+
+def estimate(
+    stored: Mapping[str, int], disks: Mapping[str, OnDisk], plans: Mapping[str, Plan], call: Mapping[str, Any], resident: int = 0
+) -> Estimate:
+    """Add up what the components take.
+
+    Args:
+        stored: bytes of each component in the source.
+        disks: the denoisers.
+        plans: what happens to those that are quantized.
+        call: arguments of the pipeline call during calibration.
+        resident: bytes of components that are in memory all the time.
+    """
     others = sum(size for name, size in stored.items() if name not in plans)
-    floats = sum(_bytes(disk.model) for disk in disks.values()) + sum(size for name, size in stored.items() if name not in disks)
+    floats = sum(model_bytes(disk.model) for disk in disks.values()) + sum(size for name, size in stored.items() if name not in disks)
     first = next(iter(plans.values()))  # says where the blocks of a denoiser without a plan are
-    outside = sum(_bytes(disk.model) - sum(_blocks(plans.get(name, first), disk)) for name, disk in disks.items())
+    outside = sum(model_bytes(disk.model) - sum(_blocks(plans.get(name, first), disk)) for name, disk in disks.items())
     parts = [_component(plan, disks[name], call, outside) for name, plan in plans.items()]
     base = psutil.Process().memory_info().rss
     memory, largest = max((part["memory"], part["largest"]) for part in parts)
@@ -100,72 +122,95 @@ def estimate(folder: Path, disks: Mapping[str, OnDisk], plans: Mapping[str, Plan
     return Estimate(
         source=sum(stored.values()),
         in_memory=base + floats + memory + sum(part["statistics"] for part in parts),
-        memory=base + memory,
+        memory=base + resident + memory,
         largest=largest,
         disk=result + sum(part["scratch"] for part in parts),
         result=result,
         moved=2 * others + 3 * result + sum(stored[name] * part["reads"] for name, part in zip(plans, parts, strict=True)),
         calls=sum(part["calls"] for part in parts),
+        outputs=sum(part["outputs"] for part in parts),
     )
 
 
 def _blocks(plan: Plan, disk: OnDisk) -> list[int]:
-    return [_bytes(get_module(disk.model, name)) for name in disk.present(plan.map.blocks)]
+    return [model_bytes(get_module(disk.model, name)) for name in disk.present(plan.map.blocks)]
 
 
 def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) -> dict[str, Any]:
     model, recipe = disk.model, plan.recipe
     layers = {row.layer.name: math.prod(row.layer.shape) for row in plan.quantized}
-    floats = _bytes(model)
-    result = floats - sum(_bytes(get_module(model, name)) for name in layers) + sum(row.bytes_after for row in plan.quantized)
+    floats = sum(model_bytes(get_module(model, name)) for name in layers)
+    result = model_bytes(model) - floats + sum(row.bytes_after for row in plan.quantized)
     widest = max(layers, key=layers.__getitem__)
     need = {f"building layer '{widest}'": PER_WEIGHT * layers[widest]}
     if recipe.calibrate is None:
         memory, largest = max((size, what) for what, size in need.items())
-        return {"memory": memory, "largest": largest, "statistics": 0, "result": result, "scratch": result, "reads": 1, "calls": 0}
+        return {
+            "memory": memory, "largest": largest, "statistics": 0, "result": result, "scratch": result, "reads": 1, "calls": 0,
+            "outputs": 0,
+        }  # fmt: skip
     steps = call.get("num_inference_steps") or recipe.calibrate.steps or 50
     runs = math.ceil(recipe.calibrate.prompts / recipe.calibrate.batch)
     held = math.ceil(recipe.search.prompts / 4)
     trials = trial_count(plan, plan.map.groups) if len(candidates(plan)) > 1 else 0
     measured = steps + 1 if recipe.protect_steps is not None and recipe.protect_steps.steps == "auto" else 0
-    sampled = steps * runs + (2 + measured) * steps * held + recipe.search.steps * held * (trials + bool(trials))
-    inputs = templates(plan, model)
-    columns = {own.name: own.geometry.channels * own.geometry.taps for own in inputs.values()}
-    moments = {own.name: columns[own.name] for own in inputs.values() if own.gram is not None}
-    rows = sum(ROWS * count * 4 for count in columns.values())
+    always, trial = steps * runs + (2 + measured) * steps * held, recipe.search.steps * held
+    sampled = always + trial * (trials + bool(trials))
+    drafts = bool(trials) * (len(candidates(plan)) if recipe.search.scope == "family" else 1)
+    inputs = templates(plan, model, steps * runs).values()
+    moments = {own.name: own.geometry.channels * own.geometry.taps for own in inputs if own.gram is not None}
+    seen = sum(_seen(own, steps * runs * GUIDED) for own in inputs)
+    need |= _transformed(plan)
     if moments:
         name = max(moments, key=moments.__getitem__)
         need[f"solving layer '{name}'"] = PER_MOMENT * moments[name] ** 2 + PER_WEIGHT * layers[name]
     need["the parts outside of blocks, and the largest block,"] = outside + max(_blocks(plan, disk), default=0)
     memory, largest = max((size, what) for what, size in need.items())
-    logs = rows + sum(3 * 4 * count**2 for count in moments.values())  # rows, the moments so far, the moments that replace them
-    statistics = rows + sum(4 * count**2 for count in moments.values())
+    second = sum(4 * count**2 for count in moments.values())
     return {
-        "memory": memory, "largest": largest, "statistics": statistics, "result": result,
-        "scratch": result + logs + (result if trials else 0), "reads": 2 + trials + sampled * GUIDED, "calls": sampled * GUIDED,
+        "memory": memory, "largest": largest, "statistics": seen + second, "result": result,
+        # on disk, second moments are rows, the moments so far, and the moments that replace them
+        "scratch": result + seen + 3 * second + drafts * result, "reads": 2 + trials + sampled * GUIDED, "calls": sampled * GUIDED,
+        "outputs": (always + 2 * bool(trials) * trial) * GUIDED,
     }  # fmt: skip
 
 
-def _bytes(model: nn.Module) -> int:
-    return sum(value.numel() * value.element_size() for value in (*model.parameters(), *model.buffers()))
+def _seen(own: InputStatistics, calls: int) -> int:
+    """Bytes that calls leave of one input, its second moment left out: sampled rows; lowest, highest and summed values."""
+    sides = [own, *(own.halves or ())]
+    frames = sum(seen.frames for side in sides for seen in (side.range, side.rotated) if seen is not None)
+    rows = own.rows.per_call * own.geometry.taps if own.rows is not None else 0
+    return calls * (4 * own.geometry.channels * (rows + 3 * frames + 3 * (own.features is not None)) + FRAME)
+
+
+def _transformed(plan: Plan) -> dict[str, int]:
+    """What the layers take together whose shared input is transformed, by words for them."""
+    found: dict[str, int] = {}
+    for group in plan.map.groups:
+        rows = [plan.layers[name] for name in group.layers if plan.layers[name].kept is None]
+        if shared_transforms(plan, rows):
+            found[f"transforming the input of '{rows[0].layer.name}' and {len(rows) - 1} more"] = PER_SHARED * sum(
+                math.prod(row.layer.shape) for row in rows
+            )
+    return found
 
 
 def _stored(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def check_room(work: Workspace, expected: Estimate) -> None:
-    """Refuse to start on a disk that cannot hold the work; what an interrupted run has written counts.
+def check_room(work: Workspace, expected: Estimate, output: int = 0) -> None:
+    """Refuse a disk that cannot hold the work; what has been written counts. ``output`` are the bytes of a remembered output.
 
     Raises:
         CheckpointError: with both figures.
     """
     done = _stored(work.folder)
     free = shutil.disk_usage(work.folder).free
-    if (more := expected.disk - done) > free:
+    if (more := expected.disk + expected.outputs * output - done) > free:
         raise CheckpointError(
             f"'{work.target.parent}' has {_words(free)} free, the work takes {_words(more)} (the result {_words(expected.result)}); "
-            "free space or choose another folder"
+            "free space or choose another folder" + (", or calibrate with shorter, smaller clips" if output else "")
         )
 
 

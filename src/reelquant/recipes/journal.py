@@ -9,10 +9,12 @@ A call counts once its output has been written. A run that was killed samples ag
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,10 +79,13 @@ class Journal:
 
     Attributes:
         folder: where.
+        device: where the model runs, so that what is read meets its tensors.
+        room: hears how many bytes the first remembered output takes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, device: str = "cpu", room: Callable[[int], object] = int) -> None:
+        self.folder, self.device, self.room = folder, device, room
+        self._asked = False
         self._generator: torch.Generator | None = None
         self._phase, self._call = "", 0
         self._last: dict[int, int] = {}  # layer -> the last call that logged rows of it
@@ -120,12 +125,19 @@ class Journal:
         if self._generator is not None:
             tensors["generator"] = self._generator.get_state()
         whole_file(record, lambda path: save_file(tensors, path, {"keys": json.dumps(keys)}))
+        if not self._asked:
+            self.room(record.stat().st_size)
+            self._asked = True
+
+    def forget(self, phase: str) -> None:
+        """Let the calls of a phase go: what they were for is known."""
+        shutil.rmtree(self.folder / "calls" / phase, ignore_errors=True)
 
     def _recall(self, record: Path) -> Any:
         tensors = load_file(record)
         if self._generator is not None:
             self._generator.set_state(tensors.pop("generator"))
-        values = [tensors[str(i)].clone() for i in range(len(tensors))]
+        values = [_own(tensors[str(i)], self.device) for i in range(len(tensors))]
         with safe_open(record, "pt") as opened:
             keys = json.loads(opened.metadata()["keys"])
         return tuple(values) if keys is None else _output(dict(zip(keys, values, strict=True)))
@@ -143,13 +155,13 @@ class Journal:
         """
         self._generator = generator
         done = len(list((self.folder / "calls" / self._phase).glob("*.safetensors")))
-        watched = make()[0]
+        watched, empty = make()
         for number in range(len(watched)):
             for log in (self._log(number, "inputs"), self._log(number, "gram")):
                 if log.path.exists():
                     log.cut(done)
         numbers = {name: number for number, name in enumerate(watched)}
-        return {name: Logged(self, numbers[name], own) for name, own in watched.items()}, Known(self, numbers, make)
+        return {name: Logged(self, numbers[name], own) for name, own in watched.items()}, Known(self, numbers, empty, generator)
 
     def forget_generator(self) -> None:
         """Calibration is over: later calls draw no rows."""
@@ -187,18 +199,29 @@ class Journal:
         if self._state(number).exists():
             state = load_file(self._state(number))
             through = int(state.pop("call"))
-            gram.state = {name: value.clone() for name, value in state.items()}
+            gram.state = {name: _own(value, self.device) if value.dim() else value for name, value in state.items()}
         for _, seen in self._log(number, "gram").frames(through):
-            gram.absorb({"rows": seen["rows"].float()}, 0)
+            gram.absorb({"rows": seen["rows"].to(self.device).float()}, 0)
 
     def read(self, number: int, own: InputStatistics) -> InputStatistics:
         """Fill empty statistics."""
         for _, seen in self._log(number, "inputs").frames():
             step, part = int(seen.pop("step")), int(seen.pop("part"))
-            own.absorb({name: value.float() if name == "rows.rows" else value for name, value in seen.items()}, step, part)
+            own.absorb({name: self._as_seen(name, value) for name, value in seen.items()}, step, part)
         if own.gram is not None:
             self._moments(number, own.gram)
         return own
+
+    def _as_seen(self, name: str, value: Tensor) -> Tensor:
+        """A part of a look where a run in memory has it: sampled rows and counts stay on the CPU."""
+        if name == "rows.rows":
+            return value.float()
+        return value.to(self.device) if value.dim() else value
+
+
+def _own(value: Tensor, device: str) -> Tensor:
+    """In memory of its own, not mapped from the file."""
+    return value.to(device, copy=True)
 
 
 def _output(values: dict[str, Tensor]) -> Any:
@@ -242,16 +265,17 @@ class Logged:
 class Known(Mapping[str, InputStatistics]):
     """Statistics by layer name, read from the journal when they are asked for; the last ones are kept."""
 
-    def __init__(self, journal: Journal, numbers: Mapping[str, int], make: Callable[[], tuple[Any, dict[str, InputStatistics]]]) -> None:
-        self._journal, self._make = journal, make
-        self._numbers = {name: numbers[own.name] for name, own in make()[1].items()}
+    def __init__(self, journal: Journal, numbers: Mapping[str, int], empty: Mapping[str, InputStatistics], generator: Any) -> None:
+        self._journal, self._empty, self._generator = journal, empty, generator
+        self._numbers = {name: numbers[own.name] for name, own in empty.items()}
         self._last: tuple[int, InputStatistics] | None = None
 
     def __getitem__(self, name: str) -> InputStatistics:
         number = self._numbers[name]
         if self._last is None or self._last[0] != number:
             self._last = None  # the old ones go before the new ones come
-            own = self._journal.read(number, self._make()[1][name])
+            own = copy.deepcopy(self._empty[name], {id(self._generator): self._generator})  # generators cannot be copied
+            self._journal.read(number, own)
             if not own.range.seen:
                 raise CalibrationError(f"layer '{name}' never ran while sampling, so nothing is known of its input; skip it")
             self._last = number, own

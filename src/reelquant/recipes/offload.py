@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,31 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, CheckpointError
-from reelquant.checkpoint import INDEX, Shards, Spec
+from reelquant.checkpoint import Shards, Spec
+from reelquant.models.blank import blank_model
 from reelquant.nn import QuantLayer, get_module
 
 Put = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor was put, and what was there before
 
 
-def hollow(folder: Path, name: str, dtype: torch.dtype) -> nn.Module:
-    """The component of a pipeline's folder as ``from_pretrained(dtype=...)`` would load it, its parameters on the meta device.
+def hollow(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The model of a component's folder as ``from_pretrained(dtype=...)`` would load it, its parameters on the meta device.
 
     Raises:
-        CheckpointError: if it is not a model of the installed diffusers.
+        CheckpointError: if its config is missing or broken, or it is not a model of the installed diffusers.
     """
-    import diffusers
-    from accelerate import init_empty_weights
-
-    library, cls = json.loads((folder / INDEX).read_text())[name]
-    kind = getattr(diffusers, cls, None) if library == "diffusers" else None
-    if kind is None:
-        raise CheckpointError(f"component '{name}' of '{folder}' is a {library}.{cls}, which the installed diffusers does not know")
-    config = kind.load_config(folder / name)
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)  # buffers that a model computes for itself follow it
-        with init_empty_weights():
-            model = kind.from_config(config)
+        model = blank_model(folder)
     finally:
         torch.set_default_dtype(before)
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())

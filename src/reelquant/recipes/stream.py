@@ -8,12 +8,13 @@ remember what has been done, so a run that was stopped goes on by running again.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import CheckpointError, ReelQuantError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.checkpoint import (
@@ -41,8 +42,9 @@ from reelquant.checkpoint import (
     write_tensors,
 )
 from reelquant.discover import denoisers_of, discover, stand_in
+from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.lora import LoraFiles, adapter_file
-from reelquant.models.pipelines import check_folder, mark_quantized
+from reelquant.models.pipelines import cannot_open, check_folder, files_in, mark_quantized
 from reelquant.nn import KernelFacts, LayerLayout, QuantLayer, get_module, layer_facts, quantized_class, stop_clock
 from reelquant.recipes.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
 from reelquant.recipes.calibration import Calibration
@@ -60,7 +62,8 @@ from reelquant.transforms import Rewrite
 
 SHARD = 10_000_000_000  # bytes; what diffusers writes by default
 LARGE = 4  # a text encoder beyond this part of the budget stays on disk, too
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+WEIGHTS = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,12 +72,14 @@ class Source:
 
     Attributes:
         folder: the folder.
+        index: what its ``model_index.json`` says.
         dtype: of the float parts.
         device: where layers are built and the sampler runs.
         disks: every denoiser, by component name, in the order in which the sampler uses them.
     """
 
     folder: Path
+    index: Mapping[str, Any]
     dtype: torch.dtype
     device: str
     disks: dict[str, OnDisk]
@@ -89,21 +94,45 @@ class Source:
         """
         path = Path(folder)
         check_folder(path)
-        index = json.loads((path / INDEX).read_text())
-        known = {
-            name: part for name, part in index.items() if isinstance(part, list) and part[0] == "diffusers" and _has_weights(path / name)
-        }
-        models = {name: hollow(path, name, dtype) for name in known}
+        source = cls(path, read_json(path / INDEX), dtype, device, {})
+        source.check_complete()
+        models = {name: hollow(path / name, dtype) for name, (library, _) in source.modules.items() if library == "diffusers"}
         found = denoisers_of(SimpleNamespace(components=models))
         for name in found:
-            if "quantization_config" in json.loads((path / name / "config.json").read_text()):
+            if QUANTIZATION in read_config(path / name):
                 raise UnsupportedError(f"'{path / name}' is quantized; give the folder of the float pipeline")
-        return cls(path, dtype, device, {name: OnDisk(model, Shards.of(path / name), device) for name, model in found.items()})
+        return replace(source, disks={name: OnDisk(model, Shards.of(path / name), device) for name, model in found.items()})
+
+    @property
+    def components(self) -> dict[str, tuple[str, str]]:
+        """Library and class of everything the pipeline is made of, by name."""
+        pairs = {name: part for name, part in self.index.items() if isinstance(part, list) and len(part) == 2}
+        return {name: (part[0], part[1]) for name, part in pairs.items() if all(isinstance(word, str) for word in part)}
+
+    @property
+    def modules(self) -> dict[str, tuple[str, str]]:
+        """The components that have weights."""
+        return {name: part for name, part in self.components.items() if any((self.folder / name).glob("*.safetensors"))}
+
+    def check_complete(self) -> None:
+        """Refuse a folder that lacks a component, the weights of one, or a shard of them: a download that was interrupted.
+
+        Raises:
+            CheckpointError: naming the first.
+        """
+        for name, (library, kind) in self.components.items():
+            if not (self.folder / name).is_dir():
+                raise CheckpointError(f"'{self.folder}' lacks its component '{name}' ({library}.{kind}); download or save it again")
+            if name in self.modules or _describes_model(self.folder / name, library, kind):
+                Shards.of(self.folder / name)
+        for file in self.files().values():
+            if not file.is_file():
+                raise CheckpointError(f"'{file}' is a link to nothing; download or save it again")
 
     @property
     def pipe(self) -> Any:
         """Something with the name of the pipeline's class and its denoisers."""
-        kind = type(json.loads((self.folder / INDEX).read_text())["_class_name"], (SimpleNamespace,), {})
+        kind = type(str(self.index.get(CLASS)), (SimpleNamespace,), {})
         return kind(components={name: disk.model for name, disk in self.disks.items()})
 
     def check_denoisers(self, names: Iterable[str]) -> None:
@@ -113,24 +142,50 @@ class Source:
             UnsupportedError: naming the first.
         """
         for name in names:
-            if name in _modules(self.folder) and name not in self.disks:
+            if name in self.modules and name not in self.disks:
                 raise UnsupportedError(
                     f"'{name}' is no denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from disk to "
                     "disk; leave it out, or quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
                 )
 
-    def files(self) -> dict[str, list[int]]:
-        """Size and time of change of every file, by its path in the folder."""
-        found = (file for file in sorted(self.folder.rglob("*")) if file.is_file())
-        return {str(file.relative_to(self.folder)): _stamp(file) for file in found}
+    def stored(self) -> dict[str, int]:
+        """Bytes of every component."""
+        files = self.files().items()
+        return {part: sum(file.stat().st_size for name, file in files if Path(name).parts[0] == part) for part in self.components}
+
+    def files(self) -> dict[str, Path]:
+        """What makes the pipeline, by path in the folder: files beside the components, and those of the components.
+
+        Left out are hidden files, the whole model once more in one file for other programs, and folders that are no component: an
+        output may lie in the folder of its source.
+        """
+        beside = [file for file in self.folder.iterdir() if not file.is_dir() and file.suffix not in WEIGHTS]
+        files = [file for part in (beside, *(files_in(self.folder / name) for name in self.components)) for file in part]
+        found = {str(file.relative_to(self.folder)): file for file in sorted(files)}
+        return {name: file for name, file in found.items() if not any(word.startswith(".") for word in Path(name).parts)}
+
+
+def _describes_model(folder: Path, library: str, kind: str) -> bool:
+    """Whether a component's config is that of something with weights; diffusers calls those of schedulers differently."""
+    config = read_config(folder)
+    if library != "transformers":
+        return CLASS in config
+    import transformers
+
+    return bool(config) and issubclass(getattr(transformers, kind, object), nn.Module)
+
+
+def _versions() -> dict[str, str]:
+    """Those of the libraries that sample and compute, where they are installed."""
+    found: dict[str, str] = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _stamp(file: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns]
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(folder.glob("*.safetensors"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,12 +239,30 @@ class Job:
     def calibrates(self) -> bool:
         return any(not plan.recipe.data_free for plan in self.plans.values())
 
+    @property
+    def opens(self) -> bool:
+        """Whether the pipeline is opened: to sample, or because it knows where adapters belong."""
+        return self.calibrates or bool(self.adapters)
+
+    @property
+    def offloaded(self) -> list[str]:
+        """Text encoders so large that they stay on disk, too."""
+        stored, modules = self.source.stored(), self.source.modules
+        return [name for name, (library, _) in modules.items() if library == "transformers" and stored[name] > self.budget / LARGE]
+
+    @property
+    def resident(self) -> int:
+        """Bytes of the components that are in memory as long as the pipeline is open."""
+        here = set(self.source.modules) - set(self.source.disks) - set(self.offloaded)
+        specs = [spec for name in here for spec in Shards.of(self.source.folder / name).specs.values()]
+        return sum(spec.numel for spec in specs) * self.source.dtype.itemsize
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
         kept = {name: sorted(row.layer.name for row in plan.kept) for name, plan in self.plans.items()}
         return {
             "reelquant": __version__,
-            "torch": torch.__version__,
+            **_versions(),
             "recipe": {name: plan.recipe.digest() for name, plan in self.plans.items()},
             "layers": digest(kept),
             "dtype": str(self.source.dtype),
@@ -197,15 +270,25 @@ class Job:
             "prompts": digest(self.prompts),
             "call": digest(dict(self.call)),
             "adapters": {source: [scale, *_stamp(adapter_file(source)[1])] for source, scale in self.adapters.items()},
-            "source": self.source.files(),
+            "source": {name: _stamp(file) for name, file in self.source.files().items()},
         }
 
     def estimate(self) -> Estimate:
         """Time, memory and disk before anything is done."""
-        return estimate(self.source.folder, self.source.disks, self.plans, self.call)
+        return estimate(self.source.stored(), self.source.disks, self.plans, self.call, self.resident if self.opens else 0)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the way through memory is open."""
+        return self.estimate().in_memory <= self.budget
 
     def seconds(self, expected: Estimate) -> float:
-        """About how long it takes: one layer is loaded and rounded, its times count for all. Samplers and solvers come on top."""
+        """About how long it takes: one layer is loaded and rounded, its times count for all. Samplers and solvers come on top.
+
+        Raises:
+            RecipeError: if not even that layer fits.
+        """
+        expected.check_memory(self.budget)
         name, plan = next(iter(self.plans.items()))
         disk, row = self.source.disks[name], max(plan.quantized, key=lambda row: math.prod(row.layer.shape))
         start = time.perf_counter()
@@ -234,20 +317,20 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
     expected.check_memory(job.budget)
     with workspace(output, job.identity(), resume=resume, force=force) as work:
         check_room(work, expected)
-        pipe = _pipeline(job, work) if job.calibrates or job.adapters else None
-        report = _components(job, work, pipe, progress or Silent())
+        pipe = _pipeline(job, work) if job.opens else None
+        report = _components(job, work, pipe, progress or Silent(), functools.partial(check_room, work, expected))
         _copy_others(job, work)
         report.save(work.result / REPORT_FILE)
         return report
 
 
-def _components(job: Job, work: Workspace, pipe: Any, progress: Progress) -> Report:
-    """Quantize every component and write its folder."""
+def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: Callable[[int], None]) -> Report:
+    """Quantize every component and write its folder. ``room`` hears what an output takes that has to be remembered."""
     place, sessions = work.folder / "work", list[Streamed]()
     recipes = {name: plan.recipe for name, plan in job.plans.items()}
     texts = job.prompts or (default_texts(pipe, recipes) if job.calibrates else [])
     for name, plan in job.plans.items():
-        journal, model = Journal(place / name / "journal"), job.source.disks[name].model
+        journal, model = Journal(place / name / "journal", job.source.device, room), job.source.disks[name].model
         sessions.append(Streamed(pipe, name, model, plan.recipe, progress, journal=journal, job=job, folder=place / name, peers=sessions))
         sessions[-1].plan = plan
     with _merging(job, pipe):
@@ -294,17 +377,28 @@ def _merging(job: Job, pipe: Any) -> Iterator[None]:
 
 
 def _pipeline(job: Job, work: Workspace) -> Any:
-    """The stock pipeline around denoisers, and large text encoders, that stay on disk."""
+    """The stock pipeline around denoisers, and large text encoders, that stay on disk.
+
+    Raises:
+        CheckpointError: if diffusers or transformers cannot open it.
+    """
+    try:
+        return _open(job, work)
+    except ReelQuantError:
+        raise
+    except Exception as error:
+        raise cannot_open(job.source.folder, error) from error
+
+
+def _open(job: Job, work: Workspace) -> Any:
     import diffusers
 
     source = job.source
     # Not DiffusionPipeline: it takes no note of components given to it that are optional for the real class, and loads them itself.
-    kind = getattr(diffusers, json.loads((source.folder / INDEX).read_text())["_class_name"], diffusers.DiffusionPipeline)
+    kind = getattr(diffusers, str(source.index.get(CLASS)), diffusers.DiffusionPipeline)
     parts = {name: disk.model for name, disk in source.disks.items()}
-    for name, (library, cls) in _modules(source.folder).items():
-        size = sum(file.stat().st_size for file in (source.folder / name).glob("*.safetensors"))
-        if library == "transformers" and size > job.budget / LARGE:
-            parts[name] = _text_encoder(source, name, cls, work.folder / "work" / "offload")
+    for name in job.offloaded:
+        parts[name] = _text_encoder(source, name, source.modules[name][1], work.folder / "work" / "offload")
     pipe = kind.from_pretrained(source.folder, dtype=source.dtype, use_safetensors=True, **parts)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in parts:
@@ -312,11 +406,6 @@ def _pipeline(job: Job, work: Workspace) -> Any:
     here = property(lambda self: torch.device(source.device))  # else the pipeline reads it off parameters, which are on the meta device
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": here, "_execution_device": here})
     return pipe
-
-
-def _modules(folder: Path) -> dict[str, tuple[str, str]]:
-    index = json.loads((folder / INDEX).read_text())
-    return {name: (part[0], part[1]) for name, part in index.items() if isinstance(part, list) and part[0] and _has_weights(folder / name)}
 
 
 def _text_encoder(source: Source, name: str, cls: str, offload: Path) -> nn.Module:
@@ -344,12 +433,14 @@ class Streamed(Session):
         folder: where the pieces of this component go.
         peers: the sessions of all components, this one among them.
         journal: what was sampled.
+        sampled_as: the phase of the last clips.
     """
 
     job: Job = field(kw_only=True)
     folder: Path = field(kw_only=True)
     peers: list[Streamed] = field(kw_only=True)
     journal: Journal = field(kw_only=True)
+    sampled_as: str = ""
 
     @property
     def disk(self) -> OnDisk:
@@ -387,7 +478,8 @@ class Streamed(Session):
             for name, shards in peer.disk.pieces.items()
         }
         protected = [(clock.protected_slots, clock.inputs) for peer in self.peers for clock in peer.clock]
-        with self.sampling(f"sampled-{self.component}-{digest(steps, pieces, protected)}"):
+        self.sampled_as = f"sampled-{self.component}-{digest(steps, pieces, protected)}"
+        with self.sampling(self.sampled_as):
             return super().held_out_latents(**overrides)
 
     def trial(self, assignment: Assignment, reference: Tensor) -> float:
@@ -396,6 +488,8 @@ class Streamed(Session):
         if not record.is_file():
             score = super().trial(assignment, reference)
             whole_file(record, lambda path: path.write_text(json.dumps(score)))
+            for peer in self.peers:
+                peer.journal.forget(self.sampled_as)
             if self.plan.recipe.search.scope == "model":
                 shutil.rmtree(self.folder / "draft", ignore_errors=True)
                 self.drafts.clear()
@@ -501,13 +595,9 @@ INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 
 def _copy_others(job: Job, work: Workspace) -> None:
     """Everything that is not quantized, byte for byte. Copies, not links: a link would let a later save write into the source."""
-    source = job.source.folder
-    for file in sorted(source.rglob("*")):
-        path = file.relative_to(source)
-        outside = len(path.parts) == 1 and path.suffix in WEIGHTS  # the whole model once more, for other programs
-        hidden = any(part.startswith(".") for part in path.parts)
-        if not file.is_file() or outside or hidden or path.parts[0] in job.plans or path.name == REPORT_FILE:
+    for name, file in job.source.files().items():
+        if Path(name).parts[0] in job.plans or name == REPORT_FILE:
             continue
-        target = work.result / path
+        target = work.result / name
         if not target.is_file():
             whole_file(target, lambda place, file=file: shutil.copyfile(file, place))
