@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reelquant.formats import Granularity, Int, Quantizer, pack
+from reelquant.formats import Granularity, Int, Quantizer, pack, unpack
 from reelquant.kernels.cpu import inputs, int8, loops
 from reelquant.kernels.operands import Operands, PackedWeight
 
 TILE = 64  # rows and columns of a tile of oneDNN's int8 layout; inside, four columns of a row lie together
+SLAB = 16 * TILE  # rows that are brought into tiles at a time
 
 
 def refuses(operands: Operands) -> str | None:
@@ -72,10 +73,14 @@ class NibbleLinear(int8.IntegerLinear):
         rows, width = operands.weight.shape
         size = operands.weight.quantizer.granularity.size or width
         scale = operands.weight.quantizer.scale.float().reshape(rows, -1)
-        codes = operands.weight.unpacked()
-        self.scale = scale[:, 0].contiguous() if scale.shape[1] == 1 else _row_scale(codes, scale, size)
+        self.scale = torch.empty(rows)
+        self.nibbles = torch.empty(-(-rows // TILE), -(-width // TILE), TILE // 4, TILE * 2, dtype=torch.uint8)
+        for start in range(0, rows, SLAB):  # a whole weight widened several times over would be the peak of loading
+            some = slice(start, min(start + SLAB, rows))
+            codes = unpack(operands.weight.codes[some], 4, width)
+            self.scale[some] = scale[some, 0] if scale.shape[1] == 1 else _row_scale(codes, scale[some], size)
+            self.nibbles[start // TILE : -(-some.stop // TILE)] = _tiled(codes)
         self.folded = _per_tile(scale / self.scale[:, None], width, size)
-        self.nibbles = _tiled(codes)
         self.workspace = workspace(rows, width)
         self.width = width
         self.codes = self._codes
