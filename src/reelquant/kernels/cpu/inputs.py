@@ -17,6 +17,7 @@ from reelquant.kernels.cpu import loops
 from reelquant.kernels.hadamard import block_size
 from reelquant.kernels.operands import InputNumbers, Operands
 
+LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
 _last = threading.local()  # per thread: memory of codes, and whose they are
 
@@ -65,6 +66,8 @@ class Inputs:
         channels = operands.weight.shape[1]
         self.block = block_size(channels) if operands.rotate else 1
         self.multiply, self.add = _folded(operands, channels, self.block**-0.5)
+        self.joined = 1 if self.block > 1 or numbers.scale is None else 1 << max(LINE // channels, 1).bit_length() - 1
+        self.lines = np.tile(self.multiply, self.joined), np.tile(self.add, self.joined)
         offset = OFFSET if numbers.format.signed else 0
         self.low, self.high = np.float32(numbers.format.low + offset), np.float32(numbers.format.high + offset)
         self.levels = np.array([-numbers.format.low, numbers.format.high], np.float32)
@@ -97,14 +100,23 @@ class Inputs:
         x = readable(x)
         memory = _scratch(x.numel()).reshape(x.shape)
         codes = torch.from_numpy(memory)
-        common = (len(x), x.numel(), loops.view(x), self.block, self.multiply, self.add)
         if self.dynamic:
+            common = (len(x), x.numel(), loops.view(x), self.block, self.multiply, self.add)
             scales = torch.empty(len(x))
             strange = loops.spread(loops.quantize_tokens, *common, self.levels, memory, scales.numpy())
             return Codes(codes, scales, strange and not bool(x.isfinite().all()))
         inverse, zero = np.float32(1 / self.scales[index]), np.float32(self.zeros[index])
-        strange = loops.spread(loops.quantize_rows, *common, inverse, zero, self.low, self.high, memory)
+        joined = math.gcd(len(x), self.joined)
+        shape = (len(x) // joined, joined * x.shape[1])
+        numbers = (*self._lines(shape[1]), inverse, zero, self.low, self.high)
+        strange = loops.spread(
+            loops.quantize_rows, shape[0], x.numel(), loops.view(x.view(shape)), self.block, *numbers, memory.reshape(shape)
+        )
         return Codes(codes, None, strange and bool(x.isnan().any()))
+
+    def _lines(self, length: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Factors and summands for rows that were joined to this length."""
+        return self.lines[0][:length], self.lines[1][:length]
 
     def pixels(self, x: Tensor, slot: Any, border: tuple[int, ...]) -> Codes:
         """Codes of a convolution's input, channels last.
@@ -117,8 +129,8 @@ class Inputs:
             Codes ``[N, C, *padded places]`` in channels-last memory.
         """
         scale, zero = self.step(slot)
-        inverse = np.float32(1 / scale)
-        places, dims = list(x.shape[2:]), x.ndim - 2
+        numbers = (np.float32(1 / scale), np.float32(zero), self.low, self.high)
+        places, dims = x.shape[2:], x.ndim - 2
         before, after = border[-2::-2] or (0,) * dims, border[::-2] or (0,) * dims
         size = [b + s + a for b, s, a in zip(before, places, after, strict=True)]
         lead = [1] * (3 - dims)
@@ -126,20 +138,28 @@ class Inputs:
         memory = _scratch(math.prod(shape)).reshape(shape)
         codes = torch.from_numpy(memory)
         if any(border):
-            codes[:] = self._zero_codes(inverse, zero)
-        offset = np.array([0] * (3 - dims) + list(before) + [places[-1]])
-        last = x.movedim(1, -1)
-        if last.is_contiguous():
-            loop, data = loops.quantize_pixels, readable(last).view(x.shape[0], *lead, *places, x.shape[1])
-            lines = x.shape[0] * math.prod(places[:-1])
-        else:
-            loop, data = loops.quantize_planes, readable(x).view(*x.shape[:2], math.prod(places[:-2]), -1)
-            lines = x.shape[0] * math.prod(places[:-2])
-        strange = loops.spread(
-            loop, lines, x.numel(), loops.view(data), self.multiply, self.add, inverse, np.float32(zero), self.low, self.high, offset,
-            memory,
-        )  # fmt: skip
+            codes[:] = self._zero_codes(numbers[0], zero)
+        way = self._from_last if x.movedim(1, -1).is_contiguous() else self._from_first
+        strange = way(x, lead, [0] * (3 - dims) + list(before), numbers, memory)
         return Codes(codes.view(x.shape[0], *size, x.shape[1]).movedim(-1, 1), None, strange and bool(x.isnan().any()))
+
+    def _from_last(self, x: Tensor, lead: list[int], inside: list[int], numbers: Any, memory: np.ndarray[Any, Any]) -> bool:
+        """Codes of channels-last memory, a line of pixels at a time."""
+        channels, *places = x.shape[1:]
+        joined = math.gcd(places[-1], self.joined)
+        data = readable(x.movedim(1, -1)).view(x.shape[0], *lead, *places[:-1], places[-1] // joined, joined * channels)
+        offset = np.array([*inside[:2], inside[2] * channels])
+        lines, target = x.shape[0] * math.prod(places[:-1]), memory.reshape(*memory.shape[:3], -1)
+        vectors = self._lines(joined * channels)
+        return loops.spread(loops.quantize_pixels, lines, x.numel(), loops.view(data), *vectors, *numbers, offset, target)
+
+    def _from_first(self, x: Tensor, lead: list[int], inside: list[int], numbers: Any, memory: np.ndarray[Any, Any]) -> bool:
+        """Codes of other memory, a plane at a time."""
+        places = x.shape[2:]
+        data = readable(x).view(*x.shape[:2], math.prod(places[:-2]), -1)
+        offset, planes = np.array([*inside, places[-1]]), x.shape[0] * math.prod(places[:-2])
+        vectors = (self.multiply, self.add)
+        return loops.spread(loops.quantize_planes, planes, x.numel(), loops.view(data), *vectors, *numbers, offset, memory)
 
     def _zero_codes(self, inverse: np.float32, zero: int) -> Tensor:
         value = torch.from_numpy(self.add) * float(inverse) if len(self.add) else torch.zeros(1)

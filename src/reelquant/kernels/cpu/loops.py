@@ -262,16 +262,25 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
 
 @numba.njit(**EXACT)
 def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
-    """The same from channels last: ``x`` is ``[N, D, H, W, C]``."""
-    depth, height, width, channels = x.shape[1:]
-    buffer, strange = np.empty(channels, np.float32), False
+    """The same from channels last, several pixels of a line joined.
+
+    Args:
+        x: ``[N, D, H, W / j, j * C]``.
+        multiply, add: ``[j * C]``, the channels' numbers ``j`` times, or empty.
+        offset: ``[3]``, where the inside begins along depth, height and within a line.
+        codes: ``[N, D', H', W' * C]`` uint8, written.
+    """
+    depth, height, pieces, length = x.shape[1:]
+    buffer, strange = np.empty(length, np.float32), False
     for row in range(start, stop):
         n, d, h = row // (depth * height), row // height % depth, row % height
-        for w in range(width):
-            read(x[n, d, h, w], buffer)
+        line = codes[n, d + offset[0], h + offset[1]]
+        for piece in range(pieces):
+            read(x[n, d, h, piece], buffer)
             _affine(buffer, multiply, add)
             strange |= _strange(buffer)
-            _encode(buffer, inverse, zero, low, high, codes[n, d + offset[0], h + offset[1], w + offset[2]])
+            first = offset[2] + piece * length
+            _encode(buffer, inverse, zero, low, high, line[first : first + length])
     return strange
 
 
