@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -18,7 +19,9 @@ from reelquant.formats.number import Int, NumberFormat
 from reelquant.formats.ranges import CRITERIA, ByCriterion, MinMax, RangeRule, scale_and_zero_point
 
 Slots = Literal["shared", "per_step"]
-AT_ONCE = 1 << 18  # values whose codes are chosen at a time: every pass over more than the cache holds costs as much as all the arithmetic
+AT_ONCE = (
+    1 << 18
+)  # values whose ranges and codes are chosen at a time: every pass over more than the cache holds costs as much as all the arithmetic
 
 
 @dataclass(frozen=True)
@@ -70,18 +73,26 @@ class Quantizer:
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of a tensor: uint8 indices in the shape of ``x``."""
-        blocks = self.granularity.blocks(x)
-        codes = torch.empty(blocks.shape, dtype=torch.uint8, device=x.device)
-        units = max(AT_ONCE // max(blocks.shape[1], 1), 1)
-        for start in range(0, len(blocks), units):
-            some = slice(start, start + units)
-            codes[some] = self.format.encode(self._to_unit(blocks[some], some))
-        return self.granularity.unblock(codes, x.shape)
+        blocks = self._in_parts(self.granularity.blocks(x), torch.uint8, lambda some, units: self.format.encode(self._to_unit(some, units)))
+        return self.granularity.unblock(blocks, x.shape)
 
     def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values of codes, in their shape."""
-        blocks = self._from_unit(self.format.decode(self.granularity.blocks(codes)))
-        return self.granularity.unblock(blocks.to(dtype), codes.shape)
+        blocks = self._in_parts(
+            self.granularity.blocks(codes), dtype, lambda some, units: self._from_unit(self.format.decode(some), units).to(dtype)
+        )
+        return self.granularity.unblock(blocks, codes.shape)
+
+    def _in_parts(self, blocks: Tensor, dtype: torch.dtype, apply: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """Treat as many units at a time as stay in the cache."""
+        step = max(AT_ONCE // max(blocks.shape[1], 1), 1)
+        if len(blocks) <= step:
+            return apply(blocks, slice(None))
+        out = torch.empty(blocks.shape, dtype=dtype, device=blocks.device)
+        for start in range(0, len(blocks), step):
+            units = slice(start, start + step)
+            out[units] = apply(blocks[units], units)
+        return out
 
     def round_columns(self, weight: Tensor, first: int) -> Tensor:
         """Fake-quantize columns ``first ...`` of a weight ``[out, in]``, given as ``[out, width]``, with the scales of their place.
@@ -107,9 +118,9 @@ class Quantizer:
         unit = blocks.float() / self.scale[units, None]
         return unit if self.zero_point is None else unit + self.zero_point[units, None]
 
-    def _from_unit(self, unit: Tensor) -> Tensor:
-        unit = unit if self.zero_point is None else unit - self.zero_point[:, None]
-        return unit * self.scale[:, None]
+    def _from_unit(self, unit: Tensor, units: slice = slice(None)) -> Tensor:
+        unit = unit if self.zero_point is None else unit - self.zero_point[units, None]
+        return unit * self.scale[units, None]
 
 
 def bind(fmt: NumberFormat, granularity: Granularity, low: Tensor, high: Tensor) -> Quantizer:
@@ -137,7 +148,17 @@ def _fit_one(spec: QuantSpec, values: Tensor) -> Quantizer:
     def rounding(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return bind(spec.format, spec.granularity, low, high)(values)
 
-    return bind(spec.format, spec.granularity, *spec.range.find(values, spec.granularity, rounding))
+    found = [spec.range.find(part, spec.granularity, rounding) for part in _parts(spec, values)]
+    low, high = (torch.cat(ends) for ends in zip(*found, strict=True))
+    return bind(spec.format, spec.granularity, low, high)
+
+
+def _parts(spec: QuantSpec, values: Tensor) -> tuple[Tensor, ...]:
+    """Rows whose ranges can be found apart from those of other rows, as many as stay in the cache."""
+    grain = spec.granularity
+    if spec.range.joint or grain.kind not in ("channel", "group") or grain.axis != 0 or not values.numel():
+        return (values,)
+    return values.split(max(AT_ONCE * len(values) // values.numel(), 1))
 
 
 def dynamic(spec: QuantSpec, x: Tensor) -> Quantizer:

@@ -24,6 +24,7 @@ class RangeRule(ABC):
     """Finds the part of the number line that the codes cover."""
 
     needs_samples: bool = False  # True if minimum and maximum alone are not enough
+    joint: bool = False  # True if the range of a unit depends on other units
 
     @abstractmethod
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
@@ -109,6 +110,7 @@ class ByCriterion(RangeRule):
     candidates: int = 25
     smallest: float = 0.4
     needs_samples = True
+    joint = True
 
     def __post_init__(self) -> None:
         if self.score not in CRITERIA:

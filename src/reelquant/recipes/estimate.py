@@ -24,9 +24,10 @@ from reelquant.recipes.search import candidates, trial_count
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CGROUP = Path("/sys/fs/cgroup")
-# Bytes at the peak of building a layer: per weight (measured on one of 157 million weights: 20.4), and per element of its second moment
-# (an assumption, not measured: the moments, their covariance, and a factorization in double precision).
-PER_WEIGHT, PER_MOMENT = 21, 48
+# Bytes at the peak of building a layer: per weight without data (measured on one of 71 million weights: 8.1 with int8, 9.6 with int4)
+# and with it (transforms and bias correction hold float32 copies of their own), and per element of its second moment (an assumption,
+# not measured: the moments, their covariance, and a factorization in double precision).
+PLAIN, TRANSFORMED, PER_MOMENT = 10, 18, 48
 PER_SHARED = 8  # bytes per weight of the layers that share a transformed input: float32, and once more rewritten
 FRAME = 1000  # bytes of a frame in a log beside its numbers
 GUIDED = 2  # denoiser calls per step: samplers with guidance make two
@@ -142,7 +143,8 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) 
     floats = sum(model_bytes(get_module(model, name)) for name in layers)
     result = model_bytes(model) - floats + sum(row.bytes_after for row in plan.quantized)
     widest = max(layers, key=layers.__getitem__)
-    need = {f"building layer '{widest}'": PER_WEIGHT * layers[widest]}
+    per_weight = PLAIN if recipe.calibrate is None else TRANSFORMED
+    need = {f"building layer '{widest}'": per_weight * layers[widest]}
     if recipe.calibrate is None:
         memory, largest = max((size, what) for what, size in need.items())
         return {
@@ -163,7 +165,7 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) 
     need |= _transformed(plan)
     if moments:
         name = max(moments, key=moments.__getitem__)
-        need[f"solving layer '{name}'"] = PER_MOMENT * moments[name] ** 2 + PER_WEIGHT * layers[name]
+        need[f"solving layer '{name}'"] = PER_MOMENT * moments[name] ** 2 + per_weight * layers[name]
     need["the parts outside of blocks, and the largest block,"] = outside + max(_blocks(plan, disk), default=0)
     memory, largest = max((size, what) for what, size in need.items())
     second = sum(4 * count**2 for count in moments.values())
