@@ -184,8 +184,8 @@ def test_the_dequantized_layer_is_the_float_layer_but_for_rounding(kind: str, st
     float_layer = copy.deepcopy(module)
     with torch.no_grad():
         float_layer.weight.copy_(layer.dequantized_weight())
-        if layer.bias is not None:
-            float_layer.bias = nn.Parameter(layer.float_bias().float())
+        if (bias := layer.float_bias()) is not None:
+            float_layer.bias = nn.Parameter(bias.float())
         close(float_layer(x), layer(x).double(), 1e-3 if layer.bias is not None and layer.bias.dtype == torch.float16 else 1e-5)
         # half a step of 127 per weight, over some tens of weights
         close(float_layer(x), module(x).double(), 0.02)

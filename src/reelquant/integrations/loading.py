@@ -27,6 +27,7 @@ from reelquant.nn import (
     stop_runtime,
 )
 from reelquant.nn.pages import drop_mapped
+from reelquant.nn.refusals import refuse_saving
 from reelquant.recipes.build import build_group
 from reelquant.recipes.plan import Plan, make_plan
 from reelquant.sites import DenoiserMap, Group
@@ -117,28 +118,34 @@ class OnTheFly:
             )
 
 
-def put_empty_layers(model: nn.Module, stored: Stored) -> set[str]:
-    """Exchange float layers for empty quantized ones; names of those whose bias the float layer did not have.
+def put_empty_layers(model: nn.Module, stored: Stored) -> None:
+    """Exchange float layers for empty quantized ones.
 
     Raises:
         CheckpointError: if the description names a layer that does not exist or has no quantized form.
     """
-    made = set()
     for name, layout in stored.layers.items():
         module = _float_layer(model, name)
-        made |= {name} if module.bias is None and layout.bias else set()
         set_module(model, name, quantized_class(module).like(module, layout, device="meta"))
-    return made
 
 
 def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Exchange quantized layers for stock ones with the values their codes stand for, and stop what ran beside them."""
+    """Exchange quantized layers for stock ones with the values their codes stand for, and stop what ran beside them.
+
+    Biases that the architecture has no place for remain (shifts folded into norms make them, and ``correct_bias``): such a model runs, and
+    is not saved.
+    """
+    homeless = []
     for name, layer in quantized_layers(model).items():
-        made = layer.bias is None or layer.bias.dtype == torch.float16  # else the layer had it, and its dtype is the layer's
-        set_module(model, name, dequantized(layer, dtype if made else layer.bias.dtype))
+        own = layer.bias is not None and not layer.bias_made
+        new: Any = dequantized(layer, layer.bias.dtype if own else dtype)
+        set_module(model, name, new)
+        homeless += [name] if layer.bias_made and new.bias is not None else []
     stop_clock(model)
     stop_runtime(model)
     count_tensors(model)
+    if homeless:
+        refuse_saving(model, homeless)
 
 
 def _float_layer(model: nn.Module, name: str) -> Any:

@@ -87,7 +87,7 @@ def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[li
 def _check_biases(source: Source) -> None:
     """Refuse biases without a place. They correct a mean, or undo a shift that was folded into the norm before: no weight holds them."""
     made = [name for name, facts in source.layers.items() if facts.layout.bias and not facts.bias]
-    if homeless := [name for name in made if not source.layer(name).bias_is_gone]:
+    if homeless := [name for name in made if source.layer(name).bias is not None]:
         some = ", ".join(f"'{name}'" for name in homeless[:2])
         raise UnsupportedError(
             f"{len(homeless)} layers ({some}{' ...' if len(homeless) > 2 else ''}) need biases that quantization made, and {source.kind} "

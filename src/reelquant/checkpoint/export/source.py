@@ -31,19 +31,13 @@ class Layer:
         name: dotted path in the model.
         quant: the layer as it is stored, for its codes and scales.
         weight: float32, rotation and per-channel scales of the input folded in.
-        bias: float32, the compensation of a shift taken out; None if the stored layer has none.
+        bias: float32, the compensation of a shift taken out; None if there is none, or nothing is left of one that quantization made.
     """
 
     name: str
     quant: QuantLayer
     weight: Tensor
     bias: Tensor | None
-
-    @property
-    def bias_is_gone(self) -> bool:
-        """Whether nothing is left of a bias that quantization made, which is stored in float16, once the shift is folded."""
-        left, stored = self.plain_bias, self.quant.bias
-        return bool((left.abs() <= stored.abs() * torch.finfo(torch.float16).eps).all())
 
     @property
     def plain_bias(self) -> Tensor:
