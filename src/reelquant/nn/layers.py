@@ -294,11 +294,14 @@ class QuantLayer(nn.Module):
         return select(given, self.weight.device.type, self.kernels)[0].prepare(given)
 
     def _from_table(self, input: Tensor, slot: int | Tensor) -> Tensor:
-        """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""
+        """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads.
+
+        In memory of its own: models add to outputs in place.
+        """
         shape = (*input.shape[:-1], self.weight_shape[0])
         if self.layout.unused:
-            return input.new_zeros(()).expand(shape)
-        return of_slot(self.output_table, slot).to(input.dtype).expand(shape)
+            return input.new_zeros(shape)
+        return of_slot(self.output_table, slot).to(input.dtype).expand(shape).clone()
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, given that of the output: as if the input were not rounded.
