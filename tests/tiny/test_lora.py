@@ -399,6 +399,16 @@ def test_biases_of_adapters_are_merged(tmp_path: Path) -> None:
     assert assert_merges_like_stock("tiny-dit", {path: 0.5}) == 2
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_bias_for_a_layer_without_one_is_refused(tmp_path: Path) -> None:
+    tensors = factors("tiny-unet", targets=["attn1.to_q"])
+    bias = {key.replace("weight", "bias"): torch.ones(len(value)) for key, value in tensors.items() if "lora_B" in key}
+    layer = next(iter(tensors)).partition(".lora_")[0]
+    files = LoraFiles(stock("tiny-unet"), {str(written(tmp_path / WEIGHTS, "tiny-unet", tensors | bias)): 1.0})
+    with pytest.raises(CheckpointError, match=f"cannot be merged into 'unet.{layer}': .*bias"):
+        files.merged("unet", f"{layer}.weight", get_module(stock("tiny-unet").unet, layer).weight)
+
+
 def test_small_deltas_survive_merging_on_average_where_a_fused_one_would_vanish() -> None:
     """Float weights lie anywhere between two codes: a delta of a tenth of a step moves a tenth of them to the next one."""
     weight, generator = denoiser(stock("tiny-dit")).blocks[0].ffn.net[0].proj.weight.detach(), torch.Generator().manual_seed(0)

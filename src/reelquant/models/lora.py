@@ -107,7 +107,7 @@ class LoraFiles:
             value: the float tensor; it is not changed, and given back as it is if no adapter is meant for it.
 
         Raises:
-            CheckpointError: if the sum is not finite.
+            CheckpointError: if the sum is not finite, or the layer has no place for what an adapter adds.
         """
         if name not in self.tensors(component):
             return value
@@ -117,9 +117,11 @@ class LoraFiles:
         hollow = {key: parameter.data for key, parameter in base.named_parameters(recurse=False)}
         try:
             for key, parameter in base.named_parameters(recurse=False):
-                parameter.data = value.detach().float().clone() if key == kind else torch.zeros(parameter.shape)
+                parameter.data = _on_cpu(value) if key == kind else torch.zeros(parameter.shape)
             wrapper.merge(safe_merge=True)
-            return getattr(base, kind).data.to(value.dtype)
+            return getattr(base, kind).data.to(value.device, value.dtype)
+        except RuntimeError as error:  # a bias for a layer without one
+            raise CheckpointError(f"adapters {list(self.scales)} cannot be merged into '{component}.{layer}': {error}") from error
         except ValueError:  # peft's check for NaN
             raise CheckpointError(
                 f"'{name}' is not finite once the adapters {list(self.scales)} are merged; one of them is broken"
@@ -128,6 +130,11 @@ class LoraFiles:
             wrapper.merged_adapters.clear()
             for key, parameter in base.named_parameters(recurse=False):
                 parameter.data = hollow[key]
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    """A float32 copy beside the factors of the adapters."""
+    return value.detach().to("cpu", torch.float32, copy=True)
 
 
 @contextmanager
