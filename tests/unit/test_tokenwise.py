@@ -138,6 +138,22 @@ def test_nobody_who_watches_a_layer_is_surprised() -> None:
 
 
 @pytest.mark.usefixtures("blocks_of_64")
+def test_nobody_who_watches_what_lies_between_the_layers_is_surprised() -> None:
+    model = quantized(FeedForward(WIDTH, activation_fn="gelu"))
+    start_runtime(model)
+    seen: list[int] = []
+    between = model["part"].net[1]
+    handle = between.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    model["part"](torch.randn(1, 300, WIDTH))
+    assert seen == [300]
+    handle.remove()
+    stock = between.forward
+    between.forward = lambda x: seen.append(x.shape[1]) or stock(x)
+    model["part"](torch.randn(1, 300, WIDTH))
+    assert seen == [300, 300]
+
+
+@pytest.mark.usefixtures("blocks_of_64")
 def test_a_copy_runs_its_own_layers_compiled_too() -> None:
     model = quantized(Gated())
     block_tokens(model)

@@ -35,7 +35,9 @@ def lift(over: type[Overlay], model: nn.Module) -> None:
 
 def untouched(layers: Iterable[nn.Module]) -> bool:
     """Whether nobody wraps or watches these layers: adapters and offloading do, and want every call to go through ``layer(x)``."""
-    return all(
-        isinstance(layer, QuantLayer) and "forward" not in vars(layer) and not layer._forward_pre_hooks and not layer._forward_hooks
-        for layer in layers
-    )
+    return all(isinstance(layer, QuantLayer) and unwatched(layer) for layer in layers)
+
+
+def unwatched(module: nn.Module) -> bool:
+    """Whether a call of this module is nobody else's business."""
+    return "forward" not in vars(module) and not module._forward_pre_hooks and not module._forward_hooks
