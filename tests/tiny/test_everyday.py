@@ -82,6 +82,8 @@ def test_an_offloaded_model_is_saved_once_its_weights_are_back(tmp_path: Path) -
     with pytest.raises(UnsupportedError, match="remove_all_hooks"):
         reelquant.save(pipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UnsupportedError, match=r"layer '.*' is offloaded; .*remove_all_hooks.* before dequantizing"):
+        pipe.transformer.dequantize()
     pipe.remove_all_hooks()
     remove_hook_from_module(pipe.transformer, recurse=True)
     reelquant.save(pipe, tmp_path / "out")

@@ -134,7 +134,13 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
 
     Biases that the architecture has no place for remain (shifts folded into norms make them, and ``correct_bias``): such a model runs, and
     is not saved.
+
+    Raises:
+        UnsupportedError: if weights are offloaded.
     """
+    for name, layer in quantized_layers(model).items():
+        if layer.weight.device.type == "meta":
+            raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before dequantizing")
     homeless = []
     for name, layer in quantized_layers(model).items():
         own = layer.bias is not None and not layer.bias_made
