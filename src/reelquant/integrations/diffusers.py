@@ -127,11 +127,12 @@ class ReelQuantizer(DiffusersQuantizer):
         """Everything is in the state dict; no metadata, whose order in the file would vary.
 
         Raises:
-            UnsupportedError: if adapters wrap quantized layers.
+            UnsupportedError: if adapters wrap layers, quantized or not.
         """
-        for name in self.stored.layers if self.stored else ():
-            if f"{name}.weight" not in state_dict:
-                raise UnsupportedError(f"layer '{name}' is wrapped or gone; unload adapters (unload_lora_weights) before saving")
+        wrapped = [key.partition(".base_layer.")[0] for key in state_dict if ".base_layer." in key]
+        gone = [name for name in (self.stored.layers if self.stored else ()) if f"{name}.weight" not in state_dict]
+        for name in wrapped + gone:
+            raise UnsupportedError(f"layer '{name}' is wrapped or gone; unload adapters (unload_lora_weights) before saving")
         return state_dict, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:
