@@ -239,6 +239,17 @@ def test_text_encoders(name: str) -> None:
     assert float(cosine.min()) > 0.999 and report.figures["prompt_cosine_min"] > 0.999
 
 
+def test_a_text_encoder_opens_again_from_a_folder_in_half_precision(tmp_path: Path) -> None:
+    """transformers writes the files of CLIP with a prefix that the model does not have."""
+    encoder, pipe = text_encoders()["CLIP"].eval(), wan_pipeline()
+    pipe.register_modules(text_encoder=encoder)
+    reelquant.quantize(pipe, {"text_encoder": "w8a16"}, prompts=TEXTS)
+    folder = reelquant.save(pipe, tmp_path / "out", dtype=torch.bfloat16) / "text_encoder"
+    again = CLIPTextModel.from_pretrained(folder, dtype=torch.bfloat16)
+    scales = {key: value for key, value in again.state_dict().items() if key.endswith("weight_scale")}
+    assert scales and all(torch.equal(encoder.state_dict()[key], value) for key, value in scales.items())
+
+
 def test_a_pipeline_without_encode_prompt_says_what_is_not_measured() -> None:
     pipe = wan_pipeline()
     pipe.encode_prompt = lambda prompt, picture: None
