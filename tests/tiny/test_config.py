@@ -284,11 +284,11 @@ def test_damaged_float_checkpoints_are_refused(wan_folder: Path, tmp_path: Path)
 
 def test_modules_to_not_convert(wan_folder: Path) -> None:
     every = set(formats(load(wan_folder)))
-    words = ["attn1.to_q", "blocks.1", "re:.*ffn.*proj", "scale_shift_table", "maybe:lm_head"]
+    words = ["attn1.to_q", "blocks.1", "re:.*ffn.*proj", "scale_shift_table", "maybe:lm_head", "maybe:attn2.to_v"]
     left = set(formats(load(wan_folder, modules_to_not_convert=words)))
     assert left < every
     assert every - left == {
-        name for name in every if name.endswith("attn1.to_q") or name.startswith("blocks.1.") or "ffn.net.0.proj" in name
+        name for name in every if name.endswith(("attn1.to_q", "attn2.to_v")) or name.startswith("blocks.1.") or "ffn.net.0.proj" in name
     }
 
 

@@ -77,6 +77,8 @@ def _patterns(words: Sequence[str], option: str, model: nn.Module, layers: Seque
 
 def _pattern(word: str) -> str:
     """A plain path stands for itself wherever it occurs, and for what lies below it."""
+    if word.startswith("maybe:"):
+        return _pattern(word.removeprefix("maybe:"))
     if word.lstrip("! ").startswith(_PREFIXES) or any(mark in word for mark in "*?[|&!"):
         return word
     return rf"re:(.*\.)?{re.escape(word)}(\..*)?"
