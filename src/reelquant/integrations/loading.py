@@ -14,7 +14,7 @@ from reelquant._errors import CalibrationError, CheckpointError, SiteError, Unsu
 from reelquant.checkpoint import Stored
 from reelquant.discover import denoises, discover, outline, stand_in
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
-from reelquant.integrations.options import with_options
+from reelquant.integrations.options import KEPT, pattern_of, with_options
 from reelquant.nn import (
     count_tensors,
     dequantized,
@@ -30,7 +30,7 @@ from reelquant.nn.pages import drop_mapped
 from reelquant.nn.refusals import refuse_saving
 from reelquant.recipes.build import build_group
 from reelquant.recipes.plan import Plan, make_plan
-from reelquant.sites import DenoiserMap, Group
+from reelquant.sites import DenoiserMap, Group, matches
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,18 @@ def plan_for(model: nn.Module, config: ReelQuantConfig) -> Plan:
     """
     found = _map(model)
     recipe = with_options(data_free(config.recipe), model, found.layers.values(), *(getattr(config, option) for option in OPTIONS))
-    return make_plan(recipe, found, model)
+    plan = make_plan(recipe, found, model)
+    _tell_kept(plan, config)
+    return plan
+
+
+def _tell_kept(plan: Plan, config: ReelQuantConfig) -> None:
+    """Warn of layers that were given a format and stay float."""
+    patterns = [pattern_of(word) for words in (config.modules_dtype_dict or {}).values() for word in words]
+    rows = [row for row in plan.kept if row.kept != KEPT and any(matches(pattern, row.layer) for pattern in patterns)]
+    if rows:
+        some = ", ".join(f"'{row.layer.name}' ({row.kept})" for row in rows[:2])
+        logger.warning("modules_dtype_dict names %d layers that stay float: %s%s", len(rows), some, " ..." if len(rows) > 2 else "")
 
 
 def _map(model: nn.Module) -> DenoiserMap:
