@@ -167,6 +167,8 @@ def test_patterns_of_the_user_count_in_the_component_that_has_them() -> None:
     plans = reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["blocks.0", "decoder.mid_block"])
     assert plans["transformer"].layers["blocks.0.ffn.net.2"].kept == "skipped by you (blocks.0)"
     assert plans["vae"].layers["decoder.mid_block.resnets.0.conv1"].kept == "skipped by you (decoder.mid_block)"
+    either = reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["blocks.0 | decoder.mid_block"])
+    assert all({row.layer.name for row in either[name].kept} == {row.layer.name for row in plans[name].kept} for name in plans)
     with pytest.raises(SiteError, match="'nothing' matches none"):
         reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["nothing"])
 
