@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from reelquant._errors import RecipeError, UnsupportedError, nearest
+from reelquant.sites import by_component as by_component
 
 MODEL = typer.Argument(help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).", show_default=False)
 Model = Annotated[str, MODEL]
@@ -78,12 +79,6 @@ def call_options(**given: Any) -> dict[str, Any]:
     """Arguments of the pipeline call from options: those that were given, by the names diffusers uses."""
     names = {"steps": "num_inference_steps", "frames": "num_frames", "guidance": "guidance_scale"}
     return {names.get(key, key): value for key, value in given.items() if value is not None}
-
-
-def by_component(source: str) -> tuple[str, str]:
-    """``"transformer_2=qvd-w4a8"`` as component and recipe; no component for ``"qvd-w4a8"`` and for files with ``=`` in their path."""
-    name, equals, recipe = source.partition("=")
-    return (name, recipe) if equals and name.isidentifier() else ("", source)
 
 
 def settings(pairs: list[str]) -> dict[str, Any]:
