@@ -102,6 +102,7 @@ class Source:
 
     def __exit__(self, *error: object) -> None:
         self._files.clear()
+        self._tensors.clear()
         self._open.close()
 
     def _expected(self) -> Iterator[str]:
@@ -128,6 +129,12 @@ class Source:
         module: Any = get_module(self.blank, name)
         shape, bias = tuple(module.weight.shape), module.bias is not None
         return Facts(name, layout, isinstance(module, nn.Linear), shape, bias, not fp32.isdisjoint(name.split(".")))
+
+    @cached_property
+    def homeless(self) -> tuple[str, ...]:
+        """Layers with biases that quantization made, for which the architecture has no place."""
+        made = [name for name, facts in self.layers.items() if facts.layout.bias and not facts.bias]
+        return tuple(name for name in made if self.layer(name).bias is not None)
 
     @cached_property
     def floats(self) -> tuple[str, ...]:
