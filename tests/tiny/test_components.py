@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLLTXVideo, AutoencoderKLTemporalDecoder, DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
@@ -242,12 +243,17 @@ def test_text_encoders(name: str) -> None:
 
 
 def test_a_text_encoder_opens_again_from_a_folder_in_half_precision(tmp_path: Path) -> None:
-    """transformers writes the files of CLIP with a prefix that the model does not have."""
-    encoder, pipe = text_encoders()["CLIP"].eval(), wan_pipeline()
+    """Files of CLIP have a prefix that the model does not have; transformers writes it again where it has read it."""
+    text_encoders()["CLIP"].save_pretrained(tmp_path / "float")
+    weights = tmp_path / "float" / "model.safetensors"
+    save_file(
+        {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}, weights, {"format": "pt"}
+    )
+    encoder, pipe = CLIPTextModel.from_pretrained(tmp_path / "float").eval(), wan_pipeline()
     pipe.register_modules(text_encoder=encoder)
     reelquant.quantize(pipe, {"text_encoder": "w8a16"}, prompts=TEXTS)
-    folder = reelquant.save(pipe, tmp_path / "out", dtype=torch.bfloat16) / "text_encoder"
-    again = CLIPTextModel.from_pretrained(folder, dtype=torch.bfloat16)
+    folder = reelquant.save(pipe, tmp_path / "out", dtype=torch.float16) / "text_encoder"
+    again = CLIPTextModel.from_pretrained(folder, dtype=torch.float16)
     scales = {key: value for key, value in again.state_dict().items() if key.endswith("weight_scale")}
     assert scales and all(torch.equal(encoder.state_dict()[key], value) for key, value in scales.items())
 
