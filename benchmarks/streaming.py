@@ -12,11 +12,11 @@ import argparse
 import csv
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -101,24 +101,34 @@ def write_checkpoint(folder: Path, shape: str, blocks: int) -> int:
 
 def run(words: list[str], kill_after: float | None = None) -> dict[str, Any]:
     """One process: its wall time, its exit status and its peaks of memory."""
-    start, peaks = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0}
-    process = subprocess.Popen([sys.executable, "-m", "reelquant", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    killed = False
+    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads would stop the process when it is full
+        command = [sys.executable, "-m", "reelquant", *words]
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
+        found = _watched(process, kill_after)
+        found["seconds"] = time.perf_counter() - start
+        said.seek(0)
+        found["output"] = said.read()
+    if process.returncode and not found["killed"]:
+        raise SystemExit(f"reelquant {' '.join(words)} failed:\n{found['output']}")
+    return found
+
+
+def _watched(process: subprocess.Popen[str], kill_after: float | None) -> dict[str, Any]:
+    """Peaks of a process until it ends, or is killed after so many seconds."""
+    start, peaks, killed = time.perf_counter(), {"VmHWM": 0, "RssAnon": 0}, False
     while process.poll() is None:
         for line in _status(process.pid):
             key, _, value = line.partition(":")
             if key in peaks:
                 peaks[key] = max(peaks[key], int(value.split()[0]) * 1024)
         if kill_after is not None and time.perf_counter() - start > kill_after:
-            os.kill(process.pid, signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
             killed = True
             break
         time.sleep(0.25)
-    output = process.communicate()[0]
-    seconds = time.perf_counter() - start
-    if process.returncode and not killed:
-        raise SystemExit(f"reelquant {' '.join(words)} failed:\n{output}")
-    return {"seconds": seconds, "rss": peaks["VmHWM"], "anon": peaks["RssAnon"], "killed": killed, "output": output}
+    process.wait()
+    return {"rss": peaks["VmHWM"], "anon": peaks["RssAnon"], "killed": killed}
 
 
 def _status(pid: int) -> list[str]:

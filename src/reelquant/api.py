@@ -61,7 +61,7 @@ def quantize(
     """
     from reelquant.checkpoint import adopt
     from reelquant.discover.components import plain
-    from reelquant.models.lora import merging, parse_adapters, refuse_loaded
+    from reelquant.models.lora import merging, parse_adapters, refuse_loaded, short_names
     from reelquant.recipes.components import assign, default_texts
     from reelquant.recipes.engine import quantize_components
 
@@ -72,7 +72,7 @@ def quantize(
     refuse_loaded(pipe)
     with merging(pipe, lora) if lora else nullcontext():
         report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
-    report.adapters = {Path(file).name: scale for file, scale in parse_adapters(lora).items()}
+    report.adapters = short_names(parse_adapters(lora))
     for name, chosen in recipes.items():
         if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
             adopt(part, chosen)

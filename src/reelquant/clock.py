@@ -77,6 +77,7 @@ class Clock(nn.Module):
         self.register_buffer("seen", torch.full((2,), torch.nan), persistent=False)
         self.pairs, self.latent = pairs, latent
         self._now: dict[int, Any] = {}  # by thread: several may run one denoiser, each at a step of its own
+        self._calls: dict[int, tuple[Tensor, Tensor]] = {}  # by thread, too: what :attr:`seen` and :attr:`which` are in graphs
         self.protect(protected, inputs)
         self.argument, self.tables, self.adapted = "timestep", True, False
         self._told = False
@@ -90,15 +91,23 @@ class Clock(nn.Module):
         self.protected_slots, self.inputs = tuple(chosen), inputs
         self._now = {}
 
-    def look(self, latent: Tensor) -> None:
-        """Set :attr:`which` for a call with these latents."""
-        if self.pairs == "batched":
-            self.which.copy_(BOTH * holds_twice(latent))
-            return
-        now = torch.stack([latent.float().sum(), latent.float().square().sum()])
-        again = (now == self.seen).all() & (self.which == FIRST)
-        self.which.copy_(torch.where(again, SECOND, FIRST))
-        self.seen.copy_(now)
+    def look(self, latent: Tensor) -> Tensor:
+        """Set :attr:`which` for a call with these latents, and give its value for this thread."""
+        which = BOTH * holds_twice(latent).to(self.which.device) if self.pairs == "batched" else self._in_turn(latent)
+        self.which.copy_(which)
+        return which
+
+    def _in_turn(self, latent: Tensor) -> Tensor:
+        """The second half if the call before had the same latents and was the first."""
+        now = torch.stack([latent.float().sum(), latent.float().square().sum()]).to(self.seen.device)
+        if torch.compiler.is_compiling():
+            which = _half(now, self.seen, self.which)
+            self.seen.copy_(now)
+            return which
+        thread = threading.get_ident()
+        which = _half(now, *self._calls.get(thread, (now * torch.nan, self.which)))  # NaN equals nothing
+        self._calls[thread] = now, which
+        return which
 
     def tick(self, timestep: Tensor | float, latent: Tensor | None = None) -> None:
         """Set :attr:`slot` and :attr:`exact` for a call with this timestep: a number, one per clip, or one per token."""
@@ -111,12 +120,11 @@ class Clock(nn.Module):
         self.slot.copy_(slot)
         self.stored.copy_(stored)
         self.protected.copy_(protected)
-        if latent is not None:
-            self.look(latent)
+        which = self.which if latent is None else self.look(latent)
         if torch.compiler.is_compiling():
             self._now = {}
         else:
-            self._now[threading.get_ident()] = [slot, stored, protected, self.which.clone()]
+            self._now[threading.get_ident()] = [slot, stored, protected, which]
             self._timestep, self._mixed = float(now), bool((times != now).any())
 
     def now(self) -> Moment:
@@ -157,6 +165,12 @@ class Clock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"slots={len(self.timesteps)}"
+
+
+def _half(now: Tensor, seen: Tensor, before: Tensor) -> Tensor:
+    """Half of a guidance pair, by what is seen of the latents now and in the call before, and by what that call was."""
+    again = (now == seen.to(now.device)).all() & (before.to(now.device) == FIRST)
+    return torch.where(again, SECOND, FIRST)
 
 
 def holds_twice(latent: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from reelquant._errors import SiteError, nearest
@@ -16,6 +17,12 @@ from reelquant._errors import SiteError, nearest
 Role = Literal["main", "temporal", "prompt", "constant", "entry", "exit"]
 ROLES: tuple[Role, ...] = ("main", "temporal", "prompt", "constant", "entry", "exit")
 Part = Literal["weight", "input", "output"]
+
+
+def by_component(source: str) -> tuple[str, str]:
+    """``"transformer_2=qvd-w4a8"`` as component and the rest; no component for ``"qvd-w4a8"`` and for files with ``=`` in their path."""
+    name, equals, rest = source.partition("=")
+    return (name, rest) if equals and name.isidentifier() and not Path(source).expanduser().is_file() else ("", source)
 
 
 @dataclass(frozen=True)

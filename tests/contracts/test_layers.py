@@ -18,6 +18,7 @@ from reelquant.clock import Clock
 from reelquant.formats import FORMATS, parse_format
 from reelquant.kernels import backend, hadamard
 from reelquant.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear, buffer_shapes, quantized_class, start_clock
+from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.recipes.build import layer_bytes
 from tests.single import build, unrounded
 
@@ -184,11 +185,26 @@ def test_the_dequantized_layer_is_the_float_layer_but_for_rounding(kind: str, st
     float_layer = copy.deepcopy(module)
     with torch.no_grad():
         float_layer.weight.copy_(layer.dequantized_weight())
-        if layer.bias is not None:
-            float_layer.bias = nn.Parameter(layer.float_bias().float())
+        if (bias := layer.float_bias()) is not None:
+            float_layer.bias = nn.Parameter(bias.float())
         close(float_layer(x), layer(x).double(), 1e-3 if layer.bias is not None and layer.bias.dtype == torch.float16 else 1e-5)
         # half a step of 127 per weight, over some tens of weights
         close(float_layer(x), module(x).double(), 0.02)
+
+
+@pytest.mark.parametrize("unused", [False, True])
+def test_a_model_may_write_into_the_answer_of_a_table(unused: bool) -> None:
+    layer = QuantLinear(3, 4, True, LayerLayout(TensorLayout("int8", "channel"), table=2, unused=unused))
+    stored = torch.zeros(2, 4) if unused else torch.arange(8.0).view(2, 4)
+    if not unused:
+        layer.output_table = stored.clone()
+    layer.clock = (Clock([900.0, 100.0]),)
+    layer.clock[0].tick(100)
+    for rows in (1, 2):
+        answer = layer(torch.randn(rows, 3))
+        assert torch.equal(answer, stored[1:].expand(rows, 4))
+        answer += 1
+        assert torch.equal(layer(torch.randn(rows, 3)), stored[1:].expand(rows, 4))
 
 
 INPUTS: dict[str, tuple[dict[str, Any], int, int]] = {  # recipe, frames, calls

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLLTXVideo, AutoencoderKLTemporalDecoder, DiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
@@ -167,6 +168,8 @@ def test_patterns_of_the_user_count_in_the_component_that_has_them() -> None:
     plans = reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["blocks.0", "decoder.mid_block"])
     assert plans["transformer"].layers["blocks.0.ffn.net.2"].kept == "skipped by you (blocks.0)"
     assert plans["vae"].layers["decoder.mid_block.resnets.0.conv1"].kept == "skipped by you (decoder.mid_block)"
+    either = reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["blocks.0 | decoder.mid_block"])
+    assert all({row.layer.name for row in either[name].kept} == {row.layer.name for row in plans[name].kept} for name in plans)
     with pytest.raises(SiteError, match="'nothing' matches none"):
         reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["nothing"])
 
@@ -237,6 +240,22 @@ def test_text_encoders(name: str) -> None:
     with torch.no_grad():
         cosine = cosines([before], [encoder(input_ids=torch.arange(8)[None]).last_hidden_state])
     assert float(cosine.min()) > 0.999 and report.figures["prompt_cosine_min"] > 0.999
+
+
+def test_a_text_encoder_opens_again_from_a_folder_in_half_precision(tmp_path: Path) -> None:
+    """Files of CLIP have a prefix that the model does not have; transformers writes it again where it has read it."""
+    text_encoders()["CLIP"].save_pretrained(tmp_path / "float")
+    weights = tmp_path / "float" / "model.safetensors"
+    save_file(
+        {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(weights).items()}, weights, {"format": "pt"}
+    )
+    encoder, pipe = CLIPTextModel.from_pretrained(tmp_path / "float").eval(), wan_pipeline()
+    pipe.register_modules(text_encoder=encoder)
+    reelquant.quantize(pipe, {"text_encoder": "w8a16"}, prompts=TEXTS)
+    folder = reelquant.save(pipe, tmp_path / "out", dtype=torch.float16) / "text_encoder"
+    again = CLIPTextModel.from_pretrained(folder, dtype=torch.float16)
+    scales = {key: value for key, value in again.state_dict().items() if key.endswith("weight_scale")}
+    assert scales and all(torch.equal(encoder.state_dict()[key], value) for key, value in scales.items())
 
 
 def test_a_pipeline_without_encode_prompt_says_what_is_not_measured() -> None:

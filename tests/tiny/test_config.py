@@ -249,6 +249,7 @@ def test_recipes_that_calibrate_say_what_to_call_instead(wan_folder: Path) -> No
         ({"modules_dtype_dict": {"int9": ["ffn"]}}, "unknown number format 'int9'; did you mean 'int8'"),
         ({"modules_dtype_dict": {"int8": "ffn"}}, r"modules_dtype_dict\['int8'\] is a list"),
         ({"modules_dtype_dict": ["int8"]}, "maps number formats to lists"),
+        ({"modules_to_not_covert": ["proj_out"]}, "has no option 'modules_to_not_covert'; did you mean 'modules_to_not_convert'"),
         ({"group_size": 0}, "group_size is a number of weights"),
         ({"group_size": True}, "group_size is a number of weights"),
     ],
@@ -284,11 +285,11 @@ def test_damaged_float_checkpoints_are_refused(wan_folder: Path, tmp_path: Path)
 
 def test_modules_to_not_convert(wan_folder: Path) -> None:
     every = set(formats(load(wan_folder)))
-    words = ["attn1.to_q", "blocks.1", "re:.*ffn.*proj", "scale_shift_table", "maybe:lm_head"]
+    words = ["attn1.to_q", "blocks.1", "re:.*ffn.*proj", "scale_shift_table", "maybe:lm_head", "maybe:attn2.to_v"]
     left = set(formats(load(wan_folder, modules_to_not_convert=words)))
     assert left < every
     assert every - left == {
-        name for name in every if name.endswith("attn1.to_q") or name.startswith("blocks.1.") or "ffn.net.0.proj" in name
+        name for name in every if name.endswith(("attn1.to_q", "attn2.to_v")) or name.startswith("blocks.1.") or "ffn.net.0.proj" in name
     }
 
 
@@ -300,6 +301,12 @@ def test_modules_dtype_dict(wan_folder: Path) -> None:
     assert found["blocks.0.attn2.to_q"] == found["proj_out"] == "e4m3 channel"  # also what the recipe would have kept
     assert found["blocks.1.attn1.to_q"] == "int8 channel"
     assert not any(name.endswith("to_k") for name in found)
+
+
+def test_a_format_for_a_layer_that_the_model_keeps_in_float_is_told(wan_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "reelquant"):
+        load(wan_folder, modules_dtype_dict={"int4": ["time_embedder", "to_q"]}, modules_to_not_convert=["blocks.0.attn1.to_q"])
+    assert "names 2 layers that stay float: 'condition_embedder.time_embedder.linear_1' (the model keeps it in float32)" in caplog.text
 
 
 def test_group_size(wan_folder: Path) -> None:

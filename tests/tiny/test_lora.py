@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import reelquant
 from reelquant import CheckpointError, RecipeError, UnsupportedError
 from reelquant.cli import app
-from reelquant.models.lora import LoraFiles, parse_adapters
+from reelquant.models.lora import LoraFiles, adapter_file, parse_adapters, short_names
 from reelquant.nn import QuantConv2d, QuantLayer, QuantLinear, get_module
 from tests.tiny.bundled import CALL, NAMES, OFFLOAD, PROMPT, RECIPE, denoiser, expected, folder, latents, opened, quantized
 from tests.tiny.stock import Bare, realigned
@@ -399,6 +399,16 @@ def test_biases_of_adapters_are_merged(tmp_path: Path) -> None:
     assert assert_merges_like_stock("tiny-dit", {path: 0.5}) == 2
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_bias_for_a_layer_without_one_is_refused(tmp_path: Path) -> None:
+    tensors = factors("tiny-unet", targets=["attn1.to_q"])
+    bias = {key.replace("weight", "bias"): torch.ones(len(value)) for key, value in tensors.items() if "lora_B" in key}
+    layer = next(iter(tensors)).partition(".lora_")[0]
+    files = LoraFiles(stock("tiny-unet"), {str(written(tmp_path / WEIGHTS, "tiny-unet", tensors | bias)): 1.0})
+    with pytest.raises(CheckpointError, match=f"cannot be merged into 'unet.{layer}': .*bias"):
+        files.merged("unet", f"{layer}.weight", get_module(stock("tiny-unet").unet, layer).weight)
+
+
 def test_small_deltas_survive_merging_on_average_where_a_fused_one_would_vanish() -> None:
     """Float weights lie anywhere between two codes: a delta of a tenth of a step moves a tenth of them to the next one."""
     weight, generator = denoiser(stock("tiny-dit")).blocks[0].ffn.net[0].proj.weight.detach(), torch.Generator().manual_seed(0)
@@ -464,9 +474,30 @@ def test_adapters_are_parsed() -> None:
     assert parse_adapters({"a.safetensors": 2, Path("b.safetensors"): 0.5}) == {"a.safetensors": 2.0, "b.safetensors": 0.5}  # type: ignore[dict-item]
     assert parse_adapters("C:/a.safetensors") == {"C:/a.safetensors": 1.0}
     assert parse_adapters(["a.safetensors:-0.5", "transformer_2=b.st"]) == {"a.safetensors": -0.5, "transformer_2=b.st": 1.0}
-    for wrong, why in ((["a.safetensors:x"], "not a number"), (["a:nan"], "finite"), (["a:1", "a:2"], "twice")):
+    assert parse_adapters(Path("a.safetensors")) == parse_adapters([Path("a.safetensors")]) == {"a.safetensors": 1.0}
+    for wrong, why in (
+        (["a.safetensors:x"], "not a number"), ({"a": "strong"}, "'a' is 'strong', which is not a number"), ({"a": None}, "not a number"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=why):
+            parse_adapters(wrong)  # type: ignore[arg-type]
+    for wrong, why in ((["a:nan"], "finite"), (["a:1", "a:2"], "twice")):
         with pytest.raises(RecipeError, match=why):
             parse_adapters(wrong)
+
+
+def test_equals_signs_of_a_path_are_no_component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("lr=1e-4/style.safetensors")
+    path.parent.mkdir()
+    path.touch()
+    assert adapter_file(str(path)) == ("", path) and adapter_file(str(path.absolute())) == ("", path.absolute())
+    assert adapter_file(f"transformer={path}") == ("transformer", path)
+
+
+def test_reports_name_every_adapter() -> None:
+    assert short_names({"a/x.st": 1.0, "transformer_2=b/x.st": 2.0}) == {"x.st": 1.0, "transformer_2=x.st": 2.0}
+    assert short_names({"c/a/x.st": 1.0, "b/x.st": 2.0}) == {"a/x.st": 1.0, "b/x.st": 2.0}
+    assert short_names({"c/a/x.st": 1.0, "d/a/x.st": 2.0}) == {"c/a/x.st": 1.0, "d/a/x.st": 2.0}
 
 
 def test_bad_files_get_one_clear_error_and_change_nothing(tmp_path: Path) -> None:

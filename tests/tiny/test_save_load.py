@@ -182,14 +182,17 @@ def test_an_existing_folder_is_refused_before_anything_is_written(pipe: WanPipel
     assert digests(folder) == before
 
 
-def test_adapters_must_be_unloaded_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["to_q", "proj_out"])  # quantized, float
+def test_adapters_must_be_unloaded_first(target: str, tmp_path: Path) -> None:
     from peft import LoraConfig
 
     pipe, _ = quantized()
-    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=[target]))
     with pytest.raises(UnsupportedError, match="wrapped by an adapter"):
         reelquant.save(pipe, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UnsupportedError, match="unload_lora_weights"):
+        pipe.transformer.save_pretrained(tmp_path / "stock")
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:

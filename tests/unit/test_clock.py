@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from reelquant.clock import NAME, Clock, attach, timestep_reader
+from reelquant.clock import FIRST, NAME, SECOND, Clock, attach, timestep_reader
 
 TIMES = [999.0, 749.0, 499.0, 249.0]
 
@@ -64,6 +65,18 @@ def test_tokens_of_a_given_frame_carry_zero_and_do_not_set_the_slot() -> None:
     timestep[:, :2] = 0  # image to video: the first frame is known
     clock.tick(timestep)
     assert int(clock.slot) == 2 and not clock.stored
+
+
+def test_every_thread_has_pairs_of_its_own() -> None:
+    """Two samplers that start from the same noise call the denoiser in turns."""
+    clock, latent = Clock(TIMES, pairs="sequential", latent="x"), torch.randn(2, 3)
+
+    def half() -> int:
+        clock.tick(999, latent)
+        return clock.now().half
+
+    with ThreadPoolExecutor(1) as other:
+        assert [half(), other.submit(half).result(), half(), other.submit(half).result()] == [FIRST, FIRST, SECOND, SECOND]
 
 
 def test_falling_back_is_told_once_and_says_why(caplog: pytest.LogCaptureFixture) -> None:

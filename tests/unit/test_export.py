@@ -265,22 +265,25 @@ SHIFTED = {
 }
 
 
-def test_a_bias_without_a_place_is_refused(tmp_path: Path) -> None:
+def test_a_bias_without_a_place_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """UNets have q, k and v without biases, and norms before them that shifts fold into."""
     folder = saved_alone("UNetMotionModel", tmp_path / "x", recipe=SHIFTED)
     with pytest.raises(UnsupportedError, match=r"layers \('.*attn1.to_[qkv]', .* need biases that quantization made.* w8a16"):
         exported(folder, "comfyui", tmp_path)
+    monkeypatch.setattr("reelquant.checkpoint.export.torchao.new_folder", None)  # it is not reached
+    with pytest.raises(UnsupportedError, match="need biases that quantization made"):
+        exported(folder, "torchao", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_bias_that_only_undoes_a_shift_of_the_layer_itself_needs_no_place() -> None:
     layout = LayerLayout(TensorLayout("int8", "channel"), shift=True)
-    quant = QuantLinear(6, 4, True, layout, device="cpu")
+    quant = QuantLinear(6, 4, False, layout, device="cpu")
     codes, shift = torch.randint(-128, 128, (4, 6), dtype=torch.int8), torch.randn(6).bfloat16()
     bias = (codes.float() @ shift.float()).half()
     for extra, gone in ((0.0, True), (1.0, False)):
         quant.fill(LayerTensors(codes, torch.ones(4).bfloat16(), (bias + extra).float(), {"pre_quant_shift": shift}))
-        assert Layer("x", quant, quant.dequantized_weight(), quant.float_bias()).bias_is_gone == gone
+        assert (quant.float_bias() is None) == gone
 
 
 # --------------------------------------------------------------------------------------------------------------------- ComfyUI
@@ -508,6 +511,18 @@ def test_float_folders_and_hub_names_are_refused(tmp_path: Path) -> None:
     for name, words in (("tiny-dit", "nothing in 'tiny-dit' is quantized"), ("owner/name", "is no folder here"), ("./x", "no pipeline")):
         with pytest.raises(CheckpointError, match=words):
             reelquant.export(name, "gguf", tmp_path / "out.gguf")
+
+
+def test_a_text_encoder_is_refused_before_anything_is_copied(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = shutil.copytree(folders["w8a16"], tmp_path / "both")
+    shutil.copytree(both / "transformer", both / "zz_encoder")
+    config = json.loads((both / "zz_encoder" / "config.json").read_text())
+    (both / "zz_encoder" / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "_class_name"}))
+    monkeypatch.setattr("reelquant.checkpoint.export.torchao.new_folder", None)
+    with pytest.raises(UnsupportedError, match="'zz_encoder' is quantized and no model of diffusers"):
+        exported(both, "torchao", tmp_path)
 
 
 def test_of_two_experts_one_is_chosen(folders: dict[str, Path], tmp_path: Path) -> None:

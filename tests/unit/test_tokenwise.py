@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from reelquant import UnsupportedError
 from reelquant.clock import Clock
 from reelquant.nn import quantized_layers, start_clock, start_runtime, stop_runtime, tokenwise
+from reelquant.nn.fuse import Fused
+from reelquant.nn.overlay import Overlay
 from reelquant.nn.tokenwise import Tokenwise, block_tokens, unblock_tokens
 from tests.single import build
 
@@ -135,6 +139,35 @@ def test_nobody_who_watches_a_layer_is_surprised() -> None:
     handle.remove()
     stop_runtime(model)
     assert type(model["part"]) is Gated
+
+
+@pytest.mark.parametrize("kind", [Tokenwise, Fused])
+def test_a_module_of_another_class_is_not_pickled(kind: type[Overlay]) -> None:
+    model = quantized(FeedForward(WIDTH, activation_fn="gelu-approximate"))
+    own = set(vars(model["part"]))
+    start_runtime(model)
+    module = next(module for module in model.modules() if isinstance(module, kind))
+    with pytest.raises(UnsupportedError, match="quantized models are not pickled"):
+        pickle.dumps(module)
+    assert type(copy.deepcopy(module)) is type(module)
+    stop_runtime(model)
+    assert set(vars(model["part"])) == own
+
+
+@pytest.mark.usefixtures("blocks_of_64")
+def test_nobody_who_watches_what_lies_between_the_layers_is_surprised() -> None:
+    model = quantized(FeedForward(WIDTH, activation_fn="gelu"))
+    start_runtime(model)
+    seen: list[int] = []
+    between = model["part"].net[1]
+    handle = between.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[1]))
+    model["part"](torch.randn(1, 300, WIDTH))
+    assert seen == [300]
+    handle.remove()
+    stock = between.forward
+    between.forward = lambda x: seen.append(x.shape[1]) or stock(x)
+    model["part"](torch.randn(1, 300, WIDTH))
+    assert seen == [300, 300]
 
 
 @pytest.mark.usefixtures("blocks_of_64")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,12 +106,12 @@ def _cast(pipe: Any, folder: Path, dtype: torch.dtype) -> None:
     from safetensors.torch import load_file, save_file
 
     for name, part in _modules(pipe).items():
-        layers = quantized_layers(part)
+        exact_layers, paths = quantized_layers(part), {path for path, _ in part.named_modules()}
         names = getattr(part, "_keep_in_fp32_modules", None) or []
 
-        def cast(key: str, value: Tensor, layers: Any = layers, fp32: Any = names) -> Tensor:
+        def cast(key: str, value: Tensor, layers: Any = exact_layers, paths: Any = paths, fp32: Any = names) -> Tensor:
             layer, _, tensor = key.rpartition(".")
-            exact = (layer in layers and tensor != "bias") or any(word in key.split(".") for word in fp32)
+            exact = (_path_in(paths, layer) in layers and tensor != "bias") or any(word in key.split(".") for word in fp32)
             return value if exact or not value.is_floating_point() else value.to(dtype)
 
         for file in sorted((folder / name).glob("*.safetensors")):
@@ -118,6 +119,13 @@ def _cast(pipe: Any, folder: Path, dtype: torch.dtype) -> None:
             fresh = file.with_suffix(".cast")  # the tensors are views of the old file
             save_file(tensors, fresh, metadata={"format": "pt"})
             fresh.replace(file)
+
+
+def _path_in(paths: Container[str], layer: str) -> str:
+    """The path in the model of a layer in its file: transformers writes the files of some text encoders with a prefix."""
+    while layer not in paths and "." in layer:
+        layer = layer.partition(".")[2]
+    return layer
 
 
 def _copy_notes(pipe: Any, folder: Path) -> None:

@@ -114,20 +114,27 @@ def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums
     """What has to be stored about a model whose layers are quantized; ``checksums`` of layers whose tensors are elsewhere.
 
     Raises:
-        UnsupportedError: if an adapter wraps quantized layers, or their weights are offloaded.
+        UnsupportedError: if an adapter wraps layers, or weights of quantized ones are offloaded.
     """
+    _check_unwrapped(model)
     layers = quantized_layers(model)
     for name, layer in layers.items():
         if checksums is None and layer.weight.device.type == "meta":
             raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before saving")
-        if "base_layer" in name.split("."):
-            raise UnsupportedError(
-                f"layer '{name}' is wrapped by an adapter; unload the adapters (pipe.unload_lora_weights()) before saving"
-            )
     kept = [name for name, part in model.named_modules() if isinstance(part, tuple(LAYERS)) and not isinstance(part, QuantLayer)]
     checksums = {name: tile_checksum(layer) if checksums is None else checksums[name] for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
     return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__)
+
+
+def _check_unwrapped(model: nn.Module) -> None:
+    """Adapters rename the tensors of float layers, too."""
+    for name, _ in model.named_modules():
+        if name.endswith(".base_layer"):
+            raise UnsupportedError(
+                f"layer '{name.removesuffix('.base_layer')}' is wrapped by an adapter; unload the adapters (pipe.unload_lora_weights()) "
+                "before saving"
+            )
 
 
 def adopt(model: nn.Module, recipe: Any = None) -> None:
@@ -138,7 +145,7 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
         recipe: the :class:`~reelquant.recipes.recipe.Recipe` that was followed; None keeps what the model says about itself.
 
     Raises:
-        UnsupportedError: if adapters wrap quantized layers, or the model is of neither library.
+        UnsupportedError: if adapters wrap layers, or the model is of neither library.
     """
     if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
         raise UnsupportedError(f"{type(model).__name__} is no model of diffusers or transformers: no config to describe its layers in")

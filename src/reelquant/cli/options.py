@@ -80,12 +80,6 @@ def call_options(**given: Any) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in given.items() if value is not None}
 
 
-def by_component(source: str) -> tuple[str, str]:
-    """``"transformer_2=qvd-w4a8"`` as component and recipe; no component for ``"qvd-w4a8"`` and for files with ``=`` in their path."""
-    name, equals, recipe = source.partition("=")
-    return (name, recipe) if equals and name.isidentifier() else ("", source)
-
-
 def settings(pairs: list[str]) -> dict[str, Any]:
     """``["calibrate.steps=10", "defaults.weight.format=int4"]`` as overrides; values are YAML.
 

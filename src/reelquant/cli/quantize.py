@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, by_component, call_options, opened, settings
+from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, opened, settings
+from reelquant.sites import by_component
 
 if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation

@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reelquant._errors import RecipeError
+from reelquant._errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from reelquant.recipes.recipe import Recipe
@@ -66,6 +66,8 @@ class ReelQuantConfig:
         if self.stored:  # a newer version may have followed a recipe that this one cannot read; the layers are described without it
             self.recipe: Any = copy.deepcopy(recipe)
             return
+        for key in content:
+            raise RecipeError(f"ReelQuantConfig has no option '{key}'; {nearest(key, ('recipe', *OPTIONS))}")
         self.recipe = load_recipe(recipe if not isinstance(recipe, Mapping) else dict(recipe))
         check(modules_to_not_convert, modules_dtype_dict, group_size)
 
@@ -90,7 +92,12 @@ class ReelQuantConfig:
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Read :meth:`to_dict` back; keys of newer versions are kept. ``return_unused_kwargs`` is how the two libraries call it."""
         told = copy.deepcopy(dict(config_dict))
-        config = cls(**({"recipe": {}} if STORED in told else {}) | told)
+        if STORED in told:
+            config = cls(**{"recipe": {}} | told)
+        else:
+            known = {key: told.pop(key) for key in ("recipe", "quant_method", *OPTIONS) if key in told}
+            config = cls(**known)
+            config.content = told
         return (config, kwargs) if return_unused_kwargs else config
 
     def __eq__(self, other: object) -> bool:

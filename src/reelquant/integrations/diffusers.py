@@ -36,7 +36,6 @@ class ReelQuantizer(DiffusersQuantizer):
         else:
             data_free(quantization_config.recipe)
         self._keys: set[str] | None = None
-        self._made: set[str] = set()  # layers whose bias a transform made: it keeps the dtype it is stored in
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse offloading to disk, which would cast scales."""
@@ -52,7 +51,7 @@ class ReelQuantizer(DiffusersQuantizer):
         if self.stored is None:
             self.on_the_fly = OnTheFly(model, plan_for(model, self.quantization_config))
             return
-        self._made = put_empty_layers(model, self.stored)
+        put_empty_layers(model, self.stored)
         self._check_keys(model)
 
     def _check_keys(self, model: nn.Module) -> None:
@@ -92,9 +91,9 @@ class ReelQuantizer(DiffusersQuantizer):
             self.on_the_fly.take(param_name, state_dict[param_name].to(target_device), param_value.to(target_device))
             return
         layer_name, _, tensor = param_name.rpartition(".")
-        layer = get_module(model, layer_name)
+        layer: Any = get_module(model, layer_name)
         is_parameter = tensor in layer._parameters
-        value = param_value if tensor == "bias" and layer_name not in self._made else state_dict[param_name]
+        value = param_value if tensor == "bias" and not layer.bias_made else state_dict[param_name]
         value = value.to(target_device)
         expected = getattr(layer, tensor).dtype
         if tensor != "bias" and value.dtype != expected:
@@ -128,11 +127,12 @@ class ReelQuantizer(DiffusersQuantizer):
         """Everything is in the state dict; no metadata, whose order in the file would vary.
 
         Raises:
-            UnsupportedError: if adapters wrap quantized layers.
+            UnsupportedError: if adapters wrap layers, quantized or not.
         """
-        for name in self.stored.layers if self.stored else ():
-            if f"{name}.weight" not in state_dict:
-                raise UnsupportedError(f"layer '{name}' is wrapped or gone; unload adapters (unload_lora_weights) before saving")
+        wrapped = [key.partition(".base_layer.")[0] for key in state_dict if ".base_layer." in key]
+        gone = [name for name in (self.stored.layers if self.stored else ()) if f"{name}.weight" not in state_dict]
+        for name in wrapped + gone:
+            raise UnsupportedError(f"layer '{name}' is wrapped or gone; unload adapters (unload_lora_weights) before saving")
         return state_dict, {}
 
     def _dequantize(self, model: nn.Module) -> nn.Module:

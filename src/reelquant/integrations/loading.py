@@ -14,7 +14,7 @@ from reelquant._errors import CalibrationError, CheckpointError, SiteError, Unsu
 from reelquant.checkpoint import Stored
 from reelquant.discover import denoises, discover, outline, stand_in
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
-from reelquant.integrations.options import with_options
+from reelquant.integrations.options import KEPT, pattern_of, with_options
 from reelquant.nn import (
     count_tensors,
     dequantized,
@@ -27,9 +27,10 @@ from reelquant.nn import (
     stop_runtime,
 )
 from reelquant.nn.pages import drop_mapped
+from reelquant.nn.refusals import refuse_saving
 from reelquant.recipes.build import build_group
 from reelquant.recipes.plan import Plan, make_plan
-from reelquant.sites import DenoiserMap, Group
+from reelquant.sites import DenoiserMap, Group, matches
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,18 @@ def plan_for(model: nn.Module, config: ReelQuantConfig) -> Plan:
     """
     found = _map(model)
     recipe = with_options(data_free(config.recipe), model, found.layers.values(), *(getattr(config, option) for option in OPTIONS))
-    return make_plan(recipe, found, model)
+    plan = make_plan(recipe, found, model)
+    _tell_kept(plan, config)
+    return plan
+
+
+def _tell_kept(plan: Plan, config: ReelQuantConfig) -> None:
+    """Warn of layers that were given a format and stay float."""
+    patterns = [pattern_of(word) for words in (config.modules_dtype_dict or {}).values() for word in words]
+    rows = [row for row in plan.kept if row.kept != KEPT and any(matches(pattern, row.layer) for pattern in patterns)]
+    if rows:
+        some = ", ".join(f"'{row.layer.name}' ({row.kept})" for row in rows[:2])
+        logger.warning("modules_dtype_dict names %d layers that stay float: %s%s", len(rows), some, " ..." if len(rows) > 2 else "")
 
 
 def _map(model: nn.Module) -> DenoiserMap:
@@ -117,28 +129,40 @@ class OnTheFly:
             )
 
 
-def put_empty_layers(model: nn.Module, stored: Stored) -> set[str]:
-    """Exchange float layers for empty quantized ones; names of those whose bias the float layer did not have.
+def put_empty_layers(model: nn.Module, stored: Stored) -> None:
+    """Exchange float layers for empty quantized ones.
 
     Raises:
         CheckpointError: if the description names a layer that does not exist or has no quantized form.
     """
-    made = set()
     for name, layout in stored.layers.items():
         module = _float_layer(model, name)
-        made |= {name} if module.bias is None and layout.bias else set()
         set_module(model, name, quantized_class(module).like(module, layout, device="meta"))
-    return made
 
 
 def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
-    """Exchange quantized layers for stock ones with the values their codes stand for, and stop what ran beside them."""
+    """Exchange quantized layers for stock ones with the values their codes stand for, and stop what ran beside them.
+
+    Biases that the architecture has no place for remain (shifts folded into norms make them, and ``correct_bias``): such a model runs, and
+    is not saved.
+
+    Raises:
+        UnsupportedError: if weights are offloaded.
+    """
     for name, layer in quantized_layers(model).items():
-        made = layer.bias is None or layer.bias.dtype == torch.float16  # else the layer had it, and its dtype is the layer's
-        set_module(model, name, dequantized(layer, dtype if made else layer.bias.dtype))
+        if layer.weight.device.type == "meta":
+            raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before dequantizing")
+    homeless = []
+    for name, layer in quantized_layers(model).items():
+        own = layer.bias is not None and not layer.bias_made
+        new: Any = dequantized(layer, layer.bias.dtype if own else dtype)
+        set_module(model, name, new)
+        homeless += [name] if layer.bias_made and new.bias is not None else []
     stop_clock(model)
     stop_runtime(model)
     count_tensors(model)
+    if homeless:
+        refuse_saving(model, homeless)
 
 
 def _float_layer(model: nn.Module, name: str) -> Any:

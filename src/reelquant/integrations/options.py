@@ -16,6 +16,7 @@ from reelquant.sites import Layer, matches
 FEW_BITS = 6  # below, a scale per output channel is not enough and the best range is not the widest
 GROUPED: dict[str, Any] = {"granularity": "group-64", "range": {"name": "mse", "candidates": 16, "smallest": 0.7}}
 BY_CHANNEL: dict[str, Any] = {"granularity": "channel"}
+KEPT = "modules_to_not_convert"  # why a layer stays that the user names there
 _PREFIXES = ("re:", "role:", "class:", "maybe:")
 
 
@@ -62,21 +63,23 @@ def with_options(
         weight = weight if group_size is None else _grouped(weight, group_size)
         rules += [{"on": on, "keep": False, "weight": weight} for on in _patterns(words, "modules_dtype_dict", model, known)]
     for on in _patterns(keep or (), "modules_to_not_convert", model, known):
-        rules.append({"on": on, "keep": True, "because": "modules_to_not_convert"})
+        rules.append({"on": on, "keep": True, "because": KEPT})
     return load_recipe(data | {"rules": rules})
 
 
 def _patterns(words: Sequence[str], option: str, model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     """Patterns of the words that name layers; those that name other parts of the model (norms, embeddings) are float anyway."""
-    patterns = {word: _pattern(word) for word in words}
+    patterns = {word: pattern_of(word) for word in words}
     for word, pattern in patterns.items():
         if not any(matches(pattern, layer) for layer in layers) and not word.startswith(("role:", "class:", "maybe:")):
             _check_known(word, option, model)
     return [pattern for pattern in patterns.values() if any(matches(pattern, layer) for layer in layers)]
 
 
-def _pattern(word: str) -> str:
+def pattern_of(word: str) -> str:
     """A plain path stands for itself wherever it occurs, and for what lies below it."""
+    if word.startswith("maybe:"):
+        return pattern_of(word.removeprefix("maybe:"))
     if word.lstrip("! ").startswith(_PREFIXES) or any(mark in word for mark in "*?[|&!"):
         return word
     return rf"re:(.*\.)?{re.escape(word)}(\..*)?"

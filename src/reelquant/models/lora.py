@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError, nearest
+from reelquant.sites import by_component
 
 EXPERT = "transformer_2"  # Wan 2.2: the second denoiser, for which diffusers wants to be told that a file is meant
-Adapters = Mapping[str, float] | Sequence[str] | str
+Adapters = Mapping[str, float] | Mapping[Path, float] | Sequence[str | Path] | str | Path
 """File -> scale, or texts as the command line takes them: ``FILE``, ``FILE:SCALE``, ``transformer_2=FILE:SCALE``."""
 
 
@@ -35,9 +36,9 @@ def parse_adapters(adapters: Adapters) -> dict[str, float]:
         {'style.safetensors': 0.8, 'transformer_2=fast.safetensors': 1.0}
     """
     if isinstance(adapters, Mapping):
-        pairs = [(str(file), float(scale)) for file, scale in adapters.items()]
+        pairs = [(str(file), _number(str(file), scale)) for file, scale in adapters.items()]
     else:
-        pairs = [_parse(text) for text in ([adapters] if isinstance(adapters, str) else adapters)]
+        pairs = [_parse(str(text)) for text in ([adapters] if isinstance(adapters, str | Path) else adapters)]
     for file, scale in pairs:
         if not torch.isfinite(torch.tensor(scale)):
             raise RecipeError(f"the scale of adapter '{file}' is {scale}; give a finite number, 1 for its full strength")
@@ -47,13 +48,29 @@ def parse_adapters(adapters: Adapters) -> dict[str, float]:
 
 
 def _parse(text: str) -> tuple[str, float]:
-    file, colon, scale = str(text).rpartition(":")
+    file, colon, scale = text.rpartition(":")
     if not colon or scale.endswith(".safetensors"):  # no scale, or the colon of a drive
-        return str(text), 1.0
+        return text, 1.0
+    return file, _number(file, scale)
+
+
+def _number(file: str, scale: Any) -> float:
     try:
-        return file, float(scale)
-    except ValueError:
-        raise RecipeError(f"the scale of adapter '{text}' is not a number; write FILE or FILE:SCALE, style.safetensors:0.8") from None
+        return float(scale)
+    except (TypeError, ValueError):
+        raise RecipeError(
+            f"the scale of adapter '{file}' is {scale!r}, which is not a number; write FILE or FILE:SCALE, style.safetensors:0.8"
+        ) from None
+
+
+def short_names(adapters: Mapping[str, float]) -> dict[str, float]:
+    """Adapters as reports name them: without folders, or with the last one where files have the same name."""
+    parts = [by_component(source) for source in adapters]
+    for depth in (1, 2):
+        names = [f"{name}=" * bool(name) + "/".join(Path(file).parts[-depth:]) for name, file in parts]
+        if len(set(names)) == len(names):
+            return dict(zip(names, adapters.values(), strict=True))
+    return dict(adapters)
 
 
 class LoraFiles:
@@ -107,7 +124,7 @@ class LoraFiles:
             value: the float tensor; it is not changed, and given back as it is if no adapter is meant for it.
 
         Raises:
-            CheckpointError: if the sum is not finite.
+            CheckpointError: if the sum is not finite, or the layer has no place for what an adapter adds.
         """
         if name not in self.tensors(component):
             return value
@@ -117,9 +134,11 @@ class LoraFiles:
         hollow = {key: parameter.data for key, parameter in base.named_parameters(recurse=False)}
         try:
             for key, parameter in base.named_parameters(recurse=False):
-                parameter.data = value.detach().float().clone() if key == kind else torch.zeros(parameter.shape)
+                parameter.data = _on_cpu(value) if key == kind else torch.zeros(parameter.shape)
             wrapper.merge(safe_merge=True)
-            return getattr(base, kind).data.to(value.dtype)
+            return getattr(base, kind).data.to(value.device, value.dtype)
+        except RuntimeError as error:  # a bias for a layer without one
+            raise CheckpointError(f"adapters {list(self.scales)} cannot be merged into '{component}.{layer}': {error}") from error
         except ValueError:  # peft's check for NaN
             raise CheckpointError(
                 f"'{name}' is not finite once the adapters {list(self.scales)} are merged; one of them is broken"
@@ -128,6 +147,11 @@ class LoraFiles:
             wrapper.merged_adapters.clear()
             for key, parameter in base.named_parameters(recurse=False):
                 parameter.data = hollow[key]
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    """A float32 copy beside the factors of the adapters."""
+    return value.detach().to("cpu", torch.float32, copy=True)
 
 
 @contextmanager
@@ -191,7 +215,7 @@ def adapter_file(source: str) -> tuple[str, Path]:
     Raises:
         CheckpointError: if there is no such file, or it is no safetensors file.
     """
-    component, _, file = source.rpartition("=")
+    component, file = by_component(source)
     path = Path(file).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         raise CheckpointError(f"no adapter at '{file}'; give a safetensors file (pickled ones can run code and are refused)")

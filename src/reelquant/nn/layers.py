@@ -81,6 +81,7 @@ class QuantLayer(nn.Module):
     layout: LayerLayout
     weight_shape: tuple[int, ...]
     channel_axis: int
+    bias_made: bool  # quantization made the bias: the float layer had none
     _ready: Ready | None
     output_format = torch.contiguous_format
     kernels = "auto"  # or "reference", whatever others use; see set_kernels
@@ -89,7 +90,7 @@ class QuantLayer(nn.Module):
     def _build(self, layout: LayerLayout, device: torch.device | str | None) -> None:
         """Replace the float weight by empty tensors of the layout's shapes."""
         self.layout, self.weight_shape, self.clock = layout, tuple(self.weight.shape), ()
-        self._ready = None
+        self._ready, self.bias_made = None, layout.bias and self.bias is None
         self.number = number_of(self)
         dtype = self.weight.dtype
         if layout.bias != (self.bias is not None):
@@ -193,12 +194,16 @@ class QuantLayer(nn.Module):
         return weight / self.pre_quant_scale.float().view(1, -1, *[1] * (weight.ndim - 2)) if self.layout.scale else weight
 
     def float_bias(self) -> Tensor | None:
-        """The bias that belongs to :meth:`dequantized_weight`: without the compensation of the shift."""
+        """The bias that belongs to :meth:`dequantized_weight`: without the compensation of the shift.
+
+        None if there is none, or if that compensation is all that quantization made it for.
+        """
         if self.bias is None or not self.layout.shift:
             return self.bias
         weight = self._unscaled_weight()
         shift = self.pre_quant_shift.float().view(1, -1, *[1] * (weight.ndim - 2))
-        return (self.bias.float() - (weight * shift).flatten(1).sum(1)).to(self.bias.dtype)
+        left = self.bias.float() - (weight * shift).flatten(1).sum(1)
+        return None if self.bias_made and _is_rounding(left, self.bias.float()) else left.to(self.bias.dtype)
 
     # --- running ----------------------------------------------------------------------------------------------------------------
 
@@ -289,11 +294,14 @@ class QuantLayer(nn.Module):
         return select(given, self.weight.device.type, self.kernels)[0].prepare(given)
 
     def _from_table(self, input: Tensor, slot: int | Tensor) -> Tensor:
-        """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads."""
+        """The stored output of this step, for every row of the input; an unused layer answers with zeros nobody reads.
+
+        In memory of its own: models add to outputs in place.
+        """
         shape = (*input.shape[:-1], self.weight_shape[0])
         if self.layout.unused:
-            return input.new_zeros(()).expand(shape)
-        return of_slot(self.output_table, slot).to(input.dtype).expand(shape)
+            return input.new_zeros(shape)
+        return of_slot(self.output_table, slot).to(input.dtype).expand(shape).clone()
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
         """The gradient of an input of this shape, given that of the output: as if the input were not rounded.
@@ -358,6 +366,12 @@ def _run(runner: Any, input: Tensor, slot: int | Tensor, activation: str) -> Ten
     if activation in getattr(runner, "fused", ()):
         return runner(input, slot, activation)
     return ACTIVATIONS[activation](runner(input, slot))
+
+
+def _is_rounding(left: Tensor, bias: Tensor) -> bool:
+    """Whether a difference is what float16 leaves of a bias, and float32 of a sum whose terms cancel."""
+    size, eps = bias.abs(), torch.finfo(torch.float16).eps
+    return bool((left.abs() <= eps * (size + eps * size.amax())).all())
 
 
 _running: weakref.WeakSet[QuantLayer] = weakref.WeakSet()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import nn
@@ -31,6 +32,17 @@ def allow(model: nn.Module) -> None:
     """Undo :func:`refuse`."""
     for name in SENTENCES:
         vars(model).pop(name, None)
+
+
+def refuse_saving(model: nn.Module, homeless: Sequence[str]) -> None:
+    """Refuse to save a dequantized model whose layers ``homeless`` have biases that stock classes would not read."""
+    some = ", ".join(f"'{name}'" for name in homeless[:2]) + (" ..." if len(homeless) > 2 else "")
+    sentence = (
+        f"{len(homeless)} layers ({some}) of this dequantized model have biases that quantization made, and {type(model).__name__} has no "
+        "place for them: the folder would open without; save the quantized model, or dequantize one from a recipe without shift and "
+        "correct_bias"
+    )
+    object.__setattr__(model, "save_pretrained", functools.partial(_refused, sentence))
 
 
 def _refused(sentence: str, *args: Any, **kwargs: Any) -> NoReturn:

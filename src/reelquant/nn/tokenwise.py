@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from reelquant.nn.graph import call_tokenwise, number_of
 from reelquant.nn.layers import QuantLayer, QuantLinear
-from reelquant.nn.overlay import Overlay, lay, lift, untouched
+from reelquant.nn.overlay import Overlay, lay, lift, untouched, unwatched
 
 AT_ONCE = 1 << 22  # numbers between two layers at a time: a share of the last cache, and memory that the allocator keeps
 ROWS = 64  # tokens in a block are a multiple of it, which suits the products
@@ -31,18 +31,20 @@ class Tokenwise(Overlay):
         reelquant_rows: tokens at a time.
         reelquant_width: channels of the answer.
         reelquant_names: its layers.
+        reelquant_between: its other modules; hooks on them want to see all tokens.
         reelquant_number: by which compiled graphs find it.
     """
 
     reelquant_rows: int
     reelquant_width: int
     reelquant_names: list[str]
+    reelquant_between: list[str]
     reelquant_number: int
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layers = self.reelquant_layers()
         tokens = math.prod(hidden_states.shape[:-1])
-        if args or kwargs or self.training or tokens <= self.reelquant_rows or not untouched(layers):
+        if args or kwargs or self.training or tokens <= self.reelquant_rows or not self.reelquant_alone(layers):
             return super().forward(hidden_states, *args, **kwargs)
         clock = layers[0].clock
         if torch.compiler.is_compiling():
@@ -54,6 +56,10 @@ class Tokenwise(Overlay):
     def reelquant_layers(self) -> list[Any]:
         """Its quantized layers, or what has been put in their place."""
         return [self.get_submodule(name) for name in self.reelquant_names]
+
+    def reelquant_alone(self, layers: list[Any]) -> bool:
+        """Whether nobody would see that its parts get pieces."""
+        return untouched(layers) and all(unwatched(self.get_submodule(name)) for name in self.reelquant_between)
 
     def reelquant_in_blocks(self, x: Tensor) -> Tensor:
         """The answer to ``[..., tokens, channels]``, in blocks of nearly the same size."""
@@ -80,7 +86,9 @@ def block_tokens(model: nn.Module) -> list[str]:
         if layers is not None and (width := _answer_width(module, layers)) is not None:
             rows = max(AT_ONCE // max(layer.out_features for layer in layers) // ROWS, 1) * ROWS
             names = [part for part, child in module.named_modules() if isinstance(child, QuantLinear)]
-            lay(Tokenwise, module, reelquant_rows=rows, reelquant_width=width, reelquant_names=names)
+            between = [part for part, _ in module.named_modules() if part and part not in names]
+            members = {"reelquant_rows": rows, "reelquant_width": width, "reelquant_names": names, "reelquant_between": between}
+            lay(Tokenwise, module, **members)
             module.reelquant_number = number_of(module)
             found.append(name)
     return found

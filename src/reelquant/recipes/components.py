@@ -14,7 +14,7 @@ from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import Recipe, load_recipe
-from reelquant.sites import DenoiserMap, matches, select
+from reelquant.sites import DenoiserMap, select
 
 Source = str | Path | Mapping[str, Any] | Recipe
 SAFE = "w8a16"  # of text encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
@@ -129,11 +129,4 @@ def plan_components(
     every = [layer for map_ in maps.values() for layer in map_.layers.values()]
     for pattern in skip:
         select(pattern, every)
-    return {
-        name: make_plan(recipes[name], map_, component_of(pipe, name), [pattern for pattern in skip if _names_layers(pattern, map_)])
-        for name, map_ in maps.items()
-    }
-
-
-def _names_layers(pattern: str, map_: DenoiserMap) -> bool:
-    return any(matches(pattern, layer) for layer in map_.layers.values())
+    return {name: make_plan(recipes[name], map_, component_of(pipe, name), skip) for name, map_ in maps.items()}

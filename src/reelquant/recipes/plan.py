@@ -63,12 +63,14 @@ class Plan:
 def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequence[str] = ()) -> Plan:
     """Apply a recipe's rules, and user patterns ``skip`` on top of them, to every layer.
 
+    What the user's patterns name may lie in another component, so whoever knows all components checks them.
+
     Raises:
-        SiteError: if a pattern that names layers matches none.
+        SiteError: if a pattern of the recipe that names layers matches none.
         RecipeError: if nothing at all would be quantized.
         UnsupportedError: if a spec cannot be computed for a layer (found here, before calibration).
     """
-    for pattern in (*(rule.on for rule in recipe.rules if rule.on), *(step.on for step in recipe.steps), *skip):
+    for pattern in (*(rule.on for rule in recipe.rules if rule.on), *(step.on for step in recipe.steps)):
         select(pattern, map_.layers.values())
     own = _model_keeps(recipe, denoiser)
     rows = {layer.name: _row(recipe, layer, get_module(denoiser, layer.name), skip, own) for layer in map_.layers.values()}

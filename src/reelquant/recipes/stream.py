@@ -43,7 +43,7 @@ from reelquant.checkpoint import (
 )
 from reelquant.discover import denoisers_of, discover, stand_in
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
-from reelquant.models.lora import LoraFiles, adapter_file
+from reelquant.models.lora import LoraFiles, adapter_file, short_names
 from reelquant.models.pipelines import cannot_open, check_folder, files_in, mark_quantized
 from reelquant.nn import KernelFacts, LayerLayout, QuantLayer, get_module, layer_facts, quantized_class, stop_clock
 from reelquant.recipes.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
@@ -348,7 +348,7 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
                 stop_clock(session.denoiser)
                 session.restore()
     report = total(reports)
-    report.adapters = {Path(file).name: scale for file, scale in job.adapters.items()}
+    report.adapters = short_names(job.adapters)
     return report
 
 

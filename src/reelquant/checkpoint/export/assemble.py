@@ -78,16 +78,19 @@ def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[li
     Raises:
         UnsupportedError: if layers need a bias where the architecture has none.
     """
-    _check_biases(source)
+    check_biases(source)
     made = [_float(source, dialect, naming, name) for name in source.floats]
     made += [_layer(source, dialect, naming, facts) for facts in source.layers.values()]
     return [part for part, _ in made], [outcome for _, outcome in made]
 
 
-def _check_biases(source: Source) -> None:
-    """Refuse biases without a place. They correct a mean, or undo a shift that was folded into the norm before: no weight holds them."""
-    made = [name for name, facts in source.layers.items() if facts.layout.bias and not facts.bias]
-    if homeless := [name for name in made if not source.layer(name).bias_is_gone]:
+def check_biases(source: Source) -> None:
+    """Refuse biases without a place. They correct a mean, or undo a shift that was folded into the norm before: no weight holds them.
+
+    Raises:
+        UnsupportedError: naming two such layers.
+    """
+    if homeless := source.homeless:
         some = ", ".join(f"'{name}'" for name in homeless[:2])
         raise UnsupportedError(
             f"{len(homeless)} layers ({some}{' ...' if len(homeless) > 2 else ''}) need biases that quantization made, and {source.kind} "

@@ -31,19 +31,13 @@ class Layer:
         name: dotted path in the model.
         quant: the layer as it is stored, for its codes and scales.
         weight: float32, rotation and per-channel scales of the input folded in.
-        bias: float32, the compensation of a shift taken out; None if the stored layer has none.
+        bias: float32, the compensation of a shift taken out; None if there is none, or nothing is left of one that quantization made.
     """
 
     name: str
     quant: QuantLayer
     weight: Tensor
     bias: Tensor | None
-
-    @property
-    def bias_is_gone(self) -> bool:
-        """Whether nothing is left of a bias that quantization made, which is stored in float16, once the shift is folded."""
-        left, stored = self.plain_bias, self.quant.bias
-        return bool((left.abs() <= stored.abs() * torch.finfo(torch.float16).eps).all())
 
     @property
     def plain_bias(self) -> Tensor:
@@ -108,6 +102,7 @@ class Source:
 
     def __exit__(self, *error: object) -> None:
         self._files.clear()
+        self._tensors.clear()
         self._open.close()
 
     def _expected(self) -> Iterator[str]:
@@ -134,6 +129,12 @@ class Source:
         module: Any = get_module(self.blank, name)
         shape, bias = tuple(module.weight.shape), module.bias is not None
         return Facts(name, layout, isinstance(module, nn.Linear), shape, bias, not fp32.isdisjoint(name.split(".")))
+
+    @cached_property
+    def homeless(self) -> tuple[str, ...]:
+        """Layers with biases that quantization made, for which the architecture has no place."""
+        made = [name for name, facts in self.layers.items() if facts.layout.bias and not facts.bias]
+        return tuple(name for name in made if self.layer(name).bias is not None)
 
     @cached_property
     def floats(self) -> tuple[str, ...]:

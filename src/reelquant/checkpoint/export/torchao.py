@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress
-from reelquant.checkpoint.export.assemble import assemble
+from reelquant.checkpoint.export.assemble import assemble, check_biases
 from reelquant.checkpoint.export.dtypes import SafetensorsDialect, as_numbers, code_dtype
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType
@@ -76,14 +76,28 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     outcomes: list[Outcome] = []
     behind: dict[str, list[str]] = {}
     root = next(iter(found.values())).parent
+    sources = [Source(place) for place in found.values()]
+    _check(sources)
     with new_folder(path, force=force) as temporary:
         shutil.copytree(root, temporary, dirs_exist_ok=True, ignore=lambda at, names: _not_copied(Path(at), names, root, found))
-        for name, place in found.items():
-            made = _component(place, temporary / name, dialect, progress)
+        for source in sources:
+            made = _component(source, temporary / source.component, dialect, progress)
             outcomes += made.layers
             for what, names in made.left_behind.items():
-                behind.setdefault(what, []).extend(f"{name}.{layer}" if len(found) > 1 else layer for layer in names)
+                behind.setdefault(what, []).extend(f"{source.component}.{layer}" if len(found) > 1 else layer for layer in names)
     return Exported(path, "torchao", tuple(found), SAME.words, outcomes, behind, OPENS)
+
+
+def _check(sources: list[Source]) -> None:
+    """Refuse what cannot be exported before the pipeline is copied."""
+    for source in sources:
+        if CLASS not in source.config:
+            raise UnsupportedError(
+                f"component '{source.component}' is quantized and no model of diffusers; torchao exports cannot hold it: leave it float"
+            )
+    for source in sources:
+        with source:
+            check_biases(source)
 
 
 def _not_copied(at: Path, names: list[str], root: Path, found: dict[str, Path]) -> list[str]:
@@ -94,10 +108,8 @@ def _not_copied(at: Path, names: list[str], root: Path, found: dict[str, Path]) 
     return [name for name in names if quantized and (name == CONFIG or name.startswith(WEIGHTS))]
 
 
-def _component(place: Path, target: Path, dialect: TorchAo, progress: Progress) -> Exported:
-    with Source(place) as source:
-        if CLASS not in source.config:
-            raise UnsupportedError(f"component '{source.component}' is quantized and no model of diffusers; torchao exports cannot hold it")
+def _component(source: Source, target: Path, dialect: TorchAo, progress: Progress) -> Exported:
+    with source:
         parts, outcomes = assemble(source, dialect, SAME)
         chosen = {outcome.name: outcome.becomes for outcome in outcomes if outcome.fate in ("carried", "requantized")}
         progress.phase("export", len(parts))
