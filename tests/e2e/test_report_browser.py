@@ -27,7 +27,7 @@ ARGUMENTS = [
 FRAMES = 8
 
 
-def wait(page: Any, condition: str, seconds: float = 15) -> None:
+def wait(page: Any, condition: str, seconds: float = 60) -> None:
     """Until a condition holds. (playwright's own wait evaluates strings in the page, which the page forbids.)"""
     end = time.monotonic() + seconds
     while not page.evaluate(condition):
