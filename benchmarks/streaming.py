@@ -12,6 +12,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -99,12 +100,17 @@ def write_checkpoint(folder: Path, shape: str, blocks: int) -> int:
     return sum(spec.bytes for spec in specs.values())
 
 
-def run(words: list[str], kill_after: float | None = None) -> dict[str, Any]:
-    """One process: its wall time, its exit status and its peaks of memory."""
+def run(words: list[str], kill_after: float | None = None, group: Path | None = None) -> dict[str, Any]:
+    """One process, in a control group if there is one: its wall time, its exit status and its peaks of memory."""
+
+    def restrict() -> None:
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
     with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads would stop the process when it is full
         command = [sys.executable, "-m", "reelquant", *words]
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, preexec_fn=restrict)
         found = _watched(process, kill_after)
         found["seconds"] = time.perf_counter() - start
         said.seek(0)
@@ -147,7 +153,9 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def measure(scratch: Path, shape: str, recipe: str, size: float, memory: str, kills: int, more: list[str]) -> dict[str, Any]:
+def measure(
+    scratch: Path, shape: str, recipe: str, size: float, memory: str, kills: int, group: Path | None, more: list[str]
+) -> dict[str, Any]:
     """One row of the table."""
     from reelquant.recipes.estimate import parse_bytes
 
@@ -157,16 +165,16 @@ def measure(scratch: Path, shape: str, recipe: str, size: float, memory: str, ki
     words = ["quantize", str(source), "-r", recipe, "--dtype", "bfloat16", "--max-memory", memory, "--json", *more]
     estimate = json.loads(run([*words, "--dry-run"])["output"])["estimate"]
     words += ["-o", str(whole)]
-    first = run(words)
+    first = run(words, group=group)
     result, expected = sum(file.stat().st_size for file in whole.rglob("*") if file.is_file()), digests(whole)
     shutil.rmtree(whole)
     runs, stopped = [first], 0
     for number in range(kills):
-        again = run([*words, "--resume"], kill_after=first["seconds"] * (number + 1) / (kills + 1))
+        again = run([*words, "--resume"], first["seconds"] * (number + 1) / (kills + 1), group)
         stopped += again["killed"]
         runs.append(again)
     if stopped or not kills:
-        runs.append(run([*words, "--resume"]) if kills else first)
+        runs.append(run([*words, "--resume"], group=group) if kills else first)
     same = digests(whole) == expected if kills else None
     shutil.rmtree(scratch)
     return {
@@ -199,11 +207,12 @@ def main() -> None:
     parser.add_argument("--recipe", default="w8a16")
     parser.add_argument("--max-memory", default="4GB")
     parser.add_argument("--kills", type=int, default=3, help="how often the second run is killed; 0 leaves it out")
+    parser.add_argument("--group", type=Path, help="folder of a control group with a limit of its own, to run in; you make it")
     parser.add_argument(
         "--scratch", type=Path, default=Path("/tmp/reelquant-streaming"), help="needs about 2.5 times the checkpoint; emptied"
     )
     options, more = parser.parse_known_args()
-    row = measure(options.scratch, options.shape, options.recipe, options.gb * 1e9, options.max_memory, options.kills, more)
+    row = measure(options.scratch, options.shape, options.recipe, options.gb * 1e9, options.max_memory, options.kills, options.group, more)
     write_table(row, RESULTS / "streaming.csv")
     print(json.dumps(row, indent=2))
 
