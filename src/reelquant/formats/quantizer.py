@@ -19,9 +19,8 @@ from reelquant.formats.number import Int, NumberFormat
 from reelquant.formats.ranges import CRITERIA, ByCriterion, MinMax, RangeRule, scale_and_zero_point
 
 Slots = Literal["shared", "per_step"]
-AT_ONCE = (
-    1 << 18
-)  # values whose ranges and codes are chosen at a time: every pass over more than the cache holds costs as much as all the arithmetic
+# Values whose ranges and codes are chosen at a time: a pass over more than the cache holds costs as much as all the arithmetic.
+AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
