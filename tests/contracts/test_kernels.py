@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from reelquant._errors import RecipeError
 from reelquant.clock import Clock
 from reelquant.formats import fit, pack
 from reelquant.kernels import KERNELS, Kernel, backend, current_backend, select
-from reelquant.kernels.cpu import attention, int8, loops, nibbles
+from reelquant.kernels.cpu import attention, int8, loops, nibbles, pairs
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
 
 WEIGHTS = [("int8", "channel"), ("int8", "tensor"), ("int6", "channel"), ("int4", "channel"), ("int4", "group-64"), ("int4", "group-8")]
@@ -45,6 +46,9 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "Conv3d": (lambda: nn.Conv3d(8, 6, (3, 1, 1), padding=(1, 0, 0)), (2, 8, 5, 4, 6)),
 }
 vnni = pytest.mark.skipif(int8.available() is not None, reason=str(int8.available()))
+integers = pytest.mark.skipif(None not in (int8.available(), pairs.available()), reason=str(pairs.available()))
+FOLDED = {"onednn int8 from int4": 64, "int16 pairs": 64}
+"""Kernels that fold the scales of 4-bit groups into integers, and which part of an output that may move at most."""
 
 
 def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots: int = 1, **rewrite: bool) -> tuple[QuantLayer, Tensor]:
@@ -94,22 +98,24 @@ CASES = [
 )
 def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, rewrite: str) -> None:
     layer, x = make(name, weight, INPUTS[numbers], **REWRITES[rewrite])
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    taken = [kernel for kernel in KERNELS["cpu"]() if kernel.refuses(layer.operands) is None]
+    assert layer.kernel is taken[0] if taken else layer.kernel.name == "reference"
+    for dtype, kernel in itertools.product((torch.float32, torch.bfloat16, torch.float16), taken):
         here = layer.to(dtype)
         given = x.to(dtype)
         expected = oracle(here, given).float()
         with torch.no_grad():
-            found = here(given)
+            found = kernel.prepare(here.operands)(given, 0)
         assert found.dtype == dtype and found.shape == expected.shape
         largest = float(expected.abs().max())
         rounding = torch.finfo(dtype).eps * largest + 1e-5 * largest
         if numbers == "float" and not REWRITES[rewrite]:  # weights and products are rounded to the dtype of the input
             rounding += torch.finfo(dtype).eps * float(oracle(here, given.abs()).float().abs().max()) + 3 * torch.finfo(dtype).eps * largest
-        folded = largest / 64 if here.kernel.name == "onednn int8 from int4" and weight[1].startswith("group") else 0.0
+        folded = largest / FOLDED[kernel.name] if kernel.name in FOLDED and weight[1].startswith("group") else 0.0
         error = (found.float() - expected).abs()
-        assert float(error.max()) <= rounding + folded + (0 if numbers == "float" else 2 * one_code(here)), here.kernel.name
+        assert float(error.max()) <= rounding + folded + (0 if numbers == "float" else 2 * one_code(here)), kernel.name
         if numbers != "float":  # codes that go the other way are rare, so most outputs agree to rounding
-            assert float(error.median()) <= rounding + folded / 4
+            assert float(error.median()) <= rounding + folded / 4, kernel.name
 
 
 def kernels_of(name: str, weight: Any, numbers: str, rewrite: str = "") -> tuple[str, dict[str, str]]:
@@ -127,16 +133,56 @@ def test_the_table_says_what_runs_and_why_the_better_ones_do_not() -> None:
     name, refused = kernels_of("Linear", ("int8", "channel"), "float")
     assert name == "float products" and refused["onednn int8"] == "the input stays float"
     name, refused = kernels_of("Conv1d", ("int8", "channel"), "int8")
-    assert name == "float products" and "one-dimensional" in refused["onednn int8"]
+    assert name == "int16 pairs" and "one-dimensional" in refused["onednn int8"]
     layer, _ = make("Linear", ("e4m3", "channel"), INPUTS["int8"])
     assert layer.kernel.name == "reference" and layer.simulated
     assert set(layer.selected[1]) == {kernel.name for kernel in KERNELS["cpu"]()} and "e4m3" in layer.selected[1]["onednn int8"]
 
 
-def test_only_float_products_of_rounded_inputs_are_called_simulated() -> None:
-    assert make("Conv1d", ("int8", "channel"), INPUTS["int8"])[0].simulated
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+def test_without_vnni_products_are_integers_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = "the processor has no VNNI instructions"
+    monkeypatch.setattr(int8, "available", lambda: without)
+    for weight in (("int8", "channel"), ("int6", "tensor"), ("int4", "group-64")):
+        name, refused = kernels_of("Linear", weight, "int8")
+        assert name == "int16 pairs" and without in refused.values()
+    assert kernels_of("Linear", ("int4", "group-64"), "float")[0] == "float products"
+    layer, x = make("Linear", ("int4", "group-64"), INPUTS["int8"], shift=True)
+    coarse = nibbles.widened(layer.packed)
+    error = (layer(x) - oracle(layer, x)).abs().median()
+    rounded = ((coarse[0] * coarse[1][:, None] - layer.packed.dequantize()).abs().max() * x.abs().max() * 96) / 16
+    assert float(error) < float(rounded)  # folded into 12 bits, not into 8
+
+
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+def test_sums_that_do_not_fit_in_32_bits_are_refused() -> None:
+    layer, _ = make("Linear", ("int8", "channel"), INPUTS["int8"])
+    wide = replace(layer.operands, weight=replace(layer.packed, shape=(70, 66_000)))
+    assert pairs.refuses(wide) == "rows of 66000 weights add up to more than 32 bits hold"
+    assert pairs.top_of(13_824) * 255 * 13_824 <= pairs.SUM and pairs.top_of(96) == pairs.WIDEST
+
+
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 1), (6, 16, 2), (97, 257, 1537), (193, 40, 3076), (5, 530, 3)])
+def test_the_largest_codes_are_multiplied_exactly(rows: int, columns: int, width: int) -> None:
+    """Where 8-bit instructions would saturate: 127 and -128 everywhere, over the edges of tiles, panels and pieces."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(width, columns, bias=False)
+    layout = LayerLayout(TensorLayout("int8", "channel"), TensorLayout("int8", "tensor"), bias=False)
+    layer = quantized_class(module).like(module, layout)  # type: ignore[union-attr]
+    codes = torch.randint(0, 2, (columns, width), generator=generator) * 255 - 128
+    ones = torch.ones(columns)
+    layer.fill(LayerTensors(codes.to(torch.int8), ones.to(layer.weight_scale.dtype), None, {"input_scale": torch.ones(1, 1)}))
+    x = torch.randint(0, 2, (rows, width), generator=generator) * 255 - 128
+    assert torch.equal(pairs.PairProduct(layer.operands)(x.float()).double(), (x.double() @ codes.double().T).float().double())
+
+
+def test_only_float_products_of_rounded_inputs_are_called_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not make("Linear", ("int8", "channel"), None)[0].simulated
-    assert make("Linear", ("int8", "channel"), INPUTS["int8"])[0].simulated == (int8.available() is not None)
+    assert make("Linear", ("int8", "channel"), INPUTS["int8"])[0].simulated == (None not in (int8.available(), pairs.available()))
+    for kernels in (int8, pairs):
+        monkeypatch.setattr(kernels, "available", lambda: "not here")
+    assert make("Linear", ("int8", "channel"), INPUTS["int8"])[0].simulated
 
 
 def test_the_backend_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +192,7 @@ def test_the_backend_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         layer(x)
     assert layer.kernel.name == "reference"  # prepared inside: it stays until the layer is moved, filled or released
     layer.release()
-    assert layer.kernel.name != "reference" or int8.available()
+    assert layer.kernel.name != "reference"
     monkeypatch.setenv("REELQUANT_KERNELS", "reference")
     assert current_backend() == "reference" and select(layer.operands, "cpu")[0].name == "reference"
     monkeypatch.setenv("REELQUANT_KERNELS", "fast")
@@ -176,7 +222,7 @@ def test_nan_shows_and_infinity_saturates(name: str, numbers: str) -> None:
 # --- a weight that the kernel has taken over ----------------------------------------------------------------------------------------
 
 
-@vnni
+@integers
 @pytest.mark.parametrize("name", ["Linear", "Linear without bias", "Conv2d", "Conv3d", "Conv2d of one channel"])
 @pytest.mark.parametrize("weight", [("int8", "channel"), ("int4", "group-64")], ids="-".join)
 def test_a_prepared_layer_saves_copies_and_moves_the_weight_it_was_given(name: str, weight: Any) -> None:
@@ -197,7 +243,7 @@ def test_a_prepared_layer_saves_copies_and_moves_the_weight_it_was_given(name: s
     assert torch.equal(layer(x), first)
 
 
-@vnni
+@integers
 @pytest.mark.parametrize("attempt", range(5))
 def test_threads_that_come_together_prepare_a_layer_once(attempt: int) -> None:
     layer, x = make("Linear", ("int8", "channel"), INPUTS["int8"])
@@ -213,7 +259,7 @@ def test_threads_that_come_together_prepare_a_layer_once(attempt: int) -> None:
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=2 * one_code(layer))
 
 
-@vnni
+@integers
 def test_a_prepared_layer_takes_other_weights() -> None:
     layer, x = make("Linear", ("int8", "channel"), INPUTS["int8"])
     before = layer(x)
@@ -229,7 +275,7 @@ def test_a_prepared_layer_takes_other_weights() -> None:
 # --- inputs -------------------------------------------------------------------------------------------------------------------------
 
 
-@vnni
+@integers
 @pytest.mark.parametrize("numbers", ["int8", "uint8"])
 @pytest.mark.parametrize("name", ["Linear", "Conv2d"])
 def test_every_step_has_its_own_scale(name: str, numbers: str) -> None:
@@ -244,7 +290,7 @@ def test_every_step_has_its_own_scale(name: str, numbers: str) -> None:
     assert torch.equal(outputs[0], outputs[3]) and not torch.equal(outputs[0], outputs[1])
 
 
-@vnni
+@integers
 def test_layers_that_read_one_tensor_share_its_codes_until_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     (query, x), (key, _) = (make("Linear", ("int8", "channel"), INPUTS["int8"]) for _ in range(2))
     encoded: list[Any] = []
@@ -273,7 +319,7 @@ def _counted(loop: Any, calls: list[Any]) -> Any:
     return run
 
 
-@vnni
+@integers
 @pytest.mark.parametrize("name", ["Linear", "Conv2d", "Conv3d"])
 def test_layouts_and_empty_inputs(name: str) -> None:
     layer, x = make(name, ("int8", "channel"), INPUTS["int8"], shift=True)

@@ -44,7 +44,7 @@ class Codes(NamedTuple):
     """An input as bytes.
 
     Attributes:
-        codes: uint8; ``[rows, channels]`` of a linear layer.
+        codes: uint8 or int16; ``[rows, channels]`` of a linear layer.
         scales: ``[rows]`` float32 of dynamic inputs.
         poisoned: the input holds NaN, which no code stands for: the output must be NaN, so that it shows.
     """
@@ -58,9 +58,12 @@ class Inputs:
     """Turns inputs into codes. The rewrite is folded into one multiplication and one addition per channel.
 
     Results differ from the reference by at most one code, where a value lies within float32 rounding of the middle between two.
+
+    Attributes:
+        dtype: of the codes: uint8, where signed codes are stored with :data:`OFFSET` added, or int16, where codes are what they are.
     """
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: Operands, dtype: type[np.generic] = np.uint8) -> None:
         numbers = operands.numbers
         assert numbers is not None and isinstance(numbers.format, Int)
         channels = operands.weight.shape[1]
@@ -68,7 +71,8 @@ class Inputs:
         self.multiply, self.add = _folded(operands, channels, self.block**-0.5)
         self.joined = 1 if self.block > 1 or numbers.scale is None else 1 << max(LINE // channels, 1).bit_length() - 1
         self.lines = np.tile(self.multiply, self.joined), np.tile(self.add, self.joined)
-        offset = OFFSET if numbers.format.signed else 0
+        self.dtype = np.dtype(dtype)
+        offset = self.offset = OFFSET if numbers.format.signed and self.dtype == np.uint8 else 0
         self.low, self.high = np.float32(numbers.format.low + offset), np.float32(numbers.format.high + offset)
         self.levels = np.array([-numbers.format.low, numbers.format.high], np.float32)
         self.scales, self.zeros = _tables(numbers, offset)
@@ -98,12 +102,12 @@ class Inputs:
 
     def _encode(self, x: Tensor, index: int) -> Codes:
         x = readable(x)
-        memory = _scratch(x.numel()).reshape(x.shape)
+        memory = _scratch(x.numel(), self.dtype).reshape(x.shape)
         codes = torch.from_numpy(memory)
         if self.dynamic:
             common = (len(x), x.numel(), loops.view(x), self.block, self.multiply, self.add)
             scales = torch.empty(len(x))
-            strange = loops.spread(loops.quantize_tokens, *common, self.levels, memory, scales.numpy())
+            strange = loops.spread(loops.quantize_tokens, *common, np.float32(self.offset), self.levels, memory, scales.numpy())
             return Codes(codes, scales, strange and not bool(x.isfinite().all()))
         inverse, zero = np.float32(1 / self.scales[index]), np.float32(self.zeros[index])
         joined = math.gcd(len(x), self.joined)
@@ -135,10 +139,10 @@ class Inputs:
         size = [b + s + a for b, s, a in zip(before, places, after, strict=True)]
         lead = [1] * (3 - dims)
         shape = (x.shape[0], *lead, *size, x.shape[1])
-        memory = _scratch(math.prod(shape)).reshape(shape)
+        memory = _scratch(math.prod(shape), self.dtype).reshape(shape)
         codes = torch.from_numpy(memory)
         if any(border):
-            codes[:] = self._zero_codes(numbers[0], zero)
+            codes[:] = self._zero_codes(numbers[0], zero).to(codes.dtype)
         way = self._from_last if x.movedim(1, -1).is_contiguous() else self._from_first
         strange = way(x, lead, [0] * (3 - dims) + list(before), numbers, memory)
         return Codes(codes.view(x.shape[0], *size, x.shape[1]).movedim(-1, 1), None, strange and bool(x.isnan().any()))
@@ -163,23 +167,23 @@ class Inputs:
 
     def _zero_codes(self, inverse: np.float32, zero: int) -> Tensor:
         value = torch.from_numpy(self.add) * float(inverse) if len(self.add) else torch.zeros(1)
-        return (value + zero).round().clamp(float(self.low), float(self.high)).to(torch.uint8)
+        return (value + zero).round().clamp(float(self.low), float(self.high))
 
     def _digest(self) -> bytes:
-        digest = hashlib.sha256(repr((self.block, self.scales, self.zeros, self.low, self.high)).encode())
+        digest = hashlib.sha256(repr((self.block, self.scales, self.zeros, self.low, self.high, self.dtype)).encode())
         digest.update(self.multiply.tobytes())
         digest.update(self.add.tobytes())
         return digest.digest()
 
 
-def _scratch(size: int) -> np.ndarray[Any, Any]:
+def _scratch(size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Memory for codes. There is one for each thread, as large as the largest input so far: fresh pages for every layer cost more than
-    the codes that are written to them."""
+    the codes that are written to them. A code more may be read than there are, and is multiplied by zero."""
     _last.entry = None
-    memory = getattr(_last, "memory", None)
-    if memory is None or memory.size < size:
-        memory = _last.memory = np.empty(size, np.uint8)
-    return memory[:size]
+    memory, needed = getattr(_last, "memory", None), (size + 1) * dtype.itemsize
+    if memory is None or memory.size < needed:
+        memory = _last.memory = np.empty(needed, np.uint8)
+    return memory[: size * dtype.itemsize].view(dtype)
 
 
 def readable(x: Tensor) -> Tensor:

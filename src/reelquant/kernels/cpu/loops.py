@@ -161,7 +161,7 @@ def _affine(buffer: Any, multiply: Any, add: Any) -> None:
 def _encode(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: Any) -> None:
     for j in range(buffer.shape[0]):
         value = np.rint(buffer[j] * inverse + zero)
-        codes[j] = np.uint8(np.int32(min(max(value, low), high)))
+        codes[j] = np.int32(min(max(value, low), high))
 
 
 @numba.njit(**_sums)
@@ -184,7 +184,7 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
         x: ``[rows, channels]`` float32, or bfloat16 as int16.
         block: width of the rotated blocks, 1 for no rotation; its factor is in ``multiply`` or ``inverse``.
         multiply, add: ``[channels]`` float32, or empty.
-        codes: ``[rows, channels]`` uint8, written.
+        codes: ``[rows, channels]`` uint8 or int16, written.
 
     Returns:
         Whether some row may hold NaN or infinities.
@@ -202,10 +202,11 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
 
 
 @numba.njit(**EXACT)
-def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales):  # type: ignore[no-untyped-def]
-    """The same with a symmetric scale for every row, found from its own values; signed codes are stored with 128 added.
+def quantize_tokens(start, stop, x, block, multiply, add, zero, levels, codes, scales):  # type: ignore[no-untyped-def]
+    """The same with a symmetric scale for every row, found from its own values.
 
     Args:
+        zero: the code that stands for zero.
         levels: the largest magnitudes that a negative and a positive code stand for, 128 and 127 for 8 bits.
         scales: ``[rows]`` float32, written.
     """
@@ -223,7 +224,7 @@ def quantize_tokens(start, stop, x, block, multiply, add, levels, codes, scales)
             highest = max(highest, buffer[j])
         scale = max(-lowest / levels[0], highest / levels[1])
         scales[i] = max(scale, np.finfo(np.float32).tiny)
-        _encode(buffer, np.float32(1) / scales[i], np.float32(128), np.float32(128) - levels[0], np.float32(128) + levels[1], codes[i])
+        _encode(buffer, np.float32(1) / scales[i], zero, zero - levels[0], zero + levels[1], codes[i])
     return strange
 
 
@@ -235,13 +236,13 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
         start, stop: planes of ``N * D``.
         x: ``[N, C, D, H * W]``.
         offset: ``[4]``, where the inside begins along depth, height and width, and the inside's width.
-        codes: ``[N, D', H', W', C]`` uint8, written.
+        codes: ``[N, D', H', W', C]`` uint8 or int16, written.
     """
     channels, depth, places = x.shape[1:]
     width = offset[3]
     affine, strange = multiply.shape[0] > 0, False
     piece = min(places, PIECE)
-    buffer, lines = np.empty(piece, np.float32), np.empty((channels, piece), np.uint8)
+    buffer, lines = np.empty(piece, np.float32), np.empty((channels, piece), codes.dtype)
     for plane in range(start, stop):
         n, d = plane // depth, plane % depth
         target = codes[n, d + offset[0]]
@@ -268,7 +269,7 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
         x: ``[N, D, H, W / j, j * C]``.
         multiply, add: ``[j * C]``, the channels' numbers ``j`` times, or empty.
         offset: ``[3]``, where the inside begins along depth, height and within a line.
-        codes: ``[N, D', H', W' * C]`` uint8, written.
+        codes: ``[N, D', H', W' * C]`` uint8 or int16, written.
     """
     depth, height, pieces, length = x.shape[1:]
     buffer, strange = np.empty(length, np.float32), False

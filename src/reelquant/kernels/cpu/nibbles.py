@@ -50,13 +50,13 @@ class NibbleConvolution(int8.IntegerConvolution):
     """
 
     def __init__(self, operands: Operands) -> None:
-        codes, scale = _widened(operands.weight)
+        codes, scale = widened(operands.weight)
         wide = PackedWeight(codes, Quantizer(Int(8), Granularity("channel"), scale), operands.weight.shape)
         super().__init__(replace(operands, weight=wide))
         self.codes = None
 
 
-def _widened(weight: PackedWeight) -> tuple[Tensor, Tensor]:
+def widened(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """8-bit codes ``[out, width]`` with a scale per row; the very codes where rows have one scale already."""
     if weight.quantizer.granularity.kind == "channel":
         return int8.signed(weight), weight.quantizer.scale.float()
@@ -78,7 +78,7 @@ class NibbleLinear(int8.IntegerLinear):
         for start in range(0, rows, SLAB):  # a whole weight widened several times over would be the peak of loading
             some = slice(start, min(start + SLAB, rows))
             codes = unpack(operands.weight.codes[some], 4, width)
-            self.scale[some] = scale[some, 0] if scale.shape[1] == 1 else _row_scale(codes, scale[some], size)
+            self.scale[some] = scale[some, 0] if scale.shape[1] == 1 else row_scale(codes, scale[some], size)
             self.nibbles[start // TILE : -(-some.stop // TILE)] = _tiled(codes)
         self.folded = _per_tile(scale / self.scale[:, None], width, size)
         self.workspace = workspace(rows, width)
@@ -161,12 +161,12 @@ def _untiled(nibbles: Tensor, rows: int, width: int) -> Tensor:
     return pack(tiles.reshape(lines.shape[0] * TILE, -1)[:rows, :width].contiguous(), 4)
 
 
-def _row_scale(codes: Tensor, scale: Tensor, size: int) -> Tensor:
-    """The scale that puts the largest weight of a row at 127: ``[rows]``; 1 for a row of zeros."""
+def row_scale(codes: Tensor, scale: Tensor, size: int, top: int = 127) -> Tensor:
+    """The scale that puts the largest weight of a row at ``top``: ``[rows]``; 1 for a row of zeros."""
     distance = (codes.to(torch.int16) - 8).abs().to(torch.uint8)
     padded = torch.nn.functional.pad(distance, (0, -distance.shape[1] % size))
     largest = (padded.reshape(len(codes), -1, size).amax(2) * scale).amax(1)
-    return torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return torch.where(largest > 0, largest / top, torch.ones_like(largest))
 
 
 def _per_tile(scale: Tensor, width: int, size: int) -> Tensor:

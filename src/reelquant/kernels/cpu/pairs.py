@@ -1,0 +1,192 @@
+"""Integer products on x86 processors without VNNI: linear layers and convolutions over one to three axes, one loop for all of them.
+
+A convolution is a product whose rows are made of pieces that lie apart, one for each place of its window; nothing is copied for it.
+Results equal the reference but for the rounding of the output's dtype, and one input code where
+:class:`~reelquant.kernels.cpu.inputs.Inputs` says so. 4-bit weights in groups are folded into integers of up to 12 bits with one scale a
+row (:func:`top_of`): a weight moves by half of one of those at most.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reelquant.formats import Int, unpack
+from reelquant.kernels.cpu import inputs, loops, nibbles
+from reelquant.kernels.cpu.inputs import Inputs
+from reelquant.kernels.cpu.int8 import NATIVE, signed
+from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_AT_ONCE, add_up, multiply
+from reelquant.kernels.operands import Operands, PackedWeight, Window
+
+LARGEST = 255  # distance of an input code from the code of zero, at most
+SUM = 2**31 - 1  # what a product can add up to
+WIDEST = 2047  # weights that 4-bit codes are folded into
+NO_FOLD = np.zeros((1, 1, COLUMNS), np.float32)
+
+
+def available() -> str | None:
+    """Why this machine cannot run these loops, or None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return None if capability.startswith("AVX") else f"the processor has no AVX2 instructions (torch says {capability})"
+
+
+def refuses(operands: Operands) -> str | None:
+    """Why a layer cannot take this path, or None."""
+    weight = operands.weight.quantizer
+    if not isinstance(weight.format, Int) or not weight.format.signed or weight.format.bits > 8:
+        return f"weights are {weight.format.name}, not symmetric integers"
+    if weight.granularity.kind not in ("tensor", "channel") and not _in_groups(operands.weight):
+        return f"weights have a scale per {weight.granularity}; 4-bit ones in groups of whole bytes may"
+    if operands.weight.width * LARGEST * 2 ** (weight.format.bits - 1) > SUM:
+        return f"rows of {operands.weight.width} weights add up to more than 32 bits hold"
+    return inputs.refuses(operands) or available()
+
+
+def _in_groups(weight: PackedWeight) -> bool:
+    grain = weight.quantizer.granularity
+    return weight.quantizer.format.bits == 4 and grain.kind == "group" and grain.size % 2 == 0
+
+
+class PairProduct:
+    """``y = (codes - zero) . weight * input_scale * weight_scale + bias``, with or without a window."""
+
+    def __init__(self, operands: Operands) -> None:
+        self.inputs = Inputs(operands, np.int16)
+        self.shape, self.window = operands.weight.shape, operands.window
+        self.rows, self.channels, self.taps = self.shape[0], self.shape[1], math.prod(self.shape[2:])
+        self.fold, self.group = NO_FOLD, 1
+        self._pack(operands.weight)
+        self.bias = _columns(torch.zeros(self.rows) if operands.bias is None else operands.bias.detach().float())
+        self.sums = np.zeros(len(self.panels) * COLUMNS, np.int32)
+        if operands.numbers is not None and operands.numbers.zero_point is not None:
+            loops.spread(add_up, len(self.panels), self.panels.size, self.panels, self._folds(), self.group, self.sums.reshape(-1, COLUMNS))
+
+    def _pack(self, weight: PackedWeight) -> None:
+        """Bring the weight into panels; 8-bit codes, and 4-bit ones of linear layers, are kept there and nowhere else."""
+        kind = weight.quantizer.granularity.kind
+        if weight.quantizer.format.bits == 4 and self.window is None and self.channels % 2 == 0:
+            self.scale, self.fold, self.group = _folded(weight)
+            self.panels = panelled(weight.codes.unsqueeze(1)).numpy()
+            self.codes = self._stored_nibbles
+            return
+        codes, scale = nibbles.widened(weight) if kind == "group" else (signed(weight), weight.quantizer.scale.float().expand(self.rows))
+        self.scale = _columns(scale)
+        pieces = F.pad(codes.reshape(self.rows, self.channels, self.taps).mT, (0, self.channels % 2))
+        self.panels = panelled(pieces.unflatten(2, (-1, 2))).numpy()
+        self.codes = self._stored_bytes if weight.codes.dtype == torch.int8 else None
+
+    def _stored_bytes(self) -> Tensor:
+        pieces = unpanelled(torch.from_numpy(self.panels), self.rows).flatten(2)[..., : self.channels]
+        return pieces.mT.reshape(self.rows, -1).contiguous()
+
+    def _stored_nibbles(self) -> Tensor:
+        return unpanelled(torch.from_numpy(self.panels), self.rows)[:, 0].contiguous()
+
+    def _folds(self) -> np.ndarray[Any, Any]:
+        return np.broadcast_to(self.fold, (len(self.panels), *self.fold.shape[1:]))
+
+    def rounding(self, operands: Operands) -> PairProduct:
+        """The same weight, in the same memory, with another rounding of its inputs."""
+        twin = copy.copy(self)
+        twin.inputs = Inputs(operands, np.int16)
+        return twin
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
+        dtype = x.dtype if x.dtype in NATIVE else torch.float32
+        return (self._linear(x, slot, dtype) if self.window is None else self._convolved(x, slot, dtype, self.window)).to(x.dtype)
+
+    def _linear(self, x: Tensor, slot: int | Tensor, dtype: torch.dtype) -> Tensor:
+        codes, scales, poisoned = self.inputs.rows(x, slot)
+        shape = (*x.shape[:-1], self.rows)
+        if poisoned:
+            return x.new_full(shape, torch.nan, dtype=dtype)
+        starts = np.arange(len(codes), dtype=np.int64) * self.channels
+        tokens = loops.NONE if scales is None else scales.numpy()
+        return self._product(codes, starts, np.zeros(1, np.int64), slot, tokens, dtype).view(shape)
+
+    def _convolved(self, x: Tensor, slot: int | Tensor, dtype: torch.dtype, window: Window) -> Tensor:
+        if not x.numel():
+            padded = F.pad(x, window.padding) if any(window.padding) else x
+            return window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
+        batched = x if x.ndim == len(self.shape) else x[None]
+        codes, _, poisoned = self.inputs.pixels(batched, slot, window.padding)
+        starts, taps, places = pixels_of(tuple(codes.shape), self.shape[2:], window)
+        out = self._product(codes.movedim(1, -1), starts, taps, slot, loops.NONE, dtype)
+        out = out.fill_(torch.nan) if poisoned else out
+        out = out.view(len(batched), *places, self.rows).movedim(-1, 1)
+        return out if batched is x else out[0]
+
+    def _product(self, codes: Tensor, starts: Any, taps: Any, slot: Any, tokens: Any, dtype: torch.dtype) -> Tensor:
+        scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
+        out = torch.empty(len(starts), self.rows, dtype=dtype)
+        units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
+        loops.spread(
+            multiply, units, len(starts) * self.panels.size, codes.reshape(-1).numpy(), starts, taps, self.panels, self._folds(), self.group,
+            self.sums * zero, self.scale * np.float32(scale), self.bias, tokens, loops.view(out),
+        )  # fmt: skip
+        return out
+
+
+def top_of(width: int) -> int:
+    """The largest integer that 4-bit weights are folded into, so that no row of this many of them adds up to more than 32 bits hold."""
+    return max(min(SUM // (LARGEST * width), WIDEST), 7)
+
+
+def _folded(weight: PackedWeight) -> tuple[Any, Any, int]:
+    """Scale of every row, factors of every group, pairs in a group. Rows with one scale keep their very codes."""
+    rows, width = weight.shape
+    size = weight.quantizer.granularity.size or width
+    scale = weight.quantizer.scale.float().expand(rows if weight.quantizer.granularity.kind == "tensor" else -1).reshape(rows, -1)
+    one = scale[:, 0] if scale.shape[1] == 1 else torch.empty(rows)
+    for start in range(0, rows if scale.shape[1] > 1 else 0, nibbles.SLAB):
+        some = slice(start, start + nibbles.SLAB)
+        one[some] = nibbles.row_scale(unpack(weight.codes[some], 4, width), scale[some], size, top_of(width))
+    fold = F.pad(scale / one[:, None], (0, 0, 0, -rows % COLUMNS))
+    return _columns(one), fold.unflatten(0, (-1, COLUMNS)).mT.contiguous().numpy(), max(size // 2, 1)
+
+
+def _columns(vector: Tensor) -> np.ndarray[Any, Any]:
+    """``[rows]`` to ``[panels * COLUMNS]``."""
+    return F.pad(vector.float(), (0, -len(vector) % COLUMNS)).numpy()
+
+
+def panelled(pieces: Tensor) -> Tensor:
+    """``[rows, taps, pairs, ...]`` to ``[panels, taps, pairs, COLUMNS, ...]``, rows padded with zeros."""
+    padded = F.pad(pieces, (0, 0) * (pieces.ndim - 1) + (0, -len(pieces) % COLUMNS))
+    return padded.unflatten(0, (-1, COLUMNS)).movedim(1, 3).contiguous()
+
+
+def unpanelled(panels: Tensor, rows: int) -> Tensor:
+    """Undo :func:`panelled`."""
+    return panels.movedim(3, 1).flatten(0, 1)[:rows]
+
+
+@functools.lru_cache(maxsize=256)
+def pixels_of(shape: tuple[int, ...], kernel: tuple[int, ...], window: Window) -> tuple[Any, Any, tuple[int, ...]]:
+    """Where the codes of every output place begin, where the pieces of its window lie from there, and the places of an output.
+
+    Args:
+        shape: ``[N, C, *padded places]`` of codes that lie channels last.
+        kernel: size of the window.
+    """
+    places = [
+        (size - step * (taps - 1) - 1) // stride + 1
+        for size, taps, stride, step in zip(shape[2:], kernel, window.stride, window.dilation, strict=True)
+    ]
+    steps = [math.prod(shape[axis + 1 :]) * shape[1] for axis in range(2, len(shape))]
+    begin = [np.arange(count, dtype=np.int64) * stride * step for count, stride, step in zip(places, window.stride, steps, strict=True)]
+    clips = np.arange(shape[0], dtype=np.int64) * math.prod(shape[1:])
+    taps = [np.arange(count, dtype=np.int64) * spread * step for count, spread, step in zip(kernel, window.dilation, steps, strict=True)]
+    return _all_sums([clips, *begin]), _all_sums(taps), tuple(places)
+
+
+def _all_sums(axes: list[Any]) -> Any:
+    """Sums of one number of each axis, the last axis fastest."""
+    return functools.reduce(lambda sums, axis: (sums[:, None] + axis).reshape(-1), axes)
