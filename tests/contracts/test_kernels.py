@@ -18,7 +18,7 @@ from reelquant._errors import RecipeError
 from reelquant.clock import Clock
 from reelquant.formats import fit, pack
 from reelquant.kernels import KERNELS, Kernel, backend, current_backend, select
-from reelquant.kernels.cpu import attention, int8, loops, nibbles, pairs
+from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, loops, nibbles, pairs
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
 
 WEIGHTS = [("int8", "channel"), ("int8", "tensor"), ("int6", "channel"), ("int4", "channel"), ("int4", "group-64"), ("int4", "group-8")]
@@ -420,28 +420,85 @@ def test_attention_is_as_good_as_attention_in_bfloat16(shape: tuple[int, ...]) -
     batch, heads, queries, keys, head = shape
     query = torch.randn(batch, queries, heads, head).bfloat16().transpose(1, 2)
     key, value = (torch.randn(batch, heads, keys, head).bfloat16() for _ in range(2))
-    if (reason := attention.refuses(query, key, value)) is not None:
+    if (reason := attention_bfloat16.refuses(query, key, value)) is not None:
         pytest.skip(reason)
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
-    found = attention.attention(query, key, value)
+    found = attention_bfloat16.attention(query, key, value)
     written_out = torch.softmax(query @ key.mT * head**-0.5, -1) @ value
     assert found.shape == exact.shape and found.dtype == torch.bfloat16
     assert found.transpose(1, 2).is_contiguous()
     assert float((found - exact).norm()) <= 1.1 * float((written_out - exact).norm())
-    scaled = attention.attention(query, key, value, scale=0.5)
+    scaled = attention_bfloat16.attention(query, key, value, scale=0.5)
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=0.5)
     assert float((scaled - exact).norm() / exact.norm()) < 0.05
 
 
-def test_attention_refuses_what_torch_does_better() -> None:
-    x = torch.randn(1, 2, 1024, 64).bfloat16()
-    assert attention.refuses(x.float(), x.float(), x.float()) == "not bfloat16"
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "width"),
+    [
+        ((1, 2, 700, 600, 64), 64),
+        ((2, 3, 97, 1030, 128), 128),
+        ((1, 1, 1, 257, 40), 72),
+        ((3, 2, 33, 31, 48), 16),
+        ((1, 1, 300, 513, 256), 256),
+    ],
+)
+def test_attention_in_fixed_point_is_better_than_attention_in_bfloat16(shape: tuple[int, ...], width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batch, heads, queries, keys, head = shape
+    query = torch.randn(batch, queries, heads, head).to(dtype).transpose(1, 2)
+    key, value = (torch.randn(batch, heads, keys, channels).to(dtype) for channels in (head, width))
+    key[..., 0, :] *= 30  # a key that takes most of the weight, and many that share the rest
+    value[..., 0] += 100
+    for scale in (head**-0.5, 0.5):
+        exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), scale=scale)
+        found = attention_fixed.attention(query, key, value, scale)
+        q, k, v = (x.bfloat16() for x in (query, key, value))
+        written_out = torch.softmax(q @ k.mT * scale, -1) @ v
+        assert found.shape == exact.shape and found.dtype == dtype and found.transpose(1, 2).is_contiguous()
+        rounding = torch.finfo(dtype).eps / 2 * float(exact.norm())
+        assert float((found - exact).norm()) <= 0.6 * float((written_out - exact).norm()) + rounding
+
+
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+def test_attention_in_fixed_point_keeps_a_long_tail() -> None:
+    """One key as heavy as a hundred thousand others together: half of the answer is made of weights that one scale would round away."""
+    keys, head = 1 << 17, 64
+    key = torch.zeros(1, 1, keys, head)
+    key[0, 0, 5, 0] = math.log(keys)
+    query = torch.zeros(1, 1, 2, head)
+    query[..., 0] = 1
+    value = torch.ones(1, 1, keys, head)
+    value[0, 0, 5] = -1
+    found = attention_fixed.attention(query, key, value, scale=1.0)
+    torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=2e-3)
+
+
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+def test_attention_in_fixed_point_leaves_strange_numbers_to_torch(which: int, strange: float) -> None:
+    inputs = [torch.randn(1, 2, 300, 64, generator=torch.Generator().manual_seed(part)) for part in range(3)]
+    inputs[which][0, 1, 7, 3] = strange
+    found, expected = attention_fixed.attention(*inputs), F.scaled_dot_product_attention(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+def test_attention_refuses_what_torch_does_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1, 2, 1024, 64)
+    assert attention.refuses(x, x, x) == pairs.available()
+    assert "torch.float16" in str(attention.refuses(x.half(), x.half(), x.half()))
     assert attention.refuses(x[:, :, :100], x[:, :, :100], x[:, :, :100]) == "too short to gain"
     assert attention.refuses(x[..., :8], x[..., :8], x[..., :8]) == "heads of 8 channels"
     assert "heads share keys" in str(attention.refuses(x, x[:, :1], x[:, :1]))
+    half = x.bfloat16()
+    assert attention_bfloat16.refuses(x, x, x) == "not bfloat16"
+    assert attention_bfloat16.refuses(half[..., :8], half[..., :8], half[..., :8]) == "heads of 8 channels"
 
 
 def test_a_kernel_is_named_once() -> None:
     names = [kernel.name for device in KERNELS.values() for kernel in device()]
     assert len(names) == len(set(names)) and all(isinstance(kernel, Kernel) for device in KERNELS.values() for kernel in device())
-    assert math.isfinite(attention.LONG) and nibbles.TILE == 64
+    assert nibbles.TILE == 64

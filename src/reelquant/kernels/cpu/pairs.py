@@ -127,10 +127,9 @@ class PairProduct:
         scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
         out = torch.empty(len(starts), self.rows, dtype=dtype)
         units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
-        loops.spread(
-            multiply, units, len(starts) * self.panels.size, codes.reshape(-1).numpy(), starts, taps, self.panels, self._folds(), self.group,
-            self.sums * zero, self.scale * np.float32(scale), self.bias, tokens, loops.view(out),
-        )  # fmt: skip
+        given, weights = codes.reshape(-1).numpy(), (self.panels, self._folds(), self.group)
+        numbers = self.sums * zero, self.scale * np.float32(scale), self.bias, tokens
+        loops.spread(multiply, units, len(starts) * self.panels.size, given, starts, taps, *weights, *numbers, loops.view(out))
         return out
 
 
