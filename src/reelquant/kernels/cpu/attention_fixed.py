@@ -20,14 +20,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from reelquant.kernels.cpu import loops
 from reelquant.kernels.cpu.loops import EXACT
 from reelquant.kernels.cpu.pairs import available
+from reelquant.kernels.cpu.powers import times_power
 from reelquant.kernels.cpu.softmax import LOWEST as SMALLEST
 from reelquant.kernels.cpu.softmax import POWER
 from reelquant.kernels.cpu.tile import COLUMNS, ROWS, ROWS_AT_ONCE, WIDTH, _tile
@@ -248,18 +246,6 @@ def _scores(total: Any, r: int, scale: Any, key_scale: Any, line: Any) -> Any:
     return largest
 
 
-@intrinsic
-def _times_power(typing: Any, number: Any, power: Any) -> Any:
-    """``number * 2^power`` for a float32 and an int32, by adding to the exponent."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        integer = ir.IntType(32)
-        raised = builder.shl(arguments[1], ir.Constant(integer, 23))
-        return builder.bitcast(builder.add(builder.bitcast(arguments[0], integer), raised), ir.FloatType())
-
-    return types.float32(types.float32, types.int32), code
-
-
 @numba.njit(**_finite)
 def _shares(line: Any, largest: Any, codes: Any, r: int) -> Any:
     """Codes of the weights ``2^(score - largest)`` of some keys, and their sum."""
@@ -268,7 +254,7 @@ def _shares(line: Any, largest: Any, codes: Any, r: int) -> Any:
         power = max(line[j] - largest, SMALLEST)
         whole = np.rint(power)
         f = power - whole
-        raised = _times_power((((POWER[4] * f + POWER[3]) * f + POWER[2]) * f + POWER[1]) * f + POWER[0], np.int32(whole))
+        raised = times_power((((POWER[4] * f + POWER[3]) * f + POWER[2]) * f + POWER[1]) * f + POWER[0], np.int32(whole))
         rounded = np.rint(raised * SHARE)
         codes[r, j] = np.int32(rounded)
         share += rounded

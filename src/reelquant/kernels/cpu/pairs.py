@@ -22,6 +22,7 @@ from reelquant.formats import Int, unpack
 from reelquant.kernels.cpu import inputs, loops, nibbles
 from reelquant.kernels.cpu.inputs import Inputs
 from reelquant.kernels.cpu.int8 import NATIVE, signed
+from reelquant.kernels.cpu.powers import ACTIVATIONS
 from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_AT_ONCE, add_up, multiply
 from reelquant.kernels.operands import Operands, PackedWeight, Window
 
@@ -56,6 +57,8 @@ def _in_groups(weight: PackedWeight) -> bool:
 
 class PairProduct:
     """``y = (codes - zero) . weight * input_scale * weight_scale + bias``, with or without a window."""
+
+    fused = tuple(ACTIVATIONS)
 
     def __init__(self, operands: Operands) -> None:
         self.inputs = Inputs(operands, np.int16)
@@ -98,37 +101,39 @@ class PairProduct:
         twin.inputs = Inputs(operands, np.int16)
         return twin
 
-    def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
+    def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
-        return (self._linear(x, slot, dtype) if self.window is None else self._convolved(x, slot, dtype, self.window)).to(x.dtype)
+        which = ACTIVATIONS[activation]
+        made = self._linear(x, slot, which, dtype) if self.window is None else self._convolved(x, slot, which, dtype, self.window)
+        return made.to(x.dtype)
 
-    def _linear(self, x: Tensor, slot: int | Tensor, dtype: torch.dtype) -> Tensor:
+    def _linear(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype) -> Tensor:
         codes, scales, poisoned = self.inputs.rows(x, slot)
         shape = (*x.shape[:-1], self.rows)
         if poisoned:
             return x.new_full(shape, torch.nan, dtype=dtype)
         starts = np.arange(len(codes), dtype=np.int64) * self.channels
         tokens = loops.NONE if scales is None else scales.numpy()
-        return self._product(codes, starts, np.zeros(1, np.int64), slot, tokens, dtype).view(shape)
+        return self._product(codes, starts, np.zeros(1, np.int64), slot, tokens, which, dtype).view(shape)
 
-    def _convolved(self, x: Tensor, slot: int | Tensor, dtype: torch.dtype, window: Window) -> Tensor:
+    def _convolved(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype, window: Window) -> Tensor:
         if not x.numel():
             padded = F.pad(x, window.padding) if any(window.padding) else x
             return window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
         batched = x if x.ndim == len(self.shape) else x[None]
         codes, _, poisoned = self.inputs.pixels(batched, slot, window.padding)
         starts, taps, places = pixels_of(tuple(codes.shape), self.shape[2:], window)
-        out = self._product(codes.movedim(1, -1), starts, taps, slot, loops.NONE, dtype)
+        out = self._product(codes.movedim(1, -1), starts, taps, slot, loops.NONE, which, dtype)
         out = out.fill_(torch.nan) if poisoned else out
         out = out.view(len(batched), *places, self.rows).movedim(-1, 1)
         return out if batched is x else out[0]
 
-    def _product(self, codes: Tensor, starts: Any, taps: Any, slot: Any, tokens: Any, dtype: torch.dtype) -> Tensor:
+    def _product(self, codes: Tensor, starts: Any, taps: Any, slot: Any, tokens: Any, which: int, dtype: torch.dtype) -> Tensor:
         scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
         out = torch.empty(len(starts), self.rows, dtype=dtype)
         units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
         given, weights = codes.reshape(-1).numpy(), (self.panels, self._folds(), self.group)
-        numbers = self.sums * zero, self.scale * np.float32(scale), self.bias, tokens
+        numbers = self.sums * zero, self.scale * np.float32(scale), self.bias, tokens, which
         loops.spread(multiply, units, len(starts) * self.panels.size, given, starts, taps, *weights, *numbers, loops.view(out))
         return out
 

@@ -19,6 +19,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 from reelquant.kernels.cpu.loops import EXACT, write
+from reelquant.kernels.cpu.powers import activate
 
 ROWS, COLUMNS = 6, 16  # of a tile: twelve registers of sums, two of weights, one of inputs, one of products
 LANES = 8  # 32-bit numbers in a register
@@ -184,7 +185,7 @@ def add_up(start, stop, panels, fold, group, out):  # type: ignore[no-untyped-de
 
 
 @numba.njit(**EXACT)
-def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale, bias, tokens, out):  # type: ignore[no-untyped-def]
+def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale, bias, tokens, which, out):  # type: ignore[no-untyped-def]
     """``out[m, n] = (codes of row m . weights of column n - less[n]) * scale[n] * tokens[m] + bias[n]``.
 
     Args:
@@ -197,6 +198,7 @@ def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale,
         less: ``[panels * COLUMNS]`` int32.
         scale, bias: ``[panels * COLUMNS]`` float32.
         tokens: ``[rows]`` float32, or empty for one.
+        which: activation, of :data:`~reelquant.kernels.cpu.powers.ACTIVATIONS`.
         out: ``[rows, columns]`` float32, or bfloat16 as int16; written.
     """
     chunks = -(-panels.shape[0] // PANELS)
@@ -225,6 +227,8 @@ def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale,
         for m in range(first, last):
             factor = tokens[m] if tokens.shape[0] else np.float32(1)
             _finish(kept[m - first], less[left:right], scale[left:right], factor, bias[left:right], line)
+            if which:
+                activate(line[: right - left], which)
             write(line[: right - left], out[m, left:right])
 
 
