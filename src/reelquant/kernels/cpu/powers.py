@@ -16,7 +16,8 @@ from numba.extending import intrinsic
 
 from reelquant.kernels.cpu.loops import EXACT
 
-ORDERED: dict[str, Any] = EXACT | {"fastmath": EXACT["fastmath"] | {"nnan"}}  # a minimum that minds NaN is no vector instruction
+VECTOR: dict[str, Any] = EXACT | {"fastmath": EXACT["fastmath"] | {"nnan"}, "error_model": "numpy"}
+"""A minimum that minds NaN and a division that looks for zero are no vector instructions."""
 LOWEST, HIGHEST = np.float32(-126), np.float32(126)  # exponents of normal numbers
 SERIES = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7))
 """``2^f`` for ``-0.5 <= f <= 0.5`` by rising powers of f; what is left out is 1.2e-7 of it at most."""
@@ -41,7 +42,7 @@ def times_power(typing: Any, number: Any, power: Any) -> Any:
     return types.float32(types.float32, types.int32), code
 
 
-@numba.njit(**ORDERED)
+@numba.njit(**VECTOR)
 def power(x: Any) -> Any:
     """``2^x`` of a float32 between the exponents of normal numbers; beyond them that of the nearest one."""
     x = min(max(x, LOWEST), HIGHEST)
@@ -51,12 +52,12 @@ def power(x: Any) -> Any:
     return times_power(series * f + SERIES[0], np.int32(whole))
 
 
-@numba.njit(**ORDERED)
+@numba.njit(**VECTOR)
 def _logistic(x: Any) -> Any:
     return np.float32(1) / (np.float32(1) + power(-x * LOG2_E))
 
 
-@numba.njit(**ORDERED)
+@numba.njit(**VECTOR)
 def _normal(x: Any) -> Any:
     """The normal distribution function, by formula 7.1.26 of Abramowitz and Stegun: off by 8e-8 at most."""
     z = abs(x) * HALF_ROOT
@@ -65,7 +66,7 @@ def _normal(x: Any) -> Any:
     return np.float32(1) - tail if x > 0 else tail
 
 
-@numba.njit(**ORDERED)
+@numba.njit(**VECTOR)
 def activate(line: Any, which: int) -> None:
     """Apply an activation of :data:`ACTIVATIONS` to every number of a float32 vector, in place."""
     if which == 1:
