@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reelquant.clock import ANY, Clock, Moment
 
@@ -24,11 +24,16 @@ _modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def number_of(module: nn.Module) -> int:
-    """A number by which graphs find the module, as long as it lives."""
+def number_of(module: Any) -> int:
+    """A number by which graphs find a module, or what stands beside one, as long as it lives."""
     new = next(_numbers)
     _modules[new] = module
     return new
+
+
+def module_of(number: int) -> Any:
+    """What :func:`number_of` gave the number to."""
+    return _modules[number]
 
 
 def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
