@@ -143,10 +143,8 @@ def _end(module: nn.Module) -> None:
 def _enter(module: nn.Module, args: Any) -> None:
     global _inside
     rounded, clock = getattr(module, ROUNDED, None), getattr(module, NAME, None)
-    if rounded is None:
-        _inside = -1, []
-    else:
-        _inside = rounded.number, [] if clock is None or not clock.protected_slots else [clock.protected]
+    protected = [clock.protected] if rounded is not None and clock is not None and clock.protected_slots else []
+    _inside = -1 if rounded is None else rounded.number, protected
     if not torch.compiler.is_compiling():
         _end(module)  # what an interrupt left behind
         _stack().append(Running(id(module), rounded, clock))
@@ -223,15 +221,24 @@ class AttentionFacts:
     simulated: bool
     calls: dict[str, int]
 
+    @property
+    def by(self) -> str:
+        """What computes it, and how honestly."""
+        if self.refused is not None:
+            return f"not used: {self.refused}; {self.kernel} attention in float instead"
+        return f"{self.kernel}, simulated: codes are multiplied in float" if self.simulated else self.kernel
+
     @classmethod
     def of(cls, facts: Iterable[AttentionFacts | None]) -> AttentionFacts | None:
         """What holds for several models; None if none of them rounds."""
         known = [one for one in facts if one is not None]
         if not known:
             return None
-        words = [", ".join(dict.fromkeys(getattr(one, name) for one in known if getattr(one, name))) for name in ("asked", "kernel", "refused")]
+        asked, kernel, refused = (
+            ", ".join(dict.fromkeys(word for one in known if (word := getattr(one, name)))) for name in ("asked", "kernel", "refused")
+        )
         calls = sum((Counter(one.calls) for one in known), Counter[str]())
-        return cls(words[0], words[1], words[2] or None, any(one.simulated for one in known), dict(calls))
+        return cls(asked, kernel, refused or None, any(one.simulated for one in known), dict(calls))
 
 
 def attention_facts(model: nn.Module, device: str | None = None) -> AttentionFacts | None:

@@ -37,6 +37,12 @@ def stop_runtime(model: nn.Module) -> None:
     part_activations(model)
 
 
+def set_attention(model: nn.Module, numbers: AttentionNumbers | None) -> None:
+    """Let one model's attention round its operands, from its next call on, or leave them in float."""
+    layers = quantized_layers(model).values()
+    round_attention(model, numbers, next((layer.kernels for layer in layers), "auto"))
+
+
 def set_kernels(model: nn.Module, name: str) -> None:
     """Let one model be computed by ``reference`` or ``auto`` kernels, from its next call on; other models are left alone.
 
