@@ -29,6 +29,7 @@ from tests.tiny.stock import CALL, PROMPTS, frames, realigned, wan_pipeline
 from tests.tiny.test_steps import call
 
 INT8 = {"scores": "int8"}
+INT8_SCORES = AttentionNumbers()
 TIMES = (900.0, 500.0, 100.0)
 BASE = {"calibrate.prompts": 2, "search.prompts": 1}
 
@@ -41,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     return pipe, report, reelquant.save(pipe, tmp_path_factory.mktemp("attention") / "out", report)
 
 
-def wan(protected: tuple[int, ...] = (0,), numbers: AttentionNumbers | None = AttentionNumbers()) -> nn.Module:
+def wan(protected: tuple[int, ...] = (0,), numbers: AttentionNumbers | None = INT8_SCORES) -> nn.Module:
     model = TINY["WanTransformer3DModel"]().eval()
     start_clock(model, Clock(TIMES, protected), "timestep")
     round_attention(model, numbers)
@@ -220,7 +221,7 @@ def test_a_folder_asks_for_what_its_recipe_asked_for(made: tuple[Any, Any, Path]
 
 def test_a_damaged_or_newer_wish_is_refused(made: tuple[Any, Any, Path]) -> None:
     config = json.loads((made[2] / "transformer" / "config.json").read_text())["quantization_config"]
-    with pytest.raises(CheckpointError, match="attention.scores is one of int8, got 'int2'; written by a newer version"):
+    with pytest.raises(CheckpointError, match=r"attention\.scores is one of int8, got 'int2'; written by a newer version"):
         Stored.from_json(config | {"attention": {"scores": "int2"}})
     assert Stored.from_json({key: value for key, value in config.items() if key != "attention"}).attention is None
 
