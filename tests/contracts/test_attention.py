@@ -88,9 +88,10 @@ def test_every_device_has_one_answer() -> None:
 def test_what_a_gpu_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scores.cuda, "available", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     assert select(NUMBERS[0], "cuda") == (ROUNDED["cuda"](), None)
-    assert select(NUMBERS[1], "cuda") == (None, "e4m3 values need compute capability 8.9, the GPU has 8.6")
+    assert select(NUMBERS[1], "cuda") == (None, "e4m3 needs compute capability 8.9, the GPU has 8.6")
     x = torch.zeros(1, 2, 5, 64)
     half, wide = x.half(), torch.zeros(1, 2, 5, 300).half()
     cases: list[tuple[tuple[Any, ...], str]] = [

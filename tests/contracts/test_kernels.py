@@ -28,6 +28,7 @@ INPUTS: dict[str, TensorLayout | None] = {
     "int8 token": TensorLayout("int8", "token", dynamic=True),
     "float": None,
 }
+REACH = {"uint8": 128, "int6": 32, "uint6": 32, "e4m3": 448}  # codes between zero and the end of a range
 REWRITES: dict[str, dict[str, bool]] = {
     "": {},
     "shift and scale": {"shift": True, "scale": True},
@@ -59,9 +60,9 @@ def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots
     stored = (codes ^ 128).view(torch.int8) if weight[0] == "int8" else pack(codes, quantizer.format.bits)
     channels, extra = layer._channels(), {}
     if numbers is not None and not numbers.dynamic:
-        extra["input_scale"] = torch.linspace(3.7, 2.1, slots)[:, None] / (32 if numbers.format == "int6" else 128)
-        if numbers.format == "uint8":
-            extra["input_zero_point"] = torch.linspace(117, 131, slots).round()[:, None]
+        extra["input_scale"] = torch.linspace(3.7, 2.1, slots)[:, None] / REACH.get(numbers.format, 128)
+        if numbers.format.startswith("uint"):
+            extra["input_zero_point"] = (torch.linspace(117, 131, slots) * REACH[numbers.format] / 128).round()[:, None]
     if layout.shift:
         extra["pre_quant_shift"] = torch.randn(channels).bfloat16() / 2
     if layout.scale:

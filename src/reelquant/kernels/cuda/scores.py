@@ -10,15 +10,11 @@ from reelquant.kernels.attention_numbers import AttentionNumbers
 
 FLOATS = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
-FLOAT8 = (8, 9)  # compute capability: Ada; older chips have no e4m3
 
 
 def missing(numbers: AttentionNumbers) -> str | None:
     """Why no call can be computed on this machine, or None."""
-    if (reason := cuda.available()) is not None or numbers.values == "float" or not torch.cuda.is_available():
-        return reason
-    found = torch.cuda.get_device_capability()
-    return None if found >= FLOAT8 else f"e4m3 values need compute capability {FLOAT8[0]}.{FLOAT8[1]}, the GPU has {found[0]}.{found[1]}"
+    return cuda.available() or (cuda.float8() if numbers.values == "e4m3" else None)
 
 
 def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionNumbers) -> str | None:
