@@ -169,7 +169,9 @@ def options(capability: int) -> None:
     affine["weight_sums"] = float_sums
     cuda.linear_w4a8(codes, packed, group_scale, table, slot, activation="gelu", down=down, up=up, out_dtype=torch.float16, **affine)
     cuda.linear_w4a16(x, packed, group_scale, activation="gelu_tanh")
-    cuda.linear_w8a16(x, weight, one[0], activation="silu")
+    for code in (torch.int8, *float8):
+        cuda.linear_w8a16(x, weight.to(code), one[0], activation="silu")
+    cuda.quantize_static(x, table, slot, zero_point=table, lowest=-128.0, highest=-65.0)
     for code in (torch.int8, *float8):
         if code != torch.int8:
             cuda.linear_8bit(codes.to(code), weight.to(code), table, one, slot, output_scale=table, out_dtype=code)
