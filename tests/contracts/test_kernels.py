@@ -363,6 +363,17 @@ def test_one_graph_serves_all_steps(name: str) -> None:
             assert torch.equal(compiled(x, torch.tensor(timestep)), wanted)
 
 
+@vnni
+def test_graphs_that_write_into_an_input_they_have_read_get_new_codes() -> None:
+    """As Inductor does: into the same tensor, and its version does not tell."""
+    (first, x), (second, _) = (make("Linear", ("int8", "channel"), INPUTS["int8 token"]) for _ in range(2))
+    torch.ops.reelquant.layer(x, [], first.number, "")
+    version, other = x._version, torch.randn_like(x)
+    x.numpy()[:] = other.numpy()
+    assert x._version == version
+    assert torch.equal(torch.ops.reelquant.layer(x, [], second.number, ""), second(other))
+
+
 # --- attention ----------------------------------------------------------------------------------------------------------------------
 
 

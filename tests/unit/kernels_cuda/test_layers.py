@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from reelquant.clock import Clock
 from reelquant.kernels import KERNELS, Kernel, Reference, select
 from reelquant.kernels.cuda import available, layers
-from reelquant.nn import QuantLayer, TensorLayout
+from reelquant.nn import QuantLayer, TensorLayout, start_clock
 from tests.contracts.test_kernels import INPUTS, make, one_code
 
 pytestmark = pytest.mark.skipif(available() is not None, reason=str(available()))
@@ -114,6 +116,35 @@ def test_protected_steps_share_the_weight(name: str, weight: Any, numbers: str) 
         error = (finer(x.to(DEVICE), slot) - Reference(given)(x.to(DEVICE), slot)).abs()
         assert float(error.max()) <= one_code(layer) / 2 + 1e-4 and float(error.median()) <= 1e-4
         assert not torch.equal(finer(x.to(DEVICE), slot), built(x.to(DEVICE), slot))
+
+
+def test_layers_that_read_one_tensor_share_its_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KERNELS, DEVICE, KERNELS["cuda"])
+    (query, x), (key, _) = (make("Linear", ("int8", "channel"), MORE["uint8"], slots=2) for _ in range(2))
+    query, key, x, counted = query.to(DEVICE), key.to(DEVICE), x.to(DEVICE), []
+    start_clock(nn.ModuleList([query, key]), Clock([900.0, 100.0]), "input")
+    original = layers.cuda.quantize_static
+    monkeypatch.setitem(vars(layers.cuda), "quantize_static", lambda *a, **k: counted.append(a) or original(*a, **k))
+    with torch.no_grad():
+        outputs = query(x), key(x)
+        assert torch.equal(*outputs) and len(counted) == 1
+        key.clock[0].tick(100.0)
+        assert not torch.equal(key(x), outputs[1]) and len(counted) == 2  # another step, other codes
+        before = key(x).clone()
+        x += 1
+        assert not torch.equal(key(x), before) and len(counted) == 3
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="writes through numpy, which counts no version")
+def test_graphs_that_write_into_an_input_they_have_read_get_new_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Inductor does: into the same tensor, and its version does not tell."""
+    monkeypatch.setitem(KERNELS, DEVICE, KERNELS["cuda"])
+    (first, x), (second, _) = (make("Linear", ("int8", "channel"), MORE["int8 token"]) for _ in range(2))
+    torch.ops.reelquant.layer(x, [], first.number, "")
+    version, other = x._version, torch.randn_like(x)
+    x.numpy()[:] = other.numpy()
+    assert x._version == version
+    assert torch.equal(torch.ops.reelquant.layer(x, [], second.number, ""), second(other))
 
 
 @pytest.mark.parametrize(
