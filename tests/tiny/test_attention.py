@@ -299,3 +299,43 @@ def test_streamed_folders_are_those_of_memory(tmp_path: Path) -> None:
     reelquant.save(pipe, tmp_path / "memory", reelquant.quantize(pipe, "minmax-w8a8", PROMPTS, **options))
     disk, memory = (json.loads((tmp_path / name / "transformer" / "config.json").read_text()) for name in ("disk", "memory"))
     assert disk["quantization_config"] == memory["quantization_config"] and disk["quantization_config"]["attention"]
+
+
+def test_commands_say_it(made: tuple[Any, Any, Path]) -> None:
+    import re
+
+    from typer.testing import CliRunner
+
+    from reelquant.cli import app
+
+    def said(*words: str) -> str:
+        found = CliRunner().invoke(app, list(words))
+        assert found.exit_code == 0, found.output
+        return re.sub(r"\s+", " ", found.output)
+
+    inspected = said("inspect", str(made[2]), "--no-run")
+    assert "attention int8 scores, float values, by reference, simulated" in inspected and "calls" not in inspected
+    data = json.loads(CliRunner().invoke(app, ["inspect", str(made[2]), "--no-run", "--json"]).stdout)
+    assert data["attention"]["simulated"] and data["attention"]["calls"] == {}
+    planned = json.loads(
+        CliRunner().invoke(app, ["quantize", "tiny-dit", "-r", "w8a16", "--set", "attention.scores=int8", "--dry-run", "--json"]).stdout
+    )
+    assert planned["attention"]["kernel"] == REFERENCE.name
+
+
+def test_a_recipe_explains_it() -> None:
+    from reelquant.cli.recipes import explain
+
+    rows = dict(explain(load_recipe("w8a16", {"attention.values": "e4m3"})))
+    assert rows["attention"] == "int8 scores, e4m3 values, found at run time; float at protected steps"
+    assert "attention" not in dict(explain(load_recipe("w8a16")))
+
+
+def test_the_page_says_it() -> None:
+    from reelquant.evidence.report.markdown import arithmetic
+
+    attention = {"asked": "int8 scores, float values", "kernel": "triton int8 attention", "refused": None, "simulated": False}
+    data = {"quantization": {"simulated": False, "kernel": {}, "attention": attention}}
+    assert "attention with int8 scores, float values, real (kernel triton int8 attention)" in str(arithmetic(data))
+    refused = {"quantization": {"simulated": False, "attention": attention | {"refused": "there is no kernel for mps"}}}
+    assert "was asked for and not used: there is no kernel for mps" in str(arithmetic(refused))

@@ -93,6 +93,7 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
     from reelquant.recipes.build import layer_bytes
 
     component, denoiser = denoiser_of(pipe)
+    attention = attention_facts(denoiser)  # before discovery calls it
     map_ = discover(denoiser)
     sizes = {name: layer_bytes(get_module(denoiser, name)) for name in map_.layers}
     layers = [
@@ -104,7 +105,7 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
         "component": component,
         "quantized_layers": len(quantized_layers(denoiser)),
         "kernels": asdict(kernels_of(denoiser)),
-        "attention": (attention := attention_facts(denoiser)) and asdict(attention),
+        "attention": attention and asdict(attention),
         "bytes": sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers())),
         "blocks": list(map_.blocks),
         "arguments": {"latent": map_.latent_argument, "timestep": map_.timestep_argument, "prompt": map_.prompt_argument},
