@@ -75,7 +75,7 @@ def test_what_runs_is_the_reference_of_every_call(monkeypatch: pytest.MonkeyPatc
     found = call(model, 500.0)
 
     def by_hand(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
-        return REFERENCE.attention(query, key, value, options.get("scale"), AttentionNumbers())
+        return REFERENCE.attention(query, key, value, options.get("scale"), AttentionNumbers(), None)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", by_hand)
     assert torch.equal(call(plain, 500.0), found)
@@ -151,6 +151,29 @@ def test_calls_with_more_than_products_are_exact_and_said(options: Any, reason: 
         assert torch.equal(model(x), STOCK(x, x, x, **options)) and torch.equal(model(x), model(x))
     assert [count for name, count in calls(model).items() if reason in name] == [3]
     assert len([record for record in caplog.records if reason in record.message]) == 1
+
+
+def test_masks_of_padded_texts_are_no_reason_to_be_exact() -> None:
+    """HunyuanVideo masks the keys of every block; in graphs the mask is an input of the operator."""
+    model = Masked(torch.tensor([True, True, False, True, False]).view(1, 1, 1, 5))
+    round_attention(model, INT8_SCORES)
+    x = torch.randn(1, 2, 5, 8)
+    found = model(x)
+    assert torch.equal(found, REFERENCE.attention(x, x, x, None, INT8_SCORES, model.mask)) and calls(model) == {REFERENCE.name: 1}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), found)
+    assert calls(model) == {REFERENCE.name: 2}
+    round_attention(model, None)
+    assert torch.equal(model(x), STOCK(x, x, x, model.mask))
+
+
+class Masked(nn.Module):
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x, x, attn_mask=self.mask)
 
 
 def test_gradients_pass_through_exact_attention() -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.kernels import attention_reference, current_backend
-from reelquant.kernels.attention_numbers import FLOAT, AttentionNumbers, parse_attention
+from reelquant.kernels.attention_numbers import FLOAT, AttentionNumbers, over_keys, parse_attention
 
 STOCK = F.scaled_dot_product_attention
 
@@ -41,14 +41,15 @@ class RoundedKernel:
         name: what reports print.
         missing: why it computes nothing on this machine, or None.
         refuses: why it does not compute a call of query, key and value, or None.
-        attention: computes ``softmax(query key^T * scale) value``; a scale of None is ``head ** -0.5``.
+        attention: computes ``softmax(query key^T * scale) value``; a scale of None is ``head ** -0.5``. The last argument is None, or a
+            mask for which :func:`over_keys` holds.
         low_bit: whether products of codes are products of codes; if not, they are only simulated.
     """
 
     name: str
     missing: Callable[[AttentionNumbers], str | None]
     refuses: Callable[[Tensor, Tensor, Tensor, AttentionNumbers], str | None]
-    attention: Callable[[Tensor, Tensor, Tensor, float | None, AttentionNumbers], Tensor]
+    attention: Callable[[Tensor, Tensor, Tensor, float | None, AttentionNumbers, Tensor | None], Tensor]
     low_bit: bool = True
 
 
@@ -119,6 +120,6 @@ def declared(query: Tensor, value: Tensor) -> Tensor:
 
 
 __all__ = [
-    "ATTENTION", "FLOAT", "REFERENCE", "ROUNDED", "STOCK", "AttentionNumbers", "RoundedKernel", "attention", "parse_attention", "refuses",
-    "select", "trains",
+    "ATTENTION", "FLOAT", "REFERENCE", "ROUNDED", "STOCK", "AttentionNumbers", "RoundedKernel", "attention", "over_keys",
+    "parse_attention", "refuses", "select", "trains",
 ]  # fmt: skip

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+import torch
+from torch import Tensor
+
 from reelquant._errors import RecipeError, nearest
 
 Scores = Literal["int8"]  # of queries and keys
@@ -54,3 +57,18 @@ def parse_attention(value: Any) -> AttentionNumbers | None:
         if word not in WORDS[key]:
             raise RecipeError(f"attention.{key} is one of {', '.join(WORDS[key])}, got {word!r}")
     return AttentionNumbers(**value)
+
+
+def over_keys(mask: Tensor, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask says the same to all queries, as one of padded texts does: ``[1 or batch, 1 or heads, 1, keys]``."""
+    if mask.ndim != 4 or query.ndim != 4 or mask.shape[2:] != (1, key.shape[2]):
+        return False
+    return all(size in (1, whole) for size, whole in zip(mask.shape[:2], query.shape[:2], strict=True))
+
+
+def key_bias(mask: Tensor | None) -> Tensor | None:
+    """What such a mask adds to the scores of a key: ``[1 or batch, 1 or heads, keys]`` float32; minus infinity for False."""
+    if mask is None:
+        return None
+    bias = mask if mask.is_floating_point() else torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+    return bias[:, :, 0].float()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelquant.kernels.attention_numbers import AttentionNumbers
+from reelquant.kernels.attention_numbers import AttentionNumbers, key_bias
 
 AT_ONCE = 1 << 22  # scores of all heads at once; a clip has billions
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
@@ -31,14 +31,17 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionNumbers
     return None if query.shape[3] <= WIDEST else f"heads of {query.shape[3]} channels"
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionNumbers) -> Tensor:
-    """``softmax(query key^T * scale) value`` per head, a block of queries at a time.
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionNumbers, mask: Tensor | None = None
+) -> Tensor:
+    """``softmax(query key^T * scale + bias) value`` per head, a block of queries at a time.
 
     Args:
         query: ``[batch, heads, queries, head]``.
         key, value: ``[batch, heads, keys, head]``.
         scale: unitless; ``head ** -0.5`` by default.
         numbers: what is rounded.
+        mask: one :func:`~reelquant.kernels.attention_numbers.over_keys`, or None.
 
     Returns:
         ``[batch, heads, queries, head]`` in the dtype of the query, in the memory order of ``[batch, queries, heads, head]``.
@@ -49,12 +52,14 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, nu
         return out
     key = key.float()
     codes, key_scale = int8_codes(key - key.mean(2, keepdim=True))
+    bias = key_bias(mask)
     second = Floats(value) if numbers.values == "float" else Codes(value)
     step = max(AT_ONCE // (batch * heads * key.shape[2]), 1)
     for start in range(0, queries, step):
         part = slice(start, start + step)
         rows, row_scale = int8_codes(query[:, :, part].float())
         scores = (rows @ codes.mT) * (row_scale * (head**-0.5 if scale is None else scale)) * key_scale.mT
+        scores = scores if bias is None else scores + bias[:, :, None]
         out[:, :, part] = second(scores)
     return out
 

@@ -58,14 +58,14 @@ class RoundedAttention:
         """What computes attention on this type of device, or why nothing does."""
         return fast.select(self.numbers, device, self.kernels)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: bool) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: bool, mask: Tensor | None = None) -> Tensor:
         """Rounded, or stock attention at protected steps and where no kernel takes the call, which is then said."""
         kernel, reason = (None, PROTECTED) if protected else self._chosen(query, key, value)
         if kernel is not None:
             self.calls[kernel.name] += 1
-            return kernel.attention(query, key, value, scale, self.numbers)
+            return kernel.attention(query, key, value, scale, self.numbers, mask)
         self.fall_back(reason or "")
-        return fast.STOCK(query, key, value, scale=scale)
+        return fast.STOCK(query, key, value, mask, scale=scale)
 
     def _chosen(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[RoundedKernel | None, str | None]:
         kernel, reason = self.selected(query.device.type)
@@ -167,32 +167,32 @@ def _wrap() -> None:
         query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
         **options: Any,
     ) -> Tensor:  # fmt: skip
-        more = _more(attn_mask, dropout_p, is_causal, options)
+        more, scale = _more(dropout_p, is_causal, options), options.get("scale")
+        masked = attn_mask is not None and not fast.over_keys(attn_mask, query, key)
         if torch.compiler.is_compiling():
             if _inside is not None and more is None and query.ndim == 4 and key.shape[:2] == query.shape[:2]:
                 number, protected = _inside
-                if number < 0:
-                    return torch.ops.reelquant.attention(query, key, value, options.get("scale"))
-                return torch.ops.reelquant.rounded_attention(query, key, value, options.get("scale"), protected, number)
+                if number < 0 and attn_mask is None:
+                    return torch.ops.reelquant.attention(query, key, value, scale)
+                if number >= 0 and not masked:
+                    return torch.ops.reelquant.rounded_attention(query, key, value, scale, protected, number, attn_mask)
         elif running():
             inner = _stack()[-1]
-            if inner.rounded is not None and more is not None:
-                inner.rounded.fall_back(f"{STOCK}: {more}")
+            if inner.rounded is not None and (masked or more is not None):
+                inner.rounded.fall_back(f"{STOCK}: {more or 'a mask over pairs of tokens'}")
             elif inner.rounded is not None:
                 protected = inner.clock is not None and inner.clock.now().protected
-                return inner.rounded.attend(query, key, value, options.get("scale"), protected)
-            elif more is None and fast.refuses(query, key, value) is None:
-                return fast.attention(query, key, value, options.get("scale"))
+                return inner.rounded.attend(query, key, value, scale, protected, attn_mask)
+            elif attn_mask is None and more is None and fast.refuses(query, key, value) is None:
+                return fast.attention(query, key, value, scale)
         return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
     scaled_dot_product_attention.reelquant = True  # type: ignore[attr-defined]
     F.scaled_dot_product_attention = scaled_dot_product_attention
 
 
-def _more(mask: Tensor | None, dropout: float, causal: bool, options: Mapping[str, Any]) -> str | None:
+def _more(dropout: float, causal: bool, options: Mapping[str, Any]) -> str | None:
     """What a call wants beside a product, a softmax and a product; None if nothing."""
-    if mask is not None:
-        return "a mask"
     if dropout:
         return "dropout"
     if causal:
@@ -212,7 +212,7 @@ class AttentionFacts:
         kernel: what computes it where the model lies; ``stock`` if nothing does.
         refused: why nothing does, or None.
         simulated: whether float arithmetic stands in for low-bit arithmetic.
-        calls: calls so far, by what computed them. Calls of graphs that were compiled whole and leave no choice (masks) are not seen.
+        calls: calls so far, by what computed them. Those that graphs leave to the compiler (masks over pairs, dropout) are not seen.
     """
 
     asked: str
@@ -260,13 +260,17 @@ def expected_attention(
 
 
 @torch.library.custom_op("reelquant::rounded_attention", mutates_args=())
-def _run(query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], number: int) -> Tensor:
+def _run(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], number: int, mask: Tensor | None
+) -> Tensor:
     """:meth:`RoundedAttention.attend` as a node of a compiled graph; the step is read when it runs."""
     rounded: RoundedAttention = module_of(number)
     now = bool(protected[0]) if protected else False
-    return fast.declared(query, value).copy_(rounded.attend(query, key, value, scale, now))
+    return fast.declared(query, value).copy_(rounded.attend(query, key, value, scale, now, mask))
 
 
 @_run.register_fake
-def _shape(query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], number: int) -> Tensor:
+def _shape(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], number: int, mask: Tensor | None
+) -> Tensor:
     return fast.declared(query, value)

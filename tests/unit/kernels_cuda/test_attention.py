@@ -82,7 +82,7 @@ def test_protected_steps_are_exact() -> None:
 def test_refusals() -> None:
     q, k, v = make(1, 4, 5, 6, 16)
     cases: list[tuple[str, dict[str, Any]]] = [
-        ("takes no mask", {"mask": torch.ones(5, 6, dtype=torch.bool, device=DEVICE)}),
+        ("takes masks over keys", {"mask": torch.ones(5, 6, dtype=torch.bool, device=DEVICE)}),
         ("bfloat16 or float16", {"q": q.float()}),
         ("alike", {"v": v.half()}),
         ("heads divide", {"k": k[:, :3], "v": v[:, :3]}),

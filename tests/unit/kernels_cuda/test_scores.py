@@ -10,7 +10,7 @@ import torch
 from reelquant.clock import Clock
 from reelquant.kernels import attention as table
 from reelquant.kernels import cuda
-from reelquant.kernels.attention import REFERENCE, AttentionNumbers
+from reelquant.kernels.attention import REFERENCE, STOCK, AttentionNumbers
 from reelquant.kernels.cuda import scores
 from reelquant.nn import attention_facts, round_attention, start_clock
 from reelquant.nn.attention import PROTECTED
@@ -30,9 +30,24 @@ def test_the_reference_simulates_the_kernel(shape: Any, values: Any) -> None:
     q, k, v = make(*shape)
     numbers = AttentionNumbers(values=values)
     assert KERNEL.refuses(q, k, v, numbers) is None and KERNEL.missing(numbers) is None
-    found, expected = (kernel.attention(q, k, v, None, numbers) for kernel in (KERNEL, REFERENCE))
+    found, expected = (kernel.attention(q, k, v, None, numbers, None) for kernel in (KERNEL, REFERENCE))
     assert found.shape == expected.shape and found.dtype == expected.dtype and found.stride() == expected.stride()
     assert float((found - expected).float().norm() / expected.float().norm()) < (2**-5 if values == "e4m3" else 2**-8)
+
+
+@pytest.mark.parametrize("values", ["float", "e4m3"])
+@pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 3), (2, 3)])
+def test_masks_over_keys(lead: tuple[int, int], values: Any) -> None:
+    """Padded texts, a bias per head, and whole tiles of keys that nobody may see, the first among them."""
+    q, k, v = make(2, 3, 33, 75, 64)
+    seen = torch.rand(*lead, 1, 75, device=DEVICE) > 0.3
+    seen[..., :40] = False
+    for mask in (seen, torch.randn(*lead, 1, 75, device=DEVICE).masked_fill(~seen, -torch.inf)):
+        numbers = AttentionNumbers(values=values)
+        found, expected = (kernel.attention(q, k, v, None, numbers, mask).float() for kernel in (KERNEL, REFERENCE))
+        exact = STOCK(q.double(), k.double(), v.double(), mask.double() if mask.is_floating_point() else mask)
+        assert not found.isnan().any() and float((found - expected).norm() / expected.norm()) < (2**-5 if values == "e4m3" else 2**-7)
+        assert float((found - exact).norm() / exact.norm()) < 0.06
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the inputs of call() lie on the CPU")
@@ -60,8 +75,8 @@ def test_a_denoiser_gets_the_kernel_and_protected_steps_do_not(monkeypatch: pyte
 def in_bfloat16(kernel: table.RoundedKernel) -> table.RoundedKernel:
     """The kernel on bfloat16 copies of what a float32 denoiser gives."""
 
-    def attention(q: Any, k: Any, v: Any, scale: Any, numbers: Any) -> Any:
-        return kernel.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale, numbers).to(q.dtype)
+    def attention(q: Any, k: Any, v: Any, scale: Any, numbers: Any, mask: Any = None) -> Any:
+        return kernel.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), scale, numbers, mask).to(q.dtype)
 
     def refuses(q: Any, k: Any, v: Any, numbers: Any) -> str | None:
         return kernel.refuses(q.bfloat16(), k.bfloat16(), v.bfloat16(), numbers)

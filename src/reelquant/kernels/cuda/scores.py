@@ -26,6 +26,8 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionNumbers
     return None if query.shape[3] <= WIDEST_HEAD else f"heads of {query.shape[3]} channels"
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionNumbers) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionNumbers, mask: Tensor | None = None
+) -> Tensor:
     """:func:`reelquant.kernels.cuda.attention.attention_8bit`."""
-    return cuda.attention_8bit(query, key, value, scale, float8_values=numbers.values == "e4m3")
+    return cuda.attention_8bit(query, key, value, scale, mask, float8_values=numbers.values == "e4m3")
