@@ -182,7 +182,8 @@ def options(capability: int) -> None:
     for width in (16, 40):
         q = torch.zeros(2, 4, 33, width).half()
         for float8_values in (False, *(True for _ in float8)):
-            cuda.attention_8bit(q, q[:, :2], q[:, :2], float8_values=float8_values)
+            for mask in (None, torch.zeros(2, 1, 1, 33), torch.ones(1, 4, 1, 33, dtype=torch.bool)):
+                cuda.attention_8bit(q, q[:, :2], q[:, :2], mask=mask, float8_values=float8_values)
 
 
 PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm, gemm_grouped, conv, attention, options)}
