@@ -6,25 +6,28 @@ which is what a small layer in eager mode really costs. *of peak* is relative to
 the same type (of int8, for attention with int8 scores, although half of its work is in the type of the values). *error* is the
 root-mean-square difference to the float32 result of the same floats, relative to that result.
 
+The group *denoiser* times one call of a whole quantized denoiser with attention in float and in few bits, and says what computed it.
+
 ``--dry`` runs tiny shapes in Triton's interpreter on a CPU: it shows that the script works, its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Run = Callable[[], Any]
@@ -44,7 +47,25 @@ CONVOLUTION = [  # batch, channels, output channels, spatial size, kernel
     (1, 128, 128, (17, 240, 416), (3, 3, 3)), (32, 640, 320, (64, 64), (1, 1)),
 ]  # fmt: skip
 PEAK = [4096, 8192, 16384]
+DENOISER = [("wan-1.3b", {"num_layers": 1}, (1, 16, 21, 60, 104))]  # 32760 tokens, one of 30 layers; and a sixteenth of them, two layers
+DENOISER += [("wan-1.3b", {"num_layers": 2}, (1, 16, 6, 26, 50))]
+DYNAMIC = {
+    "name": "w8a8-dynamic",
+    "defaults": {
+        "weight": {"format": "int8", "granularity": "channel"},
+        "input": {"format": "int8", "granularity": "token", "dynamic": True},
+    },
+    "rules": [{"on": "role:entry | role:exit", "keep": True}],
+    "calibrate": None,
+}
 DRY: dict[str, list[Any]] = {
+    "DENOISER": [
+        (
+            "wan-1.3b",
+            {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 64, "text_dim": 16, "freq_dim": 16},
+            (1, 16, 1, 6, 10),
+        )
+    ],
     "PEAK": [32], "LINEAR": [(33, 64, 40)], "ATTENTION": [(1, 2, 33, 40, 32)],
     "CONVOLUTION": [(1, 32, 8, (5, 6), (3, 3)), (1, 32, 8, (3, 4, 4), (3, 1, 1))],
 }  # fmt: skip
@@ -204,6 +225,46 @@ def attention(bench: Bench, peaks: dict[str, float], shape: tuple[int, int, int,
         print(f"  {name}: error {error(variants[name]()[:1, :1, part], exact):.2e}", file=sys.stderr)
 
 
+def denoiser(bench: Bench, peaks: dict[str, float], shape: tuple[str, dict[str, Any], tuple[int, ...]]) -> Iterator[dict[str, Any]]:
+    """One call of a denoiser in bf16, with quantized layers, and with few-bit attention beside them."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, which must not happen before --dry is looked at
+
+    import reelquant
+    from benchmarks.speed.denoisers import DENOISERS, Sampler
+    from reelquant.kernels.attention import AttentionNumbers
+    from reelquant.nn import attention_facts, kernels_of, round_attention
+
+    name, changed, latent = shape
+    spec = replace(DENOISERS[name], config=DENOISERS[name].config | changed, latent=latent)
+    plain = spec.make().to(torch.bfloat16)
+    layers = copy.deepcopy(plain)
+    reelquant.quantize(Sampler(spec, layers), DYNAMIC)
+    models = {"torch bf16": plain.to(bench.device), "w8a8": layers.to(bench.device)}
+    for numbers in (AttentionNumbers(), AttentionNumbers(values="e4m3")):
+        models[f"w8a8, {numbers}"] = copy.deepcopy(layers)
+        round_attention(models[f"w8a8, {numbers}"], numbers)
+    inputs = _to(bench.device, spec.inputs(plain, torch.bfloat16))
+
+    def step(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(**inputs)[0]
+
+    variants: dict[str, Run] = {name: lambda model=model: step(model) for name, model in models.items()}
+    with FlopCounterMode(display=False) as counted:
+        expected = variants["torch bf16"]().float()
+    yield from rows(bench, "denoiser", latent, variants, counted.get_total_flops(), {}, expected)
+    print(f"  layers: {kernels_of(models['w8a8']).names}", file=sys.stderr)
+    for model in models.values():
+        if (facts := attention_facts(model)) is not None:
+            print(f"  {facts.asked}: {facts.by}; calls {facts.calls}", file=sys.stderr)
+
+
+def _to(device: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to(device, item) for key, item in value.items()}
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
 def convolution(bench: Bench, peaks: dict[str, float], shape: tuple[int, int, int, Any, Any]) -> Iterator[dict[str, Any]]:
     """A padded convolution; the reference is cudnn in bf16, channels-last."""
     from reelquant.kernels import cuda
@@ -245,7 +306,7 @@ def write(folder: Path, found: list[dict[str, Any]], facts: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of gpu.csv and gpu.md")
-    parser.add_argument("--only", nargs="*", choices=["linear", "attention", "convolution"], help="groups to measure")
+    parser.add_argument("--only", nargs="*", choices=["linear", "attention", "convolution", "denoiser"], help="groups to measure")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds per shape")
     parser.add_argument("--milliseconds", type=float, default=20.0, help="how long a variant runs in one round")
     parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter, on a CPU")
@@ -262,12 +323,16 @@ def main() -> None:
         from tests.unit.kernels_cuda import rounding
 
         rounding.install()
+        from reelquant.kernels import KERNELS
+        from reelquant.kernels.attention import ROUNDED
+
+        KERNELS["cpu"], ROUNDED["cpu"] = KERNELS["cuda"], ROUNDED["cuda"]
     torch.backends.cudnn.benchmark = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     bench = Bench("cpu" if arguments.dry else "cuda", 1 if arguments.dry else arguments.rounds, arguments.milliseconds)
     sizes: dict[str, list[Any]] = (
-        DRY if arguments.dry else {"PEAK": PEAK, "LINEAR": LINEAR, "ATTENTION": ATTENTION, "CONVOLUTION": CONVOLUTION}
+        DRY if arguments.dry else {"PEAK": PEAK, "LINEAR": LINEAR, "ATTENTION": ATTENTION, "CONVOLUTION": CONVOLUTION, "DENOISER": DENOISER}
     )
     import triton
 
@@ -276,7 +341,8 @@ def main() -> None:
     found = list(peak(bench, sizes["PEAK"]))
     kinds = {row["variant"].split()[1] for row in found}
     peaks = {kind: max(row["teraops"] for row in found if kind in row["variant"]) for kind in kinds}
-    for group, key in ((linear, "LINEAR"), (attention, "ATTENTION"), (convolution, "CONVOLUTION")):
+    groups = ((linear, "LINEAR"), (attention, "ATTENTION"), (convolution, "CONVOLUTION"), (denoiser, "DENOISER"))
+    for group, key in groups:
         if arguments.only and group.__name__ not in arguments.only:
             continue
         for shape in sizes[key]:

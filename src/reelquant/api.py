@@ -179,16 +179,24 @@ def plans(
     return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
 
 
-def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | None = None) -> None:
+def configure(
+    model: Any,
+    *,
+    kernels: str | None = None,
+    temporal_table: bool | None = None,
+    attention: str | Mapping[str, str] | None = None,
+) -> None:
     """Change how a quantized model is computed, after it was loaded or quantized. Nothing of this is stored with it.
 
     Args:
         model: a quantized model, or a pipeline: all its quantized parts are meant.
         kernels: ``reference`` for plain torch, the oracle of all kernels, or ``auto`` for the fastest.
+        attention: numbers of attention's products, ``{"scores": "int8", "values": "float"}`` (or ``"e4m3"``), rounded at all but protected
+            steps where a kernel takes the call; ``"float"`` rounds none.
         temporal_table: whether stored outputs of temporal layers are used where they fit, or every layer is computed.
 
     Raises:
-        RecipeError: if there are no kernels of that name.
+        RecipeError: if there are no kernels, or no numbers of attention, of that name.
         UnsupportedError: if nothing is quantized, or a table is asked for where none is stored.
 
     Example:
@@ -201,7 +209,8 @@ def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | 
     from reelquant.clock import NAME
     from reelquant.discover.components import plain
     from reelquant.kernels import check_backend
-    from reelquant.nn import quantized_layers, set_kernels
+    from reelquant.kernels.attention import parse_attention
+    from reelquant.nn import quantized_layers, set_attention, set_kernels
 
     parts = [model] if isinstance(model, nn.Module) else [part for part in model.components.values() if isinstance(part, nn.Module)]
     layers = {part: quantized_layers(part) for part in map(plain, parts)}
@@ -210,6 +219,7 @@ def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | 
         raise UnsupportedError(f"{type(model).__name__} has no quantized layers; reelquant.quantize makes some")
     if kernels is not None:
         check_backend(kernels)
+    numbers = None if attention is None else parse_attention(attention)
     with_table = [part for part, own in layers.items() if any(layer.layout.table for layer in own.values())]
     if temporal_table and not with_table:
         raise UnsupportedError(
@@ -217,6 +227,8 @@ def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | 
         )
     for part in layers if kernels is not None else ():
         set_kernels(part, kernels)
+    for part in layers if attention is not None else ():
+        set_attention(part, numbers)
     for part in with_table if temporal_table is not None else ():
         getattr(part, NAME).tables = temporal_table
 

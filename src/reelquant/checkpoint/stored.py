@@ -8,10 +8,11 @@ from typing import Any, get_args
 
 from torch import nn
 
-from reelquant._errors import CheckpointError, UnsupportedError
+from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
 from reelquant._version import __version__
 from reelquant.checkpoint.verify import tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
+from reelquant.kernels.attention import AttentionNumbers, parse_attention
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, LayerLayout, QuantLayer, buffer_shapes, quantized_layers
 
@@ -51,6 +52,7 @@ class Stored:
         checksums: one :func:`tile_checksum` per quantized layer.
         ignore: linear and convolution layers that stay float.
         slots: what the clock needs, or None for data-free models.
+        attention: what attention rounds, or None.
         recipe, recipe_digest: the whole recipe as a mapping that ``load_recipe`` reads, and its hash.
         tool_version: the reelquant that wrote this.
     """
@@ -62,9 +64,11 @@ class Stored:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_digest: str = ""
     tool_version: str = ""
+    attention: AttentionNumbers | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; layers of one layout share a group."""
+        """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
+        attention = {} if self.attention is None else {"attention": self.attention.to_json()}
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -75,6 +79,7 @@ class Stored:
             "ignore": list(self.ignore),
             "slots": self.slots and self.slots.to_json(),
             "checksums": dict(self.checksums),
+            **attention,
         }
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -96,7 +101,7 @@ class Stored:
             raise CheckpointError(f"quantization_config has no checksum for layer '{missing[0]}'; save the model again with reelquant.save")
         stored = cls(
             layers, dict(data["checksums"]), tuple(data["ignore"]), _slots(data.get("slots")),
-            data.get("recipe") or {}, data.get("recipe_digest", ""), data.get("tool_version", ""),
+            data.get("recipe") or {}, data.get("recipe_digest", ""), data.get("tool_version", ""), _attention(data, CheckpointError),
         )  # fmt: skip
         stored._check_slots()
         return stored
@@ -124,7 +129,15 @@ def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums
     kept = [name for name, part in model.named_modules() if isinstance(part, tuple(LAYERS)) and not isinstance(part, QuantLayer)]
     checksums = {name: tile_checksum(layer) if checksums is None else checksums[name] for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__)
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, _attention(recipe))
+
+
+def _attention(data: Mapping[str, Any], raised: type[Exception] = RecipeError) -> AttentionNumbers | None:
+    """What the key ``attention`` of a recipe or a checkpoint asks for."""
+    try:
+        return None if data.get("attention") is None else parse_attention(data["attention"])
+    except RecipeError as error:
+        raise raised(f"quantization_config: {error}; written by a newer version?" if raised is CheckpointError else str(error)) from None
 
 
 def _check_unwrapped(model: nn.Module) -> None:

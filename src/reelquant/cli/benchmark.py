@@ -75,7 +75,7 @@ def _measure(model: str, reference: str, dtype: object, threads: int | None, **o
 def _tables(made: Benchmark) -> list[Table]:
     """Times and memory beside each other, then what computes the layers."""
     from reelquant.cli.console import size
-    from reelquant.cli.tables import computed_by, facts, table
+    from reelquant.cli.tables import attended_by, computed_by, facts, table
 
     data = made.data
     times = table(
@@ -96,6 +96,7 @@ def _tables(made: Benchmark) -> list[Table]:
     why += [("peak memory", f"not measured: {data['peak_memory_failed']}")] if data["peak_memory_failed"] else []
     how = [
         ("kernels", computed_by(made.kernels, made.simulated)),
+        *attended_by(made.attention),
         *why,
         ("machine", machine),
         ("rounds", f"{data['rounds']}, in turns, medians and quartiles"),

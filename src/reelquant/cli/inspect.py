@@ -89,10 +89,11 @@ def inspect(
 
 def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
     from reelquant.discover import denoiser_of, discover
-    from reelquant.nn import get_module, kernels_of, quantized_layers
+    from reelquant.nn import attention_facts, get_module, kernels_of, quantized_layers
     from reelquant.recipes.build import layer_bytes
 
     component, denoiser = denoiser_of(pipe)
+    attention = attention_facts(denoiser)  # before discovery calls it
     map_ = discover(denoiser)
     sizes = {name: layer_bytes(get_module(denoiser, name)) for name in map_.layers}
     layers = [
@@ -104,6 +105,7 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
         "component": component,
         "quantized_layers": len(quantized_layers(denoiser)),
         "kernels": asdict(kernels_of(denoiser)),
+        "attention": attention and asdict(attention),
         "bytes": sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers())),
         "blocks": list(map_.blocks),
         "arguments": {"latent": map_.latent_argument, "timestep": map_.timestep_argument, "prompt": map_.prompt_argument},
@@ -199,7 +201,8 @@ def _show(data: dict[str, Any], rows: int | None, json: bool) -> None:
 
 def _head(data: dict[str, Any]) -> Table:
     from reelquant.cli.console import size
-    from reelquant.cli.tables import computed_by, facts
+    from reelquant.cli.tables import attended_by, computed_by, facts
+    from reelquant.nn import AttentionFacts
 
     shared = sum(len(group["layers"]) > 1 for group in data["groups"])
     foldable, seams = (sum(bool(group[key]) for group in data["groups"]) for key in ("foldable", "seam"))
@@ -210,6 +213,7 @@ def _head(data: dict[str, Any]) -> Table:
             ("quantized", f"{data['quantized_layers']} layers: activations are not sampled"),
             ("kernels", computed_by(kernels["names"], kernels["simulated"])),
             *(("not the best kernel", f"{reason} ({count} layers)") for reason, count in kernels["refused"].items()),
+            *attended_by(data["attention"] and AttentionFacts(**data["attention"])),
         ]
     return facts(
         f"{data['denoiser']} ({data['component']})",

@@ -106,7 +106,7 @@ def quantize(
             param_hint="--gate",
         )
     if dry_run or output is None:
-        _show_plans(job or opened(model, device, dtype), chosen, names, exclude or [], json)
+        _show_plans(job or opened(model, device, dtype), chosen, names, exclude or [], device, json)
         return
     if job is not None and (resume or streams):
         document = _stream(job, output, resume, force, json)
@@ -163,7 +163,9 @@ def _job(
         return None  # text encoders, VAEs, checkpoints that diffusers converts: what else is wrong, the way through memory finds, too
 
 
-def _show_plans(source: Any, recipe: Recipe | dict[str, Recipe], components: list[str] | None, exclude: list[str], json: bool) -> None:
+def _show_plans(
+    source: Any, recipe: Recipe | dict[str, Recipe], components: list[str] | None, exclude: list[str], device: str, json: bool
+) -> None:
     """The plans of a job and what it takes, or those for a pipeline in memory."""
     from reelquant.api import plans
     from reelquant.cli import console, tables
@@ -172,12 +174,12 @@ def _show_plans(source: Any, recipe: Recipe | dict[str, Recipe], components: lis
     job = source if isinstance(source, Job) else None
     made = plans(source, recipe, components=components, skip=exclude) if job is None else job.plans
     if json:
-        documents = {name: tables.plan_json(one) for name, one in made.items()}
+        documents = {name: tables.plan_json(one, device) for name, one in made.items()}
         takes = {} if job is None else {"estimate": tables.estimate_json(job, job.estimate())}
         console.emit((documents if len(documents) > 1 else next(iter(documents.values()))) | takes)
         return
     for one in made.values():
-        console.out.print(tables.plan_table(one))
+        console.out.print(tables.plan_table(one, device))
     if job is not None:
         console.out.print(tables.estimate_table(job, job.estimate()))
     console.out.print("[dim]dry run: nothing was changed or written[/dim]")

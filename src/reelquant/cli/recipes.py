@@ -78,6 +78,7 @@ def explain(recipe: Recipe) -> list[tuple[str, str]]:
         )  # fmt: skip
         rows.append(("except", f"[cyan]{rule.on}[/cyan] {fate}"))
     rows += [(f"step {number}", _step(step)) for number, step in enumerate(recipe.steps, 1)]
+    rows += [("attention", f"{recipe.attention.numbers}, found at run time; float at protected steps")] if recipe.attention else []
     return [*rows, ("data", _data(recipe)), ("temporal layers", _TEMPORAL[recipe.temporal]), ("digest", recipe.digest())]
 
 

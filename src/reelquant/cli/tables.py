@@ -13,6 +13,7 @@ from reelquant.cli.console import figure, size
 
 if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation, Result
+    from reelquant.nn import AttentionFacts
     from reelquant.recipes.build import LayerRecord
     from reelquant.recipes.estimate import Estimate
     from reelquant.recipes.plan import LayerPlan, Plan
@@ -44,15 +45,25 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return made
 
 
-def plan_table(plan: Plan) -> Table:
-    """A row per layer: what it becomes, or why it stays."""
+def plan_table(plan: Plan, device: str = "cpu") -> Table:
+    """A row per layer: what it becomes, or why it stays; and what of attention would be computed on a device."""
     made = table(f"Plan of {plan.recipe.name} for {plan.map.cls}", ["layer", "role", "becomes"], ["before", "after", "smaller"])
     for row in plan.layers.values():
         made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
     made.add_section()
     made.add_row("[bold]quantized layers", "", f"{len(plan.quantized)} of {len(plan.layers)}", *_sizes(*plan_bytes(plan.quantized)))
     made.add_row("[bold]all layers", "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
+    if (attention := _attention(plan, device)) is not None:
+        made.add_section()
+        made.add_row("[bold]attention", "", f"{attention.asked}, by {attention.by}", "", "", "")
     return made
+
+
+def _attention(plan: Plan, device: str) -> AttentionFacts | None:
+    from reelquant.nn import expected_attention
+
+    numbers = plan.recipe.attention_numbers
+    return None if numbers is None else expected_attention(numbers, device.partition(":")[0])
 
 
 def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
@@ -104,7 +115,7 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
     return size(before), size(after), f"{before / max(after, 1):.2f}x"
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
+def plan_json(plan: Plan, device: str = "cpu") -> dict[str, Any]:
     """The plan as plain data."""
     before, after = plan_bytes(plan.quantized)
     layers = [
@@ -115,7 +126,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         for row in plan.layers.values()
     ]  # fmt: skip
     totals = {"quantized": len(plan.quantized), "kept": len(plan.kept), "bytes_before": before, "bytes_after": after}
-    return {"recipe": plan.recipe.name, "denoiser": plan.map.cls, **totals, "layers": layers}
+    attention = _attention(plan, device)
+    said = {} if attention is None else {"attention": asdict(attention)}
+    return {"recipe": plan.recipe.name, "denoiser": plan.map.cls, **totals, **said, "layers": layers}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ proof
@@ -147,6 +160,7 @@ def summary(report: Report) -> Table:
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
         ("with float layers", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
         ("kernels", kernels),
+        *attended_by(report.attention),
         *([] if report.figures and report.latent_psnr is None else [("held-out clips", psnr)]),
         *([("temporal layers", f"TDScore {figure(tdscore)} (1 is lossless)")] if tdscore is not None else []),
         *((name.replace("_", " "), _figure(name, value)) for name, value in report.figures.items()),
@@ -163,6 +177,14 @@ def computed_by(kernels: Mapping[str, int], simulated: bool) -> str:
     """How many layers each kernel computes, and whether float arithmetic stands in for low-bit arithmetic."""
     said = "simulated in part: inputs are rounded, products are computed in float" if simulated else "nothing is simulated"
     return f"{', '.join(f'{name} ({count})' for name, count in kernels.items())}; {said}"
+
+
+def attended_by(found: AttentionFacts | None) -> list[tuple[str, str]]:
+    """A row on attention with few-bit operands, calls so far included; none where none was asked for."""
+    if found is None:
+        return []
+    calls = ", ".join(f"{name} ({count})" for name, count in found.calls.items())
+    return [("attention", f"{found.asked}, by {found.by}{f'; calls: {calls}' if calls else ''}")]
 
 
 def worst(report: Report, count: int = WORST) -> Table:

@@ -28,7 +28,7 @@ from reelquant.discover.components import plain
 from reelquant.evidence.machine import machine, versions
 from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import kernels_of, quantized_layers
+from reelquant.nn import AttentionFacts, attention_facts, kernels_of, quantized_layers
 
 SEED = 50_000
 VARIANTS = ("reference", "test")
@@ -68,6 +68,7 @@ class Benchmark:
         kernels: number of layers by the kernel that computes them.
         refused: why the best kernel does not compute a layer, by reason and number of layers.
         simulated: whether float arithmetic stands in for low-bit arithmetic anywhere.
+        attention: what computed attention with few-bit operands, over all rounds; None if the pipeline asks for none.
         data: circumstances: names, dtype, device, threads, call, rounds, machine, versions.
     """
 
@@ -80,6 +81,7 @@ class Benchmark:
     kernels: dict[str, int]
     refused: dict[str, int]
     simulated: bool
+    attention: AttentionFacts | None
     data: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -139,7 +141,9 @@ def benchmark(
     text = prompt or calibration_prompts(pipes["reference"], 1)[0]
     times = _in_turns(pipes, text, rounds, device, progress, call)
     arguments = {key: value for key, value in call_arguments(pipes["test"], **call).items() if isinstance(value, int | float | str)}
-    kernels = kernels_of(plain(denoisers["test"][1]))
+    quantized = plain(denoisers["test"][1])
+    kernels, attention = kernels_of(quantized), attention_facts(quantized)
+    del quantized
     del pipes, denoisers
     peaks, failure = _peaks(reference, test, text, dtype, device, call, progress) if memory else ({}, None)
     whole = {variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS}
@@ -154,6 +158,7 @@ def benchmark(
         kernels.names,
         kernels.refused,
         kernels.simulated,
+        attention,
         {
             "test": {"name": test}, "reference": {"name": reference, "short": SHORT[dtype]}, "device": device, "compiled": compiled,
             "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments, "machine": machine(),

@@ -107,7 +107,7 @@ class ReelQuantizer(DiffusersQuantizer):
         slots = self.stored.slots
         if slots is not None:
             start_clock(model, slots.clock(), slots.argument)
-        start_runtime(model)
+        start_runtime(model, self.stored.attention)
         count_weights(model)
         log_proof(model, verify(model, self.stored.checksums))
 

@@ -16,12 +16,14 @@ from reelquant.discover import denoises, discover, outline, stand_in
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
 from reelquant.integrations.options import KEPT, pattern_of, with_options
 from reelquant.nn import (
+    attention_facts,
     count_tensors,
     dequantized,
     get_module,
     kernels_of,
     quantized_class,
     quantized_layers,
+    round_attention,
     set_module,
     stop_clock,
     stop_runtime,
@@ -160,6 +162,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
         homeless += [name] if layer.bias_made and new.bias is not None else []
     stop_clock(model)
     stop_runtime(model)
+    round_attention(model, None)
     count_tensors(model)
     if homeless:
         refuse_saving(model, homeless)
@@ -185,6 +188,8 @@ def log_proof(model: nn.Module, checked: int) -> None:
     names = ", ".join(f"{name} x{count}" for name, count in sorted(kernels.names.items())) + (
         " (simulated in part)" if kernels.simulated else ""
     )
+    if (attention := attention_facts(model)) is not None:
+        names += f"; attention ({attention.asked}): {attention.by}"
     logger.info(
         "%s: %d quantized layers, %d bytes, %d checksums verified, kernels: %s", type(model).__name__, len(layers), size, checked, names
     )

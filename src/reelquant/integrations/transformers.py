@@ -97,7 +97,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         assert self.stored is not None
         for layer in quantized_layers(model).values():
             layer.requires_grad_(False)
-        start_runtime(model)
+        start_runtime(model, self.stored.attention)
         count_weights(model)
         log_proof(model, verify(model, self.stored.checksums))
         return model

@@ -53,8 +53,13 @@ def _cuda() -> tuple[Kernel, ...]:
         Kernel("triton int8", layers.refuses_linear, layers.CodeLinear),
         Kernel("triton int8 from int4", layers.refuses_nibbles, layers.NibbleLinear),
         Kernel("triton int8 convolution", layers.refuses_convolution, layers.CodeConvolution),
+        Kernel("triton e4m3", layers.refuses_float8, layers.CodeLinear),
+        Kernel("triton e4m3 convolution", layers.refuses_float8_convolution, layers.CodeConvolution),
+        Kernel("triton int8 from groups", layers.refuses_folded, layers.prepare_folded),
         Kernel("triton float products", layers.refuses_float, layers.FloatLinear),
         Kernel("torch int8", layers.refuses_plain, layers.PlainLinear),
+        Kernel("torch e4m3", layers.refuses_plain_float8, layers.PlainFloat8Linear),
+        Kernel("torch float products", layers.refuses_widened, layers.Widened),
     )
 
 

@@ -1,15 +1,23 @@
-"""Attention by device: a table like that of layers, with stock attention as what is left."""
+"""Attention by device: tables like that of layers, with stock attention as what is left.
+
+There are two. :data:`ATTENTION` is as exact as the dtype of the model and is used wherever it is faster. :data:`ROUNDED` rounds its
+operands to few bits: results change, so it computes only what a recipe or the user asks for (:class:`AttentionNumbers`), and
+:func:`select` says what does so on a device, or why nothing does.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant.kernels import current_backend
+from reelquant.kernels import attention_reference, current_backend
+from reelquant.kernels.attention_numbers import FLOAT, AttentionNumbers, over_keys, parse_attention
 
 STOCK = F.scaled_dot_product_attention
 
@@ -25,11 +33,63 @@ ATTENTION = {"cpu": _cpu}
 """Device type -> a module with ``refuses`` and ``attention``; a function, so that a machine imports only what it can run."""
 
 
+@dataclass(frozen=True)
+class RoundedKernel:
+    """A way to compute attention with rounded operands.
+
+    Attributes:
+        name: what reports print.
+        missing: why it computes nothing on this machine, or None.
+        refuses: why it does not compute a call of query, key and value, or None.
+        attention: computes ``softmax(query key^T * scale) value``; a scale of None is ``head ** -0.5``. The last argument is None, or a
+            mask for which :func:`over_keys` holds.
+        low_bit: whether products of codes are products of codes; if not, they are only simulated.
+    """
+
+    name: str
+    missing: Callable[[AttentionNumbers], str | None]
+    refuses: Callable[[Tensor, Tensor, Tensor, AttentionNumbers], str | None]
+    attention: Callable[[Tensor, Tensor, Tensor, float | None, AttentionNumbers, Tensor | None], Tensor]
+    low_bit: bool = True
+
+
+REFERENCE = RoundedKernel("reference", lambda numbers: None, attention_reference.refuses, attention_reference.attention, low_bit=False)
+
+
+@functools.cache
+def _triton() -> RoundedKernel:
+    from reelquant.kernels.cuda import scores
+
+    return RoundedKernel("triton int8 attention", scores.missing, scores.refuses, scores.attention)
+
+
+ROUNDED: dict[str, Callable[[], RoundedKernel]] = {"cpu": lambda: REFERENCE, "cuda": _triton}
+"""Device type -> what computes attention with rounded operands there. On CPUs the reference simulates it, so that a recipe can be judged
+without a GPU; nothing stands in for a kernel on devices that are there to be fast."""
+
+
+def select(numbers: AttentionNumbers, device: str, wanted: str = "auto") -> tuple[RoundedKernel | None, str | None]:
+    """What computes such attention on this type of device, or None and the reason; the reference if the model (``wanted``) or
+    :func:`current_backend` asks for it."""
+    if wanted != "auto" or current_backend() != "auto":
+        return REFERENCE, None
+    if device not in ROUNDED:
+        return None, f"there is no kernel for {device}"
+    kernel = ROUNDED[device]()
+    reason = kernel.missing(numbers)
+    return (kernel, None) if reason is None else (None, reason)
+
+
+def trains(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether a gradient is going to pass through."""
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+
+
 def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why stock attention should compute this, or None."""
     if current_backend() != "auto":
         return "the reference was asked for"
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if trains(query, key, value):
         return "gradients are wanted"
     device = query.device.type
     return ATTENTION[device]().refuses(query, key, value) if device in ATTENTION else f"there is none for {device}"
@@ -45,11 +105,21 @@ def _run(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tens
     """The same as a node of a compiled graph; whether stock attention should compute it is found when it runs."""
     if refuses(query, key, value) is None:
         return attention(query, key, value, scale)
-    out = _shape(query, key, value, scale)
-    return out.copy_(STOCK(query, key, value, scale=scale))
+    return declared(query, value).copy_(STOCK(query, key, value, scale=scale))
 
 
 @_run.register_fake
 def _shape(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    return declared(query, value)
+
+
+def declared(query: Tensor, value: Tensor) -> Tensor:
+    """An output in the memory order that graphs are told: that of ``[batch, queries, heads, head]``, which callers flatten next."""
     batch, heads, queries, _ = query.shape
     return query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
+
+
+__all__ = [
+    "ATTENTION", "FLOAT", "REFERENCE", "ROUNDED", "STOCK", "AttentionNumbers", "RoundedKernel", "attention", "over_keys",
+    "parse_attention", "refuses", "select", "trains",
+]  # fmt: skip

@@ -1,5 +1,6 @@
 """Layers: quantized replacements of linear and convolution layers, and how they enter a model."""
 
+from reelquant.nn.attention import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
 from reelquant.nn.layers import (
     LAYERS,
     LayerTensors,
@@ -12,7 +13,7 @@ from reelquant.nn.layers import (
     prepares_input,
     quantized_class,
 )
-from reelquant.nn.runtime import set_kernels, start_runtime, stop_runtime
+from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
 from reelquant.nn.spec import LayerLayout, TensorLayout
 from reelquant.nn.swap import (
     KernelFacts,
@@ -30,6 +31,7 @@ from reelquant.nn.swap import (
 
 __all__ = [
     "LAYERS",
+    "AttentionFacts",
     "KernelFacts",
     "LayerLayout",
     "LayerTensors",
@@ -39,20 +41,25 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "TensorLayout",
+    "attention_facts",
     "buffer_shapes",
     "count_tensors",
     "count_weights",
     "dequantized",
+    "expected_attention",
     "get_module",
     "kernels_of",
     "layer_facts",
     "prepares_input",
     "quantized_class",
     "quantized_layers",
+    "round_attention",
+    "set_attention",
     "set_kernels",
     "set_module",
     "start_clock",
     "start_runtime",
+    "stop_attention",
     "stop_clock",
     "stop_runtime",
 ]

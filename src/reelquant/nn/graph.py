@@ -2,6 +2,9 @@
 
 The graph carries the step as two tensors, and the operator reads them when it runs; so one compilation serves all steps, tables of
 outputs included. Modules are found by a number, because operators take tensors and numbers only.
+
+Codes of an input are not shared between operators: compiled code writes into memory it no longer needs, through the very tensor object that
+an operator has read before, and no version of that tensor counts it.
 """
 
 from __future__ import annotations
@@ -12,9 +15,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reelquant.clock import ANY, Clock, Moment
+from reelquant.kernels.recall import forget
 
 if TYPE_CHECKING:
     from reelquant.nn.layers import QuantLayer
@@ -24,11 +28,16 @@ _modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def number_of(module: nn.Module) -> int:
-    """A number by which graphs find the module, as long as it lives."""
+def number_of(module: Any) -> int:
+    """A number by which graphs find a module, or what stands beside one, as long as it lives."""
     new = next(_numbers)
     _modules[new] = module
     return new
+
+
+def module_of(number: int) -> Any:
+    """What :func:`number_of` gave the number to."""
+    return _modules[number]
 
 
 def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
@@ -47,6 +56,7 @@ def _state(clock: Sequence[Clock]) -> list[Tensor]:
 
 @torch.library.custom_op("reelquant::layer", mutates_args=())
 def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
+    forget()
     layer: QuantLayer = _modules[number]
     return _as_declared(layer, layer.compute(x, _moment(layer, x, step), activation))
 
@@ -59,6 +69,7 @@ def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> T
 
 @torch.library.custom_op("reelquant::tokenwise", mutates_args=())
 def _run_tokenwise(x: Tensor, step: Sequence[Tensor], number: int) -> Tensor:
+    forget()
     module: Tokenwise = _modules[number]
     if step:
         module.reelquant_layers()[0].clock[0].follow(step)

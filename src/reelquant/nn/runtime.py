@@ -5,16 +5,24 @@ from __future__ import annotations
 from torch import nn
 
 from reelquant.kernels import check_backend, current_backend
-from reelquant.nn.attention import start_attention, stop_attention
+from reelquant.kernels.attention import AttentionNumbers
+from reelquant.nn.attention import round_attention, rounded_attention, start_attention, stop_attention
 from reelquant.nn.fuse import fuse_activations, part_activations
 from reelquant.nn.refusals import allow, refuse
 from reelquant.nn.swap import quantized_layers
 from reelquant.nn.tokenwise import block_tokens, unblock_tokens
 
 
-def start_runtime(model: nn.Module) -> None:
-    """Switch it on, twice is once; nothing is made faster if the reference was asked for."""
+def start_runtime(model: nn.Module, attention: AttentionNumbers | None = None) -> None:
+    """Switch it on, twice is once; nothing is made faster if the reference was asked for.
+
+    Args:
+        model: a quantized model.
+        attention: what its attention rounds; None leaves that as it is.
+    """
     refuse(model)
+    if attention is not None:
+        round_attention(model, attention)
     if current_backend() == "auto":
         start_attention(model)
         fuse_activations(model)
@@ -29,6 +37,12 @@ def stop_runtime(model: nn.Module) -> None:
     part_activations(model)
 
 
+def set_attention(model: nn.Module, numbers: AttentionNumbers | None) -> None:
+    """Let one model's attention round its operands, from its next call on, or leave them in float."""
+    layers = quantized_layers(model).values()
+    round_attention(model, numbers, next((layer.kernels for layer in layers), "auto"))
+
+
 def set_kernels(model: nn.Module, name: str) -> None:
     """Let one model be computed by ``reference`` or ``auto`` kernels, from its next call on; other models are left alone.
 
@@ -41,5 +55,7 @@ def set_kernels(model: nn.Module, name: str) -> None:
         layer.release()
         layer.kernels = name
     refuse(model)
+    if (rounded := rounded_attention(model)) is not None:
+        round_attention(model, rounded.numbers, name)
     if name == "auto":
         start_runtime(model)

@@ -17,7 +17,20 @@ from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import component_of, denoiser_of, kind_of_component
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import KernelFacts, QuantLayer, get_module, kernels_of, set_module, start_clock, start_runtime, stop_clock
+from reelquant.nn import (
+    AttentionFacts,
+    KernelFacts,
+    QuantLayer,
+    attention_facts,
+    get_module,
+    kernels_of,
+    round_attention,
+    set_module,
+    start_clock,
+    start_runtime,
+    stop_attention,
+    stop_clock,
+)
 from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes, model_bytes
 from reelquant.recipes.calibration import Calibration, Part, calibrate_together
 from reelquant.recipes.components import Measure, plan_components, start_measuring
@@ -180,6 +193,10 @@ class Session:
         """What computes the installed layers."""
         return kernels_of(self.denoiser)
 
+    def attention(self) -> AttentionFacts | None:
+        """What computes attention with few-bit operands, if the recipe asks for it."""
+        return attention_facts(self.denoiser)
+
     def restore(self) -> None:
         """Put every float layer and norm back."""
         for name, module in self.floats.items():
@@ -256,12 +273,19 @@ def quantize_components(
     except BaseException:
         for session in reversed(sessions):
             stop_clock(session.denoiser)
+            float_attention(session.denoiser)
             session.restore()
         raise
     for session in sessions:
         session.floats, session.norms = {}, {}
         start_runtime(session.denoiser)
     return total(reports), {session.component: session.calibration for session in sessions if session.calibration is not None}
+
+
+def float_attention(denoiser: nn.Module) -> None:
+    """Leave nothing of rounded attention in a denoiser that is float again."""
+    round_attention(denoiser, None)
+    stop_attention(denoiser)
 
 
 def run(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> dict[str, Report]:
@@ -332,6 +356,7 @@ def _finish(session: Session) -> Report:
     """Choose, build, install and check."""
     recipe = session.recipe
     before = model_bytes(session.denoiser)
+    round_attention(session.denoiser, recipe.attention_numbers)  # from here on: the float reference was sampled before
     _start_clock(session)  # candidates with per-step scales need it as much as the final layers do
     assignment, trials = _search(session)
     with session.timed("build", len(session.groups)):
@@ -442,6 +467,7 @@ def _check(session: Session, report: Report) -> None:
     if session.calibration is None:
         return
     reference = session.float_latents()
+    round_attention(session.denoiser, session.recipe.attention_numbers)  # its calls are counted anew
     with session.timed("check", session.steps):
         latents = session.held_out_latents()
     if not bool(latents.isfinite().all()):
@@ -450,6 +476,17 @@ def _check(session: Session, report: Report) -> None:
         )
     report.latent_psnr = latent_psnr(reference, latents)
     report.prompts = list(session.calibration.prompts)
+
+
+def attention_warnings(found: AttentionFacts, sampled: bool) -> list[str]:
+    """What of the attention that a recipe asks for did not happen, in the clips of the check or on this machine."""
+    if found.refused is not None:
+        return [f"attention with {found.asked} is {found.by}"]
+    ours = found.calls.get(found.kernel, 0)
+    why = ", ".join(f"{reason} ({count} calls)" for reason, count in found.calls.items() if reason != found.kernel)
+    if sampled and not ours:
+        return [f"attention with {found.asked} computed no call: {why or 'none came through scaled_dot_product_attention'}"]
+    return []
 
 
 def _account(session: Session, report: Report, before: int) -> None:
@@ -464,6 +501,9 @@ def _account(session: Session, report: Report, before: int) -> None:
     report.bytes_model_float, report.bytes_model = before, model_bytes(session.denoiser)
     facts = session.kernels()
     report.kernel, report.simulated = facts.names, facts.simulated
+    report.attention = session.attention()
+    if report.attention is not None:
+        report.warnings += attention_warnings(report.attention, sampled=session.calibration is not None)
     for row in session.plan.kept:
         report.kept.setdefault(row.kept or "", []).append(row.layer.name)
     report.seconds = session.seconds

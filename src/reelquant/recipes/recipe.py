@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from reelquant._errors import RecipeError, nearest
 from reelquant.clock import Inputs
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
+from reelquant.kernels.attention_numbers import AttentionNumbers, Scores, Values
 from reelquant.solvers import SOLVERS, Solver
 from reelquant.transforms import TRANSFORMS, Transform
 
@@ -135,6 +136,23 @@ class Protect(_Strict):
     share: float = Field(default=0.2, gt=0, le=1)
 
 
+class Attention(_Strict):
+    """Numbers of attention's two products, found in the forward: nothing is calibrated, and protected steps round none.
+
+    Attributes:
+        scores: of queries, and of keys less their mean, with one scale per token.
+        values: ``float``, or ``e4m3`` for the weights and, with one scale per channel, the values.
+    """
+
+    scores: Scores = "int8"
+    values: Values = "float"
+
+    @property
+    def numbers(self) -> AttentionNumbers:
+        """As kernels take them."""
+        return AttentionNumbers(self.scores, self.values)
+
+
 class Step(_Strict):
     """One thing done to the layers that ``on`` matches: ``{transform: shift, center: mid}`` or ``{solve: gptq}``.
 
@@ -173,7 +191,7 @@ class Step(_Strict):
         return _construct("solver", self.solve or "", SOLVERS, options)
 
 
-LATER: dict[str, Any] = {"protect_steps": None, "guidance": "joint"}
+LATER: dict[str, Any] = {"protect_steps": None, "guidance": "joint", "attention": None}
 """Keys that recipes did not have at first, with what they mean when they are not there: recipes without them keep their digest."""
 
 
@@ -185,6 +203,7 @@ class Recipe(_Strict):
             sampler's own steps (``table``).
         protect_steps: ``[0, 1, -1]``, ``auto``, or a :class:`Protect`; None for none.
         guidance: ``apart`` gives static inputs one scale for the first half of a classifier-free guidance pair and one for the second.
+        attention: an :class:`Attention`; None leaves attention in float.
     """
 
     name: str
@@ -198,6 +217,12 @@ class Recipe(_Strict):
     temporal: Literal["quantize", "table"] = "quantize"
     protect_steps: Protect | None = None
     guidance: Literal["joint", "apart"] = "joint"
+    attention: Attention | None = None
+
+    @property
+    def attention_numbers(self) -> AttentionNumbers | None:
+        """What attention rounds, or None."""
+        return self.attention and self.attention.numbers
 
     @field_validator("protect_steps", mode="before")
     @classmethod
@@ -343,6 +368,7 @@ def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
         "calibrate": Calibrate,
         "search": Search,
         "protect_steps": Protect,
+        "attention": Attention,
         "weight": TensorRecipe,
         "input": TensorRecipe,
     }

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reelquant.nn import AttentionFacts
 from reelquant.recipes.build import LayerRecord
 from reelquant.recipes.protect import StepError
 from reelquant.recipes.search import Trial
@@ -31,6 +32,7 @@ class Report:
         bytes_model_float, bytes_model: the whole denoiser.
         kernel: kernel name -> number of layers.
         simulated: True if any layer computes in float arithmetic although it is stored in few bits.
+        attention: what computes attention with few-bit operands, calls of the final check included; None if the recipe asks for none.
         latent_psnr: of the held-out clips' final latents against float, dB; None for data-free recipes.
         figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min`` (unitless),
             ``round_trip_psnr`` (dB).
@@ -55,6 +57,7 @@ class Report:
     bytes_model: int = 0
     kernel: dict[str, int] = field(default_factory=dict)
     simulated: bool = True
+    attention: AttentionFacts | None = None
     latent_psnr: float | None = None
     trials: list[Trial] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
@@ -119,4 +122,5 @@ def total(reports: Mapping[str, Report]) -> Report:
     found.kernel = dict(sum((Counter(part.kernel) for part in parts), Counter()))
     found.seconds = dict(sum((Counter(part.seconds) for part in parts), Counter()))
     found.simulated = any(part.simulated for part in parts)
+    found.attention = AttentionFacts.of(part.attention for part in parts)
     return found

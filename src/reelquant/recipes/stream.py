@@ -45,11 +45,21 @@ from reelquant.discover import denoisers_of, discover, stand_in
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.lora import LoraFiles, adapter_file, short_names
 from reelquant.models.pipelines import cannot_open, check_folder, files_in, mark_quantized
-from reelquant.nn import KernelFacts, LayerLayout, QuantLayer, get_module, layer_facts, quantized_class, stop_clock
+from reelquant.nn import (
+    AttentionFacts,
+    KernelFacts,
+    LayerLayout,
+    QuantLayer,
+    attention_facts,
+    get_module,
+    layer_facts,
+    quantized_class,
+    stop_clock,
+)
 from reelquant.recipes.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
 from reelquant.recipes.calibration import Calibration
 from reelquant.recipes.components import default_texts, plan_components
-from reelquant.recipes.engine import Session, run
+from reelquant.recipes.engine import Session, float_attention, run
 from reelquant.recipes.estimate import Estimate, check_room, estimate
 from reelquant.recipes.journal import Journal, digest
 from reelquant.recipes.offload import OnDisk, hollow, keep
@@ -346,6 +356,7 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
         finally:
             for session in reversed(sessions):
                 stop_clock(session.denoiser)
+                float_attention(session.denoiser)
                 session.restore()
     report = total(reports)
     report.adapters = short_names(job.adapters)
@@ -540,6 +551,10 @@ class Streamed(Session):
             _read_about(self.disk.pieces[name].files[0]) for name, part in self.denoiser.named_modules() if isinstance(part, QuantLayer)
         ]
         return KernelFacts.of(one["facts"] for one in said)
+
+    def attention(self) -> AttentionFacts | None:
+        """What computes attention where the sampler runs."""
+        return attention_facts(self.denoiser, torch.device(self.job.source.device).type)
 
 
 def _about(layer: QuantLayer, record: LayerRecord | None) -> dict[str, Any]:

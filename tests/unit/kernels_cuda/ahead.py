@@ -169,7 +169,9 @@ def options(capability: int) -> None:
     affine["weight_sums"] = float_sums
     cuda.linear_w4a8(codes, packed, group_scale, table, slot, activation="gelu", down=down, up=up, out_dtype=torch.float16, **affine)
     cuda.linear_w4a16(x, packed, group_scale, activation="gelu_tanh")
-    cuda.linear_w8a16(x, weight, one[0], activation="silu")
+    for code in (torch.int8, *float8):
+        cuda.linear_w8a16(x, weight.to(code), one[0], activation="silu")
+    cuda.quantize_static(x, table, slot, zero_point=table, lowest=-128.0, highest=-65.0)
     for code in (torch.int8, *float8):
         if code != torch.int8:
             cuda.linear_8bit(codes.to(code), weight.to(code), table, one, slot, output_scale=table, out_dtype=code)
@@ -180,7 +182,8 @@ def options(capability: int) -> None:
     for width in (16, 40):
         q = torch.zeros(2, 4, 33, width).half()
         for float8_values in (False, *(True for _ in float8)):
-            cuda.attention_8bit(q, q[:, :2], q[:, :2], float8_values=float8_values)
+            for mask in (None, torch.zeros(2, 1, 1, 33), torch.ones(1, 4, 1, 33, dtype=torch.bool)):
+                cuda.attention_8bit(q, q[:, :2], q[:, :2], mask=mask, float8_values=float8_values)
 
 
 PARTS: dict[str, Callable[[int], None]] = {part.__name__: part for part in (quantize, gemm, gemm_grouped, conv, attention, options)}

@@ -225,7 +225,17 @@ def arithmetic(data: Data) -> str | None:
         if quantization["simulated"]
         else "Real low-bit arithmetic in every quantized layer"
     )
-    return f"{said} (kernel {kernels})" if kernels else said
+    said = f"{said} (kernel {kernels})" if kernels else said
+    attention = quantization.get("attention")
+    return said if attention is None else f"{said}; {attended(attention)}"
+
+
+def attended(attention: Data) -> str:
+    """How attention with few-bit operands is computed."""
+    if attention.get("refused"):
+        return f"attention with {attention['asked']} was asked for and not used: {attention['refused']}"
+    honest = "simulated in float" if attention.get("simulated") else "real"
+    return f"attention with {attention['asked']}, {honest} (kernel {attention['kernel']})"
 
 
 def verdict(data: Data) -> tuple[Tone, list[str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import threading
-import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +15,11 @@ from reelquant.formats import Int
 from reelquant.kernels.cpu import loops
 from reelquant.kernels.hadamard import block_size
 from reelquant.kernels.operands import InputNumbers, Operands
+from reelquant.kernels.recall import forget, recall, remember
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
-_last = threading.local()  # per thread: memory of codes, and whose they are
+_last = threading.local()  # memory of codes, per thread
 
 
 def refuses(operands: Operands) -> str | None:
@@ -94,10 +94,10 @@ class Inputs:
         Layers of a group read the same tensor with the same numbers: the codes of the last one are kept, and given again.
         """
         index = 0 if len(self.scales) <= 1 else int(slot)
-        if (kept := _recall(x, (self.key, index))) is not None:
+        if (kept := recall(x, (self.key, index))) is not None:
             return kept
         found = self._encode(x.reshape(-1, x.shape[-1]), index)
-        _remember(x, (self.key, index), found)
+        remember(x, (self.key, index), found)
         return found
 
     def _encode(self, x: Tensor, index: int) -> Codes:
@@ -179,7 +179,7 @@ class Inputs:
 def _scratch(size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Memory for codes. There is one for each thread, as large as the largest input so far: fresh pages for every layer cost more than
     the codes that are written to them. A code more may be read than there are, and is multiplied by zero."""
-    _last.entry = None
+    forget()
     memory, needed = getattr(_last, "memory", None), (size + 1) * dtype.itemsize
     if memory is None or memory.size < needed:
         memory = _last.memory = np.empty(needed, np.uint8)
@@ -207,15 +207,3 @@ def _tables(numbers: InputNumbers, offset: int) -> tuple[list[float], list[int]]
     scales = numbers.scale[:, 0].tolist()
     zeros = [0.0] * len(scales) if numbers.zero_point is None else numbers.zero_point[:, 0].tolist()
     return scales, [int(zero) + offset for zero in zeros]
-
-
-def _remember(x: Tensor, key: tuple[bytes, int], found: Codes) -> None:
-    _last.entry = None if x.is_inference() else (weakref.ref(x), x._version, key, found)
-
-
-def _recall(x: Tensor, key: tuple[bytes, int]) -> Codes | None:
-    """The codes that this very tensor got in the last call of this thread; an input that was written to since is not the same."""
-    entry = getattr(_last, "entry", None)
-    if entry is None or entry[0]() is not x or entry[1] != x._version or entry[2] != key:
-        return None
-    return entry[3]

@@ -43,6 +43,7 @@ MODULES: dict[str, str] = {
     "convolution_8bit": "conv",
     "attention_8bit": "attention",
 }
+FLOAT8 = (8, 9)  # compute capability: Ada; older chips have no e4m3
 OLDEST = (8, 0)  # compute capability: Ampere; 8-bit integer tensor cores of older chips take other instructions
 
 
@@ -60,10 +61,18 @@ def available() -> str | None:
     return None
 
 
+def float8() -> str | None:
+    """None if this machine multiplies e4m3, with Triton or without, else the reason why not. Without a GPU torch emulates it."""
+    if not torch.cuda.is_available() or torch.version.cuda is None:
+        return None
+    found = torch.cuda.get_device_capability()
+    return None if found >= FLOAT8 else f"e4m3 needs compute capability {FLOAT8[0]}.{FLOAT8[1]}, the GPU has {found[0]}.{found[1]}"
+
+
 def __getattr__(name: str) -> Any:
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
-__all__ = ["MODULES", "OLDEST", "available"]
+__all__ = ["FLOAT8", "MODULES", "OLDEST", "available", "float8"]

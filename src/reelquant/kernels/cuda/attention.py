@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reelquant.kernels.attention_numbers import key_bias, over_keys
 from reelquant.kernels.cuda import launch
 from reelquant.kernels.cuda.epilogue import to_codes, to_int8
 from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, require
@@ -82,7 +83,7 @@ def _quantize_values(
 
 @triton.jit
 def _walk(
-    queries, query_scale, sums, total, high, keys, key_scale, values, value_token_stride, start, end, tokens, channel, width,
+    queries, query_scale, sums, total, high, keys, key_scale, key_bias, values, value_token_stride, start, end, tokens, channel, width,
     MASKED: tl.constexpr, EVEN: tl.constexpr, FLOAT8: tl.constexpr, BLOCK_N: tl.constexpr, value_channel_stride,
 ):  # fmt: skip
     """Take the keys ``start .. end`` into the running softmax: weighted ``sums``, ``total`` weight and ``high``, the largest score."""
@@ -100,8 +101,13 @@ def _walk(
         scores = tl.dot(queries, k, out_dtype=tl.int32).to(tl.float32) * scale[None, :]
         if MASKED:
             scores = tl.where(there[None, :], scores, float("-inf"))
-        higher = tl.maximum(high, tl.max(scores, 1) * query_scale)
-        weights = tl.math.exp2(scores * query_scale[:, None] - (higher - HEADROOM)[:, None])
+        if key_bias is not None:
+            scores = scores * query_scale[:, None] + tl.load(key_bias + token, mask=there, other=0.0)[None, :]
+            higher = tl.maximum(high, tl.max(scores, 1))
+            weights = tl.math.exp2(scores - (higher - HEADROOM)[:, None])
+        else:
+            higher = tl.maximum(high, tl.max(scores, 1) * query_scale)
+            weights = tl.math.exp2(scores * query_scale[:, None] - (higher - HEADROOM)[:, None])
         decay = tl.math.exp2(high - higher)
         total = total * decay + tl.sum(weights, 1)
         sums *= decay[:, None]
@@ -126,8 +132,9 @@ def _walk(
 @launch.tuned(TILES, SMALL, key=["size", "key_size", "width"])
 @triton.jit
 def _attend(
-    q, keys, key_scale, v, value_largest, out, factor, query_tokens, tokens, size, key_size, heads, shared, width,
+    q, keys, key_scale, key_bias, v, value_largest, out, factor, query_tokens, tokens, size, key_size, heads, shared, width,
     q_batch, q_head, q_token, q_channel, v_batch, v_head, v_token, v_channel, out_batch, out_head, out_token,
+    bias_batch, bias_head,
     EVEN: tl.constexpr, FLOAT8: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(query_tokens, BLOCK_M)
@@ -144,16 +151,20 @@ def _attend(
     keys += group * tokens * width
     key_scale += group * tokens
     v += batch * v_batch + head // shared * v_head
+    start = float("-inf")
+    if key_bias is not None:
+        key_bias += batch * bias_batch + head * bias_head
+        start = -1e30  # finite: a tile of keys may be masked as a whole, and infinity less itself is no number
     sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    total, high = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total, high = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), start, tl.float32)
     whole = tokens // BLOCK_N * BLOCK_N
     sums, total, high = _walk(
-        queries, query_scale, sums, total, high, keys, key_scale, v, v_token, 0, whole, tokens, channel, width,
+        queries, query_scale, sums, total, high, keys, key_scale, key_bias, v, v_token, 0, whole, tokens, channel, width,
         False, EVEN, FLOAT8, BLOCK_N, v_channel,
     )  # fmt: skip
     if whole < tokens:
         sums, total, high = _walk(
-            queries, query_scale, sums, total, high, keys, key_scale, v, v_token, whole, tokens, tokens, channel, width,
+            queries, query_scale, sums, total, high, keys, key_scale, key_bias, v, v_token, whole, tokens, tokens, channel, width,
             True, EVEN, FLOAT8, BLOCK_N, v_channel,
         )  # fmt: skip
     sums *= (1.0 / total)[:, None]
@@ -209,7 +220,7 @@ def _fake(q: Tensor, **_: Any) -> Tensor:
 
 
 @launch.operation(_fake)
-def attention_codes(q: Tensor, k: Tensor, v: Tensor, scale: float, float8_values: bool) -> Tensor:
+def attention_codes(q: Tensor, k: Tensor, v: Tensor, scale: float, float8_values: bool, bias: Tensor | None = None) -> Tensor:
     """What :func:`attention_8bit` computes; arguments are checked there."""
     (batch, heads, query_tokens, width), tokens = q.shape, k.shape[2]
     out = launch.new((batch, query_tokens, heads, width), q.dtype, q.device).transpose(1, 2)
@@ -220,11 +231,16 @@ def attention_codes(q: Tensor, k: Tensor, v: Tensor, scale: float, float8_values
     block = max(32, launch.size_class(width))  # the shortest int8 product of the tensor cores
     keys, key_scale = _key_codes(k, block)
     values, largest = _value_codes(v, block) if float8_values else (v, None)
+    if bias is not None:  # exp2 is the hardware's exponential
+        bias = (bias * math.log2(math.e)).contiguous()
+    places = (
+        (0, 0) if bias is None else [0 if size == 1 else stride for size, stride in zip(bias.shape[:2], bias.stride()[:2], strict=True)]
+    )
     strides = (*values.stride()[:2], 1, values.stride(2)) if float8_values else values.stride()
     _attend[lambda tile: (batch * heads * launch.tiles(query_tokens, tile["BLOCK_M"]),)](
-        q, keys, key_scale, values, largest, out, scale * math.log2(math.e) / 127, query_tokens, tokens,
+        q, keys, key_scale, bias, values, largest, out, scale * math.log2(math.e) / 127, query_tokens, tokens,
         launch.size_class(query_tokens), launch.size_class(tokens), heads, heads // k.shape[1], width,
-        *q.stride(), *strides, *out.stride()[:3], width == block, float8_values, block,
+        *q.stride(), *strides, *out.stride()[:3], *places, width == block, float8_values, block,
     )  # fmt: skip
     return out
 
@@ -244,7 +260,8 @@ def attention_8bit(
         q: ``[batch, heads, query tokens, width]`` bfloat16 or float16, any strides.
         k, v: ``[batch, key heads, tokens, width]``, same dtype; key heads divide the heads of q.
         scale: None for ``1 / sqrt(width)``.
-        mask: must be None; callers with a mask use ``F.scaled_dot_product_attention``.
+        mask: None, or one over keys, ``[1 or batch, 1 or heads, 1, tokens]``: bool, or floats that are added to the scores; callers with
+            others use ``F.scaled_dot_product_attention``.
         float8_values: multiply by the values in e4m3 (compute capability 8.9 or later) instead of in the dtype of q.
         exact: compute this call with stock float attention instead, for denoising steps that a recipe protects.
 
@@ -256,11 +273,15 @@ def attention_8bit(
         memory, so that flattening the heads is free.
 
     Raises:
-        UnsupportedError: with a mask, or on dtypes and shapes the kernel does not know.
+        UnsupportedError: with a mask over pairs of tokens, or on dtypes and shapes the kernel does not know.
     """
-    require(mask is None, lambda: "attention with 8-bit scores takes no mask; use torch's scaled_dot_product_attention for this call")
+    require(
+        mask is None or over_keys(mask, q, k),
+        lambda: "attention with 8-bit scores takes masks over keys [1 or batch, 1 or heads, 1, tokens], not "
+        f"{mask is not None and tuple(mask.shape)}; use torch's scaled_dot_product_attention for this call",
+    )  # fmt: skip
     _check(q, k, v, float8_values and not exact)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if exact:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return attention_codes(q, k, v, scale, float8_values)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return attention_codes(q, k, v, scale, float8_values, key_bias(mask))

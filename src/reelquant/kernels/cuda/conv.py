@@ -104,6 +104,8 @@ def padding_codes(
     pre_scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
+    lowest: float = -128.0,
+    highest: float = 127.0,
 ) -> Tensor:
     """What zero becomes in every channel and step: ``[slots, channels]`` codes, rounded as the quantizing kernel rounds.
 
@@ -112,11 +114,12 @@ def padding_codes(
         channels: of the input.
         shift, pre_scale: ``[channels]`` or None, the input's transform.
         dtype: of the codes; with a zero point int8 ``q - 128``.
+        lowest, highest: as in :func:`reelquant.kernels.cuda.quantize.quantize_static`.
     """
     value = torch.zeros(channels, device=input_scale.device) if shift is None else -shift.float()
     unit = value * (1 / (input_scale if pre_scale is None else input_scale * pre_scale.float()))
     unit = unit if zero_point is None else unit + (zero_point - 128)
-    return (unit.round().clamp(-128, 127) if dtype == torch.int8 else unit.clamp(-448, 448)).to(dtype)
+    return (unit.round().clamp(lowest, highest) if dtype == torch.int8 else unit.clamp(-448, 448)).to(dtype)
 
 
 def _three(values: Sequence[int], ndim: int, fill: int) -> list[int]:

@@ -34,11 +34,12 @@ def to_int8(x):
 
 @triton.jit
 def to_codes(x, CODES: tl.constexpr):
-    """Float32 units to codes of the element type ``CODES``: int8 or e4m3, both saturating."""
+    """Float32 units to codes of the element type ``CODES``: int8 or e4m3, both saturating; NaN has a code in e4m3 and keeps it."""
     if CODES == tl.int8:
         return to_int8(x)
     else:
-        return tl.minimum(tl.maximum(x, -_LARGEST_E4M3), _LARGEST_E4M3).to(tl.float8e4nv)
+        x = tl.maximum(x, -_LARGEST_E4M3, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(x, _LARGEST_E4M3, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 @triton.jit

@@ -1,4 +1,5 @@
-"""Linear layers whose weight is smaller than their input: 4-bit codes in groups with 8-bit or float inputs, 8-bit codes with float inputs.
+"""Linear layers whose weight is smaller than their input: 4-bit codes in groups with 8-bit or float inputs, 8-bit codes (int8 or e4m3)
+with float inputs.
 
 A byte of a packed checkpoint holds two neighbours along the depth, so unpacking a tile would interleave registers. :func:`repack_4bit`
 changes that once, when a layer is loaded: a byte then holds two codes that lie half a group apart, and the two halves of an unpacked
@@ -22,7 +23,7 @@ from reelquant.formats import unpack
 from reelquant.kernels.cuda import launch
 from reelquant.kernels.cuda.epilogue import ACTIVATIONS, added, emit, place, scaled
 from reelquant.kernels.cuda.gemm import DEEPEST, check_input_scale, check_low_rank, check_output
-from reelquant.kernels.cuda.launch import Tile, check_table, check_vector, choose, require, rows_of, slots_of
+from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_table, check_vector, choose, require, rows_of, slots_of
 
 GROUPS = (64, 128)  # half a group is at least one int8 instruction deep
 DEPTH_TILE = 64  # of 8-bit weights with float inputs
@@ -60,7 +61,7 @@ def _mixed(
         if EVEN or BITS == 4:  # repacked rows hold whole groups
             packed = tl.load(right)
         else:
-            packed = tl.load(right, mask=(byte < depth - group * BLOCK_K)[None, :], other=0)
+            packed = tl.load(right, mask=(byte < depth - group * BLOCK_K)[None, :], other=0.0)
         if BITS == 4:
             scale = tl.load(group_scale + group * columns + channel).to(tl.float32)
             codes = tl.join((packed << 4) >> 4, packed >> 4)  # arithmetic shifts: both keep the sign
@@ -71,7 +72,7 @@ def _mixed(
                 values = (codes.to(tl.float32) * scale[:, None]).to(KIND)
                 total = tl.dot(tile, tl.trans(values), total)
         else:
-            total = tl.dot(tile, tl.trans(packed.to(KIND)), total)  # 8-bit integers are exact in both 16-bit floats
+            total = tl.dot(tile, tl.trans(packed.to(KIND)), total)  # int8 and e4m3 are exact in both 16-bit floats
         left += BLOCK_K * depth_stride
         right += BYTES
     value = scaled(
@@ -130,11 +131,13 @@ def run(
     """Fill ``out`` ``[rows, columns]``, contiguous in its rows; arguments as in the public functions."""
     (rows, depth), columns = x.shape, weight.shape[0]
     width = depth if bits == 8 else launch.tiles(depth, depth_tile) * depth_tile // 2
+    known = (torch.int8, FP8) if bits == 8 else (torch.int8,)
+    check_fp8(weight.dtype, weight.device)
     require(
-        weight.dtype == torch.int8 and weight.shape[1] == width and (width <= 1 or weight.stride(1) == 1),
+        weight.dtype in known and weight.shape[1] == width and (width <= 1 or weight.stride(1) == 1),
         lambda: (
-            f"a {bits}-bit weight for {depth} channels is int8 [{columns}, {width}] with contiguous rows, got {weight.dtype} "
-            f"{tuple(weight.shape)}{'' if bits == 8 else '; repack_4bit makes it'}"
+            f"a {bits}-bit weight for {depth} channels is {' or '.join(map(str, known))} [{columns}, {width}] with contiguous rows, "
+            f"got {weight.dtype} {tuple(weight.shape)}{'' if bits == 8 else '; repack_4bit makes it'}"
         ),
     )
     check_vector(bias, columns, "bias")
@@ -269,11 +272,11 @@ def linear_w8a16(
     down: Tensor | None = None,
     up: Tensor | None = None,
 ) -> Tensor:
-    """Float inputs times int8 weights: the codes are exact in 16-bit floats, the scale multiplies the sums.
+    """Float inputs times int8 or e4m3 weights: the codes are exact in 16-bit floats, the scale multiplies the sums.
 
     Args:
         x: ``[..., depth]`` bfloat16 or float16, any strides.
-        weight: ``[out, depth]`` int8 as stored.
+        weight: ``[out, depth]`` int8 or float8_e4m3fn, as stored.
         weight_scale: ``[out]`` or ``[1]``.
         bias, activation, down, up: as in :func:`reelquant.kernels.cuda.gemm.linear_8bit`.
 

@@ -12,11 +12,11 @@ import triton
 from torch import Tensor
 
 from reelquant._errors import UnsupportedError, nearest
+from reelquant.kernels.cuda import FLOAT8
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 FP8 = torch.float8_e4m3fn
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-FP8_CAPABILITY = (8, 9)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 Tile = tuple[dict[str, int], int, int]  # constants of the kernel, warps, stages of the software pipeline
@@ -126,7 +126,7 @@ def slots_of(*tables: Tensor | None) -> int:
 
 def check_fp8(dtype: torch.dtype, device: torch.device) -> None:
     """Chips before Ada and Hopper have no fp8 conversions, and Triton has no substitute for e4m3."""
-    if dtype == FP8 and not INTERPRETED and torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+    if dtype == FP8 and not INTERPRETED and torch.cuda.get_device_capability(device) < FLOAT8:
         raise UnsupportedError(f"float8 needs compute capability 8.9 or later, {device} has less; use int8 codes")
 
 

@@ -6,39 +6,94 @@ row of the table in eager mode, so no layer waits for the GPU. Rotated inputs ar
 
 from __future__ import annotations
 
+import copy
+import hashlib
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant.formats import Int
+from reelquant.formats import Granularity, Int, Quantizer, pack
 from reelquant.kernels import cuda, torch_ops
 from reelquant.kernels.hadamard import hadamard
-from reelquant.kernels.operands import Operands
+from reelquant.kernels.operands import InputNumbers, Operands, PackedWeight, Runner
+from reelquant.kernels.recall import forget, recall, remember
 
-GROUPS = (16, 32, 64, 128)
+GROUPS = (64, 128)  # that a product is made of as they are
 ACTIVATIONS = {"": "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
 WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
+FP8 = torch.float8_e4m3fn
+DEEPEST = 65535  # codes in a row of the weight whose int32 sums, correction included, cannot overflow
+WHOLE = ("tensor", "channel")  # granularities of weights whose scale multiplies the finished sum
+
+
+# --- what is taken, and why the rest is not -----------------------------------------------------------------------------------------
 
 
 def _weight(operands: Operands, bits: tuple[int, ...], kinds: tuple[str, ...]) -> str | None:
     weight = operands.weight.quantizer
     if not isinstance(weight.format, Int) or not weight.format.signed or weight.format.bits not in bits:
         return f"weights are {weight.format.name}, not int{' or int'.join(map(str, bits))}"
-    if weight.granularity.kind not in kinds:
-        return f"weights have a scale per {weight.granularity}"
-    return None
+    return _shape(operands, kinds)
+
+
+def _shape(operands: Operands, kinds: tuple[str, ...]) -> str | None:
+    weight = operands.weight
+    if weight.quantizer.granularity.kind not in kinds:
+        return f"weights have a scale per {weight.quantizer.granularity}"
+    return None if weight.width <= DEEPEST else f"{weight.width} products per output, more than {DEEPEST}"
 
 
 def _input(operands: Operands) -> str | None:
     numbers = operands.numbers
     if numbers is None:
         return "the input stays float"
-    if not isinstance(numbers.format, Int) or numbers.format.bits != 8:
-        return f"inputs are {numbers.format.name}, not 8-bit integers"
-    if numbers.rule is not None:
-        plain = numbers.granularity.kind == "token" and numbers.format.signed and type(numbers.rule.range).__name__ == "MinMax"
-        return None if plain and operands.window is None else "dynamic inputs are int8 with a scale per token, in linear layers"
-    return None if numbers.granularity.kind == "tensor" else f"static inputs have one scale, not one per {numbers.granularity.kind}"
+    if not isinstance(numbers.format, Int):
+        return f"inputs are {numbers.format.name}, not integers"
+    if numbers.rule is not None and (numbers.format.bits != 8 or not numbers.format.signed):
+        return f"dynamic inputs are {numbers.format.name}, not int8"
+    return _grain(operands, numbers)
+
+
+def _grain(operands: Operands, numbers: InputNumbers) -> str | None:
+    """Why the scales of an input are not those that kernels read or find, or None."""
+    kind = numbers.granularity.kind
+    if numbers.rule is None:
+        return None if kind == "tensor" else f"static inputs have one scale, not one per {kind}"
+    if kind != "token" or type(numbers.rule.range).__name__ != "MinMax":
+        return "dynamic inputs have a scale per token, of their largest magnitude"
+    return None if operands.window is None else "a convolution has no tokens to scale"
+
+
+def _float8(operands: Operands) -> str | None:
+    weight, numbers = operands.weight.quantizer.format.name, operands.numbers
+    if weight != "e4m3":
+        return f"weights are {weight}, not e4m3"
+    if numbers is None:
+        return "the input stays float"
+    if numbers.format.name != "e4m3":
+        return f"inputs are {numbers.format.name}, not e4m3"
+    return _shape(operands, WHOLE) or _grain(operands, numbers) or cuda.float8()
+
+
+def _window(operands: Operands) -> str | None:
+    """Why a layer is not a convolution that kernels know, or None."""
+    if operands.window is None or len(operands.window.stride) not in (2, 3):
+        return "not a convolution over two or three axes"
+    return "the input of a convolution is rotated" if operands.rotate else None
+
+
+def _linear(operands: Operands) -> str | None:
+    return None if operands.window is None else "a convolution"
+
+
+FEW = tuple(range(2, 9))  # bits of symmetric weights that fit into int8 codes
+
+
+def refuses_plain(operands: Operands) -> str | None:
+    """Why torch's own integer product does not compute a layer, or None; it asks for no Triton."""
+    return _linear(operands) or _weight(operands, FEW, WHOLE) or _input(operands)
 
 
 def refuses_linear(operands: Operands) -> str | None:
@@ -46,18 +101,9 @@ def refuses_linear(operands: Operands) -> str | None:
     return refuses_plain(operands) or cuda.available()
 
 
-def refuses_plain(operands: Operands) -> str | None:
-    """Why torch's own integer product does not compute a layer, or None; it asks for no Triton."""
-    if operands.window is not None:
-        return "a convolution"
-    return _weight(operands, (8,), ("tensor", "channel")) or _input(operands)
-
-
 def refuses_nibbles(operands: Operands) -> str | None:
     """Why a layer is not a product of 8-bit codes and 4-bit codes in groups, or None."""
-    if operands.window is not None:
-        return "a convolution"
-    reason = _weight(operands, (4,), ("group",)) or _input(operands)
+    reason = _linear(operands) or _weight(operands, (4,), ("group",)) or _input(operands)
     if reason is None and (operands.weight.quantizer.granularity.size not in GROUPS or operands.numbers is None or operands.numbers.rule):
         reason = f"groups of {', '.join(map(str, GROUPS))} with static inputs"
     return reason or cuda.available()
@@ -65,26 +111,69 @@ def refuses_nibbles(operands: Operands) -> str | None:
 
 def refuses_convolution(operands: Operands) -> str | None:
     """Why a layer is not a convolution of 8-bit codes, or None."""
-    if operands.window is None or len(operands.window.stride) not in (2, 3):
-        return "not a convolution over two or three axes"
-    if operands.rotate:
-        return "the input of a convolution is rotated"
-    return _weight(operands, (8,), ("tensor", "channel")) or _input(operands) or cuda.available()
+    return _window(operands) or _weight(operands, FEW, WHOLE) or _input(operands) or cuda.available()
+
+
+def refuses_folded(operands: Operands) -> str | None:
+    """Why a layer is not a product of 8-bit codes once the scales of its groups are folded into them, or None."""
+    window = None if operands.window is None else _window(operands)
+    return window or _weight(operands, FEW, ("group",)) or _input(operands) or cuda.available()
+
+
+def refuses_plain_float8(operands: Operands) -> str | None:
+    """Why torch's own e4m3 product does not compute a layer, or None; it asks for no Triton."""
+    return _linear(operands) or _float8(operands)
+
+
+def refuses_float8(operands: Operands) -> str | None:
+    """Why a layer is not a product of e4m3 codes, or None."""
+    return refuses_plain_float8(operands) or cuda.available()
+
+
+def refuses_float8_convolution(operands: Operands) -> str | None:
+    """Why a layer is not a convolution of e4m3 codes, or None."""
+    return _window(operands) or _float8(operands) or cuda.available()
 
 
 def refuses_float(operands: Operands) -> str | None:
     """Why a layer is not a product of floats and codes, or None."""
     if operands.window is not None or operands.numbers is not None or operands.rewritten:
         return "not a linear layer with plain float inputs"
-    bits = operands.weight.quantizer.format.bits
-    reason = _weight(operands, (4, 8), ("tensor", "channel") if bits == 8 else ("group",))
-    if reason is None and bits == 4 and operands.weight.quantizer.granularity.size not in GROUPS:
+    quantizer = operands.weight.quantizer
+    if quantizer.format.name == "e4m3":
+        return _shape(operands, WHOLE) or cuda.float8() or cuda.available()
+    bits = quantizer.format.bits
+    reason = _weight(operands, (4, 8), WHOLE if bits == 8 else ("group",))
+    if reason is None and bits == 4 and quantizer.granularity.size not in GROUPS:
         reason = f"4-bit groups are {', '.join(map(str, GROUPS))}"
     return reason or cuda.available()
 
 
+def refuses_widened(operands: Operands) -> str | None:
+    """Why a layer is not a product of floats, or None."""
+    return None if operands.numbers is None else "the input is rounded"
+
+
+# --- codes --------------------------------------------------------------------------------------------------------------------------
+
+
+def whole_codes(weight: PackedWeight) -> Tensor:
+    """Codes ``[out, width]``: e4m3 and int8 in the memory they are stored in, integers of fewer bits widened to int8."""
+    if weight.quantizer.format.name == "e4m3":
+        return weight.codes.view(FP8)
+    return weight.codes if weight.codes.dtype == torch.int8 else weight.unpacked().to(torch.int8) + int(weight.quantizer.format.low)
+
+
+def folded(weight: PackedWeight) -> PackedWeight:
+    """int8 codes with one scale per row, its largest weight at 127: a weight moves by half of a 127th of that at most."""
+    values = weight.dequantize().flatten(1)
+    scale = values.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+    codes = (values / scale[:, None]).round().to(torch.int8)
+    return PackedWeight(codes, Quantizer(Int(8), Granularity("channel"), scale), weight.shape)
+
+
 class _Inputs:
-    """Codes of an input with the numbers of a step."""
+    """Codes of an input with the numbers of a step; made once for layers that read one tensor with the same numbers."""
 
     def __init__(self, operands: Operands) -> None:
         numbers = operands.numbers
@@ -94,6 +183,14 @@ class _Inputs:
         self.pre = {"pre_shift": operands.shift, "pre_scale": operands.scale}
         self.scale, self.zero_point = numbers.scale, numbers.zero_point
         self.dynamic = numbers.rule is not None
+        self.dtype = torch.int8 if isinstance(numbers.format, Int) else FP8
+        self.levels = {}
+        if isinstance(numbers.format, Int) and numbers.format.bits < 8:
+            lowest = numbers.format.low if numbers.format.signed else -128.0  # affine codes are stored less 128
+            self.levels = {"lowest": lowest, "highest": lowest + 2**numbers.format.bits - 1}
+        tensors = (self.scale, self.zero_point, operands.shift, operands.scale)
+        told = (self.rotate, self.dynamic, self.dtype, self.levels, [None if one is None else one.flatten().tolist() for one in tensors])
+        self.key = hashlib.sha256(repr(told).encode()).digest()
 
     def table(self, slot: int | Tensor) -> dict[str, Tensor | None]:
         """Scale and zero point for kernels: the row of a step that is known, or the table and where to look."""
@@ -105,12 +202,23 @@ class _Inputs:
 
     def codes(self, x: Tensor, slot: int | Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Codes of ``[..., channels]``, and the scales that belong to them."""
+        many = self.scale is not None and len(self.scale) > 1
+        if self.axis != -1 or (many and isinstance(slot, Tensor)):  # nothing waits for the device to say which step it is
+            return self._made(x, slot)
+        key = self.key, slot if many else 0
+        if (kept := recall(x, key)) is None:
+            forget()
+            kept = self._made(x, slot)
+            remember(x, key, kept)
+        return kept
+
+    def _made(self, x: Tensor, slot: int | Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         x = hadamard(x.float()) if self.rotate else x
         if self.dynamic:
-            codes, scales = cuda.quantize_per_token(x, **self.pre)
+            codes, scales = cuda.quantize_per_token(x, **self.pre, dtype=self.dtype)
             return codes, {"input_scale": scales, "input_zero_point": None, "slot": None}
         table = self.table(slot)
-        codes = cuda.quantize_static(x, **table, **self.pre)
+        codes = cuda.quantize_static(x, **table, **self.pre, dtype=self.dtype, **self.levels)
         return codes, {"input_scale": table["input_scale"], "input_zero_point": table["zero_point"], "slot": table["slot"]}
 
 
@@ -118,17 +226,26 @@ def _dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in WRITTEN else torch.float32
 
 
+# --- runners ------------------------------------------------------------------------------------------------------------------------
+
+
 class CodeLinear:
-    """8-bit codes times 8-bit codes, everything after the product in the same kernel."""
+    """8-bit codes times 8-bit codes, int8 or e4m3, everything after the product in the same kernel."""
 
     fused = tuple(ACTIVATIONS)
 
     def __init__(self, operands: Operands) -> None:
         self.inputs = _Inputs(operands)
-        self.weight = operands.weight.codes
+        self.weight = whole_codes(operands.weight)
         self.scale = operands.weight.quantizer.scale
         self.bias = operands.bias
         self.sums = None if self.inputs.zero_point is None else cuda.weight_sums(self.weight)
+
+    def rounding(self, operands: Operands) -> CodeLinear:
+        """The same weight, in the same memory, with another rounding of its inputs."""
+        twin = copy.copy(self)
+        twin.inputs = _Inputs(operands)
+        return twin
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         codes, numbers = self.inputs.codes(x, slot)
@@ -145,19 +262,46 @@ class PlainLinear:
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
-        self.sums = operands.weight.codes.sum(1, dtype=torch.int32)
+        self.weight = whole_codes(operands.weight)
+        self.sums = self.weight.sum(1, dtype=torch.int32)
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
-        weight, numbers = self.operands.weight, self.operands.numbers
+        numbers = self.operands.numbers
         assert numbers is not None and isinstance(numbers.format, Int)
         moved = self.operands.moved(x)
         quantizer = numbers.quantizer(moved, slot)
         zero = quantizer.scale.new_full((), -numbers.format.low) if quantizer.zero_point is None else quantizer.zero_point
         out = torch_ops.linear_8bit(
-            quantizer.codes(moved), weight.codes, quantizer.scale.reshape(-1), weight.quantizer.scale, None, self.operands.bias,
-            ACTIVATIONS[activation], zero.reshape(1, 1), self.sums, _dtype(x),
+            quantizer.codes(moved), self.weight, quantizer.scale.reshape(-1), self.operands.weight.quantizer.scale, None,
+            self.operands.bias, ACTIVATIONS[activation], zero.reshape(1, 1), self.sums, _dtype(x),
         )  # fmt: skip
         return torch.where(moved.isnan().any(), torch.nan, out).to(x.dtype)  # no code stands for NaN, and it must show
+
+
+class PlainFloat8Linear:
+    """e4m3 codes times e4m3 codes by ``torch._scaled_mm``; NaN has a code, and shows in the rows that read it."""
+
+    fused = tuple(ACTIVATIONS)
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.weight = whole_codes(operands.weight)
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
+        numbers = self.operands.numbers
+        assert numbers is not None
+        moved = self.operands.moved(x)
+        scale = numbers.quantizer(moved, slot).scale
+        unit = moved / (scale.reshape(*moved.shape[:-1], 1) if self.dynamic else scale)
+        return torch_ops.linear_8bit(
+            unit.clamp(numbers.format.low, numbers.format.high).to(FP8), self.weight, scale.reshape(-1),
+            self.operands.weight.quantizer.scale, None, self.operands.bias, ACTIVATIONS[activation], out_dtype=_dtype(x),
+        ).to(x.dtype)  # fmt: skip
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether every token has a scale of its own."""
+        return self.operands.numbers is not None and self.operands.numbers.rule is not None
 
 
 class NibbleLinear:
@@ -173,6 +317,12 @@ class NibbleLinear:
         self.sums = None if self.inputs.zero_point is None else sums
         self.bias = operands.bias
         self.rows = rows
+
+    def rounding(self, operands: Operands) -> NibbleLinear:
+        """The same weight, in the same memory, with another rounding of its inputs."""
+        twin = copy.copy(self)
+        twin.inputs = _Inputs(operands)
+        return twin
 
     def codes(self) -> Tensor:
         """The weight as a checkpoint stores it."""
@@ -197,7 +347,7 @@ class FloatLinear:
         quantizer = operands.weight.quantizer
         self.bits, self.size = quantizer.format.bits, quantizer.granularity.size
         if self.bits == 8:
-            self.weight, self.scale = operands.weight.codes, quantizer.scale
+            self.weight, self.scale = whole_codes(operands.weight), quantizer.scale
             self.codes = None
         else:
             self.weight, self.scale, _ = cuda.repack_4bit(operands.weight.codes, quantizer.scale, self.width, self.size)
@@ -211,30 +361,55 @@ class FloatLinear:
         return cuda.linear_w4a16(given, self.weight, self.scale, group=self.size, **common).to(x.dtype)
 
 
-class CodeConvolution:
-    """A convolution of 8-bit codes, channels last."""
+class Widened:
+    """Float inputs times a weight that is made float in every call, in the dtype of the input; rewritten inputs in float32."""
 
     def __init__(self, operands: Operands) -> None:
-        assert operands.window is not None and operands.numbers is not None
-        self.inputs, self.window, shape = _Inputs(operands), operands.window, operands.weight.shape
-        codes = operands.weight.codes.reshape(shape)
-        self.shape = shape
+        self.operands = operands
+
+    def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
+        given = self.operands
+        x_in = given.moved(given.padded(x)) if given.rewritten else given.padded(x)
+        bias = None if given.bias is None else given.bias.to(x_in.dtype)
+        return given.product(x_in, given.weight.dequantize(x_in.dtype), bias).to(x.dtype)
+
+
+class CodeConvolution:
+    """A convolution of 8-bit codes, int8 or e4m3, channels last."""
+
+    def __init__(self, operands: Operands) -> None:
+        assert operands.window is not None
+        self.window, self.shape = operands.window, operands.weight.shape
+        codes = whole_codes(operands.weight).reshape(self.shape)
         self.weight = cuda.repack_convolution(codes)
         self.scale = operands.weight.quantizer.scale
         self.bias = operands.bias
-        zero = operands.numbers.zero_point
-        self.sums = None if zero is None else cuda.weight_sums(codes)
-        assert operands.numbers.scale is not None
-        self.zeros = None
-        if zero is not None or operands.shift is not None:
-            self.zeros = cuda.padding_codes(operands.numbers.scale, shape[1], operands.shift, operands.scale, zero)
+        self._read(operands)
+        self.sums = None if self.inputs.zero_point is None else cuda.weight_sums(codes)
+        self.stored = operands.weight.codes.dtype
+        self.codes = self._codes if operands.weight.quantizer.format.bits == 8 else None  # widened ones lie beside the stored ones
         sides = list(zip(self.window.padding[-2::-2], self.window.padding[::-2], strict=True)) or [(0, 0)] * len(self.window.stride)
         self.even = all(before == after for before, after in sides)
         self.padding = [before if self.even else 0 for before, _ in sides]
 
-    def codes(self) -> Tensor:
+    def _read(self, operands: Operands) -> None:
+        self.inputs, self.zeros = _Inputs(operands), None
+        if self.inputs.zero_point is not None or operands.shift is not None:
+            assert self.inputs.scale is not None
+            self.zeros = cuda.padding_codes(
+                self.inputs.scale, self.shape[1], operands.shift, operands.scale, self.inputs.zero_point, self.inputs.dtype,
+                **self.inputs.levels,
+            )  # fmt: skip
+
+    def rounding(self, operands: Operands) -> CodeConvolution:
+        """The same weight, in the same memory, with another rounding of its inputs."""
+        twin = copy.copy(self)
+        twin._read(operands)
+        return twin
+
+    def _codes(self) -> Tensor:
         """The weight as a checkpoint stores it."""
-        return self.weight.permute(0, 4, 1, 2, 3).reshape(self.shape[0], -1)
+        return self.weight.permute(0, 4, 1, 2, 3).reshape(self.shape[0], -1).view(self.stored)
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         x = x if self.even else F.pad(x, self.window.padding)
@@ -250,10 +425,18 @@ class CodeConvolution:
         return (out if batched is x else out[0]).to(x.dtype)
 
 
+def prepare_folded(operands: Operands) -> Runner:
+    """8-bit codes times groups whose scales are folded into 8-bit codes; the packed weight stays beside them."""
+    given = replace(operands, weight=folded(operands.weight))
+    if given.window is None:
+        return CodeLinear(given)
+    runner = CodeConvolution(given)
+    runner.codes = None  # what is stored cannot come back from folded codes
+    return runner
+
+
 def stored_nibbles(weight: Tensor, rows: int, width: int, size: int) -> Tensor:
     """Undo :func:`reelquant.kernels.cuda.gemm_grouped.repack_4bit`: ``[rows, bytes]`` uint8."""
-    from reelquant.formats import pack
-
     bytes_ = weight.view(torch.uint8).reshape(rows, -1, size // 2)
     signed = torch.cat([bytes_ & 15, bytes_ >> 4], -1).reshape(rows, -1)[:, :width]
     return pack((signed ^ 8).contiguous(), 4)

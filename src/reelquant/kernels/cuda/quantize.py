@@ -28,13 +28,14 @@ GATES: dict[str, int] = {"none": 0, "first": 1, "last": 2}
 WIDEST = 65536  # a row is held in registers: 128 a thread at most
 TILE = 4096  # values per program for narrow rows: 16 bytes per thread and load
 LARGEST = {torch.int8: 127.0, FP8: 448.0}
+LEVELS = (-128.0, 127.0)  # smallest and largest static int8 code
 
 
 @triton.jit
 def _quantize(
     x, codes, scales, rows, width, stride_row, stride_column,
     norm_weight, norm_bias, eps, modulation_scale, modulation_shift, scale_stride, shift_stride, rows_per_modulation,
-    pre_shift, pre_scale, input_scale, zero_point, slot, slots,
+    pre_shift, pre_scale, input_scale, zero_point, slot, slots, lowest, highest,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -57,8 +58,9 @@ def _quantize(
     if pre_shift is not None:
         value -= tl.load(pre_shift + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
     value = _round(
-        value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, codes.dtype.element_ty
-    )
+        value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, lowest, highest,
+        codes.dtype.element_ty,
+    )  # fmt: skip
     tl.store(codes + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside)
 
 
@@ -85,7 +87,10 @@ def _normalize(value, inside, width, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def _round(value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, CODES: tl.constexpr):
+def _round(
+    value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, lowest, highest,
+    CODES: tl.constexpr,
+):  # fmt: skip
     """Codes of one tile, with the step's static scale or (``scales`` given) with a scale per row, which is written too."""
     if scales is not None:
         if pre_scale is not None:
@@ -96,6 +101,7 @@ def _round(value, inside, row, in_row, column, in_column, scales, pre_scale, inp
         else:
             scale = tl.max(tl.abs(value), 1) / 448.0
         scale = tl.where(scale <= 1.1754943508222875e-38, 1.0, scale)  # a row of zeros keeps its zeros
+        scale = tl.where(tl.max((value != value).to(tl.int32), 1) > 0, float("nan"), scale)  # int8 has no code for NaN, and it must show
         tl.store(scales + row, scale, mask=in_row)
         return to_codes(value * (1.0 / scale)[:, None], CODES)
     else:
@@ -106,6 +112,8 @@ def _round(value, inside, row, in_row, column, in_column, scales, pre_scale, inp
             value = value * (1.0 / scale)
         if zero_point is not None:
             value += of_slot(zero_point, slot, slots) - 128.0
+        if CODES == tl.int8:  # integers of fewer bits saturate earlier
+            value = tl.minimum(tl.maximum(value, lowest), highest)
         return to_codes(value, CODES)
 
 
@@ -169,6 +177,7 @@ def run(
     input_scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     slot: Tensor | None = None,
+    levels: tuple[float, float] = LEVELS,
 ) -> None:
     """Fill ``codes`` ``[rows, width]`` (and ``scales`` ``[rows]`` if given) from ``x`` ``[rows, width or 2 * width]``."""
     rows, width = codes.shape
@@ -187,7 +196,7 @@ def run(
         x, codes, scales, rows, width, x.stride(0), x.stride(1),
         stages.norm_weight, stages.norm_bias, stages.eps, scale, shift,
         0 if scale is None else scale.stride(0), 0 if shift is None else shift.stride(0), shared,
-        stages.pre_shift, stages.pre_scale, input_scale, zero_point, slot, slots_of(input_scale, zero_point),
+        stages.pre_shift, stages.pre_scale, input_scale, zero_point, slot, slots_of(input_scale, zero_point), *levels,
         *flags, many, block, num_warps=max(4, min(16, block // 1024)),
     )  # fmt: skip
 
@@ -213,6 +222,8 @@ def quantize_static(
     pre_shift: Tensor | None = None,
     pre_scale: Tensor | None = None,
     dtype: torch.dtype = torch.int8,
+    lowest: float = LEVELS[0],
+    highest: float = LEVELS[1],
 ) -> Tensor:
     """Codes of ``x`` with the static scale of the current step.
 
@@ -223,6 +234,7 @@ def quantize_static(
         zero_point: ``[slots, 1]`` float32 integers 0 .. 255 of affine 8-bit inputs; the codes are then ``q - 128`` as int8.
         activation, gate, norm, norm_weight, norm_bias, eps, modulation_scale, modulation_shift, pre_shift, pre_scale: see :class:`Stages`.
         dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
+        lowest, highest: the smallest and largest int8 code, for integers of fewer bits; affine ones count from -128.
 
     Returns:
         ``[..., width]`` codes, contiguous.
@@ -236,7 +248,7 @@ def quantize_static(
         require(dtype == torch.int8, lambda: f"a zero point belongs to 8-bit integers, not to {dtype}")
     stages = Stages(activation, gate, norm, norm_weight, norm_bias, eps, modulation_scale, modulation_shift, pre_shift, pre_scale)
     codes = launch.new((*x.shape[:-1], width_of(x, gate)), dtype, x.device)
-    run(rows_of(x), rows_of(codes), stages, input_scale=input_scale, zero_point=zero_point, slot=slot)
+    run(rows_of(x), rows_of(codes), stages, input_scale=input_scale, zero_point=zero_point, slot=slot, levels=(lowest, highest))
     return codes
 
 
