@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant.kernels import attention as fast
+from reelquant.nn.graph import outlined
 
 HOOKS = "_reelquant_attention_hooks"
 _thread = threading.local()
@@ -88,7 +89,7 @@ def _wrap() -> None:
             if torch.compiler.is_compiling():
                 if _inside and query.ndim == 4 and key.shape[:2] == query.shape[:2]:
                     return torch.ops.reelquant.attention(query, key, value, options.get("scale"))
-            elif running() and fast.refuses(query, key, value) is None:
+            elif running() and not outlined() and fast.refuses(query, key, value) is None:
                 return fast.attention(query, key, value, options.get("scale"))
         return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
 

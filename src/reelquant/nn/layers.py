@@ -26,7 +26,7 @@ from reelquant.clock import ANY, BOTH, FIRST, SECOND, Clock, Moment, keeping_dty
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
-from reelquant.nn.graph import call, number_of
+from reelquant.nn.graph import call, number_of, outline, outlined
 from reelquant.nn.pages import drop_mapped
 from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
@@ -253,6 +253,8 @@ class QuantLayer(nn.Module):
         """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
         if torch.compiler.is_compiling():
             return call(self, input, self.clock, activation)
+        if outlined():
+            return outline(self, input)
         return self.compute(input, self.clock[0].now() if self.clock else Moment(), activation)
 
     def compute(self, input: Tensor, now: Moment, activation: str = "") -> Tensor:

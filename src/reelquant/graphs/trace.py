@@ -1,0 +1,126 @@
+"""A denoiser as one graph: traced once by torch with its quantized layers as opaque operators, which then become operators of OpenVINO."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from openvino.frontend.pytorch import ConversionExtension
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from reelquant._errors import UnsupportedError
+from reelquant.graphs.convert import Conversion, emit
+from reelquant.nn import QuantLayer, quantized_layers
+from reelquant.nn.graph import module_of, outlining
+
+_one_at_a_time = threading.Lock()  # torch's tracer has state of its own
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph and what its answer looks like.
+
+    Attributes:
+        graph: inputs are the step and the tensors of a call, in order.
+        answer: how its outputs are arranged.
+        dtypes: of the outputs in torch.
+    """
+
+    graph: Any
+    answer: TreeSpec
+    dtypes: tuple[torch.dtype, ...]
+
+
+class Flat(nn.Module):
+    """A denoiser that is called with the step and a row of tensors, and answers with a row of tensors."""
+
+    def __init__(self, model: nn.Module, leaves: Sequence[Any], tree: TreeSpec) -> None:
+        super().__init__()
+        self.model, self.tree = model, tree
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self.answer: tuple[TreeSpec, tuple[torch.dtype, ...]] | None = None
+
+    def forward(self, slot: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = list(self.leaves)
+        for index, tensor in zip(self.tensors, tensors, strict=True):
+            leaves[index] = tensor
+        args, kwargs = tree_unflatten(leaves, self.tree)
+        with outlining(slot):
+            found, answer = tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
+        if not all(isinstance(one, Tensor) for one in found):
+            kinds = sorted({type(one).__name__ for one in found})
+            raise UnsupportedError(f"{type(self.model).__name__} answers with {', '.join(kinds)}; OpenVINO graphs answer with tensors only")
+        self.answer = answer, tuple(one.dtype for one in found)
+        return tuple(found)
+
+
+def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) -> Traced:
+    """The graph of one call.
+
+    Args:
+        model: a denoiser with quantized layers.
+        leaves, tree: its arguments; shapes of tensors hold for every later call, and other leaves are a part of the graph.
+        exact: whether layers with a table answer from it.
+
+    Raises:
+        UnsupportedError: if torch or OpenVINO cannot read the model.
+    """
+    flat = Flat(model, leaves, tree)
+    tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+    inputs = (torch.zeros((), dtype=torch.int64), *tensors)
+    conversions: list[Conversion] = []
+
+    def layer(context: Any) -> list[Any]:
+        if not conversions:
+            conversions.append(Conversion(context.get_input(1), exact))
+        return emitted(context, conversions[0])
+
+    with _one_at_a_time, torch.no_grad(), evaluating(flat), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: that shapes are constants is what is wanted
+        try:
+            graph = openvino.convert_model(flat, example_input=inputs, extension=ConversionExtension("reelquant::outlined", layer))
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise UnsupportedError(
+                f"{type(model).__name__} cannot be made an OpenVINO graph: {str(error).strip().splitlines()[-1]}; use runtime='torch'"
+            ) from error
+    graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs)})
+    assert flat.answer is not None
+    return Traced(graph, *flat.answer)
+
+
+def emitted(context: Any, to: Conversion) -> list[Any]:
+    """The operators of one layer, the last of which bears its number."""
+    layer: QuantLayer = module_of(int(context.get_values_from_const_input(2)))
+    x = context.get_input(0)
+    kind = x.get_element_type()
+    out = emit(layer, openvino.opset13.convert(x, np.float32) if kind != openvino.Type.f32 else x, to)
+    out = openvino.opset13.convert(out, kind) if kind != openvino.Type.f32 else out
+    return list(out.outputs())
+
+
+@contextmanager
+def evaluating(flat: nn.Module) -> Iterator[None]:
+    """Not in training mode; every module gets its mode back."""
+    modes = {module: module.training for module in flat.modules()}
+    flat.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def layers_by_number(model: nn.Module) -> dict[int, QuantLayer]:
+    """Quantized layers by the numbers that graphs know them by."""
+    return {layer.number: layer for layer in quantized_layers(model).values()}
