@@ -13,7 +13,6 @@ graph rounds to stays constant. Zero points become a part of the bias.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -311,10 +310,9 @@ def _dynamic(x: Node, numbers: InputNumbers) -> Node:
         raise UnsupportedError(
             f"OpenVINO graphs hold no dynamic {fmt.name} inputs per {numbers.granularity}; use runtime='torch', or static inputs"
         )
-    largest = ops.reduce_max(ops.abs(x), ops.constant(np.array([-1], np.int64)), True)
-    scale = ops.divide(largest, ops.constant(np.float32(fmt.high)))
+    ends = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)]
+    scales = [ops.divide(end(x, ops.constant(np.array([-1], np.int64)), True), ops.constant(np.float32(level))) for end, level in ends]
+    scale = ops.maximum(*scales)
     scale = ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))
     return ops.multiply(ops.round(ops.clamp(ops.divide(x, scale), fmt.low, fmt.high), "half_to_even"), scale)
 
-
-Emit = Callable[[QuantLayer, Node, Conversion], Node]
