@@ -31,6 +31,7 @@ from reelquant.nn import QuantLayer
 
 Node = Any  # openvino.Output or openvino.Node, whichever the operator before gave
 LEVELS = 256  # the only number of levels that low-precision transformations take
+NAMED = "reelquant."  # and the number of a layer: names of its product
 WIDEST = 64  # of one matrix of a rotation; wider blocks are rotated by two
 
 
@@ -87,7 +88,7 @@ def emit(layer: QuantLayer, x: Node, to: Conversion) -> Node:
     """The output of a layer."""
     if layer.layout.table and to.exact:
         return _from_table(layer, x, to)
-    return Emission(layer.operands, to).product(x)
+    return Emission(layer.operands, to, f"{NAMED}{layer.number}").product(x)
 
 
 def _from_table(layer: QuantLayer, x: Node, to: Conversion) -> Node:
@@ -105,6 +106,7 @@ class Emission:
 
     operands: Operands
     to: Conversion
+    name: str
 
     def __post_init__(self) -> None:
         given = self.operands
@@ -120,7 +122,8 @@ class Emission:
         """From the input as floats to the output."""
         staged, scale, zero = self.staged(x)
         weight = self.weight()
-        out = self.multiplied(staged, self.matrix(weight, scale), zero is not None)
+        out = self.multiplied(staged, self.matrix(weight, scale))
+        (out if hasattr(out, "set_friendly_name") else out.get_node()).set_friendly_name(self.name)
         if scale is not None and len(scale) > 1:
             out = ops.multiply(out, self.to.of_slot(self.along(scale)))
         bias = self.bias(weight, scale, zero)
@@ -131,13 +134,18 @@ class Emission:
     def staged(self, x: Node) -> tuple[Node, Tensor | None, Tensor | None]:
         """The input as the product takes it, and its scale and zero point ``[slots, 1]`` if it is in units of codes."""
         given, numbers = self.operands, self.operands.numbers
-        if given.rewritten or (numbers is not None and numbers.zero_point is not None):
-            x = self.padded(x)
+        x = self.padded(x) if self.pads_first else x
         if numbers is None:
             return self.moved(x), None, None
         if isinstance(numbers.format, Int) and numbers.rule is None and numbers.granularity.kind == "tensor":
             return self.shared(x), numbers.scale, numbers.zero_point
         return self.levelled(self.moved(x), numbers), None, None
+
+    @property
+    def pads_first(self) -> bool:
+        """Whether zero is no code of zero everywhere, so that the border has to be there before the input is rewritten."""
+        numbers = self.operands.numbers
+        return self.operands.rewritten or (numbers is not None and numbers.zero_point is not None)
 
     @property
     def pads(self) -> tuple[list[int], list[int]]:
@@ -242,6 +250,8 @@ class Emission:
         shape = self.operands.weight.shape
         if weight is None:
             return self.grouped(once) or constant(self.operands.weight.dequantize() * once)
+        if self.dims and not self.integers:  # the plugin would widen the codes of a convolution in every call
+            return constant(self.operands.weight.dequantize() * once)
         codes = ops.constant(np.ascontiguousarray(weight.codes.reshape(shape).numpy()))
         return ops.multiply(ops.convert(codes, np.float32), constant(weight.scale.reshape(-1, *[1] * (len(shape) - 1)) * once))
 
@@ -270,13 +280,12 @@ class Emission:
         added = (zero.double() * scale.double() * sums).float()
         return -added if bias is None else bias - added
 
-    def multiplied(self, x: Node, weight: Node, padded: bool) -> Node:
+    def multiplied(self, x: Node, weight: Node) -> Node:
         """``x @ weight^T``, or the convolution."""
         window = self.operands.window
         if window is None:
             return ops.matmul(x, weight, False, True)
-        done = padded or self.operands.rewritten or self.operands.numbers is not None and self.operands.numbers.zero_point is not None
-        before, after = [[0] * self.dims] * 2 if done else self.pads
+        before, after = [[0] * self.dims] * 2 if self.pads_first else self.pads
         return ops.convolution(x, weight, list(window.stride), before, after, list(window.dilation))
 
 

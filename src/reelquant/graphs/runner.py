@@ -1,1 +1,231 @@
-OPTIONS = {"NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "ENABLE_CPU_PINNING": False}
+"""Compiled graphs of a denoiser by the form of its calls, and the ``forward`` that answers from them.
+
+A graph holds for one arrangement of arguments, their shapes and dtypes, and all arguments that are no tensors; a call of another form
+compiles another one, and the least recently used goes. It holds copies of the numbers of the model, so it is made anew if these move
+or change. Steps that are protected are computed in torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import openvino
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from reelquant._errors import UnsupportedError
+from reelquant.clock import NAME, Moment
+from reelquant.graphs.convert import in_integers
+from reelquant.graphs.refusals import refuse_call, refuse_model
+from reelquant.graphs.trace import Traced, as_number, trace
+from reelquant.kernels import REFERENCE, Kernel, current_backend
+from reelquant.nn import QuantLayer, quantized_layers
+
+logger = logging.getLogger(__name__)
+GRAPHS = "_reelquant_graphs"
+KEPT = 4  # graphs of one model
+OPTIONS: dict[str, Any] = {
+    "NUM_STREAMS": 1,
+    "ENABLE_CPU_PINNING": False,
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # by default the plugin rounds float inputs that meet 8- or 4-bit weights, which nobody asked for
+}
+INTEGERS = Kernel("openvino int8", lambda operands: in_integers(operands), REFERENCE.prepare)
+FLOATS = Kernel("openvino float products", lambda operands: None, REFERENCE.prepare, low_bit=False)
+
+
+@functools.cache
+def core() -> Any:
+    """The one of this process; making another takes a while."""
+    return openvino.Core()
+
+
+@dataclass(eq=False)
+class Compiled:
+    """A graph that is ready to run.
+
+    Attributes:
+        model: compiled.
+        traced: where it came from, without its operators.
+    """
+
+    model: Any
+    traced: Traced
+    requests: threading.local = field(default_factory=threading.local)
+
+    def __call__(self, slot: int, leaves: Sequence[Any]) -> Any:
+        """The answer at a step; every thread has a request of its own."""
+        if not hasattr(self.requests, "one"):
+            self.requests.one = self.model.create_infer_request()
+        request: Any = self.requests.one
+        tensors = [torch.tensor(slot), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
+        kept = [readable(tensor) for tensor in tensors]  # until the request is done: their memory is read in place
+        for index, tensor in enumerate(kept):
+            request.set_input_tensor(index, openvino.Tensor(tensor.numpy(), shared_memory=True))
+        request.infer()
+        found = [torch.from_numpy(request.get_output_tensor(index).data.copy()) for index in range(len(self.traced.dtypes))]
+        if any(bool(tensor.isnan().any()) for tensor in kept if tensor.is_floating_point()):  # codes cannot hold it, and it must show
+            found = [torch.full_like(one, torch.nan) for one in found]
+        return tree_unflatten([one.to(dtype) for one, dtype in zip(found, self.traced.dtypes, strict=True)], self.traced.answer)
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """What numpy can look at."""
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype not in (torch.bfloat16, torch.float16) else tensor.float()).contiguous()
+
+
+@dataclass(eq=False)
+class Graphs:
+    """The graphs of one model, least recently used first.
+
+    Attributes:
+        layers: its quantized layers by number.
+        numbers: tensors that graphs hold copies of, but for the codes.
+        stamp: where those were and how often they had been written to when the graphs were made.
+    """
+
+    layers: dict[int, QuantLayer]
+    numbers: list[Tensor]
+    tables: bool
+    stamp: tuple[Any, ...] = ()
+    kept: OrderedDict[tuple[Any, ...], Compiled] = field(default_factory=OrderedDict)
+    lock: Any = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Graphs:
+        """None yet."""
+        layers = {layer.number: layer for layer in quantized_layers(model).values()}
+        held = {id(layer.weight) for layer in layers.values()}  # a kernel may take a weight over, for protected steps
+        clock = getattr(model, NAME, None)
+        ticking = {id(one) for one in clock.buffers()} if clock is not None else set()
+        numbers = [one for one in (*model.parameters(), *model.buffers()) if id(one) not in held | ticking]
+        return cls(layers, numbers, any(layer.layout.table for layer in layers.values()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model makes graphs of its own, when it runs."""
+        return None
+
+    def of_call(self, model: nn.Module, leaves: Sequence[Any], tree: Any, exact: bool) -> Compiled:
+        """The graph for a call of this form, compiled if there is none."""
+        stamp = tuple((one.data_ptr(), one._version) for one in self.numbers)
+        form = (tree, exact, torch.get_num_threads(), *map(_form, leaves))
+        with self.lock:
+            if stamp != self.stamp:
+                self.kept.clear()
+                self.stamp = stamp
+            if form not in self.kept:
+                self.kept[form] = self._make(model, leaves, tree, exact)
+                while len(self.kept) > KEPT:
+                    self.kept.popitem(last=False)
+            self.kept.move_to_end(form)
+            return self.kept[form]
+
+    def _make(self, model: nn.Module, leaves: Sequence[Any], tree: Any, exact: bool) -> Compiled:
+        refuse_model(model)
+        start, shapes = time.perf_counter(), [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        logger.info("making an OpenVINO graph of %s for tensors of %s", type(model).__name__, shapes)
+        traced = trace(model, leaves, tree, exact)
+        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision(model)}
+        try:
+            made = core().compile_model(traced.graph, "CPU", OPTIONS | threads)
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"OpenVINO does not compile {type(model).__name__}: {str(error).strip().splitlines()[-1]}; use runtime='torch'"
+            ) from error
+        told = tell(made, self.layers)
+        logger.info("made in %.1f s; %d of %d layers multiply integers", time.perf_counter() - start, told, len(self.layers))
+        return Compiled(made, Traced(None, traced.answer, traced.dtypes))
+
+
+def _form(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
+
+
+def precision(model: nn.Module) -> str:
+    """In which floats the graph computes what is not integer: bfloat16 for models of it, on processors that have it."""
+    kinds = [one.dtype for one in model.parameters() if one.is_floating_point()]
+    able = "BF16" in core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "bf16" if able and torch.bfloat16 in kinds else "f32"
+
+
+def tell(made: Any, layers: dict[int, QuantLayer]) -> int:
+    """Let layers say what really computes them; how many multiply integers."""
+    found: dict[int, str] = {}
+    for node in made.get_runtime_model().get_ops():
+        facts = node.get_rt_info()
+        for name in facts["originalLayersNames"].astype(str).split(",") if "originalLayersNames" in facts else ():
+            if (number := as_number(name)) is not None and facts["primitiveType"].astype(str) != "unknown":
+                found[number] = facts["primitiveType"].astype(str)
+    for number, primitive in found.items():
+        if number in layers:
+            layers[number].elsewhere = computed_by(layers[number], primitive)
+    return sum(layer.elsewhere is not None and layer.elsewhere[0] is INTEGERS for layer in layers.values())
+
+
+def computed_by(layer: QuantLayer, primitive: str | None = None) -> tuple[Kernel, dict[str, str]]:
+    """What computes a layer in a graph; before there is one, what is expected to."""
+    reason = in_integers(layer.operands)
+    if reason is None and primitive is not None and not primitive.lower().endswith("i8"):
+        reason = f"OpenVINO chose {primitive}"
+    return (INTEGERS, {}) if reason is None else (FLOATS, {INTEGERS.name: reason})
+
+
+def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What the model answers, from a graph."""
+    refuse_call(model, args, kwargs)
+    clock = getattr(model, NAME, None)
+    now = clock.now() if clock is not None else Moment()
+    graphs = vars(model)[GRAPHS]
+    if graphs is None:
+        graphs = start(model)
+    if now.protected or _oracle(graphs):
+        return type(model).forward(model, *args, **kwargs)
+    if graphs.tables and not now.exact:
+        clock.fall_back()
+    leaves, tree = tree_flatten((args, kwargs))
+    return graphs.of_call(model, leaves, tree, now.exact and graphs.tables)(int(now.slot), leaves)
+
+
+def _oracle(graphs: Graphs) -> bool:
+    """Whether the reference was asked for, which is torch's."""
+    return current_backend() == "reference" or any(layer.kernels == "reference" for layer in graphs.layers.values())
+
+
+def start(model: nn.Module) -> Graphs:
+    """Let a model answer from graphs; those that it had go."""
+    refuse_model(model)
+    graphs = Graphs.of(model)
+    object.__setattr__(model, GRAPHS, graphs)
+    object.__setattr__(model, "forward", MethodType(_like(type(model)), model))  # its class, which checkpoints name, stays what it is
+    for layer in graphs.layers.values():
+        layer.elsewhere = computed_by(layer)
+    return graphs
+
+
+def stop(model: nn.Module) -> None:
+    """Undo :func:`start`."""
+    if vars(model).pop(GRAPHS, None) is None and "forward" not in vars(model):
+        return
+    vars(model).pop("forward", None)
+    for layer in quantized_layers(model).values():
+        layer.elsewhere = None
+
+
+@functools.cache
+def _like(kind: type[nn.Module]) -> Any:
+    """:func:`forward` with the signature of a class: pipelines look at it."""
+
+    @functools.wraps(kind.forward)
+    def answer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    return answer

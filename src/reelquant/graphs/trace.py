@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from reelquant._errors import UnsupportedError
-from reelquant.graphs.convert import Conversion, emit
-from reelquant.nn import QuantLayer, quantized_layers
+from reelquant.graphs.convert import NAMED, Conversion, emit
+from reelquant.nn import QuantLayer
 from reelquant.nn.graph import module_of, outlining
 
 _one_at_a_time = threading.Lock()  # torch's tracer has state of its own
@@ -40,19 +40,24 @@ class Traced:
 
 
 class Flat(nn.Module):
-    """A denoiser that is called with the step and a row of tensors, and answers with a row of tensors."""
+    """A denoiser that is called with the step and a row of tensors, and answers with a row of tensors.
+
+    Attributes:
+        leaves: arguments, dtypes in the place of tensors.
+        answer: how the last answer was arranged, and its dtypes.
+    """
 
     def __init__(self, model: nn.Module, leaves: Sequence[Any], tree: TreeSpec) -> None:
         super().__init__()
         self.model, self.tree = model, tree
-        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.leaves = [leaf.dtype if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self.tensors = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.answer: tuple[TreeSpec, tuple[torch.dtype, ...]] | None = None
 
     def forward(self, slot: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = list(self.leaves)
         for index, tensor in zip(self.tensors, tensors, strict=True):
-            leaves[index] = tensor
+            leaves[index] = tensor.to(self.leaves[index])
         args, kwargs = tree_unflatten(leaves, self.tree)
         with outlining(slot):
             found, answer = tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
@@ -60,7 +65,12 @@ class Flat(nn.Module):
             kinds = sorted({type(one).__name__ for one in found})
             raise UnsupportedError(f"{type(self.model).__name__} answers with {', '.join(kinds)}; OpenVINO graphs answer with tensors only")
         self.answer = answer, tuple(one.dtype for one in found)
-        return tuple(found)
+        return tuple(map(widened, found))
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Graphs are called with float32 in the place of shorter floats, which numpy does not know."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) -> Traced:
@@ -75,7 +85,7 @@ def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) 
         UnsupportedError: if torch or OpenVINO cannot read the model.
     """
     flat = Flat(model, leaves, tree)
-    tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+    tensors = [widened(leaf.detach()) for leaf in leaves if isinstance(leaf, Tensor)]
     inputs = (torch.zeros((), dtype=torch.int64), *tensors)
     conversions: list[Conversion] = []
 
@@ -121,6 +131,7 @@ def evaluating(flat: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def layers_by_number(model: nn.Module) -> dict[int, QuantLayer]:
-    """Quantized layers by the numbers that graphs know them by."""
-    return {layer.number: layer for layer in quantized_layers(model).values()}
+def as_number(name: str) -> int | None:
+    """The number of the layer that an operator of this name belongs to; transformations add words to names."""
+    number = name.removeprefix(NAMED).split("/")[0].split(".")[0]
+    return int(number) if name.startswith(NAMED) and number.isdecimal() else None
