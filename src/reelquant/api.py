@@ -179,27 +179,32 @@ def plans(
     return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
 
 
-def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | None = None) -> None:
+def configure(
+    model: Any, *, kernels: str | None = None, temporal_table: bool | None = None, runtime: str | None = None
+) -> None:  # fmt: skip
     """Change how a quantized model is computed, after it was loaded or quantized. Nothing of this is stored with it.
 
     Args:
         model: a quantized model, or a pipeline: all its quantized parts are meant.
         kernels: ``reference`` for plain torch, the oracle of all kernels, or ``auto`` for the fastest.
         temporal_table: whether stored outputs of temporal layers are used where they fit, or every layer is computed.
+        runtime: ``openvino`` runs quantized denoisers as one graph each, on processors; ``torch`` goes back. Other parts stay in torch.
 
     Raises:
-        RecipeError: if there are no kernels of that name.
-        UnsupportedError: if nothing is quantized, or a table is asked for where none is stored.
+        RecipeError: if there are no kernels or no runtime of that name.
+        UnsupportedError: if nothing is quantized, a table is asked for where none is stored, or the runtime is missing or cannot run it.
 
     Example:
         >>> pipe = reelquant.load("out")
         >>> reelquant.configure(pipe, kernels="reference")
+        >>> reelquant.configure(pipe, kernels="auto", runtime="openvino")
     """
     from torch import nn
 
     from reelquant._errors import UnsupportedError
     from reelquant.clock import NAME
-    from reelquant.discover.components import plain
+    from reelquant.discover.components import denoises, plain
+    from reelquant.graphs import check_runtime, set_runtime
     from reelquant.kernels import check_backend
     from reelquant.nn import quantized_layers, set_kernels
 
@@ -210,6 +215,11 @@ def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | 
         raise UnsupportedError(f"{type(model).__name__} has no quantized layers; reelquant.quantize makes some")
     if kernels is not None:
         check_backend(kernels)
+    if runtime is not None:
+        check_runtime(runtime)
+    denoisers = [part for part in layers if denoises(part)]
+    if runtime is not None and not denoisers:
+        raise UnsupportedError(f"{type(model).__name__} holds no quantized denoiser, and nothing else runs as a graph; leave runtime out")
     with_table = [part for part, own in layers.items() if any(layer.layout.table for layer in own.values())]
     if temporal_table and not with_table:
         raise UnsupportedError(
@@ -219,6 +229,8 @@ def configure(model: Any, *, kernels: str | None = None, temporal_table: bool | 
         set_kernels(part, kernels)
     for part in with_table if temporal_table is not None else ():
         getattr(part, NAME).tables = temporal_table
+    for part in denoisers if runtime is not None else ():
+        set_runtime(part, runtime)
 
 
 def open_pipeline(model: str | Path, **options: Any) -> Any:

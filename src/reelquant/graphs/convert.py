@@ -13,6 +13,7 @@ graph rounds to stays constant. Zero points become a part of the bias.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from reelquant.nn import QuantLayer
 Node = Any  # openvino.Output or openvino.Node, whichever the operator before gave
 LEVELS = 256  # the only number of levels that low-precision transformations take
 NAMED = "reelquant."  # and the number of a layer: names of its product
+SMALL = 1 << 18  # weights up to which a float product gets floats: the plugin would widen the codes in every call, which costs a third there
 WIDEST = 64  # of one matrix of a rotation; wider blocks are rotated by two
 
 
@@ -138,14 +140,14 @@ class Emission:
         if numbers is None:
             return self.moved(x), None, None
         if isinstance(numbers.format, Int) and numbers.rule is None and numbers.granularity.kind == "tensor":
-            return self.shared(x), numbers.scale, numbers.zero_point
+            return self.shared(x), numbers.scale, numbers.zero_point if self.integers else None
         return self.levelled(self.moved(x), numbers), None, None
 
     @property
     def pads_first(self) -> bool:
         """Whether zero is no code of zero everywhere, so that the border has to be there before the input is rewritten."""
         numbers = self.operands.numbers
-        return self.operands.rewritten or (numbers is not None and numbers.zero_point is not None)
+        return self.operands.rewritten or (self.integers and numbers is not None and numbers.zero_point is not None)
 
     @property
     def pads(self) -> tuple[list[int], list[int]]:
@@ -185,7 +187,8 @@ class Emission:
         unit = ops.multiply(x, self.to.of_slot(self.along(multiply)))
         unit = ops.add(unit, self.to.of_slot(self.along(add))) if bool(add.any()) else unit
         if not self.integers:
-            return ops.round(ops.clamp(unit, low, high), "half_to_even")
+            rounded = ops.round(ops.clamp(unit, low, high), "half_to_even")
+            return rounded if numbers.zero_point is None else ops.subtract(rounded, self.to.of_slot(self.along(numbers.zero_point.float())))
         ends = [ops.constant(np.float32(end)) for end in wide * 2]
         return ops.fake_quantize(unit if (low, high) == wide else ops.clamp(unit, low, high), *ends, LEVELS)
 
@@ -249,19 +252,24 @@ class Emission:
         once = float(scale) if scale is not None and len(scale) == 1 else 1.0
         shape = self.operands.weight.shape
         if weight is None:
-            return self.grouped(once) or constant(self.operands.weight.dequantize() * once)
-        if self.dims and not self.integers:  # the plugin would widen the codes of a convolution in every call
+            return self.grouped(once) if self.stays_grouped else constant(self.operands.weight.dequantize() * once)
+        if not self.integers and (self.dims or weight.codes.numel() <= SMALL):  # the plugin would widen codes of convolutions in every call
             return constant(self.operands.weight.dequantize() * once)
         codes = ops.constant(np.ascontiguousarray(weight.codes.reshape(shape).numpy()))
         return ops.multiply(ops.convert(codes, np.float32), constant(weight.scale.reshape(-1, *[1] * (len(shape) - 1)) * once))
 
-    def grouped(self, once: float) -> Node | None:
-        """4-bit codes that stay four bits, with a scale per group; None where the plugin has no product for them."""
+    @property
+    def stays_grouped(self) -> bool:
+        """Whether these are 4-bit codes with a scale per group that the plugin multiplies by."""
         weight = self.operands.weight
         fmt, size = weight.quantizer.format, weight.quantizer.granularity.size
         fits = isinstance(fmt, Int) and fmt.signed and fmt.bits == 4 and weight.quantizer.granularity.kind == "group"
-        if not fits or self.dims or weight.width % size or size % 2:
-            return None
+        return fits and not self.dims and weight.width % size == 0 and size % 2 == 0 and math.prod(weight.shape) > SMALL
+
+    def grouped(self, once: float) -> Node:
+        """4-bit codes that stay four bits, with a scale per group."""
+        weight = self.operands.weight
+        size = weight.quantizer.granularity.size
         shape = [len(weight.codes), weight.width // size, size]
         codes = ops.constant(openvino.Tensor(np.ascontiguousarray(weight.codes.numpy()), shape, openvino.Type.u4))
         centred = ops.subtract(ops.convert(codes, np.float32), ops.constant(np.float32(8)))

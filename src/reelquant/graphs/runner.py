@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from reelquant._errors import UnsupportedError
 from reelquant.clock import NAME, Moment
 from reelquant.graphs.convert import in_integers
+from reelquant.graphs.parts import Kept, lasting, part
 from reelquant.graphs.refusals import refuse_call, refuse_model
 from reelquant.graphs.trace import Traced, as_number, trace
 from reelquant.kernels import REFERENCE, Kernel, current_backend
@@ -50,31 +51,52 @@ def core() -> Any:
 
 @dataclass(eq=False)
 class Compiled:
-    """A graph that is ready to run.
+    """A graph that is ready to run, in one piece or in two.
 
     Attributes:
-        model: compiled.
-        traced: where it came from, without its operators.
+        main: what is computed in every step.
+        order: which of the step and the tensors of a call it takes, before the outputs of ``once``.
+        once: what depends on lasting tensors only, or None.
+        stays: which of the step and the tensors of a call last.
+        traced: how answers are arranged.
     """
 
-    model: Any
+    main: Any
+    order: list[int]
+    once: Any
+    stays: list[bool]
     traced: Traced
     requests: threading.local = field(default_factory=threading.local)
 
     def __call__(self, slot: int, leaves: Sequence[Any]) -> Any:
-        """The answer at a step; every thread has a request of its own."""
-        if not hasattr(self.requests, "one"):
-            self.requests.one = self.model.create_infer_request()
-        request: Any = self.requests.one
+        """The answer at a step; every thread has requests of its own."""
+        mine: Any = self.requests
+        if not hasattr(mine, "main"):
+            mine.main, mine.kept = self.main.create_infer_request(), Kept()
         tensors = [torch.tensor(slot), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
-        kept = [readable(tensor) for tensor in tensors]  # until the request is done: their memory is read in place
-        for index, tensor in enumerate(kept):
-            request.set_input_tensor(index, openvino.Tensor(tensor.numpy(), shared_memory=True))
-        request.infer()
-        found = [torch.from_numpy(request.get_output_tensor(index).data.copy()) for index in range(len(self.traced.dtypes))]
-        if any(bool(tensor.isnan().any()) for tensor in kept if tensor.is_floating_point()):  # codes cannot hold it, and it must show
+        before = [] if self.once is None else mine.kept([one for one, last in zip(tensors, self.stays, strict=True) if last], lambda: self._once(tensors))
+        given = [readable(tensors[index]) for index in self.order]  # until the request is done: their memory is read in place
+        found = outputs(mine.main, [*map(shared, given), *before])
+        if any(bool(tensor.isnan().any()) for tensor in tensors if tensor.is_floating_point()):  # codes cannot hold it, and it must show
             found = [torch.full_like(one, torch.nan) for one in found]
         return tree_unflatten([one.to(dtype) for one, dtype in zip(found, self.traced.dtypes, strict=True)], self.traced.answer)
+
+    def _once(self, tensors: Sequence[Tensor]) -> list[Any]:
+        given = [readable(one) for one, last in zip(tensors, self.stays, strict=True) if last]
+        return [shared(one) for one in outputs(self.once.create_infer_request(), list(map(shared, given)))]
+
+
+def shared(tensor: Tensor) -> Any:
+    """The same memory, for OpenVINO."""
+    return openvino.Tensor(tensor.numpy(), shared_memory=True)
+
+
+def outputs(request: Any, given: Sequence[Any]) -> list[Tensor]:
+    """Answers of a request, in memory of their own."""
+    for index, tensor in enumerate(given):
+        request.set_input_tensor(index, tensor)
+    request.infer()
+    return [torch.from_numpy(request.get_output_tensor(index).data.copy()) for index in range(len(request.model_outputs))]
 
 
 def readable(tensor: Tensor) -> Tensor:
@@ -114,8 +136,9 @@ class Graphs:
         """A copied model makes graphs of its own, when it runs."""
         return None
 
-    def of_call(self, model: nn.Module, leaves: Sequence[Any], tree: Any, exact: bool) -> Compiled:
-        """The graph for a call of this form, compiled if there is none."""
+    def of_call(self, model: nn.Module, args: Any, kwargs: Any, exact: bool) -> tuple[Compiled, list[Any]]:
+        """The graph for a call of this form, compiled if there is none, and the leaves of its arguments."""
+        leaves, tree = tree_flatten((args, kwargs))
         stamp = tuple((one.data_ptr(), one._version) for one in self.numbers)
         form = (tree, exact, torch.get_num_threads(), *map(_form, leaves))
         with self.lock:
@@ -123,27 +146,29 @@ class Graphs:
                 self.kept.clear()
                 self.stamp = stamp
             if form not in self.kept:
-                self.kept[form] = self._make(model, leaves, tree, exact)
+                traced = trace(model, leaves, tree, exact)
+                self.kept[form] = self._compiled(model, traced, [False, *lasting(model, args, kwargs)])
                 while len(self.kept) > KEPT:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(form)
-            return self.kept[form]
+            return self.kept[form], leaves
 
-    def _make(self, model: nn.Module, leaves: Sequence[Any], tree: Any, exact: bool) -> Compiled:
-        refuse_model(model)
-        start, shapes = time.perf_counter(), [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
-        logger.info("making an OpenVINO graph of %s for tensors of %s", type(model).__name__, shapes)
-        traced = trace(model, leaves, tree, exact)
-        threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision(model)}
+    def _compiled(self, model: nn.Module, traced: Traced, stays: list[bool]) -> Compiled:
+        start, name = time.perf_counter(), type(model).__name__
+        logger.info("compiling an OpenVINO graph of %s for tensors of %s", name, [list(one.shape) for one in traced.graph.inputs[1:]])
+        options = OPTIONS | {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision(model)}
+        first, main, order = part(traced.graph, stays) or (None, traced.graph, list(range(len(stays))))
         try:
-            made = core().compile_model(traced.graph, "CPU", OPTIONS | threads)
+            made = [None if graph is None else core().compile_model(graph, "CPU", options) for graph in (first, main)]
         except RuntimeError as error:
-            raise UnsupportedError(
-                f"OpenVINO does not compile {type(model).__name__}: {str(error).strip().splitlines()[-1]}; use runtime='torch'"
-            ) from error
-        told = tell(made, self.layers)
-        logger.info("made in %.1f s; %d of %d layers multiply integers", time.perf_counter() - start, told, len(self.layers))
-        return Compiled(made, Traced(None, traced.answer, traced.dtypes))
+            raise UnsupportedError(f"OpenVINO does not compile {name}: {_last_line(error)}; use runtime='torch'") from error
+        told = tell([graph for graph in made if graph is not None], self.layers)
+        logger.info("compiled in %.1f s; %d of %d layers multiply integers", time.perf_counter() - start, told, len(self.layers))
+        return Compiled(made[1], order, made[0], stays, replace(traced, graph=None))
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _form(leaf: Any) -> Any:
@@ -157,10 +182,10 @@ def precision(model: nn.Module) -> str:
     return "bf16" if able and torch.bfloat16 in kinds else "f32"
 
 
-def tell(made: Any, layers: dict[int, QuantLayer]) -> int:
+def tell(made: Sequence[Any], layers: dict[int, QuantLayer]) -> int:
     """Let layers say what really computes them; how many multiply integers."""
     found: dict[int, str] = {}
-    for node in made.get_runtime_model().get_ops():
+    for node in (node for graph in made for node in graph.get_runtime_model().get_ops()):
         facts = node.get_rt_info()
         for name in facts["originalLayersNames"].astype(str).split(",") if "originalLayersNames" in facts else ():
             if (number := as_number(name)) is not None and facts["primitiveType"].astype(str) != "unknown":
@@ -191,8 +216,8 @@ def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(model).forward(model, *args, **kwargs)
     if graphs.tables and not now.exact:
         clock.fall_back()
-    leaves, tree = tree_flatten((args, kwargs))
-    return graphs.of_call(model, leaves, tree, now.exact and graphs.tables)(int(now.slot), leaves)
+    compiled, leaves = graphs.of_call(model, args, kwargs, now.exact and graphs.tables)
+    return compiled(int(now.slot), leaves)
 
 
 def _oracle(graphs: Graphs) -> bool:

@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from reelquant._errors import UnsupportedError
 from reelquant.graphs.convert import NAMED, Conversion, emit
+from reelquant.graphs.strided import Interleaving
 from reelquant.nn import QuantLayer
 from reelquant.nn.graph import module_of, outlining
 
@@ -59,7 +60,7 @@ class Flat(nn.Module):
         for index, tensor in zip(self.tensors, tensors, strict=True):
             leaves[index] = tensor.to(self.leaves[index])
         args, kwargs = tree_unflatten(leaves, self.tree)
-        with outlining(slot):
+        with outlining(slot), Interleaving():
             found, answer = tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
         if not all(isinstance(one, Tensor) for one in found):
             kinds = sorted({type(one).__name__ for one in found})
