@@ -33,7 +33,9 @@ from reelquant.nn import QuantLayer
 Node = Any  # openvino.Output or openvino.Node, whichever the operator before gave
 LEVELS = 256  # the only number of levels that low-precision transformations take
 NAMED = "reelquant."  # and the number of a layer: names of its product
-SMALL = 1 << 18  # weights up to which a float product gets floats: the plugin would widen the codes in every call, which costs a third there
+SMALL = (
+    1 << 18
+)  # weights up to which a float product gets floats: the plugin would widen the codes in every call, which costs a third there
 WIDEST = 64  # of one matrix of a rotation; wider blocks are rotated by two
 
 
@@ -332,4 +334,3 @@ def _dynamic(x: Node, numbers: InputNumbers) -> Node:
     scale = ops.maximum(*scales)
     scale = ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))
     return ops.multiply(ops.round(ops.clamp(ops.divide(x, scale), fmt.low, fmt.high), "half_to_even"), scale)
-

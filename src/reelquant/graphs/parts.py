@@ -66,7 +66,9 @@ def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None
             target.replace_source_output(new.output(0))
         given.append(new)
     first = openvino.Model([ops.result(output) for output, _ in border], [one for one, last in zip(parameters, stays, strict=True) if last])
-    order = [index for index, one in enumerate(parameters) if not stays[index] or any(map(_read_late(early), one.output(0).get_target_inputs()))]
+    order = [
+        index for index, one in enumerate(parameters) if not stays[index] or any(map(_read_late(early), one.output(0).get_target_inputs()))
+    ]
     return first.clone(), openvino.Model(graph.get_results(), [*(parameters[index] for index in order), *given]), order
 
 

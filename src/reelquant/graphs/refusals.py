@@ -28,7 +28,9 @@ def refuse_model(model: nn.Module) -> None:
         _refuse(model, f"it lies on {', '.join(sorted(devices))}", "move it with model.to('cpu') first")
     for name, module in model.named_modules():
         if hooked(module):
-            _refuse(model, f"hooks that offload, cache or cast act on {repr(name) if name else 'it'}", "remove them, or use runtime='torch'")
+            _refuse(
+                model, f"hooks that offload, cache or cast act on {repr(name) if name else 'it'}", "remove them, or use runtime='torch'"
+            )
     _refuse_adapters(model)
 
 

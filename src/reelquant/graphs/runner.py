@@ -74,7 +74,11 @@ class Compiled:
         if not hasattr(mine, "main"):
             mine.main, mine.kept = self.main.create_infer_request(), Kept()
         tensors = [torch.tensor(slot), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
-        before = [] if self.once is None else mine.kept([one for one, last in zip(tensors, self.stays, strict=True) if last], lambda: self._once(tensors))
+        before = (
+            []
+            if self.once is None
+            else mine.kept([one for one, last in zip(tensors, self.stays, strict=True) if last], lambda: self._once(tensors))
+        )
         given = [readable(tensors[index]) for index in self.order]  # until the request is done: their memory is read in place
         found = outputs(mine.main, [*map(shared, given), *before])
         if any(bool(tensor.isnan().any()) for tensor in tensors if tensor.is_floating_point()):  # codes cannot hold it, and it must show
