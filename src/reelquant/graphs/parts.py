@@ -50,11 +50,16 @@ def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None
         needed = depends[node.get_name()]
         return bool(needed) and all(stays[index] for index in needed) and node.get_type_name() not in ("Parameter", "Result")
 
+    def readers(output: Any) -> list[Any]:
+        """Inputs of nodes that belong to the rest; nodes that conversion left over read outputs, too."""
+        inside = [target for target in output.get_target_inputs() if target.get_node().get_name() in depends]
+        return [target for target in inside if not early(target.get_node())]
+
     border = [
         (output, late)
         for node in graph.get_ordered_ops()
         for output in (node.outputs() if early(node) else ())
-        if (late := [target for target in output.get_target_inputs() if not early(target.get_node())])
+        if (late := readers(output))
     ]
     size = sum(math.prod(output.get_shape()) * output.get_element_type().size for output, _ in border)
     if not border or size > HELD:
@@ -66,14 +71,8 @@ def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None
             target.replace_source_output(new.output(0))
         given.append(new)
     first = openvino.Model([ops.result(output) for output, _ in border], [one for one, last in zip(parameters, stays, strict=True) if last])
-    order = [
-        index for index, one in enumerate(parameters) if not stays[index] or any(map(_read_late(early), one.output(0).get_target_inputs()))
-    ]
+    order = [index for index, one in enumerate(parameters) if not stays[index] or readers(one.output(0))]
     return first.clone(), openvino.Model(graph.get_results(), [*(parameters[index] for index in order), *given]), order
-
-
-def _read_late(early: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda target: not early(target.get_node()) and target.get_node().get_type_name() != "Result"
 
 
 class Kept:
