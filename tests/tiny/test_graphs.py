@@ -80,9 +80,11 @@ def by_the_oracle(model: Any, call: Call) -> Tensor:
 def noisy(call: Call) -> Call:
     """The same call, all floats of its tensors a little off."""
     args, kwargs = torch.utils._pytree.tree_map(
-        lambda leaf: leaf * (1 + NOISE * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)))
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 2
-        else leaf,
+        lambda leaf: (
+            leaf * (1 + NOISE * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)))
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 2
+            else leaf
+        ),
         call,
     )
     return args, kwargs
@@ -184,7 +186,7 @@ def test_not_a_number_shows(small: tuple[Any, list[Call]]) -> None:
 
 def test_models_in_bfloat16_answer_in_bfloat16(small: tuple[Any, list[Call]]) -> None:
     model, calls = small
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half = nn.Module.to(copy.deepcopy(model), torch.bfloat16)
     args, kwargs = torch.utils._pytree.tree_map(
         lambda leaf: leaf.bfloat16() if isinstance(leaf, Tensor) and leaf.ndim > 2 else leaf, calls[0]
     )

@@ -27,7 +27,7 @@ from reelquant.clock import NAME, Moment
 from reelquant.graphs.convert import in_integers
 from reelquant.graphs.parts import Kept, lasting, part
 from reelquant.graphs.refusals import refuse_call, refuse_model
-from reelquant.graphs.trace import Traced, as_number, trace
+from reelquant.graphs.trace import Traced, as_number, last_line, trace
 from reelquant.kernels import REFERENCE, Kernel, current_backend
 from reelquant.nn import QuantLayer, quantized_layers
 
@@ -138,7 +138,7 @@ class Graphs:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model makes graphs of its own, when it runs."""
-        return None
+        return
 
     def of_call(self, model: nn.Module, args: Any, kwargs: Any, exact: bool) -> tuple[Compiled, list[Any]]:
         """The graph for a call of this form, compiled if there is none, and the leaves of its arguments."""
@@ -165,14 +165,10 @@ class Graphs:
         try:
             made = [None if graph is None else core().compile_model(graph, "CPU", options) for graph in (first, main)]
         except RuntimeError as error:
-            raise UnsupportedError(f"OpenVINO does not compile {name}: {_last_line(error)}; use runtime='torch'") from error
+            raise UnsupportedError(f"OpenVINO does not compile {name}: {last_line(error)}; use runtime='torch'") from error
         told = tell([graph for graph in made if graph is not None], self.layers)
         logger.info("compiled in %.1f s; %d of %d layers multiply integers", time.perf_counter() - start, told, len(self.layers))
         return Compiled(made[1], order, made[0], stays, replace(traced, graph=None))
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _form(leaf: Any) -> Any:

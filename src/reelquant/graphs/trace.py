@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import openvino
 import torch
+from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import ConversionExtension
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -95,19 +97,33 @@ def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) 
             conversions.append(Conversion(context.get_input(1), exact))
         return emitted(context, conversions[0])
 
-    with _one_at_a_time, torch.no_grad(), evaluating(flat), warnings.catch_warnings():
+    with _one_at_a_time, torch.no_grad(), still(flat), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: that shapes are constants is what is wanted
         try:
-            graph = openvino.convert_model(flat, example_input=inputs, extension=ConversionExtension("reelquant::outlined", layer))
+            graph = converted(flat, inputs, ConversionExtension("reelquant::outlined", layer))
         except UnsupportedError:
             raise
         except Exception as error:
             raise UnsupportedError(
-                f"{type(model).__name__} cannot be made an OpenVINO graph: {str(error).strip().splitlines()[-1]}; use runtime='torch'"
+                f"{type(model).__name__} cannot be made an OpenVINO graph: {last_line(error)}; use runtime='torch'"
             ) from error
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs)})
     assert flat.answer is not None
     return Traced(graph, *flat.answer)
+
+
+def converted(flat: nn.Module, inputs: tuple[Tensor, ...], extension: Any) -> Any:
+    """What ``openvino.convert_model`` gives, without the passes that compiling makes again: a function is traced, its numbers constants."""
+    traced = torch.jit.trace(lambda *tensors: flat(*tensors), inputs, check_trace=False, strict=False)
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    frontend.add_extension(extension)
+    decoder = TorchScriptPythonDecoder(traced, skip_freeze=True)  # has to live until its graph is converted
+    return frontend.convert(frontend.load(decoder))
+
+
+def last_line(error: Exception) -> str:
+    """Where OpenVINO and torch say what is wrong."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def emitted(context: Any, to: Conversion) -> list[Any]:
@@ -121,15 +137,20 @@ def emitted(context: Any, to: Conversion) -> list[Any]:
 
 
 @contextmanager
-def evaluating(flat: nn.Module) -> Iterator[None]:
-    """Not in training mode; every module gets its mode back."""
+def still(flat: nn.Module) -> Iterator[None]:
+    """Not in training mode, and no parameter wants a gradient; all get back what they had."""
     modes = {module: module.training for module in flat.modules()}
+    wanting = [one for one in flat.parameters() if one.requires_grad]
     flat.eval()
+    for one in wanting:
+        one.requires_grad_(False)
     try:
         yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+        for one in wanting:
+            one.requires_grad_(True)
 
 
 def as_number(name: str) -> int | None:
