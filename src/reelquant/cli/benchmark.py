@@ -53,8 +53,8 @@ def benchmark(
         locate(one)
     check_device(device)
     console.quiet_loading()
-    made = _measure(model, reference, kind, threads, rounds=rounds, device=device, compiled=compiled, runtime=runtime, memory=memory, prompt=prompt,
-                    **call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance))  # fmt: skip
+    made = _measure(model, reference, kind, threads, rounds=rounds, device=device, compiled=compiled, runtime=runtime, memory=memory,
+                    prompt=prompt, **call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance))  # fmt: skip
     if json:
         console.emit(made.to_json())
         return

@@ -161,7 +161,8 @@ def benchmark(
         kernels.simulated,
         {
             "test": {"name": test}, "reference": {"name": reference, "short": SHORT[dtype]}, "device": device, "compiled": compiled,
-            "runtime": runtime, "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments, "machine": machine(),
+            "runtime": runtime, "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments,
+            "machine": machine(),
             "versions": versions(), "tool_version": __version__, "peak_memory_failed": failure,
         },
     )  # fmt: skip

@@ -137,7 +137,7 @@ class Emission:
 
     def staged(self, x: Node) -> tuple[Node, Tensor | None, Tensor | None]:
         """The input as the product takes it, and its scale and zero point ``[slots, 1]`` if it is in units of codes."""
-        given, numbers = self.operands, self.operands.numbers
+        numbers = self.operands.numbers
         x = self.padded(x) if self.pads_first else x
         if numbers is None:
             return self.moved(x), None, None

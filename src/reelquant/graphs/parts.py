@@ -64,15 +64,16 @@ def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None
     size = sum(math.prod(output.get_shape()) * output.get_element_type().size for output, _ in border)
     if not border or size > HELD:
         return None
+    model: Any = openvino.Model  # its class has other types than its parts
     given = []
     for output, late in border:
         new = ops.parameter(output.get_shape(), output.get_element_type())
         for target in late:
             target.replace_source_output(new.output(0))
         given.append(new)
-    first = openvino.Model([ops.result(output) for output, _ in border], [one for one, last in zip(parameters, stays, strict=True) if last])
+    first = model([ops.result(output) for output, _ in border], [one for one, last in zip(parameters, stays, strict=True) if last])
     order = [index for index, one in enumerate(parameters) if not stays[index] or readers(one.output(0))]
-    return first.clone(), openvino.Model(graph.get_results(), [*(parameters[index] for index in order), *given]), order
+    return first.clone(), model(graph.get_results(), [*(parameters[index] for index in order), *given]), order
 
 
 class Kept:

@@ -23,14 +23,16 @@ def refuse_model(model: nn.Module) -> None:
     layers = quantized_layers(model)
     if halved := [name for name, layer in layers.items() if layer.layout.halves]:
         _refuse(model, f"'{halved[0]}' has input scales for each half of guidance", "use runtime='torch', or a recipe without halves")
-    devices = {str(one.device) for one in (*model.parameters(), *model.buffers())}
-    if devices != {"cpu"}:
-        _refuse(model, f"it lies on {', '.join(sorted(devices))}", "move it with model.to('cpu') first")
     for name, module in model.named_modules():
         if hooked(module):
             _refuse(
                 model, f"hooks that offload, cache or cast act on {repr(name) if name else 'it'}", "remove them, or use runtime='torch'"
             )
+        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+            _refuse(model, f"a hook watches '{name}', and in a graph nobody calls it", "remove it, or use runtime='torch'")
+    devices = {str(one.device) for one in (*model.parameters(), *model.buffers())}
+    if devices != {"cpu"}:
+        _refuse(model, f"it lies on {', '.join(sorted(devices))}", "move it with model.to('cpu') first")
     _refuse_adapters(model)
 
 

@@ -80,14 +80,16 @@ class Compiled:
             else mine.kept([one for one, last in zip(tensors, self.stays, strict=True) if last], lambda: self._once(tensors))
         )
         given = [readable(tensors[index]) for index in self.order]  # until the request is done: their memory is read in place
-        found = outputs(mine.main, [*map(shared, given), *before])
+        answer(mine.main, [*map(shared, given), *before])
+        found = [torch.from_numpy(mine.main.get_output_tensor(index).data.copy()) for index in range(len(self.traced.dtypes))]
         if any(bool(tensor.isnan().any()) for tensor in tensors if tensor.is_floating_point()):  # codes cannot hold it, and it must show
             found = [torch.full_like(one, torch.nan) for one in found]
         return tree_unflatten([one.to(dtype) for one, dtype in zip(found, self.traced.dtypes, strict=True)], self.traced.answer)
 
     def _once(self, tensors: Sequence[Tensor]) -> list[Any]:
-        given = [readable(one) for one, last in zip(tensors, self.stays, strict=True) if last]
-        return [shared(one) for one in outputs(self.once.create_infer_request(), list(map(shared, given)))]
+        request = self.once.create_infer_request()
+        answer(request, [shared(readable(one)) for one, last in zip(tensors, self.stays, strict=True) if last])
+        return [_copied(request.get_output_tensor(index)) for index in range(len(request.model_outputs))]
 
 
 def shared(tensor: Tensor) -> Any:
@@ -95,12 +97,17 @@ def shared(tensor: Tensor) -> Any:
     return openvino.Tensor(tensor.numpy(), shared_memory=True)
 
 
-def outputs(request: Any, given: Sequence[Any]) -> list[Tensor]:
-    """Answers of a request, in memory of their own."""
+def answer(request: Any, given: Sequence[Any]) -> None:
+    """Run a request on these tensors."""
     for index, tensor in enumerate(given):
         request.set_input_tensor(index, tensor)
     request.infer()
-    return [torch.from_numpy(request.get_output_tensor(index).data.copy()) for index in range(len(request.model_outputs))]
+
+
+def _copied(tensor: Any) -> Any:
+    new = openvino.Tensor(tensor.element_type, tensor.shape)
+    tensor.copy_to(new)
+    return new
 
 
 def readable(tensor: Tensor) -> Tensor:
@@ -250,7 +257,7 @@ def _like(kind: type[nn.Module]) -> Any:
     """:func:`forward` with the signature of a class: pipelines look at it."""
 
     @functools.wraps(kind.forward)
-    def answer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def answered(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(self, *args, **kwargs)
 
-    return answer
+    return answered

@@ -118,7 +118,16 @@ def converted(flat: nn.Module, inputs: tuple[Tensor, ...], extension: Any) -> An
     frontend = FrontEndManager().load_by_framework("pytorch")
     frontend.add_extension(extension)
     decoder = TorchScriptPythonDecoder(traced, skip_freeze=True)  # has to live until its graph is converted
-    return frontend.convert(frontend.load(decoder))
+    names = [one.debugName() for one in traced.graph.inputs()]
+    return with_inputs(frontend.convert(frontend.load(decoder)), dict(zip(names, inputs, strict=True)))
+
+
+def with_inputs(graph: Any, inputs: dict[str, Tensor]) -> Any:
+    """A graph with all inputs of these names, in order: conversion drops those that nothing reads."""
+    found = {name: one for one in graph.get_parameters() for name in one.output(0).get_names()}
+    unread = {name: openvino.opset13.parameter(list(one.shape), openvino.Type(one.numpy().dtype)) for name, one in inputs.items()}
+    model: Any = openvino.Model  # its class has other types than its parts
+    return model(graph.get_results(), list((unread | {name: found[name] for name in inputs if name in found}).values()))
 
 
 def last_line(error: Exception) -> str:
