@@ -217,6 +217,13 @@ def test_the_way_back_leaves_nothing(small: tuple[Any, list[Call]]) -> None:
     graphs.set_runtime(model, "torch")
 
 
+def test_a_dequantized_model_answers_with_its_float_layers(small: tuple[Any, list[Call]]) -> None:
+    model, calls = copy.deepcopy(small[0]), small[1]
+    model.dequantize()
+    assert "forward" not in vars(model) and not quantized_layers(model)
+    assert 0 < distance(answer(model, calls[0]), answer(small[0], calls[0])) < 0.3  # 6-bit weights of both, inputs rounded by one
+
+
 def test_copying_and_saving_go_on_as_before(small: tuple[Any, list[Call]], tmp_path: Path) -> None:
     model, calls = small
     expected = answer(model, calls[0])

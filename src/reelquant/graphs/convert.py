@@ -4,8 +4,8 @@ Two forms, chosen layer by layer:
 
 * *integers*: the input is rounded by a ``FakeQuantize`` with a constant range in units of codes, and meets ``Constant(i8) -> Convert ->
   Multiply``. OpenVINO's low-precision transformations make products of bytes out of that pattern, and of nothing else.
-* *floats*: the input is rounded by ``Round`` and ``Clamp``, which they leave alone, or not at all. Linear layers keep their codes in
-  memory even then: the processor plugin widens them inside of its product.
+* *floats*: the input is rounded by ``Round`` and ``Clamp``, which they leave alone, or not at all. Large linear layers with float inputs
+  keep their codes in memory: the processor plugin widens them inside of its product. Elsewhere the graph holds floats, which is faster.
 
 A scale per denoising step is multiplied before and after the product, from a table by the graph's input ``slot``, so the range that the
 graph rounds to stays constant. Zero points become a part of the bias.
@@ -255,10 +255,15 @@ class Emission:
         shape = self.operands.weight.shape
         if weight is None:
             return self.grouped(once) if self.stays_grouped else constant(self.operands.weight.dequantize() * once)
-        if not self.integers and (self.dims or weight.codes.numel() <= SMALL):  # the plugin would widen codes of convolutions in every call
+        if not self.integers and not self.stays_coded:
             return constant(self.operands.weight.dequantize() * once)
         codes = ops.constant(np.ascontiguousarray(weight.codes.reshape(shape).numpy()))
         return ops.multiply(ops.convert(codes, np.float32), constant(weight.scale.reshape(-1, *[1] * (len(shape) - 1)) * once))
+
+    @property
+    def stays_coded(self) -> bool:
+        """Whether a float product reads codes: large weights of linear layers whose recipe saves memory and nothing else."""
+        return self.operands.numbers is None and not self.dims and math.prod(self.operands.weight.shape) > SMALL
 
     @property
     def stays_grouped(self) -> bool:
@@ -266,7 +271,7 @@ class Emission:
         weight = self.operands.weight
         fmt, size = weight.quantizer.format, weight.quantizer.granularity.size
         fits = isinstance(fmt, Int) and fmt.signed and fmt.bits == 4 and weight.quantizer.granularity.kind == "group"
-        return fits and not self.dims and weight.width % size == 0 and size % 2 == 0 and math.prod(weight.shape) > SMALL
+        return fits and self.stays_coded and weight.width % size == 0 and size % 2 == 0
 
     def grouped(self, once: float) -> Node:
         """4-bit codes that stay four bits, with a scale per group."""

@@ -200,7 +200,7 @@ def tell(made: Sequence[Any], layers: dict[int, QuantLayer]) -> int:
     for number, primitive in found.items():
         if number in layers:
             layers[number].elsewhere = computed_by(layers[number], primitive)
-    return sum(layer.elsewhere is not None and layer.elsewhere[0] is INTEGERS for layer in layers.values())
+    return sum(layer.elsewhere is not None and layer.elsewhere[0].name == INTEGERS.name for layer in layers.values())
 
 
 def computed_by(layer: QuantLayer, primitive: str | None = None) -> tuple[Kernel, dict[str, str]]:
