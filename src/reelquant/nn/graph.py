@@ -56,7 +56,7 @@ def outlining(slot: Tensor) -> Iterator[None]:
 
 def outlined() -> bool:
     """Whether a denoiser is being traced in this thread."""
-    return _outlining.get() is not None
+    return not torch.compiler.is_compiling() and _outlining.get() is not None  # dynamo does not know context variables
 
 
 def outline(layer: QuantLayer, x: Tensor) -> Tensor:
