@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,17 @@ def pipelines(clips: Clips, recipes: list[str], folder: Path | None, work: Path)
     """Everything that is timed, opened as a user would."""
     found = {BASE: clips.open(torch.bfloat16), REFERENCE: clips.open()}
     folders = {"ours": folder} if folder else {f"ours {recipe}": quantized(clips, recipe, work) for recipe in recipes}
-    return found | {name: open_pipeline(folder, torch.bfloat16) for name, folder in folders.items()}
+    found |= {name: open_pipeline(folder, torch.bfloat16) for name, folder in folders.items()}
+    if find_spec("openvino") is not None:
+        found |= {f"{name} openvino": in_openvino(folder) for name, folder in folders.items()}
+    return found
+
+
+def in_openvino(folder: Path) -> Any:
+    """A quantized pipeline whose denoiser runs as one graph."""
+    pipe = open_pipeline(folder, torch.bfloat16)
+    reelquant.configure(pipe, runtime="openvino")
+    return pipe
 
 
 def distance(frames: Tensor, other: Tensor) -> float:
@@ -91,7 +102,8 @@ def run(clips: Clips, pipes: dict[str, Any], rounds: int, threads: int) -> list[
     def sampling(name: str) -> Callable[[], None]:
         return lambda: frames.update({name: clips.frames(pipes[name])})
 
-    times = interleaved({name: sampling(name) for name in pipes}, rounds=rounds, clock=clock_for(threads))
+    clock = clock_for(threads, own_threads=True)  # one for all: OpenVINO computes on threads of its own
+    times = interleaved({name: sampling(name) for name in pipes}, rounds=rounds, clock=clock)
     return [row(name, pipe, frames, times, clips) for name, pipe in pipes.items()]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from benchmarks.speed.denoisers import CLIPS, TIMESTEPS, Sampler, Subject, noise
+from reelquant.graphs import set_runtime
 from reelquant.nn import quantized_layers
 
 RECIPES = ("qvd-w8a8", "minmax-w8a8", "qvd-w4a8", "w8a16")
@@ -94,6 +95,20 @@ def ours(recipe: str, compiled: bool = False) -> Callable[[Subject], Work]:
         denoiser = subject.quantized(recipe, torch.bfloat16)
         kernels = Counter(layer.kernel.name for layer in quantized_layers(denoiser).values())
         return Work(stepping(subject, denoiser, torch.bfloat16, compiled), {"kernels": dict(kernels)})
+
+    return make
+
+
+def ours_in_openvino(recipe: str, dtype: torch.dtype) -> Callable[[Subject], Work]:
+    """A recipe of this library as one OpenVINO graph; what is not integer in this dtype, where the processor has it."""
+
+    def make(subject: Subject) -> Work:
+        denoiser = subject.quantized(recipe, dtype)
+        set_runtime(denoiser, "openvino")
+        run = stepping(subject, denoiser, dtype)
+        run()  # what computes a layer is known when the graph is there
+        kernels = Counter(layer.kernel.name for layer in quantized_layers(denoiser).values())
+        return Work(run, {"kernels": dict(kernels)})
 
     return make
 
@@ -305,6 +320,12 @@ VARIANTS: dict[str, Variant] = {
     "bf16 compiled": Variant(plain(torch.bfloat16, compiled=True), "16/16"),
     **{f"ours {name}": Variant(ours(name), BITS[name], note="this library, eager") for name in RECIPES},
     **{f"ours {name} compiled": Variant(ours(name, compiled=True), BITS[name], note="this library") for name in RECIPES[:2]},
+    **{
+        f"ours {name} openvino": Variant(
+            ours_in_openvino(name, torch.bfloat16), BITS[name], OPENVINO, "this library, one OpenVINO graph", own_threads=True
+        )
+        for name in RECIPES[:3]
+    },
     "torchao w8a8": Variant(torchao(DYNAMIC, torch.bfloat16), "8/8 dynamic", TORCHAO, "linear layers only"),
     "torchao w8a8 compiled": Variant(torchao(DYNAMIC, torch.float32, compiled=True), "8/8 dynamic", TORCHAO, "on float32, bf16 fails"),
     "torchao w8 compiled": Variant(torchao("Int8WeightOnlyConfig", torch.bfloat16, compiled=True), "8/16", TORCHAO, "linear layers only"),

@@ -185,6 +185,7 @@ def configure(
     kernels: str | None = None,
     temporal_table: bool | None = None,
     attention: str | Mapping[str, str] | None = None,
+    runtime: str | None = None,
 ) -> None:
     """Change how a quantized model is computed, after it was loaded or quantized. Nothing of this is stored with it.
 
@@ -194,20 +195,23 @@ def configure(
         attention: numbers of attention's products, ``{"scores": "int8", "values": "float"}`` (or ``"e4m3"``), rounded at all but protected
             steps where a kernel takes the call; ``"float"`` rounds none.
         temporal_table: whether stored outputs of temporal layers are used where they fit, or every layer is computed.
+        runtime: ``openvino`` runs quantized denoisers as one graph each, on processors; ``torch`` goes back. Other parts stay in torch.
 
     Raises:
-        RecipeError: if there are no kernels, or no numbers of attention, of that name.
-        UnsupportedError: if nothing is quantized, or a table is asked for where none is stored.
+        RecipeError: if there are no kernels, no runtime, or no numbers of attention, of that name.
+        UnsupportedError: if nothing is quantized, a table is asked for where none is stored, or the runtime is missing or cannot run it.
 
     Example:
         >>> pipe = reelquant.load("out")
         >>> reelquant.configure(pipe, kernels="reference")
+        >>> reelquant.configure(pipe, kernels="auto", runtime="openvino")
     """
     from torch import nn
 
     from reelquant._errors import UnsupportedError
     from reelquant.clock import NAME
-    from reelquant.discover.components import plain
+    from reelquant.discover.components import denoises, plain
+    from reelquant.graphs import check_runtime, set_runtime
     from reelquant.kernels import check_backend
     from reelquant.kernels.attention import parse_attention
     from reelquant.nn import quantized_layers, set_attention, set_kernels
@@ -220,6 +224,11 @@ def configure(
     if kernels is not None:
         check_backend(kernels)
     numbers = None if attention is None else parse_attention(attention)
+    if runtime is not None:
+        check_runtime(runtime)
+    denoisers = [part for part in layers if denoises(part)]
+    if runtime is not None and not denoisers:
+        raise UnsupportedError(f"{type(model).__name__} holds no quantized denoiser, and nothing else runs as a graph; leave runtime out")
     with_table = [part for part, own in layers.items() if any(layer.layout.table for layer in own.values())]
     if temporal_table and not with_table:
         raise UnsupportedError(
@@ -231,6 +240,8 @@ def configure(
         set_attention(part, numbers)
     for part in with_table if temporal_table is not None else ():
         getattr(part, NAME).tables = temporal_table
+    for part in denoisers if runtime is not None else ():
+        set_runtime(part, runtime)
 
 
 def open_pipeline(model: str | Path, **options: Any) -> Any:

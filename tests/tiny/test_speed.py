@@ -51,6 +51,13 @@ def test_the_verb_prints_a_table_or_one_document(quantized: str) -> None:
     assert document["speedup_vs_fp32"] == document["speedup"]["median"] and document["peak_memory_bytes"] is None
 
 
+def test_the_quantized_pipeline_may_run_as_a_graph(quantized: str) -> None:
+    pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)
+    found = reelquant.benchmark(quantized, "tiny-dit", rounds=1, runtime="openvino", **CALL)
+    assert found.kernels == {"openvino float products": 63} and found.data["runtime"] == "openvino"
+    assert found.peak_bytes["test"] > 0  # a graph was made in the fresh process as well
+
+
 def test_times_are_not_lost_when_memory_cannot_be_measured(quantized: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "__name__", "reelquant.no_such_module")
     found = reelquant.benchmark(quantized, "tiny-dit", rounds=1, **CALL)

@@ -426,3 +426,12 @@ def test_bars_fill_up_and_follow_phases(monkeypatch: pytest.MonkeyPatch) -> None
 def test_typer_is_new_enough_to_say_what_an_error_of_usage_is() -> None:
     assert issubclass(typer.BadParameter, module("errors")._USAGE)
     assert module("errors")._USAGE.__name__ == "ClickException"
+
+
+def test_another_runtime_makes_the_clip_or_says_what_is_wrong(model: Path, quantized: tuple[Path, Any], tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)
+    words = ("generate", quantized[0], "-p", "a star", "-o", tmp_path / "clip.mp4", "--steps", 2)
+    made = invoke(*words, "--runtime", "openvino")
+    assert made.exit_code == 0, made.output
+    assert "unknown runtime 'openvin'; did you mean 'openvino'" in fails(*words, "--force", "--runtime", "openvin")
+    assert "no quantized layers" in fails("generate", model, *words[2:], "--force", "--runtime", "openvino")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reelquant.cli.options import Device, Dtype, Frames, Guidance, Height, Json, Steps, Width, call_options
+from reelquant.cli.options import Device, Dtype, Frames, Guidance, Height, Json, Runtime, Steps, Width, call_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +26,7 @@ def benchmark(
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: Dtype = "bfloat16",
+    runtime: Runtime = "torch",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; by default what torch takes.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Both denoisers go through torch.compile.")] = False,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory, in a fresh process for each.")] = True,
@@ -38,6 +39,7 @@ def benchmark(
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]
     [cyan]reelquant benchmark out -r tiny-dit --steps 10 --rounds 9 --threads 1[/cyan]
     [cyan]reelquant benchmark out -r my-folder --dtype float32 --compile --json[/cyan]
+    [cyan]reelquant benchmark out -r tiny-dit --runtime openvino[/cyan]
 
     Both make the same clip A B, B A, A B ...; a speed-up is a ratio of two times of one round, and the table shows its median and
     quartiles. 2x means half the time. Other work on the machine moves times much and ratios little.
@@ -51,8 +53,8 @@ def benchmark(
         locate(one)
     check_device(device)
     console.quiet_loading()
-    made = _measure(model, reference, kind, threads, rounds=rounds, device=device, compiled=compiled, memory=memory, prompt=prompt,
-                    **call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance))  # fmt: skip
+    made = _measure(model, reference, kind, threads, rounds=rounds, device=device, compiled=compiled, runtime=runtime, memory=memory,
+                    prompt=prompt, **call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance))  # fmt: skip
     if json:
         console.emit(made.to_json())
         return

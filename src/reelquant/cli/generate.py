@@ -9,7 +9,22 @@ from typing import Annotated, Any
 import typer
 
 from reelquant._errors import CalibrationError, CheckpointError
-from reelquant.cli.options import Device, Dtype, Force, Frames, Guidance, Height, Json, Model, Steps, Width, call_options, opened
+from reelquant.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Frames,
+    Guidance,
+    Height,
+    Json,
+    Model,
+    Runtime,
+    Steps,
+    Width,
+    call_options,
+    opened,
+    run_by,
+)
 
 
 def generate(
@@ -25,6 +40,7 @@ def generate(
     fps: Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")] = 8,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    runtime: Runtime = "torch",
     force: Force = False,
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -35,6 +51,7 @@ def generate(
     [cyan]reelquant generate tiny-dit -p "a red circle moving left" -o clip.mp4[/cyan]
     [cyan]reelquant generate out -p "a small blue star spinning" -o clip.gif --seed 3[/cyan]
     [cyan]reelquant generate tiny-unet -p "a green heart growing" -o a.png --steps 30[/cyan]
+    [cyan]reelquant generate out -p "a red circle moving left" -o clip.mp4 --runtime openvino[/cyan]
 
     The model can be a folder that [cyan]reelquant quantize[/cyan] wrote.
     """
@@ -45,7 +62,7 @@ def generate(
         raise CalibrationError("the prompt is empty; say what the clip shows")
     if not force and (taken := _taken(output, frame_paths(output, 1)[0])):
         raise CheckpointError(f"'{taken}' already exists; choose another name or pass --force to replace it")
-    pipe = opened(model, device, dtype)
+    pipe = run_by(opened(model, device, dtype), runtime)
     start = time.perf_counter()
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     clip = _sample(pipe, prompt, seed, call)

@@ -13,6 +13,7 @@ MODEL = typer.Argument(help="A bundled pipeline (tiny-dit, tiny-unet), a folder,
 Model = Annotated[str, MODEL]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Of the float parts: float32, bfloat16 or float16.")]
+Runtime = Annotated[str, typer.Option("--runtime", help="What runs quantized denoisers: torch, or openvino (one graph, on processors).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends.")]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a clip.")]
@@ -42,6 +43,19 @@ def opened(model: str, device: str = "cpu", dtype: str = "float32") -> Any:
     check_device(device)
     quiet_loading()
     return open_pipeline(model, dtype=torch_dtype(dtype), device=device)
+
+
+def run_by(pipe: Any, runtime: str) -> Any:
+    """The pipeline with its quantized denoisers on a runtime.
+
+    Raises:
+        ReelQuantError: if there is no such runtime, or nothing that could run on it.
+    """
+    from reelquant.api import configure
+
+    if runtime != "torch":
+        configure(pipe, runtime=runtime)
+    return pipe
 
 
 def _check_dtype(dtype: str) -> None:

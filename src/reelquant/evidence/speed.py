@@ -24,8 +24,9 @@ from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.discover import denoiser_of
-from reelquant.discover.components import plain
+from reelquant.discover.components import denoisers_of, plain
 from reelquant.evidence.machine import machine, versions
+from reelquant.graphs import check_runtime, set_runtime
 from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import AttentionFacts, attention_facts, kernels_of, quantized_layers
@@ -103,6 +104,7 @@ def benchmark(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     compiled: bool = False,
+    runtime: str = "torch",
     memory: bool = True,
     prompt: str | None = None,
     progress: Progress | None = None,
@@ -116,13 +118,14 @@ def benchmark(
         dtype: of the float pipeline, and of the float parts of the quantized one.
         device: where they run.
         compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
+        runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.
         memory: also measure peak memory, which opens each pipeline once more.
         prompt: the text; by default one of the pipeline's own.
         progress: hears how far the run is.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Raises:
-        UnsupportedError: if ``test`` has no quantized layer.
+        UnsupportedError: if ``test`` has no quantized layer, or does not run on that runtime.
         CheckpointError: if a pipeline cannot be opened.
     """
     progress = progress or Silent()
@@ -134,6 +137,7 @@ def benchmark(
     denoisers = {variant: denoiser_of(pipe) for variant, pipe in pipes.items()}
     if not quantized_layers(denoisers["test"][1]):
         raise UnsupportedError(f"'{test}' holds no quantized layer; give a folder that reelquant quantize wrote, then the float pipeline")
+    _put(pipes["test"], runtime)
     weights = {variant: _bytes(module) for variant, (_, module) in denoisers.items()}
     if compiled:
         for variant, (component, module) in denoisers.items():
@@ -145,7 +149,8 @@ def benchmark(
     kernels, attention = kernels_of(quantized), attention_facts(quantized)
     del quantized
     del pipes, denoisers
-    peaks, failure = _peaks(reference, test, text, dtype, device, call, progress) if memory else ({}, None)
+    task = {"text": text, "dtype": str(dtype).removeprefix("torch."), "device": device, "call": call}
+    peaks, failure = _peaks({"reference": (reference, "torch"), "test": (test, runtime)}, task, progress) if memory else ({}, None)
     whole = {variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS}
     steps = {variant: [step for _, step in times[variant] if step is not None] for variant in VARIANTS}
     return Benchmark(
@@ -161,10 +166,19 @@ def benchmark(
         attention,
         {
             "test": {"name": test}, "reference": {"name": reference, "short": SHORT[dtype]}, "device": device, "compiled": compiled,
-            "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments, "machine": machine(),
+            "runtime": runtime, "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments,
+            "machine": machine(),
             "versions": versions(), "tool_version": __version__, "peak_memory_failed": failure,
         },
     )  # fmt: skip
+
+
+def _put(pipe: Any, runtime: str) -> None:
+    """Let the quantized denoisers of a pipeline be run by a runtime."""
+    check_runtime(runtime)
+    for module in denoisers_of(pipe).values() if runtime != "torch" else ():
+        if quantized_layers(module):
+            set_runtime(module, runtime)
 
 
 def _bytes(module: nn.Module) -> int:
@@ -210,15 +224,16 @@ def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[floa
 
 
 def _peaks(
-    reference: str, test: str, text: str, dtype: torch.dtype, device: str, call: dict[str, Any], progress: Progress
-) -> tuple[dict[str, int], str | None]:
+    models: dict[str, tuple[str, str]], task: dict[str, Any], progress: Progress
+) -> tuple[dict[str, int], str | None]:  # fmt: skip
     """Peak memory of each pipeline in a process of its own; or nothing, and why: times that took long must not be lost over it."""
     progress.phase("peak memory", 2)
     found = {}
-    for variant, model in zip(VARIANTS, (reference, test), strict=True):
-        task = {"model": model, "text": text, "dtype": str(dtype).removeprefix("torch."), "device": device, "call": call}
+    for variant, (model, runtime) in models.items():
         command = [sys.executable, "-c", f"from {__name__} import _print_peak; _print_peak()"]
-        done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, input=json.dumps(task | {"model": model, "runtime": runtime}), capture_output=True, text=True, check=False
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             return {}, f"'{model}' did not run in a fresh process: {last}"
@@ -234,6 +249,7 @@ def _print_peak() -> None:
     open_pipeline("tiny-dit")  # what is imported and allocated for any pipeline at all
     before = _reset_peak(device)
     pipe = open_pipeline(task["model"], getattr(torch, task["dtype"]), device)
+    _put(pipe, task["runtime"])
     sample(pipe, [task["text"]], seed=SEED, **call)
     sys.stdout.write(json.dumps({"peak": _peak(device) - before}) + "\n")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, CheckpointError, SiteError, UnsupportedError
 from reelquant.checkpoint import Stored
 from reelquant.discover import denoises, discover, outline, stand_in
+from reelquant.graphs import set_runtime
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
 from reelquant.integrations.options import KEPT, pattern_of, with_options
 from reelquant.nn import (
@@ -154,6 +155,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
     for name, layer in quantized_layers(model).items():
         if layer.weight.device.type == "meta":
             raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before dequantizing")
+    set_runtime(model, "torch")  # a graph would go on with the codes
     homeless = []
     for name, layer in quantized_layers(model).items():
         own = layer.bias is not None and not layer.bias_made

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from reelquant.clock import NAME, Clock
 from reelquant.kernels import attention as fast
 from reelquant.kernels.attention import AttentionNumbers, RoundedKernel
-from reelquant.nn.graph import module_of, number_of
+from reelquant.nn.graph import module_of, number_of, outlined
 
 logger = logging.getLogger(__name__)
 HOOKS = "_reelquant_attention_hooks"
@@ -176,7 +176,7 @@ def _wrap() -> None:
                     return torch.ops.reelquant.attention(query, key, value, scale)
                 if number >= 0 and not masked:
                     return torch.ops.reelquant.rounded_attention(query, key, value, scale, protected, number, attn_mask)
-        elif running():
+        elif running() and not outlined():
             inner = _stack()[-1]
             if inner.rounded is not None and (masked or more is not None):
                 inner.rounded.fall_back(f"{STOCK}: {more or 'a mask over pairs of tokens'}")

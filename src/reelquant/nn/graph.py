@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +42,34 @@ def module_of(number: int) -> Any:
     return _modules[number]
 
 
+_outlining: ContextVar[Tensor | None] = ContextVar("reelquant_outlining", default=None)
+
+
+@contextmanager
+def outlining(slot: Tensor) -> Iterator[None]:
+    """Layers called inside say their shape and compute nothing: the denoiser is being traced for a graph of another runtime.
+
+    Nothing else of this library acts meanwhile; ``slot``, the step, is an input of that graph.
+    """
+    token = _outlining.set(slot)
+    try:
+        yield
+    finally:
+        _outlining.reset(token)
+
+
+def outlined() -> bool:
+    """Whether a denoiser is being traced in this thread."""
+    return not torch.compiler.is_compiling() and _outlining.get() is not None  # dynamo does not know context variables
+
+
+def outline(layer: QuantLayer, x: Tensor) -> Tensor:
+    """The layer as one node of a trace."""
+    slot = _outlining.get()
+    assert slot is not None
+    return torch.ops.reelquant.outlined(x, slot, layer.number)
+
+
 def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
     """The layer as one node of a graph."""
     return torch.ops.reelquant.layer(x, _state(clock), layer.number, activation)
@@ -65,6 +95,11 @@ def _run(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Ten
 def _shape(x: Tensor, step: Sequence[Tensor], number: int, activation: str) -> Tensor:
     layer: QuantLayer = _modules[number]
     return _as_declared(layer, x.new_empty(layer.output_shape(x)))
+
+
+@torch.library.custom_op("reelquant::outlined", mutates_args=())
+def _outlined(x: Tensor, slot: Tensor, number: int) -> Tensor:
+    return x.new_zeros(_modules[number].output_shape(x))
 
 
 @torch.library.custom_op("reelquant::tokenwise", mutates_args=())

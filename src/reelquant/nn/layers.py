@@ -26,7 +26,7 @@ from reelquant.clock import ANY, BOTH, FIRST, SECOND, Clock, Moment, keeping_dty
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
-from reelquant.nn.graph import call, number_of
+from reelquant.nn.graph import call, number_of, outline, outlined
 from reelquant.nn.pages import drop_mapped
 from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
@@ -85,6 +85,7 @@ class QuantLayer(nn.Module):
     _ready: Ready | None
     output_format = torch.contiguous_format
     kernels = "auto"  # or "reference", whatever others use; see set_kernels
+    elsewhere: tuple[Kernel, dict[str, str]] | None = None  # what computes it if its denoiser runs as a graph, and why nothing better does
     clock: tuple[Clock, ...]  # a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's
 
     def _build(self, layout: LayerLayout, device: torch.device | str | None) -> None:
@@ -128,7 +129,10 @@ class QuantLayer(nn.Module):
 
     @property
     def selected(self) -> tuple[Kernel, dict[str, str]]:
-        """The kernel, and why each better one of this device refused the layer."""
+        """The kernel, and why each better one of this device refused the layer; or what computes it in the graph of its denoiser."""
+        return self.elsewhere or self._selected()
+
+    def _selected(self) -> tuple[Kernel, dict[str, str]]:
         ready = self._prepared()
         return (ready.kernel, ready.refused) if ready else select(self.operands, self.weight.device.type, self.kernels)
 
@@ -221,7 +225,7 @@ class QuantLayer(nn.Module):
             if (ready := self._prepared()) is None:
                 self.release()
                 _drop_outdated()
-                kernel, refused = self.selected
+                kernel, refused = self._selected()
                 ready = Ready(kernel.prepare(self.operands), kernel, refused, self.weight.data)
                 if ready.holds:
                     drop_mapped(self.weight.data)
@@ -253,6 +257,8 @@ class QuantLayer(nn.Module):
         """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
         if torch.compiler.is_compiling():
             return call(self, input, self.clock, activation)
+        if outlined():
+            return outline(self, input)
         return self.compute(input, self.clock[0].now() if self.clock else Moment(), activation)
 
     def compute(self, input: Tensor, now: Moment, activation: str = "") -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from reelquant.nn.graph import outlined
 from reelquant.nn.layers import QuantLayer
 
 
@@ -54,8 +55,8 @@ def lift(over: type[Overlay], model: nn.Module) -> None:
 
 
 def untouched(layers: Iterable[nn.Module]) -> bool:
-    """Whether nobody wraps or watches these layers: adapters and offloading do, and want every call to go through ``layer(x)``."""
-    return all(isinstance(layer, QuantLayer) and unwatched(layer) for layer in layers)
+    """Whether nobody wraps or watches these layers: adapters, offloading and traces do, and want every call to go through ``layer(x)``."""
+    return not outlined() and all(isinstance(layer, QuantLayer) and unwatched(layer) for layer in layers)
 
 
 def unwatched(module: nn.Module) -> bool:

@@ -107,7 +107,8 @@ def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
     return new
 
 
-STATE = ("layout", "weight_shape", "clock", "number", "bias_made", "_ready")  # what a quantized layer holds beside a float one's attributes
+STATE = ("layout", "weight_shape", "clock", "number", "bias_made", "_ready", "elsewhere")
+"""What a quantized layer holds beside a float one's attributes."""
 _CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 

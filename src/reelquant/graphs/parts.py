@@ -1,0 +1,95 @@
+"""What of a graph depends only on arguments that last from step to step (the prompt), as a graph of its own that runs once a clip."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import openvino
+import openvino.opset13 as ops
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from reelquant.discover.arguments import kind_of
+
+HELD = 64 << 20  # bytes between the two graphs above which everything is computed in every step: little is gained by what is so wide
+PROMPTS = 2  # with guidance, calls with and without the text take turns
+CHANGING = ("latent", "timestep")
+
+
+def lasting(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[bool]:
+    """For every tensor of a call, in order, whether it usually stays the same over the steps of a clip."""
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    given = [*zip(names, args, strict=False), *kwargs.items()]
+    flags = [(kind_of((name,)) not in CHANGING, tree_leaves(value)) for name, value in given]
+    return [stays for stays, leaves in flags for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None:
+    """Cut a graph where what lasts meets what does not.
+
+    Args:
+        graph: to be cut; not to be used afterwards.
+        stays: for every input whether it lasts.
+
+    Returns:
+        The graph of what lasts, with the inputs that last; the rest, with inputs by ``order`` and then the outputs of the first; the
+        order. None if there is nothing to compute once, or too much to keep.
+    """
+    parameters = graph.get_parameters()
+    depends: dict[str, set[int]] = {one.get_name(): {index} for index, one in enumerate(parameters)}
+    for node in graph.get_ordered_ops():
+        sources = [value.get_source_output().get_node().get_name() for value in node.inputs()]
+        depends.setdefault(node.get_name(), set().union(*(depends[name] for name in sources)))
+
+    def early(node: Any) -> bool:
+        needed = depends[node.get_name()]
+        return bool(needed) and all(stays[index] for index in needed) and node.get_type_name() not in ("Parameter", "Result")
+
+    def readers(output: Any) -> list[Any]:
+        """Inputs of nodes that belong to the rest; nodes that conversion left over read outputs, too."""
+        inside = [target for target in output.get_target_inputs() if target.get_node().get_name() in depends]
+        return [target for target in inside if not early(target.get_node())]
+
+    border = [
+        (output, late)
+        for node in graph.get_ordered_ops()
+        for output in (node.outputs() if early(node) else ())
+        if (late := readers(output))
+    ]
+    size = sum(math.prod(output.get_shape()) * output.get_element_type().size for output, _ in border)
+    if not border or size > HELD:
+        return None
+    model: Any = openvino.Model  # its class has other types than its parts
+    given = []
+    for output, late in border:
+        new = ops.parameter(output.get_shape(), output.get_element_type())
+        for target in late:
+            target.replace_source_output(new.output(0))
+        given.append(new)
+    first = model([ops.result(output) for output, _ in border], [one for one, last in zip(parameters, stays, strict=True) if last])
+    order = [index for index, one in enumerate(parameters) if not stays[index] or readers(one.output(0))]
+    return first.clone(), model(graph.get_results(), [*(parameters[index] for index in order), *given]), order
+
+
+class Kept:
+    """What was computed of the last prompts, known by the very tensors; one that was written to since is another."""
+
+    def __init__(self) -> None:
+        self.found: OrderedDict[tuple[Any, ...], tuple[list[Any], list[Any]]] = OrderedDict()
+
+    def __call__(self, tensors: Sequence[Tensor], compute: Callable[[], list[Any]]) -> list[Any]:
+        """The kept answer, or a new one."""
+        if any(tensor.is_inference() for tensor in tensors):  # nobody counts what is written to them
+            return compute()
+        key = tuple((id(tensor), tensor._version) for tensor in tensors)
+        entry = self.found.get(key)
+        if entry is None or any(kept() is not tensor for kept, tensor in zip(entry[0], tensors, strict=True)):
+            self.found[key] = entry = [weakref.ref(tensor) for tensor in tensors], compute()
+            while len(self.found) > PROMPTS:
+                self.found.popitem(last=False)
+        return entry[1]
