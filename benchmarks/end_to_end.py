@@ -1,4 +1,4 @@
-"""From prompt to frames: the bundled pipelines in bf16, in float32 and quantized, interleaved in one process.
+"""From prompt to frames: the bundled pipelines in the float numbers of the machine, in float32 and quantized, interleaved in one process.
 
 Run it from the repository root::
 
@@ -33,8 +33,8 @@ from reelquant.models.pipelines import BUNDLED, open_pipeline
 from reelquant.nn import quantized_layers
 from reelquant.recipes.recipe import load_recipe
 
-BASE, REFERENCE = "bf16", "fp32"
-HEADINGS = ("variant", "s per clip", "speed over bf16 (quartiles)", "PSNR to fp32, dB", "PSNR to reference kernels, dB", "kernels")
+BASE, REFERENCE = machine.FLOAT, "fp32"
+HEADINGS = ("variant", "s per clip", f"speed over {BASE} (quartiles)", "PSNR to fp32, dB", "PSNR to reference kernels, dB", "kernels")
 
 
 def quantized(clips: Clips, recipe: str, work: Path) -> Path:
@@ -49,9 +49,9 @@ def quantized(clips: Clips, recipe: str, work: Path) -> Path:
 
 def pipelines(clips: Clips, recipes: list[str], folder: Path | None, work: Path) -> dict[str, Any]:
     """Everything that is timed, opened as a user would."""
-    found = {BASE: clips.open(torch.bfloat16), REFERENCE: clips.open()}
+    found = {BASE: clips.open(machine.NATIVE), REFERENCE: clips.open()}
     folders = {"ours": folder} if folder else {f"ours {recipe}": quantized(clips, recipe, work) for recipe in recipes}
-    found |= {name: open_pipeline(folder, torch.bfloat16) for name, folder in folders.items()}
+    found |= {name: open_pipeline(folder, machine.NATIVE) for name, folder in folders.items()}
     if find_spec("openvino") is not None:
         found |= {f"{name} openvino": in_openvino(folder) for name, folder in folders.items()}
     return found
@@ -59,7 +59,7 @@ def pipelines(clips: Clips, recipes: list[str], folder: Path | None, work: Path)
 
 def in_openvino(folder: Path) -> Any:
     """A quantized pipeline whose denoiser runs as one graph."""
-    pipe = open_pipeline(folder, torch.bfloat16)
+    pipe = open_pipeline(folder, machine.NATIVE)
     reelquant.configure(pipe, runtime="openvino")
     return pipe
 

@@ -18,8 +18,9 @@ import torch
 from benchmarks.speed import memory, tables
 from benchmarks.speed.denoisers import DENOISERS, Subject
 from benchmarks.speed.tables import Row
-from benchmarks.speed.variants import BASE, stepping
+from benchmarks.speed.variants import stepping
 
+BASE = "bf16"
 HEADINGS = ("variant", "process, MB", "of bf16", "denoiser, MB", "of bf16", "while loading, MB")
 INPUT = {"format": "int8", "granularity": "token", "dynamic": True}
 WEIGHTS = {"ours w8a8": {"format": "int8", "granularity": "channel"}, "ours w4a8": {"format": "int4", "granularity": "group-64"}}

@@ -35,7 +35,7 @@ from benchmarks.speed.tables import Row
 from benchmarks.speed.timing import Samples, clock_for, interleaved, speedup
 from benchmarks.speed.variants import BASE, REFERENCE, VARIANTS, Work, missing
 
-HEADINGS = ("variant", "bits w/a", "ms", "speed over eager bf16 (quartiles)", "RSS, MB", "error to fp32", "note")
+HEADINGS = ("variant", "bits w/a", "ms", f"speed over eager {BASE} (quartiles)", "RSS, MB", "error to fp32", "note")
 
 
 def error_to(reference: Tensor, output: Tensor) -> float:
@@ -86,7 +86,7 @@ def batches(names: Sequence[str], subject: Subject, reference: Tensor, limit: fl
     """Prepared variants in as few sets as memory allows; the base is in every set."""
     base_row, base = prepare(BASE, subject, reference)
     if base is None:
-        raise SystemExit(f"eager bf16 does not run, there is nothing to compare with: {base_row['reason']}")
+        raise SystemExit(f"eager {BASE} does not run, there is nothing to compare with: {base_row['reason']}")
     rows, works = [base_row], {BASE: base}
     for name in names:
         print(f"  preparing {name}", flush=True)
@@ -183,7 +183,7 @@ def write(records: Records, args: argparse.Namespace, limits: dict[str, Any]) ->
 
 
 def limit_of(rows: Sequence[Row], limits: dict[str, Any]) -> float | None:
-    """How many times faster than eager bf16 a step with every product at the machine's peak would be."""
+    """How many times faster than in eager torch a step with every product at the machine's peak would be."""
     return next((row["ms"] / 1e3 / work.least_seconds(row, limits) for row in rows if row["name"] == BASE and "ms" in row), None)
 
 
@@ -193,8 +193,8 @@ def told(rows: Sequence[Row], limit: float | None) -> str:
         return ""
     layers, attention = rows[0]["layers_gop"], rows[0]["attention_gop"]
     return (
-        f"{layers:.0f} G operations in layers, {attention:.0f} G in attention; with layers at the int8 peak, attention at the bf16 peak "
-        f"and all else free a step would be {limit:.2f} times as fast as eager bf16"
+        f"{layers:.0f} G operations in layers, {attention:.0f} G in attention; with layers at the int8 peak, attention at the {BASE} peak "
+        f"and all else free a step would be {limit:.2f} times as fast as eager {BASE}"
     )
 
 

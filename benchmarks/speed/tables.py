@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import markdown, write_csv
+from benchmarks.speed.machine import FLOAT
 
 Row = dict[str, Any]
-OURS, FLOAT, PEER, LIMIT = "#c2410c", "#64748b", "#93c5fd", "#166534"
+OURS, TORCH, PEER, LIMIT = "#c2410c", "#64748b", "#93c5fd", "#166534"
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # keeps numbers readable where lines cross them
 
 
@@ -38,7 +39,7 @@ def write(folder: Path, name: str, title: str, headings: Sequence[str], rows: Se
     return text
 
 
-def bars(file: Path, title: str, rows: Sequence[Row], limit: float | None = None, what: str = "times as fast as eager bf16") -> None:
+def bars(file: Path, title: str, rows: Sequence[Row], limit: float | None = None, what: str = f"times as fast as eager {FLOAT}") -> None:
     """Horizontal bars of ``ratio`` by ``name``, fastest first, whiskers from ``ratio_low`` to ``ratio_high``.
 
     Args:
@@ -77,4 +78,4 @@ def bars(file: Path, title: str, rows: Sequence[Row], limit: float | None = None
 
 
 def _color(row: Row) -> str:
-    return OURS if row["name"].startswith("ours") else FLOAT if re.match(r"(bf16|fp32)", row["name"]) else PEER
+    return OURS if row["name"].startswith("ours") else TORCH if re.match(r"(bf16|fp32)", row["name"]) else PEER

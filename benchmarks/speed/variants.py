@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from benchmarks.speed.denoisers import CLIPS, TIMESTEPS, Sampler, Subject, noise
+from benchmarks.speed.machine import FLOAT, NATIVE
 from reelquant.graphs import set_runtime
 from reelquant.nn import quantized_layers
 
@@ -89,12 +90,12 @@ def plain(dtype: torch.dtype, compiled: bool = False) -> Callable[[Subject], Wor
 
 
 def ours(recipe: str, compiled: bool = False) -> Callable[[Subject], Work]:
-    """A recipe of this library; the rest of the denoiser in bf16."""
+    """A recipe of this library; the rest of the denoiser in the float numbers of the machine."""
 
     def make(subject: Subject) -> Work:
-        denoiser = subject.quantized(recipe, torch.bfloat16)
+        denoiser = subject.quantized(recipe, NATIVE)
         kernels = Counter(layer.kernel.name for layer in quantized_layers(denoiser).values())
-        return Work(stepping(subject, denoiser, torch.bfloat16, compiled), {"kernels": dict(kernels)})
+        return Work(stepping(subject, denoiser, NATIVE, compiled), {"kernels": dict(kernels)})
 
     return make
 
@@ -138,8 +139,8 @@ def sdnq(**options: Any) -> Callable[[Subject], Work]:
     def make(subject: Subject) -> Work:
         from sdnq import sdnq_post_load_quant
 
-        denoiser = sdnq_post_load_quant(subject.load(torch.bfloat16), torch_dtype=torch.bfloat16, **options)
-        return Work(stepping(subject, denoiser, torch.bfloat16), {"compiles": os.environ.get("SDNQ_USE_TORCH_COMPILE", "1")})
+        denoiser = sdnq_post_load_quant(subject.load(NATIVE), torch_dtype=NATIVE, **options)
+        return Work(stepping(subject, denoiser, NATIVE), {"compiles": os.environ.get("SDNQ_USE_TORCH_COMPILE", "1")})
 
     return make
 
@@ -150,9 +151,9 @@ def quanto(activations: str | None = None) -> Callable[[Subject], Work]:
     def make(subject: Subject) -> Work:
         from optimum.quanto import Calibration, freeze, quantize
 
-        denoiser = subject.load(torch.bfloat16)
+        denoiser = subject.load(NATIVE)
         quantize(denoiser, weights="qint8", activations=activations, exclude=list(ENDS))
-        run = stepping(subject, denoiser, torch.bfloat16)
+        run = stepping(subject, denoiser, NATIVE)
         if activations:
             with Calibration():
                 run()
@@ -168,10 +169,10 @@ def orbitquant(weight_bits: int, activation_bits: int, codebook: int) -> Callabl
     def make(subject: Subject) -> Work:
         from orbitquant import OrbitQuantConfig, quantize_pipeline
 
-        sampler = Sampler(subject.spec, subject.load(torch.bfloat16))
+        sampler = Sampler(subject.spec, subject.load(NATIVE))
         config = OrbitQuantConfig(weight_bits=weight_bits, activation_bits=activation_bits, codebook_version=codebook)
         quantize_pipeline(sampler, config, component="denoiser")
-        return Work(stepping(subject, sampler.components["denoiser"], torch.bfloat16))
+        return Work(stepping(subject, sampler.components["denoiser"], NATIVE))
 
     return make
 
@@ -309,26 +310,26 @@ def onnxruntime(quantized: bool) -> Callable[[Subject], Work]:
 
 # --- the table ------------------------------------------------------------------------------------------------------------------------
 
-BASE, REFERENCE = "bf16", "fp32"
+BASE, REFERENCE = FLOAT, "fp32"
 TORCHAO, QUANTO, OPENVINO, ONNX = "torchao", "optimum-quanto", "openvino", "onnxruntime onnx onnxscript onnx_ir"
 DYNAMIC = "Int8DynamicActivationInt8WeightConfig"
 BITS = {"qvd-w8a8": "8/8 static", "minmax-w8a8": "8/8 static", "qvd-w4a8": "4/8 static", "w8a16": "8/16"}
 
 VARIANTS: dict[str, Variant] = {
-    BASE: Variant(plain(torch.bfloat16), "16/16", note="what all ratios are to; UNets channels-last"),
+    "bf16": Variant(plain(torch.bfloat16), "16/16", note="UNets channels-last"),
     REFERENCE: Variant(plain(torch.float32), "32/32", note="what errors are held against"),
-    "bf16 compiled": Variant(plain(torch.bfloat16, compiled=True), "16/16"),
+    f"{BASE} compiled": Variant(plain(NATIVE, compiled=True), f"{8 * NATIVE.itemsize}/{8 * NATIVE.itemsize}"),
     **{f"ours {name}": Variant(ours(name), BITS[name], note="this library, eager") for name in RECIPES},
     **{f"ours {name} compiled": Variant(ours(name, compiled=True), BITS[name], note="this library") for name in RECIPES[:2]},
     **{
         f"ours {name} openvino": Variant(
-            ours_in_openvino(name, torch.bfloat16), BITS[name], OPENVINO, "this library, one OpenVINO graph", own_threads=True
+            ours_in_openvino(name, NATIVE), BITS[name], OPENVINO, "this library, one OpenVINO graph", own_threads=True
         )
         for name in RECIPES[:3]
     },
-    "torchao w8a8": Variant(torchao(DYNAMIC, torch.bfloat16), "8/8 dynamic", TORCHAO, "linear layers only"),
+    "torchao w8a8": Variant(torchao(DYNAMIC, NATIVE), "8/8 dynamic", TORCHAO, "linear layers only"),
     "torchao w8a8 compiled": Variant(torchao(DYNAMIC, torch.float32, compiled=True), "8/8 dynamic", TORCHAO, "on float32, bf16 fails"),
-    "torchao w8 compiled": Variant(torchao("Int8WeightOnlyConfig", torch.bfloat16, compiled=True), "8/16", TORCHAO, "linear layers only"),
+    "torchao w8 compiled": Variant(torchao("Int8WeightOnlyConfig", NATIVE, compiled=True), "8/16", TORCHAO, "linear layers only"),
     "sdnq int8 matmul": Variant(
         sdnq(use_quantized_matmul=True, quant_conv=True, use_quantized_matmul_conv=True), "8/8 dynamic", "sdnq",
         "with convolutions; compiles its kernels unless SDNQ_USE_TORCH_COMPILE=0",

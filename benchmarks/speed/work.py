@@ -29,5 +29,5 @@ def counted(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 
 
 def least_seconds(work: dict[str, float], limits: dict[str, Any]) -> float:
-    """The time of a step whose layers run at the int8 peak and whose attention runs at the bf16 peak, all else being free."""
-    return 1e9 * (work["layers_gop"] / machine.peak(limits, "int8") + work["attention_gop"] / machine.peak(limits, "bf16"))
+    """The time of a step whose layers run at the peak of int8, whose attention runs at that of floats, and all else is free."""
+    return 1e9 * (work["layers_gop"] / machine.peak(limits, "int8") + work["attention_gop"] / machine.peak(limits, machine.FLOAT))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reelquant.cli.options import Device, Dtype, Frames, Guidance, Height, Json, Runtime, Steps, Width, call_options
+from reelquant.cli.options import Device, Frames, Guidance, Height, Json, Runtime, Steps, Width, call_options
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +25,8 @@ def benchmark(
     width: Width = None,
     guidance: Guidance = None,
     device: Device = "cpu",
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Of both: float32, bfloat16 or float16. Default: bfloat16, or float32 on "
+                                              "processors that only emulate it.", show_default=False)] = None,
     runtime: Runtime = "torch",
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; by default what torch takes.")] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Both denoisers go through torch.compile.")] = False,
@@ -48,7 +49,7 @@ def benchmark(
     from reelquant.cli.options import check_device, torch_dtype
     from reelquant.models.pipelines import locate
 
-    kind = torch_dtype(dtype)
+    kind = None if dtype is None else torch_dtype(dtype)
     for one in (model, reference):
         locate(one)
     check_device(device)

@@ -27,6 +27,7 @@ from reelquant.discover import denoiser_of
 from reelquant.discover.components import denoisers_of, plain
 from reelquant.evidence.machine import machine, versions
 from reelquant.graphs import check_runtime, set_runtime
+from reelquant.kernels import native_float
 from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import AttentionFacts, attention_facts, kernels_of, quantized_layers
@@ -101,7 +102,7 @@ def benchmark(
     reference: str,
     *,
     rounds: int = 5,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     device: str = "cpu",
     compiled: bool = False,
     runtime: str = "torch",
@@ -115,7 +116,7 @@ def benchmark(
     Args:
         test, reference: bundled name, folder or hub id of the quantized and the float pipeline.
         rounds: clips that each makes, after one that is not counted.
-        dtype: of the float pipeline, and of the float parts of the quantized one.
+        dtype: of the float pipeline, and of the float parts of the quantized one; by default :func:`reelquant.kernels.native_float`.
         device: where they run.
         compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
         runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.
@@ -128,7 +129,7 @@ def benchmark(
         UnsupportedError: if ``test`` has no quantized layer, or does not run on that runtime.
         CheckpointError: if a pipeline cannot be opened.
     """
-    progress = progress or Silent()
+    progress, dtype = progress or Silent(), dtype or native_float(torch.device(device).type)
     progress.phase("open", 2)
     pipes = {}
     for variant, model in zip(VARIANTS, (reference, test), strict=True):

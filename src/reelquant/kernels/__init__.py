@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
 from reelquant._errors import RecipeError, nearest
 from reelquant.kernels.hadamard import block_size, hadamard
 from reelquant.kernels.operands import InputNumbers, Operands, PackedWeight, Runner, Window, of_slot
@@ -101,6 +103,12 @@ def current_backend() -> str:
     return _backend.get() or check_backend(os.environ.get("REELQUANT_KERNELS", "auto"))
 
 
+def native_float(device: str = "cpu") -> torch.dtype:
+    """The float dtype to run a denoiser in on this type of device: bfloat16, or float32 on processors that only emulate it."""
+    emulated = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.float32 if emulated else torch.bfloat16
+
+
 def select(operands: Operands, device: str, wanted: str = "auto") -> tuple[Kernel, dict[str, str]]:
     """The best kernel that takes this layer on this type of device, and why each better one does not; the reference if the layer
     (``wanted``) or :func:`current_backend` asks for it."""
@@ -129,6 +137,7 @@ __all__ = [
     "check_backend",
     "current_backend",
     "hadamard",
+    "native_float",
     "of_slot",
     "select",
 ]
