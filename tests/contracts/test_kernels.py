@@ -18,6 +18,7 @@ from reelquant._errors import RecipeError
 from reelquant.clock import Clock
 from reelquant.formats import fit, pack
 from reelquant.kernels import KERNELS, Kernel, backend, current_backend, select
+from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, loops, nibbles, pairs
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
 
@@ -176,6 +177,14 @@ def test_the_largest_codes_are_multiplied_exactly(rows: int, columns: int, width
     layer.fill(LayerTensors(codes.to(torch.int8), ones.to(layer.weight_scale.dtype), None, {"input_scale": torch.ones(1, 1)}))
     x = torch.randint(0, 2, (rows, width), generator=generator) * 255 - 128
     assert torch.equal(pairs.PairProduct(layer.operands)(x.float()).double(), (x.double() @ codes.double().T).float().double())
+
+
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.parametrize("activation", [name for name in pairs.PairProduct.fused if name])
+def test_an_activation_is_applied_before_the_output_is_written(activation: str) -> None:
+    layer, x = make("Linear", ("int8", "channel"), INPUTS["int8 token"])
+    runner = pairs.PairProduct(layer.operands)
+    torch.testing.assert_close(runner(x, 0, activation), ACTIVATIONS[activation](runner(x)), rtol=1e-5, atol=1e-6)
 
 
 def test_only_float_products_of_rounded_inputs_are_called_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
