@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers.models.activations import GEGLU, GELU, ApproximateGELU
+from diffusers.models.activations import GEGLU, GELU, ApproximateGELU, SwiGLU
 from torch import Tensor, nn
 
 from reelquant.kernels import backend
 from reelquant.nn import TensorLayout, start_runtime, stop_runtime
 from reelquant.nn.attention import HOOKS
-from reelquant.nn.fuse import Fused, fuse_activations
+from reelquant.nn.fuse import Fused, Gated, fuse_activations
 from tests.contracts.test_kernels import INPUTS, one_code
 from tests.single import build
 
@@ -58,7 +58,7 @@ FUSIBLE = {
 }
 OTHERS = {
     "approximate gelu": lambda: quantized(ApproximateGELU(16, 24), "proj"),
-    "gated": lambda: quantized(GEGLU(16, 24), "proj"),
+    "gate of thirds": lambda: quantized(Activated(lambda y: y[:, :8] * F.silu(y[:, 8:16])), "linear"),
     "no activation": lambda: quantized(Activated(lambda y: y), "linear"),
     "float": lambda: Activated(F.silu),
     "something before": lambda: quantized(Activated(lambda y: F.silu(y) + 1), "linear"),
@@ -80,6 +80,41 @@ def test_fused_modules_answer_as_before(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(compiled(x), model(x))
     stop_runtime(model)
     assert not type(model[0]).__name__.startswith("Fused") and torch.equal(model(x), before)
+
+
+GATED = {
+    "gelu": lambda: quantized(GEGLU(16, 24), "proj"),
+    "silu": lambda: quantized(SwiGLU(16, 24), "proj"),
+    "first half": lambda: quantized(Activated(lambda y: F.gelu(y[:, :12], approximate="tanh") * y[:, 12:]), "linear"),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gates_answer_as_before(name: str, dtype: torch.dtype) -> None:
+    model = nn.Sequential(GATED[name]()).to(dtype)
+    x = 3 * torch.randn(700, 16).to(dtype)
+    before, keys = model(x), set(model.state_dict())
+    assert fuse_activations(model) == ["0"] and fuse_activations(model) == []
+    assert isinstance(model[0], Gated) and set(model.state_dict()) == keys
+    found = model(x)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, before, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps * float(before.abs().max()))
+    with backend("reference"):
+        assert torch.equal(model(x), before)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), before)  # compilers fuse by themselves
+    stop_runtime(model)
+    assert not isinstance(model[0], Gated) and torch.equal(model(x), before)
+
+
+def test_gradients_pass_through_gates() -> None:
+    model = nn.Sequential(GATED["gelu"]())
+    x = torch.randn(5, 16, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    fuse_activations(model)
+    (found,) = torch.autograd.grad(model(x).sum(), x)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", OTHERS)
