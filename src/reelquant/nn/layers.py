@@ -163,7 +163,7 @@ class QuantLayer(nn.Module):
         zero = getattr(self, "weight_zero_point", None)
         fmt = _format(layout, getattr(self, "weight_levels", None))
         quantizer = Quantizer(fmt, layout.grain(), self.weight_scale.float(), None if zero is None else zero.float())
-        return PackedWeight(self.codes, quantizer, self.weight_shape)
+        return PackedWeight(self.codes, quantizer, self.weight_shape, self.weight_scale)
 
     @property
     def codes(self) -> Tensor:

@@ -60,10 +60,14 @@ def widened(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """8-bit codes ``[out, width]`` with a scale per row; the very codes where rows have one scale already."""
     if weight.quantizer.granularity.kind == "channel":
         return int8.signed(weight), weight.quantizer.scale.float()
-    values = weight.dequantize().flatten(1)
-    largest = values.abs().amax(1)
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    return (values / scale[:, None]).round_().to(torch.int8), scale
+    codes, scale = torch.empty(weight.shape[0], weight.width, dtype=torch.int8), torch.empty(weight.shape[0])
+    for start in range(0, len(codes), SLAB):  # as floats a whole weight would be the peak of loading
+        some = slice(start, start + SLAB)
+        values = weight.rows(some).dequantize().flatten(1)
+        largest = values.abs().amax(1)
+        scale[some] = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        codes[some] = values.div_(scale[some, None]).round_()
+    return codes, scale
 
 
 class NibbleLinear(int8.IntegerLinear):
