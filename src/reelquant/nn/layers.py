@@ -27,7 +27,7 @@ from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, pack
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of
-from reelquant.nn.pages import drop_mapped
+from reelquant.nn.pages import drop_mapped, give_back
 from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
@@ -227,6 +227,7 @@ class QuantLayer(nn.Module):
                     drop_mapped(self.weight.data)
                     self.weight.data = self.weight.new_full((1,), PLACEHOLDER).expand(self.weight.shape)
                     ready = replace(ready, weight=self.weight.data)
+                    _tidy(self.weight.numel())
                 self._ready = ready
                 _running.add(self)
             return ready
@@ -382,6 +383,19 @@ def _drop_outdated() -> None:
     for layer in _running:
         if layer._prepared() is None:
             layer.release()
+
+
+TIDY = 64 << 20  # bytes of weights after whose preparation the heap is looked through
+_repacked = 0
+
+
+def _tidy(size: int) -> None:
+    """Give the heap's holes back once in a while: what was repacked, and what that took, has left some."""
+    global _repacked
+    _repacked += size
+    if _repacked >= TIDY:
+        give_back()
+        _repacked = 0
 
 
 def _is_placeholder(weight: Tensor) -> bool:
