@@ -31,7 +31,7 @@ LARGEST = 255  # distance of an input code from the code of zero, at most
 SUM = 2**31 - 1  # what a product can add up to
 WIDEST = 2047  # weights that 4-bit codes are folded into
 NO_GROUPS = np.zeros((1, 1), np.int16)
-AT_ONCE = 1 << 20  # weights that are brought into panels at a time
+AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger leavings would lie between what stays
 
 
 def available() -> str | None:
