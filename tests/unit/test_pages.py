@@ -86,7 +86,7 @@ with torch.no_grad():
 @pytest.mark.skipif(int8.available() is None, reason="oneDNN repacks a whole weight at a time")
 @pytest.mark.parametrize(("bits", "grain"), [("8", "channel"), ("4", "group-64")])
 def test_preparing_a_layer_takes_one_more_copy_of_its_packed_weight_and_keeps_none(bits: str, grain: str) -> None:
-    """The new layout must stand beside the old one; a widened copy, or one in another order, would be a second or an eighth time as much."""
+    """The new layout stands beside the old one; a copy that is widened, or in another order, would be as much again or more."""
     done = subprocess.run([sys.executable, "-c", PREPARED, bits, grain], capture_output=True, text=True, timeout=300)
     if done.returncode == 77:
         pytest.skip("marks of memory cannot be reset here")
