@@ -1,7 +1,7 @@
 """Memory for what stays: pages of their own, which go back to the system as soon as they are let go of.
 
-glibc serves all but the largest arrays from one heap. A weight there would lie between what comes and goes, and holes that are too small for
-the next activation count as memory until the process ends.
+glibc serves all but the largest arrays from one heap. A weight there would lie between what comes and goes, and holes that are too
+small for the next activation count as memory until the process ends.
 """
 
 from __future__ import annotations
