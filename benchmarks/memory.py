@@ -21,9 +21,17 @@ from benchmarks.speed.tables import Row
 from benchmarks.speed.variants import stepping
 
 BASE = "bf16"
-HEADINGS = ("variant", "process, MB", "of bf16", "denoiser, MB", "of bf16", "while loading, MB")
+HEADINGS = ("variant", "process, MB", "of bf16", "denoiser, MB", "of bf16", "checkpoint, MB", "denoiser while loading, MB")
 INPUT = {"format": "int8", "granularity": "token", "dynamic": True}
 WEIGHTS = {"ours w8a8": {"format": "int8", "granularity": "channel"}, "ours w4a8": {"format": "int4", "granularity": "group-64"}}
+
+
+def float_folder(subject: Subject) -> Path:
+    """The bf16 checkpoint of the subject, made if it is not there yet."""
+    folder = subject.home / "float-bf16"
+    if not folder.is_dir():
+        subject.spec.make(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
 def folder_of(name: str, subject: Subject) -> Path:
@@ -34,38 +42,32 @@ def folder_of(name: str, subject: Subject) -> Path:
     if not folder.is_dir():
         import diffusers
 
-        if not (subject.home / "float").is_dir():
-            subject.spec.make().save_pretrained(subject.home / "float")
         recipe = {"name": name, "defaults": {"weight": WEIGHTS[name], "input": INPUT}, "calibrate": None}
         kind = getattr(diffusers, subject.spec.cls)
-        made = kind.from_pretrained(subject.home / "float", quantization_config=ReelQuantConfig(recipe), torch_dtype=torch.bfloat16)
+        made = kind.from_pretrained(float_folder(subject), quantization_config=ReelQuantConfig(recipe), torch_dtype=torch.bfloat16)
         made.save_pretrained(folder)
     return folder
 
 
-def peak_of(name: str, subject: Subject) -> None:
+def peak_of(name: str, subject: Subject, calls: int) -> None:
     """In a fresh process: the peaks of one variant, opened as a user would."""
     import diffusers
 
     import reelquant  # noqa: F401
 
-    folder = subject.home / "float-bf16" if name == BASE else folder_of(name, subject)
+    folder = float_folder(subject) if name == BASE else folder_of(name, subject)
     kind = getattr(diffusers, subject.spec.cls)
 
     def build() -> Callable[[], object]:
         return stepping(subject, kind.from_pretrained(folder, torch_dtype=torch.bfloat16).eval(), torch.bfloat16)
 
-    memory.answer(memory.peaks(build))
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    memory.answer(memory.peaks(build, calls) | {"stored_mb": round(stored / memory.MB)})
 
 
-def prepare(name: str, subject: Subject) -> None:
+def prepare(name: str, subject: Subject, calls: int) -> None:
     """In a fresh process: the checkpoint of one variant."""
-    if name == BASE:
-        folder = subject.home / "float-bf16"
-        if not folder.is_dir():
-            subject.load(torch.bfloat16).save_pretrained(folder)
-    else:
-        folder_of(name, subject)
+    _ = float_folder(subject) if name == BASE else folder_of(name, subject)
     memory.answer({})
 
 
@@ -74,7 +76,7 @@ def line(row: Row, base: Row) -> list[str]:
     own, float_own = (one["rss_mb"] - one["rss_bare_mb"] for one in (row, base))
     return [
         row["name"], f"{row['rss_mb']:.0f}", f"{row['rss_mb'] / base['rss_mb']:.2f}", f"{own:.0f}", f"{own / float_own:.2f}",
-        f"{row['rss_build_mb']:.0f}",
+        f"{row['stored_mb']:.0f}", f"{row['rss_build_mb'] - row['rss_bare_mb']:.0f}",
     ]  # fmt: skip
 
 
@@ -84,13 +86,14 @@ def main() -> None:
     made.add_argument("--model", choices=DENOISERS, default="wan-1.3b-deep")
     made.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     made.add_argument("--work", type=Path, default=Path("runs/speed"), help="checkpoints, made once")
+    made.add_argument("--calls", type=int, default=2, help="of the denoiser; bf16 takes minutes for one where the processor has none")
     made.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = made.parse_args()
     torch.set_num_threads(1)
     subject = Subject(args.model, args.work)
     if args.child:
-        return {"prepare": prepare, "peak": peak_of}[args.child[0]](args.child[1], subject)
-    options = ["--model", args.model, "--work", str(args.work)]
+        return {"prepare": prepare, "peak": peak_of}[args.child[0]](args.child[1], subject, args.calls)
+    options = ["--model", args.model, "--work", str(args.work), "--calls", str(args.calls)]
     rows: list[Row] = []
     for name in (BASE, *WEIGHTS):
         memory.in_fresh_process("benchmarks.memory", [*options, "--child", "prepare", name])

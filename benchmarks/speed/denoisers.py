@@ -114,19 +114,24 @@ class Denoiser:
         latent = noise(*self.latent, seed=0) if latent is None else latent
         return _cast(self.call(latent, torch.tensor([timestep]), denoiser), dtype) | {"return_dict": False}
 
-    def make(self) -> nn.Module:
-        """With random weights, the same ones every time.
+    def make(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """With random weights, the same ones every time; made in this dtype, so that a float32 copy is never held.
 
         Zero-initialised layers get small weights and gates large ones, or whole branches would be dead and no error could be seen.
         """
         import diffusers
 
         torch.manual_seed(SEED)
-        denoiser = getattr(diffusers, self.cls)(**self.config).eval()
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            denoiser = getattr(diffusers, self.cls)(**self.config).eval()
+        finally:
+            torch.set_default_dtype(usual)
         for seed, (name, parameter) in enumerate(denoiser.named_parameters()):
             gate = any(fnmatch(name, pattern) for pattern in GATES)
             if gate or not bool(parameter.any()):
-                parameter.data = noise(*parameter.shape, seed=seed) * (0.5 if gate else 0.02)
+                parameter.data = (noise(*parameter.shape, seed=seed) * (0.5 if gate else 0.02)).to(parameter.dtype)
         return denoiser
 
 
@@ -160,10 +165,19 @@ DENOISERS: dict[str, Denoiser] = {
         "WanTransformer3DModel", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 1}, (1, 16, 5, 20, 20), _wan(256),
         "1 of 40 layers, 500 of 32760 tokens",
     ),
+    "wan-14b-deep": Denoiser(
+        "WanTransformer3DModel", {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 10}, (1, 16, 5, 20, 20), _wan(256),
+        "10 of 40 layers, 500 of 32760 tokens",
+    ),
     "cogvideox-5b": Denoiser(
         "CogVideoXTransformer3DModel",
         {"num_attention_heads": 48, "num_layers": 1, "use_rotary_positional_embeddings": True}, (1, 5, 16, 30, 40), _cogvideox,
         "1 of 42 layers, 1726 of 17776 tokens",
+    ),
+    "cogvideox-5b-deep": Denoiser(
+        "CogVideoXTransformer3DModel",
+        {"num_attention_heads": 48, "num_layers": 16, "use_rotary_positional_embeddings": True}, (1, 5, 16, 20, 20), _cogvideox,
+        "16 of 42 layers, 726 of 17776 tokens",
     ),
     "hunyuanvideo": Denoiser(
         "HunyuanVideoTransformer3DModel", {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}, (1, 16, 4, 30, 40),

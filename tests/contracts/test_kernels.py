@@ -9,6 +9,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +163,42 @@ def test_sums_that_do_not_fit_in_32_bits_are_refused() -> None:
     wide = replace(layer.operands, weight=replace(layer.packed, shape=(70, 66_000)))
     assert pairs.refuses(wide) == "rows of 66000 weights add up to more than 32 bits hold"
     assert pairs.top_of(13_824) * 255 * 13_824 <= pairs.SUM and pairs.top_of(96) == pairs.WIDEST
+
+
+@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.parametrize("grain", ["group-64", "group-8", "channel"])
+def test_scales_of_groups_are_read_where_they_are_stored(grain: str) -> None:
+    """Inputs that are rows of the identity show the weight that is multiplied: it lies within half of an integer of its row."""
+    module = nn.Linear(3000, 40, bias=False)  # more than one piece of a row, and a last group and panel that are not full
+    layout = LayerLayout(TensorLayout("int4", grain), TensorLayout("int8", "tensor"), bias=False)
+    layer: Any = quantized_class(module).like(module, layout)  # type: ignore[union-attr]
+    torch.manual_seed(0)
+    weight = torch.randn(40, 3000) * torch.rand(40, 3000)
+    quantizer = fit(layout.weight.spec(), weight)
+    codes = pack(quantizer.codes(weight), 4)
+    layer.fill(LayerTensors(codes, quantizer.scale.to(layer.weight_scale.dtype), None, {"input_scale": torch.ones(1, 1)}))
+    product = pairs.PairProduct(layer.operands)
+    found, expected = product(torch.eye(3000)).T, layer.packed.dequantize()
+    step = torch.from_numpy(product.scale)[:40, None]
+    assert float(((found - expected).abs() / step).max()) <= (0.5 if grain != "channel" else 0) + 1e-3
+    assert float((step[:, 0] * pairs.top_of(3000) / expected.abs().amax(1)).max()) <= 1 + 1e-6 or grain == "channel"
+    assert np.shares_memory(product.scales, loops.view(layer.weight_scale))
+
+
+@pytest.mark.parametrize(("size", "grain"), [(64, "group-64"), (8, "group-8"), (200, "channel")])
+def test_tiles_are_filled_with_integers_of_the_stored_scales(size: int, grain: str) -> None:
+    """The numbers that oneDNN would multiply; neither it nor VNNI is asked for."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (70, 200), dtype=torch.uint8, generator=generator)
+    scales = (torch.rand(70, -(-200 // size), generator=generator) + 0.1).bfloat16()
+    step = scales[:, 0].float() if grain == "channel" else nibbles.row_scale(codes, scales.float(), size)
+    tiles = nibbles._tiled(codes)
+    found, sums = np.empty((*tiles.shape[:3], 256), np.int8), np.empty((len(tiles), 64), np.int32)
+    loops.fill_tiles(0, len(tiles), tiles.numpy(), loops.view(scales), step.numpy(), size, found, sums)
+    factors = (scales.float() / step[:, None]).repeat_interleave(size, 1)[:, :200]
+    integers = ((codes.float() - 8) * factors).round().to(torch.int8)
+    assert torch.equal(torch.from_numpy(found), nibbles._in_tiles(integers)) and int(integers.abs().max()) == (127 if size < 200 else 8)
+    assert torch.equal(torch.from_numpy(sums).flatten()[:70], -integers.sum(1, dtype=torch.int32))
 
 
 @pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))

@@ -251,7 +251,7 @@ def test_denoisers_exist_and_take_their_inputs(name: str) -> None:
         value.dtype for key, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point() and key != "timestep"
     ]
     assert set(floating) == {torch.bfloat16}
-    assert 1e8 < denoisers.size(denoiser) < 2e9
+    assert 1e8 < denoisers.size(denoiser) < (4e9 if name.endswith("-deep") else 2e9)  # the memory of one machine
 
 
 @pytest.mark.parametrize("recipe", variants.RECIPES)

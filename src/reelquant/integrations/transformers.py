@@ -14,6 +14,7 @@ from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
 from reelquant.nn import QuantLayer, count_weights, get_module, quantized_layers, start_runtime
+from reelquant.nn.pages import give_back
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantHfQuantizer"]
 
@@ -97,9 +98,11 @@ class ReelQuantHfQuantizer(HfQuantizer):
         assert self.stored is not None
         for layer in quantized_layers(model).values():
             layer.requires_grad_(False)
+        checked = verify(model, self.stored.checksums)  # before a kernel has taken a weight over
         start_runtime(model, self.stored.attention)
         count_weights(model)
-        log_proof(model, verify(model, self.stored.checksums))
+        log_proof(model, checked)
+        give_back()
         return model
 
     def adopted(self, config: ReelQuantConfig) -> None:

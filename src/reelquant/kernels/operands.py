@@ -26,16 +26,33 @@ class PackedWeight:
         codes: ``[out, bytes]`` uint8, or int8 ``[out, in]`` for symmetric 8-bit integers.
         quantizer: format and scales of the codes.
         shape: shape of the float weight.
+        stored: the very scales that the layer stores, if it does: a kernel that reads these keeps no copy of them.
     """
 
     codes: Tensor
     quantizer: Quantizer
     shape: tuple[int, ...]
+    stored: Tensor | None = None
 
     @property
     def width(self) -> int:
         """Codes in a row."""
         return math.prod(self.shape[1:])
+
+    @property
+    def scales(self) -> Tensor:
+        """Scales of every row, ``[out, groups]`` or ``[out, 1]``, in the dtype and the memory that they are stored in."""
+        scale = (self.quantizer.scale if self.stored is None else self.stored).detach()
+        return scale.expand(self.shape[0] if self.quantizer.granularity.kind == "tensor" else -1).reshape(self.shape[0], -1)
+
+    def rows(self, some: slice) -> PackedWeight:
+        """Some of its rows; a weight is brought into another layout a few of them at a time."""
+        codes, kind = self.codes[some], self.quantizer.granularity.kind
+        scale, zero = (
+            units if units is None or kind == "tensor" else units.reshape(self.shape[0], -1)[some].flatten()
+            for units in (self.quantizer.scale, self.quantizer.zero_point)
+        )
+        return PackedWeight(codes, replace(self.quantizer, scale=scale, zero_point=zero), (len(codes), *self.shape[1:]))
 
     def unpacked(self) -> Tensor:
         """``[out, width]`` uint8, indices into the format's numbers."""

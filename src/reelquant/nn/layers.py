@@ -27,7 +27,7 @@ from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, pack
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of, outline, outlined
-from reelquant.nn.pages import drop_mapped
+from reelquant.nn.pages import drop_mapped, give_back
 from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
 
@@ -167,7 +167,7 @@ class QuantLayer(nn.Module):
         zero = getattr(self, "weight_zero_point", None)
         fmt = _format(layout, getattr(self, "weight_levels", None))
         quantizer = Quantizer(fmt, layout.grain(), self.weight_scale.float(), None if zero is None else zero.float())
-        return PackedWeight(self.codes, quantizer, self.weight_shape)
+        return PackedWeight(self.codes, quantizer, self.weight_shape, self.weight_scale)
 
     @property
     def codes(self) -> Tensor:
@@ -231,6 +231,7 @@ class QuantLayer(nn.Module):
                     drop_mapped(self.weight.data)
                     self.weight.data = self.weight.new_full((1,), PLACEHOLDER).expand(self.weight.shape)
                     ready = replace(ready, weight=self.weight.data)
+                    _tidy(self.weight.numel())
                 self._ready = ready
                 _running.add(self)
             return ready
@@ -388,6 +389,19 @@ def _drop_outdated() -> None:
     for layer in _running:
         if layer._prepared() is None:
             layer.release()
+
+
+TIDY = 64 << 20  # bytes of weights after whose preparation the heap is looked through
+_repacked = 0
+
+
+def _tidy(size: int) -> None:
+    """Give the heap's holes back once in a while: what was repacked, and what that took, has left some."""
+    global _repacked
+    _repacked += size
+    if _repacked >= TIDY:
+        give_back()
+        _repacked = 0
 
 
 def _is_placeholder(weight: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from reelquant.kernels import check_backend, current_backend
 from reelquant.kernels.attention import AttentionNumbers
 from reelquant.nn.attention import round_attention, rounded_attention, start_attention, stop_attention
 from reelquant.nn.fuse import fuse_activations, part_activations
+from reelquant.nn.pages import give_back
 from reelquant.nn.refusals import allow, refuse
 from reelquant.nn.swap import quantized_layers
 from reelquant.nn.tokenwise import block_tokens, unblock_tokens
@@ -21,6 +23,7 @@ def start_runtime(model: nn.Module, attention: AttentionNumbers | None = None) -
         attention: what its attention rounds; None leaves that as it is.
     """
     refuse(model)
+    _at_first_call(model, True)
     if attention is not None:
         round_attention(model, attention)
     if current_backend() == "auto":
@@ -32,9 +35,34 @@ def start_runtime(model: nn.Module, attention: AttentionNumbers | None = None) -
 def stop_runtime(model: nn.Module) -> None:
     """Undo :func:`start_runtime`."""
     allow(model)
+    _at_first_call(model, False)
     stop_attention(model)
     unblock_tokens(model)
     part_activations(model)
+
+
+def _at_first_call(model: nn.Module, wanted: bool) -> None:
+    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _prepare_layers]:
+        del model._forward_pre_hooks[key]
+    if wanted:
+        model.register_forward_pre_hook(_prepare_layers)
+
+
+def _prepare_layers(model: nn.Module, args: object) -> None:
+    """Prepare all layers before the first activation is in memory; one by one between activations, each would leave holes behind.
+
+    Only on CPUs, and only if nobody moves parts of the model (offloading puts a ``forward`` of its own into modules): other layers are
+    prepared when they run.
+    """
+    if torch.compiler.is_compiling():
+        return
+    _at_first_call(model, False)
+    if any("forward" in vars(module) for module in model.modules()):
+        return
+    for layer in quantized_layers(model).values():
+        if layer.weight.device.type == "cpu" and not layer.layout.table:
+            layer.prepare()
+    give_back()
 
 
 def set_attention(model: nn.Module, numbers: AttentionNumbers | None) -> None:

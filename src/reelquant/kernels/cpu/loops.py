@@ -326,24 +326,33 @@ def widen_nibbles(start, stop, packed, scale, size, zero, out):  # type: ignore[
 
 
 @numba.njit(**EXACT)
-def fill_tiles(start, stop, nibbles, scale, codes, sums):  # type: ignore[no-untyped-def]
+def fill_tiles(start, stop, nibbles, scales, step, size, codes, sums):  # type: ignore[no-untyped-def]
     """Packed 4-bit codes with group scales to int8 codes with one scale a row, and minus the sum of every row.
 
     Args:
         nibbles: ``[row tiles, column tiles, 16, 128]`` uint8: lines of 256 codes (64 rows, 4 columns each), first half in the low nibbles.
-        scale: ``[row tiles, column tiles, 16 or 1, 64]`` float32, a group's scale divided by its row's.
+        scales: ``[rows, groups]`` float32, or bfloat16 as int16: as they are stored, so that nothing is kept of their quotients.
+        step: ``[rows]`` float32, the scale of the row's int8 codes.
+        size: columns in a group, a multiple of 4.
         codes: ``[row tiles, column tiles, 16, 256]`` int8, written.
         sums: ``[row tiles, 64]`` int32, written.
     """
     wide, line = np.empty(256, np.float32), np.empty(256, np.int32)
+    some, factors = np.empty(scales.shape[1], np.float32), np.empty((scales.shape[1], 64), np.float32)
     half = nibbles.shape[3]
     for i in range(start, stop):
         total = np.zeros(256, np.int32)
+        factors[:] = np.float32(0)  # rows that fill the last tile
+        for row in range(64 * i, min(64 * (i + 1), scales.shape[0])):
+            read(scales[row], some)
+            for g in range(some.shape[0]):
+                factors[g, row - 64 * i] = some[g] / step[row]
         for k in range(nibbles.shape[1]):
             for part in range(nibbles.shape[2]):
-                if part == 0 or scale.shape[2] > 1:
+                if part == 0 or size % 64:
+                    factor = factors[min((64 * k + 4 * part) // size, some.shape[0] - 1)]
                     for j in range(256):
-                        wide[j] = scale[i, k, part, j // 4]
+                        wide[j] = factor[j // 4]
                 packed, target = nibbles[i, k, part], codes[i, k, part]
                 for j in range(half):
                     line[j] = np.int32(packed[j] & 15) - 8

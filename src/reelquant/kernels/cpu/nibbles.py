@@ -60,10 +60,14 @@ def widened(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     """8-bit codes ``[out, width]`` with a scale per row; the very codes where rows have one scale already."""
     if weight.quantizer.granularity.kind == "channel":
         return int8.signed(weight), weight.quantizer.scale.float()
-    values = weight.dequantize().flatten(1)
-    largest = values.abs().amax(1)
-    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    return (values / scale[:, None]).round_().to(torch.int8), scale
+    codes, scale = torch.empty(weight.shape[0], weight.width, dtype=torch.int8), torch.empty(weight.shape[0])
+    for start in range(0, len(codes), SLAB):  # as floats a whole weight would be the peak of loading
+        some = slice(start, start + SLAB)
+        values = weight.rows(some).dequantize().flatten(1)
+        largest = values.abs().amax(1)
+        scale[some] = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        codes[some] = values.div_(scale[some, None]).round_()
+    return codes, scale
 
 
 class NibbleLinear(int8.IntegerLinear):
@@ -71,16 +75,15 @@ class NibbleLinear(int8.IntegerLinear):
 
     def _pack(self, operands: Operands) -> None:
         rows, width = operands.weight.shape
-        size = operands.weight.quantizer.granularity.size or width
-        scale = operands.weight.quantizer.scale.float().reshape(rows, -1)
+        size, scales = operands.weight.quantizer.granularity.size or width, operands.weight.scales
         self.scale = torch.empty(rows)
         self.nibbles = torch.empty(-(-rows // TILE), -(-width // TILE), TILE // 4, TILE * 2, dtype=torch.uint8)
         for start in range(0, rows, SLAB):  # a whole weight widened several times over would be the peak of loading
             some = slice(start, min(start + SLAB, rows))
             codes = unpack(operands.weight.codes[some], 4, width)
-            self.scale[some] = scale[some, 0] if scale.shape[1] == 1 else row_scale(codes, scale[some], size)
+            self.scale[some] = scales[some, 0] if scales.shape[1] == 1 else row_scale(codes, scales[some].float(), size)
             self.nibbles[start // TILE : -(-some.stop // TILE)] = _tiled(codes)
-        self.folded = _per_tile(scale / self.scale[:, None], width, size)
+        self.groups = loops.view(inputs.readable(scales)), self.scale.numpy(), max(size, 4)
         self.workspace = workspace(rows, width)
         self.width = width
         self.codes = self._codes
@@ -92,7 +95,7 @@ class NibbleLinear(int8.IntegerLinear):
         work = self.workspace
         with work.lock:
             tiles = len(self.nibbles)
-            loops.spread(loops.fill_tiles, tiles, work.bytes.size, self.nibbles.numpy(), self.folded.numpy(), work.bytes, work.sums)
+            loops.spread(loops.fill_tiles, tiles, work.bytes.size, self.nibbles.numpy(), *self.groups, work.bytes, work.sums)
             self.packed = work.packed
             try:
                 return super()._multiply(codes, scale, zero, bias, dtype, activation)
@@ -167,12 +170,3 @@ def row_scale(codes: Tensor, scale: Tensor, size: int, top: int = 127) -> Tensor
     padded = torch.nn.functional.pad(distance, (0, -distance.shape[1] % size))
     largest = (padded.reshape(len(codes), -1, size).amax(2) * scale).amax(1)
     return torch.where(largest > 0, largest / top, torch.ones_like(largest))
-
-
-def _per_tile(scale: Tensor, width: int, size: int) -> Tensor:
-    """``[rows, groups]`` to ``[row tiles, column tiles, 16 or 1, 64]``: the scale of every line of a tile, or of the whole tile."""
-    step = 4 if size % TILE else TILE
-    columns = torch.arange(0, width + -width % TILE, step)
-    spread = scale[:, (columns // size).clamp(max=scale.shape[1] - 1)]
-    spread = torch.nn.functional.pad(spread, (0, 0, 0, -len(scale) % TILE))
-    return spread.reshape(len(spread) // TILE, TILE, -1, TILE // step).permute(0, 2, 3, 1).contiguous()

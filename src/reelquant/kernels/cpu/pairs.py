@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant.formats import Int, unpack
-from reelquant.kernels.cpu import inputs, loops, nibbles
-from reelquant.kernels.cpu.inputs import Inputs
+from reelquant.formats import Granularity, Int, Quantizer, unpack
+from reelquant.kernels.cpu import inputs, loops, nibbles, pages
+from reelquant.kernels.cpu.inputs import Inputs, readable
 from reelquant.kernels.cpu.int8 import NATIVE, signed
 from reelquant.kernels.cpu.powers import ACTIVATIONS
 from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_AT_ONCE, add_up, multiply
@@ -29,7 +30,8 @@ from reelquant.kernels.operands import Operands, PackedWeight, Window
 LARGEST = 255  # distance of an input code from the code of zero, at most
 SUM = 2**31 - 1  # what a product can add up to
 WIDEST = 2047  # weights that 4-bit codes are folded into
-NO_FOLD = np.zeros((1, 1, COLUMNS), np.float32)
+NO_GROUPS = np.zeros((1, 1), np.int16)
+AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger leavings would lie between what stays
 
 
 def available() -> str | None:
@@ -64,26 +66,42 @@ class PairProduct:
         self.inputs = Inputs(operands, np.int16)
         self.shape, self.window = operands.weight.shape, operands.window
         self.rows, self.channels, self.taps = self.shape[0], self.shape[1], math.prod(self.shape[2:])
-        self.fold, self.group = NO_FOLD, 1
+        self.scales, self.group = NO_GROUPS, 1
         self._pack(operands.weight)
         self.bias = _columns(torch.zeros(self.rows) if operands.bias is None else operands.bias.detach().float())
         self.sums = np.zeros(len(self.panels) * COLUMNS, np.int32)
         if operands.numbers is not None and operands.numbers.zero_point is not None:
-            loops.spread(add_up, len(self.panels), self.panels.size, self.panels, self._folds(), self.group, self.sums.reshape(-1, COLUMNS))
+            weights = self.panels, self.scales, self.scale, self.group
+            loops.spread(add_up, len(self.panels), self.panels.size, *weights, self.sums.reshape(-1, COLUMNS))
 
     def _pack(self, weight: PackedWeight) -> None:
         """Bring the weight into panels; 8-bit codes, and 4-bit ones of linear layers, are kept there and nowhere else."""
         kind = weight.quantizer.granularity.kind
         if weight.quantizer.format.bits == 4 and self.window is None and self.channels % 2 == 0:
-            self.scale, self.fold, self.group = _folded(weight)
-            self.panels = panelled(weight.codes.unsqueeze(1)).numpy()
+            self.scale, self.scales, self.group = _folded(weight)
+            self.panels = self._panels(lambda some: weight.codes[some].unsqueeze(1))
             self.codes = self._stored_nibbles
             return
-        codes, scale = nibbles.widened(weight) if kind == "group" else (signed(weight), weight.quantizer.scale.float().expand(self.rows))
-        self.scale = _columns(scale)
-        pieces = F.pad(codes.reshape(self.rows, self.channels, self.taps).mT, (0, self.channels % 2))
-        self.panels = panelled(pieces.unflatten(2, (-1, 2))).numpy()
-        self.codes = self._stored_bytes if weight.codes.dtype == torch.int8 else None
+        if kind == "group":
+            codes, scale = nibbles.widened(weight)
+            weight = PackedWeight(codes, Quantizer(Int(8), Granularity("channel"), scale), self.shape)
+        self.scale = _columns(weight.scales[:, 0])
+        self.panels = self._panels(lambda some: self._pieces(signed(weight.rows(some))))
+        self.codes = self._stored_bytes if kind != "group" and weight.codes.dtype == torch.int8 else None
+
+    def _pieces(self, codes: Tensor) -> Tensor:
+        """``[rows, width]`` to ``[rows, taps, pairs, 2]``."""
+        return F.pad(codes.reshape(-1, self.channels, self.taps).mT, (0, self.channels % 2)).unflatten(2, (-1, 2))
+
+    def _panels(self, pieces: Callable[[slice], Tensor]) -> np.ndarray[Any, Any]:
+        """The whole weight in panels, made from pieces of some of its rows at a time: copies of all of it would be the peak of loading."""
+        step = max(AT_ONCE // max(self.channels * self.taps, 1) // COLUMNS, 1) * COLUMNS
+        shape = pieces(slice(0, 1)).shape[1:]
+        made = pages.own((-(-self.rows // COLUMNS), *shape[:2], COLUMNS, *shape[2:]), np.int8 if len(shape) == 3 else np.uint8)
+        for start in range(0, self.rows, step):
+            panels = panelled(pieces(slice(start, start + step)))
+            made[start // COLUMNS : start // COLUMNS + len(panels)] = panels.numpy()
+        return made
 
     def _stored_bytes(self) -> Tensor:
         pieces = unpanelled(torch.from_numpy(self.panels), self.rows).flatten(2)[..., : self.channels]
@@ -91,9 +109,6 @@ class PairProduct:
 
     def _stored_nibbles(self) -> Tensor:
         return unpanelled(torch.from_numpy(self.panels), self.rows)[:, 0].contiguous()
-
-    def _folds(self) -> np.ndarray[Any, Any]:
-        return np.broadcast_to(self.fold, (len(self.panels), *self.fold.shape[1:]))
 
     def rounding(self, operands: Operands) -> PairProduct:
         """The same weight, in the same memory, with another rounding of its inputs."""
@@ -132,7 +147,7 @@ class PairProduct:
         scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
         out = torch.empty(len(starts), self.rows, dtype=dtype)
         units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
-        given, weights = codes.reshape(-1).numpy(), (self.panels, self._folds(), self.group)
+        given, weights = codes.reshape(-1).numpy(), (self.panels, self.scales, self.scale, self.group)
         numbers = self.sums * zero, self.scale * np.float32(scale), self.bias, tokens, which
         loops.spread(multiply, units, len(starts) * self.panels.size, given, starts, taps, *weights, *numbers, loops.view(out))
         return out
@@ -144,16 +159,15 @@ def top_of(width: int) -> int:
 
 
 def _folded(weight: PackedWeight) -> tuple[Any, Any, int]:
-    """Scale of every row, factors of every group, pairs in a group. Rows with one scale keep their very codes."""
+    """Scale of every row, scales of its groups as they are stored, pairs in a group. Rows with one scale keep their very codes."""
     rows, width = weight.shape
-    size = weight.quantizer.granularity.size or width
-    scale = weight.quantizer.scale.float().expand(rows if weight.quantizer.granularity.kind == "tensor" else -1).reshape(rows, -1)
-    one = scale[:, 0] if scale.shape[1] == 1 else torch.empty(rows)
-    for start in range(0, rows if scale.shape[1] > 1 else 0, nibbles.SLAB):
-        some = slice(start, start + nibbles.SLAB)
-        one[some] = nibbles.row_scale(unpack(weight.codes[some], 4, width), scale[some], size, top_of(width))
-    fold = F.pad(scale / one[:, None], (0, 0, 0, -rows % COLUMNS))
-    return _columns(one), fold.unflatten(0, (-1, COLUMNS)).mT.contiguous().numpy(), max(size // 2, 1)
+    size, scales = weight.quantizer.granularity.size or width, weight.scales
+    one = scales[:, 0].float() if scales.shape[1] == 1 else torch.empty(rows)
+    step = max(AT_ONCE // width, 1)
+    for start in range(0, rows if scales.shape[1] > 1 else 0, step):
+        some = slice(start, start + step)
+        one[some] = nibbles.row_scale(unpack(weight.codes[some], 4, width), scales[some].float(), size, top_of(width))
+    return _columns(one), loops.view(readable(scales)), max(size // 2, 1)
 
 
 def _columns(vector: Tensor) -> np.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
-from reelquant.kernels.cpu.loops import EXACT, write
+from reelquant.kernels.cpu.loops import EXACT, read, write
 from reelquant.kernels.cpu.powers import activate
 
 ROWS, COLUMNS = 6, 16  # of a tile: twelve registers of sums, two of weights, one of inputs, one of products
@@ -131,14 +131,47 @@ def _tile(typing: Any, rows: Any, taps: Any, count: Any, pairs: Any, weights: An
 # --- weights: as they are kept, and 16 bits wide --------------------------------------------------------------------------------------
 
 
+def factors(panels: Any, p: Any, scales: Any, step: Any, first: Any, last: Any, out: Any) -> None:
+    """What 4-bit codes of a panel are multiplied with before they are rounded: found anew for every piece, so nothing is kept of it.
+
+    Args:
+        panels: see :func:`multiply`; 8-bit ones have no groups, and nothing is written.
+        p: which panel.
+        scales: ``[rows, groups]`` float32, or bfloat16 as int16, as they are stored.
+        step: ``[panels * COLUMNS]`` float32, the scale of the row's integers.
+        first, last: groups.
+        out: ``[groups, COLUMNS]`` float32, written from its begin.
+    """
+
+
+@overload(factors, jit_options=EXACT)
+def _factors_of(panels: Any, p: Any, scales: Any, step: Any, first: Any, last: Any, out: Any) -> Any:
+    if panels.ndim == 5:
+
+        def nothing(panels: Any, p: Any, scales: Any, step: Any, first: Any, last: Any, out: Any) -> None:
+            pass
+
+        return nothing
+
+    def quotients(panels: Any, p: Any, scales: Any, step: Any, first: Any, last: Any, out: Any) -> None:
+        some = np.empty(last - first, np.float32)
+        out[: last - first] = np.float32(0)  # rows that fill the last panel
+        for row in range(p * COLUMNS, min((p + 1) * COLUMNS, scales.shape[0])):
+            read(scales[row, first:last], some)
+            for g in range(last - first):
+                out[g, row - p * COLUMNS] = some[g] / step[row]
+
+    return quotients
+
+
 def widen(panel: Any, fold: Any, group: Any, first: Any, out: Any) -> None:
     """A piece of a panel as 16-bit numbers ``[pairs, COLUMNS]``, a pair in 32 bits.
 
     Args:
         panel: ``[pairs, COLUMNS, 2]`` int8, or ``[pairs, COLUMNS]`` uint8 that hold two 4-bit codes each, 8 standing for zero.
-        fold: ``[groups, COLUMNS]`` float32, what 4-bit codes are multiplied with before they are rounded.
+        fold: ``[groups, COLUMNS]`` float32, the :func:`factors` of 4-bit codes.
         group: pairs in a group.
-        first: which pair of its row the first one is.
+        first: which pair of its group the first one is.
         out: ``[pairs, COLUMNS]`` int32, written.
     """
 
@@ -167,14 +200,15 @@ def _widen_of(panel: Any, fold: Any, group: Any, first: Any, out: Any) -> Any:
 
 
 @numba.njit(**EXACT)
-def add_up(start, stop, panels, fold, group, out):  # type: ignore[no-untyped-def]
+def add_up(start, stop, panels, scales, step, group, out):  # type: ignore[no-untyped-def]
     """Sums of the widened weights of every column: ``[panels, COLUMNS]`` int32."""
-    wide = np.empty((panels.shape[2], COLUMNS), np.int32)
+    wide, fold = np.empty((panels.shape[2], COLUMNS), np.int32), np.empty((scales.shape[1], COLUMNS), np.float32)
     for p in range(start, stop):
+        factors(panels, p, scales, step, 0, scales.shape[1], fold)
         for j in range(COLUMNS):
             out[p, j] = 0
         for t in range(panels.shape[1]):
-            widen(panels[p, t], fold[p], group, 0, wide)
+            widen(panels[p, t], fold, group, 0, wide)
             both = wide.view(np.int16)
             for k in range(both.shape[0]):
                 for j in range(COLUMNS):
@@ -185,7 +219,7 @@ def add_up(start, stop, panels, fold, group, out):  # type: ignore[no-untyped-de
 
 
 @numba.njit(**EXACT)
-def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale, bias, tokens, which, out):  # type: ignore[no-untyped-def]
+def multiply(start, stop, codes, starts, taps, panels, scales, step, group, less, scale, bias, tokens, which, out):  # type: ignore[no-untyped-def]
     """``out[m, n] = (codes of row m . weights of column n - less[n]) * scale[n] * tokens[m] + bias[n]``.
 
     Args:
@@ -194,7 +228,7 @@ def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale,
         starts: ``[rows]`` int64, where the codes of a row begin.
         taps: ``[taps]`` int64, where each piece of a row begins, counted from its start.
         panels: ``[panels, taps, pairs, COLUMNS, 2]`` int8 or ``[panels, taps, pairs, COLUMNS]`` uint8; see :func:`widen`.
-        fold, group: see :func:`widen`; ``[panels, groups, COLUMNS]``.
+        scales, step, group: see :func:`factors` and :func:`widen`.
         less: ``[panels * COLUMNS]`` int32.
         scale, bias: ``[panels * COLUMNS]`` float32.
         tokens: ``[rows]`` float32, or empty for one.
@@ -204,7 +238,7 @@ def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale,
     chunks = -(-panels.shape[0] // PANELS)
     kept = np.empty((ROWS_AT_ONCE, WIDTH), np.int32)
     pieces, longest = _pieces(panels.shape[1], panels.shape[2])
-    wide = np.empty((longest, COLUMNS), np.int32)
+    wide, fold = np.empty((longest, COLUMNS), np.int32), np.empty((longest // group + 2, COLUMNS), np.float32)
     addresses, offsets = np.empty(ROWS_AT_ONCE, np.int64), np.empty(len(taps), np.int64)
     line = np.empty(WIDTH, np.float32)
     for unit in range(start, stop):
@@ -218,8 +252,9 @@ def multiply(start, stop, codes, starts, taps, panels, fold, group, less, scale,
                 offsets[t - tap] = 2 * taps[t] + 4 * pair
             length = pair_end - pair
             for p in range(one, end):
+                factors(panels, p, scales, step, pair // group, (pair_end - 1) // group + 1, fold)
                 for t in range(tap, tap_end):
-                    widen(panels[p, t, pair:pair_end], fold[p], group, pair, wide[(t - tap) * length : (t - tap + 1) * length])
+                    widen(panels[p, t, pair:pair_end], fold, group, pair % group, wide[(t - tap) * length : (t - tap + 1) * length])
                 for m in range(0, last - first, ROWS):
                     target = kept.ctypes.data + 4 * (m * WIDTH + (p - one) * COLUMNS)
                     _tile(addresses.ctypes.data + 8 * m, offsets.ctypes.data, tap_end - tap, length, wide.ctypes.data, target, piece == 0)
