@@ -52,7 +52,7 @@ def _prepare_layers(model: nn.Module, args: object) -> None:
     """Prepare all layers before the first activation is in memory; one by one between activations, each would leave holes behind.
 
     Only on CPUs, and only if nobody moves parts of the model (offloading puts a ``forward`` of its own into modules): other layers are
-    prepared when they run.
+    prepared when they run. Layers that a graph of another runtime computes are left as they are.
     """
     if torch.compiler.is_compiling():
         return
@@ -60,7 +60,7 @@ def _prepare_layers(model: nn.Module, args: object) -> None:
     if any("forward" in vars(module) for module in model.modules()):
         return
     for layer in quantized_layers(model).values():
-        if layer.weight.device.type == "cpu" and not layer.layout.table:
+        if layer.weight.device.type == "cpu" and not layer.layout.table and layer.elsewhere is None:
             layer.prepare()
     give_back()
 

@@ -31,6 +31,7 @@ LARGEST = 255  # distance of an input code from the code of zero, at most
 SUM = 2**31 - 1  # what a product can add up to
 WIDEST = 2047  # weights that 4-bit codes are folded into
 NO_GROUPS = np.zeros((1, 1), np.int16)
+ORIGIN = np.zeros(1, np.int64)
 AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger leavings would lie between what stays
 
 
@@ -127,9 +128,8 @@ class PairProduct:
         shape = (*x.shape[:-1], self.rows)
         if poisoned:
             return x.new_full(shape, torch.nan, dtype=dtype)
-        starts = np.arange(len(codes), dtype=np.int64) * self.channels
         tokens = loops.NONE if scales is None else scales.numpy()
-        return self._product(codes, starts, np.zeros(1, np.int64), slot, tokens, which, dtype).view(shape)
+        return self._product(codes, rows_of(codes.shape[0], self.channels), ORIGIN, slot, tokens, which, dtype).view(shape)
 
     def _convolved(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype, window: Window) -> Tensor:
         if not x.numel():
@@ -147,8 +147,8 @@ class PairProduct:
         scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
         out = torch.empty(len(starts), self.rows, dtype=dtype)
         units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
-        given, weights = codes.reshape(-1).numpy(), (self.panels, self.scales, self.scale, self.group)
-        numbers = self.sums * zero, self.scale * np.float32(scale), self.bias, tokens, which
+        given, weights = codes.view(-1).numpy(), (self.panels, self.scales, self.group, self.scale, self.sums, self.bias)
+        numbers = zero, np.float32(scale), tokens, which
         loops.spread(multiply, units, len(starts) * self.panels.size, given, starts, taps, *weights, *numbers, loops.view(out))
         return out
 
@@ -186,7 +186,13 @@ def unpanelled(panels: Tensor, rows: int) -> Tensor:
     return panels.movedim(3, 1).flatten(0, 1)[:rows]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
+def rows_of(count: int, channels: int) -> Any:
+    """Where the codes of rows begin that lie behind each other."""
+    return np.arange(count, dtype=np.int64) * channels
+
+
+@functools.lru_cache(maxsize=64)
 def pixels_of(shape: tuple[int, ...], kernel: tuple[int, ...], window: Window) -> tuple[Any, Any, tuple[int, ...]]:
     """Where the codes of every output place begin, where the pieces of its window lie from there, and the places of an output.
 

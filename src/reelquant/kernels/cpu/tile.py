@@ -219,8 +219,8 @@ def add_up(start, stop, panels, scales, step, group, out):  # type: ignore[no-un
 
 
 @numba.njit(**EXACT)
-def multiply(start, stop, codes, starts, taps, panels, scales, step, group, less, scale, bias, tokens, which, out):  # type: ignore[no-untyped-def]
-    """``out[m, n] = (codes of row m . weights of column n - less[n]) * scale[n] * tokens[m] + bias[n]``.
+def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sums, bias, zero, factor, tokens, which, out):  # type: ignore[no-untyped-def]
+    """``out[m, n] = (codes of row m . weights of column n - zero * sums[n]) * scale[n] * factor + bias[n]``.
 
     Args:
         start, stop: units of work, each :data:`ROWS_AT_ONCE` rows and :data:`PANELS` panels.
@@ -228,10 +228,11 @@ def multiply(start, stop, codes, starts, taps, panels, scales, step, group, less
         starts: ``[rows]`` int64, where the codes of a row begin.
         taps: ``[taps]`` int64, where each piece of a row begins, counted from its start.
         panels: ``[panels, taps, pairs, COLUMNS, 2]`` int8 or ``[panels, taps, pairs, COLUMNS]`` uint8; see :func:`widen`.
-        scales, step, group: see :func:`factors` and :func:`widen`.
-        less: ``[panels * COLUMNS]`` int32.
+        scales, group: see :func:`factors` and :func:`widen`.
         scale, bias: ``[panels * COLUMNS]`` float32.
-        tokens: ``[rows]`` float32, or empty for one.
+        sums: ``[panels * COLUMNS]`` int32, of the widened weights; read where ``zero``, the code that stands for zero, is not 0.
+        factor: the scale of the inputs, where they share one.
+        tokens: ``[rows]`` float32, the scale of every row instead; or empty.
         which: activation, of :data:`~reelquant.kernels.cpu.powers.ACTIVATIONS`.
         out: ``[rows, columns]`` float32, or bfloat16 as int16; written.
     """
@@ -252,7 +253,7 @@ def multiply(start, stop, codes, starts, taps, panels, scales, step, group, less
                 offsets[t - tap] = 2 * taps[t] + 4 * pair
             length = pair_end - pair
             for p in range(one, end):
-                factors(panels, p, scales, step, pair // group, (pair_end - 1) // group + 1, fold)
+                factors(panels, p, scales, scale, pair // group, (pair_end - 1) // group + 1, fold)
                 for t in range(tap, tap_end):
                     widen(panels[p, t, pair:pair_end], fold, group, pair % group, wide[(t - tap) * length : (t - tap + 1) * length])
                 for m in range(0, last - first, ROWS):
@@ -260,8 +261,9 @@ def multiply(start, stop, codes, starts, taps, panels, scales, step, group, less
                     _tile(addresses.ctypes.data + 8 * m, offsets.ctypes.data, tap_end - tap, length, wide.ctypes.data, target, piece == 0)
         left, right = one * COLUMNS, min(end * COLUMNS, out.shape[1])
         for m in range(first, last):
-            factor = tokens[m] if tokens.shape[0] else np.float32(1)
-            _finish(kept[m - first], less[left:right], scale[left:right], factor, bias[left:right], line)
+            if zero:
+                _less(kept[m - first], sums[left:right], np.int32(zero))
+            _finish(kept[m - first], scale[left:right], tokens[m] if tokens.shape[0] else factor, bias[left:right], line)
             if which:
                 activate(line[: right - left], which)
             write(line[: right - left], out[m, left:right])
@@ -282,6 +284,12 @@ def _pieces(taps: int, pairs: int) -> Any:
 
 
 @numba.njit(**EXACT)
-def _finish(total: Any, less: Any, scale: Any, factor: Any, bias: Any, line: Any) -> None:
-    for j in range(less.shape[0]):
-        line[j] = np.float32(np.int32(total[j] - less[j])) * scale[j] * factor + bias[j]
+def _less(total: Any, sums: Any, zero: Any) -> None:
+    for j in range(sums.shape[0]):
+        total[j] = np.int32(total[j] - np.int32(zero * sums[j]))
+
+
+@numba.njit(**EXACT)
+def _finish(total: Any, scale: Any, factor: Any, bias: Any, line: Any) -> None:
+    for j in range(scale.shape[0]):
+        line[j] = np.float32(total[j]) * (scale[j] * factor) + bias[j]
