@@ -88,7 +88,7 @@ def _tables(made: Benchmark) -> list[Table]:
     for name, (seconds, ratio) in rows.items():
         if ratio is not None:
             words = [f"{seconds[variant].median:.3g} s" for variant in ("reference", "test")]
-            times.add_row(name, *words, f"[bold]{ratio.median:.2f}x faster[/bold] ({ratio.low:.2f} to {ratio.high:.2f})")
+            times.add_row(name, *words, f"[bold]{ratio.median:.2f}x as fast[/bold] ({ratio.low:.2f} to {ratio.high:.2f})")
     sizes = {"weights of the denoiser": made.weight_bytes, "peak memory": made.peak_bytes}
     for name, values in sizes.items():
         if values:
@@ -101,7 +101,16 @@ def _tables(made: Benchmark) -> list[Table]:
         ("kernels", computed_by(made.kernels, made.simulated)),
         *attended_by(made.attention),
         *why,
+        *_slower(made),
         ("machine", machine),
         ("rounds", f"{data['rounds']}, in turns, medians and quartiles"),
     ]
     return [times, facts("How", how)]
+
+
+def _slower(made: Benchmark) -> list[tuple[str, str]]:
+    """What would help where a quantized denoiser lost on a processor."""
+    ratio = made.step_speedup or made.speedup
+    if ratio.median >= 1 or made.data["device"] != "cpu" or made.data["runtime"] != "torch":
+        return []
+    return [("slower than float", "calling layers of this size takes as long as computing them; one graph calls none: --runtime openvino")]
