@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import kernels, step
+from benchmarks import memory as denoiser_memory
 from benchmarks.common import Records
 from benchmarks.speed import denoisers, machine, memory, tables, variants, work
 from benchmarks.speed.shapes import BUDGET, KINDS, LEAST_ROWS, Attention, Conv, Gemm, halved, shapes
@@ -237,6 +238,18 @@ def test_error_is_relative_root_mean_square() -> None:
 
 
 # --- denoisers and the machine --------------------------------------------------------------------------------------------------------
+
+
+def test_the_row_of_bf16_is_computed_from_a_shallower_model(tmp_path: Path) -> None:
+    """1000 MB bare, 200 of activations, and the checkpoint of the deep model instead of the shallow one's 300."""
+    folder = tmp_path / "wan-14b-deep" / "float-bf16"
+    folder.mkdir(parents=True)
+    (folder / "one.safetensors").write_bytes(bytes(4_000_000))
+    shallow = {"name": "bf16", "rss_bare_mb": 1000, "rss_build_mb": 1020, "rss_mb": 1500, "stored_mb": 300}
+    base = denoiser_memory.computed(denoisers.Subject("wan-14b-deep", tmp_path), shallow)
+    assert base["rss_mb"] == 1204 and base["stored_mb"] == 4
+    ours = {"name": "ours", "rss_bare_mb": 1000, "rss_build_mb": 1010, "rss_mb": 1102, "stored_mb": 2}
+    assert denoiser_memory.line(ours, base) == ["ours", "1102", "0.92", "102", "0.50", "2", "10"]
 
 
 @pytest.mark.parametrize("name", denoisers.DENOISERS)
