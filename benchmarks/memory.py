@@ -6,9 +6,9 @@
 the denoiser (interpreter, torch, diffusers). The compiler of our loops is loaded with the first layer and counts as ours. Weights are
 rounded to nearest and inputs per token, because that needs no data: static recipes take as much memory.
 
-A float checkpoint stays mapped, and where memory is short the system takes its pages back while the step runs: the mark is too low then,
-below the checkpoint's own size. ``--like wan-14b`` computes the row of bf16 instead: the checkpoint, and what a model of that width and fewer
-layers takes beside its own.
+A float checkpoint stays mapped, and where memory is short the system takes its pages back while the step runs: the mark is too low
+then, below the checkpoint's own size. ``--like wan-14b`` computes the row of bf16 instead: the checkpoint, and what a model of that width
+and fewer layers takes beside its own.
 """
 
 from __future__ import annotations
