@@ -26,7 +26,7 @@ from reelquant import UnsupportedError
 from reelquant.models.sampling import call_arguments
 from reelquant.nn import quantized_layers
 from tests.tiny import bundled
-from tests.tiny.bundled import CPU, NAMES, OFFLOAD, Mode, denoiser, expected, folder, latents, opened, quantized
+from tests.tiny.bundled import CPU, NAMES, OFFLOAD, Mode, denoiser, expected, folder, is_expected, latents, opened, quantized
 from tests.tiny.stock import realigned
 
 
@@ -52,7 +52,7 @@ def test_a_loaded_pipeline_gives_what_the_one_in_memory_gave(name: str, mode: st
     pipe = opened(name)
     latents(pipe, num_inference_steps=1)
     MODES[mode](pipe, denoiser(pipe))
-    assert torch.equal(latents(pipe), expected(name))
+    assert is_expected(latents(pipe), name)
 
 
 @pytest.mark.parametrize("mode", OFFLOAD)
@@ -60,7 +60,7 @@ def test_offloading_that_is_switched_on_before_the_first_run_gives_the_same(mode
     pipe = opened("tiny-dit")
     MODES[mode](pipe, denoiser(pipe))
     for _ in range(2):
-        assert torch.equal(latents(pipe), expected("tiny-dit"))
+        assert is_expected(latents(pipe), "tiny-dit")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -147,7 +147,7 @@ def test_a_copied_placeholder_is_no_weight() -> None:
 def test_a_device_map_of_accelerate_opens_the_model() -> None:
     transformer = type(denoiser(opened("tiny-dit"))).from_pretrained(folder("tiny-dit") / "transformer", device_map="auto")
     pipe = bundled.quiet(DiffusionPipeline.from_pretrained(folder("tiny-dit"), transformer=transformer))
-    assert torch.equal(latents(pipe), expected("tiny-dit"))
+    assert is_expected(latents(pipe), "tiny-dit")
 
 
 @pytest.mark.slow
@@ -178,8 +178,8 @@ def test_copies_of_pipelines_and_models_go_their_own_ways(name: str) -> None:
     twin = copy.deepcopy(pipe)
     denoiser(pipe).dequantize()
     assert not quantized_layers(denoiser(pipe))
-    assert torch.equal(latents(twin), expected(name))
-    assert torch.equal(latents(copy.deepcopy(twin)), expected(name))
+    assert is_expected(latents(twin), name)
+    assert is_expected(latents(copy.deepcopy(twin)), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -187,14 +187,14 @@ def test_a_denoiser_serves_two_pipelines(name: str) -> None:
     pipe = opened(name)
     other = bundled.quiet(type(pipe)(**pipe.components))
     size = call_arguments(pipe) | bundled.CALL  # a pipeline put together by hand knows no recommendations of a folder
-    assert torch.equal(latents(other, **size), expected(name))
-    assert torch.equal(latents(pipe), expected(name))
+    assert is_expected(latents(other, **size), name)
+    assert is_expected(latents(pipe), name)
 
 
 def test_two_pipelines_in_one_process_do_not_meet() -> None:
     pipes = {name: opened(name) for name in NAMES}
     for name in (*NAMES, *NAMES):
-        assert torch.equal(latents(pipes[name]), expected(name))
+        assert is_expected(latents(pipes[name]), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -257,7 +257,7 @@ def test_a_model_is_not_pickled(name: str, tmp_path: Path) -> None:
             write(next(iter(quantized_layers(denoiser(pipe)).values())))
     with pytest.raises(UnsupportedError, match="save_pretrained or reelquant"):
         pickle.dumps(denoiser(pipe))
-    assert torch.equal(latents(pipe), expected(name))
+    assert is_expected(latents(pipe), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,7 +279,7 @@ def test_casting_is_refused(name: str) -> None:
     for cast in (denoiser(pipe).half, denoiser(pipe).float, lambda: denoiser(pipe).to(torch.bfloat16)):
         with pytest.raises(ValueError, match="quantized"):
             cast()
-    assert torch.equal(latents(pipe), expected(name))
+    assert is_expected(latents(pipe), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -287,7 +287,7 @@ def test_fused_projections_are_refused_before_anything_changes(name: str) -> Non
     pipe = opened(name)
     with pytest.raises(UnsupportedError, match="stay apart"):
         denoiser(pipe).fuse_qkv_projections()
-    assert torch.equal(latents(pipe), expected(name))
+    assert is_expected(latents(pipe), name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -340,7 +340,7 @@ def test_attention_processors_of_the_user_are_used() -> None:
             return super().__call__(attn, *args, **kwargs)
 
     pipe.unet.set_attn_processor(Watching())
-    assert torch.equal(latents(pipe), expected("tiny-unet"))
+    assert is_expected(latents(pipe), "tiny-unet")
     assert set(seen) == {"QuantLinear"}
 
 
@@ -356,7 +356,7 @@ def test_freeu_runs_on_a_quantized_unet() -> None:
     pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     assert not torch.equal(latents(pipe), expected("tiny-unet"))
     pipe.disable_freeu()
-    assert torch.equal(latents(pipe), expected("tiny-unet"))
+    assert is_expected(latents(pipe), "tiny-unet")
 
 
 def test_hooks_on_fused_layers_are_called() -> None:
