@@ -130,6 +130,7 @@ def test_a_graph_is_made_once_per_form_and_few_are_kept(small: tuple[Any, list[C
     made: list[Any] = []
     monkeypatch.setattr(runner, "trace", lambda *args: made.append(args) or "traced")
     monkeypatch.setattr(runner.Graphs, "_compiled", lambda *args: lambda slot, leaves: (leaves[0],))
+    monkeypatch.setattr(runner, "_check", lambda *args: None)  # these graphs answer nothing
     monkeypatch.setattr(runner, "KEPT", 2)
     graphs.set_runtime(model, "openvino")
     (args, kwargs), wider = calls[0], calls[0][1] | {"hidden_states": torch.zeros(1, 8, 7, 8, 10)}
@@ -283,6 +284,17 @@ def test_what_comes_later_is_refused_in_the_call(small: tuple[Any, list[Call]]) 
     cpu_offload(model, CPU)
     with pytest.raises(UnsupportedError, match="offloading or caching was switched on"):
         answer(model, calls[0])
+
+
+def test_a_graph_that_answers_something_else_is_refused(small: tuple[Any, list[Call]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = copy.deepcopy(small[0]), small[1]
+    graphs.set_runtime(model, "openvino")
+    compiled = runner.Compiled.__call__
+    monkeypatch.setattr(runner.Compiled, "__call__", lambda self, slot, leaves: (compiled(self, slot, leaves)[0] * 1.3,))
+    with pytest.raises(UnsupportedError, match=r"answers \d+% away from its layers"):
+        answer(model, calls[0])
+    monkeypatch.undo()
+    assert bool(answer(model, calls[0]).isfinite().all())  # compiled anew, and kept now
 
 
 def test_runtimes_are_known_by_name_and_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ class Emission:
         if not isinstance(fmt, Int) or not fmt.signed:
             return None
         if grain.kind == "group":
-            return Weight(*nibbles._widened(weight)) if self.integers else None
+            return Weight(*nibbles.widened(weight)) if self.integers else None
         scale = weight.quantizer.scale.float().reshape(-1)
         return Weight(int8.signed(weight), scale.expand(weight.shape[0]))
 
