@@ -113,4 +113,4 @@ def _slower(made: Benchmark) -> list[tuple[str, str]]:
     ratio = made.step_speedup or made.speedup
     if ratio.median >= 1 or made.data["device"] != "cpu" or made.data["runtime"] != "torch":
         return []
-    return [("slower than float", "calling layers of this size takes as long as computing them; one graph calls none: --runtime openvino")]
+    return [("slower than float", "small layers take as long to call as to compute; one graph calls none: try --runtime openvino")]

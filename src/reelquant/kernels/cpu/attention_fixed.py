@@ -36,6 +36,7 @@ SHARE, VALUE = np.float32(8191), np.float32(1023)  # the same for weights and va
 HEADS = (40, 256)  # widths of heads
 MANY = 512  # keys from which fixed point wins
 ROUNDS = 256  # queries from which it does
+LOWEST = np.float32(-3e38)  # a score before there are any
 STOCK = torch._C._nn.scaled_dot_product_attention  # F.scaled_dot_product_attention may be one that ends up here
 AT_ONCE = 1 << 25  # numbers of keys and values that are made codes before queries meet them
 
@@ -53,6 +54,8 @@ def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
         return f"heads of {widths[0]} channels"
     if key.shape[2] < MANY or query.shape[2] < ROUNDS:
         return "too short to gain"
+    if (capability := torch.backends.cpu.get_cpu_capability()) != "AVX2":  # wider registers multiply floats faster than these loops codes
+        return f"fixed point gains where torch has AVX2 and no more (it says {capability})"
     return available()
 
 
@@ -218,9 +221,6 @@ def attend(start, stop, q, panels, scales, values, tops, keys, factor, out):  # 
             _scaled(result[r], tops[head], np.float32(1) / state[1, r], line)
             loops.write(line[: out.shape[3]], out[clip, which, first + r])
     return strange
-
-
-LOWEST = np.float32(-3e38)
 
 
 @numba.njit(**EXACT)
