@@ -151,15 +151,19 @@ def test_layers_of_random_codes_compute_what_the_reference_computes(shape: Gemm 
     assert float((result - expected).abs().max()) <= 2**-7 * float(expected.abs().max())  # bf16 keeps 8 bits
 
 
+NAMES = list(dict.fromkeys((kernels.BASE, "fp32", "ours w8a16")))
+
+
 def test_kernel_rows_hold_ratio_share_and_error(tmp_path: Path) -> None:
-    shape, ways = Gemm("m", "n", 16, 64, 32), {name: kernels.VARIANTS["gemm"][name] for name in (kernels.BASE, "ours w8a16")}
+    shape, ways = Gemm("m", "n", 16, 64, 32), {name: kernels.VARIANTS["gemm"][name] for name in NAMES}
     rows = kernels.measure(shape, ways, LIMITS, rounds=2, threads=1)
-    assert [row["status"] for row in rows] == ["measured"] * 2
-    assert rows[0]["ratio"] == 1 and rows[1]["error"] < 0.01 and rows[1]["share"] > 0
+    assert [row["status"] for row in rows] == ["measured"] * len(NAMES)
+    exact = rows[NAMES.index("fp32")]
+    assert rows[0]["ratio"] == 1 and exact["error"] < 1e-6 and rows[-1]["error"] < 0.01 and rows[-1]["share"] > 0
     text = tables.write(tmp_path, "kernels-gemm", "title", kernels.HEADINGS, rows, list(map(kernels.line, rows)))
     assert "n 16x64x32" in text
     with (tmp_path / "kernels-gemm.csv").open() as file:
-        assert [row["variant"] for row in csv.DictReader(file)] == [kernels.BASE, "ours w8a16"]
+        assert [row["variant"] for row in csv.DictReader(file)] == NAMES
 
 
 def test_a_variant_that_fails_is_a_row() -> None:
