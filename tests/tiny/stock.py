@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -38,6 +39,11 @@ MIXED: dict[str, Any] = {
     ],
 }
 """Needs every kind of stored tensor: groups, zero points, levels, steps, shifts and channel scales."""
+
+
+def room(more: int = 10**9) -> str:
+    """A ``--max-memory`` with this many bytes beside what this process holds already, which is what the tests before left."""
+    return str(psutil.Process().memory_info().rss + more)
 
 
 def wan_pipeline() -> WanPipeline:

@@ -25,7 +25,7 @@ from reelquant.nn.attention import PROTECTED, rounded_attention
 from reelquant.nn.attention import STOCK as STOCK_NAME
 from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
-from tests.tiny.stock import CALL, PROMPTS, frames, realigned, wan_pipeline
+from tests.tiny.stock import CALL, PROMPTS, frames, realigned, room, wan_pipeline
 from tests.tiny.test_steps import call
 
 INT8 = {"scores": "int8"}
@@ -314,7 +314,7 @@ def test_plans_say_what_a_device_would_compute() -> None:
 def test_streamed_folders_are_those_of_memory(tmp_path: Path) -> None:
     reelquant.save(wan_pipeline(), tmp_path / "float")
     options = {"overrides": BASE | {"attention": INT8}, **CALL}
-    report = reelquant.quantize_folder(tmp_path / "float", tmp_path / "disk", "minmax-w8a8", PROMPTS, max_memory="1GB", **options)
+    report = reelquant.quantize_folder(tmp_path / "float", tmp_path / "disk", "minmax-w8a8", PROMPTS, max_memory=room(), **options)
     assert report.attention is not None and report.attention.kernel == REFERENCE.name
     pipe = reelquant.load(tmp_path / "float")
     for part in (pipe.text_encoder, pipe.transformer, pipe.vae):

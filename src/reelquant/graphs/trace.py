@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from reelquant._errors import UnsupportedError
 from reelquant.graphs.convert import NAMED, Conversion, emit
+from reelquant.graphs.square import unmixed
 from reelquant.graphs.strided import Interleaving
 from reelquant.nn import QuantLayer
 from reelquant.nn.graph import module_of, outlining
@@ -108,6 +109,7 @@ def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) 
                 f"{type(model).__name__} cannot be made an OpenVINO graph: {last_line(error)}; use runtime='torch'"
             ) from error
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs)})
+    unmixed(graph)
     assert flat.answer is not None
     return Traced(graph, *flat.answer)
 
