@@ -40,6 +40,8 @@ class FloatProduct:
         self.scale = weight.quantizer.scale.float().reshape(-1)
         if weight.quantizer.granularity.kind == "tensor":
             self.scale = self.scale.expand(weight.shape[0]).contiguous()
+        groups = loops.view(self.scale)
+        self.weights = loops.view(weight.codes), groups if weight.codes.dtype == torch.int8 else groups.reshape(weight.shape[0], -1)
         self.size = weight.quantizer.granularity.size or weight.width
         self.exact = operands.numbers is not None or operands.rewritten
         self.bias = None if operands.bias is None else operands.bias.detach().float()
@@ -55,11 +57,11 @@ class FloatProduct:
         return (self._few(staged) if few else self._many(staged) if linear else self._convolved(staged)).to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:
-        codes = self.given.weight.codes
+        codes, scale = self.weights
         out = torch.empty(x.numel() // x.shape[-1], len(codes))
         bias = loops.NONE if self.bias is None else self.bias.numpy()
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        loops.spread(loops.dot_rows, len(codes), codes.numel(), codes.numpy(), self.scale.numpy(), rows.numpy(), bias, out.numpy())
+        loops.spread(loops.dot_rows, len(codes), codes.size, codes, scale, rows.numpy(), bias, out.numpy())
         return out.view(*x.shape[:-1], len(codes))
 
     def _many(self, x: Tensor) -> Tensor:
@@ -84,11 +86,10 @@ class FloatProduct:
 
     def _widened(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the weight as floats, ``[stop - start, width]``."""
-        weight = self.given.weight
-        codes, out = weight.codes[start:stop], torch.empty(stop - start, weight.width, dtype=dtype)
-        if codes.dtype == torch.int8:
-            loops.spread(loops.widen_rows, len(out), out.numel(), codes.numpy(), self.scale[start:stop].numpy(), loops.view(out))
-            return out
-        groups = self.scale.view(weight.shape[0], -1)[start:stop].numpy()
-        loops.spread(loops.widen_nibbles, len(out), out.numel(), codes.numpy(), groups, self.size, 8, loops.view(out))
+        codes, scale = (one[start:stop] for one in self.weights)
+        out = torch.empty(stop - start, self.given.weight.width, dtype=dtype)
+        if self.given.weight.codes.dtype == torch.int8:
+            loops.spread(loops.widen_rows, len(codes), codes.size, codes, scale, loops.view(out))
+        else:
+            loops.spread(loops.widen_nibbles, len(codes), 2 * codes.size, codes, scale, self.size, 8, loops.view(out))
         return out

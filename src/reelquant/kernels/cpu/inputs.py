@@ -44,13 +44,13 @@ class Codes(NamedTuple):
     """An input as bytes.
 
     Attributes:
-        codes: uint8 or int16; ``[rows, channels]`` of a linear layer.
+        codes: uint8 or int16; ``[rows, channels]`` of a linear layer, ``[N, *padded places, C]`` of a convolution.
         scales: ``[rows]`` float32 of dynamic inputs.
         poisoned: the input holds NaN, which no code stands for: the output must be NaN, so that it shows.
     """
 
-    codes: Tensor
-    scales: Tensor | None
+    codes: np.ndarray[Any, Any]
+    scales: np.ndarray[Any, Any] | None
     poisoned: bool
 
 
@@ -76,6 +76,9 @@ class Inputs:
         self.low, self.high = np.float32(numbers.format.low + offset), np.float32(numbers.format.high + offset)
         self.levels = np.array([-numbers.format.low, numbers.format.high], np.float32)
         self.scales, self.zeros = _tables(numbers, offset)
+        self.rounds = [
+            (np.float32(1 / one), np.float32(zero), self.low, self.high) for one, zero in zip(self.scales, self.zeros, strict=True)
+        ]
         self.key = self._digest()
 
     @property
@@ -96,26 +99,23 @@ class Inputs:
         index = 0 if len(self.scales) <= 1 else int(slot)
         if (kept := recall(x, (self.key, index))) is not None:
             return kept
-        found = self._encode(x.reshape(-1, x.shape[-1]), index)
+        found = self._encode(x, index)
         remember(x, (self.key, index), found)
         return found
 
     def _encode(self, x: Tensor, index: int) -> Codes:
-        x = readable(x)
-        memory = _scratch(x.numel(), self.dtype).reshape(x.shape)
-        codes = torch.from_numpy(memory)
+        channels, data = x.shape[-1], loops.view(readable(x))
+        rows = data.size // channels if channels else 0
+        codes = _scratch(data.size, self.dtype).reshape(rows, channels)
         if self.dynamic:
-            common = (len(x), x.numel(), loops.view(x), self.block, self.multiply, self.add)
-            scales = torch.empty(len(x))
-            strange = loops.spread(loops.quantize_tokens, *common, np.float32(self.offset), self.levels, memory, scales.numpy())
+            common = (rows, data.size, data.reshape(rows, channels), self.block, self.multiply, self.add)
+            scales = np.empty(rows, np.float32)
+            strange = loops.spread(loops.quantize_tokens, *common, np.float32(self.offset), self.levels, codes, scales)
             return Codes(codes, scales, strange and not bool(x.isfinite().all()))
-        inverse, zero = np.float32(1 / self.scales[index]), np.float32(self.zeros[index])
-        joined = math.gcd(len(x), self.joined)
-        shape = (len(x) // joined, joined * x.shape[1])
-        numbers = (*self._lines(shape[1]), inverse, zero, self.low, self.high)
-        strange = loops.spread(
-            loops.quantize_rows, shape[0], x.numel(), loops.view(x.view(shape)), self.block, *numbers, memory.reshape(shape)
-        )
+        joined = math.gcd(rows, self.joined)
+        lines = rows // joined, joined * channels
+        numbers = (*self._lines(lines[1]), *self.rounds[index])
+        strange = loops.spread(loops.quantize_rows, lines[0], data.size, data.reshape(lines), self.block, *numbers, codes.reshape(lines))
         return Codes(codes, None, strange and bool(x.isnan().any()))
 
     def _lines(self, length: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -130,22 +130,21 @@ class Inputs:
             border: places to add, as ``F.pad`` takes them; they get the code of zero, channel by channel.
 
         Returns:
-            Codes ``[N, C, *padded places]`` in channels-last memory.
+            Codes ``[N, *padded places, C]``.
         """
-        scale, zero = self.step(slot)
-        numbers = (np.float32(1 / scale), np.float32(zero), self.low, self.high)
+        index = 0 if len(self.scales) == 1 else int(slot)
+        numbers = self.rounds[index]
         places, dims = x.shape[2:], x.ndim - 2
         before, after = border[-2::-2] or (0,) * dims, border[::-2] or (0,) * dims
         size = [b + s + a for b, s, a in zip(before, places, after, strict=True)]
         lead = [1] * (3 - dims)
         shape = (x.shape[0], *lead, *size, x.shape[1])
         memory = _scratch(math.prod(shape), self.dtype).reshape(shape)
-        codes = torch.from_numpy(memory)
         if any(border):
-            codes[:] = self._zero_codes(numbers[0], zero).to(codes.dtype)
+            memory[:] = self._zero_codes(index)
         way = self._from_last if x.movedim(1, -1).is_contiguous() else self._from_first
         strange = way(x, lead, [0] * (3 - dims) + list(before), numbers, memory)
-        return Codes(codes.view(x.shape[0], *size, x.shape[1]).movedim(-1, 1), None, strange and bool(x.isnan().any()))
+        return Codes(memory.reshape(x.shape[0], *size, x.shape[1]), None, strange and bool(x.isnan().any()))
 
     def _from_last(self, x: Tensor, lead: list[int], inside: list[int], numbers: Any, memory: np.ndarray[Any, Any]) -> bool:
         """Codes of channels-last memory, a line of pixels at a time."""
@@ -165,9 +164,11 @@ class Inputs:
         vectors = (self.multiply, self.add)
         return loops.spread(loops.quantize_planes, planes, x.numel(), loops.view(data), *vectors, *numbers, offset, memory)
 
-    def _zero_codes(self, inverse: np.float32, zero: int) -> Tensor:
-        value = torch.from_numpy(self.add) * float(inverse) if len(self.add) else torch.zeros(1)
-        return (value + zero).round().clamp(float(self.low), float(self.high))
+    def _zero_codes(self, index: int) -> np.ndarray[Any, Any]:
+        """The code of zero, by channels where they differ."""
+        inverse, zero, low, high = self.rounds[index]
+        value = self.add * inverse if self.add.size else np.zeros(1, np.float32)
+        return np.clip(np.rint(value + zero), low, high).astype(self.dtype)
 
     def _digest(self) -> bytes:
         digest = hashlib.sha256(repr((self.block, self.scales, self.zeros, self.low, self.high, self.dtype)).encode())

@@ -7,7 +7,9 @@ repacked once; the repacked copy replaces the stored one, and :meth:`codes` give
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -97,11 +99,12 @@ class IntegerLinear:
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
-        codes, scales, poisoned = self.inputs.rows(x, slot)
-        if not len(codes):
+        given, scales, poisoned = self.inputs.rows(x, slot)
+        if not len(given):
             return x.new_empty(*x.shape[:-1], self.rows)
         if poisoned:
             return x.new_full((*x.shape[:-1], self.rows), torch.nan)
+        codes = torch.from_numpy(given)
         out = self._product(codes, slot, dtype, activation) if scales is None else self._scaled(codes, scales, dtype)
         return out.view(*x.shape[:-1], self.rows).to(x.dtype)
 
@@ -109,12 +112,12 @@ class IntegerLinear:
         scale, zero = self.inputs.step(slot)
         return self._multiply(codes, scale, zero, self.bias, dtype, activation)
 
-    def _scaled(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    def _scaled(self, codes: Tensor, scales: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
         """A scale per row: the product is float32, and one more pass scales it, adds the bias and rounds it."""
         product = self._multiply(codes, 1.0, inputs.OFFSET, None, torch.float32)
         out = torch.empty(product.shape, dtype=dtype)
         bias = loops.NONE if self.bias is None else self.bias.numpy()
-        loops.spread(loops.finish_tokens, len(out), out.numel(), product.numpy(), scales.numpy(), bias, loops.view(out))
+        loops.spread(loops.finish_tokens, len(out), out.numel(), product.numpy(), scales, bias, loops.view(out))
         return out
 
     def _multiply(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype, activation: str = "") -> Tensor:
@@ -160,7 +163,7 @@ class IntegerConvolution:
         scale, zero = self.inputs.step(slot)
         codes, _, poisoned = self.inputs.pixels(batched, slot, self.border)
         out = torch.ops.onednn.qconv_pointwise.default(
-            codes, scale, zero, self.packed, self.scale, self.zero, self.bias,
+            torch.from_numpy(codes).movedim(-1, 1), scale, zero, self.packed, self.scale, self.zero, self.bias,
             list(self.window.stride), self.padding, list(self.window.dilation), 1, 1.0, 0, dtype, "none", [], "",
         )  # fmt: skip
         out = torch.full_like(out, torch.nan) if poisoned else out

@@ -30,7 +30,8 @@ EXACT: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", 
 
 def view(x: Tensor) -> np.ndarray[Any, Any]:
     """A tensor as numpy sees it: the same memory, bfloat16 as int16."""
-    return x.detach().view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.detach().numpy()
+    x = x.detach() if x.requires_grad else x
+    return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def spread(loop: Callable[..., bool | None], rows: int, elements: int, *arguments: Any) -> bool:

@@ -121,15 +121,16 @@ class PairProduct:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
         which = ACTIVATIONS[activation]
         made = self._linear(x, slot, which, dtype) if self.window is None else self._convolved(x, slot, which, dtype, self.window)
-        return made.to(x.dtype)
+        return made if dtype == x.dtype else made.to(x.dtype)
 
     def _linear(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype) -> Tensor:
         codes, scales, poisoned = self.inputs.rows(x, slot)
-        shape = (*x.shape[:-1], self.rows)
+        out = torch.empty(*x.shape[:-1], self.rows, dtype=dtype)
         if poisoned:
-            return x.new_full(shape, torch.nan, dtype=dtype)
-        tokens = loops.NONE if scales is None else scales.numpy()
-        return self._product(codes, rows_of(codes.shape[0], self.channels), ORIGIN, slot, tokens, which, dtype).view(shape)
+            return out.fill_(torch.nan)
+        tokens = loops.NONE if scales is None else scales
+        self._product(codes, rows_of(codes.shape[0], self.channels), ORIGIN, slot, tokens, which, out)
+        return out
 
     def _convolved(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype, window: Window) -> Tensor:
         if not x.numel():
@@ -137,20 +138,23 @@ class PairProduct:
             return window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
         batched = x if x.ndim == len(self.shape) else x[None]
         codes, _, poisoned = self.inputs.pixels(batched, slot, window.padding)
-        starts, taps, places = pixels_of(tuple(codes.shape), self.shape[2:], window)
-        out = self._product(codes.movedim(1, -1), starts, taps, slot, loops.NONE, which, dtype)
-        out = out.fill_(torch.nan) if poisoned else out
-        out = out.view(len(batched), *places, self.rows).movedim(-1, 1)
+        starts, taps, places = pixels_of(codes.shape, self.shape[2:], window)
+        out = torch.empty(len(batched), *places, self.rows, dtype=dtype)
+        if poisoned:
+            out.fill_(torch.nan)
+        else:
+            self._product(codes, starts, taps, slot, loops.NONE, which, out)
+        out = out.movedim(-1, 1)
         return out if batched is x else out[0]
 
-    def _product(self, codes: Tensor, starts: Any, taps: Any, slot: Any, tokens: Any, which: int, dtype: torch.dtype) -> Tensor:
+    def _product(self, codes: Any, starts: Any, taps: Any, slot: Any, tokens: Any, which: int, out: Tensor) -> None:
+        """Write the product of codes in any shape to ``[..., rows of the weight]``."""
         scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
-        out = torch.empty(len(starts), self.rows, dtype=dtype)
         units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
-        given, weights = codes.view(-1).numpy(), (self.panels, self.scales, self.group, self.scale, self.sums, self.bias)
+        weights = self.panels, self.scales, self.group, self.scale, self.sums, self.bias
         numbers = zero, np.float32(scale), tokens, which
-        loops.spread(multiply, units, len(starts) * self.panels.size, given, starts, taps, *weights, *numbers, loops.view(out))
-        return out
+        target = loops.view(out).reshape(len(starts), self.rows)
+        loops.spread(multiply, units, len(starts) * self.panels.size, codes.reshape(-1), starts, taps, *weights, *numbers, target)
 
 
 def top_of(width: int) -> int:
@@ -197,18 +201,19 @@ def pixels_of(shape: tuple[int, ...], kernel: tuple[int, ...], window: Window) -
     """Where the codes of every output place begin, where the pieces of its window lie from there, and the places of an output.
 
     Args:
-        shape: ``[N, C, *padded places]`` of codes that lie channels last.
+        shape: ``[N, *padded places, C]`` of codes.
         kernel: size of the window.
     """
+    clips, *sizes, channels = shape
     places = [
         (size - step * (taps - 1) - 1) // stride + 1
-        for size, taps, stride, step in zip(shape[2:], kernel, window.stride, window.dilation, strict=True)
+        for size, taps, stride, step in zip(sizes, kernel, window.stride, window.dilation, strict=True)
     ]
-    steps = [math.prod(shape[axis + 1 :]) * shape[1] for axis in range(2, len(shape))]
+    steps = [math.prod(sizes[axis + 1 :]) * channels for axis in range(len(sizes))]
     begin = [np.arange(count, dtype=np.int64) * stride * step for count, stride, step in zip(places, window.stride, steps, strict=True)]
-    clips = np.arange(shape[0], dtype=np.int64) * math.prod(shape[1:])
+    first = np.arange(clips, dtype=np.int64) * math.prod(shape[1:])
     taps = [np.arange(count, dtype=np.int64) * spread * step for count, spread, step in zip(kernel, window.dilation, steps, strict=True)]
-    return _all_sums([clips, *begin]), _all_sums(taps), tuple(places)
+    return _all_sums([first, *begin]), _all_sums(taps), tuple(places)
 
 
 def _all_sums(axes: list[Any]) -> Any:
