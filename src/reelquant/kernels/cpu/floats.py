@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.formats import Int
-from reelquant.kernels.cpu import loops
+from reelquant.kernels.cpu import levels, loops
 from reelquant.kernels.operands import Operands
 
 FEW = 8  # rows up to which codes are multiplied as they are: a product of few rows waits for memory
@@ -44,11 +44,12 @@ class FloatProduct:
         self.weights = loops.view(weight.codes), groups if weight.codes.dtype == torch.int8 else groups.reshape(weight.shape[0], -1)
         self.size = weight.quantizer.granularity.size or weight.width
         self.exact = operands.numbers is not None or operands.rewritten
+        self.staged = operands.staged if levels.refuses(operands) else levels.LevelInputs(operands)
         self.bias = None if operands.bias is None else operands.bias.detach().float()
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.given
-        staged = given.staged(given.padded(x), slot) if self.exact else given.padded(x)
+        staged = self.staged(given.padded(x), slot) if self.exact else given.padded(x)
         if staged.dtype not in (torch.float32, torch.bfloat16):
             staged = staged.float()
         linear = given.window is None

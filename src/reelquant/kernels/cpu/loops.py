@@ -18,14 +18,14 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from reelquant.kernels.cpu.turn import EXACT, rotate
+
 SMALL = 1 << 16  # elements below which a second thread costs more than it saves
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
-LANES = 16  # float32 numbers in the widest vector register
 NONE = np.empty(0, np.float32)  # a vector that is not there
 
 _fast: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "nnan", "ninf", "arcp", "reassoc"}}
 _sums: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "reassoc"}}
-EXACT: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
 
 
 def view(x: Tensor) -> np.ndarray[Any, Any]:
@@ -97,60 +97,6 @@ def _write_of(buffer: Any, row: Any) -> Any:
     return to_float32
 
 
-def _sylvester(size: int) -> np.ndarray[Any, Any]:
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return np.ascontiguousarray(matrix)
-
-
-SIGNS = _sylvester(LANES)
-
-
-@numba.njit(**EXACT)
-def _rotate(buffer: Any, spare: Any, block: int) -> None:
-    """Hadamard transform of every block of the buffer, without its factor ``1 / sqrt(block)``.
-
-    Levels that mix neighbours within a vector register are one product with a matrix of signs; wider ones are butterflies. Loops run
-    over axes of reshaped arrays: with sums as indices numba would look for negative ones, and nothing would be vectorised.
-    """
-    if block < LANES:
-        width = 1
-        while width < block:
-            _butterflies(buffer.reshape((-1, 2, width)))
-            width *= 2
-        return
-    _mix(buffer.reshape((-1, LANES)), spare.reshape((-1, LANES)))
-    width = LANES
-    while width < block:
-        _butterflies(spare.reshape((-1, 2, width)))
-        width *= 2
-    for j in range(buffer.shape[0]):
-        buffer[j] = spare[j]
-
-
-@numba.njit(**EXACT)
-def _mix(x: Any, out: Any) -> None:
-    """Every 16 numbers times the matrix of signs; as a global it is a constant of the program, which no store can change."""
-    for i in range(x.shape[0]):
-        a, b, c, d, e, f, g, h = x[i, 0], x[i, 1], x[i, 2], x[i, 3], x[i, 4], x[i, 5], x[i, 6], x[i, 7]
-        p, q, r, s, t, u, v, w = x[i, 8], x[i, 9], x[i, 10], x[i, 11], x[i, 12], x[i, 13], x[i, 14], x[i, 15]
-        for j in range(LANES):
-            first = (a * SIGNS[0, j] + b * SIGNS[1, j]) + (c * SIGNS[2, j] + d * SIGNS[3, j])
-            second = (e * SIGNS[4, j] + f * SIGNS[5, j]) + (g * SIGNS[6, j] + h * SIGNS[7, j])
-            third = (p * SIGNS[8, j] + q * SIGNS[9, j]) + (r * SIGNS[10, j] + s * SIGNS[11, j])
-            fourth = (t * SIGNS[12, j] + u * SIGNS[13, j]) + (v * SIGNS[14, j] + w * SIGNS[15, j])
-            out[i, j] = (first + second) + (third + fourth)
-
-
-@numba.njit(**EXACT)
-def _butterflies(x: Any) -> None:
-    for i in range(x.shape[0]):
-        for j in range(x.shape[2]):
-            a, b = x[i, 0, j], x[i, 1, j]
-            x[i, 0, j], x[i, 1, j] = a + b, a - b
-
-
 @numba.njit(**EXACT)
 def _affine(buffer: Any, multiply: Any, add: Any) -> None:
     if multiply.shape[0]:
@@ -191,11 +137,11 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
         Whether some row may hold NaN or infinities.
     """
     strange = False
-    buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    buffer = np.empty(x.shape[1], np.float32)
     for i in range(start, stop):
         read(x[i], buffer)
         if block > 1:
-            _rotate(buffer, spare, block)
+            rotate(buffer, block)
         _affine(buffer, multiply, add)
         strange |= _strange(buffer)
         _encode(buffer, inverse, zero, low, high, codes[i])
@@ -212,11 +158,11 @@ def quantize_tokens(start, stop, x, block, multiply, add, zero, levels, codes, s
         scales: ``[rows]`` float32, written.
     """
     strange = False
-    buffer, spare = np.empty(x.shape[1], np.float32), np.empty(x.shape[1], np.float32)
+    buffer = np.empty(x.shape[1], np.float32)
     for i in range(start, stop):
         read(x[i], buffer)
         if block > 1:
-            _rotate(buffer, spare, block)
+            rotate(buffer, block)
         _affine(buffer, multiply, add)
         strange |= _strange(buffer)
         lowest, highest = np.float32(0), np.float32(0)
