@@ -27,6 +27,7 @@ from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, pack
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of, outline, outlined
+from reelquant.nn.kept import Kept
 from reelquant.nn.pages import drop_mapped, give_back
 from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
@@ -51,7 +52,7 @@ class LayerTensors:
 class Ready:
     """What computes a layer, and the memory its weight had then; kept, so that no other weight can come to lie there.
 
-    ``finer`` computes protected steps from the same memory.
+    ``finer`` computes protected steps from the same memory; ``kept`` are outputs of earlier steps.
     """
 
     runner: Runner
@@ -59,6 +60,7 @@ class Ready:
     refused: dict[str, str]
     weight: Tensor
     finer: Runner | None = None
+    kept: Kept = field(default_factory=Kept)
 
     @property
     def holds(self) -> bool:
@@ -84,6 +86,7 @@ class QuantLayer(nn.Module):
     bias_made: bool  # quantization made the bias: the float layer had none
     _ready: Ready | None
     output_format = torch.contiguous_format
+    keeps = False  # whether eager calls give the output of an earlier step again where the input is the same
     kernels = "auto"  # or "reference", whatever others use; see set_kernels
     elsewhere: tuple[Kernel, dict[str, str]] | None = None  # what computes it if its denoiser runs as a graph, and why nothing better does
     clock: tuple[Clock, ...]  # a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's
@@ -260,7 +263,10 @@ class QuantLayer(nn.Module):
             return call(self, input, self.clock, activation)
         if outlined():
             return outline(self, input)
-        return self.compute(input, self.clock[0].now() if self.clock else Moment(), activation)
+        now = self.clock[0].now() if self.clock else Moment()
+        if self.keeps and not now.protected:
+            return self.prepare().kept.once(input, activation, lambda: self.compute(input, now, activation))
+        return self.compute(input, now, activation)
 
     def compute(self, input: Tensor, now: Moment, activation: str = "") -> Tensor:
         """The output at a step; ``now.exact`` if the current timestep is the very one of that slot."""

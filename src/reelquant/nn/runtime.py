@@ -1,4 +1,5 @@
-"""What a whole quantized denoiser has beside its layers: faster attention, fused activations, feed-forwards in blocks, refusals."""
+"""What a whole quantized denoiser has beside its layers: faster attention, fused activations, feed-forwards in blocks, outputs that
+last from step to step, refusals."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ def start_runtime(model: nn.Module, attention: AttentionNumbers | None = None) -
         start_attention(model)
         fuse_activations(model)
         block_tokens(model)
+        _keep_outputs(model, True)
 
 
 def stop_runtime(model: nn.Module) -> None:
@@ -39,6 +41,14 @@ def stop_runtime(model: nn.Module) -> None:
     stop_attention(model)
     unblock_tokens(model)
     part_activations(model)
+    _keep_outputs(model, False)
+
+
+def _keep_outputs(model: nn.Module, wanted: bool) -> None:
+    """Let layers that see the prompt only give their outputs again."""
+    for layer in quantized_layers(model).values():
+        plain = layer.layout.slots == 1 and not layer.layout.table
+        layer.keeps = wanted and layer.layout.lasting and plain
 
 
 def _at_first_call(model: nn.Module, wanted: bool) -> None:

@@ -43,7 +43,7 @@ class TensorLayout:
         return parse_granularity(self.granularity, axis)
 
 
-FLAGS = ("slots", "rotate", "shift", "scale", "bias", "table", "unused", "halves")
+FLAGS = ("slots", "rotate", "shift", "scale", "bias", "table", "unused", "halves", "lasting")
 HALVES = 3  # rows of input scales per step where guidance halves are apart: of any call, of the first half, of the second
 
 
@@ -61,6 +61,7 @@ class LayerLayout:
         table: rows of the stored output table of a temporal layer, 0 for none.
         halves: whether the halves of a guidance pair have input scales of their own.
         unused: the layer's output is never needed while the tables of later layers are in force.
+        lasting: the layer sees neither the latent nor the timestep: its output is that of the step before (:mod:`reelquant.nn.kept`).
     """
 
     weight: TensorLayout
@@ -73,6 +74,7 @@ class LayerLayout:
     unused: bool = False
     rotate: bool = False
     halves: bool = False
+    lasting: bool = False
 
     @property
     def steps(self) -> int:

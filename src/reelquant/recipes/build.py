@@ -349,6 +349,7 @@ def _layout(
         shift=rewrite.shift is not None and not folds,
         scale=rewrite.scale is not None and not folds,
         bias=bias is not None,
+        lasting=row.layer.role in ("prompt", "constant"),
     )
 
 

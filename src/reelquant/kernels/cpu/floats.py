@@ -55,7 +55,8 @@ class FloatProduct:
         linear = given.window is None
         few = linear and given.weight.codes.dtype == torch.int8 and 0 < staged.numel() <= FEW * staged.shape[-1]
         few = few and not staged.requires_grad  # loops know nothing of gradients
-        return (self._few(staged) if few else self._many(staged) if linear else self._convolved(staged)).to(x.dtype)
+        made = self._few(staged) if few else self._many(staged) if linear else self._convolved(staged)
+        return made if made.dtype == x.dtype else made.to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:
         codes, scale = self.weights
@@ -67,12 +68,14 @@ class FloatProduct:
 
     def _many(self, x: Tensor) -> Tensor:
         """A product of matrices: with more axes and a memory of gaps, ``F.linear`` would copy the weight once per clip."""
-        return self._product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.given.weight.shape[0])
+        return (
+            self._product(x) if x.ndim == 2 else self._product(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], self.given.weight.shape[0])
+        )
 
     def _product(self, x: Tensor) -> Tensor:
         rows = self.given.weight.shape[0]
         step = max(PIECE // (self.given.weight.width * x.element_size()), 64)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         if rows <= step:
             return F.linear(x, self._widened(0, rows, x.dtype), bias)
         out = x.new_empty(len(x), rows)

@@ -12,6 +12,9 @@ from reelquant.kernels.cpu import loops
 from reelquant.kernels.cpu.turn import EXACT
 from reelquant.kernels.operands import Operands
 
+HALVES = (128, 64, 32, 16, 8, 4, 2, 1)
+MOST = sum(HALVES)  # middles between the levels of 8 bits
+
 
 def refuses(operands: Operands) -> str | None:
     """Why these inputs are rounded by torch, or None."""
@@ -30,7 +33,8 @@ class LevelInputs:
         numbers = operands.numbers
         assert numbers is not None and isinstance(numbers.format, LevelFormat) and numbers.scale is not None
         table = numbers.format.table.float()
-        self.levels, self.middles = table.numpy(), ((table[1:] + table[:-1]) / 2).numpy()
+        self.levels, self.middles = table.numpy(), np.full(MOST, np.inf, np.float32)
+        self.middles[: len(table) - 1] = ((table[1:] + table[:-1]) / 2).numpy()
         self.shift, self.scale = (loops.NONE if one is None else one.float().numpy() for one in (operands.shift, operands.scale))
         self.units = [np.float32(one) for one in numbers.scale[:, 0].tolist()]
         zeros = None if numbers.zero_point is None else numbers.zero_point[:, 0].tolist()
@@ -52,7 +56,7 @@ def to_levels(start, stop, x, shift, scale, unit, zero, middles, levels, out):  
     Args:
         x: ``[rows, channels]`` float32.
         shift, scale: ``[channels]`` float32, or empty.
-        middles: ``[levels - 1]`` float32, between two levels; a number in the middle gets the lower one.
+        middles: ``[MOST]`` float32, between two levels, then infinities; a number in the middle gets the lower one.
         levels: sorted, float32.
         out: ``[rows, channels]`` float32, written.
     """
@@ -64,12 +68,7 @@ def to_levels(start, stop, x, shift, scale, unit, zero, middles, levels, out):  
             if scale.shape[0]:
                 value = value / scale[j]
             value = value / unit + zero
-            first, size = 0, middles.shape[0]
-            while size > 0:  # how many middles are smaller
-                half = size >> 1
-                if middles[first + half] < value:
-                    first += half + 1
-                    size -= half + 1
-                else:
-                    size = half
+            first = 0
+            for half in HALVES:  # how many middles are smaller, without a branch that cannot be foretold
+                first += half if middles[first + half - 1] < value else 0
             out[i, j] = (levels[first] - zero) * unit if value == value else value
