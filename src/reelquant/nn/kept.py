@@ -18,7 +18,6 @@ from torch import Tensor
 PROMPTS = 2  # with guidance, calls with and without the text take turns
 AT_MOST = 16 << 20  # bytes of outputs in a process: a share of small models, and next to nothing of large ones, where it would gain little
 _lock = threading.Lock()
-_held = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +39,9 @@ class Entry:
         if activation != self.activation or x.dtype != self.input.dtype or x.shape != self.input.shape:
             return False
         return x is self.input or torch.equal(x, self.input)
+
+
+_entries: weakref.WeakSet[Entry] = weakref.WeakSet()
 
 
 class Kept:
@@ -68,20 +70,16 @@ def _entry(x: Tensor, activation: str, output: Tensor) -> Entry:
 
 
 def _takes(entry: Entry) -> bool:
-    """Whether there is room for another output; it is given back with the entry."""
-    global _held
-    size = entry.output.nbytes
+    """Whether there is room for another output; it counts as long as the entry lives."""
     if entry.output.is_inference() or entry.output.requires_grad:
         return False
     with _lock:
-        if _held + size > AT_MOST:
+        if held() + entry.output.nbytes > AT_MOST:
             return False
-        _held += size
-    weakref.finalize(entry, _give_back, size)
+        _entries.add(entry)
     return True
 
 
-def _give_back(size: int) -> None:
-    global _held
-    with _lock:
-        _held -= size
+def held() -> int:
+    """Bytes of all outputs that are kept in this process."""
+    return sum(entry.output.nbytes for entry in _entries)
