@@ -334,8 +334,8 @@ def _dynamic(x: Node, numbers: InputNumbers) -> Node:
         raise UnsupportedError(
             f"OpenVINO graphs hold no dynamic {fmt.name} inputs per {numbers.granularity}; use runtime='torch', or static inputs"
         )
-    ends = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)]
-    scales = [ops.divide(end(x, ops.constant(np.array([-1], np.int64)), True), ops.constant(np.float32(level))) for end, level in ends]
+    ends, channels = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)], ops.constant(np.array([numbers.granularity.axis], np.int64))
+    scales = [ops.divide(end(x, channels, True), ops.constant(np.float32(level))) for end, level in ends]
     scale = ops.maximum(*scales)
     scale = ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))
     return ops.multiply(ops.round(ops.clamp(ops.divide(x, scale), fmt.low, fmt.high), "half_to_even"), scale)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import openvino
 import openvino.opset13 as ops
 from torch import Tensor, nn
@@ -38,8 +39,9 @@ def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None
 
     Returns:
         The graph of what lasts, with the inputs that last; the rest, with inputs by ``order`` and then the outputs of the first; the
-        order. None if there is nothing to compute once, or too much to keep.
+        order. None if there is nothing to compute once, too much to keep, or something of unknown size in between.
     """
+    _write_shapes(graph)
     parameters = graph.get_parameters()
     depends: dict[str, set[int]] = {one.get_name(): {index} for index, one in enumerate(parameters)}
     for node in graph.get_ordered_ops():
@@ -61,6 +63,8 @@ def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None
         for output in (node.outputs() if early(node) else ())
         if (late := readers(output))
     ]
+    if any(output.get_partial_shape().is_dynamic for output, _ in border):
+        return None
     size = sum(math.prod(output.get_shape()) * output.get_element_type().size for output, _ in border)
     if not border or size > HELD:
         return None
@@ -74,6 +78,15 @@ def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None
     first = model([ops.result(output) for output, _ in border], [one for one, last in zip(parameters, stays, strict=True) if last])
     order = [index for index, one in enumerate(parameters) if not stays[index] or readers(one.output(0))]
     return first.clone(), model(graph.get_results(), [*(parameters[index] for index in order), *given]), order
+
+
+def _write_shapes(graph: Any) -> None:
+    """Let known shapes be constants: sizes that came from the other graph as numbers would leave this one without shapes."""
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "ShapeOf" and node.input_value(0).get_partial_shape().is_static:
+            shape = ops.constant(np.array(list(node.input_value(0).get_shape())), dtype=node.get_output_element_type(0))
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(shape.output(0))
 
 
 class Kept:

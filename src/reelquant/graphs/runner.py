@@ -247,6 +247,9 @@ def _check(model: nn.Module, graphs: Graphs, answered: Any, layers: Any) -> None
     for layer in graphs.layers.values():
         layer.release()
     found, expected = ([leaf.float() for leaf in tree_leaves(one) if isinstance(leaf, Tensor)] for one in (answered, layers))
+    if (shapes := [list(one.shape) for one in found]) != (wanted := [list(one.shape) for one in expected]):
+        graphs.let_go()
+        raise UnsupportedError(f"the OpenVINO graph of {type(model).__name__} answers {shapes} instead of {wanted}; use runtime='torch'")
     size = sum(float(one.square().sum()) for one in expected)
     away = (sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True)) / max(size, 1e-30)) ** 0.5
     if math.isfinite(size) and not away <= FAR:

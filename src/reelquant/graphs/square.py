@@ -19,7 +19,7 @@ Node = Any
 
 
 def unmixed(graph: Any) -> int:
-    """Rewrite every such attention of a graph of static shapes, in place; how many there were."""
+    """Rewrite every such attention of a graph, in place, where shapes are known; how many there were."""
     found = [node for node in graph.get_ops() if node.get_type_name() == KIND and is_square(node)]
     for node in found:
         _replace(node)
@@ -28,6 +28,8 @@ def unmixed(graph: Any) -> int:
 
 def is_square(node: Node) -> bool:
     """Whether queries are ``[clips, n, n, dim]`` with more than one head."""
+    if any(one.get_partial_shape().is_dynamic for one in node.input_values()):
+        return False
     shape = list(node.input_value(0).get_shape())
     return len(shape) == 4 and shape[1] == shape[2] > 1
 
