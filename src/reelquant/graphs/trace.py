@@ -16,6 +16,7 @@ from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from reelquant._errors import UnsupportedError
@@ -26,6 +27,15 @@ from reelquant.nn import QuantLayer
 from reelquant.nn.graph import module_of, outlining
 
 _one_at_a_time = threading.Lock()  # torch's tracer has state of its own
+
+
+class Filling(TorchFunctionMode):
+    """Fills masks with 0 and 1 where a model writes False and True (HunyuanVideo): torch's tracer has no operator for those."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.masked_fill, torch.Tensor.masked_fill_) and len(args) > 2 and isinstance(args[2], bool):
+            args = (*args[:2], int(args[2]))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ class Flat(nn.Module):
         for index, tensor in zip(self.tensors, tensors, strict=True):
             leaves[index] = tensor.to(self.leaves[index])
         args, kwargs = tree_unflatten(leaves, self.tree)
-        with outlining(slot), Interleaving():
+        with outlining(slot), Interleaving(), Filling():
             found, answer = tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
         if not all(isinstance(one, Tensor) for one in found):
             kinds = sorted({type(one).__name__ for one in found})
