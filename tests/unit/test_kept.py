@@ -41,7 +41,7 @@ def counted() -> Counted:
 
 
 def once(outputs: Kept, counted: Counted, x: Tensor, activation: str = "") -> Tensor:
-    answer = outputs.once(x, activation, counted.of(x))
+    answer = outputs.once(x, (activation,), counted.of(x))
     assert torch.equal(answer, x * 2)
     return answer
 
@@ -82,7 +82,7 @@ def test_what_was_written_to_is_not_given_again(counted: Counted, which: str) ->
 
 def test_inputs_that_hold_nan_are_told_apart_by_the_tensor_alone() -> None:
     outputs, x = Kept(), torch.full((2, 2), torch.nan)
-    answers = [outputs.once(one, "", lambda: torch.zeros(2)) for one in (x, x, x.clone())]
+    answers = [outputs.once(one, (), lambda: torch.zeros(2)) for one in (x, x, x.clone())]
     assert answers[0] is answers[1] and answers[0] is not answers[2]
 
 
@@ -99,7 +99,7 @@ def test_inference_tensors_and_gradients_are_computed_every_time(counted: Counte
     with torch.inference_mode():  # a normal tensor in, an inference tensor out: nobody counts who writes to it
         z = torch.zeros(2, 2)
     plain = torch.randn(2, 2)
-    assert outputs.once(plain, "", lambda: z) is z and not outputs.entries
+    assert outputs.once(plain, (), lambda: z) is z and not outputs.entries
 
 
 def test_little_memory_is_held_and_given_back(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_threads_get_what_is_theirs(counted: Counted) -> None:
         mine = [torch.randn(32, 32, generator=generator) for _ in range(3)]
         for index in range(200):
             x = mine[index % 3]
-            if not torch.equal(outputs.once(x, "", lambda x=x: x * 2), x * 2):
+            if not torch.equal(outputs.once(x, (), lambda x=x: x * 2), x * 2):
                 failed.append(index)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -190,14 +190,26 @@ def test_layers_of_the_prompt_compute_once_a_clip(model: Attending, monkeypatch:
 
 
 @torch.no_grad()
-def test_another_weight_has_other_outputs(model: Attending) -> None:
-    start_runtime(model)
+@pytest.mark.parametrize("name", ["weight", "weight_scale", "bias"])
+def test_other_numbers_have_other_outputs(model: Attending, name: str) -> None:
+    """Loaded, written to where they lie, or put in their place: what a layer without the runtime sees, this one does."""
     x, text = torch.randn(1, 7, WIDTH), torch.randn(1, 5, WIDTH)
+    start_runtime(model)
     before = model(x, text)
-    model.key.load_state_dict({name: -value if name in ("weight", "bias") else value for name, value in model.key.state_dict().items()})
-    after = model(x, text)
-    start_clean = torch.equal(model(x, text), after)
-    assert start_clean and not torch.allclose(before, after)
+    model.key.load_state_dict({key: -value if key == name else value for key, value in model.key.state_dict().items()})
+    loaded = model(x, text)
+    assert not torch.allclose(loaded, before)
+    tensor = getattr(model.key, name)
+    tensor.neg_()
+    written = model(x, text)
+    model.key.keeps = False
+    assert torch.equal(written, model(x, text)) and (name == "weight_scale" or torch.equal(written, before))
+    model.key.keeps = True
+    model(x, text)
+    tensor.data = tensor.data.clone().mul_(3) if name == "bias" else tensor.data.clone()
+    replaced = model(x, text)
+    model.key.keeps = False
+    assert torch.equal(replaced, model(x, text))
 
 
 @torch.no_grad()

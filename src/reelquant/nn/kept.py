@@ -1,7 +1,8 @@
 """Outputs of layers that see the prompt only, kept from one denoising step to the next: the same input has the same output.
 
 Which layers these are is found when a model is quantized, by changing one kind of argument at a time (``lasting`` in the layer's layout).
-An output is given again only if the input's numbers are equal, and while nobody has written to either; so nothing changes but the time.
+An output is given again only if the input's numbers are equal, and while nobody has written to either, or to the layer's own numbers; so
+nothing changes but the time.
 Eager calls on processors only: compiled graphs write into memory that no version counts, and a GPU would wait for the comparison.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +24,21 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """An input, what came of it, and how often both had been written to then."""
+    """An input and what came of it, with how often both had been written to then, and all that the answer depended on beside the input."""
 
     input: Tensor
-    activation: str
     output: Tensor
     versions: tuple[int, int]
+    given: tuple[Any, ...]
 
     @property
     def untouched(self) -> bool:
         """Whether nobody has written to either since."""
         return (self.input._version, self.output._version) == self.versions
 
-    def answers(self, x: Tensor, activation: str) -> bool:
+    def answers(self, x: Tensor, given: tuple[Any, ...]) -> bool:
         """Whether its output is that of ``x``."""
-        if activation != self.activation or x.dtype != self.input.dtype or x.shape != self.input.shape:
+        if given != self.given or x.dtype != self.input.dtype or x.shape != self.input.shape:
             return False
         return x is self.input or torch.equal(x, self.input)
 
@@ -50,29 +52,37 @@ class Kept:
     def __init__(self) -> None:
         self.entries: tuple[Entry, ...] = ()
 
-    def once(self, x: Tensor, activation: str, compute: Callable[[], Tensor]) -> Tensor:
-        """The output for this input; computed if it is not here."""
+    def once(self, x: Tensor, given: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """The output for this input; computed if it is not here.
+
+        Args:
+            x: the input.
+            given: what else the output depends on: an activation, :func:`stamp` of the layer's numbers.
+            compute: how to get it.
+        """
         if x.device.type != "cpu" or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
             return compute()
         mine = tuple(entry for entry in self.entries if entry.untouched)
-        found = next((entry for entry in mine if entry.answers(x, activation)), None)
+        found = next((entry for entry in mine if entry.answers(x, given)), None)
         if found is None:
             self.entries = mine = mine[: PROMPTS - 1]  # the oldest goes first: the new one may need its room
-            found = _entry(x, activation, compute())
+            output = compute()
+            if output.is_inference() or output.requires_grad:
+                return output
+            found = Entry(x, output, (x._version, output._version), given)
             if not _takes(found):
-                return found.output
+                return output
         self.entries = (found, *(entry for entry in mine if entry is not found))
         return found.output
 
 
-def _entry(x: Tensor, activation: str, output: Tensor) -> Entry:
-    return Entry(x, activation, output, (x._version, 0 if output.is_inference() else output._version))
+def stamp(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+    """Where tensors lie and how often they were written to; of inference tensors nobody counts that."""
+    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors if one is not None)
 
 
 def _takes(entry: Entry) -> bool:
     """Whether there is room for another output; it counts as long as the entry lives."""
-    if entry.output.is_inference() or entry.output.requires_grad:
-        return False
     with _lock:
         if held() + entry.output.nbytes > AT_MOST:
             return False

@@ -27,7 +27,7 @@ from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, pack
 from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of, outline, outlined
-from reelquant.nn.kept import Kept
+from reelquant.nn.kept import Kept, stamp
 from reelquant.nn.pages import drop_mapped, give_back
 from reelquant.nn.spec import HALVES, LayerLayout, TensorLayout
 from reelquant.observe import Geometry
@@ -265,7 +265,9 @@ class QuantLayer(nn.Module):
             return outline(self, input)
         now = self.clock[0].now() if self.clock else Moment()
         if self.keeps and not now.protected:
-            return self.prepare().kept.once(input, activation, lambda: self.compute(input, now, activation))
+            kept = self.prepare().kept
+            numbers = stamp((*self._parameters.values(), *self._buffers.values()))
+            return kept.once(input, (activation, numbers), lambda: self.compute(input, now, activation))
         return self.compute(input, now, activation)
 
     def compute(self, input: Tensor, now: Moment, activation: str = "") -> Tensor:
