@@ -286,12 +286,22 @@ def test_what_comes_later_is_refused_in_the_call(small: tuple[Any, list[Call]]) 
         answer(model, calls[0])
 
 
-def test_a_graph_that_answers_something_else_is_refused(small: tuple[Any, list[Call]], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda out: out * 1.3, r"answers \d+% away from its layers"),
+        (lambda out: out * torch.nan, "answers NaN or infinities where its layers do not"),
+        (lambda out: out[:, :0], r"answers \[\[1, 0, .* instead of \[\[1, "),
+    ],
+)
+def test_a_graph_that_answers_something_else_is_refused(
+    small: tuple[Any, list[Call]], monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor], Tensor], words: str
+) -> None:
     model, calls = copy.deepcopy(small[0]), small[1]
     graphs.set_runtime(model, "openvino")
     compiled = runner.Compiled.__call__
-    monkeypatch.setattr(runner.Compiled, "__call__", lambda self, slot, leaves: (compiled(self, slot, leaves)[0] * 1.3,))
-    with pytest.raises(UnsupportedError, match=r"answers \d+% away from its layers"):
+    monkeypatch.setattr(runner.Compiled, "__call__", lambda self, slot, leaves: (wrong(compiled(self, slot, leaves)[0]),))
+    with pytest.raises(UnsupportedError, match=words):
         answer(model, calls[0])
     monkeypatch.undo()
     assert bool(answer(model, calls[0]).isfinite().all())  # compiled anew, and kept now

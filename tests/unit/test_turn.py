@@ -1,33 +1,19 @@
-"""Rotations in registers and level tables in one pass, against torch."""
+"""Rotations in registers against the matrix."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
-import torch
+from scipy.linalg import hadamard
 
-from reelquant.formats import Granularity, Int, Quantizer
-from reelquant.formats.number import Levels
-from reelquant.kernels import InputNumbers, Operands, PackedWeight, Window
-from reelquant.kernels.cpu import levels
 from reelquant.kernels.cpu.turn import rotate
-
-
-def sylvester(size: int) -> Any:
-    """The matrix by its definition, in float64."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.kron(np.array([[1, 1], [1, -1]]), matrix)
-    return matrix
 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16, 32, 64, 128, 256, 1024])
 def test_every_block_is_multiplied_by_the_matrix(block: int, blocks: int) -> None:
     x = np.random.randn(block * blocks).astype(np.float32)
-    expected = (x.astype(np.float64).reshape(blocks, block) @ sylvester(block)).reshape(-1)
+    expected = (x.astype(np.float64).reshape(blocks, block) @ hadamard(block)).reshape(-1)
     around = np.full(len(x) + 2, 7.0, np.float32)  # nothing beside the buffer is touched
     around[1:-1] = x
     rotate(around[1:-1], block)
@@ -38,46 +24,6 @@ def test_every_block_is_multiplied_by_the_matrix(block: int, blocks: int) -> Non
 @pytest.mark.parametrize("block", [4, 8, 64, 256])
 def test_whole_numbers_are_rotated_exactly(block: int) -> None:
     x = np.random.randint(-100, 100, block).astype(np.float32)
-    expected = x @ sylvester(block)
+    expected = x @ hadamard(block)
     rotate(x, block)
     assert (x == expected).all()
-
-
-def operands(table: torch.Tensor, zero: bool, moved: bool, *, steps: int = 3, width: int = 24, **more: Any) -> Operands:
-    """A layer whose inputs are rounded to a table."""
-    weight = PackedWeight(torch.zeros(4, width, dtype=torch.int8), Quantizer(Int(8), Granularity("channel"), torch.ones(4)), (4, width))
-    points = torch.arange(steps).view(-1, 1).float() - 1 if zero else None
-    numbers = InputNumbers(Levels(table), Granularity("tensor"), torch.rand(steps, 1) + 0.1, points)
-    shift, scale = (torch.randn(width).bfloat16(), (torch.rand(width) + 0.5).bfloat16()) if moved else (None, None)
-    return Operands(weight, None, numbers, shift, scale, **more)
-
-
-@pytest.mark.parametrize("count", [2, 17, 200, 256])
-@pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("moved", [False, True])
-def test_levels_are_those_of_the_reference_bit_by_bit(count: int, zero: bool, moved: bool) -> None:
-    given = operands(torch.randn(count).unique(), zero, moved)
-    assert levels.refuses(given) is None
-    rounding = levels.LevelInputs(given)
-    assert given.numbers is not None and given.numbers.scale is not None
-    for slot in range(3):
-        x = torch.randn(2, 50, 24)
-        x[0, 0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
-        table = given.numbers.format.table
-        assert table is not None
-        between = (table[:-1] + table[1:]) / 2 * given.numbers.scale[slot]  # numbers in the middle of two levels
-        x[1] = between[torch.randint(len(between), (50, 24))]
-        for dtype in (torch.float32, torch.bfloat16):
-            one = x.to(dtype)
-            assert torch.equal(rounding(one, slot).nan_to_num(9), given.staged(one, slot).nan_to_num(9))
-        assert rounding(x, slot)[0, 0, 0].isnan()
-    assert torch.equal(rounding(torch.ones(24), torch.tensor(1)), given.staged(torch.ones(24), 1))
-    assert rounding(torch.ones(0, 24), 0).shape == (0, 24)
-
-
-def test_other_inputs_are_left_to_torch() -> None:
-    table = torch.randn(9).unique()
-    assert "rotation" in str(levels.refuses(operands(table, False, False, rotate=True)))
-    assert "linear" in str(levels.refuses(operands(table, False, False, window=Window((1,), (0, 0), (1,)))))
-    given = operands(table, False, False)
-    assert levels.refuses(Operands(given.weight, None)) == "inputs have no table of levels"

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from reelquant.discover.arguments import kind_of
+from reelquant.nn.kept import PROMPTS
 
 HELD = 64 << 20  # bytes between the two graphs above which everything is computed in every step: little is gained by what is so wide
-PROMPTS = 2  # with guidance, calls with and without the text take turns
 CHANGING = ("latent", "timestep")
 
 

@@ -254,10 +254,9 @@ def _check(model: nn.Module, graphs: Graphs, answered: Any, layers: Any) -> None
     away = (sum(float((a - b).square().sum()) for a, b in zip(found, expected, strict=True)) / max(size, 1e-30)) ** 0.5
     if math.isfinite(size) and not away <= FAR:
         graphs.let_go()
-        raise UnsupportedError(
-            f"the OpenVINO graph of {type(model).__name__} answers {away:.0%} away from its layers (rms), and rounding explains "
-            f"{FAR:.0%} at most; use runtime='torch'"
-        )
+        told = f"{away:.0%} away from its layers (rms), and rounding explains {FAR:.0%} at most"
+        told = told if math.isfinite(away) else "NaN or infinities where its layers do not"
+        raise UnsupportedError(f"the OpenVINO graph of {type(model).__name__} answers {told}; use runtime='torch'")
 
 
 def _oracle(graphs: Graphs) -> bool:

@@ -30,12 +30,14 @@ _one_at_a_time = threading.Lock()  # torch's tracer has state of its own
 
 
 class Filling(TorchFunctionMode):
-    """Fills masks with 0 and 1 where a model writes False and True (HunyuanVideo): torch's tracer has no operator for those."""
+    """Fills masks with 0 and 1 where a model writes False and True: torch's tracer has no operator for those."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.masked_fill, torch.Tensor.masked_fill_) and len(args) > 2 and isinstance(args[2], bool):
-            args = (*args[:2], int(args[2]))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.masked_fill, torch.Tensor.masked_fill_):
+            args = tuple(int(one) if isinstance(one, bool) else one for one in args)
+            kwargs = {name: int(one) if isinstance(one, bool) else one for name, one in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)

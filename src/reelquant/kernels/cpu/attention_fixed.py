@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from reelquant.kernels.cpu import loops
+from reelquant.kernels.cpu.options import EXACT
 from reelquant.kernels.cpu.pairs import available
 from reelquant.kernels.cpu.powers import times_power
 from reelquant.kernels.cpu.softmax import LOWEST as SMALLEST
 from reelquant.kernels.cpu.softmax import POWER
 from reelquant.kernels.cpu.tile import COLUMNS, ROWS, ROWS_AT_ONCE, WIDTH, _tile
-from reelquant.kernels.cpu.turn import EXACT
 
 KEYS = WIDTH  # keys at a time: their scores are the sums that a row of tiles keeps
 TOKEN = np.float32(2047)  # largest code of queries and keys: 256 channels of them add up to less than 2^31

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reelquant.formats.number import LevelFormat
 from reelquant.kernels.cpu import loops
-from reelquant.kernels.cpu.turn import EXACT
+from reelquant.kernels.cpu.options import EXACT
 from reelquant.kernels.operands import Operands
 
 HALVES = (128, 64, 32, 16, 8, 4, 2, 1)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from reelquant.kernels.cpu.turn import EXACT
+from reelquant.kernels.cpu.options import EXACT
 
 VECTOR: dict[str, Any] = EXACT | {"fastmath": EXACT["fastmath"] | {"nnan"}, "error_model": "numpy"}
 """A minimum that minds NaN and a division that looks for zero are no vector instructions."""

@@ -19,8 +19,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 from reelquant.kernels.cpu.loops import read, write
+from reelquant.kernels.cpu.options import EXACT
 from reelquant.kernels.cpu.powers import activate
-from reelquant.kernels.cpu.turn import EXACT
 
 ROWS, COLUMNS = 6, 16  # of a tile: twelve registers of sums, two of weights, one of inputs, one of products
 LANES = 8  # 32-bit numbers in a register

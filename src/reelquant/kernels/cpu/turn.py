@@ -13,10 +13,10 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from reelquant.kernels.cpu.options import EXACT
+
 LANES = 8  # float32 numbers in a register
 INSIDE = 64  # numbers that are mixed without leaving registers: eight of them
-EXACT: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
-"""Options of loops whose sums are added in the order they are written in."""
 F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
 

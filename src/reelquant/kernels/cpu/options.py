@@ -1,0 +1,8 @@
+"""How loops are compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+EXACT: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
+"""Sums are added in the order they are written in; the interpreter is free meanwhile, and machine code stays on disk."""
