@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reelquant.discover import denoiser_of
+from reelquant.engine.report import Report
 from reelquant.evidence import bootstrap, psnr
 from reelquant.models.judge import accuracy
 from reelquant.models.pipelines import BUNDLED, locate, open_pipeline
 from reelquant.models.sampling import NOTES_FILE, sample
 from reelquant.models.shapes import evaluation_prompts
-from reelquant.recipes.report import Report
 
 SAMPLING_SEED = 50_000  # noise of the first clip
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -157,7 +157,7 @@ def measure(
     scratch: Path, shape: str, recipe: str, size: float, memory: str, kills: int, group: Path | None, more: list[str]
 ) -> dict[str, Any]:
     """One row of the table."""
-    from reelquant.recipes.estimate import parse_bytes
+    from reelquant.streaming.estimate import parse_bytes
 
     blocks = blocks_for(shape, size)
     source, whole = scratch / "source", scratch / "out"

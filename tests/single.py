@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reelquant.engine.build import BuiltGroup, build_group
+from reelquant.engine.plan import Plan, make_plan
 from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Rows
-from reelquant.recipes.build import BuiltGroup, build_group
-from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import load_recipe
 from reelquant.sites import DenoiserMap, Group, Layer, Role
 

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
     from reelquant._progress import Progress
     from reelquant.checkpoint.export import Exported
+    from reelquant.engine.components import Source
+    from reelquant.engine.plan import Plan
+    from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.speed import Benchmark
     from reelquant.models.lora import Adapters
-    from reelquant.recipes.components import Source
-    from reelquant.recipes.plan import Plan
-    from reelquant.recipes.report import Report
-    from reelquant.recipes.stream import Job
+    from reelquant.streaming.stream import Job
 
 
 def quantize(
@@ -61,9 +61,9 @@ def quantize(
     """
     from reelquant.checkpoint import adopt
     from reelquant.discover.components import plain
+    from reelquant.engine.components import assign, default_texts
+    from reelquant.engine.run import quantize_components
     from reelquant.models.lora import merging, parse_adapters, refuse_loaded, short_names
-    from reelquant.recipes.components import assign, default_texts
-    from reelquant.recipes.engine import quantize_components
 
     recipes = assign(pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters, and nobody means that
@@ -129,7 +129,7 @@ def quantize_folder(
     Example:
         >>> reelquant.quantize_folder("wan-14b", "wan-14b-w8a16", "w8a16", dtype=torch.bfloat16, max_memory="8GB")
     """
-    from reelquant.recipes.stream import quantize_folder as streamed
+    from reelquant.streaming.stream import quantize_folder as streamed
 
     job = folder_job(source, recipe, prompts, components, skip, overrides, lora, dtype, device, max_memory, call)
     return streamed(job, output, resume=resume, force=force, progress=progress)
@@ -140,14 +140,14 @@ def folder_job(
     overrides: dict[str, Any] | None, lora: Adapters, dtype: torch.dtype | None, device: str, max_memory: int | str | None,
     call: Mapping[str, Any],
 ) -> Job:  # fmt: skip
-    """The work of :func:`quantize_folder`, planned but not begun: its ``plans`` and :meth:`~reelquant.recipes.stream.Job.estimate`."""
+    """The work of :func:`quantize_folder`, planned but not begun: its ``plans`` and :meth:`~reelquant.streaming.stream.Job.estimate`."""
     import torch
 
+    from reelquant.engine.components import assign
     from reelquant.models.lora import parse_adapters
     from reelquant.models.pipelines import local_folder
-    from reelquant.recipes import stream
-    from reelquant.recipes.components import assign
-    from reelquant.recipes.estimate import free_memory, parse_bytes
+    from reelquant.streaming import stream
+    from reelquant.streaming.estimate import free_memory, parse_bytes
 
     budget = free_memory() if max_memory is None else parse_bytes(max_memory)
     opened = stream.Source.open(local_folder(source), dtype or torch.float32, device)
@@ -174,7 +174,7 @@ def plans(
     overrides: dict[str, Any] | None = None,
 ) -> dict[str, Plan]:
     """The plan of every component that :func:`quantize` would quantize with these arguments, by name."""
-    from reelquant.recipes.components import assign, plan_components
+    from reelquant.engine.components import assign, plan_components
 
     return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
 

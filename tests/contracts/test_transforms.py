@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from reelquant._errors import RecipeError
 from reelquant._progress import Silent
+from reelquant.engine.run import Session
 from reelquant.kernels import block_size, hadamard
 from reelquant.observe import Geometry
-from reelquant.recipes.engine import Session
 from reelquant.transforms import TRANSFORMS, GroupView, Rewrite, Transform
 from tests.single import build, one_group, plan_of, statistics, unrounded
 

@@ -13,7 +13,7 @@ FRAMES = 2
 
 
 class FakePipeline:
-    """Enough of a pipeline for :func:`reelquant.recipes.engine.quantize_pipeline`."""
+    """Enough of a pipeline for :func:`reelquant.engine.run.quantize_pipeline`."""
 
     def __init__(self, denoiser: nn.Module, *, guided: bool = False) -> None:
         self.name = "unet" if "UNet" in type(denoiser).__name__ else "transformer"

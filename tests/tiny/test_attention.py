@@ -287,7 +287,7 @@ def test_dequantized_models_have_float_attention(made: tuple[Any, Any, Path]) ->
 
 
 def test_a_failed_run_leaves_float_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    from reelquant.recipes import engine
+    from reelquant.engine import run as engine
 
     pipe = wan_pipeline()
     before = frames(pipe)

@@ -17,12 +17,12 @@ import reelquant
 from reelquant._errors import CalibrationError, RecipeError, SiteError, UnsupportedError
 from reelquant.clock import NAME
 from reelquant.discover import kind_of_component
+from reelquant.engine import run as engine
+from reelquant.engine.components import assign
+from reelquant.engine.report import Report
 from reelquant.models.parts import cosines, decibels, fitting_clip, moving_clip, round_trip
 from reelquant.models.sampling import sample
 from reelquant.nn import QuantConv3d, quantized_class, quantized_layers
-from reelquant.recipes import engine
-from reelquant.recipes.components import assign
-from reelquant.recipes.report import Report
 from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
 
 SMALL = {"calibrate.prompts": 2, "search.prompts": 1, "search.steps": 3}

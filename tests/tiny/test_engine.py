@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, ReelQuantError
 from reelquant.discover import discover
+from reelquant.engine import components
+from reelquant.engine import run as engine
+from reelquant.engine.report import Report
+from reelquant.engine.run import quantize_pipeline
 from reelquant.nn import QuantLayer, get_module, quantized_layers
-from reelquant.recipes import components, engine
-from reelquant.recipes.engine import quantize_pipeline
 from reelquant.recipes.recipe import Recipe, load_recipe, names
-from reelquant.recipes.report import Report
 from tests.tiny.configs import TINY
 from tests.tiny.pipelines import FakePipeline
 

@@ -24,17 +24,17 @@ from reelquant._errors import CalibrationError, CheckpointError, RecipeError
 from reelquant.checkpoint.stored import Slots, Stored
 from reelquant.clock import ANY, BOTH, FIRST, NAME, SECOND, Clock, Moment
 from reelquant.discover import discover
+from reelquant.engine import components
+from reelquant.engine.protect import measure_steps, slots_of
+from reelquant.engine.report import Report
+from reelquant.engine.run import quantize_pipeline
+from reelquant.engine.search import latent_psnr
 from reelquant.formats import Granularity, Int
 from reelquant.kernels import InputNumbers
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.nn import QuantLayer, dequantized, quantized_layers, set_module
-from reelquant.recipes import components
-from reelquant.recipes.engine import quantize_pipeline
-from reelquant.recipes.protect import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe, load_recipe
-from reelquant.recipes.report import Report
-from reelquant.recipes.search import latent_psnr
 from tests.tiny.configs import TINY
 from tests.tiny.pipelines import FakePipeline
 from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline

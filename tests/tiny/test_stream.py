@@ -31,15 +31,15 @@ from reelquant.checkpoint import Shards, Spec, new_folder, workspace, write_tens
 from reelquant.cli import app
 from reelquant.discover import discover, stand_in
 from reelquant.discover.lineage import extremes
+from reelquant.engine.build import shared_transforms
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
 from reelquant.observe import ChannelRange, Geometry, Gram, InputStatistics, Rows
-from reelquant.recipes import estimate, stream
-from reelquant.recipes.build import shared_transforms
-from reelquant.recipes.estimate import parse_bytes
-from reelquant.recipes.journal import Journal
-from reelquant.recipes.offload import OnDisk, hollow
 from reelquant.recipes.recipe import load_recipe
+from reelquant.streaming import estimate, stream
+from reelquant.streaming.estimate import parse_bytes
+from reelquant.streaming.journal import Journal
+from reelquant.streaming.offload import OnDisk, hollow
 from tests.tiny.configs import TINY
 from tests.tiny.stock import CALL, MIXED, PROMPTS, frames, realigned, room, wan_pipeline
 

@@ -249,7 +249,7 @@ def test_interrupting_exits_130_and_leaves_nothing(model: Path, tmp_path: Path, 
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reelquant.recipes.report.Report.save", interrupted)  # in the middle of writing
+    monkeypatch.setattr("reelquant.engine.report.Report.save", interrupted)  # in the middle of writing
     result = invoke("quantize", model, "-r", "w8a16", "-o", tmp_path / "out")
     assert result.exit_code == 130
     assert result.stdout == ""

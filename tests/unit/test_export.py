@@ -245,7 +245,7 @@ def test_a_model_that_nobody_reads_from_gguf_is_refused(tmp_path: Path) -> None:
 def saved_alone(cls: str, folder: Path, component: str = "unet", recipe: Any = "w8a16") -> Path:
     """A quantized denoiser in a folder with an index, which is all that exporters look at."""
     from reelquant.checkpoint import adopt
-    from reelquant.recipes.engine import quantize_pipeline
+    from reelquant.engine.run import quantize_pipeline
     from reelquant.recipes.recipe import load_recipe
     from tests.tiny.pipelines import FakePipeline
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from reelquant._errors import RecipeError, SiteError, UnsupportedError
-from reelquant.recipes.plan import Plan, make_plan
+from reelquant.engine.plan import Plan, make_plan
 from reelquant.recipes.recipe import load_recipe
 from reelquant.sites import DenoiserMap, Group, Layer, Role
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from reelquant.recipes.plan import Plan, make_plan
+from reelquant.engine.plan import Plan, make_plan
+from reelquant.engine.search import candidates, choose, family, latent_psnr, trial_count
 from reelquant.recipes.recipe import load_recipe
-from reelquant.recipes.search import candidates, choose, family, latent_psnr, trial_count
 from reelquant.sites import DenoiserMap, Group, Layer
 
 POWERS = [0.0, 0.5, 1.0]

@@ -60,7 +60,7 @@ def quiet_loading() -> None:
 
 
 class Lane:
-    """One line of work: its phases follow each other. A :class:`reelquant.recipes.engine.Progress`.
+    """One line of work: its phases follow each other. A :class:`reelquant.engine.run.Progress`.
 
     Args:
         bars: where they are drawn.

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
+    from reelquant.engine.calibration import Calibration
     from reelquant.observe import InputStatistics
-    from reelquant.recipes.calibration import Calibration
     from reelquant.sites import DenoiserMap
 
 ROWS = 12  # groups and temporal layers that are printed; --all and --json give every one
@@ -89,8 +89,8 @@ def inspect(
 
 def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
     from reelquant.discover import denoiser_of, discover
+    from reelquant.engine.build import layer_bytes
     from reelquant.nn import attention_facts, get_module, kernels_of, quantized_layers
-    from reelquant.recipes.build import layer_bytes
 
     component, denoiser = denoiser_of(pipe)
     attention = attention_facts(denoiser)  # before discovery calls it
@@ -132,10 +132,10 @@ def _activations(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: di
 def _observe(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[str, Any]) -> Calibration:
     from reelquant.cli.console import Bars
     from reelquant.discover import denoiser_of
+    from reelquant.engine.calibration import calibrate
+    from reelquant.engine.plan import make_plan
     from reelquant.models.pipelines import calibration_prompts
     from reelquant.models.sampling import call_arguments
-    from reelquant.recipes.calibration import calibrate
-    from reelquant.recipes.plan import make_plan
     from reelquant.recipes.recipe import load_recipe
 
     _, denoiser = denoiser_of(pipe)

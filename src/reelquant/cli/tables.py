@@ -12,13 +12,13 @@ from rich.table import Table
 from reelquant.cli.console import figure, size
 
 if TYPE_CHECKING:
+    from reelquant.engine.build import LayerRecord
+    from reelquant.engine.plan import LayerPlan, Plan
+    from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation, Result
     from reelquant.nn import AttentionFacts
-    from reelquant.recipes.build import LayerRecord
-    from reelquant.recipes.estimate import Estimate
-    from reelquant.recipes.plan import LayerPlan, Plan
-    from reelquant.recipes.report import Report
-    from reelquant.recipes.stream import Job
+    from reelquant.streaming.estimate import Estimate
+    from reelquant.streaming.stream import Job
 
 LAYER = 30  # columns that the names of layers get at least
 WORST = 8

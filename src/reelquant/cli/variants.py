@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from reelquant._progress import Progress, Silent
 from reelquant.checkpoint import adopt
 from reelquant.discover import denoiser_of
+from reelquant.engine.calibration import Calibration
+from reelquant.engine.report import Report
+from reelquant.engine.run import quantize_pipeline
 from reelquant.evidence import Interval, bootstrap, psnr
 from reelquant.models.judge import accuracy
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.recipes.calibration import Calibration
-from reelquant.recipes.engine import quantize_pipeline
 from reelquant.recipes.recipe import Recipe, load_recipe
-from reelquant.recipes.report import Report
 
 
 @dataclass(eq=False)

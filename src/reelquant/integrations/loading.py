@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, CheckpointError, SiteError, UnsupportedError
 from reelquant.checkpoint import Stored
 from reelquant.discover import denoises, discover, outline, stand_in
+from reelquant.engine.build import build_group
+from reelquant.engine.plan import Plan, make_plan
 from reelquant.graphs import set_runtime
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
 from reelquant.integrations.options import KEPT, pattern_of, with_options
@@ -31,8 +33,6 @@ from reelquant.nn import (
 )
 from reelquant.nn.pages import drop_mapped
 from reelquant.nn.refusals import refuse_saving
-from reelquant.recipes.build import build_group
-from reelquant.recipes.plan import Plan, make_plan
 from reelquant.sites import DenoiserMap, Group, matches
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """Quantize a pipeline's folder without ever holding the float model: tensors come from its shards and go to new ones.
 
-The engine is the one that works in memory; only where things are differs. The denoiser is :class:`~reelquant.recipes.offload.OnDisk`,
-statistics are in a :class:`~reelquant.recipes.journal.Journal`, every quantized layer is a file of its own until all are there. All three
+The engine is the one that works in memory; only where things are differs. The denoiser is :class:`~reelquant.streaming.offload.OnDisk`,
+statistics are in a :class:`~reelquant.streaming.journal.Journal`, every quantized layer is a file of its own until all are there. All three
 remember what has been done, so a run that was stopped goes on by running again.
 """
 
@@ -42,6 +42,13 @@ from reelquant.checkpoint import (
     write_tensors,
 )
 from reelquant.discover import denoisers_of, discover, stand_in
+from reelquant.engine.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
+from reelquant.engine.calibration import Calibration
+from reelquant.engine.components import default_texts, plan_components
+from reelquant.engine.plan import Plan
+from reelquant.engine.report import Report, total
+from reelquant.engine.run import Session, float_attention, run
+from reelquant.engine.search import Assignment
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.lora import LoraFiles, adapter_file, short_names
 from reelquant.models.pipelines import cannot_open, check_folder, files_in, mark_quantized
@@ -56,18 +63,11 @@ from reelquant.nn import (
     quantized_class,
     stop_clock,
 )
-from reelquant.recipes.build import BuiltGroup, GroupWork, LayerRecord, Options, build_layer, folded, prepare_group
-from reelquant.recipes.calibration import Calibration
-from reelquant.recipes.components import default_texts, plan_components
-from reelquant.recipes.engine import Session, float_attention, run
-from reelquant.recipes.estimate import Estimate, check_room, estimate
-from reelquant.recipes.journal import Journal, digest
-from reelquant.recipes.offload import OnDisk, hollow, keep
-from reelquant.recipes.plan import Plan
 from reelquant.recipes.recipe import Recipe
-from reelquant.recipes.report import Report, total
-from reelquant.recipes.search import Assignment
 from reelquant.sites import Group
+from reelquant.streaming.estimate import Estimate, check_room, estimate
+from reelquant.streaming.journal import Journal, digest
+from reelquant.streaming.offload import OnDisk, hollow, keep
 from reelquant.transforms import Rewrite
 
 SHARD = 10_000_000_000  # bytes; what diffusers writes by default

@@ -14,13 +14,13 @@ import psutil
 
 from reelquant._errors import CheckpointError, RecipeError
 from reelquant.checkpoint import Workspace
+from reelquant.engine.build import model_bytes, shared_transforms
+from reelquant.engine.calibration import templates
+from reelquant.engine.plan import Plan
+from reelquant.engine.search import candidates, trial_count
 from reelquant.nn import get_module
 from reelquant.observe import InputStatistics
-from reelquant.recipes.build import model_bytes, shared_transforms
-from reelquant.recipes.calibration import templates
-from reelquant.recipes.offload import OnDisk
-from reelquant.recipes.plan import Plan
-from reelquant.recipes.search import candidates, trial_count
+from reelquant.streaming.offload import OnDisk
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CGROUP = Path("/sys/fs/cgroup")

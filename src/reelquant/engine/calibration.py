@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.clock import BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
+from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
 from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Steps, observe
-from reelquant.recipes.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
-    from reelquant.recipes.journal import Journal
+    from reelquant.streaming.journal import Journal
 
 ROWS = 1024  # rows kept of every input, over all calls
 GRAM_ROWS = 4096, 8  # rows that enter a second moment, over all calls: at least so many, and so many per column

@@ -16,6 +16,13 @@ from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
 from reelquant.discover import component_of, denoiser_of, kind_of_component
+from reelquant.engine.build import BuiltGroup, Options, build_group, folded, layer_bytes, model_bytes
+from reelquant.engine.calibration import Calibration, Part, calibrate_together
+from reelquant.engine.components import Measure, plan_components, start_measuring
+from reelquant.engine.plan import Plan
+from reelquant.engine.protect import measure_steps, slots_of
+from reelquant.engine.report import Report, total
+from reelquant.engine.search import Assignment, choose, family, latent_psnr, trial_count
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import (
     AttentionFacts,
@@ -31,19 +38,12 @@ from reelquant.nn import (
     stop_attention,
     stop_clock,
 )
-from reelquant.recipes.build import BuiltGroup, Options, build_group, folded, layer_bytes, model_bytes
-from reelquant.recipes.calibration import Calibration, Part, calibrate_together
-from reelquant.recipes.components import Measure, plan_components, start_measuring
-from reelquant.recipes.plan import Plan
-from reelquant.recipes.protect import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe
-from reelquant.recipes.report import Report, total
-from reelquant.recipes.search import Assignment, choose, family, latent_psnr, trial_count
 from reelquant.reuse import add_table, drop_unused
 from reelquant.sites import Group
 
 if TYPE_CHECKING:
-    from reelquant.recipes.journal import Journal
+    from reelquant.streaming.journal import Journal
 
 HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
 
@@ -249,7 +249,7 @@ def quantize_components(
 
     Args:
         pipe: a diffusers pipeline in float.
-        recipes: what to do, by component name; see :func:`reelquant.recipes.components.assign`.
+        recipes: what to do, by component name; see :func:`reelquant.engine.components.assign`.
         prompts: texts; the recipe says how many calibrate, those after them are held out to make choices and for the final check.
         skip: further patterns of layers to keep float; each must match in one of the components.
         progress: hears how far the run is.

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelquant.recipes.build import Options
-from reelquant.recipes.plan import Plan
+from reelquant.engine.build import Options
+from reelquant.engine.plan import Plan
 from reelquant.sites import Group
 
 Assignment = dict[str, Options]  # family -> chosen options

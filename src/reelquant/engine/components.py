@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline
+from reelquant.engine.plan import Plan, make_plan
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.models.pipelines import calibration_prompts
-from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.sites import DenoiserMap, select
 

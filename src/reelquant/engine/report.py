@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reelquant.engine.build import LayerRecord
+from reelquant.engine.protect import StepError
+from reelquant.engine.search import Trial
 from reelquant.nn import AttentionFacts
-from reelquant.recipes.build import LayerRecord
-from reelquant.recipes.protect import StepError
-from reelquant.recipes.search import Trial
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import RecipeError
-from reelquant.recipes.search import latent_psnr
+from reelquant.engine.search import latent_psnr
 
 
 @dataclass(frozen=True)
