@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelquant.engine.build import BuiltGroup, build_group
+from reelquant.engine.build import BuiltGroup, Context, build_group
+from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan, make_plan
-from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Rows
+from reelquant.observe import Call, Geometry, InputStatistics, Watched
 from reelquant.recipes.recipe import load_recipe
 from reelquant.sites import DenoiserMap, Group, Layer, Role
 
@@ -32,12 +33,13 @@ def statistics(module: nn.Module, calls: Sequence[Tensor], *, frames: int = 1, f
     geometry = Geometry.of(module)
     axis = 1 if geometry.kernel else -1
     generator = torch.Generator().manual_seed(0)
-    found = InputStatistics(
-        "layer", geometry, ChannelRange(axis, geometry.padded, frames), Rows(geometry, 64, generator), Gram(geometry, 4096, generator),
-        Features() if features else None, ChannelRange(axis, geometry.padded, frames),
-    )  # fmt: skip
+    wanted = frozenset({"range", "rotated", "rows", "gram", *(["features"] if features else [])})
+    role = "temporal" if features else "main"
+    found = InputStatistics.for_input(
+        Watched("layer", geometry, axis, frames, role, len(calls), generator, wanted, len(calls), 1)
+    )
     for step, x in enumerate(calls):
-        found.update(x, step)
+        found.update(x, Call(step))
     found.check([float(step) for step in range(len(calls))])
     return found
 
@@ -62,4 +64,5 @@ def build(
     map_ = one_group(model, names, role, **group)
     plan = plan_of(model, map_, weight, input, steps)
     seen = {name: statistics(model.get_submodule(name), calls, frames=frames, features=role == "temporal") for name in names}
-    return build_group(plan, map_.groups[0], model, seen, {}, [float(step) for step in range(len(calls))])
+    context = Context(plan, model, seen, [float(step) for step in range(len(calls))], model.get_submodule)
+    return build_group(context, map_.groups[0], Choice.first(plan.entries))

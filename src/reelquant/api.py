@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
     from reelquant._progress import Progress
     from reelquant.checkpoint.export import Exported
-    from reelquant.engine.components import Source
+    from reelquant.engine.components import RecipeSource
     from reelquant.engine.plan import Plan
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.speed import Benchmark
     from reelquant.models.lora import Adapters
-    from reelquant.streaming.stream import Job
+    from reelquant.streaming import Job
 
 
 def quantize(
     pipe: Any,
-    recipe: Source,
+    recipe: RecipeSource,
     prompts: Sequence[str] | None = None,
     *,
     components: Sequence[str] | None = None,
@@ -82,7 +82,7 @@ def quantize(
 def quantize_folder(
     source: str | Path,
     output: str | Path,
-    recipe: Source,
+    recipe: RecipeSource,
     prompts: Sequence[str] | None = None,
     *,
     components: Sequence[str] | None = None,
@@ -129,35 +129,42 @@ def quantize_folder(
     Example:
         >>> reelquant.quantize_folder("wan-14b", "wan-14b-w8a16", "w8a16", dtype=torch.bfloat16, max_memory="8GB")
     """
-    from reelquant.streaming.stream import quantize_folder as streamed
+    from reelquant.streaming import quantize_folder as streamed
 
     job = folder_job(source, recipe, prompts, components, skip, overrides, lora, dtype, device, max_memory, call)
     return streamed(job, output, resume=resume, force=force, progress=progress)
 
 
 def folder_job(
-    source: str | Path, recipe: Source, prompts: Sequence[str] | None, components: Sequence[str] | None, skip: Sequence[str],
-    overrides: dict[str, Any] | None, lora: Adapters, dtype: torch.dtype | None, device: str, max_memory: int | str | None,
+    source: str | Path,
+    recipe: RecipeSource,
+    prompts: Sequence[str] | None,
+    components: Sequence[str] | None,
+    skip: Sequence[str],
+    overrides: dict[str, Any] | None,
+    lora: Adapters,
+    dtype: torch.dtype | None,
+    device: str,
+    max_memory: int | str | None,
     call: Mapping[str, Any],
-) -> Job:  # fmt: skip
-    """The work of :func:`quantize_folder`, planned but not begun: its ``plans`` and :meth:`~reelquant.streaming.stream.Job.estimate`."""
+) -> Job:
+    """The work of :func:`quantize_folder`, planned but not begun: its ``plans`` and :meth:`~reelquant.streaming.Job.estimate`."""
     import torch
 
     from reelquant.engine.components import assign
     from reelquant.models.lora import parse_adapters
     from reelquant.models.pipelines import local_folder
-    from reelquant.streaming import stream
-    from reelquant.streaming.estimate import free_memory, parse_bytes
+    from reelquant.streaming import Job, Source, free_memory, parse_bytes
 
     budget = free_memory() if max_memory is None else parse_bytes(max_memory)
-    opened = stream.Source.open(local_folder(source), dtype or torch.float32, device)
+    opened = Source.open(local_folder(source), dtype or torch.float32, device)
     opened.check_denoisers([*(components or ()), *(recipe if isinstance(recipe, Mapping) else ())])
     recipes = assign(opened.pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    return stream.Job.of(opened, recipes, prompts, skip, call, budget, parse_adapters(lora))
+    return Job.of(opened, recipes, prompts, skip, call, budget, parse_adapters(lora))
 
 
-def plan(pipe: Any, recipe: Source, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None) -> Plan:
+def plan(pipe: Any, recipe: RecipeSource, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None) -> Plan:
     """What a recipe would do to the (first) denoiser of a pipeline: a row per layer, nothing is changed."""
     from reelquant.discover import denoiser_of
 
@@ -167,7 +174,7 @@ def plan(pipe: Any, recipe: Source, *, skip: Sequence[str] = (), overrides: dict
 
 def plans(
     pipe: Any,
-    recipe: Source,
+    recipe: RecipeSource,
     *,
     components: Sequence[str] | None = None,
     skip: Sequence[str] = (),

@@ -89,7 +89,7 @@ def inspect(
 
 def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
     from reelquant.discover import denoiser_of, discover
-    from reelquant.engine.build import layer_bytes
+    from reelquant.engine.quality import layer_bytes
     from reelquant.nn import attention_facts, get_module, kernels_of, quantized_layers
 
     component, denoiser = denoiser_of(pipe)

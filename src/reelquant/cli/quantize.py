@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.recipes.recipe import Recipe
-    from reelquant.streaming.stream import Job
+    from reelquant.streaming import Job
 
 GATE_CLIPS = 8
 
@@ -169,7 +169,7 @@ def _show_plans(
     """The plans of a job and what it takes, or those for a pipeline in memory."""
     from reelquant.api import plans
     from reelquant.cli import console, tables
-    from reelquant.streaming.stream import Job
+    from reelquant.streaming import Job
 
     job = source if isinstance(source, Job) else None
     made = plans(source, recipe, components=components, skip=exclude) if job is None else job.plans
@@ -190,7 +190,7 @@ def _stream(job: Job, output: Path, resume: bool, force: bool, json: bool) -> di
     from reelquant.checkpoint import work_folder
     from reelquant.cli import console, tables
     from reelquant.cli.errors import kept_in
-    from reelquant.streaming.stream import quantize_folder
+    from reelquant.streaming import quantize_folder
 
     path = Path(output).expanduser().resolve()
     if not json:

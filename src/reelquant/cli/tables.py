@@ -12,13 +12,13 @@ from rich.table import Table
 from reelquant.cli.console import figure, size
 
 if TYPE_CHECKING:
-    from reelquant.engine.build import LayerRecord
+    from reelquant.engine.quality import LayerRecord
     from reelquant.engine.plan import LayerPlan, Plan
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation, Result
     from reelquant.nn import AttentionFacts
     from reelquant.streaming.estimate import Estimate
-    from reelquant.streaming.stream import Job
+    from reelquant.streaming import Job
 
 LAYER = 30  # columns that the names of layers get at least
 WORST = 8

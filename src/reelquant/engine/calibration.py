@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,25 @@ from reelquant.clock import BOTH, SECOND, Clock, Pairs, holds_twice, timestep_re
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
-from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Steps, observe
+from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe
 
-if TYPE_CHECKING:
-    from reelquant.streaming.journal import Journal
+STEPS = 50
+"""Denoising steps of pipelines that are not told how many to take."""
 
-ROWS = 1024  # rows kept of every input, over all calls
-GRAM_ROWS = 4096, 8  # rows that enter a second moment, over all calls: at least so many, and so many per column
+Empty = tuple[dict[str, InputStatistics], dict[str, InputStatistics]]
+
+
+class Keeper(Protocol):
+    """Keeps statistics somewhere else than in memory."""
+
+    def keep(self, make: Callable[[], Empty], generator: torch.Generator) -> tuple[dict[str, Any], Mapping[str, InputStatistics]]:
+        """What to hang on the layers while sampling, and the statistics by layer name afterwards.
+
+        Args:
+            make: gives empty statistics: those to fill by the name of a layer, and those by every layer's name.
+            generator: draws the rows that are sampled.
+        """
+        ...
 
 
 @dataclass(eq=False)
@@ -31,41 +44,68 @@ class Calibration:
         steps: timesteps seen and an example of the denoiser's arguments.
         inputs: statistics by layer name; layers that share input and geometry share the object.
         prompts: the texts that were sampled.
+        calls: recorded calls of the denoiser.
+        installed: the stages that changed what the sampler computed, by their parameters.
         references: final latents of the float pipeline on held-out prompts, by what they were sampled with.
     """
 
     steps: Steps
     inputs: Mapping[str, InputStatistics]
     prompts: tuple[str, ...]
+    calls: Recording = field(default_factory=Recording)
+    installed: tuple[str, ...] = ()
     references: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def pairs(self) -> Pairs | None:
-        """How guidance calls came, or None if there were none, or nobody looked."""
+        """How guidance calls came, or None if there were none, or if the pass did not look."""
         seen = self.steps.halves
         return "batched" if seen[BOTH] else "sequential" if seen[SECOND] else None
 
-    def suffices(self, plan: Plan) -> bool:
+    def suffices(self, plan: Plan, denoiser: nn.Module) -> bool:
         """True if another plan for the same float model finds everything it needs here."""
-        return all(self._suffices(plan, row) for row in plan.quantized)
+        if installed(plan) != self.installed or recorded_calls(plan) > len(self.calls):
+            return False
+        return all(self._serves(plan, row, denoiser) for row in plan.quantized)
 
-    def _suffices(self, plan: Plan, row: LayerPlan) -> bool:
-        found = self.inputs.get(row.layer.name)
-        wanted = needs(plan, row)
-        if found is None or (found.gram is None and "gram" in wanted) or (found.rotated is None and "rotated" in wanted):
+    def _serves(self, plan: Plan, row: LayerPlan, denoiser: nn.Module) -> bool:
+        seen = self.inputs.get(row.layer.name)
+        if seen is None:
             return False
-        grain = None if row.input is None else row.input.granularity
-        if plan.recipe.guidance == "apart" and found.halves is None:
-            return False
-        return grain is None or grain.kind != "frame" or grain.size == found.range.frames
+        geometry = Geometry.of(get_module(denoiser, row.layer.name))
+        return seen.serves(_watched(row, [row], geometry, torch.Generator(), Expected(self.steps.calls, 1, 1)))
+
+
+def installed(plan: Plan) -> tuple[str, ...]:
+    """The stages that change what the sampler computes, in words that tell different parameters apart."""
+    return tuple(repr(entry.stage) for entry in plan.acting("before_observing"))
+
+
+def recorded_calls(plan: Plan) -> int:
+    """How many calls of the denoiser the stages want recorded."""
+    return max((entry.stage.records for entry in plan.entries), default=0)
 
 
 class Part(NamedTuple):
-    """A denoiser that is observed, its plan, and the journal that keeps its statistics; None for memory."""
+    """A denoiser that is observed, its plan, and what keeps its statistics; None for memory."""
 
     denoiser: nn.Module
     plan: Plan
-    journal: Journal | None = None
+    keeper: Keeper | None = None
+
+
+class Expected(NamedTuple):
+    """How much sampling a pass will do: calls of the denoiser without guidance, steps of a run, runs of the sampler."""
+
+    calls: int
+    steps: int
+    runs: int
+
+    @classmethod
+    def of(cls, prompts: int, batch: int, arguments: Mapping[str, Any]) -> Expected:
+        """For so many prompts, so many at a time."""
+        steps, runs = arguments.get("num_inference_steps") or STEPS, -(-prompts // batch)
+        return cls(steps * runs, steps, runs)
 
 
 def calibrate(
@@ -83,7 +123,8 @@ def calibrate(
     Raises:
         CalibrationError: no prompts, no denoiser calls, or values that are not finite.
     """
-    return calibrate_together(pipe, [Part(denoiser, plan)], prompts, seed=seed, arguments=arguments, on_step=on_step)[0]
+    parts = [Part(denoiser, plan)]
+    return calibrate_together(pipe, parts, prompts, seed=seed, arguments=arguments, on_step=on_step)[0]
 
 
 def calibrate_together(
@@ -102,28 +143,43 @@ def calibrate_together(
     """
     recipe = parts[0].plan.recipe
     batch = recipe.calibrate.batch if recipe.calibrate else 4
-    calls = -(-len(prompts) // batch) * (arguments.get("num_inference_steps") or 50)
-    found: list[Calibration] = []
+    expected = Expected.of(len(prompts), batch, arguments)
+    gathered: list[Calibration] = []
 
     def run(rest: Sequence[Part]) -> None:
         if not rest:
             sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
             return
-        denoiser, plan, journal = rest[0]
-        generator = torch.Generator().manual_seed(seed)
-        make = functools.partial(_watch, plan, denoiser, generator, calls)
-        watched, inputs = make() if journal is None else journal.keep(make, generator)
-        reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
-        watch_pairs = {"half_of": _half_reader(denoiser, plan)} if plan.recipe.guidance == "apart" else {}
-        steps = observe(denoiser, reader, watched, lambda: run(rest[1:]), **watch_pairs)
-        found.insert(0, Calibration(steps, inputs, tuple(prompts)))
+        gathered.insert(0, _observed(rest[0], expected, seed, tuple(prompts), lambda: run(rest[1:])))
 
     run(parts)
-    return found
+    return gathered
+
+
+def _observed(part: Part, expected: Expected, seed: int, prompts: tuple[str, ...], run: Callable[[], None]) -> Calibration:
+    """One denoiser's statistics while ``run`` samples."""
+    denoiser, plan, keeper = part
+    generator = torch.Generator().manual_seed(seed)
+    make = functools.partial(templates, plan, denoiser, generator, expected)
+    watched, inputs = make() if keeper is None else keeper.keep(make, generator)
+    reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
+    looks = {"half_of": _half_reader(denoiser, plan)} if _reads_half(inputs) else {}
+    recorder = Recorder(recorded_calls(plan), expected.calls, reader)
+    with recorder.watching(denoiser):
+        steps = observe(denoiser, reader, watched, run, **looks)
+    return Calibration(steps, inputs, prompts, recorder.recording(steps.timesteps), installed(plan))
+
+
+def _reads_half(inputs: Mapping[str, InputStatistics]) -> bool:
+    empty = inputs.empty if hasattr(inputs, "empty") else inputs
+    return any(member.reads_half for seen in empty.values() for member in seen.members.values())
 
 
 def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
-    """Which half of a guidance pair a call computes: both if it holds its latents twice, the second if the call before had the same."""
+    """Which half of a guidance pair a call computes.
+
+    Both, if it holds its latents twice; the second, if the call before had the same latents; else the first.
+    """
     read = timestep_reader(denoiser, plan.map.latent_argument or "hidden_states")
     clock = Clock([], pairs="sequential")
 
@@ -137,69 +193,78 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
     return half_of
 
 
-def templates(plan: Plan, denoiser: nn.Module, calls: int) -> dict[str, InputStatistics]:
-    """Empty statistics of everything that the plan's layers read in so many calls, for their sizes."""
-    return _watch(plan, denoiser, torch.Generator(), calls)[0]
+class Recorder:
+    """Records calls of a denoiser, evenly over all that are made.
+
+    Whenever it holds twice as many as wanted, every second one goes, and from then on half as many are taken.
+    """
+
+    def __init__(self, wanted: int, expected: int, timestep_of: Callable[..., Any]) -> None:
+        self.wanted, self.timestep_of = wanted, timestep_of
+        self.stride, self.calls = max(expected // max(wanted, 1), 1), 0
+        self._recording = Recording()
+        self._timesteps: list[float] = []
+
+    @contextmanager
+    def watching(self, denoiser: nn.Module) -> Iterator[None]:
+        """Inside, calls are recorded."""
+        hooks = [denoiser.register_forward_hook(self._see, with_kwargs=True)] if self.wanted else []
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        number, self.calls = self.calls, self.calls + 1
+        if number % self.stride:
+            return
+        timestep = torch.as_tensor(self.timestep_of(args, kwargs)).float().amax()
+        self._timesteps.append(float(timestep))
+        self._recording.append(RecordedCall(args, kwargs, output))
+        if len(self._recording) >= 2 * self.wanted:
+            self._thin()
+
+    def _thin(self) -> None:
+        kept = list(range(0, len(self._recording), 2))
+        self._recording.keep(kept)
+        self._timesteps = [self._timesteps[number] for number in kept]
+        self.stride *= 2
+
+    def recording(self, timesteps: Sequence[float]) -> Recording:
+        """The calls, each with the index of its timestep."""
+        self._recording.number([timesteps.index(timestep) for timestep in self._timesteps])
+        return self._recording
 
 
-def _watch(
-    plan: Plan, denoiser: nn.Module, generator: torch.Generator, calls: int
-) -> tuple[dict[str, InputStatistics], dict[str, InputStatistics]]:
-    """Statistics to fill (one per shared input and geometry) and the layer -> statistics table."""
+def templates(plan: Plan, denoiser: nn.Module, generator: torch.Generator, expected: Expected) -> Empty:
+    """Empty statistics to fill (one per shared input and geometry), and the table layer -> statistics."""
     watched: dict[str, InputStatistics] = {}
     inputs: dict[str, InputStatistics] = {}
-    keys: dict[tuple[str, Geometry], str] = {}
+    readers: dict[tuple[str, Geometry], list[LayerPlan]] = {}
     for row in plan.quantized:
         geometry = Geometry.of(get_module(denoiser, row.layer.name))
-        key = (plan.map.group_of(row.layer.name).name, geometry)
-        first = keys.setdefault(key, row.layer.name)
-        if first == row.layer.name:
-            members = [other for other in plan.quantized if plan.map.group_of(other.layer.name).name == key[0]]
-            watched[first] = _statistics(plan, row, members, geometry, generator, calls)
-        inputs[row.layer.name] = watched[first]
-    return watched, inputs
+        readers.setdefault((plan.map.group_of(row.layer.name).name, geometry), []).append(row)
+    members = {key: [row for (group, _), rows in readers.items() if group == key for row in rows] for key, _ in readers}
+    for (group, geometry), rows in readers.items():
+        of = _watched(rows[0], members[group], geometry, generator, expected)
+        watched[rows[0].layer.name] = InputStatistics.for_input(of)
+        inputs |= dict.fromkeys((row.layer.name for row in rows), watched[rows[0].layer.name])
+    order = [row.layer.name for row in plan.quantized]
+    return {name: watched[name] for name in order if name in watched}, {name: inputs[name] for name in order}
 
 
-def _statistics(
-    plan: Plan, row: LayerPlan, members: list[LayerPlan], geometry: Geometry, generator: torch.Generator, calls: int
-) -> InputStatistics:
-    frames = max((m.input.granularity.size for m in members if m.input and m.input.granularity.kind == "frame"), default=1)
-    wanted = {need for member in members for need in needs(plan, member)}
-    return InputStatistics(
-        row.layer.name,
-        geometry,
-        ChannelRange(row.layer.channel_axis, geometry.padded, frames),
-        Rows(geometry, max(8, _share(ROWS, calls)), generator),
-        Gram(geometry, _share(max(GRAM_ROWS[0], GRAM_ROWS[1] * geometry.channels * geometry.taps), calls), generator)
-        if "gram" in wanted
-        else None,
-        Features() if row.layer.role == "temporal" and not geometry.kernel else None,
-        ChannelRange(row.layer.channel_axis, geometry.padded, frames) if "rotated" in wanted else None,
-        _halves(plan, row, geometry, frames, rotated="rotated" in wanted),
+def _watched(row: LayerPlan, members: Sequence[LayerPlan], geometry: Geometry, generator: torch.Generator, expected: Expected) -> Watched:
+    grains = [member.input.granularity for member in members if member.input]
+    return Watched(
+        name=row.layer.name,
+        geometry=geometry,
+        channel_axis=row.layer.channel_axis,
+        frames=max((grain.size for grain in grains if grain.kind == "frame"), default=1),
+        role=row.layer.role,
+        calls=expected.calls,
+        generator=generator,
+        wanted=frozenset().union(*(member.needs for member in members)),
+        steps=expected.steps,
+        parts=expected.runs,
     )
-
-
-def _halves(
-    plan: Plan, row: LayerPlan, geometry: Geometry, frames: int, *, rotated: bool
-) -> tuple[InputStatistics, InputStatistics] | None:
-    if plan.recipe.guidance != "apart":
-        return None
-
-    def half() -> InputStatistics:
-        ranges = [ChannelRange(row.layer.channel_axis, geometry.padded, frames) for _ in range(2)]
-        return InputStatistics(row.layer.name, geometry, ranges[0], rotated=ranges[1] if rotated else None)
-
-    return half(), half()
-
-
-def _share(rows: int, calls: int) -> int:
-    return -(-rows // max(calls, 1))
-
-
-def needs(plan: Plan, row: LayerPlan) -> frozenset[Need]:
-    """Statistics that a layer's transforms and solver ask for."""
-    found: frozenset[Need] = frozenset()
-    for number in row.steps:
-        step = plan.recipe.steps[number]
-        found |= step.mechanism(step.choices()[0]).needs
-    return found if row.input else found - {"rotated"}  # nothing is rotated for an input that is not rounded

@@ -16,13 +16,13 @@ from reelquant.models.pipelines import calibration_prompts
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.sites import DenoiserMap, select
 
-Source = str | Path | Mapping[str, Any] | Recipe
+RecipeSource = str | Path | Mapping[str, Any] | Recipe
 SAFE = "w8a16"  # of text encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
 TEXTS = 8  # prompts whose embeddings are compared
 
 
 def assign(
-    pipe: Any, recipe: Source, components: Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
+    pipe: Any, recipe: RecipeSource, components: Sequence[str] | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Recipe]:
     """The recipe of every component that is to be quantized, denoisers first.
 
@@ -59,7 +59,7 @@ def assign(
     return found
 
 
-def _by_component(pipe: Any, recipe: Source) -> bool:
+def _by_component(pipe: Any, recipe: RecipeSource) -> bool:
     """Is this a mapping from components to recipes? One with the keys of a recipe is a recipe."""
     if not isinstance(recipe, Mapping) or "defaults" in recipe:
         return False

@@ -1,20 +1,26 @@
-"""Rules x layers -> a table: what every layer becomes, or why it stays."""
+"""Rules and stages x layers -> a table: what every layer becomes, or why it is skipped."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from reelquant._errors import RecipeError, UnsupportedError
+from reelquant.engine.checks import input_problem, weight_problem
 from reelquant.formats import QuantSpec
 from reelquant.nn import get_module, prepares_input, quantized_class
+from reelquant.recipes.entry import Entry
 from reelquant.recipes.recipe import Recipe, Rule, TensorRecipe
 from reelquant.sites import DenoiserMap, Layer, matches, select
-from reelquant.solvers import Solver
+from reelquant.stages import Specs, StageSite
+
+ALWAYS = frozenset({"range", "rows", "features"})
+"""Statistics that the engine itself uses for scales, errors and figures of temporal layers."""
 
 
 @dataclass(frozen=True)
@@ -23,28 +29,64 @@ class LayerPlan:
 
     Attributes:
         layer: what discovery knows.
-        kept: why the layer stays float, or None.
-        weight, input: specs of a quantized layer; ``input`` None means float inputs.
-        steps: indices of the recipe's steps that apply.
+        skipped: why the layer stays float, or None.
+        specs: numbers of a quantized layer; None if it is skipped.
+        entries: the stages that touch it, in recipe order.
         bytes_before, bytes_after: weight storage in float32 and an estimate of the packed size.
     """
 
     layer: Layer
-    kept: str | None
-    weight: QuantSpec | None = None
-    input: QuantSpec | None = None
-    steps: tuple[int, ...] = ()
+    skipped: str | None
+    specs: Specs | None = None
+    entries: tuple[Entry, ...] = ()
     bytes_before: int = 0
     bytes_after: int = 0
+
+    @property
+    def weight(self) -> QuantSpec | None:
+        """Numbers of the weight; None if the layer is skipped."""
+        return self.specs and self.specs.weight
+
+    @property
+    def input(self) -> QuantSpec | None:
+        """Numbers of the input; None if it stays float."""
+        return self.specs and self.specs.input
+
+    @property
+    def site(self) -> StageSite:
+        """The layer as stages see it."""
+        assert self.specs is not None
+        return StageSite(self.layer, self.specs, tuple(entry.stage for entry in self.entries))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that have to be observed of its input."""
+        return ALWAYS.union(*(entry.stage.needs(self.site) for entry in self.entries))
+
+    def with_specs(self, specs: Specs) -> LayerPlan:
+        """The same layer with other numbers."""
+        return replace(self, specs=specs, bytes_after=estimated_bytes(specs.weight, self.layer.shape, bias=self._bias))
+
+    @property
+    def _bias(self) -> bool:
+        return self.bytes_before > 4 * math.prod(self.layer.shape)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe does to a denoiser, before anything is done."""
+    """What a recipe does to a denoiser, before anything is done.
+
+    Attributes:
+        recipe: the recipe.
+        map: the denoiser.
+        layers: a row per layer, by name.
+        entries: every stage of the recipe.
+    """
 
     recipe: Recipe
     map: DenoiserMap
     layers: dict[str, LayerPlan]
+    entries: tuple[Entry, ...] = ()
 
     @property
     def unseen(self) -> bool:
@@ -53,43 +95,60 @@ class Plan:
 
     @property
     def quantized(self) -> list[LayerPlan]:
-        return [row for row in self.layers.values() if row.kept is None]
+        """Rows of the layers that are quantized."""
+        return [row for row in self.layers.values() if row.skipped is None]
 
     @property
-    def kept(self) -> list[LayerPlan]:
-        return [row for row in self.layers.values() if row.kept is not None]
+    def skipped(self) -> list[LayerPlan]:
+        """Rows of the layers that stay float."""
+        return [row for row in self.layers.values() if row.skipped is not None]
+
+    def acting(self, hook: str) -> list[Entry]:
+        """The stages that take part in a hook, in recipe order."""
+        return [entry for entry in self.entries if entry.acts(hook)]
+
+    def with_specs(self, specs: Mapping[str, Specs]) -> Plan:
+        """The plan with other numbers for some layers.
+
+        Raises:
+            UnsupportedError: if numbers cannot be computed for a layer.
+        """
+        rows = {name: row.with_specs(specs[name]) if name in specs else row for name, row in self.layers.items()}
+        for name in specs:
+            _check(rows[name])
+        return replace(self, layers=rows)
 
 
 def make_plan(recipe: Recipe, map_: DenoiserMap, denoiser: nn.Module, skip: Sequence[str] = ()) -> Plan:
-    """Apply a recipe's rules, and user patterns ``skip`` on top of them, to every layer.
+    """Apply a recipe's rules and stages, and user patterns ``skip`` on top of them, to every layer.
 
-    What the user's patterns name may lie in another component, so whoever knows all components checks them.
+    The patterns of ``skip`` may name layers of another component, so the caller checks that each matches somewhere.
 
     Raises:
         SiteError: if a pattern of the recipe that names layers matches none.
         RecipeError: if nothing at all would be quantized.
-        UnsupportedError: if a spec cannot be computed for a layer (found here, before calibration).
+        UnsupportedError: if a spec or a stage does not fit a layer (found here, before calibration).
     """
-    for pattern in (*(rule.on for rule in recipe.rules if rule.on), *(step.on for step in recipe.steps)):
+    entries = recipe.entries
+    for pattern in (*(rule.on for rule in recipe.rules if rule.on), *(entry.on for entry in entries)):
         select(pattern, map_.layers.values())
-    own = _model_keeps(recipe, denoiser)
-    rows = {layer.name: _row(recipe, layer, get_module(denoiser, layer.name), skip, own) for layer in map_.layers.values()}
-    plan = Plan(recipe, map_, rows)
+    own = _model_skips(recipe, denoiser)
+    rows = {layer.name: _row(recipe, entries, layer, get_module(denoiser, layer.name), skip, own) for layer in map_.layers.values()}
+    plan = Plan(recipe, map_, rows, entries)
     if not plan.quantized:
-        reasons = sorted({row.kept or "" for row in plan.kept})
-        raise RecipeError(
-            f"recipe '{recipe.name}' quantizes none of the {len(rows)} layers of {map_.cls}; they stay because: {'; '.join(reasons)}"
-        )
+        reasons = "; ".join(sorted({row.skipped or "" for row in plan.skipped}))
+        raise RecipeError(f"recipe '{recipe.name}' quantizes none of the {len(rows)} layers of {map_.cls}; they stay because: {reasons}")
     return plan
 
 
-def _model_keeps(recipe: Recipe, model: nn.Module) -> dict[str, str]:
+def _model_skips(recipe: Recipe, model: nn.Module) -> dict[str, str]:
     """Layers that the model itself wants in float, and why. What it keeps in float32 only counts where no data can show otherwise."""
-    kept = {layer: f"shares its weight with '{other}'" for layer, other in _shared_weights(model).items()}
+    skipped = {layer: f"shares its weight with '{other}'" for layer, other in _shared_weights(model).items()}
     if recipe.data_free:
         words = {word for kind in _FLOAT32 for word in _words(getattr(model, kind, None))}
-        kept |= {name: "the model keeps it in float32" for name, _ in model.named_modules() if words & set(name.split("."))}
-    return kept
+        float32 = [name for name, _ in model.named_modules() if words & set(name.split("."))]
+        skipped |= dict.fromkeys(float32, "the model keeps it in float32")
+    return skipped
 
 
 _FLOAT32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
@@ -109,9 +168,16 @@ def _shared_weights(model: nn.Module) -> dict[str, str]:
     return {a.rpartition(".")[0]: b.rpartition(".")[0] for one, other in pairs for a, b in ((one, other), (other, one))}
 
 
-def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> LayerPlan:
+def _row(
+    recipe: Recipe,
+    entries: Sequence[Entry],
+    layer: Layer,
+    module: nn.Module,
+    skip: Sequence[str],
+    own: Mapping[str, str],
+) -> LayerPlan:
     before = sum(p.numel() * 4 for p in module.parameters(recurse=False))
-    reason = _kept(recipe.rules, layer, module, skip, own)
+    reason = _skip_reason(recipe.rules, layer, module, skip, own)
     if reason is None and not recipe.data_free and prepares_input(module):
         reason = "it changes its input before it multiplies, so calibration does not see what would be rounded"
     if reason is not None:
@@ -120,10 +186,11 @@ def _row(recipe: Recipe, layer: Layer, module: nn.Module, skip: Sequence[str], o
     for rule in _hits(recipe.rules, layer):
         weight = rule.weight or weight
         inputs = rule.input if "input" in rule.model_fields_set else inputs
-    steps = tuple(number for number, step in enumerate(recipe.steps) if matches(step.on, layer))
-    specs = weight.spec(), _input_spec(recipe, inputs, layer)
-    _check(recipe, layer, specs, steps)
-    return LayerPlan(layer, None, *specs, steps, before, _estimate(specs[0], layer, module))
+    specs = Specs(weight.spec(), _input_spec(recipe, inputs, layer))
+    after = estimated_bytes(specs.weight, layer.shape, bias=getattr(module, "bias", None) is not None)
+    row = LayerPlan(layer, None, specs, tuple(entry for entry in entries if matches(entry.on, layer)), before, after)
+    _check(row)
+    return row
 
 
 def _input_spec(recipe: Recipe, inputs: TensorRecipe | None, layer: Layer) -> QuantSpec | None:
@@ -140,7 +207,7 @@ def _hits(rules: Sequence[Rule], layer: Layer) -> list[Rule]:
     return [rule for rule in rules if matches(rule.on, layer)]
 
 
-def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> str | None:
+def _skip_reason(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence[str], own: Mapping[str, str]) -> str | None:
     """Why a layer stays float: the user, the model, the recipe, or a fact about the layer."""
     for pattern in skip:
         if matches(pattern, layer):
@@ -149,8 +216,8 @@ def _kept(rules: Sequence[Rule], layer: Layer, module: nn.Module, skip: Sequence
         return own[layer.name]
     verdict: str | None = None
     for rule in _hits(rules, layer):
-        if rule.keep is not None:
-            verdict = (rule.because or f"kept by rule '{rule.on}'") if rule.keep else None
+        if rule.skip is not None:
+            verdict = (rule.because or f"skipped by rule '{rule.on}'") if rule.skip else None
     if verdict is None and layer.order < 0:
         return "never called by the sampler"
     if verdict is None and not _supported(module):
@@ -163,49 +230,25 @@ def _supported(module: nn.Module) -> bool:
     return plain and quantized_class(module) is not None
 
 
-def _check(recipe: Recipe, layer: Layer, specs: tuple[QuantSpec, QuantSpec | None], steps: tuple[int, ...]) -> None:
-    for number in steps:
-        for options in recipe.steps[number].choices():
-            mechanism = recipe.steps[number].mechanism(options)
-            problem = mechanism.supports(specs[0]) if isinstance(mechanism, Solver) else None
-            if problem:
-                raise UnsupportedError(f"layer '{layer.name}': {problem}")
-    solving = [number for number in steps if recipe.steps[number].solve]
-    if len(solving) > 1:
-        raise RecipeError(f"layer '{layer.name}' is solved twice, by steps {solving} of '{recipe.name}'; narrow the 'on' of one")
-    problem = _weight_problem(specs[0]) or (None if specs[1] is None else _input_problem(specs[1], layer))
+def _check(row: LayerPlan) -> None:
+    """Ask every stage, with each of its alternatives, whether it can work on this layer after those before it."""
+    name, specs = row.layer.name, row.specs
+    assert specs is not None
+    problem = weight_problem(specs.weight) or (specs.input and input_problem(specs.input, row.layer))
+    for number, entry in enumerate(row.entries):
+        site = replace(row.site, before=tuple(other.stage for other in row.entries[:number]))
+        problem = problem or next(filter(None, (stage.supports(site) for stage in entry.alternatives)), None)
     if problem:
-        raise UnsupportedError(f"layer '{layer.name}': {problem}")
+        raise UnsupportedError(f"layer '{name}': {problem}")
+    axes = [entry.axis for entry in row.entries if entry.stage.exclusive]
+    if twice := next((axis for axis in axes if axes.count(axis) > 1), None):
+        lines = [entry.position for entry in row.entries if entry.axis == twice]
+        raise RecipeError(f"layer '{name}' gets two '{twice}' steps, {lines} of the recipe; narrow the 'on' of one")
 
 
-def _weight_problem(spec: QuantSpec) -> str | None:
-    if spec.granularity.kind in ("token", "frame"):
-        return f"a weight has no {spec.granularity.kind}s; use tensor, channel or group-n"
-    if spec.dynamic or spec.slots != "shared":
-        return "a weight is the same at every step and in every call; drop 'dynamic' and 'slots'"
-    return None
-
-
-def _input_problem(spec: QuantSpec, layer: Layer) -> str | None:
-    kind, sampled = spec.granularity.kind, spec.range.needs_samples or bool(spec.alternatives)
-    if kind == "group":
-        return "inputs cannot be scaled by group; use tensor, channel, token or frame-n"
-    if kind == "token" and not spec.dynamic:
-        return "per-token scales are found at run time; add dynamic: true"
-    if spec.dynamic and spec.slots != "shared":
-        return "dynamic scales follow every call by themselves; drop 'slots'"
-    if spec.dynamic and (spec.alternatives or spec.range != type(spec.range)()):
-        return "a range that is found at run time takes one format and the rule's own parameters"
-    if sampled and not spec.dynamic and (spec.slots != "shared" or kind == "frame" or (kind == "channel" and layer.role != "temporal")):
-        return f"a choice of formats and range rules that look at samples work per tensor with shared slots, got {spec}; use range: minmax"
-    return None
-
-
-def _estimate(spec: QuantSpec, layer: Layer, module: nn.Module) -> int:
-    width = 1
-    for size in layer.shape[1:]:
-        width *= size
-    units = {"tensor": 1, "channel": layer.shape[0], "group": layer.shape[0] * -(-width // max(spec.granularity.size, 1))}
+def estimated_bytes(spec: QuantSpec, shape: tuple[int, ...], *, bias: bool) -> int:
+    """Storage of a packed weight with its scales and a float32 bias."""
+    width = math.prod(shape[1:])
+    units = {"tensor": 1, "channel": shape[0], "group": shape[0] * -(-width // max(spec.granularity.size, 1))}
     scales = units[spec.granularity.kind] * spec.granularity.scale_dtype.itemsize
-    bias = 0 if getattr(module, "bias", None) is None else layer.shape[0] * 4
-    return layer.shape[0] * -(-width * spec.format.bits // 8) + scales + bias
+    return shape[0] * -(-width * spec.format.bits // 8) + scales + 4 * shape[0] * bias

@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reelquant.engine.build import LayerRecord
-from reelquant.engine.protect import StepError
+from reelquant.engine.quality import LayerRecord
 from reelquant.engine.search import Trial
 from reelquant.nn import AttentionFacts
+from reelquant.policies import StepError
 
 
 @dataclass
 class Report:
-    """The proof of one quantization. Sizes are bytes of the component; ``kept`` maps a reason to the layers it holds for.
+    """The proof of one quantization. Sizes are bytes of the component; ``skipped`` maps a reason to the layers it holds for.
 
     With several components :func:`total` makes one report of theirs: sizes are sums, layers are called ``component.layer``, and
     ``parts`` holds the report of each.
@@ -26,7 +26,7 @@ class Report:
         recipe, digest: name and content hash of the recipe.
         denoiser, component: class and name of the quantized component.
         layers: one record per quantized layer.
-        kept: reason -> names of layers that stay float.
+        skipped: reason -> names of layers that stay float.
         bytes_float, bytes_quantized: storage of the quantized layers, in float32 and now (codes, scales, biases, shifts).
         bytes_tables: tables of temporal outputs, on top of ``bytes_quantized``.
         bytes_model_float, bytes_model: the whole denoiser.
@@ -49,7 +49,7 @@ class Report:
     denoiser: str
     component: str
     layers: list[LayerRecord] = field(default_factory=list)
-    kept: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
     bytes_float: int = 0
     bytes_quantized: int = 0
     bytes_tables: int = 0
@@ -114,8 +114,8 @@ def total(reports: Mapping[str, Report]) -> Report:
         found.warnings += [f"{component}: {text}" for text in part.warnings]
         found.figures |= {f"{component}.{name}": value for name, value in part.figures.items()}
         found.prompts = found.prompts or part.prompts
-        for reason, names in part.kept.items():
-            found.kept.setdefault(reason, []).extend(f"{component}.{name}" for name in names)
+        for reason, names in part.skipped.items():
+            found.skipped.setdefault(reason, []).extend(f"{component}.{name}" for name in names)
         found.latent_psnr = found.latent_psnr if part.latent_psnr is None else part.latent_psnr  # the last one: all denoisers quantized
     for name in _SUMS:
         setattr(found, name, sum(getattr(part, name) for part in parts))

@@ -82,3 +82,11 @@ def _symmetric(value: Tensor, reference: Tensor) -> Tensor:
     """``min(u, 1/u)`` of the ratio for positive ratios, the ratio clipped to [-1, 0] otherwise; a ratio of two zeros is 1."""
     ratio = torch.where((value - reference).abs() <= EPS, torch.ones_like(value), value / reference.clamp(min=EPS))
     return torch.where(ratio > 0, torch.minimum(ratio, 1 / ratio.clamp(min=EPS)), ratio.clamp(-1, 0))
+
+
+def latent_psnr(reference: Tensor, test: Tensor) -> float:
+    """Mean over clips of ``10 log10(peak^2 / mse)`` in dB; the peak is the range of the reference latents. Broken clips count -100."""
+    error = (test.float() - reference.float()).square().flatten(1).mean(1)
+    peak = reference.float().amax() - reference.float().amin()
+    psnr = 10 * torch.log10(peak.square() / error.clamp(min=1e-20))
+    return float(torch.nan_to_num(psnr, nan=-100.0, neginf=-100.0).mean())

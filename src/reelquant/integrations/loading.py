@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, CheckpointError, SiteError, UnsupportedError
 from reelquant.checkpoint import Stored
 from reelquant.discover import denoises, discover, outline, stand_in
-from reelquant.engine.build import build_group
+from reelquant.engine.build import Context, build_group
+from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan, make_plan
 from reelquant.graphs import set_runtime
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
-from reelquant.integrations.options import KEPT, pattern_of, with_options
+from reelquant.integrations.options import SKIPPED, pattern_of, with_options
 from reelquant.nn import (
     attention_facts,
     count_tensors,
@@ -47,16 +48,16 @@ def plan_for(model: nn.Module, config: ReelQuantConfig) -> Plan:
     found = _map(model)
     recipe = with_options(data_free(config.recipe), model, found.layers.values(), *(getattr(config, option) for option in OPTIONS))
     plan = make_plan(recipe, found, model)
-    _tell_kept(plan, config)
+    _tell_skipped(plan, config)
     return plan
 
 
-def _tell_kept(plan: Plan, config: ReelQuantConfig) -> None:
+def _tell_skipped(plan: Plan, config: ReelQuantConfig) -> None:
     """Warn of layers that were given a format and stay float."""
     patterns = [pattern_of(word) for words in (config.modules_dtype_dict or {}).values() for word in words]
-    rows = [row for row in plan.kept if row.kept != KEPT and any(matches(pattern, row.layer) for pattern in patterns)]
+    rows = [row for row in plan.skipped if row.skipped != SKIPPED and any(matches(pattern, row.layer) for pattern in patterns)]
     if rows:
-        some = ", ".join(f"'{row.layer.name}' ({row.kept})" for row in rows[:2])
+        some = ", ".join(f"'{row.layer.name}' ({row.skipped})" for row in rows[:2])
         logger.warning("modules_dtype_dict names %d layers that stay float: %s%s", len(rows), some, " ..." if len(rows) > 2 else "")
 
 
@@ -112,11 +113,12 @@ class OnTheFly:
 
     def _quantize(self, path: str, layer: nn.Module) -> None:
         group = Group((path,), self.plan.layers[path].layer.role)
-        made = build_group(self.plan, group, self.model, {}, {}, ()).layers[path]
-        if made.bias is not None:
-            made.bias.data = self._biases.pop(path).clone()
-        made.requires_grad_(False)
-        set_module(self.model, path, made)
+        context = Context(self.plan, self.model, {}, (), lambda name: get_module(self.model, name))
+        quantized = build_group(context, group, Choice.first(self.plan.entries)).layers[path]
+        if quantized.bias is not None:
+            quantized.bias.data = self._biases.pop(path).clone()
+        quantized.requires_grad_(False)
+        set_module(self.model, path, quantized)
 
     def finish(self) -> None:
         """Nothing may be left.

@@ -1,4 +1,4 @@
-"""What users of other quantizers expect to be able to say, as changes of a recipe: keep these modules, that format there, groups of n."""
+"""What users of other quantizers expect to be able to say, as changes of a recipe: skip these modules, that format there, groups of n."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from reelquant.sites import Layer, matches
 FEW_BITS = 6  # below, a scale per output channel is not enough and the best range is not the widest
 GROUPED: dict[str, Any] = {"granularity": "group-64", "range": {"name": "mse", "candidates": 16, "smallest": 0.7}}
 BY_CHANNEL: dict[str, Any] = {"granularity": "channel"}
-KEPT = "modules_to_not_convert"  # why a layer stays that the user names there
+SKIPPED = "modules_to_not_convert"  # the reason for layers that the user names there
 _PREFIXES = ("re:", "role:", "class:", "maybe:")
 
 
-def check(keep: Sequence[str] | None, formats: Mapping[str, Sequence[str]] | None, group_size: int | None) -> None:
+def check(skip: Sequence[str] | None, formats: Mapping[str, Sequence[str]] | None, group_size: int | None) -> None:
     """Whether the options make sense for some model.
 
     Raises:
@@ -28,7 +28,7 @@ def check(keep: Sequence[str] | None, formats: Mapping[str, Sequence[str]] | Non
     """
     if formats is not None and not isinstance(formats, Mapping):
         raise RecipeError(f"modules_dtype_dict maps number formats to lists of modules, {{'int8': ['*.to_q']}}, got {formats!r}")
-    _check_words("modules_to_not_convert", keep or ())
+    _check_words("modules_to_not_convert", skip or ())
     for name, words in (formats or {}).items():
         parse_format(name)
         _check_words(f"modules_dtype_dict['{name}']", words)
@@ -42,17 +42,17 @@ def _check_words(option: str, words: Any) -> None:
 
 
 def with_options(
-    recipe: Recipe, model: nn.Module, layers: Iterable[Layer], keep: Sequence[str] | None = None,
+    recipe: Recipe, model: nn.Module, layers: Iterable[Layer], skip: Sequence[str] | None = None,
     formats: Mapping[str, Sequence[str]] | None = None, group_size: int | None = None,
 ) -> Recipe:  # fmt: skip
     """The recipe with the options of :class:`~reelquant.integrations.config.ReelQuantConfig` written into it.
 
-    Rules of options come last, so they win over the recipe's; ``keep`` wins over ``formats``.
+    Rules of options come last, so they win over the recipe's; ``skip`` wins over ``formats``.
 
     Raises:
         SiteError: if a name is no part of the model; the message gives the nearest one.
     """
-    if not keep and not formats and group_size is None:
+    if not skip and not formats and group_size is None:
         return recipe
     known, data = list(layers), recipe.model_dump(mode="json", exclude_unset=True)
     if group_size is not None:
@@ -61,9 +61,9 @@ def with_options(
     for name, words in (formats or {}).items():
         weight = {"format": name, **(GROUPED if parse_format(name).bits < FEW_BITS else BY_CHANNEL)}
         weight = weight if group_size is None else _grouped(weight, group_size)
-        rules += [{"on": on, "keep": False, "weight": weight} for on in _patterns(words, "modules_dtype_dict", model, known)]
-    for on in _patterns(keep or (), "modules_to_not_convert", model, known):
-        rules.append({"on": on, "keep": True, "because": KEPT})
+        rules += [{"on": on, "skip": False, "weight": weight} for on in _patterns(words, "modules_dtype_dict", model, known)]
+    for on in _patterns(skip or (), "modules_to_not_convert", model, known):
+        rules.append({"on": on, "skip": True, "because": SKIPPED})
     return load_recipe(data | {"rules": rules})
 
 

@@ -1,38 +1,25 @@
-"""A recipe: which numbers each layer gets, which rewrites come first, which solver picks the codes, how calibration samples.
+"""A recipe: which numbers each layer gets, which stages work on it, how calibration samples.
 
 Recipes are YAML; every key is checked, and an unknown one is an error with its place and the nearest valid name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import re
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from reelquant._errors import RecipeError, nearest
-from reelquant.clock import Inputs
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
-from reelquant.kernels.attention_numbers import AttentionNumbers, Scores, Values
-from reelquant.solvers import SOLVERS, Solver
-from reelquant.transforms import TRANSFORMS, Transform
+from reelquant.recipes.axes import AXES, keyed_stages
+from reelquant.recipes.construct import construct
+from reelquant.recipes.entry import Entry, make_entry
+from reelquant.recipes.text import EXTENDS, extended, names, override, parse_value, read_text
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 booleans: only true and false, so that the key ``on`` stays a word."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tTfF"))
+__all__ = ["Calibrate", "Defaults", "Recipe", "Rule", "Search", "Step", "TensorRecipe", "load_recipe", "names", "parse_value"]
 
 
 class _Strict(BaseModel):
@@ -42,7 +29,8 @@ class _Strict(BaseModel):
 class TensorRecipe(_Strict):
     """Numbers of one tensor: ``{format: int8, granularity: channel, range: mse}``.
 
-    A list of formats is a choice that the range's criterion makes. ``range`` is a name, or a mapping with ``name`` and its parameters.
+    A list of formats is a choice that the range's criterion makes. ``range`` is a name, or a mapping with ``name`` and its
+    parameters.
     """
 
     format: str | list[str]
@@ -60,14 +48,18 @@ class TensorRecipe(_Strict):
         """The specification these words mean; ``axis`` is the channel axis."""
         first, *others = [self.format] if isinstance(self.format, str) else self.format
         return QuantSpec(
-            parse_format(first), parse_granularity(self.granularity, axis), self._range(), self.slots, self.dynamic,
+            parse_format(first),
+            parse_granularity(self.granularity, axis),
+            self._range(),
+            self.slots,
+            self.dynamic,
             tuple(parse_format(name) for name in others),
-        )  # fmt: skip
+        )
 
     def _range(self) -> RangeRule:
         options = {"name": self.range} if isinstance(self.range, str) else dict(self.range)
         name = options.pop("name", "minmax")
-        return _construct("range", name, RANGES, options)
+        return construct("range", name, RANGES, options)
 
 
 class Defaults(_Strict):
@@ -78,13 +70,26 @@ class Defaults(_Strict):
 
 
 class Rule(_Strict):
-    """An exception for the layers that ``on`` matches; later rules win, key by key."""
+    """An exception for the layers that ``on`` matches; later rules win, key by key.
+
+    Attributes:
+        skip: leave these layers float (``true``), or take an earlier rule's skip back (``false``). Older recipes say ``keep``.
+        because: the reason, for reports.
+        weight, input: other numbers than those of the defaults.
+    """
 
     on: str
-    keep: bool | None = None
+    skip: bool | None = None
     because: str | None = None
     weight: TensorRecipe | None = None
     input: TensorRecipe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_word(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "keep" not in data:
+            return data
+        return {"skip" if key == "keep" else key: value for key, value in data.items()}
 
 
 class Calibrate(_Strict):
@@ -94,7 +99,8 @@ class Calibrate(_Strict):
         prompts: how many texts; more different words and motions matter more than more steps.
         steps: denoising steps; null: the pipeline's usual number.
         seed: seed of the first clip.
-        ranges: ``seen`` covers what calibration saw; ``unseen`` adds headroom for later clips to channels whose range varies between runs.
+        ranges: ``seen`` covers what calibration saw; ``unseen`` adds headroom for later clips to channels whose range varies
+            between runs.
     """
 
     prompts: int = Field(default=16, ge=1)
@@ -104,12 +110,12 @@ class Calibrate(_Strict):
 
     @property
     def batch(self) -> int:
-        """Clips per run of the sampler: at least four runs if there are prompts enough, so that ranges can be compared between runs."""
+        """Clips per run of the sampler: at least four runs if there are prompts enough, so that runs can be compared."""
         return max(1, min(4, self.prompts // 4))
 
 
 class Search(_Strict):
-    """How choices (parameters given as lists) are made: by the error of whole sampled trajectories on prompts not used for calibration.
+    """How choices (parameters given as lists) are made: by the error of sampled trajectories on prompts not used for calibration.
 
     Attributes:
         prompts: how many held-out texts.
@@ -122,90 +128,58 @@ class Search(_Strict):
     scope: Literal["model", "family"] = "model"
 
 
-class Protect(_Strict):
-    """Denoising steps that get more precise activations, from the same stored weights.
-
-    Attributes:
-        steps: of the sampler that calibrates, from 0, or from -1 backwards; or ``auto``: found by what each does to held-out clips.
-        inputs: ``float`` rounds no inputs at these steps, ``8-bit`` rounds them to eight bits where the recipe says fewer.
-        share: ``auto`` protects at most this share of the steps.
-    """
-
-    steps: tuple[int, ...] | Literal["auto"] = "auto"
-    inputs: Inputs = "float"
-    share: float = Field(default=0.2, gt=0, le=1)
-
-
-class Attention(_Strict):
-    """Numbers of attention's two products, found in the forward: nothing is calibrated, and protected steps round none.
-
-    Attributes:
-        scores: of queries, and of keys less their mean, with one scale per token.
-        values: ``float``, or ``e4m3`` for the weights and, with one scale per channel, the values.
-    """
-
-    scores: Scores = "int8"
-    values: Values = "float"
-
-    @property
-    def numbers(self) -> AttentionNumbers:
-        """As kernels take them."""
-        return AttentionNumbers(self.scores, self.values)
-
-
 class Step(_Strict):
-    """One thing done to the layers that ``on`` matches: ``{transform: shift, center: mid}`` or ``{solve: gptq}``.
+    """One stage, for the layers that ``on`` matches: ``{transform: shift, center: mid}`` or ``{solve: gptq}``.
 
-    Every further key is a parameter of the mechanism; a list of values is a choice that :class:`Search` makes.
+    One key names the axis and its value the stage; every further key is a parameter of the stage. A list of values is a choice
+    that :class:`Search` makes.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    transform: str | None = None
-    solve: str | None = None
-    correct_bias: bool = False
-    on: str = "role:main | role:entry | role:exit"
+    on: str | None = None
 
     @model_validator(mode="after")
-    def _one_known_mechanism(self) -> Step:
-        if (self.transform is None) == (self.solve is None):
-            raise RecipeError("a step names exactly one mechanism: 'transform: NAME' or 'solve: NAME'")
-        choices = self.choices()
-        if not choices:
-            raise RecipeError("an empty list leaves nothing to choose from")
-        for options in choices:
-            self.mechanism(options)
+    def _one_known_stage(self) -> Step:
+        if len([key for key in self.model_extra or {} if key in AXES]) != 1:
+            raise RecipeError(f"a step names exactly one mechanism: {', '.join(f'{axis!r}' for axis in AXES)}, each with a NAME")
+        self.entry(0)
         return self
 
-    def choices(self) -> list[dict[str, Any]]:
-        """Every combination of the parameters that are given as lists; one element if there is nothing to choose."""
-        found: list[dict[str, Any]] = [{}]
-        for key, value in (self.model_extra or {}).items():
-            values = value if isinstance(value, list) else [value]
-            found = [{**partial, key: one} for partial in found for one in values]
-        return found
+    @property
+    def axis(self) -> str:
+        """The key of the step that names an axis."""
+        return next(key for key in self.model_extra or {} if key in AXES)
 
-    def mechanism(self, options: dict[str, Any]) -> Transform | Solver:
-        """The transform or solver with these parameters."""
-        if self.transform is not None:
-            return _construct("transform", self.transform, TRANSFORMS, options)
-        return _construct("solver", self.solve or "", SOLVERS, options)
+    @property
+    def mechanism(self) -> str:
+        """The name of its stage."""
+        return (self.model_extra or {})[self.axis]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Parameters as they are written."""
+        return {key: value for key, value in (self.model_extra or {}).items() if key != self.axis}
 
-LATER: dict[str, Any] = {"protect_steps": None, "guidance": "joint", "attention": None}
-"""Keys that recipes did not have at first, with what they mean when they are not there: recipes without them keep their digest."""
+    def entry(self, position: int) -> Entry:
+        """The stage, ready to be planned."""
+        return make_entry(position, self.axis, self.mechanism, self.options, self.on, f"'{self.mechanism}'")
 
 
 class Recipe(_Strict):
     """A whole method. See ``docs/adding-a-method.md``.
 
+    Beside the fields below, a recipe may have a top-level key for every stage that declares one (``temporal: table``,
+    ``protect_steps: [0, -1]``, ``guidance: separate``, ``attention: {scores: int8}``): the short form of a step.
+
     Attributes:
-        temporal: ``quantize`` temporal layers like the rules say, or also store their exact outputs for the
-            sampler's own steps (``table``).
-        protect_steps: ``[0, 1, -1]``, ``auto``, or a :class:`Protect`; None for none.
-        guidance: ``apart`` gives static inputs one scale for the first half of a classifier-free guidance pair and one for the second.
-        attention: an :class:`Attention`; None leaves attention in float.
+        name, summary, paper: for people.
+        defaults, rules: which numbers each layer gets.
+        steps: the stages, in order.
+        calibrate: how calibration samples; null for recipes that need no data.
+        search: how choices are made.
     """
 
+    model_config = ConfigDict(extra="allow", frozen=True)
     name: str
     summary: str = ""
     paper: str | None = None
@@ -214,39 +188,38 @@ class Recipe(_Strict):
     steps: tuple[Step, ...] = ()
     calibrate: Calibrate | None = Calibrate()
     search: Search = Search()
-    temporal: Literal["quantize", "table"] = "quantize"
-    protect_steps: Protect | None = None
-    guidance: Literal["joint", "apart"] = "joint"
-    attention: Attention | None = None
-
-    @property
-    def attention_numbers(self) -> AttentionNumbers | None:
-        """What attention rounds, or None."""
-        return self.attention and self.attention.numbers
-
-    @field_validator("protect_steps", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"steps": value} if isinstance(value, str | list | tuple) else value
 
     @field_validator("steps")
     @classmethod
-    def _one_solver(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        solved = [step.on for step in steps if step.solve]
-        if len(solved) != len(set(solved)):
-            raise RecipeError("two solve steps for the same layers: keep one")
+    def _one_exclusive_stage(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        entries = [step.entry(number) for number, step in enumerate(steps)]
+        places = [(entry.axis, entry.on) for entry in entries if entry.stage.exclusive]
+        if twice := next((axis for axis, on in places if places.count((axis, on)) > 1), None):
+            raise RecipeError(f"two {twice} steps for the same layers: keep one")
         return steps
 
     @model_validator(mode="after")
-    def _has_data(self) -> Recipe:
-        if self.calibrate is None:
-            hungry = [step for step in self.steps if step.transform or step.mechanism(step.choices()[0]).needs]
-            wants = [f"'{step.transform or step.solve}'" for step in hungry] + (["'temporal: table'"] if self.temporal == "table" else [])
-            wants += ["'protect_steps'"] if self.protect_steps else []
-            wants += ["'guidance: apart'"] if self.guidance == "apart" else []
-            if wants:
-                raise RecipeError(f"{wants[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
+    def _consistent(self) -> Recipe:
+        known = keyed_stages()
+        for key in self.model_extra or {}:
+            if key not in known:
+                raise RecipeError(f"unknown key '{key}'; {nearest(key, [*type(self).model_fields, *known, EXTENDS])}")
+        hungry = [entry.label for entry in self.entries if entry.stage.samples] if self.data_free else []
+        if hungry:
+            raise RecipeError(f"{hungry[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
         return self
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Every stage: the steps in order, then those that top-level keys switch on."""
+        entries = [step.entry(number) for number, step in enumerate(self.steps)]
+        for key, value in (self.model_extra or {}).items():
+            axis, name = keyed_stages()[key]
+            options = AXES[axis].members[name].parse_key(value)
+            if options is not None:
+                label = f"'{key}: {value}'" if isinstance(value, str) else f"'{key}'"
+                entries.append(make_entry(len(entries), axis, name, options, None, label))
+        return tuple(entries)
 
     @property
     def data_free(self) -> bool:
@@ -254,51 +227,28 @@ class Recipe(_Strict):
         return self.calibrate is None
 
     def digest(self) -> str:
-        """Hash of the content, stored with every result."""
+        """Hash of the content, stored with every result. Keys that switch nothing on do not count."""
         content = self.model_dump(mode="json")
-        content = {key: value for key, value in content.items() if key not in LATER or value != LATER[key]}
+        for key, value in (self.model_extra or {}).items():
+            axis, name = keyed_stages()[key]
+            if AXES[axis].members[name].parse_key(value) is None:
+                del content[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _construct(kind: str, name: str, table: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Build a mechanism from its name and parameters; errors name the nearest valid word."""
-    if name not in table:
-        raise RecipeError(f"unknown {kind} '{name}'; {nearest(name, table)}")
-    known = {field.name: field.default for field in dataclasses.fields(table[name])}
-    for key, value in options.items():
-        if key not in known:
-            raise RecipeError(f"{kind} '{name}' has no parameter '{key}'; {nearest(key, known) if known else 'it has none'}")
-        if not _same_kind(value, known[key]):
-            raise RecipeError(f"{key} of {kind} '{name}' is like {known[key]!r} in kind, got {value!r}")
-    return table[name](**options)
-
-
-def _same_kind(value: Any, default: Any) -> bool:
-    """Numbers for numbers, words for words; a default of None stands for a number that may be missing."""
-    if default is None or (isinstance(default, float) and not isinstance(value, str)):
-        return value is default or (isinstance(value, int | float) and not isinstance(value, bool))
-    return type(value) is type(default)
-
-
-def names() -> list[str]:
-    """The recipes that come with the library."""
-    files = resources.files("reelquant.recipes").joinpath("library").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe by library name, from a YAML file, or from a mapping, and apply dotted overrides.
 
     Args:
-        source: ``"qvd-w8a8"``, ``"my.yaml"``, a dict, or a recipe.
-        overrides: ``{"calibrate.steps": 10, "defaults.weight.format": "int4"}``; list items by number, ``rules.0.keep``.
+        source: ``"qvd-w8a8"``, ``"my.yaml"``, a dict, or a recipe. Its key ``extends`` names a recipe that it changes.
+        overrides: ``{"calibrate.steps": 10, "defaults.weight.format": "int4"}``; list items by number, ``rules.0.skip``.
 
     Raises:
         RecipeError: naming the place, the value, and what would work.
     """
     data, where = _read(source)
     for key, value in (overrides or {}).items():
-        _override(data, key, value)
+        override(data, key, value)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
@@ -309,68 +259,35 @@ def _read(source: str | Path | dict[str, Any] | Recipe) -> tuple[dict[str, Any],
     if isinstance(source, Recipe):
         return source.model_dump(mode="json", exclude_unset=True), source.name
     if isinstance(source, dict):
-        return json.loads(json.dumps(source)), str(source.get("name", "recipe"))
-    text = str(source)
-    if text in names():
-        content = resources.files("reelquant.recipes").joinpath("library", f"{text}.yaml").read_text()
-    elif Path(text).suffix in (".yaml", ".yml", ".json"):
-        if not Path(text).is_file():
-            raise RecipeError(f"recipe file '{text}' does not exist")
-        content = Path(text).read_text()
-    else:
-        raise RecipeError(f"no recipe is called '{text}'; {nearest(text, names())} (or give a .yaml file)")
-    try:
-        data = yaml.load(content, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{text} is not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise RecipeError(f"{text} holds no recipe: expected a mapping with 'name' and 'defaults', got {type(data).__name__}")
-    return data, text
-
-
-def parse_value(text: str) -> Any:
-    """One value as a recipe would read it: ``10``, ``true``, ``int4``, ``[0.5, 1.0]``, ``null``."""
-    return yaml.load(text, _Loader)
-
-
-def _override(data: dict[str, Any], key: str, value: Any) -> None:
-    node: Any = data
-    *parents, last = key.split(".")
-    for part in parents:
-        node = node[_index(node, part, key)] if isinstance(node, list) else node.setdefault(part, {})
-        if not isinstance(node, dict | list):
-            raise RecipeError(f"cannot set '{key}': '{part}' is {node!r}, not a mapping")
-    node[_index(node, last, key) if isinstance(node, list) else last] = value
-
-
-def _index(node: list[Any], part: str, key: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
-        items = f"not one of the {len(node)} items (0 to {len(node) - 1})" if node else "not there: the list is empty"
-        raise RecipeError(f"cannot set '{key}': '{part}' is {items}")
-    return int(part)
+        where = str(source.get("name", "recipe"))
+        return extended(json.loads(json.dumps(source)), Path(), (where,)), where
+    return read_text(source), str(source)
 
 
 def _explain(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
+    cause = first.get("ctx", {}).get("error")
     if first["type"] == "extra_forbidden":
         model = _model_at(first["loc"][:-1])
         return f"{where}: unknown key '{place}'; {nearest(str(first['loc'][-1]), model.model_fields)}"
+    if isinstance(cause, RecipeError):
+        return f"{where}: {place}: {cause}" if place else f"{where}: {cause}"
     return f"{where}: {place}: {first['msg']}, got {first['input']!r:.80}"
+
+
+_PARTS: dict[str, type[BaseModel]] = {
+    "defaults": Defaults,
+    "rules": Rule,
+    "steps": Step,
+    "calibrate": Calibrate,
+    "search": Search,
+    "weight": TensorRecipe,
+    "input": TensorRecipe,
+}
 
 
 def _model_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     """The model that a validation error's location points into."""
-    parts: dict[str, type[BaseModel]] = {
-        "defaults": Defaults,
-        "rules": Rule,
-        "steps": Step,
-        "calibrate": Calibrate,
-        "search": Search,
-        "protect_steps": Protect,
-        "attention": Attention,
-        "weight": TensorRecipe,
-        "input": TensorRecipe,
-    }
-    named = [parts[part] for part in location if isinstance(part, str) and part in parts]
+    named = [_PARTS[part] for part in location if isinstance(part, str) and part in _PARTS]
     return named[-1] if named else Recipe

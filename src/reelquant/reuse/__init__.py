@@ -1,5 +1,13 @@
-"""What is not computed. One file per mechanism."""
+"""What is not computed, because an earlier result stands for it. One file per mechanism; the table is what recipes can name."""
 
-from reelquant.reuse.temporal_table import add_table, drop_unused
+from __future__ import annotations
 
-__all__ = ["add_table", "drop_unused"]
+import functools
+
+from reelquant.reuse.temporal_table import TemporalTable, add_table, drop_unused
+from reelquant.stages import Stage, register
+
+REUSES: dict[str, type[Stage]] = {"temporal_table": TemporalTable}
+register_reuse = functools.partial(register, REUSES, "reuse")
+
+__all__ = ["REUSES", "TemporalTable", "add_table", "drop_unused", "register_reuse"]

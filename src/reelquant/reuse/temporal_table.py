@@ -1,18 +1,67 @@
 """Outputs of temporal layers for the sampler's own timesteps: a finite set, stored exactly and looked up instead of computed.
 
-Paper: the cache-based maintenance of "Temporal Feature Matters" (arXiv 2407.19547). Ours finds by experiment which temporal layers
-nobody needs any more once the table is in force, and keeps the quantized layers for timesteps that are not in the table.
+Paper: the cache-based maintenance of "Temporal Feature Matters" (arXiv 2407.19547). Ours finds by experiment which temporal layers are
+not needed once the tables are in use, and keeps the quantized layers for timesteps that are not in the tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from reelquant._errors import RecipeError
 from reelquant.nn import QuantLayer
+from reelquant.stages import ModelWork, Stage, StageSite
+
+WORDS = {"quantize": None, "table": {}}
+"""What recipes write under ``temporal``."""
+
+
+@dataclass(frozen=True)
+class TemporalTable(Stage):
+    """Store the exact outputs of temporal layers for the sampler's own steps, as far as they depend on the timestep alone."""
+
+    statistics: ClassVar[frozenset[str]] = frozenset({"features"})
+    key: ClassVar[str | None] = "temporal"
+    default_on: ClassVar[str] = "role:temporal"
+    in_memory: ClassVar[str | None] = "it stores tables of temporal outputs; set temporal=quantize"
+
+    @classmethod
+    def parse_key(cls, value: Any) -> Mapping[str, Any] | None:
+        if value not in WORDS:
+            raise RecipeError(f"temporal is 'quantize' or 'table', got {value!r}")
+        return WORDS[value]
+
+    def needs(self, site: StageSite) -> frozenset[str]:
+        return self.statistics if site.layer.role == "temporal" else frozenset()
+
+    def after_installing(self, work: ModelWork) -> None:
+        tabled: dict[str, QuantLayer] = {}
+        for name, layer in work.quantized().items():
+            known = work.map.layers[name]
+            features = work.statistics(name).features
+            if known.role != "temporal" or features is None:
+                continue
+            if features.varies:
+                others = ", ".join(sorted(known.depends))
+                work.warnings.append(f"'{name}' has no table: its input depends on more than the timestep ({others})")
+            elif len(work.statistics(name).range.seen) != len(work.timesteps):
+                work.warnings.append(f"'{name}' has no table: it does not run at every step")
+            else:
+                add_table(layer, work.float_layer(name), features.features)
+                tabled[name] = layer
+        drop_unused(tabled, lambda: _output(work))
+
+
+def _output(work: ModelWork) -> Tensor:
+    """The output of the first call that calibration saw."""
+    args, kwargs = work.example
+    result = work.denoiser(*args, **kwargs)
+    return result[0] if isinstance(result, tuple) else result.sample
 
 
 def add_table(layer: QuantLayer, module: nn.Module, features: Tensor) -> None:
@@ -26,7 +75,7 @@ def add_table(layer: QuantLayer, module: nn.Module, features: Tensor) -> None:
 
 @torch.no_grad()
 def drop_unused(layers: Mapping[str, QuantLayer], output: Callable[[], Tensor]) -> list[str]:
-    """Find the tables that nobody reads, drop them, and return the names of their layers.
+    """Find the tables that are never read, drop them, and return the names of their layers.
 
     A layer is unused if poisoning its output with NaN leaves the denoiser's output finite: its only readers are temporal layers that
     answer from their own table.

@@ -1,16 +1,15 @@
-"""What a solver is asked and what it answers."""
+"""What a solver is asked."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from reelquant.formats import Quantizer, QuantSpec
-from reelquant.observe import Need
+from reelquant.formats import QuantSpec
+from reelquant.stages import LayerWork
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,35 +37,17 @@ class Problem:
         return float(((error @ self.covariance) * error).sum() / len(error))
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """Codes for one weight.
+def problem_of(layer: LayerWork) -> Problem:
+    """The problem of a layer's weight, with second moments of the rewritten input if they were observed."""
+    gram = None if layer.statistics is None else layer.statistics.gram
+    if gram is None:
+        return Problem(layer.matrix, layer.site.specs.weight)
+    gram = gram.rotated if layer.rewrite.rotated else gram
+    if layer.rewrite.scale is None:
+        return Problem(layer.matrix, layer.site.specs.weight, gram.covariance, gram.inverse_factor)
+    scale = layer.rewrite.scale.repeat_interleave(layer.taps)
 
-    Attributes:
-        quantizer: format and scales.
-        codes: ``[out, in]`` uint8.
-        replaced: name of the solver that was given up for ``nearest``, or None.
-    """
+    def factor(damping: float, order: Tensor) -> Tensor:
+        return gram.inverse_factor(damping, order) * scale[order]
 
-    quantizer: Quantizer
-    codes: Tensor
-    replaced: str | None = None
-
-    @property
-    def values(self) -> Tensor:
-        """The weight as these codes have it, ``[out, in]`` float32."""
-        return self.quantizer.dequantize(self.codes)
-
-
-class Solver(ABC):
-    """Chooses codes. ``needs`` names the statistics it wants."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
-
-    def supports(self, spec: QuantSpec) -> str | None:
-        """Why this solver cannot handle a spec, or None. Asked before calibration."""
-        del spec
-        return None
-
-    @abstractmethod
-    def solve(self, problem: Problem) -> Solution: ...
+    return Problem(layer.matrix, layer.site.specs.weight, gram.covariance / torch.outer(scale, scale), factor)

@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from reelquant._errors import CheckpointError, RecipeError
 from reelquant.checkpoint import Workspace
-from reelquant.engine.build import model_bytes, shared_transforms
-from reelquant.engine.calibration import templates
-from reelquant.engine.plan import Plan
+from reelquant.engine.build import shared_rewrites
+from reelquant.engine.calibration import Expected, templates
+from reelquant.engine.plan import LayerPlan, Plan
+from reelquant.engine.quality import model_bytes
 from reelquant.engine.search import candidates, trial_count
 from reelquant.nn import get_module
-from reelquant.observe import InputStatistics
+from reelquant.observe import BUDGET, InputStatistics
 from reelquant.streaming.offload import OnDisk
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CGROUP = Path("/sys/fs/cgroup")
 # Bytes at the peak of building a layer: per weight without data (measured on one of 71 million weights: 8.1 with int8, 9.6 with int4)
-# and with it (transforms and bias correction hold float32 copies of their own), and per element of its second moment (an assumption,
-# not measured: the moments, their covariance, and a factorization in double precision).
-PLAIN, TRANSFORMED, PER_MOMENT = 10, 18, 48
+# and with it (transforms and bias correction hold float32 copies of their own).
+PLAIN, TRANSFORMED = 10, 18
 PER_SHARED = 8  # bytes per weight of the layers that share a transformed input: float32, and once more rewritten
+PER_BLOCK = 8  # copies of a block: float layers, rewritten ones, soft ones with gradients and two moments of the optimizer
 FRAME = 1000  # bytes of a frame in a log beside its numbers
 GUIDED = 2  # denoiser calls per step: samplers with guidance make two
 
@@ -69,7 +71,7 @@ class Estimate:
         if self.memory > budget:
             raise RecipeError(
                 f"--max-memory {_words(budget)} is too little: {self.largest}, the other components and the libraries take "
-                f"{_words(self.memory)}; allow that much, or choose a recipe without 'solve: gptq'"
+                f"{_words(self.memory)}; allow that much, or choose a recipe whose stages need less"
             )
 
 
@@ -118,18 +120,18 @@ def estimate(
     outside = sum(model_bytes(disk.model) - sum(_blocks(plans.get(name, first), disk)) for name, disk in disks.items())
     parts = [_component(plan, disks[name], call, outside) for name, plan in plans.items()]
     base = psutil.Process().memory_info().rss
-    memory, largest = max((part["memory"], part["largest"]) for part in parts)
-    result = others + sum(part["result"] for part in parts)
+    memory, largest = max((part.memory, part.largest) for part in parts)
+    result = others + sum(part.result for part in parts)
     return Estimate(
         source=sum(stored.values()),
-        in_memory=base + floats + memory + sum(part["statistics"] for part in parts),
+        in_memory=base + floats + memory + sum(part.statistics for part in parts),
         memory=base + resident + memory,
         largest=largest,
-        disk=result + sum(part["scratch"] for part in parts),
+        disk=result + sum(part.scratch for part in parts),
         result=result,
-        moved=2 * others + 3 * result + sum(stored[name] * part["reads"] for name, part in zip(plans, parts, strict=True)),
-        calls=sum(part["calls"] for part in parts),
-        outputs=sum(part["outputs"] for part in parts),
+        moved=2 * others + 3 * result + sum(stored[name] * part.reads for name, part in zip(plans, parts, strict=True)),
+        calls=sum(part.calls for part in parts),
+        outputs=sum(part.outputs for part in parts),
     )
 
 
@@ -137,64 +139,116 @@ def _blocks(plan: Plan, disk: OnDisk) -> list[int]:
     return [model_bytes(get_module(disk.model, name)) for name in disk.present(plan.map.blocks)]
 
 
-def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) -> dict[str, Any]:
-    model, recipe = disk.model, plan.recipe
-    layers = {row.layer.name: math.prod(row.layer.shape) for row in plan.quantized}
-    floats = sum(model_bytes(get_module(model, name)) for name in layers)
+@dataclass(frozen=True)
+class _Part:
+    """What one component takes; bytes, but ``reads`` (of its whole checkpoint), ``calls`` and ``outputs``."""
+
+    memory: int
+    largest: str
+    result: int
+    scratch: int
+    statistics: int = 0
+    reads: int = 1
+    calls: int = 0
+    outputs: int = 0
+
+
+def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) -> _Part:
+    model = disk.model
+    floats = sum(model_bytes(get_module(model, row.layer.name)) for row in plan.quantized)
     result = model_bytes(model) - floats + sum(row.bytes_after for row in plan.quantized)
-    widest = max(layers, key=layers.__getitem__)
-    per_weight = PLAIN if recipe.calibrate is None else TRANSFORMED
-    need = {f"building layer '{widest}'": per_weight * layers[widest]}
-    if recipe.calibrate is None:
-        memory, largest = max((size, what) for what, size in need.items())
-        return {
-            "memory": memory, "largest": largest, "statistics": 0, "result": result, "scratch": result, "reads": 1, "calls": 0,
-            "outputs": 0,
-        }  # fmt: skip
-    steps = call.get("num_inference_steps") or recipe.calibrate.steps or 50
-    runs = math.ceil(recipe.calibrate.prompts / recipe.calibrate.batch)
-    held = math.ceil(recipe.search.prompts / 4)
-    trials = trial_count(plan, plan.map.groups) if len(candidates(plan)) > 1 else 0
-    measured = steps + 1 if recipe.protect_steps is not None and recipe.protect_steps.steps == "auto" else 0
-    always, trial = steps * runs + (2 + measured) * steps * held, recipe.search.steps * held
-    sampled = always + trial * (trials + bool(trials))
-    drafts = bool(trials) * (len(candidates(plan)) if recipe.search.scope == "family" else 1)
-    inputs = templates(plan, model, steps * runs).values()
-    moments = {own.name: own.geometry.channels * own.geometry.taps for own in inputs if own.gram is not None}
-    seen = sum(_seen(own, steps * runs * GUIDED) for own in inputs)
-    need |= _transformed(plan)
-    if moments:
-        name = max(moments, key=moments.__getitem__)
-        need[f"solving layer '{name}'"] = PER_MOMENT * moments[name] ** 2 + per_weight * layers[name]
-    need["the parts outside of blocks, and the largest block,"] = outside + max(_blocks(plan, disk), default=0)
-    memory, largest = max((size, what) for what, size in need.items())
-    second = sum(4 * count**2 for count in moments.values())
-    return {
-        "memory": memory, "largest": largest, "statistics": seen + second, "result": result,
-        # on disk, second moments are rows, the moments so far, and the moments that replace them
-        "scratch": result + seen + 3 * second + drafts * result, "reads": 2 + trials + sampled * GUIDED, "calls": sampled * GUIDED,
-        "outputs": (always + 2 * bool(trials) * trial) * GUIDED,
-    }  # fmt: skip
+    if plan.recipe.calibrate is None:
+        memory, largest = _largest(_building(plan))
+        return _Part(memory, largest, result, result)
+    sampling = _Sampling.of(plan, call)
+    inputs = list(templates(plan, model, torch.Generator(), sampling.expected)[0].values())
+    logs = sum(_log_bytes(own, sampling.expected.calls * GUIDED) for own in inputs)
+    states = sum(member.memory_bytes() for own in inputs for member in own.members.values() if member.compacts)
+    blocks = max(_blocks(plan, disk), default=0)
+    need = _building(plan) | _transforming(plan) | _improving(plan, blocks)
+    need["the parts outside of blocks, and the largest block,"] = outside + blocks
+    memory, largest = _largest(need)
+    return _Part(
+        memory,
+        largest,
+        result,
+        # on disk, a state is the frames that it will absorb, the state so far, and the state that replaces it
+        result + logs + 3 * states + sampling.drafts * result,
+        logs + states,
+        2 + sampling.trials + sampling.steps * GUIDED,
+        sampling.steps * GUIDED,
+        sampling.remembered * GUIDED,
+    )
 
 
-def _seen(own: InputStatistics, calls: int) -> int:
-    """Bytes that calls leave of one input, its second moment left out: sampled rows; lowest, highest and summed values."""
-    sides = [own, *(own.halves or ())]
-    frames = sum(seen.frames for side in sides for seen in (side.range, side.rotated) if seen is not None)
-    rows = own.rows.per_call * own.geometry.taps if own.rows is not None else 0
-    return calls * (4 * own.geometry.channels * (rows + 3 * frames + 3 * (own.features is not None)) + FRAME)
+def _largest(need: Mapping[str, int]) -> tuple[int, str]:
+    return max((size, what) for what, size in need.items())
 
 
-def _transformed(plan: Plan) -> dict[str, int]:
-    """What the layers take together whose shared input is transformed, by words for them."""
-    found: dict[str, int] = {}
+@dataclass(frozen=True)
+class _Sampling:
+    """How much a component is sampled.
+
+    Attributes:
+        expected: of the calibration pass.
+        trials: candidates that are sampled.
+        steps: denoising steps of everything together.
+        remembered: steps whose outputs are on disk at a time, at most.
+        drafts: copies of the result that trials leave on disk, at most.
+    """
+
+    expected: Expected
+    trials: int
+    steps: int
+    remembered: int
+    drafts: int
+
+    @classmethod
+    def of(cls, plan: Plan, call: Mapping[str, Any]) -> _Sampling:
+        recipe = plan.recipe
+        assert recipe.calibrate is not None
+        given = {"num_inference_steps": call.get("num_inference_steps") or recipe.calibrate.steps}
+        expected = Expected.of(recipe.calibrate.prompts, recipe.calibrate.batch, given)
+        held = math.ceil(recipe.search.prompts / 4)
+        trials = trial_count(plan, plan.map.groups) if len(candidates(plan)) > 1 else 0
+        further = sum(entry.stage.held_out_runs(expected.steps) for entry in plan.entries)
+        always, trial = expected.calls + (2 + further) * expected.steps * held, recipe.search.steps * held
+        drafts = bool(trials) * (len(candidates(plan)) if recipe.search.scope == "family" else 1)
+        return cls(expected, trials, always + trial * (trials + bool(trials)), always + 2 * bool(trials) * trial, drafts)
+
+
+def _building(plan: Plan) -> dict[str, int]:
+    """The peak of building a layer: copies of its weight, and what its stages need on top."""
+    per_weight = PLAIN if plan.recipe.data_free else TRANSFORMED
+    return {f"building layer '{row.layer.name}'": _peak(row, per_weight) for row in plan.quantized}
+
+
+def _peak(row: LayerPlan, per_weight: int) -> int:
+    rows, width = row.layer.shape[0], math.prod(row.layer.shape[1:])
+    return per_weight * rows * width + max((entry.stage.peak_bytes(rows, width) for entry in row.entries), default=0)
+
+
+def _transforming(plan: Plan) -> dict[str, int]:
+    """What the layers take together whose shared input is rewritten, by words for them."""
+    need: dict[str, int] = {}
     for group in plan.map.groups:
-        rows = [plan.layers[name] for name in group.layers if plan.layers[name].kept is None]
-        if shared_transforms(plan, rows):
-            found[f"transforming the input of '{rows[0].layer.name}' and {len(rows) - 1} more"] = PER_SHARED * sum(
-                math.prod(row.layer.shape) for row in rows
-            )
-    return found
+        rows = [plan.layers[name] for name in group.layers if plan.layers[name].skipped is None]
+        if shared_rewrites(rows):
+            weights = sum(math.prod(row.layer.shape) for row in rows)
+            need[f"rewriting the input of '{rows[0].layer.name}' and {len(rows) - 1} more"] = PER_SHARED * weights
+    return need
+
+
+def _improving(plan: Plan, block: int) -> dict[str, int]:
+    """Stages that work on a block hold it several times over, and recorded calls within their budget."""
+    if not plan.acting("solve_block"):
+        return {}
+    return {"improving a block": PER_BLOCK * block + 2 * BUDGET}
+
+
+def _log_bytes(own: InputStatistics, calls: int) -> int:
+    """Bytes that the calls leave of one input on disk, compacting statistics left out."""
+    return calls * FRAME + sum(member.log_bytes(calls) for member in own.members.values() if not member.compacts)
 
 
 def _stored(folder: Path) -> int:

@@ -1,8 +1,8 @@
-"""Calibration on disk: every call of the denoiser is remembered, and what it showed of each input is kept in files instead of memory.
+"""Calibration on disk: every call of the denoiser is remembered, and statistics are logged in files instead of memory.
 
 A sampler needs the whole denoiser at every step, so a step cannot wait until a block has been calibrated. What does not fit memory beside
-the parameters are the statistics: second moments of wide layers, sampled rows. They are logged per layer while the sampler runs and put
-together when the layer is built, by the same arithmetic in the same order, so the bits are those of a run in memory.
+the parameters are the statistics: second moments of wide layers, sampled rows. Their looks are logged per layer while the sampler runs and
+absorbed when the layer is built, by the same arithmetic in the same order, so the bits are those of a run in memory.
 
 A call counts once its output has been written. A run that was killed samples again from the start, and calls that count answer from disk.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,56 +21,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
 from reelquant.checkpoint import whole_file
-from reelquant.clock import ANY
 from reelquant.discover.probe import tensors_in
-from reelquant.observe import Gram, InputStatistics
+from reelquant.observe import Call, InputStatistics, Statistic
+from reelquant.streaming.log import Log
 
-_HEAD = 16  # bytes before a frame: number of the call, length of the frame
-
-
-class Log:
-    """Frames appended to a file, each with the number of the call it belongs to."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @property
-    def bytes(self) -> int:
-        return self.path.stat().st_size if self.path.exists() else 0
-
-    def append(self, call: int, seen: Mapping[str, Tensor]) -> None:
-        """Add a frame."""
-        content = save({name: value.contiguous() for name, value in seen.items()})
-        with self.path.open("ab") as file:
-            file.write(call.to_bytes(8, "little") + len(content).to_bytes(8, "little") + content)
-
-    def frames(self, after: int = -1) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """The frames of calls behind ``after``, in order."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            while head := file.read(_HEAD):
-                call, length = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
-                if call <= after:
-                    file.seek(length, 1)
-                else:
-                    yield call, load(file.read(length))
-
-    def cut(self, calls: int) -> None:
-        """Keep the frames of the first ``calls`` calls; what a killed process left behind them goes."""
-        end = 0
-        with self.path.open("r+b") as file:
-            while len(head := file.read(_HEAD)) == _HEAD and int.from_bytes(head[:8], "little") < calls:
-                end = file.seek(int.from_bytes(head[8:], "little"), 1)
-            file.truncate(end)
-
-    def clear(self) -> None:
-        self.path.write_bytes(b"")
+INPUTS = "inputs"  # log of all statistics of an input that do not compact
 
 
 class Journal:
@@ -88,7 +47,7 @@ class Journal:
         self._asked = False
         self._generator: torch.Generator | None = None
         self._phase, self._call = "", 0
-        self._last: dict[int, int] = {}  # layer -> the last call that logged rows of it
+        self._last: dict[tuple[int, str], int] = {}  # (input, statistic) -> the last call that logged a look of it
         (folder / "seen").mkdir(parents=True, exist_ok=True)
 
     # --- calls of the denoiser ----------------------------------------------------------------------------------------------------
@@ -151,17 +110,16 @@ class Journal:
 
         Args:
             make: gives empty statistics: those to fill, and those by layer name.
-            generator: draws the rows that are sampled; remembered with every call.
+            generator: draws the rows that are sampled; its state is remembered with every call.
         """
         self._generator = generator
         done = len(list((self.folder / "calls" / self._phase).glob("*.safetensors")))
         watched, empty = make()
-        for number in range(len(watched)):
-            for log in (self._log(number, "inputs"), self._log(number, "gram")):
-                if log.path.exists():
-                    log.cut(done)
+        for number, seen in enumerate(watched.values()):
+            for kind in (INPUTS, *_compacting(seen)):
+                self._log(number, kind).cut(done)
         numbers = {name: number for number, name in enumerate(watched)}
-        return {name: Logged(self, numbers[name], own) for name, own in watched.items()}, Known(self, numbers, empty, generator)
+        return {name: Logged(self, numbers[name], own) for name, own in watched.items()}, Known(self, numbers, empty)
 
     def forget_generator(self) -> None:
         """Calibration is over: later calls draw no rows."""
@@ -170,46 +128,53 @@ class Journal:
     def _log(self, number: int, kind: str) -> Log:
         return Log(self.folder / "seen" / f"{number:04}.{kind}")
 
-    def _state(self, number: int) -> Path:
-        return self.folder / "seen" / f"{number:04}.moments.safetensors"
+    def _state(self, number: int, kind: str) -> Path:
+        return self.folder / "seen" / f"{number:04}.{kind}.safetensors"
 
-    def write(self, number: int, own: InputStatistics, seen: Mapping[str, Tensor], step: int, part: int) -> None:
-        """Log one look at an input. Rows for second moments are added up when they take more room than the moments do."""
-        when = {"step": torch.tensor(step), "part": torch.tensor(part)}
-        self._log(number, "inputs").append(self._call, {k: v for k, v in seen.items() if not k.startswith("gram.")} | when)
-        if own.gram is None:
-            return
-        log, square = self._log(number, "gram"), 4 * (own.geometry.channels * own.geometry.taps) ** 2
-        if log.bytes > square and self._last.get(number) != self._call:  # whole calls only
-            self._add_up(number, own.gram)
-        log.append(self._call, {"rows": seen["gram.rows"]})
-        self._last[number] = self._call
+    def write(self, number: int, own: InputStatistics, seen: Mapping[str, Tensor], call: Call) -> None:
+        """Log one look at an input. Looks of a compacting statistic are absorbed when they take more room than its state does."""
+        when = {"step": torch.tensor(call.step), "part": torch.tensor(call.part), "half": torch.tensor(call.half)}
+        compacting = _compacting(own)
+        rest = {key: value for key, value in seen.items() if key.partition(".")[0] not in compacting}
+        self._log(number, INPUTS).append(self._call, rest | when)
+        for kind, member in compacting.items():
+            look = {key.partition(".")[2]: value for key, value in seen.items() if key.startswith(f"{kind}.")}
+            if look:
+                self._write_compacting(number, kind, member, look | when)
 
-    def _add_up(self, number: int, empty: Gram) -> None:
-        """Moments of all calls before this one. Rows that a killed process left although they are added up count once."""
-        gram = dataclasses.replace(empty)
-        self._moments(number, gram)
-        state = {name: value.contiguous() for name, value in gram.state.items()} | {"call": torch.tensor(self._call - 1)}
-        whole_file(self._state(number), lambda path: save_file(state, path))
-        self._log(number, "gram").clear()
+    def _write_compacting(self, number: int, kind: str, empty: Statistic, frame: Mapping[str, Tensor]) -> None:
+        log = self._log(number, kind)
+        if log.bytes > empty.memory_bytes() and self._last.get((number, kind)) != self._call:  # whole calls only
+            self._compact(number, kind, empty)
+        log.append(self._call, frame)
+        self._last[number, kind] = self._call
 
-    def _moments(self, number: int, gram: Gram) -> None:
-        """Fill empty moments with what has been added up and with the rows behind it."""
-        through = -1
-        if self._state(number).exists():
-            state = load_file(self._state(number))
-            through = int(state.pop("call"))
-            gram.state = {name: _own(value, self.device) if value.dim() else value for name, value in state.items()}
-        for _, seen in self._log(number, "gram").frames(through):
-            gram.absorb({"rows": seen["rows"].to(self.device).float()}, 0)
+    def _compact(self, number: int, kind: str, empty: Statistic) -> None:
+        """Keep the state after all calls before this one. Frames that a killed process left although they are absorbed count once."""
+        member = copy.copy(empty)
+        self._fill(number, kind, member)
+        state = {name: value.contiguous() for name, value in member.state.items()} | {"call": torch.tensor(self._call - 1)}
+        whole_file(self._state(number, kind), lambda path: save_file(state, path))
+        self._log(number, kind).clear()
+
+    def _fill(self, number: int, kind: str, member: Statistic) -> None:
+        """Fill an empty compacting statistic with its state and with the frames behind that."""
+        through, state = -1, self._state(number, kind)
+        if state.exists():
+            tensors = load_file(state)
+            through = int(tensors.pop("call"))
+            member.state = {name: _own(value, self.device) if value.dim() else value for name, value in tensors.items()}
+        for _, frame in self._log(number, kind).frames(through):
+            call = _call_of(frame)
+            member.absorb({name: value.to(self.device) for name, value in frame.items()}, call)
 
     def read(self, number: int, own: InputStatistics) -> InputStatistics:
         """Fill empty statistics."""
-        for _, seen in self._log(number, "inputs").frames():
-            step, part = int(seen.pop("step")), int(seen.pop("part"))
-            own.absorb({name: self._as_seen(name, value) for name, value in seen.items()}, step, part)
-        if own.gram is not None:
-            self._moments(number, own.gram)
+        for _, frame in self._log(number, INPUTS).frames():
+            call = _call_of(frame)
+            own.absorb({name: self._as_seen(name, value) for name, value in frame.items()}, call)
+        for kind, member in _compacting(own).items():
+            self._fill(number, kind, member)
         return own
 
     def _as_seen(self, name: str, value: Tensor) -> Tensor:
@@ -217,6 +182,15 @@ class Journal:
         if name == "rows.rows":
             return value.float()
         return value.to(self.device) if value.dim() else value
+
+
+def _compacting(own: InputStatistics) -> dict[str, Statistic]:
+    return {name: member for name, member in own.members.items() if member.compacts}
+
+
+def _call_of(frame: dict[str, Tensor]) -> Call:
+    """Take the call out of a frame."""
+    return Call(int(frame.pop("step")), int(frame.pop("part")), int(frame.pop("half")))
 
 
 def _own(value: Tensor, device: str) -> Tensor:
@@ -233,26 +207,26 @@ def _output(values: dict[str, Tensor]) -> Any:
 
 
 class Logged:
-    """Hangs on a layer in the place of its statistics and writes to the journal."""
+    """Stands in the place of a layer's statistics and writes to the journal."""
 
     def __init__(self, journal: Journal, number: int, own: InputStatistics) -> None:
         self.journal, self.number, self.own = journal, number, own
 
-    def update(self, x: Tensor, step: int, part: int = 0, half: int = ANY) -> None:
+    def update(self, x: Tensor, call: Call) -> None:
         """See one input.
 
         Raises:
             CalibrationError: if it is not finite.
         """
-        seen = self.own.look(x, half)
-        if not bool(seen["range.low"].isfinite().all() and seen["range.high"].isfinite().all()):
+        seen = self.own.look(x, call)
+        if not all(bool(value.isfinite().all()) for name, value in seen.items() if name.startswith("range.")):
             raise CalibrationError(
-                f"the input of layer '{self.own.name}' holds NaN or inf at step {step}; check the weights, or run the pipeline in float32 "
-                "or bfloat16 instead of float16"
+                f"the input of layer '{self.own.name}' holds NaN or inf at step {call.step}; check the weights, or run the pipeline "
+                "in float32 or bfloat16 instead of float16"
             )
         short = x.dtype in (torch.bfloat16, torch.float16)  # rows are values of x: nothing is lost
         rows = {name: value.to(x.dtype) for name, value in seen.items() if short and name.endswith(".rows")}
-        self.journal.write(self.number, self.own, seen | rows, step, part)
+        self.journal.write(self.number, self.own, seen | rows, call)
 
     def bad_from(self) -> float:
         """Inputs that are not finite have been refused."""
@@ -263,10 +237,14 @@ class Logged:
 
 
 class Known(Mapping[str, InputStatistics]):
-    """Statistics by layer name, read from the journal when they are asked for; the last ones are kept."""
+    """Statistics by layer name, read from the journal when they are asked for; the last ones are kept.
 
-    def __init__(self, journal: Journal, numbers: Mapping[str, int], empty: Mapping[str, InputStatistics], generator: Any) -> None:
-        self._journal, self._empty, self._generator = journal, empty, generator
+    Attributes:
+        empty: the same, with nothing absorbed.
+    """
+
+    def __init__(self, journal: Journal, numbers: Mapping[str, int], empty: Mapping[str, InputStatistics]) -> None:
+        self.empty, self._journal = empty, journal
         self._numbers = {name: numbers[own.name] for name, own in empty.items()}
         self._last: tuple[int, InputStatistics] | None = None
 
@@ -274,7 +252,8 @@ class Known(Mapping[str, InputStatistics]):
         number = self._numbers[name]
         if self._last is None or self._last[0] != number:
             self._last = None  # the old ones go before the new ones come
-            own = copy.deepcopy(self._empty[name], {id(self._generator): self._generator})  # generators cannot be copied
+            empty = self.empty[name]
+            own = InputStatistics(empty.name, empty.geometry, {key: copy.copy(one) for key, one in empty.members.items()})
             self._journal.read(number, own)
             if not own.range.seen:
                 raise CalibrationError(f"layer '{name}' never ran while sampling, so nothing is known of its input; skip it")
@@ -286,8 +265,3 @@ class Known(Mapping[str, InputStatistics]):
 
     def __len__(self) -> int:
         return len(self._numbers)
-
-
-def digest(*content: Any) -> str:
-    """A short name for whatever decides what a sampling pass computes."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -129,6 +129,18 @@ class OnDisk:
             raise CalibrationError(f"the {key} of layer '{name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
         return value.to(self.device)
 
+    def filled_copy(self, name: str) -> nn.Module:
+        """A copy of a part of the model as it is now, its tensors in memory; the model keeps none."""
+        put: Put = []
+        module = get_module(self.model, name)
+        try:
+            self._fill(put, module, name, recurse=True)
+            return copy.deepcopy(module)
+        finally:
+            _take_back(put)
+            for layer in (part for part in module.modules() if isinstance(part, QuantLayer)):
+                layer.forget()
+
     @contextmanager
     def running(self, blocks: Sequence[str]) -> Iterator[None]:
         """Inside, the model can be called: a block is loaded before it runs and let go afterwards, all else is in memory throughout."""

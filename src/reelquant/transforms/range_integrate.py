@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from reelquant._errors import RecipeError
-from reelquant.transforms.rewrite import GroupView, Rewrite, Transform, magnitude
+from reelquant.stages import GroupView, Rewrite, magnitude
+from reelquant.transforms.transform import Transform
 
 
 @dataclass(frozen=True)

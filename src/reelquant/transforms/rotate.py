@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from reelquant.kernels import hadamard
-from reelquant.observe import Need
-from reelquant.transforms.rewrite import GroupView, Rewrite, Transform
+from reelquant.stages import GroupView, Rewrite, StageSite
+from reelquant.transforms.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,15 @@ class Rotate(Transform):
     """
 
     least: float = 0.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"rotated"})
+    statistics: ClassVar[frozenset[str]] = frozenset({"rotated"})
+
+    def needs(self, site: StageSite) -> frozenset[str]:
+        return self.statistics if site.specs.input is not None else frozenset()  # an input that stays float is not rotated
+
+    def supports(self, site: StageSite) -> str | None:
+        if any("rewrite" in stage.hooks() for stage in site.before):
+            return "a rotation is stored before shift and scale; put 'transform: rotate' before them, and only once"
+        return None
 
     def plan(self, group: GroupView) -> Rewrite:
         if group.rotated is None or not group.rounded:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from reelquant._errors import RecipeError, nearest
-from reelquant.transforms.rewrite import GroupView, Rewrite, Transform, magnitude
+from reelquant.stages import GroupView, Rewrite, magnitude
+from reelquant.transforms.transform import Transform
 
 CENTERS = {
     "mid": lambda group: (group.low.amin(0) + group.high.amax(0)) / 2,

@@ -1,18 +1,14 @@
-"""The exact rewrite all transforms speak: ``x' = (H x - shift) / scale`` on the input, ``W' = W H * scale`` and a new bias on the layer."""
+"""The exact rewrite of a layer: ``x' = (H x - shift) / scale`` on the input, ``W' = W H * scale`` on the weight, and a new bias."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from reelquant._errors import RecipeError
 from reelquant.kernels import hadamard
-from reelquant.observe import Need
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,49 +73,3 @@ class Rewrite:
         """The same rewrite for patches ``[..., channels * taps]``."""
         shift, scale = (None if v is None else v.repeat_interleave(taps) for v in (self.shift, self.scale))
         return replace(self, shift=shift, scale=scale, taps=taps)
-
-
-@dataclass(frozen=True, eq=False)
-class GroupView:
-    """What a transform may look at: one shared input, as earlier transforms left it, and the weights that read it.
-
-    Attributes:
-        low, high, mean: ``[steps, channels]``.
-        weights: ``[out, channels, *kernel]`` each, earlier scales already in.
-        rounded: False if no reader rounds this input: then nothing is gained by moving its ranges.
-        rotated: what ``low, high, mean`` would be after a rotation; None if nobody asked for it, or once it is done.
-    """
-
-    low: Tensor
-    high: Tensor
-    mean: Tensor
-    weights: Sequence[Tensor]
-    rotated: tuple[Tensor, Tensor, Tensor] | None = None
-    rounded: bool = True
-
-    def rewritten(self, rewrite: Rewrite) -> GroupView:
-        """The view after one more transform."""
-        if rewrite.rotated:
-            assert self.rotated is not None, "ranges do not rotate: they are observed on rotated inputs"
-        known = self.rotated if rewrite.rotated and self.rotated else (self.low, self.high, self.mean)
-        low, high, mean = (rewrite.affine(v) for v in known)
-        return GroupView(low, high, mean, [rewrite.weight(weight) for weight in self.weights], rounded=self.rounded)
-
-
-class Transform(ABC):
-    """A function-preserving change of a layer's input and weight, planned from statistics.
-
-    Attributes:
-        needs: statistics beyond the channel ranges, which are always there.
-    """
-
-    needs: ClassVar[frozenset[Need]] = frozenset()
-
-    @abstractmethod
-    def plan(self, group: GroupView) -> Rewrite:
-        """The rewrite for one group of layers that share an input."""
-
-
-def magnitude(group: GroupView) -> Tensor:
-    """Largest magnitude of every channel over all steps: ``[channels]``."""
-    return torch.maximum(group.high.amax(0), -group.low.amin(0))

@@ -1,0 +1,174 @@
+"""Stages that work on a block: its recorded calls, a copy of it to work on, and what becomes of the codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from reelquant.engine.build import BuiltGroup, GroupWork, build_layer, finish_layer, prepare_group
+from reelquant.engine.choice import Choice
+from reelquant.engine.search import Assignment, family
+from reelquant.engine.session import Session
+from reelquant.nn import QuantLayer, get_module
+from reelquant.observe import RecordedCall, Recording
+from reelquant.recipes.entry import Entry
+from reelquant.sites import matches
+from reelquant.stages import BlockWork, LayerWork, Solution
+
+
+class _StopCall(Exception):  # noqa: N818  (it is not an error)
+    """Ends a denoiser call early: everything that was wanted of it is recorded."""
+
+
+@torch.no_grad()
+def replay(denoiser: nn.Module, name: str, calls: Sequence[RecordedCall], *, outputs: bool) -> Recording:
+    """Call the denoiser again with recorded arguments, and record the first call of one of its parts each time.
+
+    Recorded calls of a denoiser are small (latents and embeddings), those of its blocks are not: a block's calls are made again
+    when they are needed, one block at a time.
+
+    Args:
+        outputs: record what the part gives, too; without, the denoiser stops before the part runs.
+    """
+    recording, part = Recording(), get_module(denoiser, name)
+    for call in calls:
+
+        def before(module: nn.Module, args: Any, kwargs: Any, step: int = call.step) -> None:
+            if not outputs:
+                recording.append(RecordedCall(args, kwargs, None, step))
+                raise _StopCall
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any, step: int = call.step) -> None:
+            recording.append(RecordedCall(args, kwargs, output, step))
+            raise _StopCall
+
+        handles = [
+            part.register_forward_pre_hook(before, with_kwargs=True),
+            part.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            denoiser(*call.args, **call.kwargs)
+        except _StopCall:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return recording
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer of a block while the block is solved."""
+
+    built: BuiltGroup
+    shared: GroupWork
+    work: LayerWork
+    choice: Choice
+
+
+def solve_blocks(session: Session, assignment: Assignment, groups: Sequence[BuiltGroup]) -> None:
+    """Let every stage that works on blocks improve the codes of ``groups``, unit by unit in execution order."""
+    for entry in session.plan.acting("solve_block"):
+        units = [unit for unit in entry.stage.units(session.map) if _names(session, entry, unit)]
+        with session.timed(f"{entry.axis}: {entry.name}", len(units)):
+            for unit in units:
+                _solve_unit(session, entry, unit, assignment, groups)
+                session.advance()
+
+
+def _names(session: Session, entry: Entry, unit: str) -> list[str]:
+    """The quantized layers inside a unit that the stage touches."""
+    rows = [row for row in session.plan.quantized if row.layer.name == unit or row.layer.name.startswith(f"{unit}.")]
+    return [row.layer.name for row in rows if matches(entry.on, row.layer)]
+
+
+def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignment, groups: Sequence[BuiltGroup]) -> None:
+    names = _names(session, entry, unit)
+    rows = session.plan.quantized
+    picked = sorted((name, choice.digest(rows)) for name, choice in assignment.items())
+    key = ("block", entry.name, unit, repr(entry.stage), picked)
+    if (done := session.store.known(key, groups)) is not None:
+        session.warnings += done["warnings"]
+        return
+    told = len(session.warnings)
+    layers = _layers(session, assignment, groups, names)
+    with session.having(groups):
+        module = session.store.copy(unit)
+    block = BlockWork(
+        unit,
+        module,
+        {name.removeprefix(unit).removeprefix("."): layer.work for name, layer in layers.items()},
+        _calls(session, unit, groups),
+        session.clock,
+        session.seed,
+        session.warnings.append,
+    )
+    for part in module.modules():
+        if isinstance(part, QuantLayer):
+            part.clock = () if session.clock is None else (session.clock,)
+    solutions = entry.stage.solve_block(block)
+    for path, solution in solutions.items():
+        name = f"{unit}.{path}".rstrip(".")
+        _take(session, name, layers[name], solution, key)
+    session.store.remember(key, {"warnings": session.warnings[told:]})
+
+
+def _layers(session: Session, assignment: Assignment, groups: Sequence[BuiltGroup], names: Sequence[str]) -> dict[str, _Layer]:
+    """What the layers of a unit were made of, built again: keeping it for all layers would take three copies of the model."""
+    context, layers = session.context(), {}
+    for built in groups:
+        wanted = [name for name in names if name in built.layers]
+        if not wanted:
+            continue
+        choice = assignment[family(built.group)]
+        shared = prepare_group(context, built.group, choice)
+        for name in wanted:
+            work = build_layer(context, shared, session.plan.layers[name], choice).work
+            layers[name] = _Layer(built, shared, work, choice)
+    return layers
+
+
+def _calls(session: Session, unit: str, groups: Sequence[BuiltGroup]) -> Callable[[bool], Sequence[RecordedCall]]:
+    """The calls of a unit, replayed when a stage asks for them."""
+    known: dict[bool, Sequence[RecordedCall]] = {}
+
+    def floats() -> Sequence[RecordedCall]:
+        with session.store.running():
+            return replay(session.denoiser, unit, session.calls, outputs=True)
+
+    def quantized() -> Sequence[RecordedCall]:
+        with session.having(groups), session.store.running():
+            reached = replay(session.denoiser, unit, session.calls, outputs=False)
+        return _Paired(reached, calls(False))
+
+    def calls(after_quantized: bool) -> Sequence[RecordedCall]:
+        if after_quantized not in known:
+            known[after_quantized] = quantized() if after_quantized else floats()
+        return known[after_quantized]
+
+    return calls
+
+
+class _Paired(Sequence[RecordedCall]):
+    """Arguments of one recording with the outputs of another."""
+
+    def __init__(self, arguments: Sequence[RecordedCall], outputs: Sequence[RecordedCall]) -> None:
+        self.arguments, self.outputs = arguments, outputs
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+    def __getitem__(self, number: Any) -> Any:
+        return replace(self.arguments[number], output=self.outputs[number].output)
+
+
+def _take(session: Session, name: str, layer: _Layer, solution: Solution, key: Any) -> None:
+    """Pack a layer with its better codes."""
+    row, module = session.plan.layers[name], session.float_layer(name)
+    work = replace(layer.work, solution=solution)
+    built = finish_layer(layer.shared, row, work, layer.choice, module)
+    session.store.improved(layer.built, name, built, key)

@@ -1,0 +1,36 @@
+"""Why numbers cannot be computed for a layer, whatever its stages are."""
+
+from __future__ import annotations
+
+from reelquant.formats import QuantSpec
+from reelquant.sites import Layer
+
+
+def weight_problem(spec: QuantSpec) -> str | None:
+    """Why a weight cannot have these numbers, or None."""
+    if spec.granularity.kind in ("token", "frame"):
+        return f"a weight has no {spec.granularity.kind}s; use tensor, channel or group-n"
+    if spec.dynamic or spec.slots != "shared":
+        return "a weight is the same at every step and in every call; drop 'dynamic' and 'slots'"
+    return None
+
+
+def input_problem(spec: QuantSpec, layer: Layer) -> str | None:
+    """Why an input cannot have these numbers, or None."""
+    kind, sampled = spec.granularity.kind, spec.range.needs_samples or bool(spec.alternatives)
+    if kind == "group":
+        return "inputs cannot be scaled by group; use tensor, channel, token or frame-n"
+    if kind == "token" and not spec.dynamic:
+        return "per-token scales are found at run time; add dynamic: true"
+    if spec.dynamic and spec.slots != "shared":
+        return "dynamic scales follow every call by themselves; drop 'slots'"
+    if spec.dynamic and (spec.alternatives or spec.range != type(spec.range)()):
+        return "a range that is found at run time takes one format and the rule's own parameters"
+    if sampled and not spec.dynamic and _needs_per_tensor(spec, layer):
+        return f"a choice of formats and range rules that look at samples work per tensor with shared slots, got {spec}; use range: minmax"
+    return None
+
+
+def _needs_per_tensor(spec: QuantSpec, layer: Layer) -> bool:
+    kind = spec.granularity.kind
+    return spec.slots != "shared" or kind == "frame" or (kind == "channel" and layer.role != "temporal")

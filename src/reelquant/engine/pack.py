@@ -1,0 +1,81 @@
+"""A solved layer -> the quantized layer that stores it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.engine.plan import LayerPlan
+from reelquant.formats import LEVEL_DTYPE, Quantizer, pack
+from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class
+from reelquant.nn.layers import SHIFT_DTYPE
+from reelquant.stages import LayerWork
+
+
+def packed(row: LayerPlan, work: LayerWork, module: nn.Module, *, folds: bool) -> QuantLayer:
+    """The quantized counterpart of a float layer.
+
+    Args:
+        folds: whether the input's rewrite moves into the norm before it, so that the layer stores none.
+    """
+    layout = _layout(row, work, folds=folds)
+    layer = quantized_class(module).like(module, layout, device=work.weight.device)
+    bias = None if work.stored_bias is None else work.stored_bias.to(_bias_dtype(module, work.stored_bias))
+    layer.fill(_tensors(work, layout, bias, folds=folds))
+    return layer
+
+
+def _bias_dtype(module: nn.Module, bias: Tensor) -> torch.dtype:
+    """The layer's own dtype; a bias that the layer did not have takes half as much if it fits."""
+    created = module.bias is None and float(bias.abs().amax()) < torch.finfo(torch.float16).max / 2
+    return torch.float16 if created else module.weight.dtype
+
+
+def _layout(row: LayerPlan, work: LayerWork, *, folds: bool) -> LayerLayout:
+    assert work.solution is not None
+    specs, rows = work.site.specs, work.stored_inputs or work.inputs
+    input_layout = None
+    if specs.input is not None:
+        input_layout = TensorLayout.of(specs.input, work.inputs[0].format if work.inputs else specs.input.format)
+    return LayerLayout(
+        weight=TensorLayout.of(specs.weight, work.solution.quantizer.format),
+        input=input_layout,
+        slots=len(rows) if rows else 1,
+        halves=work.stored_inputs is not None,
+        rotate=work.rewrite.rotated,
+        shift=work.rewrite.shift is not None and not folds,
+        scale=work.rewrite.scale is not None and not folds,
+        bias=work.stored_bias is not None,
+        lasting=row.layer.role in ("prompt", "constant"),
+    )
+
+
+def _tensors(work: LayerWork, layout: LayerLayout, bias: Tensor | None, *, folds: bool) -> LayerTensors:
+    assert work.solution is not None
+    quantizer = work.solution.quantizer
+    codes = pack(work.solution.codes, quantizer.format.bits)
+    codes = (codes ^ 128).view(torch.int8) if layout.weight.format == "int8" else codes
+    extra: dict[str, Tensor] = {}
+    if quantizer.zero_point is not None:
+        extra["weight_zero_point"] = quantizer.zero_point.to(torch.uint8)
+    if layout.weight.levels and quantizer.format.table is not None:
+        extra["weight_levels"] = quantizer.format.table.to(LEVEL_DTYPE)
+    extra |= _input_tensors(list(work.stored_inputs or work.inputs or ()))
+    if not folds:
+        vectors = (("shift", work.rewrite.shift), ("scale", work.rewrite.scale))
+        extra |= {f"pre_quant_{name}": vector.to(SHIFT_DTYPE) for name, vector in vectors if vector is not None}
+    for _, tensors in work.branches.values():
+        extra |= tensors
+    return LayerTensors(codes, quantizer.scale.to(quantizer.granularity.scale_dtype), bias, extra)
+
+
+def _input_tensors(rows: list[Quantizer]) -> dict[str, Tensor]:
+    if not rows:
+        return {}
+    tensors = {"input_scale": torch.stack([row.scale for row in rows])}
+    zeros = [row.zero_point for row in rows if row.zero_point is not None]
+    if zeros:
+        tensors["input_zero_point"] = torch.stack(zeros)
+    if rows[0].format.table is not None:
+        tensors["input_levels"] = rows[0].format.table.to(LEVEL_DTYPE)
+    return tensors

@@ -1,0 +1,297 @@
+"""One component's quantization in progress: what was observed, what was chosen, and the model between float and quantized."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._progress import Progress
+from reelquant.clock import Clock, Pairs
+from reelquant.discover import kind_of_component
+from reelquant.engine.build import BuiltGroup, Context, build_group, folded
+from reelquant.engine.calibration import STEPS, Calibration
+from reelquant.engine.choice import Choice
+from reelquant.engine.components import Measure
+from reelquant.engine.plan import Plan
+from reelquant.engine.report import Report
+from reelquant.engine.search import Assignment, family, trial_count
+from reelquant.engine.store import Store
+from reelquant.formats.criteria import latent_psnr
+from reelquant.models.sampling import call_arguments, sample
+from reelquant.nn import get_module, set_module
+from reelquant.observe import InputStatistics, RecordedCall
+from reelquant.recipes.recipe import Recipe
+from reelquant.sites import DenoiserMap, Group
+from reelquant.stages import Specs
+
+HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
+
+
+@dataclass(eq=False)
+class Session:
+    """A :class:`reelquant.stages.ModelWork`: what stages see of a whole model.
+
+    Float layers are kept in ``floats`` until the end, so that candidates can be compared and a failed run leaves the pipeline as it
+    was.
+
+    Attributes:
+        denoiser: the component's module, also where it is a text encoder or VAE.
+        texts: those of calibration.
+        held_out: the texts that choices and the final check are made on: not those of calibration, or at least with other seeds.
+        sampled: timesteps of the whole sampler, of which a denoiser may see a part.
+        undos: what a failed run has to undo, first done first.
+    """
+
+    pipe: Any
+    component: str
+    denoiser: nn.Module
+    plan: Plan
+    store: Store
+    progress: Progress
+    arguments: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    texts: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
+    measure: Measure = dict
+    calibration: Calibration | None = None
+    references: dict[str, Tensor] = field(default_factory=dict)
+    clock: Clock | None = None
+    sampled: list[float] = field(default_factory=list)
+    floats: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    undos: list[Callable[[], object]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    report: Report = field(init=False)
+
+    # --- what is known --------------------------------------------------------------------------------------------------------
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that the plan follows."""
+        return self.plan.recipe
+
+    @property
+    def map(self) -> DenoiserMap:
+        """What discovery knows of the component."""
+        return self.plan.map
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the component is called with a timestep; a text encoder or VAE is not."""
+        return kind_of_component(self.component, self.denoiser) == "denoiser"
+
+    @property
+    def groups(self) -> list[Group]:
+        """Groups with at least one quantized layer."""
+        rows = self.plan.layers
+        return [group for group in self.map.groups if any(rows[name].skipped is None for name in group.layers)]
+
+    @property
+    def timesteps(self) -> list[float]:
+        """Timesteps of calibration, in sampling order."""
+        return self.calibration.steps.timesteps if self.calibration else []
+
+    @property
+    def guidance(self) -> Pairs | None:
+        """How guidance calls came during calibration."""
+        return self.calibration.pairs if self.calibration else None
+
+    @property
+    def device(self) -> str | None:
+        """Type of device where the sampler runs."""
+        return self.store.device
+
+    @property
+    def calls(self) -> Sequence[RecordedCall]:
+        """Recorded calls of the float denoiser."""
+        return self.calibration.calls if self.calibration else []
+
+    @property
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the first call that calibration saw."""
+        example = self.calibration.steps.example if self.calibration else None
+        return example or ((), {})
+
+    @property
+    def specs(self) -> dict[str, Specs]:
+        """Numbers of the layers that are going to be quantized."""
+        return {row.layer.name: row.site.specs for row in self.plan.quantized}
+
+    def statistics(self, name: str) -> InputStatistics:
+        """What was observed of a layer's input."""
+        assert self.calibration is not None
+        return self.calibration.inputs[name]
+
+    def float_layer(self, name: str) -> nn.Module:
+        """A float layer with its tensors in memory."""
+        return self.floats[name] if name in self.floats else self.store.float_layer(name)
+
+    def quantized(self) -> dict[str, Any]:
+        """The quantized layers that are in the model."""
+        return {name: get_module(self.denoiser, name) for name in self.floats}
+
+    def layer_bytes(self, name: str, specs: Specs) -> int:
+        """An estimate of the storage of a layer with these numbers."""
+        return self.plan.layers[name].with_specs(specs).bytes_after
+
+    # --- sampling -------------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self, phase: str, total: int) -> Iterator[None]:
+        """Announce a phase and take its time."""
+        self.progress.phase(phase, total)
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def advance(self) -> None:
+        """One unit of progress."""
+        self.progress.advance()
+
+    def begin(self, prompts: Sequence[str], overrides: dict[str, Any]) -> None:
+        """Divide the texts, and settle the pipeline call: its own arguments, then the recipe's steps, then ``overrides``."""
+        self.arguments = call_arguments(self.pipe, **overrides)
+        wanted = self.recipe.calibrate
+        if wanted is None:
+            self.texts = list(prompts)
+            return
+        self.seed = wanted.seed
+        self.texts = list(prompts[: wanted.prompts])
+        self.held_out = list((prompts[wanted.prompts :] or prompts)[: self.recipe.search.prompts])
+        if wanted.steps is not None and overrides.get("num_inference_steps") is None:
+            self.arguments["num_inference_steps"] = wanted.steps
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of a full run."""
+        return self.arguments.get("num_inference_steps") or STEPS
+
+    def held_out_latents(self, **overrides: Any) -> Tensor:
+        """Final latents of the held-out clips by the pipeline as it is now."""
+        arguments = {"on_step": self.progress.advance} | self.arguments | overrides
+        protected = (self.clock.protected_slots, self.clock.inputs) if self.clock else ()
+        with self.store.sampling("sampled", arguments.get("num_inference_steps"), protected):
+            return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, output="latent", **arguments)
+
+    def float_latents(self, **overrides: Any) -> Tensor:
+        """The same by the float pipeline; sampled once for all recipes that share a calibration, before anything is changed."""
+        steps = overrides.get("num_inference_steps")
+        key = repr((self.held_out, self.seed, sorted(self.arguments.items()), steps))
+        if key not in self.references:
+            self.references[key] = self.held_out_latents(**overrides)
+        return self.references[key]
+
+    @property
+    def trials(self) -> int:
+        """How many candidates will be sampled."""
+        return 0 if self.recipe.data_free else trial_count(self.plan, self.groups)
+
+    @property
+    def trial_arguments(self) -> dict[str, Any]:
+        """What trials sample with instead."""
+        return {"num_inference_steps": self.recipe.search.steps, "on_step": None}
+
+    def trial(self, assignment: Assignment, reference: Tensor) -> float:
+        """How near a candidate comes to the float latents, in dB."""
+
+        def sampled() -> float:
+            self.install([self.build(group, assignment[family(group)], draft=True) for group in self.groups])
+            try:
+                return latent_psnr(reference, self.held_out_latents(**self.trial_arguments))
+            finally:
+                self.restore()
+
+        rows = self.plan.quantized
+        return self.store.score([(name, choice.digest(rows)) for name, choice in assignment.items()], sampled)
+
+    # --- between float and quantized ------------------------------------------------------------------------------------------
+
+    def context(self, *, draft: bool = False, folding: bool = True) -> Context:
+        """What building layers takes."""
+        inputs = self.calibration.inputs if self.calibration else {}
+        return Context(self.plan, self.denoiser, inputs, self.timesteps, self.float_layer, draft, folding)
+
+    def build(self, group: Group, choice: Choice, *, draft: bool = False) -> BuiltGroup:
+        """The replacements of a group for this choice."""
+        return self.store.group(self.context(draft=draft), group, choice)
+
+    def install(self, groups: Sequence[BuiltGroup]) -> None:
+        """Swap the layers of these groups in; what was float is remembered."""
+        for built in groups:
+            for name, layer in built.layers.items():
+                self._swap(name, layer)
+            self._fold(built)
+            self.store.installed(built)
+
+    def _swap(self, name: str, layer: Any) -> None:
+        self.floats.setdefault(name, get_module(self.denoiser, name))
+        layer.clock = () if self.clock is None else (self.clock,)
+        set_module(self.denoiser, name, layer)
+
+    def _fold(self, built: BuiltGroup) -> None:
+        """Move a rewrite into the affine norm that produces the input: ``gamma / s``, ``(beta - z) / s``."""
+        producer = built.group.producer
+        if built.fold is None or producer is None:
+            return
+        norm = get_module(self.denoiser, producer)
+        self.norms.setdefault(producer, {name: p.detach().clone() for name, p in norm.named_parameters(recurse=False)})
+        with torch.no_grad():
+            for name, value in folded(self.norms[producer], built.fold).items():
+                getattr(norm, name).copy_(value)
+
+    def restore(self) -> None:
+        """Put every float layer and norm back."""
+        for name, module in self.floats.items():
+            set_module(self.denoiser, name, module)
+        for name, values in self.norms.items():
+            with torch.no_grad():
+                for key, value in values.items():
+                    getattr(get_module(self.denoiser, name), key).copy_(value)
+        self.floats, self.norms = {}, {}
+        self.store.removed()
+
+    @contextmanager
+    def having(self, groups: Sequence[BuiltGroup]) -> Iterator[None]:
+        """Inside, these groups are quantized, and all others are float."""
+        self.install(groups)
+        try:
+            yield
+        finally:
+            self.restore()
+
+    @contextmanager
+    def drafted(self, specs: Mapping[str, Specs]) -> Iterator[None]:
+        """Inside, these layers are quantized with these numbers, rounded to nearest, and all others are float."""
+        plan = self.plan.with_specs(specs)
+        context = Context(plan, self.denoiser, self.context().inputs, self.timesteps, self.float_layer, True, False)
+        choice = Choice.first(plan.entries)
+        touched = [group for group in self.groups if any(name in specs for name in group.layers)]
+        for group in touched:
+            for name, layer in build_group(context, group, choice).layers.items():
+                if name in specs:
+                    self._swap(name, layer)
+        try:
+            yield
+        finally:
+            self.restore()
+
+    def undo(self, action: Callable[[], object]) -> None:
+        """Call this if the run fails."""
+        self.undos.append(action)
+
+    def roll_back(self) -> None:
+        """Leave the pipeline as it was before the run."""
+        self.restore()
+        while self.undos:
+            self.undos.pop()()
+
+    def commit(self) -> None:
+        """The run succeeded: let the float layers go."""
+        self.floats, self.norms, self.undos = {}, {}, []

@@ -1,0 +1,42 @@
+"""The base class of solvers: each chooses the codes of one weight at a time."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from reelquant.solvers.problem import Problem, problem_of
+from reelquant.stages import LayerWork, Solution, Stage
+
+
+@dataclass(frozen=True)
+class Solver(Stage):
+    """Chooses codes.
+
+    Attributes:
+        correct_bias: let the bias take over the mean error that rounding the weight leaves; needs calibration.
+    """
+
+    correct_bias: bool = field(default=False, kw_only=True)
+    exclusive: ClassVar[bool] = True
+
+    def draft(self) -> Stage:
+        """Rounding to nearest: solvers would take most of a search's time."""
+        from reelquant.solvers.nearest import Nearest
+
+        return Nearest(correct_bias=self.correct_bias)
+
+    @abstractmethod
+    def solve(self, problem: Problem) -> Solution:
+        """Codes for one weight."""
+
+    def solve_layer(self, layer: LayerWork) -> LayerWork:
+        return replace(layer, solution=self.checked(problem_of(layer)), correct_bias=self.correct_bias)
+
+    def checked(self, problem: Problem) -> Solution:
+        """The solution, or rounding to nearest with its scales where the solver loses to that on its own objective."""
+        solution = replace(self.solve(problem), solver=type(self).__name__.lower())
+        codes = solution.quantizer.codes(problem.weight)
+        nearest = replace(solution, codes=codes, solver="nearest", replaced=solution.solver)
+        return solution if problem.objective(solution.values) <= problem.objective(nearest.values) else nearest

@@ -1,0 +1,119 @@
+"""What stages see of one layer: its specs before sampling, its weight and scales while it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from reelquant.formats import Quantizer, QuantSpec
+from reelquant.observe import InputStatistics
+from reelquant.sites import Layer
+from reelquant.stages.rewrite import Rewrite
+
+
+class Specs(NamedTuple):
+    """The numbers of a layer: of its weight, and of its input (None: the input stays float)."""
+
+    weight: QuantSpec
+    input: QuantSpec | None = None
+
+
+@dataclass(frozen=True)
+class StageSite:
+    """One layer as a stage meets it before anything is sampled.
+
+    Attributes:
+        layer: what discovery knows.
+        specs: the numbers that the recipe's rules give it.
+        before: the stages that touch the same layer earlier in the recipe.
+    """
+
+    layer: Layer
+    specs: Specs
+    before: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Codes for one weight.
+
+    Attributes:
+        quantizer: format and scales.
+        codes: ``[out, in]`` uint8.
+        solver: the name of what chose the codes.
+        replaced: name of the solver that was given up for ``nearest``, or None.
+    """
+
+    quantizer: Quantizer
+    codes: Tensor
+    solver: str = "nearest"
+    replaced: str | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """The weight as these codes have it, ``[out, in]`` float32."""
+        return self.quantizer.dequantize(self.codes)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWork:
+    """One layer while it is built. Stages return changed copies (:func:`dataclasses.replace`).
+
+    Attributes:
+        site: name, role and specs.
+        weight: the float weight ``[out, channels, *kernel]``, float32.
+        target: what the codes have to stand for: the rewritten weight, less what branches took over. Same shape.
+        bias: ``[out]`` float32 of the float layer, or None.
+        rewrite: of the input, complete.
+        statistics: of the raw input; None without calibration.
+        timesteps: of calibration, in sampling order; slots of per-step scales.
+        unseen: whether ranges are extended to what later clips may reach.
+        correct_bias: whether the bias takes over the mean error of the rounded weight.
+        inputs: a quantizer of the input per slot; None if the input stays float or is ranged in the forward.
+        stored_inputs: the quantizers that the layer stores, if they are more than ``inputs``: rows per guidance half.
+        solution: the codes.
+        stored_bias: ``[out]`` float32, the bias of the quantized layer, once the codes are known.
+        branches: name -> (branch, its tensors), in the order in which they were split off.
+    """
+
+    site: StageSite
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    rewrite: Rewrite
+    statistics: InputStatistics | None = None
+    timesteps: Sequence[float] = ()
+    unseen: bool = False
+    correct_bias: bool = False
+    inputs: Sequence[Quantizer] | None = None
+    stored_inputs: Sequence[Quantizer] | None = None
+    solution: Solution | None = None
+    stored_bias: Tensor | None = None
+    branches: Mapping[str, tuple[Any, Mapping[str, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> Tensor:
+        """:attr:`target` as a matrix ``[out, channels * taps]``."""
+        return self.target.flatten(1)
+
+    @property
+    def taps(self) -> int:
+        """Places of a convolution's window; 1 for a linear layer."""
+        return self.weight[0, 0].numel()
+
+    def with_branch(self, name: str, branch: Any, tensors: Mapping[str, Tensor], target: Tensor) -> LayerWork:
+        """The layer after a branch took a part of its weight over.
+
+        Args:
+            target: what is left to round, in the coordinates of the rewritten input.
+        """
+        return replace(self, target=target, branches={**self.branches, name: (branch, tensors)})
+
+    def branch_weight(self) -> Tensor | float:
+        """What all branches add to the float weight with respect to the raw input, ``[out, channels, *kernel]``; 0 for nothing."""
+        shape = tuple(self.weight.shape)
+        shares = [branch.weight(tensors, shape) for branch, tensors in self.branches.values()]
+        return sum((share for share in shares if share is not None), start=0.0)

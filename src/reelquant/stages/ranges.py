@@ -1,0 +1,42 @@
+"""Quantizers of static inputs from the channel ranges that calibration saw."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from reelquant.formats import Quantizer, QuantSpec, bind
+from reelquant.observe import ChannelRange
+from reelquant.stages.rewrite import Rewrite
+
+OVER = {"tensor": [1, 2], "channel": [1], "frame": [2]}
+"""Granularity -> the axes of ``[slots, frames, channels]`` that share a scale."""
+
+
+class Ranges(Protocol):
+    """Ranges of raw and of rotated channels: all statistics of an input, or those of one guidance half."""
+
+    @property
+    def range(self) -> ChannelRange:
+        """Of the raw channels."""
+        ...
+
+    @property
+    def rotated(self) -> ChannelRange | None:
+        """Of the rotated channels, if a stage asked for them."""
+        ...
+
+
+def bound(spec: QuantSpec, rewrite: Rewrite, seen: Ranges, *, unseen: bool) -> list[Quantizer]:
+    """One quantizer per slot, over the ranges that were seen, moved as ``rewrite`` moves the channels.
+
+    Args:
+        unseen: extend the ranges to what later clips may reach.
+    """
+    channels = seen.rotated if rewrite.rotated else seen.range
+    assert channels is not None
+    ends = channels.envelope(per_step=spec.slots == "per_step", unseen=unseen)
+    low, high = (rewrite.affine(end) for end in ends)
+    over = OVER[spec.granularity.kind]
+    low = low.amin(over).reshape(len(low), -1).clamp(max=0)
+    high = high.amax(over).reshape(len(high), -1).clamp(min=0)
+    return [bind(spec.format.stored(), spec.granularity, *pair) for pair in zip(low, high, strict=True)]

@@ -1,0 +1,76 @@
+"""Quantize a pipeline's folder without ever holding the float model: tensors come from its shards and go to new ones.
+
+The engine is the one that works in memory; only its store differs. The denoiser is :class:`~reelquant.streaming.offload.OnDisk`,
+statistics are in a :class:`~reelquant.streaming.journal.Journal`, and every quantized layer is a file until all are there. All three
+remember what has been done, so a run that was stopped goes on by running again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reelquant._progress import Progress, Silent
+from reelquant.checkpoint import REPORT_FILE, Workspace, workspace
+from reelquant.engine.components import default_texts
+from reelquant.engine.report import Report, total
+from reelquant.engine.run import run_all
+from reelquant.engine.session import Session
+from reelquant.models.lora import short_names
+from reelquant.nn import stop_clock
+from reelquant.streaming.disk_store import DiskStore
+from reelquant.streaming.estimate import check_room
+from reelquant.streaming.job import Job
+from reelquant.streaming.journal import Journal
+from reelquant.streaming.pipeline import merging, open_pipeline
+from reelquant.streaming.write import copy_others, write_component
+
+
+def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force: bool = False, progress: Progress | None = None) -> Report:
+    """Do the work: the folder appears complete or not at all, and what is done stays for ``resume``.
+
+    Returns:
+        The report, as it is written to ``report.json``.
+
+    Raises:
+        CheckpointError: no room, a folder that may not be written, another process at work, an interrupted run about something else.
+        CalibrationError: weights or inputs that are not finite.
+        UnsupportedError: for what needs the model in memory.
+    """
+    job.check()
+    expected = job.estimate()
+    expected.check_memory(job.budget)
+    with workspace(output, job.identity(), resume=resume, force=force) as work:
+        check_room(work, expected)
+        pipe = open_pipeline(job, work) if job.opens else None
+        room = functools.partial(check_room, work, expected)
+        report = _components(job, work, pipe, progress or Silent(), room)
+        copy_others(job, work)
+        report.save(work.result / REPORT_FILE)
+        return report
+
+
+def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: Callable[[int], None]) -> Report:
+    """Quantize every component and write its folder. ``room`` is called with the size of a remembered denoiser output."""
+    place, stores = work.folder / "work", list[DiskStore]()
+    for name in job.plans:
+        journal = Journal(place / name / "journal", job.source.device, room)
+        stores.append(DiskStore(job, name, place / name, journal, stores))
+    sessions = [Session(pipe, store.component, store.disk.model, store.plan, store, progress) for store in stores]
+    recipes = {name: plan.recipe for name, plan in job.plans.items()}
+    texts = job.prompts or (default_texts(pipe, recipes) if job.calibrates else [])
+    with merging(job, pipe):
+        try:
+            reports = run_all(sessions, {}, texts, dict(job.call))
+            for session in sessions:
+                with session.timed("write", 1):
+                    write_component(session, work.result / session.component)
+        finally:
+            for session in reversed(sessions):
+                stop_clock(session.denoiser)
+                session.roll_back()
+    report = total(reports)
+    report.adapters = short_names(job.adapters)
+    return report
