@@ -101,7 +101,7 @@ CASES = [
 )
 def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, rewrite: str) -> None:
     layer, x = make(name, weight, INPUTS[numbers], **REWRITES[rewrite])
-    taken = [kernel for kernel in KERNELS["cpu"]() if kernel.refuses(layer.operands) is None]
+    taken = [kernel for kernel in KERNELS["cpu"]() if kernel.declines(layer.operands) is None]
     assert layer.kernel is taken[0] if taken else layer.kernel.name == "reference"
     for dtype, kernel in itertools.product((torch.float32, torch.bfloat16, torch.float16), taken):
         here = layer.to(dtype)

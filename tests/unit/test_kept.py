@@ -175,7 +175,7 @@ def watch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @torch.no_grad()
 def test_layers_of_the_prompt_compute_once_a_clip(model: Attending, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [layer.layout.lasting for layer in quantized_layers(model).values()] == [True, False]
+    assert [layer.layout.step_invariant for layer in quantized_layers(model).values()] == [True, False]
     texts, latents = torch.randn(2, 1, 5, WIDTH), torch.randn(4, 1, 7, WIDTH)
     expected = [model(x, text) for x in latents for text in texts]
     start_runtime(model)

@@ -41,8 +41,8 @@ OPTIONS: dict[str, Any] = {
     "ENABLE_CPU_PINNING": False,
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # by default the plugin rounds float inputs that meet 8- or 4-bit weights, which nobody asked for
 }
-INTEGERS = Kernel("openvino int8", lambda operands: in_integers(operands), REFERENCE.prepare)
-FLOATS = Kernel("openvino float products", lambda operands: None, REFERENCE.prepare, low_bit=False)
+INTEGERS = Kernel("openvino int8", REFERENCE.takes, in_integers, REFERENCE.prepare)
+FLOATS = Kernel("openvino float products", REFERENCE.takes, REFERENCE.refuses, REFERENCE.prepare, low_bit=False)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,7 @@ class Reference:
     """``product(round(rewrite(x)), dequantized weight) + bias``; the weight is dequantized in every call."""
 
     operands: Operands
+    takes: ClassVar = frozenset({"input", "shift", "scale", "rotate", "window"})
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.operands
@@ -22,5 +24,5 @@ class Reference:
 
     @staticmethod
     def refuses(operands: Operands) -> str | None:
-        """Nothing."""
+        """None: the reference computes every layer whose features it takes."""
         return None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from reelquant.clock import NAME, Clock
 from reelquant.kernels import attention as fast
-from reelquant.kernels.attention import AttentionNumbers, RoundedKernel
+from reelquant.kernels.attention import AttentionQuant, RoundedKernel
 from reelquant.nn.graph import module_of, number_of, outlined
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class RoundedAttention:
         number: by which graphs find this.
     """
 
-    def __init__(self, numbers: AttentionNumbers, kernels: str = "auto") -> None:
+    def __init__(self, numbers: AttentionQuant, kernels: str = "auto") -> None:
         self.numbers, self.kernels = numbers, kernels
         self.calls: Counter[str] = Counter()
         self.number = number_of(self)
@@ -107,7 +107,7 @@ def stop_attention(model: nn.Module) -> None:
     _end(model)
 
 
-def round_attention(model: nn.Module, numbers: AttentionNumbers | None, kernels: str = "auto") -> None:
+def round_attention(model: nn.Module, numbers: AttentionQuant | None, kernels: str = "auto") -> None:
     """Let a denoiser's attention be rounded from its next call on, or not any more (None)."""
     vars(model).pop(ROUNDED, None)
     if numbers is not None:
@@ -251,7 +251,7 @@ def attention_facts(model: nn.Module, device: str | None = None) -> AttentionFac
 
 
 def expected_attention(
-    numbers: AttentionNumbers, device: str, kernels: str = "auto", calls: Mapping[str, int] | None = None
+    numbers: AttentionQuant, device: str, kernels: str = "auto", calls: Mapping[str, int] | None = None
 ) -> AttentionFacts:
     """What would compute such attention on a type of device."""
     kernel, reason = fast.select(numbers, device, kernels)

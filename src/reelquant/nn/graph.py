@@ -123,7 +123,7 @@ def _moment(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> Moment:
     layout, (slot, stored, protected, half) = layer.layout, step
     exact = bool(stored) if layout.table else False
     protects = bool(protected) if layout.input is not None and layer.clock[0].protected_slots else False
-    return Moment(slot if x.is_cuda and not exact else int(slot), exact, protects, int(half) if layout.halves else ANY)
+    return Moment(slot if x.is_cuda and not exact else int(slot), exact, protects, int(half) if layout.cfg_halves else ANY)
 
 
 def _as_declared(layer: QuantLayer, out: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from reelquant._errors import UnsupportedError
 from reelquant.clock import ANY, BOTH, FIRST, SECOND, Clock, Moment, keeping_dtype
 from reelquant.formats import LEVEL_DTYPE, Levels, NumberFormat, Quantizer, packed_width, parse_format
-from reelquant.kernels import InputNumbers, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
+from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Runner, Window, hadamard, of_slot, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.graph import call, number_of, outline, outlined
 from reelquant.nn.kept import Kept, stamp
@@ -151,14 +151,19 @@ class QuantLayer(nn.Module):
         shift, scale = (getattr(self, name, None) for name in ("pre_quant_shift", "pre_quant_scale"))
         return Operands(self.packed, self.bias, self._numbers(), shift, scale, layout.rotate, self._window())
 
-    def _numbers(self) -> InputNumbers | None:
+    @property
+    def features(self) -> frozenset[str]:
+        """Names of everything the layer uses beside a weight and a bias: what graphs must take to compute it."""
+        return self.operands.features | self.layout.features
+
+    def _numbers(self) -> InputQuant | None:
         layout = self.layout.input
         if layout is None:
             return None
         fmt, grain = _format(layout, getattr(self, "input_levels", None)), layout.grain(self.channel_axis)
         if layout.dynamic:
-            return InputNumbers(fmt, grain, rule=layout.spec(self.channel_axis))
-        return InputNumbers(fmt, grain, self.input_scale, getattr(self, "input_zero_point", None))
+            return InputQuant(fmt, grain, rule=layout.spec(self.channel_axis))
+        return InputQuant(fmt, grain, self.input_scale, getattr(self, "input_zero_point", None))
 
     def _window(self) -> Window | None:
         return None
@@ -287,7 +292,7 @@ class QuantLayer(nn.Module):
     def _product(self, input: Tensor, now: Moment, activation: str) -> Tensor:
         """What the kernel of this step gives; halves of guidance that have scales of their own one after the other."""
         runner: Any = self._protecting() if now.protected and self.layout.input is not None else self.prepare().runner
-        if not self.layout.halves:
+        if not self.layout.cfg_halves:
             return _run(runner, input, now.slot, activation)
         slot = (now.slot if self.layout.slots > HALVES else 0) * HALVES
         if now.half != BOTH or len(input) % 2:
@@ -302,8 +307,8 @@ class QuantLayer(nn.Module):
         assert numbers is not None
         if self.clock[0].inputs == "8-bit" and (ready.finer or numbers.widened() is numbers):
             return ready.finer or ready.runner
-        given = replace(self.operands, numbers=None if self.clock[0].inputs == "float" else numbers.widened())
-        if given.numbers is not None and hasattr(ready.runner, "rounding"):
+        given = replace(self.operands, input=None if self.clock[0].inputs == "float" else numbers.widened())
+        if given.input is not None and hasattr(ready.runner, "rounding"):
             ready.finer = ready.runner.rounding(given)
             return ready.finer
         return select(given, self.weight.device.type, self.kernels)[0].prepare(given)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from reelquant.kernels import check_backend, current_backend
-from reelquant.kernels.attention import AttentionNumbers
+from reelquant.kernels.attention import AttentionQuant
 from reelquant.nn.attention import round_attention, rounded_attention, start_attention, stop_attention
 from reelquant.nn.fuse import fuse_activations, part_activations
 from reelquant.nn.pages import give_back
@@ -16,7 +16,7 @@ from reelquant.nn.swap import quantized_layers
 from reelquant.nn.tokenwise import block_tokens, unblock_tokens
 
 
-def start_runtime(model: nn.Module, attention: AttentionNumbers | None = None) -> None:
+def start_runtime(model: nn.Module, attention: AttentionQuant | None = None) -> None:
     """Switch it on, twice is once; nothing is made faster if the reference was asked for.
 
     Args:
@@ -48,7 +48,7 @@ def _keep_outputs(model: nn.Module, wanted: bool) -> None:
     """Let layers that see the prompt only give their outputs again."""
     for layer in quantized_layers(model).values():
         plain = layer.layout.slots == 1 and not layer.layout.table
-        layer.keeps = wanted and layer.layout.lasting and plain
+        layer.keeps = wanted and layer.layout.step_invariant and plain
 
 
 def _at_first_call(model: nn.Module, wanted: bool) -> None:
@@ -75,7 +75,7 @@ def _prepare_layers(model: nn.Module, args: object) -> None:
     give_back()
 
 
-def set_attention(model: nn.Module, numbers: AttentionNumbers | None) -> None:
+def set_attention(model: nn.Module, numbers: AttentionQuant | None) -> None:
     """Let one model's attention round its operands, from its next call on, or leave them in float."""
     layers = quantized_layers(model).values()
     round_attention(model, numbers, next((layer.kernels for layer in layers), "auto"))

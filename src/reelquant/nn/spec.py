@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from reelquant._errors import CheckpointError
 from reelquant.formats import RANGES, Granularity, NumberFormat, QuantSpec, parse_format, parse_granularity
+from reelquant.kernels.features import features_in_use
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class TensorLayout:
         levels = 0 if fmt.table is None else len(fmt.table)
         return cls(fmt.name, str(spec.granularity), levels, spec.dynamic, rule if spec.dynamic else "minmax")
 
+    def to_json(self) -> dict[str, Any]:
+        """A dict without defaults, but always with format and granularity."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
     def spec(self, axis: int = 0) -> QuantSpec:
         """The specification a dynamic quantizer follows."""
         return QuantSpec(parse_format(self.format), self.grain(axis), RANGES[self.range](), dynamic=self.dynamic)
@@ -43,7 +50,9 @@ class TensorLayout:
         return parse_granularity(self.granularity, axis)
 
 
-FLAGS = ("slots", "rotate", "shift", "scale", "bias", "table", "unused", "halves", "lasting")
+JSON_NAMES = {"weight": "weights", "input": "input_activations"}  # fields whose key in config.json is another word
+ALIASES = {"lasting": "step_invariant", "halves": "cfg_halves"}  # keys of earlier versions -> fields
+PLAIN = frozenset({"weight", "bias"})  # fields that are no features
 HALVES = 3  # rows of input scales per step where guidance halves are apart: of any call, of the first half, of the second
 
 
@@ -54,14 +63,15 @@ class LayerLayout:
     Attributes:
         weight: layout of the weight codes.
         input: layout of the input quantizer, or None for weight-only layers.
-        slots: rows of the input scales: 1, or one per calibrated step; :data:`HALVES` times as many with ``halves``.
+        slots: rows of the input scales: 1, or one per calibrated step; :data:`HALVES` times as many with ``cfg_halves``.
         rotate: whether the input's channels are rotated first (:func:`reelquant.kernels.hadamard`).
         shift, scale: whether a per-channel ``pre_quant_shift`` / ``pre_quant_scale`` is stored.
         bias: whether the layer has a bias (a transform may have created one).
         table: rows of the stored output table of a temporal layer, 0 for none.
-        halves: whether the halves of a guidance pair have input scales of their own.
+        cfg_halves: whether the halves of a guidance pair have input scales of their own.
         unused: the layer's output is never needed while the tables of later layers are in force.
-        lasting: the layer sees neither the latent nor the timestep: its output is that of the step before (:mod:`reelquant.nn.kept`).
+        step_invariant: the layer sees neither the latent nor the timestep, so its output is that of the step before
+            (:mod:`reelquant.nn.output_cache`).
     """
 
     weight: TensorLayout
@@ -73,19 +83,26 @@ class LayerLayout:
     table: int = 0
     unused: bool = False
     rotate: bool = False
-    halves: bool = False
-    lasting: bool = False
+    cfg_halves: bool = False
+    step_invariant: bool = False
 
     @property
     def steps(self) -> int:
         """Denoising steps that the layer tells apart."""
-        return max(self.slots // (HALVES if self.halves else 1), self.table)
+        return max(self.slots // (HALVES if self.cfg_halves else 1), self.table)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Names of what the layer uses beside a weight and a bias. Graphs and exporters refuse layers with a name they do not know."""
+        return features_in_use(self, PLAIN)
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, in the wording of ``config.json``."""
-        plain = {"weights": _tensor_json(self.weight), "input_activations": self.input and _tensor_json(self.input)}
-        flags = {name: getattr(self, name) for name in FLAGS}
-        return plain | {name: value for name, value in flags.items() if value != type(self).__dataclass_fields__[name].default}
+        return {"weights": self.weight.to_json(), "input_activations": self.input and self.input.to_json()} | {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in JSON_NAMES and getattr(self, field.name) != field.default
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerLayout:
@@ -94,15 +111,9 @@ class LayerLayout:
         Raises:
             CheckpointError: on a key this version does not know.
         """
-        known = {"weights", "input_activations", *FLAGS}
-        if unknown := set(data) - known:
+        values = {ALIASES.get(key, key): value for key, value in data.items()}
+        known = {JSON_NAMES.get(field.name, field.name) for field in fields(cls)}
+        if unknown := set(values) - known:
             raise CheckpointError(f"quantization_config describes layers with unknown keys {sorted(unknown)}: written by a newer version?")
-        rest = {key: value for key, value in data.items() if key not in ("weights", "input_activations")}
-        inputs = data.get("input_activations")
-        return cls(TensorLayout(**data["weights"]), TensorLayout(**inputs) if inputs else None, **rest)
-
-
-def _tensor_json(layout: TensorLayout) -> dict[str, Any]:
-    fields = type(layout).__dataclass_fields__
-    values = {name: getattr(layout, name) for name in fields}
-    return {name: value for name, value in values.items() if name in ("format", "granularity") or value != fields[name].default}
+        weight, inputs = values.pop("weights"), values.pop("input_activations", None)
+        return cls(TensorLayout(**weight), TensorLayout(**inputs) if inputs else None, **values)

@@ -104,7 +104,7 @@ def _layers(module: nn.Module) -> list[QuantLinear] | None:
     layers = [child for child in module.modules() if isinstance(child, QuantLayer)]
     if isinstance(module, QuantLayer) or len(layers) < 2:
         return None
-    linear = [layer for layer in layers if isinstance(layer, QuantLinear) and not (layer.layout.table or layer.layout.halves)]
+    linear = [layer for layer in layers if isinstance(layer, QuantLinear) and not (layer.layout.table or layer.layout.cfg_halves)]
     if len(linear) < len(layers) or any(layer.weight.device.type == "meta" for layer in linear):
         return None
     own = {id(tensor) for layer in linear for tensor in (*layer.parameters(), *layer.buffers())}

@@ -344,12 +344,12 @@ def _layout(
         weight=TensorLayout.of(row.weight, solution.quantizer.format),
         input=input_layout,
         slots=len(rows) if rows else 1,
-        halves=rows is not inputs,
+        cfg_halves=rows is not inputs,
         rotate=rewrite.rotated,
         shift=rewrite.shift is not None and not folds,
         scale=rewrite.scale is not None and not folds,
         bias=bias is not None,
-        lasting=row.layer.role in ("prompt", "constant"),
+        step_invariant=row.layer.role in ("prompt", "constant"),
     )
 
 

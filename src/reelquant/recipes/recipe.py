@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from reelquant._errors import RecipeError, nearest
 from reelquant.clock import Inputs
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
-from reelquant.kernels.attention_numbers import AttentionNumbers, Scores, Values
+from reelquant.kernels.attention_quant import AttentionQuant, Scores, Values
 from reelquant.solvers import SOLVERS, Solver
 from reelquant.transforms import TRANSFORMS, Transform
 
@@ -148,9 +148,9 @@ class Attention(_Strict):
     values: Values = "float"
 
     @property
-    def numbers(self) -> AttentionNumbers:
+    def numbers(self) -> AttentionQuant:
         """As kernels take them."""
-        return AttentionNumbers(self.scores, self.values)
+        return AttentionQuant(self.scores, self.values)
 
 
 class Step(_Strict):
@@ -220,7 +220,7 @@ class Recipe(_Strict):
     attention: Attention | None = None
 
     @property
-    def attention_numbers(self) -> AttentionNumbers | None:
+    def attention_numbers(self) -> AttentionQuant | None:
         """What attention rounds, or None."""
         return self.attention and self.attention.numbers
 

@@ -16,6 +16,10 @@ from reelquant.checkpoint.export.result import Outcome
 from reelquant.checkpoint.export.source import Facts, Source
 from reelquant.checkpoint.export.write import Form, Part, Shape
 from reelquant.formats import Quantizer
+from reelquant.kernels import not_taken
+
+TAKES = frozenset({"input", "shift", "scale", "rotate", "slots", "table", "unused", "cfg_halves", "step_invariant"})
+"""Features of layouts that are folded into weight and bias, or left behind and listed (:func:`~.result.left_behind`)."""
 
 
 class Dialect(ABC, Generic[Form]):
@@ -78,10 +82,22 @@ def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[li
     Raises:
         UnsupportedError: if layers need a bias where the architecture has none.
     """
+    check_features(source)
     check_biases(source)
     made = [_float(source, dialect, naming, name) for name in source.floats]
     made += [_layer(source, dialect, naming, facts) for facts in source.layers.values()]
     return [part for part, _ in made], [outcome for _, outcome in made]
+
+
+def check_features(source: Source) -> None:
+    """Refuse layers that use what exporters know nothing of.
+
+    Raises:
+        UnsupportedError: naming the first such layer.
+    """
+    for name, facts in source.layers.items():
+        if unknown := not_taken(facts.layout.features, TAKES):
+            raise UnsupportedError(f"layer '{name}' has {unknown}, which exporters cannot write; export a model from a recipe without that")
 
 
 def check_biases(source: Source) -> None:

@@ -43,7 +43,7 @@ class FloatProduct:
         groups = loops.view(self.scale)
         self.weights = loops.view(weight.codes), groups if weight.codes.dtype == torch.int8 else groups.reshape(weight.shape[0], -1)
         self.size = weight.quantizer.granularity.size or weight.width
-        self.exact = operands.numbers is not None or operands.rewritten
+        self.exact = operands.input is not None or operands.rewritten
         self.staged = operands.staged if levels.refuses(operands) else levels.LevelInputs(operands)
         self.bias = None if operands.bias is None else operands.bias.detach().float()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from reelquant.formats import Int
 from reelquant.kernels.cpu import loops
 from reelquant.kernels.hadamard import block_size
-from reelquant.kernels.operands import InputNumbers, Operands
+from reelquant.kernels.operands import InputQuant, Operands
 from reelquant.kernels.recall import forget, recall, remember
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
@@ -24,7 +24,7 @@ _last = threading.local()  # memory of codes, per thread
 
 def refuses(operands: Operands) -> str | None:
     """Why these inputs cannot become bytes, or None."""
-    numbers = operands.numbers
+    numbers = operands.input
     if numbers is None:
         return "the input stays float"
     if not isinstance(numbers.format, Int) or numbers.format.bits > 8:
@@ -64,7 +64,7 @@ class Inputs:
     """
 
     def __init__(self, operands: Operands, dtype: type[np.generic] = np.uint8) -> None:
-        numbers = operands.numbers
+        numbers = operands.input
         assert numbers is not None and isinstance(numbers.format, Int)
         channels = operands.weight.shape[1]
         self.block = block_size(channels) if operands.rotate else 1
@@ -201,7 +201,7 @@ def _folded(operands: Operands, channels: int, factor: float) -> tuple[np.ndarra
     return (factor / scale).numpy(), (-shift / scale).numpy()
 
 
-def _tables(numbers: InputNumbers, offset: int) -> tuple[list[float], list[int]]:
+def _tables(numbers: InputQuant, offset: int) -> tuple[list[float], list[int]]:
     """Scale and zero point of every step; empty for dynamic inputs."""
     if numbers.scale is None:
         return [], []

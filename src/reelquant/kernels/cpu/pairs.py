@@ -71,7 +71,7 @@ class PairProduct:
         self._pack(operands.weight)
         self.bias = _columns(torch.zeros(self.rows) if operands.bias is None else operands.bias.detach().float())
         self.sums = np.zeros(len(self.panels) * COLUMNS, np.int32)
-        if operands.numbers is not None and operands.numbers.zero_point is not None:
+        if operands.input is not None and operands.input.zero_point is not None:
             weights = self.panels, self.scales, self.scale, self.group
             loops.spread(add_up, len(self.panels), self.panels.size, *weights, self.sums.reshape(-1, COLUMNS))
 
