@@ -21,8 +21,8 @@ from reelquant.clock import Clock
 from reelquant.kernels import attention as kernels
 from reelquant.kernels.attention import REFERENCE, STOCK, AttentionQuant
 from reelquant.nn import attention_facts, dequantized, quantized_layers, round_attention, set_module, start_clock
-from reelquant.nn.attention import PROTECTED, rounded_attention
-from reelquant.nn.attention import STOCK as STOCK_NAME
+from reelquant.nn.around.attention import PROTECTED, rounded_attention
+from reelquant.nn.around.attention import STOCK as STOCK_NAME
 from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
 from tests.tiny.stock import CALL, PROMPTS, frames, realigned, room, wan_pipeline

@@ -39,9 +39,9 @@ def test_levels_are_those_of_the_reference_bit_by_bit(count: int, zero: bool, mo
         x[1] = between[torch.randint(len(between), (50, 24))]
         for dtype in (torch.float32, torch.bfloat16):
             one = x.to(dtype)
-            assert torch.equal(rounding(one, slot).nan_to_num(9), given.staged(one, slot).nan_to_num(9))
+            assert torch.equal(rounding(one, slot).nan_to_num(9), given.quantized_input(one, slot).nan_to_num(9))
         assert rounding(x, slot)[0, 0, 0].isnan()
-    assert torch.equal(rounding(torch.ones(24), torch.tensor(1)), given.staged(torch.ones(24), 1))
+    assert torch.equal(rounding(torch.ones(24), torch.tensor(1)), given.quantized_input(torch.ones(24), 1))
     assert rounding(torch.ones(0, 24), 0).shape == (0, 24)
 
 

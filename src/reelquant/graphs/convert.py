@@ -92,7 +92,7 @@ def emit(layer: QuantLayer, x: Node, to: Conversion) -> Node:
     """The output of a layer."""
     if layer.layout.table and to.exact:
         return _from_table(layer, x, to)
-    return Emission(layer.operands, to, f"{NAMED}{layer.number}").product(x)
+    return Emission(layer.operands, to, f"{NAMED}{layer.handle}").product(x)
 
 
 def _from_table(layer: QuantLayer, x: Node, to: Conversion) -> Node:
@@ -124,9 +124,9 @@ class Emission:
 
     def product(self, x: Node) -> Node:
         """From the input as floats to the output."""
-        staged, scale, zero = self.staged(x)
+        quantized, scale, zero = self.quantized_input(x)
         weight = self.weight()
-        out = self.multiplied(staged, self.matrix(weight, scale))
+        out = self.multiplied(quantized, self.matrix(weight, scale))
         (out if hasattr(out, "set_friendly_name") else out.get_node()).set_friendly_name(self.name)
         if scale is not None and len(scale) > 1:
             out = ops.multiply(out, self.to.of_slot(self.along(scale)))
@@ -135,15 +135,15 @@ class Emission:
 
     # --- the input ----------------------------------------------------------------------------------------------------------------
 
-    def staged(self, x: Node) -> tuple[Node, Tensor | None, Tensor | None]:
+    def quantized_input(self, x: Node) -> tuple[Node, Tensor | None, Tensor | None]:
         """The input as the product takes it, and its scale and zero point ``[slots, 1]`` if it is in units of codes."""
         numbers = self.operands.input
         x = self.padded(x) if self.pads_first else x
         if numbers is None:
-            return self.moved(x), None, None
+            return self.rewritten_input(x), None, None
         if isinstance(numbers.format, Int) and numbers.rule is None and numbers.granularity.kind == "tensor":
             return self.shared(x), numbers.scale, numbers.zero_point if self.integers else None
-        return self.levelled(self.moved(x), numbers), None, None
+        return self.levelled(self.rewritten_input(x), numbers), None, None
 
     @property
     def pads_first(self) -> bool:
@@ -204,7 +204,7 @@ class Emission:
         zero = torch.zeros(1) if numbers.zero_point is None else numbers.zero_point.float()
         return multiply, zero - shift * multiply
 
-    def moved(self, x: Node) -> Node:
+    def rewritten_input(self, x: Node) -> Node:
         """``(rotate(x) - shift) / scale``."""
         x = self.rotated(x)
         x = x if self.operands.shift is None else ops.subtract(x, constant(self.along(self.operands.shift)))

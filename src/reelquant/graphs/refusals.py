@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from reelquant._errors import UnsupportedError
 from reelquant.kernels import not_taken
 from reelquant.nn import quantized_layers
-from reelquant.nn.attention import rounded_attention
+from reelquant.nn.around.attention import rounded_attention
 
 TAKES = frozenset({"input", "shift", "scale", "rotate", "window", "slots", "table", "unused", "step_invariant"})
 """Features of layers (:attr:`reelquant.nn.QuantLayer.features`) that :mod:`reelquant.graphs.convert` emits."""

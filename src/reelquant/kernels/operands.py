@@ -171,15 +171,15 @@ class Operands:
         """The input with its zero border."""
         return F.pad(x, self.window.padding) if self.window is not None and any(self.window.padding) else x
 
-    def moved(self, x: Tensor) -> Tensor:
+    def rewritten_input(self, x: Tensor) -> Tensor:
         """``(rotate(x) - shift) / scale`` in float32."""
         x = hadamard(x.float(), self.channel_axis) if self.rotate else x.float()
         x = x if self.shift is None else x - self._along(self.shift, x.ndim)
         return x if self.scale is None else x / self._along(self.scale, x.ndim)
 
-    def staged(self, x: Tensor, slot: int | Tensor) -> Tensor:
+    def quantized_input(self, x: Tensor, slot: int | Tensor) -> Tensor:
         """The same, rounded as the layer's input is."""
-        x = self.moved(x)
+        x = self.rewritten_input(x)
         return x if self.input is None else self.input.quantizer(x, slot)(x)
 
     def _along(self, vector: Tensor, ndim: int) -> Tensor:

@@ -20,7 +20,7 @@ class Reference:
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.operands
         bias = None if given.bias is None else given.bias.float()
-        return given.product(given.staged(given.padded(x), slot), given.weight.dequantize(), bias).to(x.dtype)
+        return given.product(given.quantized_input(given.padded(x), slot), given.weight.dequantize(), bias).to(x.dtype)
 
     @staticmethod
     def refuses(operands: Operands) -> str | None:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant.formats import LEVEL_DTYPE, Quantizer, QuantSpec, bind, dynamic, fit, pack
 from reelquant.formats.criteria import coverage, nmse, retrieval_accuracy, tdscore
-from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, get_module, quantized_class
-from reelquant.nn.layers import SHIFT_DTYPE
+from reelquant.nn import SHIFT_DTYPE, LayerLayout, LayerTensors, QuantLayer, TensorLayout, get_module, quantized_class
 from reelquant.observe import ChannelRange, InputStatistics
 from reelquant.recipes.plan import LayerPlan, Plan
 from reelquant.recipes.recipe import Step

@@ -140,11 +140,11 @@ def test_graphs_that_write_into_an_input_they_have_read_get_new_codes(monkeypatc
     """As Inductor does: into the same tensor, and its version does not tell."""
     monkeypatch.setitem(KERNELS, DEVICE, KERNELS["cuda"])
     (first, x), (second, _) = (make("Linear", ("int8", "channel"), MORE["int8 token"]) for _ in range(2))
-    torch.ops.reelquant.layer(x, [], first.number, "")
+    torch.ops.reelquant.layer(x, [], first.handle, "")
     version, other = x._version, torch.randn_like(x)
     x.numpy()[:] = other.numpy()
     assert x._version == version
-    assert torch.equal(torch.ops.reelquant.layer(x, [], second.number, ""), second(other))
+    assert torch.equal(torch.ops.reelquant.layer(x, [], second.handle, ""), second(other))
 
 
 @pytest.mark.parametrize(

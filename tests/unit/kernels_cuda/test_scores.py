@@ -13,7 +13,7 @@ from reelquant.kernels import cuda
 from reelquant.kernels.attention import REFERENCE, STOCK, AttentionQuant
 from reelquant.kernels.cuda import scores
 from reelquant.nn import attention_facts, round_attention, start_clock
-from reelquant.nn.attention import PROTECTED
+from reelquant.nn.around.attention import PROTECTED
 from tests.contracts.attention_oracle import DEVICE, make
 from tests.tiny.configs import TINY
 from tests.tiny.test_steps import call

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import UnsupportedError, nearest
+from reelquant.branches import branch_feature, branch_name
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType, added_error
 from reelquant.checkpoint.export.result import Outcome
@@ -90,13 +91,18 @@ def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[li
 
 
 def check_features(source: Source) -> None:
-    """Refuse layers that use what exporters know nothing of.
+    """Refuse layers with features that exporters do not know, and layers with branches that cannot be folded into a weight.
 
     Raises:
         UnsupportedError: naming the first such layer.
     """
     for name, facts in source.layers.items():
-        if unknown := not_taken(facts.layout.features, TAKES):
+        folded = set(TAKES)
+        for branch in facts.layout.branches:
+            if branch.exports is not None:
+                raise UnsupportedError(f"layer '{name}' has the branch '{branch_name(branch)}', and {branch.exports}")
+            folded.add(branch_feature(branch))
+        if unknown := not_taken(facts.layout.features, folded):
             raise UnsupportedError(f"layer '{name}' has {unknown}, which exporters cannot write; export a model from a recipe without that")
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from reelquant.formats import Int
 from reelquant.kernels.cpu import loops
 from reelquant.kernels.hadamard import block_size
+from reelquant.kernels.input_code_cache import forget, recall, remember
 from reelquant.kernels.operands import InputQuant, Operands
-from reelquant.kernels.recall import forget, recall, remember
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs

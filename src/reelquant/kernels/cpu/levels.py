@@ -27,7 +27,7 @@ def refuses(operands: Operands) -> str | None:
 
 
 class LevelInputs:
-    """``operands.staged(x, slot)`` of such a layer, with the very same roundings."""
+    """``operands.quantized_input(x, slot)`` of such a layer, with the very same roundings."""
 
     def __init__(self, operands: Operands) -> None:
         numbers = operands.input

@@ -18,8 +18,8 @@ from reelquant.formats import Granularity, Int, Quantizer, pack
 from reelquant.kernels import Kernel, cuda, torch_ops
 from reelquant.kernels.cuda import refusals
 from reelquant.kernels.hadamard import hadamard
+from reelquant.kernels.input_code_cache import forget, recall, remember
 from reelquant.kernels.operands import Operands, PackedWeight, Runner
-from reelquant.kernels.recall import forget, recall, remember
 
 ACTIVATIONS = {"": "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
 WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
@@ -140,7 +140,7 @@ class PlainLinear:
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         numbers = self.operands.input
         assert numbers is not None and isinstance(numbers.format, Int)
-        moved = self.operands.moved(x)
+        moved = self.operands.rewritten_input(x)
         quantizer = numbers.quantizer(moved, slot)
         zero = quantizer.scale.new_full((), -numbers.format.low) if quantizer.zero_point is None else quantizer.zero_point
         out = torch_ops.linear_8bit(
@@ -162,7 +162,7 @@ class PlainFloat8Linear:
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         numbers = self.operands.input
         assert numbers is not None
-        moved = self.operands.moved(x)
+        moved = self.operands.rewritten_input(x)
         scale = numbers.quantizer(moved, slot).scale
         unit = moved / (scale.reshape(*moved.shape[:-1], 1) if self.dynamic else scale)
         return torch_ops.linear_8bit(
@@ -241,7 +241,7 @@ class Widened:
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.operands
-        x_in = given.moved(given.padded(x)) if given.rewritten else given.padded(x)
+        x_in = given.rewritten_input(given.padded(x)) if given.rewritten else given.padded(x)
         bias = None if given.bias is None else given.bias.to(x_in.dtype)
         return given.product(x_in, given.weight.dequantize(x_in.dtype), bias).to(x.dtype)
 
