@@ -19,7 +19,7 @@ from reelquant.cli import app
 from reelquant.cli.console import QUIET, figure, plain, size
 from reelquant.cli.options import call_options, settings
 from reelquant.evidence import read_video
-from reelquant.kernels.cpu import int16_madd, int8
+from reelquant.kernels.cpu import int8, int16_madd
 from reelquant.models.sampling import write_notes
 from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 

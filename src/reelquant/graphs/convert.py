@@ -329,8 +329,8 @@ def _to_levels(unit: Node, numbers: InputQuant) -> Node:
 def _dynamic(x: Node, numbers: InputQuant) -> Node:
     """Rounded with a scale per token that is found in the forward."""
     rule, fmt = numbers.rule, numbers.format
-    plain = rule is not None and numbers.granularity.kind == "token" and isinstance(fmt, Int) and fmt.signed
-    if not plain or type(rule.range).__name__ != "MinMax":
+    plain = numbers.granularity.kind == "token" and isinstance(fmt, Int) and fmt.signed
+    if rule is None or not plain or not rule.range.covers_all:
         raise UnsupportedError(
             f"OpenVINO graphs hold no dynamic {fmt.name} inputs per {numbers.granularity}; use runtime='torch', or static inputs"
         )

@@ -3,9 +3,9 @@ here."""
 
 from reelquant.nn.around.attention import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
 from reelquant.nn.extended import prepares_input, quantized_class
-from reelquant.nn.layers import LAYERS, LayerTensors, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
-from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, TensorLayout, buffer_shapes
+from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, LayerTensors, TensorLayout, buffer_shapes
 from reelquant.nn.swap import (
     KernelFacts,
     count_tensors,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -25,21 +24,11 @@ from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Window
 from reelquant.nn.around.graph import call, handle_of, is_tracing, trace_opaque
 from reelquant.nn.residency import Prepared, Residency
 from reelquant.nn.runners import Chain, Mode, assemble
-from reelquant.nn.spec import LayerLayout, buffer_shapes, codes_dtype, codes_shape, number_format
+from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dtype, codes_shape, number_format
 from reelquant.observe import Geometry
 
 CHAINED = ("layout", "clock", "keeps")  # attributes that decide which links a layer needs
 NO_MOMENT = Moment()
-
-
-@dataclass(eq=False)
-class LayerTensors:
-    """The tensors of one quantized layer, by their names in the checkpoint (``<layer>.weight``, ``<layer>.weight_scale`` ...)."""
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 class QuantLayer(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ class TensorLayout:
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, but always with format and granularity."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        defaults = {field.name: field.default for field in fields(self)}
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        defaults = {one.name: one.default for one in fields(self)}
         return {name: value for name, value in values.items() if value != defaults[name]}
 
     def spec(self, axis: int = 0) -> QuantSpec:
@@ -132,7 +132,7 @@ class LayerLayout:
             CheckpointError: on a key or a branch that this version does not know.
         """
         values = {ALIASES.get(key, key): value for key, value in data.items()}
-        known = {JSON_NAMES.get(field.name, field.name) for field in fields(cls)}
+        known = {JSON_NAMES.get(one.name, one.name) for one in fields(cls)}
         if unknown := set(values) - known:
             raise CheckpointError(f"quantization_config describes layers with unknown keys {sorted(unknown)}: written by a newer version?")
         weight, inputs = values.pop("weights"), values.pop("input_activations", None)
@@ -149,6 +149,16 @@ def _branches(data: dict[str, dict[str, Any]]) -> tuple[Branch, ...]:
         return tuple(branch_from_json(name, options) for name, options in data.items())
     except RecipeError as error:
         raise CheckpointError(f"quantization_config describes a layer with a branch that cannot be read: {error}") from None
+
+
+@dataclass(eq=False)
+class LayerTensors:
+    """The tensors of one quantized layer, by their names in the checkpoint (``<layer>.weight``, ``<layer>.weight_scale`` ...)."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def buffer_shapes(shape: tuple[int, ...], layout: LayerLayout, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -30,7 +30,7 @@ def refuses(operands: Operands) -> str | None:
     if not isinstance(numbers.format, Int) or numbers.format.bits > 8:
         return f"inputs are {numbers.format.name}, not integers"
     if numbers.rule is not None:
-        plain = numbers.granularity.kind == "token" and numbers.format.signed and type(numbers.rule.range).__name__ == "MinMax"
+        plain = numbers.granularity.kind == "token" and numbers.format.signed and numbers.rule.range.covers_all
         if not plain or operands.window is not None:
             return "dynamic inputs are int with a scale per token, in linear layers"
     elif numbers.granularity.kind != "tensor":

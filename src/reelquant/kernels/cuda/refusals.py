@@ -41,7 +41,7 @@ def _grain(operands: Operands, numbers: InputQuant) -> str | None:
     kind = numbers.granularity.kind
     if numbers.rule is None:
         return None if kind == "tensor" else f"static inputs have one scale, not one per {kind}"
-    if kind != "token" or type(numbers.rule.range).__name__ != "MinMax":
+    if kind != "token" or not numbers.rule.range.covers_all:
         return "dynamic inputs have a scale per token, of their largest magnitude"
     return None if operands.window is None else "a convolution has no tokens to scale"
 
