@@ -231,7 +231,7 @@ def denoiser(bench: Bench, peaks: dict[str, float], shape: tuple[str, dict[str, 
 
     import reelquant
     from benchmarks.speed.denoisers import DENOISERS, Sampler
-    from reelquant.kernels.attention import AttentionNumbers
+    from reelquant.kernels.attention import AttentionQuant
     from reelquant.nn import attention_facts, kernels_of, round_attention
 
     name, changed, latent = shape
@@ -240,7 +240,7 @@ def denoiser(bench: Bench, peaks: dict[str, float], shape: tuple[str, dict[str, 
     layers = copy.deepcopy(plain)
     reelquant.quantize(Sampler(spec, layers), DYNAMIC)
     models = {"torch bf16": plain.to(bench.device), "w8a8": layers.to(bench.device)}
-    for numbers in (AttentionNumbers(), AttentionNumbers(values="e4m3")):
+    for numbers in (AttentionQuant(), AttentionQuant(values="e4m3")):
         models[f"w8a8, {numbers}"] = copy.deepcopy(layers)
         round_attention(models[f"w8a8, {numbers}"], numbers)
     inputs = _to(bench.device, spec.inputs(plain, torch.bfloat16))

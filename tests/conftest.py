@@ -38,7 +38,7 @@ settings.load_profile("reelquant")
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
     """Every test starts from seed 0 and cannot leave another default dtype, grad mode or attention behind."""
-    from reelquant.nn import attention
+    from reelquant.nn.around import attention
 
     random.seed(0)
     np.random.seed(0)

@@ -35,9 +35,7 @@ def statistics(module: nn.Module, calls: Sequence[Tensor], *, frames: int = 1, f
     generator = torch.Generator().manual_seed(0)
     wanted = frozenset({"range", "rotated", "rows", "gram", *(["features"] if features else [])})
     role = "temporal" if features else "main"
-    found = InputStatistics.for_input(
-        Watched("layer", geometry, axis, frames, role, len(calls), generator, wanted, len(calls), 1)
-    )
+    found = InputStatistics.for_input(Watched("layer", geometry, axis, frames, role, len(calls), generator, wanted, len(calls), 1))
     for step, x in enumerate(calls):
         found.update(x, Call(step))
     found.check([float(step) for step in range(len(calls))])

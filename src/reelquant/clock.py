@@ -26,12 +26,21 @@ TOLERANCE = 2**-11  # relative: timesteps are stored as float32 and may come bac
 
 
 class Moment(NamedTuple):
-    """A clock read: what a layer has to know of the call it is in."""
+    """What a layer has to know about the call it is in.
+
+    Attributes:
+        slot: index of the denoising step.
+        exact: whether the current timestep is the very one of that step.
+        protected: whether the step is protected.
+        half: which half of a guidance pair the call computes.
+        row: row of the layer's input scales; None where it is ``slot``.
+    """
 
     slot: int | Tensor = 0
     exact: bool = False
     protected: bool = False
     half: int = ANY
+    row: int | Tensor | None = None
 
 
 class Clock(nn.Module):

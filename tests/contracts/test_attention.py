@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from reelquant._errors import RecipeError
 from reelquant.kernels import attention_reference, backend
-from reelquant.kernels.attention import FLOAT, REFERENCE, ROUNDED, AttentionNumbers, over_keys, parse_attention, select
+from reelquant.kernels.attention import FLOAT, REFERENCE, ROUNDED, AttentionQuant, over_keys, parse_attention, select
 from reelquant.kernels.cuda import scores
 from tests.contracts.attention_oracle import attend, bound, make, prepared, rounded
 
-NUMBERS = [AttentionNumbers(), AttentionNumbers(values="e4m3")]
+NUMBERS = [AttentionQuant(), AttentionQuant(values="e4m3")]
 
 
 @given(
@@ -29,7 +29,7 @@ NUMBERS = [AttentionNumbers(), AttentionNumbers(values="e4m3")]
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
 def test_any_shape_is_within_the_bound_of_its_rounding(
-    batch: int, heads: int, queries: int, tokens: int, width: int, numbers: AttentionNumbers, dtype: torch.dtype
+    batch: int, heads: int, queries: int, tokens: int, width: int, numbers: AttentionQuant, dtype: torch.dtype
 ) -> None:
     q, k, v = (x.cpu() for x in make(batch, heads, queries, tokens, width, dtype=dtype))
     out = REFERENCE.attention(q, k, v, None, numbers, None)
@@ -75,7 +75,7 @@ def test_tokens_of_zeros_and_no_tokens() -> None:
 
 
 @pytest.mark.parametrize("numbers", NUMBERS, ids=str)
-def test_masks_over_keys_leave_what_the_others_give(numbers: AttentionNumbers) -> None:
+def test_masks_over_keys_leave_what_the_others_give(numbers: AttentionQuant) -> None:
     """Keys that nobody sees move the mean that all keys lose, so codes differ; the bound of their rounding holds."""
     q, k, v = (x.cpu() for x in make(2, 2, 9, 31, 64, dtype=torch.float32))
     seen = torch.zeros(2, 1, 1, 31, dtype=torch.bool)

@@ -20,7 +20,7 @@ from reelquant.clock import Clock
 from reelquant.formats import fit, pack
 from reelquant.kernels import KERNELS, Kernel, backend, current_backend, select
 from reelquant.kernels.activations import ACTIVATIONS
-from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, loops, nibbles, pairs
+from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, int16_madd, loops, nibbles
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
 
 WEIGHTS = [("int8", "channel"), ("int8", "tensor"), ("int6", "channel"), ("int4", "channel"), ("int4", "group-64"), ("int4", "group-8")]
@@ -49,7 +49,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "Conv3d": (lambda: nn.Conv3d(8, 6, (3, 1, 1), padding=(1, 0, 0)), (2, 8, 5, 4, 6)),
 }
 vnni = pytest.mark.skipif(int8.available() is not None, reason=str(int8.available()))
-integers = pytest.mark.skipif(None not in (int8.available(), pairs.available()), reason=str(pairs.available()))
+integers = pytest.mark.skipif(None not in (int8.available(), int16_madd.available()), reason=str(int16_madd.available()))
 FOLDED = {"onednn int8 from int4": 64, "int16 pairs": 64}
 """Kernels that fold the scales of 4-bit groups into integers, and which part of an output that may move at most."""
 
@@ -101,7 +101,7 @@ CASES = [
 )
 def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, rewrite: str) -> None:
     layer, x = make(name, weight, INPUTS[numbers], **REWRITES[rewrite])
-    taken = [kernel for kernel in KERNELS["cpu"]() if kernel.refuses(layer.operands) is None]
+    taken = [kernel for kernel in KERNELS["cpu"]() if kernel.declines(layer.operands) is None]
     assert layer.kernel is taken[0] if taken else layer.kernel.name == "reference"
     for dtype, kernel in itertools.product((torch.float32, torch.bfloat16, torch.float16), taken):
         here = layer.to(dtype)
@@ -142,7 +142,7 @@ def test_the_table_says_what_runs_and_why_the_better_ones_do_not() -> None:
     assert set(layer.selected[1]) == {kernel.name for kernel in KERNELS["cpu"]()} and "e4m3" in layer.selected[1]["onednn int8"]
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
 def test_without_vnni_products_are_integers_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     without = "the processor has no VNNI instructions"
     monkeypatch.setattr(int8, "available", lambda: without)
@@ -157,15 +157,15 @@ def test_without_vnni_products_are_integers_all_the_same(monkeypatch: pytest.Mon
     assert float(error) < float(rounded)  # folded into 12 bits, not into 8
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
 def test_sums_that_do_not_fit_in_32_bits_are_refused() -> None:
     layer, _ = make("Linear", ("int8", "channel"), INPUTS["int8"])
     wide = replace(layer.operands, weight=replace(layer.packed, shape=(70, 66_000)))
-    assert pairs.refuses(wide) == "rows of 66000 weights add up to more than 32 bits hold"
-    assert pairs.top_of(13_824) * 255 * 13_824 <= pairs.SUM and pairs.top_of(96) == pairs.WIDEST
+    assert int16_madd.refuses(wide) == "rows of 66000 weights add up to more than 32 bits hold"
+    assert int16_madd.top_of(13_824) * 255 * 13_824 <= int16_madd.SUM and int16_madd.top_of(96) == int16_madd.WIDEST
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
 @pytest.mark.parametrize("grain", ["group-64", "group-8", "channel"])
 def test_scales_of_groups_are_read_where_they_are_stored(grain: str) -> None:
     """Inputs that are rows of the identity show the weight that is multiplied: it lies within half of an integer of its row."""
@@ -177,11 +177,11 @@ def test_scales_of_groups_are_read_where_they_are_stored(grain: str) -> None:
     quantizer = fit(layout.weight.spec(), weight)
     codes = pack(quantizer.codes(weight), 4)
     layer.fill(LayerTensors(codes, quantizer.scale.to(layer.weight_scale.dtype), None, {"input_scale": torch.ones(1, 1)}))
-    product = pairs.PairProduct(layer.operands)
+    product = int16_madd.Int16Product(layer.operands)
     found, expected = product(torch.eye(3000)).T, layer.packed.dequantize()
     step = torch.from_numpy(product.scale)[:40, None]
     assert float(((found - expected).abs() / step).max()) <= (0.5 if grain != "channel" else 0) + 1e-3
-    assert float((step[:, 0] * pairs.top_of(3000) / expected.abs().amax(1)).max()) <= 1 + 1e-6 or grain == "channel"
+    assert float((step[:, 0] * int16_madd.top_of(3000) / expected.abs().amax(1)).max()) <= 1 + 1e-6 or grain == "channel"
     assert np.shares_memory(product.scales, loops.view(layer.weight_scale))
 
 
@@ -201,7 +201,7 @@ def test_tiles_are_filled_with_integers_of_the_stored_scales(size: int, grain: s
     assert torch.equal(torch.from_numpy(sums).flatten()[:70], -integers.sum(1, dtype=torch.int32))
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
 @pytest.mark.parametrize(("rows", "columns", "width"), [(1, 1, 1), (6, 16, 2), (97, 257, 1537), (193, 40, 3076), (5, 530, 3)])
 def test_the_largest_codes_are_multiplied_exactly(rows: int, columns: int, width: int) -> None:
     """Where 8-bit instructions would saturate: 127 and -128 everywhere, over the edges of tiles, panels and pieces."""
@@ -213,21 +213,21 @@ def test_the_largest_codes_are_multiplied_exactly(rows: int, columns: int, width
     ones = torch.ones(columns)
     layer.fill(LayerTensors(codes.to(torch.int8), ones.to(layer.weight_scale.dtype), None, {"input_scale": torch.ones(1, 1)}))
     x = torch.randint(0, 2, (rows, width), generator=generator) * 255 - 128
-    assert torch.equal(pairs.PairProduct(layer.operands)(x.float()).double(), (x.double() @ codes.double().T).float().double())
+    assert torch.equal(int16_madd.Int16Product(layer.operands)(x.float()).double(), (x.double() @ codes.double().T).float().double())
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
-@pytest.mark.parametrize("activation", [name for name in pairs.PairProduct.fused if name])
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
+@pytest.mark.parametrize("activation", [name for name in int16_madd.Int16Product.fused if name])
 def test_an_activation_is_applied_before_the_output_is_written(activation: str) -> None:
     layer, x = make("Linear", ("int8", "channel"), INPUTS["int8 token"])
-    runner = pairs.PairProduct(layer.operands)
+    runner = int16_madd.Int16Product(layer.operands)
     torch.testing.assert_close(runner(x, 0, activation), ACTIVATIONS[activation](runner(x)), rtol=1e-5, atol=1e-6)
 
 
 def test_only_float_products_of_rounded_inputs_are_called_simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not make("Linear", ("int8", "channel"), None)[0].simulated
-    assert make("Linear", ("int8", "channel"), INPUTS["int8"])[0].simulated == (None not in (int8.available(), pairs.available()))
-    for kernels in (int8, pairs):
+    assert make("Linear", ("int8", "channel"), INPUTS["int8"])[0].simulated == (None not in (int8.available(), int16_madd.available()))
+    for kernels in (int8, int16_madd):
         monkeypatch.setattr(kernels, "available", lambda: "not here")
     assert make("Linear", ("int8", "channel"), INPUTS["int8"])[0].simulated
 
@@ -283,7 +283,7 @@ def test_a_prepared_layer_saves_copies_and_moves_the_weight_it_was_given(name: s
         assert all(torch.equal(other[key], before[key]) for key in before)
     layer(x)
     twin = copy.deepcopy(layer)
-    assert torch.equal(twin(x), first) and twin.number != layer.number
+    assert torch.equal(twin(x), first) and twin.handle != layer.handle
     assert torch.equal(layer.packed.dequantize(), twin.packed.dequantize())
     layer.release()
     assert torch.equal(layer.weight, before["weight"])
@@ -459,11 +459,11 @@ def test_one_graph_serves_all_steps(name: str) -> None:
 def test_graphs_that_write_into_an_input_they_have_read_get_new_codes() -> None:
     """As Inductor does: into the same tensor, and its version does not tell."""
     (first, x), (second, _) = (make("Linear", ("int8", "channel"), INPUTS["int8 token"]) for _ in range(2))
-    torch.ops.reelquant.layer(x, [], first.number, "")
+    torch.ops.reelquant.layer(x, [], first.handle, "")
     version, other = x._version, torch.randn_like(x)
     x.numpy()[:] = other.numpy()
     assert x._version == version
-    assert torch.equal(torch.ops.reelquant.layer(x, [], second.number, ""), second(other))
+    assert torch.equal(torch.ops.reelquant.layer(x, [], second.handle, ""), second(other))
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def test_attention_is_as_good_as_attention_in_bfloat16(shape: tuple[int, ...]) -
     assert float((scaled - exact).norm() / exact.norm()) < 0.05
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("shape", "width"),
@@ -520,7 +520,7 @@ def test_attention_in_fixed_point_is_better_than_attention_in_bfloat16(shape: tu
         assert float((found - exact).norm()) <= 0.6 * float((written_out - exact).norm()) + rounding
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
 def test_attention_in_fixed_point_keeps_a_long_tail() -> None:
     """One key as heavy as a hundred thousand others together: half of the answer is made of weights that one scale would round away."""
     keys, head = 1 << 17, 64
@@ -534,7 +534,7 @@ def test_attention_in_fixed_point_keeps_a_long_tail() -> None:
     torch.testing.assert_close(found, torch.zeros_like(found), rtol=0, atol=2e-3)
 
 
-@pytest.mark.skipif(pairs.available() is not None, reason=str(pairs.available()))
+@pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))
 @pytest.mark.parametrize("which", range(3))
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf])
 def test_attention_in_fixed_point_leaves_strange_numbers_to_torch(which: int, strange: float) -> None:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from reelquant import ReelQuantConfig
 from reelquant.discover import discover
-from reelquant.nn import QuantLayer, quantized_layers
-from reelquant.nn.layers import quantized_class
+from reelquant.nn import QuantLayer, quantized_class, quantized_layers
 from tests.families.models import FAMILIES, Inputs, awake
 from tests.tiny.stock import realigned
 

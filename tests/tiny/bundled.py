@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import reelquant
 from reelquant.discover import denoiser_of
 from reelquant.models.sampling import sample
-from reelquant.nn.fuse import part_activations
+from reelquant.nn.around.fuse import part_activations
 from tests.tiny.stock import realigned
 
 NAMES = ("tiny-dit", "tiny-unet")

@@ -19,17 +19,17 @@ from reelquant._errors import CalibrationError, CheckpointError, RecipeError
 from reelquant.checkpoint.stored import Stored
 from reelquant.clock import Clock
 from reelquant.kernels import attention as kernels
-from reelquant.kernels.attention import REFERENCE, STOCK, AttentionNumbers
+from reelquant.kernels.attention import REFERENCE, STOCK, AttentionQuant
 from reelquant.nn import attention_facts, dequantized, quantized_layers, round_attention, set_module, start_clock
-from reelquant.nn.attention import PROTECTED, rounded_attention
-from reelquant.nn.attention import STOCK as STOCK_NAME
+from reelquant.nn.around.attention import PROTECTED, rounded_attention
+from reelquant.nn.around.attention import STOCK as STOCK_NAME
 from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
 from tests.tiny.stock import CALL, PROMPTS, frames, realigned, room, wan_pipeline
 from tests.tiny.test_steps import call
 
 INT8 = {"scores": "int8"}
-INT8_SCORES = AttentionNumbers()
+INT8_SCORES = AttentionQuant()
 TIMES = (900.0, 500.0, 100.0)
 BASE = {"calibrate.prompts": 2, "search.prompts": 1}
 
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     return pipe, report, reelquant.save(pipe, tmp_path_factory.mktemp("attention") / "out", report)
 
 
-def wan(protected: tuple[int, ...] = (0,), numbers: AttentionNumbers | None = INT8_SCORES) -> nn.Module:
+def wan(protected: tuple[int, ...] = (0,), numbers: AttentionQuant | None = INT8_SCORES) -> nn.Module:
     model = TINY["WanTransformer3DModel"]().eval()
     start_clock(model, Clock(TIMES, protected), "timestep")
     round_attention(model, numbers)
@@ -60,7 +60,7 @@ def calls(model: nn.Module) -> dict[str, int]:
 
 @pytest.mark.parametrize("values", ["float", "e4m3"])
 def test_attention_is_rounded_at_all_but_protected_steps(values: Any) -> None:
-    plain, model = wan(numbers=None), wan((1,), AttentionNumbers(values=values))
+    plain, model = wan(numbers=None), wan((1,), AttentionQuant(values=values))
     for slot, time in enumerate(TIMES):
         exact, found = call(plain, time), call(model, time)
         assert torch.equal(found, exact) == (slot == 1)
@@ -75,7 +75,7 @@ def test_what_runs_is_the_reference_of_every_call(monkeypatch: pytest.MonkeyPatc
     found = call(model, 500.0)
 
     def by_hand(query: Tensor, key: Tensor, value: Tensor, *more: Any, **options: Any) -> Tensor:
-        return REFERENCE.attention(query, key, value, options.get("scale"), AttentionNumbers(), None)
+        return REFERENCE.attention(query, key, value, options.get("scale"), AttentionQuant(), None)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", by_hand)
     assert torch.equal(call(plain, 500.0), found)
@@ -146,7 +146,7 @@ class Attending(nn.Module):
 )
 def test_calls_with_more_than_products_are_exact_and_said(options: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
     model, x = Attending(**options), torch.randn(1, 2, 5, 8)
-    round_attention(model, AttentionNumbers())
+    round_attention(model, AttentionQuant())
     with caplog.at_level(logging.WARNING):
         assert torch.equal(model(x), STOCK(x, x, x, **options)) and torch.equal(model(x), model(x))
     assert [count for name, count in calls(model).items() if reason in name] == [3]
@@ -178,7 +178,7 @@ class Masked(nn.Module):
 
 def test_gradients_pass_through_exact_attention() -> None:
     model, x = Attending(), torch.randn(1, 2, 5, 8, requires_grad=True)
-    round_attention(model, AttentionNumbers())
+    round_attention(model, AttentionQuant())
     model(x).sum().backward()
     assert x.grad is not None and calls(model) == {f"{STOCK_NAME}: gradients are wanted": 1}
 
@@ -188,7 +188,7 @@ def test_a_device_without_a_kernel_is_named_and_computes_in_float(
 ) -> None:
     monkeypatch.delitem(kernels.ROUNDED, "cpu")
     model, x = Attending(), torch.randn(1, 2, 5, 8)
-    round_attention(model, AttentionNumbers())
+    round_attention(model, AttentionQuant())
     with caplog.at_level(logging.WARNING):
         assert torch.equal(model(x), STOCK(x, x, x))
     found = attention_facts(model)
@@ -203,7 +203,7 @@ def test_a_recipe_without_attention_keeps_its_digest_and_a_wrong_word_is_refused
     plain = load_recipe("minmax-w8a8")
     asked = load_recipe("minmax-w8a8", {"attention": INT8})
     assert load_recipe("minmax-w8a8", {"attention": None}).digest() == plain.digest() != asked.digest()
-    assert asked.attention_numbers == AttentionNumbers() and plain.attention_numbers is None
+    assert asked.attention_numbers == AttentionQuant() and plain.attention_numbers is None
     for value, words in (({"score": "int8"}, "did you mean 'scores'"), ({"values": "fp8"}, "attention.values: .*'float' or 'e4m3'")):
         with pytest.raises(RecipeError, match=words):
             load_recipe("minmax-w8a8", {"attention": value})

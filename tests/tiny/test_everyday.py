@@ -70,7 +70,7 @@ def test_sequential_offload_keeps_nothing_of_what_it_moved_away(name: str) -> No
     model = denoiser(pipe)
     cpu_offload(model, CPU, offload_buffers=True)
     latents(pipe)
-    held = [layer for layer in quantized_layers(model).values() if layer._ready is not None]
+    held = [layer for layer in quantized_layers(model).values() if layer.residency.current is not None]
     assert len(held) <= 1
     assert all(layer.weight.device.type == "meta" for layer in quantized_layers(model).values())
 
@@ -126,7 +126,7 @@ def test_weights_that_are_swapped_behind_a_layers_back_are_found_again(kind: str
         swapped.offload()
         other.release()
         other(x)  # whoever is prepared next cleans up
-        assert layer._ready is None
+        assert layer.residency.current is None
         assert torch.equal(layer.codes, codes)
 
 
@@ -322,12 +322,12 @@ def test_layerwise_casting_leaves_quantized_layers_alone(name: str) -> None:
     model = denoiser(pipe)
     before = {key: layer.state_dict() for key, layer in quantized_layers(model).items()}
     latents(pipe, num_inference_steps=1)
-    kept = [layer._ready for layer in quantized_layers(model).values()]
+    kept = [layer.residency.current for layer in quantized_layers(model).values()]
     model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     assert latents(pipe, num_inference_steps=1).isfinite().all()
     for key, layer in quantized_layers(model).items():
         assert all(torch.equal(before[key][tensor], value) for tensor, value in layer.state_dict().items())
-    assert [layer._ready for layer in quantized_layers(model).values()] != kept or kept
+    assert [layer.residency.current for layer in quantized_layers(model).values()] != kept or kept
 
 
 def test_attention_processors_of_the_user_are_used() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import reelquant
 from reelquant import RecipeError, UnsupportedError
 from reelquant.kernels import backend
-from reelquant.kernels.attention import AttentionNumbers
+from reelquant.kernels.attention import AttentionQuant
 from reelquant.nn import kernels_of, quantized_layers, set_attention
 from tests.tiny import bundled
 from tests.tiny.bundled import CPU, NAMES, denoiser
@@ -246,7 +246,7 @@ def adapted(model: Any) -> None:
 
 def halved(model: Any) -> None:
     layer = next(iter(quantized_layers(model).values()))
-    object.__setattr__(layer, "layout", type(layer.layout)(layer.layout.weight, layer.layout.input, halves=True))
+    object.__setattr__(layer, "layout", type(layer.layout)(layer.layout.weight, layer.layout.input, cfg_halves=True))
 
 
 OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -255,7 +255,7 @@ OBSTACLES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "watched layers": (lambda model: model.blocks[0].ffn.register_forward_hook(print), "a hook watches 'blocks.0.ffn'"),
     "halves of guidance": (halved, "has input scales for each half of guidance"),
     "rounded attention": (
-        lambda model: set_attention(model, AttentionNumbers("int8")),
+        lambda model: set_attention(model, AttentionQuant("int8")),
         r"its attention is asked for with int8 scores.*attention='float'",
     ),
     "another device": (lambda model: model.to("meta"), r"it lies on meta; move it with model.to\('cpu'\) first"),

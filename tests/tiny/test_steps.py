@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from reelquant.engine.protect import measure_steps, slots_of
 from torch import Tensor
 
 import reelquant
@@ -25,12 +26,11 @@ from reelquant.checkpoint.stored import Slots, Stored
 from reelquant.clock import ANY, BOTH, FIRST, NAME, SECOND, Clock, Moment
 from reelquant.discover import discover
 from reelquant.engine import components
-from reelquant.engine.protect import measure_steps, slots_of
 from reelquant.engine.report import Report
 from reelquant.engine.run import quantize_pipeline
 from reelquant.engine.search import latent_psnr
 from reelquant.formats import Granularity, Int
-from reelquant.kernels import InputNumbers
+from reelquant.kernels import InputQuant
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.nn import QuantLayer, dequantized, quantized_layers, set_module
@@ -120,12 +120,12 @@ def test_eight_bits_at_protected_steps_come_from_the_same_bytes() -> None:
 @pytest.mark.parametrize("signed", [True, False])
 def test_every_level_of_few_bits_is_a_level_of_eight(signed: bool) -> None:
     zero = None if signed else torch.tensor([[11.0]])
-    few = InputNumbers(Int(6, signed), Granularity(), torch.tensor([[0.3]]), zero)
+    few = InputQuant(Int(6, signed), Granularity(), torch.tensor([[0.3]]), zero)
     codes = torch.arange(64, dtype=torch.uint8)
     levels = few.quantizer(torch.zeros(1), 0).dequantize(codes)
     finer = few.widened().quantizer(torch.zeros(1), 0)
     assert finer.format == Int(8, signed) and torch.allclose(finer(levels), levels, atol=1e-6)
-    assert few.widened().widened() is not few and InputNumbers(Int(8), Granularity(), torch.ones(1, 1)).widened().format == Int(8)
+    assert few.widened().widened() is not few and InputQuant(Int(8), Granularity(), torch.ones(1, 1)).widened().format == Int(8)
 
 
 def test_compiled_graphs_follow_protection_with_one_compilation() -> None:
@@ -345,7 +345,7 @@ def test_each_half_of_guidance_has_its_scales(kind: Any, pairs: str, slots: str)
     pipe = kind(TINY["WanTransformer3DModel"](), guided=True)
     _, report = quantized(pipe=pipe, base="minmax-w8a8", guidance="apart", **{"defaults.input.slots": slots})
     assert clock_of(pipe.denoiser).pairs == pairs and report.latent_psnr > 40  # type: ignore[operator]
-    apart = [layer for layer in quantized_layers(pipe.denoiser).values() if layer.layout.halves]
+    apart = [layer for layer in quantized_layers(pipe.denoiser).values() if layer.layout.cfg_halves]
     assert len(apart) > 10
     for layer in apart:
         any_, first, second = layer.input_scale.view(-1, 3).unbind(1)
@@ -357,7 +357,7 @@ def test_each_half_of_guidance_has_its_scales(kind: Any, pairs: str, slots: str)
 def test_a_batch_is_split_where_its_halves_meet() -> None:
     pipe = Batched(TINY["WanTransformer3DModel"](), guided=True)
     quantized(pipe=pipe, base="minmax-w8a8", guidance="apart", **{"defaults.input.slots": "per_step"})
-    layer = next(layer for layer in quantized_layers(pipe.denoiser).values() if layer.layout.halves and layer.kernel.low_bit)
+    layer = next(layer for layer in quantized_layers(pipe.denoiser).values() if layer.layout.cfg_halves and layer.kernel.low_bit)
     x = 3 * torch.randn(4, 7, layer.weight_shape[1])
 
     def rounded_as(rows: Tensor, row: int) -> Tensor:
@@ -413,7 +413,9 @@ def test_the_halves_are_saved_and_told_apart_after_loading(tmp_path: Path) -> No
     report = reelquant.quantize(pipe, recipe(guidance="apart"), PROMPTS, **CALL)
     reelquant.save(pipe, tmp_path / "out", report)
     again = DiffusionPipeline.from_pretrained(tmp_path / "out")
-    assert clock_of(again.transformer).pairs == "sequential" and any(x.layout.halves for x in quantized_layers(again.transformer).values())
+    assert clock_of(again.transformer).pairs == "sequential" and any(
+        x.layout.cfg_halves for x in quantized_layers(again.transformer).values()
+    )
     for part in (pipe, again):
         part.set_progress_bar_config(disable=True)
         realigned(part.transformer), realigned(part.vae), realigned(part.text_encoder)

@@ -19,7 +19,7 @@ from reelquant.cli import app
 from reelquant.cli.console import QUIET, figure, plain, size
 from reelquant.cli.options import call_options, settings
 from reelquant.evidence import read_video
-from reelquant.kernels.cpu import int8, pairs
+from reelquant.kernels.cpu import int8, int16_madd
 from reelquant.models.sampling import write_notes
 from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
@@ -134,7 +134,7 @@ def test_dry_run_as_json_needs_no_output(model: Path) -> None:
 def test_quantize_ends_with_the_proof(quantized: tuple[Path, Any]) -> None:
     out, result = quantized
     assert result.exit_code == 0, result.output
-    kernel = next(name for name, here in (("onednn int8", int8), ("int16 pairs", pairs)) if here.available() is None)
+    kernel = next(name for name, here in (("onednn int8", int8), ("int16 pairs", int16_madd)) if here.available() is None)
     for words in ("quantized, 2 stay float", "smaller than float32", kernel, "simulated", "Largest errors", "TDScore", str(out)):
         assert words in result.stdout
     assert result.stderr == ""

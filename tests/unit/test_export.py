@@ -166,7 +166,7 @@ def test_folded_weight_and_bias_give_what_the_layer_gives_without_rounded_inputs
         for name in source.layers:
             layer = source.layer(name)
             x = torch.randn(5, layer.weight.shape[1])
-            expected = Reference(replace(layer.quant.operands, numbers=None))(x)
+            expected = Reference(replace(layer.quant.operands, input=None))(x)
             assert difference(F.linear(x, layer.weight, layer.bias), expected) < 1e-5, name
 
 

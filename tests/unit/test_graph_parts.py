@@ -1,4 +1,4 @@
-"""The part of a graph that lasts from step to step is cut off where that leaves the other part whole."""
+"""The split_invariant of a graph that lasts from step to step is cut off where that leaves the other split_invariant whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 openvino = pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)
 
-from reelquant.graphs.parts import part  # noqa: E402
+from reelquant.graphs.parts import split_invariant  # noqa: E402
 
 ops = openvino.opset13
 
@@ -34,7 +34,7 @@ def answer(graph: Any, *given: Any) -> Any:
 
 def test_sizes_of_what_lasts_are_known_to_the_rest() -> None:
     latent, text = np.random.randn(1, 6, 4).astype(np.float32), np.random.randn(1, 3, 4).astype(np.float32)
-    found = part(joined(3)[0], [False, True])
+    found = split_invariant(joined(3)[0], [False, True])
     assert found is not None
     first, rest, order = found
     rest.validate_nodes_and_infer_types()
@@ -45,4 +45,4 @@ def test_sizes_of_what_lasts_are_known_to_the_rest() -> None:
 
 
 def test_what_has_no_known_size_is_computed_in_every_step() -> None:
-    assert part(joined(-1)[0], [False, True]) is None
+    assert split_invariant(joined(-1)[0], [False, True]) is None

@@ -26,7 +26,7 @@ class Seeing(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            self.seen.append([layer._ready is not None for layer in quantized_layers(self).values()])
+            self.seen.append([layer.residency.current is not None for layer in quantized_layers(self).values()])
         return self.two(self.one(x).sin()) * self.gain
 
 

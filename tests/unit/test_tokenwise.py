@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from reelquant import UnsupportedError
 from reelquant.clock import Clock
-from reelquant.nn import quantized_layers, start_clock, start_runtime, stop_runtime, tokenwise
-from reelquant.nn.fuse import Fused
-from reelquant.nn.overlay import Overlay
-from reelquant.nn.tokenwise import Tokenwise, block_tokens, unblock_tokens
+from reelquant.nn import quantized_layers, start_clock, start_runtime, stop_runtime
+from reelquant.nn.around import tokenwise
+from reelquant.nn.around.class_patch import ClassPatch
+from reelquant.nn.around.fuse import Fused
+from reelquant.nn.around.tokenwise import Tokenwise, block_tokens, unblock_tokens
 from tests.single import build
 
 WIDTH = 16
@@ -110,8 +111,8 @@ def test_blocks_answer_as_the_whole(name: str, shape: tuple[int, ...], dtype: to
         assert block_tokens(model) == ["part"] and block_tokens(model) == []
         sizes: list[int] = []
         first = next(iter(quantized_layers(model).values()))
-        compute = first.compute
-        first.compute = lambda x, *rest: sizes.append(x.numel() // WIDTH) or compute(x, *rest)  # type: ignore[method-assign]
+        run = first.activated
+        first.activated = lambda x, *rest: sizes.append(x.numel() // WIDTH) or run(x, *rest)  # type: ignore[method-assign]
         assert torch.equal(model["part"](x), expected) and max(sizes) <= 64 < sum(sizes)
     unblock_tokens(model)
     assert not isinstance(model["part"], Tokenwise)
@@ -142,7 +143,7 @@ def test_nobody_who_watches_a_layer_is_surprised() -> None:
 
 
 @pytest.mark.parametrize("kind", [Tokenwise, Fused])
-def test_a_module_of_another_class_is_not_pickled(kind: type[Overlay]) -> None:
+def test_a_module_of_another_class_is_not_pickled(kind: type[ClassPatch]) -> None:
     model = quantized(FeedForward(WIDTH, activation_fn="gelu-approximate"))
     own = set(vars(model["part"]))
     start_runtime(model)

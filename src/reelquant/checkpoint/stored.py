@@ -12,7 +12,7 @@ from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
 from reelquant._version import __version__
 from reelquant.checkpoint.verify import tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
-from reelquant.kernels.attention import AttentionNumbers, parse_attention
+from reelquant.kernels.attention import AttentionQuant, parse_attention
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, LayerLayout, QuantLayer, buffer_shapes, quantized_layers
 
@@ -64,7 +64,7 @@ class Stored:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_digest: str = ""
     tool_version: str = ""
-    attention: AttentionNumbers | None = None
+    attention: AttentionQuant | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
@@ -132,7 +132,7 @@ def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums
     return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, _attention(recipe))
 
 
-def _attention(data: Mapping[str, Any], raised: type[Exception] = RecipeError) -> AttentionNumbers | None:
+def _attention(data: Mapping[str, Any], raised: type[Exception] = RecipeError) -> AttentionQuant | None:
     """What the key ``attention`` of a recipe or a checkpoint asks for."""
     try:
         return None if data.get("attention") is None else parse_attention(data["attention"])

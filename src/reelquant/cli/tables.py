@@ -12,13 +12,13 @@ from rich.table import Table
 from reelquant.cli.console import figure, size
 
 if TYPE_CHECKING:
-    from reelquant.engine.quality import LayerRecord
     from reelquant.engine.plan import LayerPlan, Plan
+    from reelquant.engine.quality import LayerRecord
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation, Result
     from reelquant.nn import AttentionFacts
-    from reelquant.streaming.estimate import Estimate
     from reelquant.streaming import Job
+    from reelquant.streaming.estimate import Estimate
 
 LAYER = 30  # columns that the names of layers get at least
 WORST = 8

@@ -14,8 +14,7 @@ from reelquant.engine.pack import packed
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.engine.quality import LayerRecord, record_of
 from reelquant.formats import Quantizer, fit
-from reelquant.nn import QuantLayer, get_module
-from reelquant.nn.layers import SHIFT_DTYPE
+from reelquant.nn import SHIFT_DTYPE, QuantLayer, get_module
 from reelquant.observe import ChannelRange, InputStatistics
 from reelquant.recipes.entry import Entry
 from reelquant.sites import Group

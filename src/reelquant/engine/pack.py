@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from reelquant.engine.plan import LayerPlan
 from reelquant.formats import LEVEL_DTYPE, Quantizer, pack
-from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class
-from reelquant.nn.layers import SHIFT_DTYPE
+from reelquant.nn import SHIFT_DTYPE, LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class
 from reelquant.stages import LayerWork
 
 
@@ -41,12 +40,13 @@ def _layout(row: LayerPlan, work: LayerWork, *, folds: bool) -> LayerLayout:
         weight=TensorLayout.of(specs.weight, work.solution.quantizer.format),
         input=input_layout,
         slots=len(rows) if rows else 1,
-        halves=work.stored_inputs is not None,
+        cfg_halves=work.stored_inputs is not None,
         rotate=work.rewrite.rotated,
         shift=work.rewrite.shift is not None and not folds,
         scale=work.rewrite.scale is not None and not folds,
         bias=work.stored_bias is not None,
-        lasting=row.layer.role in ("prompt", "constant"),
+        step_invariant=row.layer.role in ("prompt", "constant"),
+        branches=tuple(branch for branch, _ in work.branches),
     )
 
 
@@ -64,7 +64,7 @@ def _tensors(work: LayerWork, layout: LayerLayout, bias: Tensor | None, *, folds
     if not folds:
         vectors = (("shift", work.rewrite.shift), ("scale", work.rewrite.scale))
         extra |= {f"pre_quant_{name}": vector.to(SHIFT_DTYPE) for name, vector in vectors if vector is not None}
-    for _, tensors in work.branches.values():
+    for _, tensors in work.branches:
         extra |= tensors
     return LayerTensors(codes, quantizer.scale.to(quantizer.granularity.scale_dtype), bias, extra)
 

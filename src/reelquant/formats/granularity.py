@@ -57,10 +57,16 @@ class Granularity:
         """What scales are rounded to before codes are chosen: bfloat16 where there are many (groups, channels), float32 otherwise."""
         return torch.bfloat16 if self.kind in ("group", "channel") else torch.float32
 
-    @property
-    def fixed_units(self) -> bool:
-        """True if the number of units does not depend on the number of positions, so that scales can be found offline."""
-        return self.kind != "token"
+    def units(self, shape: tuple[int, ...]) -> int:
+        """Number of scales of a weight ``[out, ...]``; of an input of ``(channels,)`` with static scales.
+
+        Raises:
+            RecipeError: for ``token``, whose scales depend on the positions of an input.
+        """
+        if self.kind == "token":
+            raise RecipeError("granularity 'token' has a scale for every position of an input; a layer cannot store them")
+        width = math.prod(shape[1:])
+        return {"tensor": 1, "channel": shape[0], "group": shape[0] * -(-width // max(self.size, 1)), "frame": self.size}[self.kind]
 
     def blocks(self, x: Tensor) -> Tensor:
         """``[units, members]``; a last group that is too short is padded with zeros (which every range includes)."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from reelquant._errors import UnsupportedError
 from reelquant.formats.granularity import Granularity
 from reelquant.formats.number import Int, NumberFormat
-from reelquant.formats.ranges import CRITERIA, ByCriterion, MinMax, RangeRule, scale_and_zero_point
+from reelquant.formats.ranges import MinMax, RangeRule, scale_and_zero_point
 
 Slots = Literal["shared", "per_step"]
 # Values whose ranges and codes are chosen at a time: a pass over more than the cache holds costs as much as all the arithmetic.
@@ -136,7 +136,7 @@ def fit(spec: QuantSpec, values: Tensor) -> Quantizer:
         values: a weight ``[out, ...]`` or sampled inputs; with a criterion range, features ``[timesteps, dim]``.
     """
     values = values.float()
-    criterion = CRITERIA[spec.range.score] if isinstance(spec.range, ByCriterion) else CRITERIA["nmse"]
+    criterion = spec.range.criterion()
     candidates = [_fit_one(replace(spec, format=fmt.fit(values, criterion).stored()), values) for fmt in (spec.format, *spec.alternatives)]
     if len(candidates) == 1:
         return candidates[0]

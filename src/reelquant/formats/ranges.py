@@ -21,14 +21,25 @@ Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]  # (values, low, high) -> 
 
 
 class RangeRule(ABC):
-    """Finds the part of the number line that the codes cover."""
+    """Finds the part of the number line that the codes cover.
 
-    needs_samples: bool = False  # True if minimum and maximum alone are not enough
-    joint: bool = False  # True if the range of a unit depends on other units
+    Attributes:
+        needs_samples: whether minimum and maximum alone are not enough.
+        joint: whether the range of a unit depends on other units.
+        covers_all: whether the range is that of the smallest and the largest value, which kernels can find in the forward.
+    """
+
+    needs_samples: bool = False
+    joint: bool = False
+    covers_all: bool = False
 
     @abstractmethod
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
         """Ranges ``(low, high)``, each ``[units]``, of ``values``; ``rounding`` quantizes the values for a trial range."""
+
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The score by which the best of several formats is chosen with this rule."""
+        return CRITERIA["nmse"]
 
 
 def bounds(values: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
@@ -42,6 +53,8 @@ def bounds(values: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class MinMax(RangeRule):
     """The whole range: nothing is clipped, but for the rounding of a group's bfloat16 scale (at most 1/256 of the range)."""
+
+    covers_all = True
 
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
         return bounds(values, granularity)
@@ -117,10 +130,13 @@ class ByCriterion(RangeRule):
             raise RecipeError(f"unknown criterion '{self.score}'; {nearest(self.score, CRITERIA)}")
         _check_factors(self.candidates, self.smallest)
 
+    def criterion(self) -> Callable[[Tensor, Tensor], Tensor]:
+        return CRITERIA[self.score]
+
     def find(self, values: Tensor, granularity: Granularity, rounding: Rounding) -> tuple[Tensor, Tensor]:
         values = values.float()
         low, high = bounds(values, granularity)
-        score = CRITERIA[self.score]
+        score = self.criterion()
         trials = torch.linspace(1, self.smallest, self.candidates).tolist()
         best = max(trials, key=lambda trial: float(score(values, rounding(values, low * trial, high * trial))))
         return low * best, high * best

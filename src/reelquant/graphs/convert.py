@@ -26,7 +26,7 @@ from torch import Tensor
 from reelquant._errors import UnsupportedError
 from reelquant.formats import Int
 from reelquant.graphs.processor import PAIRS, integers_saturate
-from reelquant.kernels import InputNumbers, Operands, block_size, hadamard
+from reelquant.kernels import InputQuant, Operands, block_size, hadamard
 from reelquant.kernels.cpu import int8, nibbles
 from reelquant.nn import QuantLayer
 
@@ -73,7 +73,7 @@ def constant(values: Tensor) -> Node:
 
 def in_integers(operands: Operands) -> str | None:
     """Why products of a layer are not integer ones in the graph, or None if they are."""
-    numbers, weight = operands.numbers, operands.weight.quantizer
+    numbers, weight = operands.input, operands.weight.quantizer
     if numbers is None:
         return "the input stays float"
     if not isinstance(numbers.format, Int) or numbers.rule is not None or numbers.granularity.kind != "tensor":
@@ -92,7 +92,7 @@ def emit(layer: QuantLayer, x: Node, to: Conversion) -> Node:
     """The output of a layer."""
     if layer.layout.table and to.exact:
         return _from_table(layer, x, to)
-    return Emission(layer.operands, to, f"{NAMED}{layer.number}").product(x)
+    return Emission(layer.operands, to, f"{NAMED}{layer.handle}").product(x)
 
 
 def _from_table(layer: QuantLayer, x: Node, to: Conversion) -> Node:
@@ -124,9 +124,9 @@ class Emission:
 
     def product(self, x: Node) -> Node:
         """From the input as floats to the output."""
-        staged, scale, zero = self.staged(x)
+        quantized, scale, zero = self.quantized_input(x)
         weight = self.weight()
-        out = self.multiplied(staged, self.matrix(weight, scale))
+        out = self.multiplied(quantized, self.matrix(weight, scale))
         (out if hasattr(out, "set_friendly_name") else out.get_node()).set_friendly_name(self.name)
         if scale is not None and len(scale) > 1:
             out = ops.multiply(out, self.to.of_slot(self.along(scale)))
@@ -135,20 +135,20 @@ class Emission:
 
     # --- the input ----------------------------------------------------------------------------------------------------------------
 
-    def staged(self, x: Node) -> tuple[Node, Tensor | None, Tensor | None]:
+    def quantized_input(self, x: Node) -> tuple[Node, Tensor | None, Tensor | None]:
         """The input as the product takes it, and its scale and zero point ``[slots, 1]`` if it is in units of codes."""
-        numbers = self.operands.numbers
+        numbers = self.operands.input
         x = self.padded(x) if self.pads_first else x
         if numbers is None:
-            return self.moved(x), None, None
+            return self.rewritten_input(x), None, None
         if isinstance(numbers.format, Int) and numbers.rule is None and numbers.granularity.kind == "tensor":
             return self.shared(x), numbers.scale, numbers.zero_point if self.integers else None
-        return self.levelled(self.moved(x), numbers), None, None
+        return self.levelled(self.rewritten_input(x), numbers), None, None
 
     @property
     def pads_first(self) -> bool:
         """Whether zero is no code of zero everywhere, so that the border has to be there before the input is rewritten."""
-        numbers = self.operands.numbers
+        numbers = self.operands.input
         return self.operands.rewritten or (self.integers and numbers is not None and numbers.zero_point is not None)
 
     @property
@@ -168,7 +168,7 @@ class Emission:
 
     def shared(self, x: Node) -> Node:
         """:meth:`codes`, or those of a layer that read the same tensor with the same numbers."""
-        numbers = self.operands.numbers
+        numbers = self.operands.input
         assert numbers is not None
         vectors = (self.operands.shift, self.operands.scale, numbers.scale, numbers.zero_point)
         digest = tuple(None if one is None else one.detach().float().numpy().tobytes() for one in vectors)
@@ -178,7 +178,7 @@ class Emission:
             self.to.rounded[key] = self.codes(self.rotated(x), numbers)
         return self.to.rounded[key]
 
-    def codes(self, x: Node, numbers: InputNumbers) -> Node:
+    def codes(self, x: Node, numbers: InputQuant) -> Node:
         """Codes of a rotated input, as floats: ``round((x - shift) / scale / input_scale + zero_point)``."""
         multiply, add = self.folded(numbers)
         low, high = numbers.format.low, numbers.format.high
@@ -194,7 +194,7 @@ class Emission:
         ends = [ops.constant(np.float32(end)) for end in wide * 2]
         return ops.fake_quantize(unit if (low, high) == wide else ops.clamp(unit, low, high), *ends, LEVELS)
 
-    def folded(self, numbers: InputNumbers) -> tuple[Tensor, Tensor]:
+    def folded(self, numbers: InputQuant) -> tuple[Tensor, Tensor]:
         """``x * multiply + add`` in units of codes, ``[slots, channels or 1]`` each."""
         given = self.operands
         assert numbers.scale is not None
@@ -204,7 +204,7 @@ class Emission:
         zero = torch.zeros(1) if numbers.zero_point is None else numbers.zero_point.float()
         return multiply, zero - shift * multiply
 
-    def moved(self, x: Node) -> Node:
+    def rewritten_input(self, x: Node) -> Node:
         """``(rotate(x) - shift) / scale``."""
         x = self.rotated(x)
         x = x if self.operands.shift is None else ops.subtract(x, constant(self.along(self.operands.shift)))
@@ -221,7 +221,7 @@ class Emission:
             return ops.transpose(_in_blocks(last, self.channels, width), back)
         return _in_blocks(x, self.channels, width)
 
-    def levelled(self, x: Node, numbers: InputNumbers) -> Node:
+    def levelled(self, x: Node, numbers: InputQuant) -> Node:
         """The input rounded to any format, as floats."""
         if numbers.rule is not None:
             return _dynamic(x, numbers)
@@ -263,7 +263,7 @@ class Emission:
     @property
     def stays_coded(self) -> bool:
         """Whether a float product reads codes: large weights of linear layers whose recipe saves memory and nothing else."""
-        return self.operands.numbers is None and not self.dims and math.prod(self.operands.weight.shape) > SMALL
+        return self.operands.input is None and not self.dims and math.prod(self.operands.weight.shape) > SMALL
 
     @property
     def stays_grouped(self) -> bool:
@@ -316,7 +316,7 @@ def _in_blocks(x: Node, channels: int, width: int) -> Node:
     return ops.reshape(turned, ops.constant(np.array([0] * (rank - 1) + [channels], np.int64)), True)
 
 
-def _to_levels(unit: Node, numbers: InputNumbers) -> Node:
+def _to_levels(unit: Node, numbers: InputQuant) -> Node:
     """The nearest number of a format, in units."""
     if isinstance(numbers.format, Int):
         return ops.round(ops.clamp(unit, numbers.format.low, numbers.format.high), "half_to_even")
@@ -326,11 +326,11 @@ def _to_levels(unit: Node, numbers: InputNumbers) -> Node:
     return ops.gather(constant(levels), index, ops.constant(np.int64(0)))
 
 
-def _dynamic(x: Node, numbers: InputNumbers) -> Node:
+def _dynamic(x: Node, numbers: InputQuant) -> Node:
     """Rounded with a scale per token that is found in the forward."""
     rule, fmt = numbers.rule, numbers.format
-    plain = rule is not None and numbers.granularity.kind == "token" and isinstance(fmt, Int) and fmt.signed
-    if not plain or type(rule.range).__name__ != "MinMax":
+    plain = numbers.granularity.kind == "token" and isinstance(fmt, Int) and fmt.signed
+    if rule is None or not plain or not rule.range.covers_all:
         raise UnsupportedError(
             f"OpenVINO graphs hold no dynamic {fmt.name} inputs per {numbers.granularity}; use runtime='torch', or static inputs"
         )

@@ -1,4 +1,4 @@
-"""What of a graph depends only on arguments that last from step to step (the prompt), as a graph of its own that runs once a clip."""
+"""Split off the subgraph that depends only on step-invariant inputs (the prompt); it runs once per clip."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from reelquant.discover.arguments import kind_of
-from reelquant.nn.kept import PROMPTS
+from reelquant.nn.output_cache import PROMPTS
 
 HELD = 64 << 20  # bytes between the two graphs above which everything is computed in every step: little is gained by what is so wide
 CHANGING = ("latent", "timestep")
 
 
-def lasting(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[bool]:
-    """For every tensor of a call, in order, whether it usually stays the same over the steps of a clip."""
+def step_invariant(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> list[bool]:
+    """For every tensor of a call, in order: whether it usually stays the same over the steps of a clip."""
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     given = [*zip(names, args, strict=False), *kwargs.items()]
     flags = [(kind_of((name,)) not in CHANGING, tree_leaves(value)) for name, value in given]
     return [stays for stays, leaves in flags for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-def part(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None:
-    """Cut a graph where what lasts meets what does not.
+def split_invariant(graph: Any, stays: Sequence[bool]) -> tuple[Any, Any, list[int]] | None:
+    """Split a graph into the part that depends only on step-invariant inputs, and the rest.
 
     Args:
-        graph: to be cut; not to be used afterwards.
-        stays: for every input whether it lasts.
+        graph: to be split; must not be used afterwards.
+        stays: for every input, whether it is step-invariant.
 
     Returns:
-        The graph of what lasts, with the inputs that last; the rest, with inputs by ``order`` and then the outputs of the first; the
-        order. None if there is nothing to compute once, too much to keep, or something of unknown size in between.
+        The invariant graph, with the invariant inputs; the rest, whose inputs are those of ``order`` and then the outputs of the first;
+        the order. None if there is nothing to compute once, if it takes too much memory, or if a size at the border is unknown.
     """
     _write_shapes(graph)
     parameters = graph.get_parameters()
@@ -89,20 +89,20 @@ def _write_shapes(graph: Any) -> None:
                 target.replace_source_output(shape.output(0))
 
 
-class Kept:
-    """What was computed of the last prompts, known by the very tensors; one that was written to since is another."""
+class SubgraphCache:
+    """Outputs of the invariant graph for the last prompts. The key is the tensor objects and their version counters."""
 
     def __init__(self) -> None:
-        self.found: OrderedDict[tuple[Any, ...], tuple[list[Any], list[Any]]] = OrderedDict()
+        self.entries: OrderedDict[tuple[Any, ...], tuple[list[Any], list[Any]]] = OrderedDict()
 
     def __call__(self, tensors: Sequence[Tensor], compute: Callable[[], list[Any]]) -> list[Any]:
-        """The kept answer, or a new one."""
-        if any(tensor.is_inference() for tensor in tensors):  # nobody counts what is written to them
+        """The cached outputs, or new ones."""
+        if any(tensor.is_inference() for tensor in tensors):  # they have no version counter
             return compute()
         key = tuple((id(tensor), tensor._version) for tensor in tensors)
-        entry = self.found.get(key)
-        if entry is None or any(kept() is not tensor for kept, tensor in zip(entry[0], tensors, strict=True)):
-            self.found[key] = entry = [weakref.ref(tensor) for tensor in tensors], compute()
-            while len(self.found) > PROMPTS:
-                self.found.popitem(last=False)
+        entry = self.entries.get(key)
+        if entry is None or any(cached() is not tensor for cached, tensor in zip(entry[0], tensors, strict=True)):
+            self.entries[key] = entry = [weakref.ref(tensor) for tensor in tensors], compute()
+            while len(self.entries) > PROMPTS:
+                self.entries.popitem(last=False)
         return entry[1]

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from reelquant._errors import UnsupportedError
+from reelquant.kernels import not_taken
 from reelquant.nn import quantized_layers
-from reelquant.nn.attention import rounded_attention
+from reelquant.nn.around.attention import rounded_attention
 
+TAKES = frozenset({"input", "shift", "scale", "rotate", "window", "slots", "table", "unused", "step_invariant"})
+"""Features of layers (:attr:`reelquant.nn.QuantLayer.features`) that :mod:`reelquant.graphs.convert` emits."""
 BACK = "reelquant.configure(pipe, runtime='torch')"
 
 
@@ -21,9 +24,9 @@ def refuse_model(model: nn.Module) -> None:
     Raises:
         UnsupportedError: naming what is in the way.
     """
-    layers = quantized_layers(model)
-    if halved := [name for name, layer in layers.items() if layer.layout.halves]:
-        _refuse(model, f"'{halved[0]}' has input scales for each half of guidance", "use runtime='torch', or a recipe without halves")
+    for name, layer in quantized_layers(model).items():
+        if unknown := not_taken(layer.features, TAKES):
+            _refuse(model, f"'{name}' has {unknown}", "use runtime='torch', or a recipe without that")
     for name, module in model.named_modules():
         if hooked(module):
             _refuse(

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from reelquant._errors import UnsupportedError
 from reelquant.clock import NAME, Moment
 from reelquant.graphs.convert import in_integers
-from reelquant.graphs.parts import Kept, lasting, part
+from reelquant.graphs.parts import SubgraphCache, split_invariant, step_invariant
 from reelquant.graphs.refusals import refuse_call, refuse_model
 from reelquant.graphs.trace import Traced, as_number, last_line, trace
 from reelquant.kernels import REFERENCE, Kernel, current_backend
@@ -41,8 +41,8 @@ OPTIONS: dict[str, Any] = {
     "ENABLE_CPU_PINNING": False,
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # by default the plugin rounds float inputs that meet 8- or 4-bit weights, which nobody asked for
 }
-INTEGERS = Kernel("openvino int8", lambda operands: in_integers(operands), REFERENCE.prepare)
-FLOATS = Kernel("openvino float products", lambda operands: None, REFERENCE.prepare, low_bit=False)
+INTEGERS = Kernel("openvino int8", REFERENCE.takes, in_integers, REFERENCE.prepare)
+FLOATS = Kernel("openvino float products", REFERENCE.takes, REFERENCE.refuses, REFERENCE.prepare, low_bit=False)
 
 
 @functools.cache
@@ -58,8 +58,8 @@ class Compiled:
     Attributes:
         main: what is computed in every step.
         order: which of the step and the tensors of a call it takes, before the outputs of ``once``.
-        once: what depends on lasting tensors only, or None.
-        stays: which of the step and the tensors of a call last.
+        once: what depends on step-invariant tensors only, or None.
+        stays: which of the step and the tensors of a call are step-invariant.
         traced: how answers are arranged.
     """
 
@@ -74,12 +74,12 @@ class Compiled:
         """The answer at a step; every thread has requests of its own."""
         mine: Any = self.requests
         if not hasattr(mine, "main"):
-            mine.main, mine.kept = self.main.create_infer_request(), Kept()
+            mine.main, mine.cache = self.main.create_infer_request(), SubgraphCache()
         tensors = [torch.tensor(slot), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
         before = (
             []
             if self.once is None
-            else mine.kept([one for one, last in zip(tensors, self.stays, strict=True) if last], lambda: self._once(tensors))
+            else mine.cache([one for one, last in zip(tensors, self.stays, strict=True) if last], lambda: self._once(tensors))
         )
         given = [readable(tensors[index]) for index in self.order]  # until the request is done: their memory is read in place
         answer(mine.main, [*map(shared, given), *before])
@@ -138,7 +138,7 @@ class Graphs:
     @classmethod
     def of(cls, model: nn.Module) -> Graphs:
         """None yet."""
-        layers = {layer.number: layer for layer in quantized_layers(model).values()}
+        layers = {layer.handle: layer for layer in quantized_layers(model).values()}
         held = {id(layer.weight) for layer in layers.values()}  # a kernel may take a weight over, for protected steps
         clock = getattr(model, NAME, None)
         ticking = {id(one) for one in clock.buffers()} if clock is not None else set()
@@ -160,7 +160,7 @@ class Graphs:
                 self.stamp = stamp
             if fresh := form not in self.kept:
                 traced = trace(model, leaves, tree, exact)
-                self.kept[form] = self._compiled(model, traced, [False, *lasting(model, args, kwargs)])
+                self.kept[form] = self._compiled(model, traced, [False, *step_invariant(model, args, kwargs)])
                 while len(self.kept) > KEPT:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(form)
@@ -175,7 +175,7 @@ class Graphs:
         start, name = time.perf_counter(), type(model).__name__
         logger.info("compiling an OpenVINO graph of %s for tensors of %s", name, [list(one.shape) for one in traced.graph.inputs[1:]])
         options = OPTIONS | {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision(model)}
-        first, main, order = part(traced.graph, stays) or (None, traced.graph, list(range(len(stays))))
+        first, main, order = split_invariant(traced.graph, stays) or (None, traced.graph, list(range(len(stays))))
         try:
             made = [None if graph is None else core().compile_model(graph, "CPU", options) for graph in (first, main)]
         except RuntimeError as error:
@@ -206,8 +206,8 @@ def tell(made: Sequence[Any], layers: dict[int, QuantLayer]) -> int:
                 found[number] = facts["primitiveType"].astype(str)
     for number, primitive in found.items():
         if number in layers:
-            layers[number].elsewhere = computed_by(layers[number], primitive)
-    return sum(layer.elsewhere is not None and layer.elsewhere[0].name == INTEGERS.name for layer in layers.values())
+            layers[number].runtime_kernel = computed_by(layers[number], primitive)
+    return sum(layer.runtime_kernel is not None and layer.runtime_kernel[0].name == INTEGERS.name for layer in layers.values())
 
 
 def computed_by(layer: QuantLayer, primitive: str | None = None) -> tuple[Kernel, dict[str, str]]:
@@ -271,7 +271,7 @@ def start(model: nn.Module) -> Graphs:
     object.__setattr__(model, GRAPHS, graphs)
     object.__setattr__(model, "forward", MethodType(_like(type(model)), model))  # its class, which checkpoints name, stays what it is
     for layer in graphs.layers.values():
-        layer.elsewhere = computed_by(layer)
+        layer.runtime_kernel = computed_by(layer)
     return graphs
 
 
@@ -281,7 +281,7 @@ def stop(model: nn.Module) -> None:
         return
     vars(model).pop("forward", None)
     for layer in quantized_layers(model).values():
-        layer.elsewhere = None
+        layer.runtime_kernel = None
 
 
 @functools.cache

@@ -21,10 +21,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from reelquant._errors import UnsupportedError
 from reelquant.graphs.convert import NAMED, Conversion, emit
-from reelquant.graphs.square import unmixed
-from reelquant.graphs.strided import Interleaving
+from reelquant.graphs.rope_rewrite import FuseInterleave
+from reelquant.graphs.sdpa_workaround import fix_ambiguous_sdpa
 from reelquant.nn import QuantLayer
-from reelquant.nn.graph import module_of, outlining
+from reelquant.nn.around.graph import by_handle, opaque_tracing
 
 _one_at_a_time = threading.Lock()  # torch's tracer has state of its own
 
@@ -75,7 +75,7 @@ class Flat(nn.Module):
         for index, tensor in zip(self.tensors, tensors, strict=True):
             leaves[index] = tensor.to(self.leaves[index])
         args, kwargs = tree_unflatten(leaves, self.tree)
-        with outlining(slot), Interleaving(), Filling():
+        with opaque_tracing(slot), FuseInterleave(), Filling():
             found, answer = tree_flatten(type(self.model).forward(self.model, *args, **kwargs))
         if not all(isinstance(one, Tensor) for one in found):
             kinds = sorted({type(one).__name__ for one in found})
@@ -113,7 +113,7 @@ def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) 
     with _one_at_a_time, torch.no_grad(), still(flat), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer: that shapes are constants is what is wanted
         try:
-            graph = converted(flat, inputs, ConversionExtension("reelquant::outlined", layer))
+            graph = converted(flat, inputs, ConversionExtension("reelquant::opaque", layer))
         except UnsupportedError:
             raise
         except Exception as error:
@@ -121,7 +121,7 @@ def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) 
                 f"{type(model).__name__} cannot be made an OpenVINO graph: {last_line(error)}; use runtime='torch'"
             ) from error
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs)})
-    unmixed(graph)
+    fix_ambiguous_sdpa(graph)
     assert flat.answer is not None
     return Traced(graph, *flat.answer)
 
@@ -151,7 +151,7 @@ def last_line(error: Exception) -> str:
 
 def emitted(context: Any, to: Conversion) -> list[Any]:
     """The operators of one layer, the last of which bears its number."""
-    layer: QuantLayer = module_of(int(context.get_values_from_const_input(2)))
+    layer: QuantLayer = by_handle(int(context.get_values_from_const_input(2)))
     x = context.get_input(0)
     kind = x.get_element_type()
     out = emit(layer, openvino.opset13.convert(x, np.float32) if kind != openvino.Type.f32 else x, to)

@@ -18,7 +18,7 @@ from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
 from reelquant.nn import count_weights, get_module, start_clock, start_runtime
-from reelquant.nn.pages import give_back
+from reelquant.nn.host_memory import trim_heap
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
@@ -112,7 +112,7 @@ class ReelQuantizer(DiffusersQuantizer):
         start_runtime(model, self.stored.attention)
         count_weights(model)
         log_proof(model, checked)
-        give_back()
+        trim_heap()
 
     def _describe(self, model: Any, done: OnTheFly) -> None:
         """From now on the model, its config and this quantizer are as if a quantized checkpoint had been loaded."""

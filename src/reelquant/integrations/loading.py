@@ -32,7 +32,7 @@ from reelquant.nn import (
     stop_clock,
     stop_runtime,
 )
-from reelquant.nn.pages import drop_mapped
+from reelquant.nn.host_memory import release_mmap_pages
 from reelquant.nn.refusals import refuse_saving
 from reelquant.sites import DenoiserMap, Group, matches
 
@@ -109,7 +109,7 @@ class OnTheFly:
             complete = not self.waiting[path]
         if complete:
             self._quantize(path, layer)
-            drop_mapped(stored)
+            release_mmap_pages(stored)
 
     def _quantize(self, path: str, layer: nn.Module) -> None:
         group = Group((path,), self.plan.layers[path].layer.role)

@@ -14,7 +14,7 @@ from reelquant.checkpoint import METHOD, Stored, adopt, verify
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
 from reelquant.nn import QuantLayer, count_weights, get_module, quantized_layers, start_runtime
-from reelquant.nn.pages import give_back
+from reelquant.nn.host_memory import trim_heap
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantHfQuantizer"]
 
@@ -102,7 +102,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         start_runtime(model, self.stored.attention)
         count_weights(model)
         log_proof(model, checked)
-        give_back()
+        trim_heap()
         return model
 
     def adopted(self, config: ReelQuantConfig) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from reelquant._errors import RecipeError, nearest
+from reelquant._errors import RecipeError, UnsupportedError, nearest
+from reelquant.kernels.features import not_taken
 from reelquant.kernels.hadamard import block_size, hadamard
-from reelquant.kernels.operands import InputNumbers, Operands, PackedWeight, Runner, Window, of_slot
+from reelquant.kernels.operands import InputQuant, Operands, PackedWeight, Runner, Window, of_slot
 from reelquant.kernels.reference import Reference
 
 
@@ -25,19 +26,26 @@ class Kernel:
 
     Attributes:
         name: what reports print.
-        refuses: why it cannot compute this layer, or None if it can.
+        takes: names of the features (:attr:`Operands.features`) that it computes.
+        refuses: why it cannot compute a layer whose features it takes, or None if it can.
         prepare: builds what computes the layer, weights repacked once. A runner with a method ``codes()`` holds the weight itself and
             gives it back as it is stored; the layer then drops its own copy.
         low_bit: whether products of rounded inputs are integer products; if not, such a layer is only simulated.
     """
 
     name: str
+    takes: frozenset[str]
     refuses: Callable[[Operands], str | None]
     prepare: Callable[[Operands], Runner]
     low_bit: bool = True
 
+    def declines(self, operands: Operands) -> str | None:
+        """Why this kernel does not compute a layer, or None if it does; features that it does not know come first."""
+        unknown = not_taken(operands.features, self.takes)
+        return self.refuses(operands) if unknown is None else f"it does not take {unknown}"
 
-REFERENCE = Kernel("reference", Reference.refuses, Reference, low_bit=False)
+
+REFERENCE = Kernel("reference", Reference.takes, Reference.refuses, Reference, low_bit=False)
 
 
 @functools.cache
@@ -51,18 +59,7 @@ def _cpu() -> tuple[Kernel, ...]:
 def _cuda() -> tuple[Kernel, ...]:
     from reelquant.kernels.cuda import layers
 
-    return (
-        Kernel("triton int8", layers.refuses_linear, layers.CodeLinear),
-        Kernel("triton int8 from int4", layers.refuses_nibbles, layers.NibbleLinear),
-        Kernel("triton int8 convolution", layers.refuses_convolution, layers.CodeConvolution),
-        Kernel("triton e4m3", layers.refuses_float8, layers.CodeLinear),
-        Kernel("triton e4m3 convolution", layers.refuses_float8_convolution, layers.CodeConvolution),
-        Kernel("triton int8 from groups", layers.refuses_folded, layers.prepare_folded),
-        Kernel("triton float products", layers.refuses_float, layers.FloatLinear),
-        Kernel("torch int8", layers.refuses_plain, layers.PlainLinear),
-        Kernel("torch e4m3", layers.refuses_plain_float8, layers.PlainFloat8Linear),
-        Kernel("torch float products", layers.refuses_widened, layers.Widened),
-    )
+    return layers.KERNELS
 
 
 KERNELS: dict[str, Callable[[], tuple[Kernel, ...]]] = {"cpu": _cpu, "cuda": _cuda}
@@ -110,22 +107,29 @@ def native_float(device: str = "cpu") -> torch.dtype:
 
 
 def select(operands: Operands, device: str, wanted: str = "auto") -> tuple[Kernel, dict[str, str]]:
-    """The best kernel that takes this layer on this type of device, and why each better one does not; the reference if the layer
-    (``wanted``) or :func:`current_backend` asks for it."""
+    """The best kernel that computes this layer on this type of device, and why each better one does not.
+
+    The reference comes last, and alone if the layer (``wanted``) or :func:`current_backend` asks for it.
+
+    Raises:
+        UnsupportedError: if not even the reference computes the layer.
+    """
     refused: dict[str, str] = {}
-    if wanted == "auto" and current_backend() == "auto" and device in KERNELS:
-        for kernel in KERNELS[device]():
-            if (reason := kernel.refuses(operands)) is None:
-                return kernel, refused
-            refused[kernel.name] = reason
-    return REFERENCE, refused
+    fast = KERNELS[device]() if wanted == "auto" and current_backend() == "auto" and device in KERNELS else ()
+    for kernel in (*fast, REFERENCE):
+        if (reason := kernel.declines(operands)) is None:
+            return kernel, refused
+        refused[kernel.name] = reason
+    raise UnsupportedError(
+        f"no kernel computes a layer of shape {operands.weight.shape} on '{device}', not even the reference: {refused[REFERENCE.name]}"
+    )
 
 
 __all__ = [
     "BACKENDS",
     "KERNELS",
     "REFERENCE",
-    "InputNumbers",
+    "InputQuant",
     "Kernel",
     "Operands",
     "PackedWeight",
@@ -138,6 +142,7 @@ __all__ = [
     "current_backend",
     "hadamard",
     "native_float",
+    "not_taken",
     "of_slot",
     "select",
 ]

@@ -1,7 +1,7 @@
 """Attention by device: tables like that of layers, with stock attention as what is left.
 
 There are two. :data:`ATTENTION` is as exact as the dtype of the model and is used wherever it is faster. :data:`ROUNDED` rounds its
-operands to few bits: results change, so it computes only what a recipe or the user asks for (:class:`AttentionNumbers`), and
+operands to few bits: results change, so it computes only what a recipe or the user asks for (:class:`AttentionQuant`), and
 :func:`select` says what does so on a device, or why nothing does.
 """
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.kernels import attention_reference, current_backend
-from reelquant.kernels.attention_numbers import FLOAT, AttentionNumbers, over_keys, parse_attention
+from reelquant.kernels.attention_quant import FLOAT, AttentionQuant, over_keys, parse_attention
 
 STOCK = F.scaled_dot_product_attention
 
@@ -47,9 +47,9 @@ class RoundedKernel:
     """
 
     name: str
-    missing: Callable[[AttentionNumbers], str | None]
-    refuses: Callable[[Tensor, Tensor, Tensor, AttentionNumbers], str | None]
-    attention: Callable[[Tensor, Tensor, Tensor, float | None, AttentionNumbers, Tensor | None], Tensor]
+    missing: Callable[[AttentionQuant], str | None]
+    refuses: Callable[[Tensor, Tensor, Tensor, AttentionQuant], str | None]
+    attention: Callable[[Tensor, Tensor, Tensor, float | None, AttentionQuant, Tensor | None], Tensor]
     low_bit: bool = True
 
 
@@ -68,7 +68,7 @@ ROUNDED: dict[str, Callable[[], RoundedKernel]] = {"cpu": lambda: REFERENCE, "cu
 without a GPU; nothing stands in for a kernel on devices that are there to be fast."""
 
 
-def select(numbers: AttentionNumbers, device: str, wanted: str = "auto") -> tuple[RoundedKernel | None, str | None]:
+def select(numbers: AttentionQuant, device: str, wanted: str = "auto") -> tuple[RoundedKernel | None, str | None]:
     """What computes such attention on this type of device, or None and the reason; the reference if the model (``wanted``) or
     :func:`current_backend` asks for it."""
     if wanted != "auto" or current_backend() != "auto":
@@ -120,6 +120,6 @@ def declared(query: Tensor, value: Tensor) -> Tensor:
 
 
 __all__ = [
-    "ATTENTION", "FLOAT", "REFERENCE", "ROUNDED", "STOCK", "AttentionNumbers", "RoundedKernel", "attention", "over_keys",
+    "ATTENTION", "FLOAT", "REFERENCE", "ROUNDED", "STOCK", "AttentionQuant", "RoundedKernel", "attention", "over_keys",
     "parse_attention", "refuses", "select", "trains",
 ]  # fmt: skip

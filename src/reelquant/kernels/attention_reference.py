@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reelquant.kernels.attention_numbers import AttentionNumbers, key_bias
+from reelquant.kernels.attention_quant import AttentionQuant, key_bias
 
 AT_ONCE = 1 << 22  # scores of all heads at once; a clip has billions
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
@@ -24,7 +24,7 @@ SMALLEST = 1e-30  # of a magnitude that a scale is made of: tokens may be zero
 WIDEST = 1040  # channels of a head whose products are exact
 
 
-def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionNumbers) -> str | None:
+def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionQuant) -> str | None:
     """Why this cannot be computed, or None."""
     if query.ndim != 4 or query.shape[:2] != key.shape[:2] or key.shape[:3] != value.shape[:3]:
         return "not [batch, heads, tokens, head], or heads share keys"
@@ -32,7 +32,7 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionNumbers
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionNumbers, mask: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionQuant, mask: Tensor | None = None
 ) -> Tensor:
     """``softmax(query key^T * scale + bias) value`` per head, a block of queries at a time.
 
@@ -41,7 +41,7 @@ def attention(
         key, value: ``[batch, heads, keys, head]``.
         scale: unitless; ``head ** -0.5`` by default.
         numbers: what is rounded.
-        mask: one :func:`~reelquant.kernels.attention_numbers.over_keys`, or None.
+        mask: one :func:`~reelquant.kernels.attention_quant.over_keys`, or None.
 
     Returns:
         ``[batch, heads, queries, head]`` in the dtype of the query, in the memory order of ``[batch, queries, heads, head]``.

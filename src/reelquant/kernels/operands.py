@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.formats import Granularity, Int, NumberFormat, Quantizer, QuantSpec, dynamic, unpack
+from reelquant.kernels.features import features_in_use
 from reelquant.kernels.hadamard import hadamard
 
+PLAIN = frozenset({"weight", "bias"})  # fields of Operands that every kernel takes
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -65,7 +67,7 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, eq=False)
-class InputNumbers:
+class InputQuant:
     """How an input is rounded.
 
     Attributes:
@@ -81,7 +83,7 @@ class InputNumbers:
     zero_point: Tensor | None = None
     rule: QuantSpec | None = None
 
-    def widened(self, bits: int = 8) -> InputNumbers:
+    def widened(self, bits: int = 8) -> InputQuant:
         """The same range in finer steps: integers of fewer bits become integers of ``bits``, everything else stays as it is.
 
         ``(code - zero) * scale`` covers the old range to within one new step: the scale is divided, the zero point multiplied.
@@ -131,7 +133,7 @@ class Operands:
     Attributes:
         weight: the packed weight.
         bias: ``[out]``, or None.
-        numbers: how the input is rounded, or None for float inputs.
+        input: how the input is rounded, or None for float inputs.
         shift, scale: ``[in]``, the input's rewrite ``(x - shift) / scale``; or None.
         rotate: whether a Hadamard rotation of the channels comes before it.
         window: of a convolution; None for a linear layer.
@@ -139,11 +141,16 @@ class Operands:
 
     weight: PackedWeight
     bias: Tensor | None
-    numbers: InputNumbers | None = None
+    input: InputQuant | None = None
     shift: Tensor | None = None
     scale: Tensor | None = None
     rotate: bool = False
     window: Window | None = None
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Names of the fields in use beside weight and bias: what a kernel must take to compute this layer."""
+        return features_in_use(self, PLAIN)
 
     @property
     def channel_axis(self) -> int:
@@ -164,16 +171,16 @@ class Operands:
         """The input with its zero border."""
         return F.pad(x, self.window.padding) if self.window is not None and any(self.window.padding) else x
 
-    def moved(self, x: Tensor) -> Tensor:
+    def rewritten_input(self, x: Tensor) -> Tensor:
         """``(rotate(x) - shift) / scale`` in float32."""
         x = hadamard(x.float(), self.channel_axis) if self.rotate else x.float()
         x = x if self.shift is None else x - self._along(self.shift, x.ndim)
         return x if self.scale is None else x / self._along(self.scale, x.ndim)
 
-    def staged(self, x: Tensor, slot: int | Tensor) -> Tensor:
+    def quantized_input(self, x: Tensor, slot: int | Tensor) -> Tensor:
         """The same, rounded as the layer's input is."""
-        x = self.moved(x)
-        return x if self.numbers is None else self.numbers.quantizer(x, slot)(x)
+        x = self.rewritten_input(x)
+        return x if self.input is None else self.input.quantizer(x, slot)(x)
 
     def _along(self, vector: Tensor, ndim: int) -> Tensor:
         return vector.float() if self.window is None else vector.float().view(-1, *[1] * (ndim - 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,13 +15,14 @@ class Reference:
     """``product(round(rewrite(x)), dequantized weight) + bias``; the weight is dequantized in every call."""
 
     operands: Operands
+    takes: ClassVar = frozenset({"input", "shift", "scale", "rotate", "window"})
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.operands
         bias = None if given.bias is None else given.bias.float()
-        return given.product(given.staged(given.padded(x), slot), given.weight.dequantize(), bias).to(x.dtype)
+        return given.product(given.quantized_input(given.padded(x), slot), given.weight.dequantize(), bias).to(x.dtype)
 
     @staticmethod
     def refuses(operands: Operands) -> str | None:
-        """Nothing."""
+        """None: the reference computes every layer whose features it takes."""
         return None

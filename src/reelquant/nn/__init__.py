@@ -1,20 +1,11 @@
-"""Layers: quantized replacements of linear and convolution layers, and how they enter a model."""
+"""Layers: quantized replacements of linear and convolution layers, and how they enter a model. How products are computed does not belong
+here."""
 
-from reelquant.nn.attention import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
-from reelquant.nn.layers import (
-    LAYERS,
-    LayerTensors,
-    QuantConv1d,
-    QuantConv2d,
-    QuantConv3d,
-    QuantLayer,
-    QuantLinear,
-    buffer_shapes,
-    prepares_input,
-    quantized_class,
-)
+from reelquant.nn.around.attention import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
+from reelquant.nn.extended import prepares_input, quantized_class
+from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
-from reelquant.nn.spec import LayerLayout, TensorLayout
+from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, LayerTensors, TensorLayout, buffer_shapes
 from reelquant.nn.swap import (
     KernelFacts,
     count_tensors,
@@ -31,6 +22,7 @@ from reelquant.nn.swap import (
 
 __all__ = [
     "LAYERS",
+    "SHIFT_DTYPE",
     "AttentionFacts",
     "KernelFacts",
     "LayerLayout",

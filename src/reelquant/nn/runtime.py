@@ -1,5 +1,5 @@
-"""What a whole quantized denoiser has beside its layers: faster attention, fused activations, feed-forwards in blocks, outputs that
-last from step to step, refusals."""
+"""What a whole quantized denoiser has beside its layers: faster attention, fused activations, feed-forwards in blocks of tokens, outputs
+that are reused from step to step, refusals."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import torch
 from torch import nn
 
 from reelquant.kernels import check_backend, current_backend
-from reelquant.kernels.attention import AttentionNumbers
-from reelquant.nn.attention import round_attention, rounded_attention, start_attention, stop_attention
-from reelquant.nn.fuse import fuse_activations, part_activations
-from reelquant.nn.pages import give_back
+from reelquant.kernels.attention import AttentionQuant
+from reelquant.nn.around.attention import round_attention, rounded_attention, start_attention, stop_attention
+from reelquant.nn.around.fuse import fuse_activations, part_activations
+from reelquant.nn.around.tokenwise import block_tokens, unblock_tokens
+from reelquant.nn.host_memory import trim_heap
 from reelquant.nn.refusals import allow, refuse
 from reelquant.nn.swap import quantized_layers
-from reelquant.nn.tokenwise import block_tokens, unblock_tokens
 
 
-def start_runtime(model: nn.Module, attention: AttentionNumbers | None = None) -> None:
+def start_runtime(model: nn.Module, attention: AttentionQuant | None = None) -> None:
     """Switch it on, twice is once; nothing is made faster if the reference was asked for.
 
     Args:
@@ -45,10 +45,10 @@ def stop_runtime(model: nn.Module) -> None:
 
 
 def _keep_outputs(model: nn.Module, wanted: bool) -> None:
-    """Let layers that see the prompt only give their outputs again."""
+    """Let layers that see only the prompt reuse their outputs."""
     for layer in quantized_layers(model).values():
         plain = layer.layout.slots == 1 and not layer.layout.table
-        layer.keeps = wanted and layer.layout.lasting and plain
+        layer.keeps = wanted and layer.layout.step_invariant and plain
 
 
 def _at_first_call(model: nn.Module, wanted: bool) -> None:
@@ -59,10 +59,10 @@ def _at_first_call(model: nn.Module, wanted: bool) -> None:
 
 
 def _prepare_layers(model: nn.Module, args: object) -> None:
-    """Prepare all layers before the first activation is in memory; one by one between activations, each would leave holes behind.
+    """Prepare all layers before the first activation is in memory; repacking them between activations would leave holes in the heap.
 
-    Only on CPUs, and only if nobody moves parts of the model (offloading puts a ``forward`` of its own into modules): other layers are
-    prepared when they run. Layers that a graph of another runtime computes are left as they are.
+    Only on CPUs, and only if the model is not offloaded (offloading puts a ``forward`` into modules). All other layers are prepared when
+    they run. Layers that a graph of another runtime computes are left as they are.
     """
     if torch.compiler.is_compiling():
         return
@@ -70,12 +70,12 @@ def _prepare_layers(model: nn.Module, args: object) -> None:
     if any("forward" in vars(module) for module in model.modules()):
         return
     for layer in quantized_layers(model).values():
-        if layer.weight.device.type == "cpu" and not layer.layout.table and layer.elsewhere is None:
+        if layer.weight.device.type == "cpu" and not layer.layout.table and layer.runtime_kernel is None:
             layer.prepare()
-    give_back()
+    trim_heap()
 
 
-def set_attention(model: nn.Module, numbers: AttentionNumbers | None) -> None:
+def set_attention(model: nn.Module, numbers: AttentionQuant | None) -> None:
     """Let one model's attention round its operands, from its next call on, or leave them in float."""
     layers = quantized_layers(model).values()
     round_attention(model, numbers, next((layer.kernels for layer in layers), "auto"))

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from reelquant._errors import CheckpointError
-from reelquant.formats import RANGES, Granularity, NumberFormat, QuantSpec, parse_format, parse_granularity
+import torch
+from torch import Tensor
+
+from reelquant._errors import CheckpointError, RecipeError
+from reelquant.branches import Branch, branch_feature, branch_from_json, branch_name, branch_to_json
+from reelquant.formats import (
+    LEVEL_DTYPE,
+    RANGES,
+    Granularity,
+    Levels,
+    NumberFormat,
+    QuantSpec,
+    packed_width,
+    parse_format,
+    parse_granularity,
+)
+from reelquant.kernels.features import features_in_use
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,12 @@ class TensorLayout:
         levels = 0 if fmt.table is None else len(fmt.table)
         return cls(fmt.name, str(spec.granularity), levels, spec.dynamic, rule if spec.dynamic else "minmax")
 
+    def to_json(self) -> dict[str, Any]:
+        """A dict without defaults, but always with format and granularity."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        defaults = {one.name: one.default for one in fields(self)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
     def spec(self, axis: int = 0) -> QuantSpec:
         """The specification a dynamic quantizer follows."""
         return QuantSpec(parse_format(self.format), self.grain(axis), RANGES[self.range](), dynamic=self.dynamic)
@@ -43,7 +65,13 @@ class TensorLayout:
         return parse_granularity(self.granularity, axis)
 
 
-FLAGS = ("slots", "rotate", "shift", "scale", "bias", "table", "unused", "halves", "lasting")
+SHIFT_DTYPE = torch.bfloat16
+"""Of per-channel shifts and scales. The bias and the weight codes are computed with the rounded values, so nothing is lost."""
+WEIGHT_GRAINS = ("tensor", "channel", "group")
+INPUT_GRAINS = ("tensor", "channel", "frame")
+JSON_NAMES = {"weight": "weights", "input": "input_activations"}  # fields whose key in config.json is another word
+ALIASES = {"lasting": "step_invariant", "halves": "cfg_halves"}  # keys of earlier versions -> fields
+PLAIN = frozenset({"weight", "bias", "branches"})  # fields that are not features; branches count by their names
 HALVES = 3  # rows of input scales per step where guidance halves are apart: of any call, of the first half, of the second
 
 
@@ -54,14 +82,16 @@ class LayerLayout:
     Attributes:
         weight: layout of the weight codes.
         input: layout of the input quantizer, or None for weight-only layers.
-        slots: rows of the input scales: 1, or one per calibrated step; :data:`HALVES` times as many with ``halves``.
+        slots: rows of the input scales: 1, or one per calibrated step; :data:`HALVES` times as many with ``cfg_halves``.
         rotate: whether the input's channels are rotated first (:func:`reelquant.kernels.hadamard`).
         shift, scale: whether a per-channel ``pre_quant_shift`` / ``pre_quant_scale`` is stored.
         bias: whether the layer has a bias (a transform may have created one).
         table: rows of the stored output table of a temporal layer, 0 for none.
-        halves: whether the halves of a guidance pair have input scales of their own.
+        cfg_halves: whether the halves of a guidance pair have input scales of their own.
         unused: the layer's output is never needed while the tables of later layers are in force.
-        lasting: the layer sees neither the latent nor the timestep: its output is that of the step before (:mod:`reelquant.nn.kept`).
+        step_invariant: the layer sees neither the latent nor the timestep, so its output is that of the step before
+            (:mod:`reelquant.nn.output_cache`).
+        branches: what the layer computes beside its product, outermost first; at most one of a kind.
     """
 
     weight: TensorLayout
@@ -73,36 +103,122 @@ class LayerLayout:
     table: int = 0
     unused: bool = False
     rotate: bool = False
-    halves: bool = False
-    lasting: bool = False
+    cfg_halves: bool = False
+    step_invariant: bool = False
+    branches: tuple[Branch, ...] = ()
 
     @property
     def steps(self) -> int:
         """Denoising steps that the layer tells apart."""
-        return max(self.slots // (HALVES if self.halves else 1), self.table)
+        return max(self.slots // (HALVES if self.cfg_halves else 1), self.table)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """Names of what the layer uses beside a weight and a bias. Graphs and exporters refuse layers with a name they do not know."""
+        return features_in_use(self, PLAIN) | {branch_feature(branch) for branch in self.branches}
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, in the wording of ``config.json``."""
-        plain = {"weights": _tensor_json(self.weight), "input_activations": self.input and _tensor_json(self.input)}
-        flags = {name: getattr(self, name) for name in FLAGS}
-        return plain | {name: value for name, value in flags.items() if value != type(self).__dataclass_fields__[name].default}
+        plain = {"weights": self.weight.to_json(), "input_activations": self.input and self.input.to_json()}
+        in_use = features_in_use(self, ("weight", "input", "branches"))
+        branches = {branch_name(branch): branch_to_json(branch) for branch in self.branches}
+        return plain | {name: getattr(self, name) for name in sorted(in_use)} | ({"branches": branches} if branches else {})
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerLayout:
         """Read :meth:`to_json` back.
 
         Raises:
-            CheckpointError: on a key this version does not know.
+            CheckpointError: on a key or a branch that this version does not know.
         """
-        known = {"weights", "input_activations", *FLAGS}
-        if unknown := set(data) - known:
+        values = {ALIASES.get(key, key): value for key, value in data.items()}
+        known = {JSON_NAMES.get(one.name, one.name) for one in fields(cls)}
+        if unknown := set(values) - known:
             raise CheckpointError(f"quantization_config describes layers with unknown keys {sorted(unknown)}: written by a newer version?")
-        rest = {key: value for key, value in data.items() if key not in ("weights", "input_activations")}
-        inputs = data.get("input_activations")
-        return cls(TensorLayout(**data["weights"]), TensorLayout(**inputs) if inputs else None, **rest)
+        weight, inputs = values.pop("weights"), values.pop("input_activations", None)
+        return cls(
+            weight=TensorLayout(**weight),
+            input=TensorLayout(**inputs) if inputs else None,
+            branches=_branches(values.pop("branches", {})),
+            **values,
+        )
 
 
-def _tensor_json(layout: TensorLayout) -> dict[str, Any]:
-    fields = type(layout).__dataclass_fields__
-    values = {name: getattr(layout, name) for name in fields}
-    return {name: value for name, value in values.items() if name in ("format", "granularity") or value != fields[name].default}
+def _branches(data: dict[str, dict[str, Any]]) -> tuple[Branch, ...]:
+    try:
+        return tuple(branch_from_json(name, options) for name, options in data.items())
+    except RecipeError as error:
+        raise CheckpointError(f"quantization_config describes a layer with a branch that cannot be read: {error}") from None
+
+
+@dataclass(eq=False)
+class LayerTensors:
+    """The tensors of one quantized layer, by their names in the checkpoint (``<layer>.weight``, ``<layer>.weight_scale`` ...)."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+def buffer_shapes(shape: tuple[int, ...], layout: LayerLayout, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every buffer of a layer, in checkpoint wording.
+
+    Args:
+        shape: of the float weight.
+        layout: of the layer.
+        channels: of the input.
+    """
+    buffers = _weight_buffers(shape, layout.weight) | _input_buffers(layout, channels)
+    buffers |= {f"pre_quant_{name}": ((channels,), SHIFT_DTYPE) for name in ("shift", "scale") if getattr(layout, name)}
+    if layout.table and not layout.unused:
+        buffers["output_table"] = ((layout.table, shape[0]), torch.float32)
+    for branch in layout.branches:
+        buffers |= {name: (spec.shape, spec.dtype) for name, spec in branch.tensors(shape).items()}
+    return buffers
+
+
+def _weight_buffers(shape: tuple[int, ...], layout: TensorLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    grain = layout.grain()
+    units = _units(grain, shape, WEIGHT_GRAINS)
+    buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": ((units,), grain.scale_dtype)}
+    if parse_format(layout.format).needs_zero_point:
+        buffers["weight_zero_point"] = ((units,), torch.uint8)
+    if layout.levels:
+        buffers["weight_levels"] = ((layout.levels,), LEVEL_DTYPE)
+    return buffers
+
+
+def _input_buffers(layout: LayerLayout, channels: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    inputs = layout.input
+    if inputs is None or inputs.dynamic:
+        return {}
+    rows = (layout.slots, _units(inputs.grain(), (channels,), INPUT_GRAINS))
+    buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"input_scale": (rows, torch.float32)}
+    if parse_format(inputs.format).needs_zero_point:
+        buffers["input_zero_point"] = (rows, torch.float32)
+    if inputs.levels:
+        buffers["input_levels"] = ((inputs.levels,), LEVEL_DTYPE)
+    return buffers
+
+
+def _units(grain: Granularity, shape: tuple[int, ...], kinds: tuple[str, ...]) -> int:
+    if grain.kind not in kinds:
+        raise CheckpointError(f"a layer cannot store scales per '{grain}' here; known: {', '.join(kinds)}")
+    return grain.units(shape)
+
+
+def number_format(layout: TensorLayout, levels: Tensor | None) -> NumberFormat:
+    """The format of a tensor, with its stored level table if it has one."""
+    fmt = parse_format(layout.format)
+    return fmt if levels is None else Levels(levels.float(), fmt.bits, fmt.name)
+
+
+def codes_shape(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, int]:
+    """Shape of the packed codes of a float weight of this shape."""
+    return shape[0], packed_width(math.prod(shape[1:]), parse_format(layout.format).bits)
+
+
+def codes_dtype(layout: TensorLayout) -> torch.dtype:
+    """Dtype of packed codes."""
+    return torch.int8 if layout.format == "int8" else torch.uint8

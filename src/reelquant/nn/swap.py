@@ -13,7 +13,8 @@ from torch import nn
 
 from reelquant._errors import SiteError, nearest
 from reelquant.clock import NAME, Clock, attach
-from reelquant.nn.layers import LAYERS, QuantLayer, float_class, own_attributes
+from reelquant.nn.extended import float_class, own_attributes
+from reelquant.nn.layers import LAYERS, QuantLayer
 
 HOOK = "_reelquant_clock_hook"
 
@@ -107,8 +108,8 @@ def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
     return new
 
 
-STATE = ("layout", "weight_shape", "clock", "number", "bias_made", "_ready", "elsewhere")
-"""What a quantized layer holds beside a float one's attributes."""
+STATE = ("layout", "weight_shape", "clock", "handle", "bias_made", "residency", "_chains", "keeps", "kernels", "runtime_kernel")
+"""Attributes that a quantized layer has and a float one has not."""
 _CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
 

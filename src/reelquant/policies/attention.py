@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from reelquant.kernels.attention import AttentionNumbers, parse_attention
+from reelquant.kernels.attention import AttentionQuant, parse_attention
 from reelquant.nn import AttentionFacts, attention_facts, round_attention, stop_attention
 from reelquant.stages import ModelWork, Stage
 
@@ -35,7 +35,7 @@ class RoundAttention(Stage):
         return None if numbers is None else numbers.to_json()
 
     @property
-    def numbers(self) -> AttentionNumbers:
+    def numbers(self) -> AttentionQuant:
         """As kernels take them."""
         numbers = parse_attention({"scores": self.scores, "values": self.values})
         assert numbers is not None

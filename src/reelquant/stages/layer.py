@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -76,7 +76,7 @@ class LayerWork:
         stored_inputs: the quantizers that the layer stores, if they are more than ``inputs``: rows per guidance half.
         solution: the codes.
         stored_bias: ``[out]`` float32, the bias of the quantized layer, once the codes are known.
-        branches: name -> (branch, its tensors), in the order in which they were split off.
+        branches: (branch, its tensors by name), outermost first.
     """
 
     site: StageSite
@@ -92,7 +92,7 @@ class LayerWork:
     stored_inputs: Sequence[Quantizer] | None = None
     solution: Solution | None = None
     stored_bias: Tensor | None = None
-    branches: Mapping[str, tuple[Any, Mapping[str, Tensor]]] = field(default_factory=dict)
+    branches: tuple[tuple[Any, Mapping[str, Tensor]], ...] = ()
 
     @property
     def matrix(self) -> Tensor:
@@ -104,16 +104,16 @@ class LayerWork:
         """Places of a convolution's window; 1 for a linear layer."""
         return self.weight[0, 0].numel()
 
-    def with_branch(self, name: str, branch: Any, tensors: Mapping[str, Tensor], target: Tensor) -> LayerWork:
+    def with_branch(self, branch: Any, tensors: Mapping[str, Tensor], target: Tensor) -> LayerWork:
         """The layer after a branch took a part of its weight over.
 
         Args:
             target: what is left to round, in the coordinates of the rewritten input.
         """
-        return replace(self, target=target, branches={**self.branches, name: (branch, tensors)})
+        return replace(self, target=target, branches=(*self.branches, (branch, tensors)))
 
     def branch_weight(self) -> Tensor | float:
         """What all branches add to the float weight with respect to the raw input, ``[out, channels, *kernel]``; 0 for nothing."""
         shape = tuple(self.weight.shape)
-        shares = [branch.weight(tensors, shape) for branch, tensors in self.branches.values()]
+        shares = [branch.weight(tensors, shape) for branch, tensors in self.branches]
         return sum((share for share in shares if share is not None), start=0.0)

@@ -60,8 +60,12 @@ def test_a_granularity_that_cannot_be_read_is_an_error(text: str, message: str) 
         parse_granularity(text)
 
 
-def test_only_tokens_have_as_many_units_as_positions() -> None:
-    assert [parse_granularity(t).fixed_units for t in ("tensor", "channel", "group-2", "frame-2", "token")] == [True] * 4 + [False]
+def test_units_are_counted_without_the_tensor() -> None:
+    weight = torch.zeros(64, 96, 3, 3)
+    for text in ("tensor", "channel", "group-100", "group-2000"):
+        assert parse_granularity(text).units(tuple(weight.shape)) == len(parse_granularity(text).blocks(weight))
+    with pytest.raises(RecipeError, match="'token' has a scale for every position"):
+        parse_granularity("token").units((64, 96))
 
 
 def test_the_units_in_the_docstring_are_right() -> None:

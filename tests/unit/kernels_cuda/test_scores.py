@@ -10,10 +10,10 @@ import torch
 from reelquant.clock import Clock
 from reelquant.kernels import attention as table
 from reelquant.kernels import cuda
-from reelquant.kernels.attention import REFERENCE, STOCK, AttentionNumbers
+from reelquant.kernels.attention import REFERENCE, STOCK, AttentionQuant
 from reelquant.kernels.cuda import scores
 from reelquant.nn import attention_facts, round_attention, start_clock
-from reelquant.nn.attention import PROTECTED
+from reelquant.nn.around.attention import PROTECTED
 from tests.contracts.attention_oracle import DEVICE, make
 from tests.tiny.configs import TINY
 from tests.tiny.test_steps import call
@@ -28,7 +28,7 @@ def test_the_reference_simulates_the_kernel(shape: Any, values: Any) -> None:
     """Codes are the same but for values between two of them; the kernel rounds weights to bfloat16 (2^-9), or both ways to e4m3 with the
     largest score so far, where the reference takes the largest of all (2^-4, uniform errors)."""
     q, k, v = make(*shape)
-    numbers = AttentionNumbers(values=values)
+    numbers = AttentionQuant(values=values)
     assert KERNEL.refuses(q, k, v, numbers) is None and KERNEL.missing(numbers) is None
     found, expected = (kernel.attention(q, k, v, None, numbers, None) for kernel in (KERNEL, REFERENCE))
     assert found.shape == expected.shape and found.dtype == expected.dtype and found.stride() == expected.stride()
@@ -43,7 +43,7 @@ def test_masks_over_keys(lead: tuple[int, int], values: Any) -> None:
     seen = torch.rand(*lead, 1, 75, device=DEVICE) > 0.3
     seen[..., :40] = False
     for mask in (seen, torch.randn(*lead, 1, 75, device=DEVICE).masked_fill(~seen, -torch.inf)):
-        numbers = AttentionNumbers(values=values)
+        numbers = AttentionQuant(values=values)
         found, expected = (kernel.attention(q, k, v, None, numbers, mask).float() for kernel in (KERNEL, REFERENCE))
         exact = STOCK(q.double(), k.double(), v.double(), mask.double() if mask.is_floating_point() else mask)
         assert not found.isnan().any() and float((found - expected).norm() / expected.norm()) < (2**-5 if values == "e4m3" else 2**-7)
@@ -55,14 +55,14 @@ def test_a_denoiser_gets_the_kernel_and_protected_steps_do_not(monkeypatch: pyte
     monkeypatch.setitem(table.ROUNDED, DEVICE, lambda: KERNEL)
     model = TINY["WanTransformer3DModel"]().eval()
     start_clock(model, Clock((900.0, 500.0), (0,)), "timestep")
-    round_attention(model, AttentionNumbers())
+    round_attention(model, AttentionQuant())
     attentions = 2 * len(model.blocks)  # type: ignore[arg-type]
     call(model, 500.0)
     found = attention_facts(model)
     assert found is not None and found.kernel == "triton int8 attention" and not found.simulated
     assert found.calls == {"stock: float32, neither bfloat16 nor float16": attentions}
     monkeypatch.setitem(table.ROUNDED, DEVICE, lambda: in_bfloat16(KERNEL))
-    round_attention(model, AttentionNumbers())
+    round_attention(model, AttentionQuant())
     outputs = [call(model, time) for time in (900.0, 500.0)]
     found = attention_facts(model)
     assert found is not None and found.calls == {PROTECTED: attentions, KERNEL.name: attentions}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from reelquant._errors import UnsupportedError
 from reelquant.kernels import Reference, cuda, select
-from reelquant.kernels.cuda import layers
+from reelquant.kernels.cuda import layers, refusals
 from reelquant.kernels.torch_ops import FP8, linear_8bit, product
 from tests.contracts.test_kernels import INPUTS, make
 
@@ -84,7 +84,7 @@ def test_layers_compute_what_the_reference_computes(weight: Any, numbers: str, r
     slots = 1 if "token" in numbers else 3
     layer, x = make("Linear", weight, INPUTS[numbers], slots=slots, **rewrite)
     layer, x = layer.to(DEVICE), x.to(DEVICE)
-    assert layers.refuses_plain(layer.operands) is None
+    assert refusals.refuses_plain(layer.operands) is None
     built, oracle = layers.PlainLinear(layer.operands), Reference(layer.operands)
     for slot in range(slots):
         torch.testing.assert_close(built(x, slot), oracle(x, slot), rtol=1e-5, atol=1e-4)

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import UnsupportedError, nearest
+from reelquant.branches import branch_feature, branch_name
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType, added_error
 from reelquant.checkpoint.export.result import Outcome
 from reelquant.checkpoint.export.source import Facts, Source
 from reelquant.checkpoint.export.write import Form, Part, Shape
 from reelquant.formats import Quantizer
+from reelquant.kernels import not_taken
+
+TAKES = frozenset({"input", "shift", "scale", "rotate", "slots", "table", "unused", "cfg_halves", "step_invariant"})
+"""Features of layouts that are folded into weight and bias, or left behind and listed (:func:`~.result.left_behind`)."""
 
 
 class Dialect(ABC, Generic[Form]):
@@ -78,10 +83,27 @@ def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[li
     Raises:
         UnsupportedError: if layers need a bias where the architecture has none.
     """
+    check_features(source)
     check_biases(source)
     made = [_float(source, dialect, naming, name) for name in source.floats]
     made += [_layer(source, dialect, naming, facts) for facts in source.layers.values()]
     return [part for part, _ in made], [outcome for _, outcome in made]
+
+
+def check_features(source: Source) -> None:
+    """Refuse layers with features that exporters do not know, and layers with branches that cannot be folded into a weight.
+
+    Raises:
+        UnsupportedError: naming the first such layer.
+    """
+    for name, facts in source.layers.items():
+        folded = set(TAKES)
+        for branch in facts.layout.branches:
+            if branch.exports is not None:
+                raise UnsupportedError(f"layer '{name}' has the branch '{branch_name(branch)}', and {branch.exports}")
+            folded.add(branch_feature(branch))
+        if unknown := not_taken(facts.layout.features, folded):
+            raise UnsupportedError(f"layer '{name}' has {unknown}, which exporters cannot write; export a model from a recipe without that")
 
 
 def check_biases(source: Source) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from reelquant.branches import branch_name
 from reelquant.checkpoint.export.source import Facts, Layer
 from reelquant.formats import Granularity, Int, MinMax, NumberFormat, Quantizer, QuantSpec, RangeRule, fit, parse_format
 
@@ -34,6 +35,8 @@ class NumberType:
         layout = facts.layout
         if layout.rotate or layout.scale:
             return f"the input's {'rotation' if layout.rotate else 'scale'} is folded into the weight"
+        if layout.branches:
+            return f"the branch '{branch_name(layout.branches[0])}' is folded into the weight"
         if not self._holds(parse_format(layout.weight.format)) or layout.weight.levels:
             return f"{layout.weight.format} numbers do not fit {self.name}"
         if not self._divides(layout.weight.grain(), facts.shape):

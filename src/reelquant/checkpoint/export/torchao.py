@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress
-from reelquant.checkpoint.export.assemble import assemble, check_biases
+from reelquant.checkpoint.export.assemble import assemble, check_biases, check_features
 from reelquant.checkpoint.export.dtypes import SafetensorsDialect, as_numbers, code_dtype
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType
@@ -97,6 +97,7 @@ def _check(sources: list[Source]) -> None:
             )
     for source in sources:
         with source:
+            check_features(source)
             check_biases(source)
 
 

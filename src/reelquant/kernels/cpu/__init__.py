@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from reelquant.kernels import Kernel
-from reelquant.kernels.cpu import floats, int8, nibbles, pairs
+from reelquant.kernels.cpu import floats, int8, int16_madd, nibbles
 
+TAKES = frozenset({"input", "shift", "scale", "rotate", "window"})
 KERNELS = (
-    Kernel("onednn int8", int8.refuses, int8.prepare),
-    Kernel("onednn int8 from int4", nibbles.refuses, nibbles.prepare),
-    Kernel("int16 pairs", pairs.refuses, pairs.PairProduct),
-    Kernel("float products", floats.refuses, floats.FloatProduct, low_bit=False),
+    Kernel("onednn int8", TAKES, int8.refuses, int8.prepare),
+    Kernel("onednn int8 from int4", TAKES, nibbles.refuses, nibbles.prepare),
+    Kernel("int16 pairs", TAKES, int16_madd.refuses, int16_madd.Int16Product),
+    Kernel("float products", TAKES, floats.refuses, floats.FloatProduct, low_bit=False),
 )
 """Best first."""

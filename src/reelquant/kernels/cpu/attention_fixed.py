@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from reelquant.kernels.cpu import loops
+from reelquant.kernels.cpu.int16_madd import available
 from reelquant.kernels.cpu.options import EXACT
-from reelquant.kernels.cpu.pairs import available
 from reelquant.kernels.cpu.powers import times_power
 from reelquant.kernels.cpu.softmax import LOWEST as SMALLEST
 from reelquant.kernels.cpu.softmax import POWER

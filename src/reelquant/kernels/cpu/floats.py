@@ -29,7 +29,7 @@ LAYOUTS = {8: (("tensor", "channel"), False), 4: (("tensor", "channel", "group")
 
 
 class FloatProduct:
-    """``product(staged(x), weight) + bias`` in the dtype of ``x``; in float32 where the input is rounded or rewritten first.
+    """``product(quantized_input(x), weight) + bias`` in the dtype of ``x``; in float32 where the input is rounded or rewritten first.
 
     Results differ from the reference by the rounding of weights to the dtype of ``x``, as in a model of that dtype.
     """
@@ -43,19 +43,19 @@ class FloatProduct:
         groups = loops.view(self.scale)
         self.weights = loops.view(weight.codes), groups if weight.codes.dtype == torch.int8 else groups.reshape(weight.shape[0], -1)
         self.size = weight.quantizer.granularity.size or weight.width
-        self.exact = operands.numbers is not None or operands.rewritten
-        self.staged = operands.staged if levels.refuses(operands) else levels.LevelInputs(operands)
+        self.exact = operands.input is not None or operands.rewritten
+        self.quantized_input = operands.quantized_input if levels.refuses(operands) else levels.LevelInputs(operands)
         self.bias = None if operands.bias is None else operands.bias.detach().float()
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.given
-        staged = self.staged(given.padded(x), slot) if self.exact else given.padded(x)
-        if staged.dtype not in (torch.float32, torch.bfloat16):
-            staged = staged.float()
+        quantized = self.quantized_input(given.padded(x), slot) if self.exact else given.padded(x)
+        if quantized.dtype not in (torch.float32, torch.bfloat16):
+            quantized = quantized.float()
         linear = given.window is None
-        few = linear and given.weight.codes.dtype == torch.int8 and 0 < staged.numel() <= FEW * staged.shape[-1]
-        few = few and not staged.requires_grad  # loops know nothing of gradients
-        made = self._few(staged) if few else self._many(staged) if linear else self._convolved(staged)
+        few = linear and given.weight.codes.dtype == torch.int8 and 0 < quantized.numel() <= FEW * quantized.shape[-1]
+        few = few and not quantized.requires_grad  # loops know nothing of gradients
+        made = self._few(quantized) if few else self._many(quantized) if linear else self._convolved(quantized)
         return made if made.dtype == x.dtype else made.to(x.dtype)
 
     def _few(self, x: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from reelquant.formats import Int
 from reelquant.kernels.cpu import loops
 from reelquant.kernels.hadamard import block_size
-from reelquant.kernels.operands import InputNumbers, Operands
-from reelquant.kernels.recall import forget, recall, remember
+from reelquant.kernels.input_code_cache import forget, recall, remember
+from reelquant.kernels.operands import InputQuant, Operands
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
@@ -24,13 +24,13 @@ _last = threading.local()  # memory of codes, per thread
 
 def refuses(operands: Operands) -> str | None:
     """Why these inputs cannot become bytes, or None."""
-    numbers = operands.numbers
+    numbers = operands.input
     if numbers is None:
         return "the input stays float"
     if not isinstance(numbers.format, Int) or numbers.format.bits > 8:
         return f"inputs are {numbers.format.name}, not integers"
     if numbers.rule is not None:
-        plain = numbers.granularity.kind == "token" and numbers.format.signed and type(numbers.rule.range).__name__ == "MinMax"
+        plain = numbers.granularity.kind == "token" and numbers.format.signed and numbers.rule.range.covers_all
         if not plain or operands.window is not None:
             return "dynamic inputs are int with a scale per token, in linear layers"
     elif numbers.granularity.kind != "tensor":
@@ -64,7 +64,7 @@ class Inputs:
     """
 
     def __init__(self, operands: Operands, dtype: type[np.generic] = np.uint8) -> None:
-        numbers = operands.numbers
+        numbers = operands.input
         assert numbers is not None and isinstance(numbers.format, Int)
         channels = operands.weight.shape[1]
         self.block = block_size(channels) if operands.rotate else 1
@@ -201,7 +201,7 @@ def _folded(operands: Operands, channels: int, factor: float) -> tuple[np.ndarra
     return (factor / scale).numpy(), (-shift / scale).numpy()
 
 
-def _tables(numbers: InputNumbers, offset: int) -> tuple[list[float], list[int]]:
+def _tables(numbers: InputQuant, offset: int) -> tuple[list[float], list[int]]:
     """Scale and zero point of every step; empty for dynamic inputs."""
     if numbers.scale is None:
         return [], []

@@ -18,7 +18,7 @@ MOST = sum(HALVES)  # middles between the levels of 8 bits
 
 def refuses(operands: Operands) -> str | None:
     """Why these inputs are rounded by torch, or None."""
-    numbers = operands.numbers
+    numbers = operands.input
     if numbers is None or not isinstance(numbers.format, LevelFormat):
         return "inputs have no table of levels"
     if numbers.scale is None or numbers.granularity.kind != "tensor" or operands.window is not None or operands.rotate:
@@ -27,10 +27,10 @@ def refuses(operands: Operands) -> str | None:
 
 
 class LevelInputs:
-    """``operands.staged(x, slot)`` of such a layer, with the very same roundings."""
+    """``operands.quantized_input(x, slot)`` of such a layer, with the very same roundings."""
 
     def __init__(self, operands: Operands) -> None:
-        numbers = operands.numbers
+        numbers = operands.input
         assert numbers is not None and isinstance(numbers.format, LevelFormat) and numbers.scale is not None
         table = numbers.format.table.float()
         self.levels, self.middles = table.numpy(), np.full(MOST, np.inf, np.float32)

@@ -18,8 +18,8 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from reelquant.kernels.cpu.hadamard import rotate
 from reelquant.kernels.cpu.options import EXACT
-from reelquant.kernels.cpu.turn import rotate
 
 SMALL = 1 << 16  # elements below which a second thread costs more than it saves
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reelquant.kernels.attention_numbers import key_bias, over_keys
+from reelquant.kernels.attention_quant import key_bias, over_keys
 from reelquant.kernels.cuda import launch
 from reelquant.kernels.cuda.epilogue import to_codes, to_int8
 from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, require

@@ -15,143 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.formats import Granularity, Int, Quantizer, pack
-from reelquant.kernels import cuda, torch_ops
+from reelquant.kernels import Kernel, cuda, torch_ops
+from reelquant.kernels.cuda import refusals
 from reelquant.kernels.hadamard import hadamard
-from reelquant.kernels.operands import InputNumbers, Operands, PackedWeight, Runner
-from reelquant.kernels.recall import forget, recall, remember
+from reelquant.kernels.input_code_cache import forget, recall, remember
+from reelquant.kernels.operands import Operands, PackedWeight, Runner
 
-GROUPS = (64, 128)  # that a product is made of as they are
 ACTIVATIONS = {"": "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
 WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
-DEEPEST = 65535  # codes in a row of the weight whose int32 sums, correction included, cannot overflow
-WHOLE = ("tensor", "channel")  # granularities of weights whose scale multiplies the finished sum
-
-
-# --- what is taken, and why the rest is not -----------------------------------------------------------------------------------------
-
-
-def _weight(operands: Operands, bits: tuple[int, ...], kinds: tuple[str, ...]) -> str | None:
-    weight = operands.weight.quantizer
-    if not isinstance(weight.format, Int) or not weight.format.signed or weight.format.bits not in bits:
-        return f"weights are {weight.format.name}, not int{' or int'.join(map(str, bits))}"
-    return _shape(operands, kinds)
-
-
-def _shape(operands: Operands, kinds: tuple[str, ...]) -> str | None:
-    weight = operands.weight
-    if weight.quantizer.granularity.kind not in kinds:
-        return f"weights have a scale per {weight.quantizer.granularity}"
-    return None if weight.width <= DEEPEST else f"{weight.width} products per output, more than {DEEPEST}"
-
-
-def _input(operands: Operands) -> str | None:
-    numbers = operands.numbers
-    if numbers is None:
-        return "the input stays float"
-    if not isinstance(numbers.format, Int):
-        return f"inputs are {numbers.format.name}, not integers"
-    if numbers.rule is not None and (numbers.format.bits != 8 or not numbers.format.signed):
-        return f"dynamic inputs are {numbers.format.name}, not int8"
-    return _grain(operands, numbers)
-
-
-def _grain(operands: Operands, numbers: InputNumbers) -> str | None:
-    """Why the scales of an input are not those that kernels read or find, or None."""
-    kind = numbers.granularity.kind
-    if numbers.rule is None:
-        return None if kind == "tensor" else f"static inputs have one scale, not one per {kind}"
-    if kind != "token" or type(numbers.rule.range).__name__ != "MinMax":
-        return "dynamic inputs have a scale per token, of their largest magnitude"
-    return None if operands.window is None else "a convolution has no tokens to scale"
-
-
-def _float8(operands: Operands) -> str | None:
-    weight, numbers = operands.weight.quantizer.format.name, operands.numbers
-    if weight != "e4m3":
-        return f"weights are {weight}, not e4m3"
-    if numbers is None:
-        return "the input stays float"
-    if numbers.format.name != "e4m3":
-        return f"inputs are {numbers.format.name}, not e4m3"
-    return _shape(operands, WHOLE) or _grain(operands, numbers) or cuda.float8()
-
-
-def _window(operands: Operands) -> str | None:
-    """Why a layer is not a convolution that kernels know, or None."""
-    if operands.window is None or len(operands.window.stride) not in (2, 3):
-        return "not a convolution over two or three axes"
-    return "the input of a convolution is rotated" if operands.rotate else None
-
-
-def _linear(operands: Operands) -> str | None:
-    return None if operands.window is None else "a convolution"
-
-
-FEW = tuple(range(2, 9))  # bits of symmetric weights that fit into int8 codes
-
-
-def refuses_plain(operands: Operands) -> str | None:
-    """Why torch's own integer product does not compute a layer, or None; it asks for no Triton."""
-    return _linear(operands) or _weight(operands, FEW, WHOLE) or _input(operands)
-
-
-def refuses_linear(operands: Operands) -> str | None:
-    """Why a layer is not a product of 8-bit codes, or None."""
-    return refuses_plain(operands) or cuda.available()
-
-
-def refuses_nibbles(operands: Operands) -> str | None:
-    """Why a layer is not a product of 8-bit codes and 4-bit codes in groups, or None."""
-    reason = _linear(operands) or _weight(operands, (4,), ("group",)) or _input(operands)
-    if reason is None and (operands.weight.quantizer.granularity.size not in GROUPS or operands.numbers is None or operands.numbers.rule):
-        reason = f"groups of {', '.join(map(str, GROUPS))} with static inputs"
-    return reason or cuda.available()
-
-
-def refuses_convolution(operands: Operands) -> str | None:
-    """Why a layer is not a convolution of 8-bit codes, or None."""
-    return _window(operands) or _weight(operands, FEW, WHOLE) or _input(operands) or cuda.available()
-
-
-def refuses_folded(operands: Operands) -> str | None:
-    """Why a layer is not a product of 8-bit codes once the scales of its groups are folded into them, or None."""
-    window = None if operands.window is None else _window(operands)
-    return window or _weight(operands, FEW, ("group",)) or _input(operands) or cuda.available()
-
-
-def refuses_plain_float8(operands: Operands) -> str | None:
-    """Why torch's own e4m3 product does not compute a layer, or None; it asks for no Triton."""
-    return _linear(operands) or _float8(operands)
-
-
-def refuses_float8(operands: Operands) -> str | None:
-    """Why a layer is not a product of e4m3 codes, or None."""
-    return refuses_plain_float8(operands) or cuda.available()
-
-
-def refuses_float8_convolution(operands: Operands) -> str | None:
-    """Why a layer is not a convolution of e4m3 codes, or None."""
-    return _window(operands) or _float8(operands) or cuda.available()
-
-
-def refuses_float(operands: Operands) -> str | None:
-    """Why a layer is not a product of floats and codes, or None."""
-    if operands.window is not None or operands.numbers is not None or operands.rewritten:
-        return "not a linear layer with plain float inputs"
-    quantizer = operands.weight.quantizer
-    if quantizer.format.name == "e4m3":
-        return _shape(operands, WHOLE) or cuda.float8() or cuda.available()
-    bits = quantizer.format.bits
-    reason = _weight(operands, (4, 8), WHOLE if bits == 8 else ("group",))
-    if reason is None and bits == 4 and quantizer.granularity.size not in GROUPS:
-        reason = f"4-bit groups are {', '.join(map(str, GROUPS))}"
-    return reason or cuda.available()
-
-
-def refuses_widened(operands: Operands) -> str | None:
-    """Why a layer is not a product of floats, or None."""
-    return None if operands.numbers is None else "the input is rounded"
 
 
 # --- codes --------------------------------------------------------------------------------------------------------------------------
@@ -176,7 +48,7 @@ class _Inputs:
     """Codes of an input with the numbers of a step; made once for layers that read one tensor with the same numbers."""
 
     def __init__(self, operands: Operands) -> None:
-        numbers = operands.numbers
+        numbers = operands.input
         assert numbers is not None
         self.rotate = operands.rotate
         self.axis = operands.channel_axis
@@ -266,9 +138,9 @@ class PlainLinear:
         self.sums = self.weight.sum(1, dtype=torch.int32)
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
-        numbers = self.operands.numbers
+        numbers = self.operands.input
         assert numbers is not None and isinstance(numbers.format, Int)
-        moved = self.operands.moved(x)
+        moved = self.operands.rewritten_input(x)
         quantizer = numbers.quantizer(moved, slot)
         zero = quantizer.scale.new_full((), -numbers.format.low) if quantizer.zero_point is None else quantizer.zero_point
         out = torch_ops.linear_8bit(
@@ -288,9 +160,9 @@ class PlainFloat8Linear:
         self.weight = whole_codes(operands.weight)
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
-        numbers = self.operands.numbers
+        numbers = self.operands.input
         assert numbers is not None
-        moved = self.operands.moved(x)
+        moved = self.operands.rewritten_input(x)
         scale = numbers.quantizer(moved, slot).scale
         unit = moved / (scale.reshape(*moved.shape[:-1], 1) if self.dynamic else scale)
         return torch_ops.linear_8bit(
@@ -301,7 +173,7 @@ class PlainFloat8Linear:
     @property
     def dynamic(self) -> bool:
         """Whether every token has a scale of its own."""
-        return self.operands.numbers is not None and self.operands.numbers.rule is not None
+        return self.operands.input is not None and self.operands.input.rule is not None
 
 
 class NibbleLinear:
@@ -369,7 +241,7 @@ class Widened:
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.operands
-        x_in = given.moved(given.padded(x)) if given.rewritten else given.padded(x)
+        x_in = given.rewritten_input(given.padded(x)) if given.rewritten else given.padded(x)
         bias = None if given.bias is None else given.bias.to(x_in.dtype)
         return given.product(x_in, given.weight.dequantize(x_in.dtype), bias).to(x.dtype)
 
@@ -440,3 +312,20 @@ def stored_nibbles(weight: Tensor, rows: int, width: int, size: int) -> Tensor:
     bytes_ = weight.view(torch.uint8).reshape(rows, -1, size // 2)
     signed = torch.cat([bytes_ & 15, bytes_ >> 4], -1).reshape(rows, -1)[:, :width]
     return pack((signed ^ 8).contiguous(), 4)
+
+
+LINEAR = frozenset({"input", "shift", "scale", "rotate"})
+CONVOLUTION = frozenset({"input", "shift", "scale", "window"})
+KERNELS = (
+    Kernel("triton int8", LINEAR, refusals.refuses_linear, CodeLinear),
+    Kernel("triton int8 from int4", LINEAR, refusals.refuses_nibbles, NibbleLinear),
+    Kernel("triton int8 convolution", CONVOLUTION, refusals.refuses_convolution, CodeConvolution),
+    Kernel("triton e4m3", LINEAR, refusals.refuses_float8, CodeLinear),
+    Kernel("triton e4m3 convolution", CONVOLUTION, refusals.refuses_float8_convolution, CodeConvolution),
+    Kernel("triton int8 from groups", LINEAR | CONVOLUTION, refusals.refuses_folded, prepare_folded),
+    Kernel("triton float products", frozenset(), refusals.refuses_float, FloatLinear),
+    Kernel("torch int8", LINEAR, refusals.refuses_plain, PlainLinear),
+    Kernel("torch e4m3", LINEAR, refusals.refuses_plain_float8, PlainFloat8Linear),
+    Kernel("torch float products", frozenset({"shift", "scale", "rotate", "window"}), refusals.refuses_nothing, Widened),
+)
+"""Best first."""

@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from reelquant.kernels import cuda
-from reelquant.kernels.attention_numbers import AttentionNumbers
+from reelquant.kernels.attention_quant import AttentionQuant
 
 FLOATS = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
 
 
-def missing(numbers: AttentionNumbers) -> str | None:
+def missing(numbers: AttentionQuant) -> str | None:
     """Why no call can be computed on this machine, or None."""
     return cuda.available() or (cuda.float8() if numbers.values == "e4m3" else None)
 
 
-def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionNumbers) -> str | None:
+def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionQuant) -> str | None:
     """Why a call cannot be computed, or None."""
     if not query.dtype == key.dtype == value.dtype or query.dtype not in FLOATS:
         return f"{str(query.dtype).removeprefix('torch.')}, neither bfloat16 nor float16"
@@ -27,7 +27,7 @@ def refuses(query: Tensor, key: Tensor, value: Tensor, numbers: AttentionNumbers
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionNumbers, mask: Tensor | None = None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, numbers: AttentionQuant, mask: Tensor | None = None
 ) -> Tensor:
     """:func:`reelquant.kernels.cuda.attention.attention_8bit`."""
     return cuda.attention_8bit(query, key, value, scale, mask, float8_values=numbers.values == "e4m3")

@@ -1,4 +1,4 @@
-"""Memory for what stays: pages of their own, which go back to the system as soon as they are let go of.
+"""Memory for arrays that live long: pages of their own, which return to the system as soon as the array is freed.
 
 glibc serves all but the largest arrays from one heap. A weight there would lie between what comes and goes, and holes that are too
 small for the next activation count as memory until the process ends.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 
-def own(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray[Any, Any]:
-    """Zeros, in pages of their own where the system is Linux."""
+def alloc_pages(shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray[Any, Any]:
+    """Zeros, in pages of their own on Linux."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if sys.platform != "linux" or size < mmap.PAGESIZE:
         return np.zeros(shape, dtype)

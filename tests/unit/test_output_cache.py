@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.clock import Clock
-from reelquant.nn import kept, quantized_layers, start_clock, start_runtime, stop_runtime
-from reelquant.nn.kept import Kept
-from reelquant.nn.layers import QuantLayer
+from reelquant.nn import output_cache, quantized_layers, start_clock, start_runtime, stop_runtime
+from reelquant.nn.output_cache import OutputCache
+from reelquant.nn.runners.kernel import KernelProduct
+from reelquant.nn.runners.protected import ProtectedSteps
 from tests.single import build
 
 WIDTH = 16
@@ -40,24 +41,24 @@ def counted() -> Counted:
     return Counted()
 
 
-def once(outputs: Kept, counted: Counted, x: Tensor, activation: str = "") -> Tensor:
+def once(outputs: OutputCache, counted: Counted, x: Tensor, activation: str = "") -> Tensor:
     answer = outputs.once(x, (activation,), counted.of(x))
     assert torch.equal(answer, x * 2)
     return answer
 
 
 def test_two_inputs_that_take_turns_are_computed_once_each(counted: Counted) -> None:
-    outputs, pair = Kept(), [torch.randn(4, 8), torch.randn(4, 8)]
+    outputs, pair = OutputCache(), [torch.randn(4, 8), torch.randn(4, 8)]
     for _ in range(5):
         for x in pair:
             once(outputs, counted, x.clone())
     assert counted.calls == 2
     once(outputs, counted, torch.randn(4, 8))
-    assert len(outputs.entries) == kept.PROMPTS
+    assert len(outputs.entries) == output_cache.PROMPTS
 
 
 def test_any_number_any_shape_any_activation_counts(counted: Counted) -> None:
-    outputs, x = Kept(), torch.randn(4, 8)
+    outputs, x = OutputCache(), torch.randn(4, 8)
     once(outputs, counted, x)
     other = x.clone()
     other[3, 7] = torch.nextafter(other[3, 7], torch.tensor(9.0))
@@ -73,7 +74,7 @@ def test_any_number_any_shape_any_activation_counts(counted: Counted) -> None:
 
 @pytest.mark.parametrize("which", ["input", "output"])
 def test_what_was_written_to_is_not_given_again(counted: Counted, which: str) -> None:
-    outputs, x = Kept(), torch.randn(4, 8)
+    outputs, x = OutputCache(), torch.randn(4, 8)
     answer = once(outputs, counted, x)
     (x if which == "input" else answer[1:].view(-1)).add_(1)
     once(outputs, counted, x)
@@ -81,13 +82,13 @@ def test_what_was_written_to_is_not_given_again(counted: Counted, which: str) ->
 
 
 def test_inputs_that_hold_nan_are_told_apart_by_the_tensor_alone() -> None:
-    outputs, x = Kept(), torch.full((2, 2), torch.nan)
+    outputs, x = OutputCache(), torch.full((2, 2), torch.nan)
     answers = [outputs.once(one, (), lambda: torch.zeros(2)) for one in (x, x, x.clone())]
     assert answers[0] is answers[1] and answers[0] is not answers[2]
 
 
 def test_inference_tensors_and_gradients_are_computed_every_time(counted: Counted) -> None:
-    outputs = Kept()
+    outputs = OutputCache()
     with torch.inference_mode():
         x = torch.randn(2, 2)
         once(outputs, counted, x)
@@ -104,25 +105,25 @@ def test_inference_tensors_and_gradients_are_computed_every_time(counted: Counte
 
 def test_little_memory_is_held_and_given_back(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
-    before = kept.held()
-    monkeypatch.setattr(kept, "AT_MOST", before + 1000)
-    outputs, other = Kept(), Kept()
+    before = output_cache.held()
+    monkeypatch.setattr(output_cache, "AT_MOST", before + 1000)
+    outputs, other = OutputCache(), OutputCache()
     once(outputs, counted, torch.randn(200))  # 800 bytes
-    assert kept.held() == before + 800
+    assert output_cache.held() == before + 800
     x = torch.randn(100)
     once(other, counted, x)
     once(other, counted, x)
     assert counted.calls == 3 and not other.entries  # no room
     del outputs
     gc.collect()
-    assert kept.held() == before
+    assert output_cache.held() == before
     once(other, counted, x)
     once(other, counted, x)
     assert counted.calls == 4
 
 
 def test_threads_get_what_is_theirs(counted: Counted) -> None:
-    outputs, failed = Kept(), []
+    outputs, failed = OutputCache(), []
 
     def work(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -163,19 +164,25 @@ def model() -> Attending:
 
 def watch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers that compute, as they do."""
-    names, computed, compute = {id(layer): name for name, layer in quantized_layers(model).items()}, [], QuantLayer.compute
+    names, computed = {id(layer.residency): name for name, layer in quantized_layers(model).items()}, []
+    call, protect = KernelProduct.__call__, ProtectedSteps._runner
 
-    def noted(layer: Any, *args: Any) -> Tensor:
-        computed.append(names[id(layer)])
-        return compute(layer, *args)
+    def product(link: KernelProduct, *args: Any) -> Tensor:
+        computed.append(names[id(link.residency)])
+        return call(link, *args)
 
-    monkeypatch.setattr(QuantLayer, "compute", noted)
+    def protected(link: ProtectedSteps) -> Any:
+        computed.append(names[id(link.layer.residency)])
+        return protect(link)
+
+    monkeypatch.setattr(KernelProduct, "__call__", product)
+    monkeypatch.setattr(ProtectedSteps, "_runner", protected)
     return computed
 
 
 @torch.no_grad()
 def test_layers_of_the_prompt_compute_once_a_clip(model: Attending, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [layer.layout.lasting for layer in quantized_layers(model).values()] == [True, False]
+    assert [layer.layout.step_invariant for layer in quantized_layers(model).values()] == [True, False]
     texts, latents = torch.randn(2, 1, 5, WIDTH), torch.randn(4, 1, 7, WIDTH)
     expected = [model(x, text) for x in latents for text in texts]
     start_runtime(model)

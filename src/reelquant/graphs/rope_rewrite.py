@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class Interleaving(TorchFunctionMode):
+class FuseInterleave(TorchFunctionMode):
     """Holds ``out[..., 0::2] = a`` back until ``out[..., 1::2] = b`` comes, and writes both at once; whoever looks before sees ``a``."""
 
     def __init__(self) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reelquant.kernels.cpu import int8, pairs
-from reelquant.kernels.cpu.pages import own
-from reelquant.nn import pages
+from reelquant.kernels.cpu import int8, int16_madd
+from reelquant.kernels.cpu.page_alloc import alloc_pages
+from reelquant.nn import host_memory
 
 
 def resident_file_pages() -> int:
@@ -29,7 +29,7 @@ def test_a_mapped_weight_leaves_memory_and_comes_back_when_it_is_read(tmp_path: 
     weight = load_file(tmp_path / "one.safetensors")["weight"]
     assert int(weight.long().sum()) == int(stored.long().sum())  # read: its pages are resident now
     before = resident_file_pages()
-    pages.drop_mapped(weight)
+    host_memory.release_mmap_pages(weight)
     assert before - resident_file_pages() > 0.9 * weight.numel()
     assert torch.equal(weight, stored)
 
@@ -41,7 +41,7 @@ def test_arrays_in_pages_of_their_own_leave_memory_with_their_last_reader() -> N
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
     size, before = 32 << 20, resident()
-    array = own((size // 4, 2, 2), np.uint8)
+    array = alloc_pages((size // 4, 2, 2), np.uint8)
     assert not array.any() and array.flags.c_contiguous and resident() - before < size // 8  # untouched pages take nothing
     array[:] = 7
     tensor = torch.from_numpy(array)[5:]
@@ -82,7 +82,7 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or pairs.available() is not None, reason="reads /proc, runs AVX2")
+@pytest.mark.skipif(sys.platform != "linux" or int16_madd.available() is not None, reason="reads /proc, runs AVX2")
 @pytest.mark.skipif(int8.available() is None, reason="oneDNN repacks a whole weight at a time")
 @pytest.mark.parametrize(("bits", "grain"), [("8", "channel"), ("4", "group-64")])
 def test_preparing_a_layer_takes_one_more_copy_of_its_packed_weight_and_keeps_none(bits: str, grain: str) -> None:
@@ -98,8 +98,8 @@ def test_preparing_a_layer_takes_one_more_copy_of_its_packed_weight_and_keeps_no
 
 def test_memory_that_is_no_mapped_checkpoint_is_left_alone() -> None:
     plain = torch.arange(1 << 20)
-    pages.drop_mapped(plain)
-    pages.drop_mapped(plain[5:7])
-    pages.drop_mapped(torch.empty(0))
-    pages.drop_mapped(torch.empty(3, device="meta"))
+    host_memory.release_mmap_pages(plain)
+    host_memory.release_mmap_pages(plain[5:7])
+    host_memory.release_mmap_pages(torch.empty(0))
+    host_memory.release_mmap_pages(torch.empty(3, device="meta"))
     assert torch.equal(plain, torch.arange(1 << 20))

@@ -18,7 +18,7 @@ OPERANDS = 4  # of its inputs: queries, keys, values, the mask; then the scale
 Node = Any
 
 
-def unmixed(graph: Any) -> int:
+def fix_ambiguous_sdpa(graph: Any) -> int:
     """Rewrite every such attention of a graph, in place, where shapes are known; how many there were."""
     found = [node for node in graph.get_ops() if node.get_type_name() == KIND and is_square(node)]
     for node in found:

@@ -1,4 +1,4 @@
-"""Memory that is not needed any more although something still refers to it."""
+"""Host memory that is no longer needed although something still refers to it: mapped files and holes in the heap."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return function
 
 
-def drop_mapped(tensor: Tensor) -> None:
-    """Let go of the pages of a weight that lies in the mapping of a checkpoint's file: repacked, it would be in memory twice.
+def release_mmap_pages(tensor: Tensor) -> None:
+    """Release the pages of a weight that lies in the mapping of a checkpoint's file; once repacked, it would be in memory twice.
 
-    Only mappings of files are touched, and only whole pages; whoever reads them again gets the file's bytes. Elsewhere nothing happens.
+    Only whole pages of mapped safetensors files are released. A later read loads the file's bytes again. On systems other than Linux
+    this does nothing.
     """
     if tensor.device.type != "cpu" or (advise := _madvise()) is None or not _of_file(tensor.data_ptr()):
         return
@@ -42,8 +43,8 @@ def _trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
-def give_back() -> None:
-    """Let go of the pages of the heap that hold nothing: glibc keeps holes for good. A few milliseconds; elsewhere nothing happens."""
+def trim_heap() -> None:
+    """Return free pages of the heap to the system, which glibc does not do by itself. Takes a few milliseconds; only on Linux."""
     if (trim := _trim()) is not None:
         trim(0)
 

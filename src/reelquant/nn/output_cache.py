@@ -1,9 +1,9 @@
-"""Outputs of layers that see the prompt only, kept from one denoising step to the next: the same input has the same output.
+"""Outputs of layers that see only the prompt, kept from one denoising step to the next: the same input has the same output.
 
-Which layers these are is found when a model is quantized, by changing one kind of argument at a time (``lasting`` in the layer's layout).
-An output is given again only if the input's numbers are equal, and while nobody has written to either, or to the layer's own numbers; so
-nothing changes but the time.
-Eager calls on processors only: compiled graphs write into memory that no version counts, and a GPU would wait for the comparison.
+Quantizing finds these layers by changing one kind of argument at a time (``step_invariant`` in the layer's layout). An output is reused
+only if the input is equal and neither the input, the output nor the layer's own tensors were written to since. So results are the same
+bits, and only the time changes. Only eager calls on CPUs reuse outputs: compiled graphs write into memory without counting versions, and on
+a GPU the comparison would wait for the device.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROMPTS = 2  # with guidance, calls with and without the text take turns
-AT_MOST = 16 << 20  # bytes of outputs in a process: a share of small models, and next to nothing of large ones, where it would gain little
+PROMPTS = 2  # with guidance, calls with and without the text alternate
+AT_MOST = 16 << 20  # bytes of outputs in a process: enough for small models; in large models the gain would be small
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """An input and what came of it, with how often both had been written to then, and all that the answer depended on beside the input."""
+    """A cached (input, output) pair, both version counters, and the other values the output depends on."""
 
     input: Tensor
     output: Tensor
@@ -33,7 +33,7 @@ class Entry:
 
     @property
     def untouched(self) -> bool:
-        """Whether nobody has written to either since."""
+        """Whether neither tensor was written to since."""
         return (self.input._version, self.output._version) == self.versions
 
     def answers(self, x: Tensor, given: tuple[Any, ...]) -> bool:
@@ -46,42 +46,42 @@ class Entry:
 _entries: weakref.WeakSet[Entry] = weakref.WeakSet()
 
 
-class Kept:
+class OutputCache:
     """The outputs of one layer, latest first."""
 
     def __init__(self) -> None:
         self.entries: tuple[Entry, ...] = ()
 
     def once(self, x: Tensor, given: tuple[Any, ...], compute: Callable[[], Tensor]) -> Tensor:
-        """The output for this input; computed if it is not here.
+        """The output for this input, computed only if it is not in the cache.
 
         Args:
             x: the input.
-            given: what else the output depends on: an activation, :func:`stamp` of the layer's numbers.
-            compute: how to get it.
+            given: what else the output depends on: an activation, :func:`stamp` of the layer's tensors.
+            compute: computes the output.
         """
         if x.device.type != "cpu" or x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
             return compute()
-        mine = tuple(entry for entry in self.entries if entry.untouched)
-        found = next((entry for entry in mine if entry.answers(x, given)), None)
-        if found is None:
-            self.entries = mine = mine[: PROMPTS - 1]  # the oldest goes first: the new one may need its room
+        valid = tuple(entry for entry in self.entries if entry.untouched)
+        hit = next((entry for entry in valid if entry.answers(x, given)), None)
+        if hit is None:
+            self.entries = valid = valid[: PROMPTS - 1]  # the oldest goes first: the new one may need its room
             output = compute()
             if output.is_inference() or output.requires_grad:
                 return output
-            found = Entry(x, output, (x._version, output._version), given)
-            if not _takes(found):
+            hit = Entry(x, output, (x._version, output._version), given)
+            if not _has_room(hit):
                 return output
-        self.entries = (found, *(entry for entry in mine if entry is not found))
-        return found.output
+        self.entries = (hit, *(entry for entry in valid if entry is not hit))
+        return hit.output
 
 
 def stamp(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Where tensors lie and how often they were written to; of inference tensors nobody counts that."""
+    """Addresses and version counters of tensors. Inference tensors have no version counter; 0 stands for it."""
     return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors if one is not None)
 
 
-def _takes(entry: Entry) -> bool:
+def _has_room(entry: Entry) -> bool:
     """Whether there is room for another output; it counts as long as the entry lives."""
     with _lock:
         if held() + entry.output.nbytes > AT_MOST:
@@ -91,5 +91,5 @@ def _takes(entry: Entry) -> bool:
 
 
 def held() -> int:
-    """Bytes of all outputs that are kept in this process."""
+    """Bytes of all cached outputs in this process."""
     return sum(entry.output.nbytes for entry in _entries)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from reelquant.clock import NAME, Clock
 from reelquant.kernels import attention as fast
-from reelquant.kernels.attention import AttentionNumbers, RoundedKernel
-from reelquant.nn.graph import module_of, number_of, outlined
+from reelquant.kernels.attention import AttentionQuant, RoundedKernel
+from reelquant.nn.around.graph import by_handle, handle_of, is_tracing
 
 logger = logging.getLogger(__name__)
 HOOKS = "_reelquant_attention_hooks"
@@ -43,13 +43,13 @@ class RoundedAttention:
         numbers: what is rounded.
         kernels: ``auto``, or ``reference`` for the oracle.
         calls: calls by what computed them: the name of a kernel, or ``stock`` and the reason.
-        number: by which graphs find this.
+        handle: by which graphs find this.
     """
 
-    def __init__(self, numbers: AttentionNumbers, kernels: str = "auto") -> None:
+    def __init__(self, numbers: AttentionQuant, kernels: str = "auto") -> None:
         self.numbers, self.kernels = numbers, kernels
         self.calls: Counter[str] = Counter()
-        self.number = number_of(self)
+        self.handle = handle_of(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoundedAttention:
         return RoundedAttention(self.numbers, self.kernels)
@@ -89,7 +89,7 @@ class Running(NamedTuple):
 
 
 _inside: tuple[int, list[Tensor]] | None = None
-"""The same for compiled graphs, which cannot look at threads: number of the rounded attention (-1: none), and whether it is protected."""
+"""The same for compiled graphs, which cannot look at threads: handle of the rounded attention (-1: none), and whether it is protected."""
 
 
 def start_attention(model: nn.Module) -> None:
@@ -107,7 +107,7 @@ def stop_attention(model: nn.Module) -> None:
     _end(model)
 
 
-def round_attention(model: nn.Module, numbers: AttentionNumbers | None, kernels: str = "auto") -> None:
+def round_attention(model: nn.Module, numbers: AttentionQuant | None, kernels: str = "auto") -> None:
     """Let a denoiser's attention be rounded from its next call on, or not any more (None)."""
     vars(model).pop(ROUNDED, None)
     if numbers is not None:
@@ -144,7 +144,7 @@ def _enter(module: nn.Module, args: Any) -> None:
     global _inside
     rounded, clock = getattr(module, ROUNDED, None), getattr(module, NAME, None)
     protected = [clock.protected] if rounded is not None and clock is not None and clock.protected_slots else []
-    _inside = -1 if rounded is None else rounded.number, protected
+    _inside = -1 if rounded is None else rounded.handle, protected
     if not torch.compiler.is_compiling():
         _end(module)  # what an interrupt left behind
         _stack().append(Running(id(module), rounded, clock))
@@ -171,12 +171,12 @@ def _wrap() -> None:
         masked = attn_mask is not None and not fast.over_keys(attn_mask, query, key)
         if torch.compiler.is_compiling():
             if _inside is not None and more is None and query.ndim == 4 and key.shape[:2] == query.shape[:2]:
-                number, protected = _inside
-                if number < 0 and attn_mask is None:
+                handle, protected = _inside
+                if handle < 0 and attn_mask is None:
                     return torch.ops.reelquant.attention(query, key, value, scale)
-                if number >= 0 and not masked:
-                    return torch.ops.reelquant.rounded_attention(query, key, value, scale, protected, number, attn_mask)
-        elif running() and not outlined():
+                if handle >= 0 and not masked:
+                    return torch.ops.reelquant.rounded_attention(query, key, value, scale, protected, handle, attn_mask)
+        elif running() and not is_tracing():
             inner = _stack()[-1]
             if inner.rounded is not None and (masked or more is not None):
                 inner.rounded.fall_back(f"{STOCK}: {more or 'a mask over pairs of tokens'}")
@@ -247,11 +247,11 @@ def attention_facts(model: nn.Module, device: str | None = None) -> AttentionFac
     if rounded is None:
         return None
     lies = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")  # meta: offloaded
-    return expected_attention(rounded.numbers, device or lies, rounded.kernels, dict(rounded.calls))
+    return expected_attention(rounded.handles, device or lies, rounded.kernels, dict(rounded.calls))
 
 
 def expected_attention(
-    numbers: AttentionNumbers, device: str, kernels: str = "auto", calls: Mapping[str, int] | None = None
+    numbers: AttentionQuant, device: str, kernels: str = "auto", calls: Mapping[str, int] | None = None
 ) -> AttentionFacts:
     """What would compute such attention on a type of device."""
     kernel, reason = fast.select(numbers, device, kernels)
@@ -261,16 +261,16 @@ def expected_attention(
 
 @torch.library.custom_op("reelquant::rounded_attention", mutates_args=())
 def _run(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], number: int, mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], handle: int, mask: Tensor | None
 ) -> Tensor:
     """:meth:`RoundedAttention.attend` as a node of a compiled graph; the step is read when it runs."""
-    rounded: RoundedAttention = module_of(number)
+    rounded: RoundedAttention = by_handle(handle)
     now = bool(protected[0]) if protected else False
     return fast.declared(query, value).copy_(rounded.attend(query, key, value, scale, now, mask))
 
 
 @_run.register_fake
 def _shape(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], number: int, mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, protected: Sequence[Tensor], handle: int, mask: Tensor | None
 ) -> Tensor:
     return fast.declared(query, value)

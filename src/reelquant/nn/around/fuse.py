@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.kernels.gates import gate
+from reelquant.nn.around.class_patch import ClassPatch, patch, unpatch, untouched
 from reelquant.nn.layers import QuantLayer, QuantLinear
-from reelquant.nn.overlay import Overlay, lay, lift, untouched
 
 
-class Fused(Overlay):
+class Fused(ClassPatch):
     """A module that is a layer and an activation.
 
     Attributes:
@@ -36,7 +36,7 @@ class Fused(Overlay):
         return layer.activated(hidden_states, self.reelquant_activation)
 
 
-class Gated(Overlay):
+class Gated(ClassPatch):
     """A module that is a layer and a gate: one half of the layer's output times an activation of the other.
 
     Attributes:
@@ -63,9 +63,9 @@ def fuse_activations(model: nn.Module) -> list[str]:
         if (child := _only_layer(module)) is None or (seen := _seen(module, child[1])) is None:
             continue
         if (activation := _activation(*seen)) is not None:
-            lay(Fused, module, reelquant_layer=child[0], reelquant_activation=activation)
+            patch(Fused, module, reelquant_layer=child[0], reelquant_activation=activation)
         elif (gating := _gate(*seen)) is not None:
-            lay(Gated, module, reelquant_layer=child[0], reelquant_gate=gating[0], reelquant_first=gating[1])
+            patch(Gated, module, reelquant_layer=child[0], reelquant_gate=gating[0], reelquant_first=gating[1])
         else:
             continue
         found.append(name)
@@ -74,8 +74,8 @@ def fuse_activations(model: nn.Module) -> list[str]:
 
 def part_activations(model: nn.Module) -> None:
     """Undo :func:`fuse_activations`."""
-    lift(Fused, model)
-    lift(Gated, model)
+    unpatch(Fused, model)
+    unpatch(Gated, model)
 
 
 def _only_layer(module: nn.Module) -> tuple[str, QuantLinear] | None:
@@ -91,7 +91,7 @@ def _only_layer(module: nn.Module) -> tuple[str, QuantLinear] | None:
 
 @torch.no_grad()
 def _seen(module: nn.Module, layer: QuantLinear) -> tuple[Tensor, Tensor] | None:
-    """What the layer of a module gives for a few numbers and what the module makes of it, or None if it does not just hand them on."""
+    """Probe with random input; return (layer output, module output), or None if the module alters the input first."""
     seen: list[tuple[Any, Tensor]] = []
     handle = layer.register_forward_hook(lambda layer, args, output: seen.append((args, output)))
     x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).to(layer.weight.device)

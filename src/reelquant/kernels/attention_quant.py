@@ -17,7 +17,7 @@ FLOAT = "float"  # the word for attention that rounds nothing
 
 
 @dataclass(frozen=True)
-class AttentionNumbers:
+class AttentionQuant:
     """Numbers of attention's two products.
 
     Attributes:
@@ -39,7 +39,7 @@ class AttentionNumbers:
 WORDS: dict[str, tuple[str, ...]] = {"scores": get_args(Scores), "values": get_args(Values)}
 
 
-def parse_attention(value: Any) -> AttentionNumbers | None:
+def parse_attention(value: Any) -> AttentionQuant | None:
     """What ``{"scores": "int8", "values": "e4m3"}`` asks for; ``"float"`` asks for no rounding and gives None.
 
     Raises:
@@ -47,16 +47,16 @@ def parse_attention(value: Any) -> AttentionNumbers | None:
     """
     if value == FLOAT:
         return None
-    if isinstance(value, AttentionNumbers):
+    if isinstance(value, AttentionQuant):
         return value
     if not isinstance(value, Mapping):
-        raise RecipeError(f"attention is '{FLOAT}' or a mapping like {AttentionNumbers().to_json()}, got {value!r}")
+        raise RecipeError(f"attention is '{FLOAT}' or a mapping like {AttentionQuant().to_json()}, got {value!r}")
     for key, word in value.items():
         if key not in WORDS:
             raise RecipeError(f"attention has no key '{key}'; {nearest(str(key), WORDS)}")
         if word not in WORDS[key]:
             raise RecipeError(f"attention.{key} is one of {', '.join(WORDS[key])}, got {word!r}")
-    return AttentionNumbers(**value)
+    return AttentionQuant(**value)
 
 
 def over_keys(mask: Tensor, query: Tensor, key: Tensor) -> bool:

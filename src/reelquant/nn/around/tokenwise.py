@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from reelquant.nn.graph import call_tokenwise, number_of
+from reelquant.nn.around.class_patch import ClassPatch, patch, unpatch, untouched, unwatched
+from reelquant.nn.around.graph import call_tokenwise, handle_of
 from reelquant.nn.layers import QuantLayer, QuantLinear
-from reelquant.nn.overlay import Overlay, lay, lift, untouched, unwatched
 
 AT_ONCE = 1 << 22  # numbers between two layers at a time: a share of the last cache, and memory that the allocator keeps
 ROWS = 64  # tokens in a block are a multiple of it, which suits the products
 MIXING = frozenset({F.scaled_dot_product_attention, torch.bmm, torch.baddbmm, torch.softmax, torch.Tensor.softmax, F.softmax})
 
 
-class Tokenwise(Overlay):
+class Tokenwise(ClassPatch):
     """A module that treats every token alone.
 
     Attributes:
@@ -32,14 +32,14 @@ class Tokenwise(Overlay):
         reelquant_width: channels of the answer.
         reelquant_names: its layers.
         reelquant_between: its other modules; hooks on them want to see all tokens.
-        reelquant_number: by which compiled graphs find it.
+        reelquant_handle: by which compiled graphs find it.
     """
 
     reelquant_rows: int
     reelquant_width: int
     reelquant_names: list[str]
     reelquant_between: list[str]
-    reelquant_number: int
+    reelquant_handle: int
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layers = self.reelquant_layers()
@@ -58,7 +58,7 @@ class Tokenwise(Overlay):
         return [self.get_submodule(name) for name in self.reelquant_names]
 
     def reelquant_alone(self, layers: list[Any]) -> bool:
-        """Whether nobody would see that its parts get pieces."""
+        """True if no hook or wrapper would observe the chunking."""
         return untouched(layers) and all(unwatched(self.get_submodule(name)) for name in self.reelquant_between)
 
     def reelquant_in_blocks(self, x: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Tokenwise(Overlay):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.reelquant_number = number_of(self)
+        self.reelquant_handle = handle_of(self)
 
 
 def block_tokens(model: nn.Module) -> list[str]:
@@ -88,15 +88,15 @@ def block_tokens(model: nn.Module) -> list[str]:
             names = [part for part, child in module.named_modules() if isinstance(child, QuantLinear)]
             between = [part for part, _ in module.named_modules() if part and part not in names]
             members = {"reelquant_rows": rows, "reelquant_width": width, "reelquant_names": names, "reelquant_between": between}
-            lay(Tokenwise, module, **members)
-            module.reelquant_number = number_of(module)
+            patch(Tokenwise, module, **members)
+            module.reelquant_handle = handle_of(module)
             found.append(name)
     return found
 
 
 def unblock_tokens(model: nn.Module) -> None:
     """Undo :func:`block_tokens`."""
-    lift(Tokenwise, model)
+    unpatch(Tokenwise, model)
 
 
 def _layers(module: nn.Module) -> list[QuantLinear] | None:
@@ -104,7 +104,7 @@ def _layers(module: nn.Module) -> list[QuantLinear] | None:
     layers = [child for child in module.modules() if isinstance(child, QuantLayer)]
     if isinstance(module, QuantLayer) or len(layers) < 2:
         return None
-    linear = [layer for layer in layers if isinstance(layer, QuantLinear) and not (layer.layout.table or layer.layout.halves)]
+    linear = [layer for layer in layers if isinstance(layer, QuantLinear) and not (layer.layout.table or layer.layout.cfg_halves)]
     if len(linear) < len(layers) or any(layer.weight.device.type == "meta" for layer in linear):
         return None
     own = {id(tensor) for layer in linear for tensor in (*layer.parameters(), *layer.buffers())}

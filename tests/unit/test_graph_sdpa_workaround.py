@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 openvino = pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)
 
-from reelquant.graphs.square import is_square, unmixed  # noqa: E402
+from reelquant.graphs.sdpa_workaround import fix_ambiguous_sdpa, is_square  # noqa: E402
 
 ops = openvino.opset13
 DIM = 20
@@ -67,7 +67,7 @@ def test_as_many_tokens_as_heads_are_answered_as_torch_does(mask: str | None, be
     tensors = tensors_of(8, 8, 24)
     values = None if mask is None else torch.randn(MASKS[mask])
     graph = graph_of(attention(8, values, behind=behind), tensors)
-    assert unmixed(graph) == 1 and unmixed(graph) == 0
+    assert fix_ambiguous_sdpa(graph) == 1 and fix_ambiguous_sdpa(graph) == 0
     error = (answer(graph, tensors) - expected(8, tensors, values, False, behind)).abs()
     assert float(error.median()) <= 1e-5 and float(error.max()) <= (1 if behind == "rounded" else 1e-4)
 
@@ -75,7 +75,7 @@ def test_as_many_tokens_as_heads_are_answered_as_torch_does(mask: str | None, be
 def test_causal_attention_stays_so() -> None:
     tensors = tensors_of(4, 4, 4)
     graph = graph_of(attention(4, causal=True, behind="multiplied"), tensors)
-    assert unmixed(graph) == 1
+    assert fix_ambiguous_sdpa(graph) == 1
     torch.testing.assert_close(answer(graph, tensors), expected(4, tensors, None, True, "multiplied"), rtol=1e-4, atol=1e-5)
 
 
@@ -83,6 +83,6 @@ def test_causal_attention_stays_so() -> None:
 def test_other_attention_is_left_alone(heads: int, tokens: int) -> None:
     tensors = tensors_of(heads, tokens, 24)
     graph = graph_of(attention(heads, behind="multiplied"), tensors)
-    assert unmixed(graph) == 0
+    assert fix_ambiguous_sdpa(graph) == 0
     assert not any(is_square(node) for node in graph.get_ops() if node.get_type_name() == "ScaledDotProductAttention")
     torch.testing.assert_close(answer(graph, tensors), expected(heads, tensors, None, False, "multiplied"), rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.linalg import hadamard
 
-from reelquant.kernels.cpu.turn import rotate
+from reelquant.kernels.cpu.hadamard import rotate
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.formats import Granularity, Int, Quantizer, unpack
-from reelquant.kernels.cpu import inputs, loops, nibbles, pages
+from reelquant.kernels.cpu import inputs, loops, nibbles
 from reelquant.kernels.cpu.inputs import Inputs, readable
 from reelquant.kernels.cpu.int8 import NATIVE, signed
+from reelquant.kernels.cpu.page_alloc import alloc_pages
 from reelquant.kernels.cpu.powers import ACTIVATIONS
 from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_AT_ONCE, add_up, multiply
 from reelquant.kernels.operands import Operands, PackedWeight, Window
@@ -32,7 +33,7 @@ SUM = 2**31 - 1  # what a product can add up to
 WIDEST = 2047  # weights that 4-bit codes are folded into
 NO_GROUPS = np.zeros((1, 1), np.int16)
 ORIGIN = np.zeros(1, np.int64)
-AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger leavings would lie between what stays
+AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger temporaries would fragment the heap
 
 
 def available() -> str | None:
@@ -58,7 +59,7 @@ def _in_groups(weight: PackedWeight) -> bool:
     return weight.quantizer.format.bits == 4 and grain.kind == "group" and grain.size % 2 == 0
 
 
-class PairProduct:
+class Int16Product:
     """``y = (codes - zero) . weight * input_scale * weight_scale + bias``, with or without a window."""
 
     fused = tuple(ACTIVATIONS)
@@ -71,7 +72,7 @@ class PairProduct:
         self._pack(operands.weight)
         self.bias = _columns(torch.zeros(self.rows) if operands.bias is None else operands.bias.detach().float())
         self.sums = np.zeros(len(self.panels) * COLUMNS, np.int32)
-        if operands.numbers is not None and operands.numbers.zero_point is not None:
+        if operands.input is not None and operands.input.zero_point is not None:
             weights = self.panels, self.scales, self.scale, self.group
             loops.spread(add_up, len(self.panels), self.panels.size, *weights, self.sums.reshape(-1, COLUMNS))
 
@@ -98,7 +99,7 @@ class PairProduct:
         """The whole weight in panels, made from pieces of some of its rows at a time: copies of all of it would be the peak of loading."""
         step = max(AT_ONCE // max(self.channels * self.taps, 1) // COLUMNS, 1) * COLUMNS
         shape = pieces(slice(0, 1)).shape[1:]
-        made = pages.own((-(-self.rows // COLUMNS), *shape[:2], COLUMNS, *shape[2:]), np.int8 if len(shape) == 3 else np.uint8)
+        made = alloc_pages((-(-self.rows // COLUMNS), *shape[:2], COLUMNS, *shape[2:]), np.int8 if len(shape) == 3 else np.uint8)
         for start in range(0, self.rows, step):
             panels = panelled(pieces(slice(start, start + step)))
             made[start // COLUMNS : start // COLUMNS + len(panels)] = panels.numpy()
@@ -111,7 +112,7 @@ class PairProduct:
     def _stored_nibbles(self) -> Tensor:
         return unpanelled(torch.from_numpy(self.panels), self.rows)[:, 0].contiguous()
 
-    def rounding(self, operands: Operands) -> PairProduct:
+    def rounding(self, operands: Operands) -> Int16Product:
         """The same weight, in the same memory, with another rounding of its inputs."""
         twin = copy.copy(self)
         twin.inputs = Inputs(operands, np.int16)

@@ -1,0 +1,176 @@
+"""Where the weight of a layer is: in its parameter, or repacked inside the kernel that computes the layer.
+
+A kernel may take the weight over. The parameter then keeps its shape and dtype, but all of its elements share one byte of memory
+(:data:`PLACEHOLDER`), and saving, copying and moving the layer get the codes from here. Offloading moves parameters without calling the
+layer. So a prepared kernel is valid only as long as the parameter lies where it lay when the kernel was prepared.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from reelquant._errors import UnsupportedError
+from reelquant.kernels import Kernel, select
+from reelquant.nn.host_memory import release_mmap_pages, trim_heap
+from reelquant.nn.output_cache import OutputCache
+
+if TYPE_CHECKING:
+    from reelquant.nn.layers import QuantLayer
+
+PLACEHOLDER = 0x5A  # every code of a weight that a kernel owns; no quantizer gives one code to all of a weight
+TRIM_EVERY = 64 << 20  # bytes of repacked weights after which the heap is trimmed
+_preparing = threading.RLock()  # of all layers: no thread may read a weight between repacking and the placeholder
+
+
+@dataclass(eq=False)
+class Prepared:
+    """The kernel of one layer, ready to run.
+
+    Attributes:
+        runner: computes the layer.
+        kernel: made the runner.
+        refused: why each better kernel did not take the layer.
+        weight: the parameter's memory when the kernel was prepared. It is kept, so that no other weight can get the same address.
+        finer: computes protected steps from the same repacked weight, once there was one.
+        outputs: outputs of earlier steps.
+    """
+
+    runner: Any
+    kernel: Kernel
+    refused: dict[str, str]
+    weight: Tensor
+    finer: Any = None
+    outputs: OutputCache = field(default_factory=OutputCache)
+
+    @property
+    def owns_weight(self) -> bool:
+        """Whether the runner has taken the weight over; ``weight`` is a placeholder then."""
+        return getattr(self.runner, "codes", None) is not None
+
+    @property
+    def codes(self) -> Tensor:
+        """The weight as it is stored."""
+        return self.runner.codes() if self.owns_weight else self.weight
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether a weight lies where it did; offloading puts another tensor in its place, or the same values elsewhere."""
+        return weight.data_ptr() == self.weight.data_ptr()
+
+
+class Residency:
+    """Owns the repacked weight of one layer, and is all that writes placeholders into its parameter.
+
+    Attributes:
+        current: the kernel that was prepared last, valid or not; None if there is none.
+    """
+
+    def __init__(self, layer: QuantLayer) -> None:
+        self._layer = weakref.ref(layer)  # a cycle would keep the memory of layers that are dropped one by one
+        self.current: Prepared | None = None
+
+    @property
+    def layer(self) -> Any:
+        """The layer."""
+        return self._layer()
+
+    def prepared(self) -> Prepared | None:
+        """What is ready to run, if it was prepared from the weight that is in the layer now."""
+        current = self.current
+        return current if current is not None and current.fits(self.layer._parameters["weight"]) else None
+
+    def prepare(self) -> Prepared:
+        """Choose a kernel and let it repack the weight, once; safe to call from several threads."""
+        return self.prepared() or self._prepare()
+
+    def _prepare(self) -> Prepared:
+        with _preparing:
+            if (ready := self.prepared()) is None:
+                self.release()
+                _release_outdated()
+                layer = self.layer
+                kernel, refused = self.selected()
+                ready = Prepared(kernel.prepare(layer.operands), kernel, refused, layer.weight.data)
+                if ready.owns_weight:
+                    self._leave_placeholder(ready)
+                self.current = ready
+                _in_use.add(self)
+            return ready
+
+    def _leave_placeholder(self, ready: Prepared) -> None:
+        weight = self.layer.weight
+        release_mmap_pages(weight.data)
+        weight.data = weight.new_full((1,), PLACEHOLDER).expand(weight.shape)
+        ready.weight = weight.data
+        _trim_sometimes(weight.numel())
+
+    def selected(self) -> tuple[Kernel, dict[str, str]]:
+        """The kernel, and why each better one of the device refused the layer."""
+        ready, layer = self.prepared(), self.layer
+        return (ready.kernel, ready.refused) if ready else select(layer.operands, layer.weight.device.type, layer.kernels)
+
+    def codes(self) -> Tensor:
+        """The weight's codes as they are stored, wherever they are now.
+
+        Raises:
+            UnsupportedError: if they are lost, because something copied the parameter of a running layer instead of asking the layer.
+        """
+        current, weight = self.current, self.layer.weight.data
+        fits = current is not None and current.fits(weight)
+        copied = not fits and _is_placeholder(weight)
+        if current is not None and (copied or fits):
+            return current.codes.to(weight.device)
+        if copied:
+            raise UnsupportedError(
+                f"the weight of a quantized layer ({self.layer}) was moved while a kernel held it, without the layer being asked; load the "
+                "model again, and call model.to('cpu') before switching on what moves parameters itself (group offloading with streams)"
+            )
+        return weight
+
+    def release(self) -> None:
+        """Take the weight back from the kernel, if the kernel owns it; the next call prepares the layer again."""
+        if self.current is None:
+            return
+        codes, weight = self.codes(), self.layer.weight.data
+        if 0 in weight.stride():
+            self.layer.weight.data = codes
+        elif codes.data_ptr() != weight.data_ptr():
+            weight.copy_(codes)  # in place: group offloading keeps this memory and moves copies of it
+        self.current = None
+
+    def forget(self) -> None:
+        """Drop the prepared kernel with the weight: the layer gets its tensors from elsewhere before it runs again."""
+        self.current = None
+
+
+_in_use: weakref.WeakSet[Residency] = weakref.WeakSet()
+
+
+def _release_outdated() -> None:
+    """Release kernels whose weights were offloaded since; offloading does not tell the layers, so the next one that is prepared does."""
+    for residency in _in_use:
+        if residency.layer is not None and residency.prepared() is None:
+            residency.release()
+
+
+_repacked = 0
+
+
+def _trim_sometimes(size: int) -> None:
+    """Trim the heap after :data:`TRIM_EVERY` bytes: repacking leaves holes in it."""
+    global _repacked
+    _repacked += size
+    if _repacked >= TRIM_EVERY:
+        trim_heap()
+        _repacked = 0
+
+
+def _is_placeholder(weight: Tensor) -> bool:
+    """Whether this is a placeholder, or a copy of one."""
+    if weight.device.type == "meta":
+        return False
+    return bool((weight[0] == PLACEHOLDER).all()) and bool((weight == PLACEHOLDER).all())

@@ -1,0 +1,31 @@
+"""LINKS: what may happen in the forward of a layer, one file each; :func:`assemble` chains those that a layer needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reelquant.nn.runners.branch import Branched
+from reelquant.nn.runners.cached import CachedOutput
+from reelquant.nn.runners.guidance import GuidanceHalves
+from reelquant.nn.runners.kernel import KernelProduct
+from reelquant.nn.runners.link import Chain, Link, Mode
+from reelquant.nn.runners.protected import ProtectedSteps
+from reelquant.nn.runners.table import OutputTable
+from reelquant.nn.runners.training import StraightThrough
+
+if TYPE_CHECKING:
+    from reelquant.nn.layers import QuantLayer
+
+__all__ = ["LINKS", "Chain", "Link", "Mode", "assemble"]
+
+LINKS: tuple[type[Link], ...] = (OutputTable, CachedOutput, StraightThrough, GuidanceHalves, ProtectedSteps, Branched)
+"""Outermost first. The last link of every chain is :class:`~reelquant.nn.runners.kernel.KernelProduct`."""
+
+
+def assemble(layer: QuantLayer, mode: Mode) -> Chain:
+    """The chain that computes a layer for one kind of caller: the links that it needs around its kernel."""
+    chain: Chain = KernelProduct(layer.residency)
+    for link in reversed(LINKS):
+        if link.wanted(layer, mode):
+            chain = link(layer, chain)
+    return chain

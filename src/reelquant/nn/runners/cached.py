@@ -1,0 +1,30 @@
+"""Layers that see only the prompt return the output of the step before if their input is the same."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from reelquant.clock import Moment
+from reelquant.nn.output_cache import stamp
+from reelquant.nn.runners.link import Link, Mode
+
+if TYPE_CHECKING:
+    from reelquant.nn.layers import QuantLayer
+
+
+class CachedOutput(Link):
+    """Looks into the cache of the prepared kernel, so that outputs are dropped together with the weight they came from."""
+
+    @staticmethod
+    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+        return layer.keeps and mode == "eager"
+
+    def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
+        if moment.protected:
+            return self.inner(x, moment, activation)
+        layer = self.layer
+        outputs = layer.prepare().outputs
+        given = activation, stamp((*layer._parameters.values(), *layer._buffers.values()))
+        return outputs.once(x, given, lambda: self.inner(x, moment, activation))

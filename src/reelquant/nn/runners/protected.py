@@ -1,0 +1,43 @@
+"""Protected steps: inputs are not rounded, or integers of fewer bits are rounded to eight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from reelquant.clock import Moment
+from reelquant.kernels import select
+from reelquant.nn.runners.branch import with_branches
+from reelquant.nn.runners.kernel import Product
+from reelquant.nn.runners.link import Link, Mode
+
+if TYPE_CHECKING:
+    from reelquant.nn.layers import QuantLayer
+
+
+class ProtectedSteps(Link):
+    """Computes protected steps with another kernel, from the weight as it is: no second copy of the weight outlives the call."""
+
+    @staticmethod
+    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+        return layer.layout.input is not None and bool(layer.clock)
+
+    def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
+        if not moment.protected:
+            return self.inner(x, moment, activation)
+        return with_branches(self.layer, Product(self._runner()))(x, moment, activation)
+
+    def _runner(self) -> Any:
+        layer = self.layer
+        ready, operands = layer.prepare(), layer.operands
+        inputs, wanted = operands.input, layer.clock[0].inputs
+        finer = None if wanted == "float" else inputs.widened()
+        if finer is not None and (ready.finer is not None or finer is inputs):
+            return ready.finer or ready.runner
+        given = replace(operands, input=finer)
+        if finer is not None and hasattr(ready.runner, "rounding"):
+            ready.finer = ready.runner.rounding(given)
+            return ready.finer
+        return select(given, layer.weight.device.type, layer.kernels)[0].prepare(given)

@@ -1,0 +1,37 @@
+"""Temporal layers answer from a table of outputs at the timesteps that the table knows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from reelquant.clock import Moment
+from reelquant.kernels import of_slot
+from reelquant.nn.runners.link import Link, Mode, activated
+
+if TYPE_CHECKING:
+    from reelquant.nn.layers import QuantLayer
+
+
+class OutputTable(Link):
+    """The stored output of the step, for every row of the input; computed at other timesteps, which the clock reports once."""
+
+    @staticmethod
+    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+        return bool(layer.layout.table and layer.clock)
+
+    def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
+        layer = self.layer
+        if moment.exact:
+            return activated(stored_output(layer, x, moment.slot), activation)
+        layer.clock[0].fall_back()
+        return self.inner(x, moment, activation)
+
+
+def stored_output(layer: QuantLayer, x: Tensor, slot: int | Tensor) -> Tensor:
+    """``[..., out]`` in memory of its own, because models add to outputs in place; zeros if no later layer reads the output."""
+    shape = (*x.shape[:-1], layer.weight_shape[0])
+    if layer.layout.unused:
+        return x.new_zeros(shape)
+    return of_slot(layer.output_table, slot).to(x.dtype).expand(shape).clone()

@@ -1,0 +1,36 @@
+"""The gradient of a layer between adapters that are trained: that of its float weight, as if the input were not rounded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from reelquant.clock import Moment
+from reelquant.nn.runners.link import Chain, Link, Mode, activated
+
+if TYPE_CHECKING:
+    from reelquant.nn.layers import QuantLayer
+
+
+class StraightThrough(Link):
+    """Computes the output with the rest of the chain and the gradient with :meth:`QuantLayer.input_gradient`."""
+
+    @staticmethod
+    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+        return mode == "training"
+
+    def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
+        return activated(_Function.apply(x, self.layer, self.inner, moment), activation)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any, inner: Chain, moment: Moment) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        return inner(x.detach(), moment, "")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.layer.input_gradient(gradient, ctx.shape), None, None, None
