@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant.formats import RANGES, Granularity, Int, MinMax, QuantSpec, fit, parse_format, parse_granularity
 from reelquant.observe import inverse_factor
-from reelquant.solvers import SOLVERS, Problem, Solution, Solver, solve
+from reelquant.sites import Layer
+from reelquant.solvers import SOLVERS, Problem, Solution, Solver
+from reelquant.stages import Specs, StageSite
 from tests.single import one_group, plan_of
 
 FORMATS = ("int2", "int4", "int8", "uint3", "uint8", "e2m1", "e4m3", "e5m2", "log2_4", "log_uniform_4", "power_4", "power_8")
 GRAINS = ("tensor", "channel", "group-8")
+
+
+def site(spec: QuantSpec) -> StageSite:
+    """A linear layer whose weight gets these numbers."""
+    return StageSite(Layer("layer", "Linear", "main", frozenset({"latent"}), (8, 8)), Specs(spec))
 
 
 def correlated(width: int, rank: int = 3, noise: float = 0.1) -> Tensor:
@@ -32,7 +40,7 @@ def spec_of(fmt: str, grain: str, rule: str = "minmax") -> QuantSpec:
 
 def check(problem: Problem, solver: Solver) -> Solution:
     """What holds for every solution."""
-    solution = solve(solver, problem)
+    solution = solver.checked(problem)
     quantizer, codes = solution.quantizer, solution.codes
     assert codes.dtype == torch.uint8 and codes.shape == problem.weight.shape
     assert int(codes.max()) < 2**quantizer.format.bits
@@ -49,7 +57,7 @@ def check(problem: Problem, solver: Solver) -> Solution:
 def test_solutions_are_valid_and_never_worse_than_nearest(name: str, fmt: str, grain: str) -> None:
     weight = torch.randn(6, 20)  # 20 is no multiple of 8: the last group is ragged
     spec, solver = spec_of(fmt, grain), SOLVERS[name]()
-    assert solver.supports(spec) is None
+    assert solver.supports(site(spec)) is None
     solution = check(Problem(weight, spec, correlated(20)), solver)
     assert solution.quantizer.scale.shape == ({"tensor": 1, "channel": 6, "group-8": 18}[grain],)
 
@@ -74,7 +82,7 @@ def test_awkward_shapes_and_covariances(name: str, shape: tuple[int, int], covar
 def test_a_weight_of_zeros_stays_zero(name: str) -> None:
     for fmt, grain in itertools.product(FORMATS, GRAINS):
         problem = Problem(torch.zeros(3, 9), spec_of(fmt, grain), correlated(9))
-        solution = solve(SOLVERS[name](), problem)
+        solution = SOLVERS[name]().checked(problem)
         assert bool((solution.quantizer.dequantize(solution.codes) == 0).all()), (fmt, grain)
 
 
@@ -105,7 +113,7 @@ def test_the_objective_by_hand() -> None:
 @pytest.mark.parametrize("fmt", ["int3", "int4", "uint4", "e2m1", "power_4"])
 def test_gptq_beats_nearest_on_correlated_inputs(fmt: str, grain: str) -> None:
     problem = Problem(torch.randn(16, 48), spec_of(fmt, grain), correlated(48))
-    ours = solve(SOLVERS["gptq"](), problem)
+    ours = SOLVERS["gptq"]().checked(problem)
     assert ours.replaced is None
     assert problem.objective(ours.values) < 0.7 * problem.objective(SOLVERS["nearest"]().solve(problem).values)
 
@@ -165,6 +173,7 @@ def test_an_overflowed_covariance_is_an_error_not_an_endless_loop() -> None:
         inverse_factor(torch.full((3, 3), torch.inf), 0.01)
 
 
+@dataclass(frozen=True)
 class Worst(Solver):
     """Rounds everything to the lowest level."""
 
@@ -172,32 +181,25 @@ class Worst(Solver):
         quantizer = fit(problem.spec, problem.weight)
         return Solution(quantizer, torch.zeros_like(problem.weight, dtype=torch.uint8))
 
-    def supports(self, spec: QuantSpec) -> str | None:
-        return "worst knows int8 only" if spec.format.name != "int8" else None
+    def supports(self, site: StageSite) -> str | None:
+        return "worst knows int8 only" if site.specs.weight.format.name != "int8" else None
 
 
 def test_a_solver_that_loses_is_replaced_and_named() -> None:
     problem = Problem(torch.randn(4, 8), spec_of("int8", "channel"))
-    solution = solve(Worst(), problem)
+    solution = Worst().checked(problem)
     assert solution.replaced == "worst"  # it never entered the table: plug-ins that are subclasses are named too
     assert torch.equal(solution.codes, SOLVERS["nearest"]().solve(problem).codes)
 
 
 def test_refusals_come_when_planning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("reelquant.solvers.SOLVERS", SOLVERS | {"worst": Worst})
-    monkeypatch.setattr("reelquant.recipes.recipe.SOLVERS", SOLVERS | {"worst": _dataclass(Worst)})
+    monkeypatch.setitem(SOLVERS, "worst", Worst)
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UnsupportedError, match=r"layer '0': worst knows int8 only"):
         plan_of(model, one_group(model, ["0"]), {"format": "int4"}, None, [{"solve": "worst"}])
     assert plan_of(model, one_group(model, ["0"]), {"format": "int8"}, None, [{"solve": "worst"}]).quantized
 
 
-def _dataclass(kind: type) -> type:
-    from dataclasses import dataclass
-
-    return dataclass(frozen=True)(kind)
-
-
 def test_gptq_refuses_scales_that_columns_cannot_have() -> None:
-    refusal = SOLVERS["gptq"]().supports(QuantSpec(Int(4), Granularity("token"), MinMax()))
+    refusal = SOLVERS["gptq"]().supports(site(QuantSpec(Int(4), Granularity("token"), MinMax())))
     assert refusal is not None and "tensor, channel, group" in refusal

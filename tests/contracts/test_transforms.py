@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from reelquant._errors import RecipeError
 from reelquant._progress import Silent
-from reelquant.engine.run import Session
+from reelquant.engine.session import Session
+from reelquant.engine.store import Memory
 from reelquant.kernels import block_size, hadamard
 from reelquant.observe import Geometry
 from reelquant.transforms import TRANSFORMS, GroupView, Rewrite, Transform
@@ -249,9 +250,8 @@ def test_folding_into_a_norm_is_exact(kind: str, dtype: torch.dtype) -> None:
     folds = dtype == torch.float32  # half precision would round gamma and beta, so the rewrite stays in the layers
     assert all(record.folded == folds for record in built.records)
     assert all(hasattr(layer, "pre_quant_scale") != folds for layer in built.layers.values())
-    session = Session(None, "", model, plan_.recipe, Silent(), {}, 0)
-    session.plan = plan_
-    session.install({family: {} for family in ("a", "b")}, lambda group, options: built)
+    session = Session(None, "", model, plan_, Memory(model), Silent())
+    session.install([built])
     if folds:
         axis = 1 if conv else -1
         moved = built.fold.input(middle.movedim(axis, -1)).movedim(-1, axis)

@@ -166,10 +166,10 @@ def test_a_failure_in_the_last_component_leaves_all_of_them_float(monkeypatch: p
 def test_patterns_of_the_user_count_in_the_component_that_has_them() -> None:
     pipe = wan_pipeline()
     plans = reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["blocks.0", "decoder.mid_block"])
-    assert plans["transformer"].layers["blocks.0.ffn.net.2"].kept == "skipped by you (blocks.0)"
-    assert plans["vae"].layers["decoder.mid_block.resnets.0.conv1"].kept == "skipped by you (decoder.mid_block)"
+    assert plans["transformer"].layers["blocks.0.ffn.net.2"].skipped == "skipped by you (blocks.0)"
+    assert plans["vae"].layers["decoder.mid_block.resnets.0.conv1"].skipped == "skipped by you (decoder.mid_block)"
     either = reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["blocks.0 | decoder.mid_block"])
-    assert all({row.layer.name for row in either[name].kept} == {row.layer.name for row in plans[name].kept} for name in plans)
+    assert all({row.layer.name for row in either[name].skipped} == {row.layer.name for row in plans[name].skipped} for name in plans)
     with pytest.raises(SiteError, match="'nothing' matches none"):
         reelquant.api.plans(pipe, "w8a16", components=["transformer", "vae"], skip=["nothing"])
 
@@ -210,7 +210,7 @@ def test_vaes_of_pictures_and_clips(name: str) -> None:
     pipe.components["vae"] = pipe.vae
     report = reelquant.quantize(pipe, "w8a16", components=["vae"])
     convolutions = sum(isinstance(module, nn.Conv2d | nn.Conv3d) for module in pipe.vae.modules())
-    assert report.component == "vae" and len(report.layers) > 0.6 * convolutions, report.kept
+    assert report.component == "vae" and len(report.layers) > 0.6 * convolutions, report.skipped
     assert report.figures["round_trip_psnr"] > 30 and report.latent_psnr is None
 
 
@@ -236,7 +236,7 @@ def test_text_encoders(name: str) -> None:
         before = encoder(input_ids=torch.arange(8)[None]).last_hidden_state
     report = reelquant.quantize(pipe, {"text_encoder": "w8a16"}, prompts=TEXTS)
     linear = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
-    assert kind_of_component("text_encoder", encoder) == "text encoder" and len(report.layers) >= len(linear) - 2, report.kept
+    assert kind_of_component("text_encoder", encoder) == "text encoder" and len(report.layers) >= len(linear) - 2, report.skipped
     with torch.no_grad():
         cosine = cosines([before], [encoder(input_ids=torch.arange(8)[None]).last_hidden_state])
     assert float(cosine.min()) > 0.999 and report.figures["prompt_cosine_min"] > 0.999
@@ -282,5 +282,5 @@ def test_convolutions_that_change_their_input_stay_float_where_it_would_be_calib
 
     stem.__class__ = Causal
     keys = {"rules": []}
-    kept = {name: reelquant.plan(pipe, name, overrides=keys).layers["patch_embedding"].kept for name in ("minmax-w8a8", "w8a16")}
+    kept = {name: reelquant.plan(pipe, name, overrides=keys).layers["patch_embedding"].skipped for name in ("minmax-w8a8", "w8a16")}
     assert "calibration does not see" in str(kept["minmax-w8a8"]) and kept["w8a16"] != kept["minmax-w8a8"]

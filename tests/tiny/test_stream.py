@@ -523,7 +523,7 @@ def test_components_beside_the_denoiser_count_where_they_are_held(model: Path) -
 
 def test_layers_whose_shared_input_is_transformed_are_counted_together(model: Path) -> None:
     plan = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(GPTQ)}, None, (), {}, 10**10).plans["transformer"]
-    groups = [[plan.layers[name] for name in group.layers if plan.layers[name].kept is None] for group in plan.map.groups]
+    groups = [[plan.layers[name] for name in group.layers if plan.layers[name].skipped is None] for group in plan.map.groups]
     weights = [sum(math.prod(row.layer.shape) for row in rows) for rows in groups if shared_transforms(plan, rows)]
     assert max(estimate._transformed(plan).values()) == 8 * max(weights)
 

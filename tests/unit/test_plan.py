@@ -45,8 +45,8 @@ def test_later_rules_win_key_by_key() -> None:
     ]).layers  # fmt: skip
     assert str(found["block.a"].weight) == "int4 group-8" and found["block.a"].input is None
     assert str(found["block.b"].weight) == "int4 group-8" and str(found["block.b"].input) == "int6 tensor"
-    assert str(found["time"].weight) == "int8 channel" and found["first"].kept == "ends"
-    assert found["last"].kept is None  # a later rule takes a keep back
+    assert str(found["time"].weight) == "int8 channel" and found["first"].skipped == "ends"
+    assert found["last"].skipped is None  # a later rule takes a skip back
 
 
 def test_reasons_to_stay() -> None:
@@ -58,15 +58,15 @@ def test_reasons_to_stay() -> None:
     denoiser["text"] = Own(8, 8)
     denoiser["first"] = nn.Conv2d(4, 8, 1, groups=2)
     found = plan(["block.a"], denoiser, {"time": -1}, rules=[{"on": "last", "keep": True}]).layers
-    assert found["first"].kept == "Conv2d has no quantized form" and found["time"].kept == "never called by the sampler"
-    assert found["text"].kept == "Own has no quantized form" and found["last"].kept == "kept by rule 'last'"
-    assert found["block.a"].kept == "skipped by you (block.a)" and found["block.b"].kept is None
+    assert found["first"].skipped == "Conv2d has no quantized form" and found["time"].skipped == "never called by the sampler"
+    assert found["text"].skipped == "Own has no quantized form" and found["last"].skipped == "skipped by rule 'last'"
+    assert found["block.a"].skipped == "skipped by you (block.a)" and found["block.b"].skipped is None
 
 
 def test_skips_add_to_the_rules_and_may_name_what_others_have() -> None:
     found = plan(["time", "class:Conv2d"], rules=[{"on": "last", "keep": True}]).layers
-    assert {name for name, row in found.items() if row.kept} == {"time", "first", "last"}
-    assert plan(["time | elsewhere"]).layers["time"].kept == "skipped by you (time | elsewhere)"
+    assert {name for name, row in found.items() if row.skipped} == {"time", "first", "last"}
+    assert plan(["time | elsewhere"]).layers["time"].skipped == "skipped by you (time | elsewhere)"
 
 
 @pytest.mark.parametrize("place", ["rules", "steps"])
@@ -128,7 +128,7 @@ def test_static_inputs_without_calibration_are_refused() -> None:
 
 
 def test_two_solvers_for_one_layer_are_an_error() -> None:
-    with pytest.raises(RecipeError, match=r"layer 'block.a' is solved twice, by steps \[0, 1\]"):
+    with pytest.raises(RecipeError, match=r"layer 'block.a' gets two 'solve' steps, \[0, 1\] of the recipe"):
         plan(steps=[{"solve": "gptq", "on": "role:main"}, {"solve": "nearest", "on": "block.a"}])
 
 
@@ -141,5 +141,6 @@ def test_sizes_before_and_after() -> None:
 
 def test_steps_apply_where_on_says_and_axes_are_those_of_the_layer() -> None:
     found = plan(steps=[{"transform": "shift", "on": "role:main"}, {"solve": "gptq", "on": "block.b"}]).layers
-    assert found["block.a"].steps == (0,) and found["block.b"].steps == (0, 1) and found["time"].steps == ()
+    positions = {name: [entry.position for entry in row.entries] for name, row in found.items()}
+    assert positions["block.a"] == [0] and positions["block.b"] == [0, 1] and positions["time"] == []
     assert found["first"].input.granularity.axis == 1 and found["time"].input.granularity.axis == -1

@@ -113,7 +113,7 @@ def test_on_is_a_word_and_true_is_a_boolean(tmp_path: Path) -> None:
         "rules:\n  - {on: blocks.0, keep: true, because: no}\nsteps:\n  - {solve: nearest, on: off}\n"
     )
     found = load_recipe(file)
-    assert found.rules[0].on == "blocks.0" and found.rules[0].keep is True and found.rules[0].because == "no"
+    assert found.rules[0].on == "blocks.0" and found.rules[0].skip is True and found.rules[0].because == "no"
     assert found.steps[0].on == "off" and found.defaults.input.dynamic is True
 
 
@@ -124,8 +124,8 @@ def test_overrides_reach_mappings_and_lists() -> None:
         found = load_recipe(source, changes)
         assert found.calibrate.steps == 7 and found.calibrate.prompts == 16
         assert found.defaults.weight.format == "int4" and found.defaults.weight.granularity == "channel"
-        assert found.rules[1].keep is True and found.rules[0].keep is None
-        assert found.steps[0].choices() == [{"power": 0.5}] and found.search.scope == "family"
+        assert found.rules[1].skip is True and found.rules[0].skip is None
+        assert found.entries[0].options == ({"power": 0.5},) and found.search.scope == "family"
     assert data["steps"][0]["power"] == [0.0, 1.0]  # the source is left alone
 
 
@@ -145,9 +145,9 @@ def test_bad_overrides_say_why(key: str, message: str) -> None:
 
 
 def test_lists_are_choices_and_multiply() -> None:
-    step = load_recipe(recipe(steps=[{"transform": "range_integrate", "power": [0.0, 0.5, 1.0], "cap": [0.5, 1.0]}])).steps[0]
-    assert len(step.choices()) == 6 and {"power": 0.5, "cap": 1.0} in step.choices()
-    assert load_recipe(recipe(steps=[{"solve": "gptq"}])).steps[0].choices() == [{}]
+    entry = load_recipe(recipe(steps=[{"transform": "range_integrate", "power": [0.0, 0.5, 1.0], "cap": [0.5, 1.0]}])).entries[0]
+    assert len(entry.alternatives) == 6 and {"power": 0.5, "cap": 1.0} in entry.options
+    assert load_recipe(recipe(steps=[{"solve": "gptq"}])).entries[0].options == ({},)
 
 
 def test_a_recipe_is_immutable_and_its_digest_follows_its_content() -> None:

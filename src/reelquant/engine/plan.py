@@ -187,10 +187,9 @@ def _row(
         weight = rule.weight or weight
         inputs = rule.input if "input" in rule.model_fields_set else inputs
     specs = Specs(weight.spec(), _input_spec(recipe, inputs, layer))
-    after = estimated_bytes(specs.weight, layer.shape, bias=getattr(module, "bias", None) is not None)
-    row = LayerPlan(layer, None, specs, tuple(entry for entry in entries if matches(entry.on, layer)), before, after)
+    row = LayerPlan(layer, None, specs, tuple(entry for entry in entries if matches(entry.on, layer)), before)
     _check(row)
-    return row
+    return row.with_specs(specs)
 
 
 def _input_spec(recipe: Recipe, inputs: TensorRecipe | None, layer: Layer) -> QuantSpec | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from reelquant.kernels.cpu.loops import read
 from reelquant.kernels.cpu.options import EXACT
-from reelquant.kernels.cpu.turn import rotate
+from reelquant.kernels.cpu.hadamard import rotate
 
 TILE = 64  # positions of a plane that are rotated at a time
 
