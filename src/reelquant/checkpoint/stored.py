@@ -15,6 +15,7 @@ from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.kernels.attention import AttentionQuant, parse_attention
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, LayerLayout, QuantLayer, buffer_shapes, quantized_layers
+from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
 FORMAT_VERSION = 1
@@ -53,6 +54,7 @@ class Stored:
         ignore: linear and convolution layers that stay float.
         slots: what the clock needs, or None for data-free models.
         attention: what attention rounds, or None.
+        reuse: what is not computed at every step: options and facts by name, see :mod:`reelquant.reuse`.
         recipe, recipe_digest: the whole recipe as a mapping that ``load_recipe`` reads, and its hash.
         tool_version: the reelquant that wrote this.
     """
@@ -65,10 +67,12 @@ class Stored:
     recipe_digest: str = ""
     tool_version: str = ""
     attention: AttentionQuant | None = None
+    reuse: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
         attention = {} if self.attention is None else {"attention": self.attention.to_json()}
+        reuse = {"reuse": dict(self.reuse)} if self.reuse else {}
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -80,6 +84,7 @@ class Stored:
             "slots": self.slots and self.slots.to_json(),
             "checksums": dict(self.checksums),
             **attention,
+            **reuse,
         }
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -102,6 +107,7 @@ class Stored:
         stored = cls(
             layers, dict(data["checksums"]), tuple(data["ignore"]), _slots(data.get("slots")),
             data.get("recipe") or {}, data.get("recipe_digest", ""), data.get("tool_version", ""), _attention(data, CheckpointError),
+            data.get("reuse") or {},
         )  # fmt: skip
         stored._check_slots()
         return stored
@@ -129,7 +135,9 @@ def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums
     kept = [name for name, part in model.named_modules() if isinstance(part, tuple(LAYERS)) and not isinstance(part, QuantLayer)]
     checksums = {name: tile_checksum(layer) if checksums is None else checksums[name] for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, _attention(recipe))
+    return Stored(
+        layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, _attention(recipe), stored_reuse(model)
+    )
 
 
 def _attention(data: Mapping[str, Any], raised: type[Exception] = RecipeError) -> AttentionQuant | None:

@@ -37,6 +37,7 @@ class Report:
         figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min`` (unitless),
             ``round_trip_psnr`` (dB).
         protected: slots (indices into ``timesteps``) whose activations are more precise.
+        reuse: by mechanism, how often a part was computed in the final check, and how often an earlier result stood for it.
         steps: what each step's rounding costs, if that decided it.
         parts: report by component, if there are several.
         trials: what the search tried.
@@ -69,6 +70,7 @@ class Report:
     adapters: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     protected: list[int] = field(default_factory=list)
+    reuse: dict[str, dict[str, int]] = field(default_factory=dict)
     steps: list[StepError] = field(default_factory=list)
     parts: dict[str, Report] = field(default_factory=dict)
 

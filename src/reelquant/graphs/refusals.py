@@ -32,6 +32,8 @@ def refuse_model(model: nn.Module) -> None:
             _refuse(
                 model, f"hooks that offload, cache or cast act on {repr(name) if name else 'it'}", "remove them, or use runtime='torch'"
             )
+        if module is not model and "forward" in vars(module):
+            _refuse(model, f"the forward of '{name}' was replaced, as caches do", "use runtime='torch'")
         if module is not model and (module._forward_hooks or module._forward_pre_hooks):
             _refuse(model, f"a hook watches '{name}', and in a graph nobody calls it", "remove it, or use runtime='torch'")
     devices = {str(one.device) for one in (*model.parameters(), *model.buffers())}

@@ -19,6 +19,7 @@ from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
 from reelquant.nn import count_weights, get_module, start_clock, start_runtime
 from reelquant.nn.host_memory import trim_heap
+from reelquant.reuse import install_stored
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
@@ -110,6 +111,7 @@ class ReelQuantizer(DiffusersQuantizer):
             start_clock(model, slots.clock(), slots.argument)
         checked = verify(model, self.stored.checksums)  # before a kernel has taken a weight over
         start_runtime(model, self.stored.attention)
+        install_stored(model, self.stored.reuse)
         count_weights(model)
         log_proof(model, checked)
         trim_heap()

@@ -34,6 +34,7 @@ from reelquant.nn import (
 )
 from reelquant.nn.host_memory import release_mmap_pages
 from reelquant.nn.refusals import refuse_saving
+from reelquant.reuse import remove_reuse
 from reelquant.sites import DenoiserMap, Group, matches
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
         homeless += [name] if layer.bias_made and new.bias is not None else []
     stop_clock(model)
     stop_runtime(model)
+    remove_reuse(model)
     round_attention(model, None)
     count_tensors(model)
     if homeless:

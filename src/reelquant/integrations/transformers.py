@@ -15,6 +15,7 @@ from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
 from reelquant.nn import QuantLayer, count_weights, get_module, quantized_layers, start_runtime
 from reelquant.nn.host_memory import trim_heap
+from reelquant.reuse import install_stored
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantHfQuantizer"]
 
@@ -100,6 +101,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
             layer.requires_grad_(False)
         checked = verify(model, self.stored.checksums)  # before a kernel has taken a weight over
         start_runtime(model, self.stored.attention)
+        install_stored(model, self.stored.reuse)
         count_weights(model)
         log_proof(model, checked)
         trim_heap()

@@ -10,9 +10,9 @@ from typing import Any
 import numba
 import numpy as np
 
+from reelquant.kernels.cpu.hadamard import rotate
 from reelquant.kernels.cpu.loops import read
 from reelquant.kernels.cpu.options import EXACT
-from reelquant.kernels.cpu.hadamard import rotate
 
 TILE = 64  # positions of a plane that are rotated at a time
 

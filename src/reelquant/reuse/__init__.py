@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import functools
 
+from reelquant.reuse.reuse import Installed, Reuse, install_stored, installed_reuse, remove_reuse, stored_reuse
 from reelquant.reuse.temporal_table import TemporalTable, add_table, drop_unused
 from reelquant.stages import Stage, register
 
 REUSES: dict[str, type[Stage]] = {"temporal_table": TemporalTable}
 register_reuse = functools.partial(register, REUSES, "reuse")
 
-__all__ = ["REUSES", "TemporalTable", "add_table", "drop_unused", "register_reuse"]
+__all__ = [
+    "REUSES",
+    "Installed",
+    "Reuse",
+    "TemporalTable",
+    "add_table",
+    "drop_unused",
+    "install_stored",
+    "installed_reuse",
+    "register_reuse",
+    "remove_reuse",
+    "stored_reuse",
+]
