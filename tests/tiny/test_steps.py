@@ -17,7 +17,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from reelquant.engine.protect import measure_steps, slots_of
 from torch import Tensor
 
 import reelquant
@@ -28,12 +27,13 @@ from reelquant.discover import discover
 from reelquant.engine import components
 from reelquant.engine.report import Report
 from reelquant.engine.run import quantize_pipeline
-from reelquant.engine.search import latent_psnr
 from reelquant.formats import Granularity, Int
+from reelquant.formats.criteria import latent_psnr
 from reelquant.kernels import InputQuant
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.nn import QuantLayer, dequantized, quantized_layers, set_module
+from reelquant.policies.protect_steps import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe, load_recipe
 from tests.tiny.configs import TINY
 from tests.tiny.pipelines import FakePipeline

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan, make_plan
-from reelquant.engine.search import candidates, choose, family, latent_psnr, trial_count
+from reelquant.engine.search import candidates, choose, family, trial_count
+from reelquant.formats.criteria import latent_psnr
 from reelquant.recipes.recipe import load_recipe
 from reelquant.sites import DenoiserMap, Group, Layer
 
@@ -34,8 +36,8 @@ def plan(scope: str, steps: Any) -> Plan:
 CHOICE = [{"transform": "shift", "center": "mid"}, {"transform": "range_integrate", "power": POWERS}]
 
 
-def power(options: Any) -> float:
-    return options[1]["power"]
+def power(choice: Choice) -> float:
+    return POWERS[choice.picks[1]]
 
 
 def test_families_are_names_up_to_block_numbers() -> None:
@@ -45,8 +47,10 @@ def test_families_are_names_up_to_block_numbers() -> None:
 
 def test_candidates_are_all_combinations() -> None:
     steps = [{"transform": "shift", "center": ["mid", "mean"]}, {"transform": "range_integrate", "power": POWERS}, {"solve": "nearest"}]
-    found = candidates(plan("model", steps))
-    assert len(found) == 6 and {(o[0]["center"], o[1]["power"]) for o in found} == {(c, p) for c in ("mid", "mean") for p in POWERS}
+    planned = plan("model", steps)
+    named = [choice.named(planned.entries) for choice in candidates(planned)]
+    pairs = {(one["shift.center"], one["range_integrate.power"]) for one in named}
+    assert len(named) == 6 and pairs == {(center, power) for center in ("mid", "mean") for power in POWERS}
 
 
 def test_the_best_trajectory_wins_for_all() -> None:
