@@ -50,7 +50,7 @@ def recipe(name: str, **overrides: Any) -> Recipe:
     found = load_recipe(name)
     small = {} if found.data_free else dict(SMALL)
     for number, step in enumerate(found.steps):
-        if step.transform == "range_integrate":
+        if step.mechanism == "range_integrate":
             small[f"steps.{number}.power"] = [0.0, 1.0]
     return load_recipe(found, small | overrides)
 
