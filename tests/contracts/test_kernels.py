@@ -22,6 +22,7 @@ from reelquant.kernels import KERNELS, Kernel, backend, current_backend, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, loops, nibbles, pairs
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
+from tests.grids import sampled
 
 WEIGHTS = [("int8", "channel"), ("int8", "tensor"), ("int6", "channel"), ("int4", "channel"), ("int4", "group-64"), ("int4", "group-8")]
 INPUTS: dict[str, TensorLayout | None] = {
@@ -91,13 +92,13 @@ def one_code(layer: QuantLayer) -> float:
     return step * float(layer.packed.dequantize().abs().max())
 
 
-CASES = [
+GRID = [
     case for case in itertools.product(LAYERS, WEIGHTS, INPUTS, REWRITES) if "Linear" in case[0] or "token" not in case[2]
 ]  # a scale per token belongs to linear layers
 
 
 @pytest.mark.parametrize(
-    ("name", "weight", "numbers", "rewrite"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+    ("name", "weight", "numbers", "rewrite"), sampled(GRID, 120), ids=lambda value: value if isinstance(value, str) else "-".join(value)
 )
 def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, rewrite: str) -> None:
     layer, x = make(name, weight, INPUTS[numbers], **REWRITES[rewrite])

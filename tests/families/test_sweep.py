@@ -7,6 +7,7 @@ import pytest
 from tests.families.sweep import attempt, unlisted
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # whatever 58 classes of diffusers have to say about tiny sizes
 @pytest.mark.parametrize("name", unlisted())
 def test_a_denoiser_that_nobody_listed_is_quantized(name: str) -> None:
