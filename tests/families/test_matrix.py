@@ -16,20 +16,18 @@ EXCUSED = {*((name, "device_map") for name in NO_AUTO), ("hunyuanvideo-1.5", "to
 """Cells that the float model of diffusers fails as well: no ``_no_split_modules``, a branch on a tensor's value, no group offloading."""
 
 
+ALWAYS = ("inference", "serialization", "quantized_layers", "lora_inference", "memory_footprint")
+"""Checks whose result depends on the family: they run on every one."""
+
 SOME = ("wan-2.1", "hunyuanvideo", "ltx", "animatediff")
 """Four kinds of wiring: cross-attention, double streams, packed tokens (no device map in diffusers), a UNet with motion modules."""
 
-COMPILED = (*SOME, "mochi", "sd")
-"""Two streams of different width, and a stock image UNet, are compiled as well."""
+SLOW = {"torch_compile": ("wan-2.1", "ltx", "mochi", "flux"), "torch_compile_with_group_offload": ("wan-2.1", "flux")}
+"""Checks that compile take long: they run on few families."""
 
-ONLY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("dtype_assignment", "config_serialization", "sharded_serialization", "original_dtype"), SOME),
-    **dict.fromkeys(("modules_to_not_convert", "num_parameters", "device_map", "cpu_device_map"), SOME),
-    **dict.fromkeys(("torch_compile", "torch_compile_with_group_offload", "training"), COMPILED),
-}
-"""Check -> the families it runs on in ``make test``: these checks hardly depend on the family, or take long. The others run on all."""
-
-CELLS = [(name, check) for name in FAMILIES for check in CHECKS if ALL or name in ONLY.get(check, FAMILIES)]
+CELLS = [
+    (name, check) for name in FAMILIES for check in CHECKS if ALL or check in ALWAYS or name in SLOW.get(check, SOME)
+]  # the other checks hardly depend on the family
 
 
 @pytest.fixture(scope="module")
