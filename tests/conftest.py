@@ -32,8 +32,8 @@ if not torch.cuda.is_available():
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # workers share the cores
 
-# derandomize: CI and every developer see the same examples; deadline: timings on a shared machine are no property of the code
-settings.register_profile("reelquant", derandomize=True, deadline=None, database=None, max_examples=20)
+# derandomize: CI and every developer see the same examples; deadline: timings on a shared machine say nothing about the code
+settings.register_profile("reelquant", derandomize=True, deadline=None, database=None, max_examples=20 if ALL else 8)
 settings.load_profile("reelquant")
 
 
