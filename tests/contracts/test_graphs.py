@@ -12,7 +12,7 @@ from torch import Tensor
 from reelquant import UnsupportedError
 from reelquant.clock import Clock
 from reelquant.nn import QuantLayer, TensorLayout, start_clock
-from tests.contracts.test_kernels import INPUTS, LAYERS, REWRITES, WEIGHTS, make, one_code, oracle
+from tests.contracts.layers import INPUTS, LAYERS, REWRITES, WEIGHTS, make, one_code, oracle
 from tests.grids import sampled
 
 openvino = pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)

@@ -36,7 +36,7 @@ from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.recipes.report import Report
 from reelquant.recipes.search import latent_psnr
 from tests.tiny.configs import TINY
-from tests.tiny.pipelines import FakePipeline
+from tests.tiny.pipelines import FakePipeline, call
 from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
 
 TEXTS = ["a red circle", "a blue square", "a green star", "a cat", "held out"]
@@ -69,14 +69,6 @@ def latents(pipe: Any, steps: int = 4) -> Tensor:
 
 def clock_of(denoiser: Any) -> Clock:
     return denoiser.get_submodule(NAME)
-
-
-def call(denoiser: Any, timestep: float) -> Tensor:
-    """The denoiser at some timestep, always on the same latents."""
-    generator = torch.Generator().manual_seed(1)
-    x, text = torch.randn(2, 4, 2, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
-    with torch.no_grad():
-        return denoiser(hidden_states=x, timestep=torch.full((2,), timestep), encoder_hidden_states=text, return_dict=False)[0]
 
 
 # --- protected steps ----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from reelquant.kernels import backend
 from reelquant.nn import TensorLayout, start_runtime, stop_runtime
 from reelquant.nn.attention import HOOKS
 from reelquant.nn.fuse import Fused, Gated, fuse_activations
-from tests.contracts.test_kernels import INPUTS, one_code
+from tests.contracts.layers import INPUTS, one_code
 from tests.single import build
 
 

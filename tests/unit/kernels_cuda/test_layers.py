@@ -13,7 +13,7 @@ from reelquant.clock import Clock
 from reelquant.kernels import KERNELS, Kernel, Reference, select
 from reelquant.kernels.cuda import available, layers
 from reelquant.nn import QuantLayer, TensorLayout, start_clock
-from tests.contracts.test_kernels import INPUTS, make, one_code
+from tests.contracts.layers import INPUTS, make, one_code
 
 pytestmark = pytest.mark.skipif(available() is not None, reason=str(available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

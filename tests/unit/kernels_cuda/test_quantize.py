@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant._errors import UnsupportedError
 from reelquant.kernels.cuda.launch import FP8
 from reelquant.kernels.cuda.quantize import NORMS, quantize_per_token, quantize_static
-
-ACTIVATE = {"none": lambda x: x, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+from tests.unit.kernels_cuda.exact import ACTIVATE
 
 
 def units(x: Tensor, **stages: Any) -> Tensor:

@@ -16,7 +16,7 @@ from reelquant.nn import attention_facts, round_attention, start_clock
 from reelquant.nn.attention import PROTECTED
 from tests.contracts.attention_oracle import DEVICE, make
 from tests.tiny.configs import TINY
-from tests.tiny.test_steps import call
+from tests.tiny.pipelines import call
 
 pytestmark = pytest.mark.skipif(cuda.available() is not None, reason=str(cuda.available()))
 KERNEL = table.ROUNDED["cuda"]()

@@ -14,7 +14,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.kernels import Reference, cuda, select
 from reelquant.kernels.cuda import layers
 from reelquant.kernels.torch_ops import FP8, linear_8bit, product
-from tests.contracts.test_kernels import INPUTS, make
+from tests.contracts.layers import INPUTS, make
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ACTIVATE: dict[str, Any] = {
