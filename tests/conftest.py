@@ -27,7 +27,7 @@ from hypothesis import settings
 from tests.grids import ALL
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which diffusers does; see tests/unit/kernels_cuda
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which diffusers does; see tests/unit/kernels/cuda
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # workers share the cores

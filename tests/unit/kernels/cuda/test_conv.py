@@ -16,7 +16,7 @@ from reelquant.kernels.cuda.conv import convolution_8bit, out_shape, padding_cod
 from reelquant.kernels.cuda.gemm import weight_sums
 from reelquant.kernels.cuda.launch import FP8
 from reelquant.kernels.cuda.quantize import quantize_static
-from tests.unit.kernels_cuda.exact import ACTIVATE, DEVICE, assert_close, codes
+from tests.unit.kernels.cuda.exact import ACTIVATE, DEVICE, assert_close, codes
 
 CONVOLVE: dict[int, Any] = {4: F.conv2d, 5: F.conv3d}
 

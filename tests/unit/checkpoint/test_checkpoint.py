@@ -222,7 +222,7 @@ def fresh(tmp_path: Path) -> Callable[[str], str]:
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
     (tmp_path / "diffusers/quantizers/auto.py").write_text(AUTO)
-    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2] / "src")])
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[3] / "src")])
 
     def run(code: str) -> str:
         command = [sys.executable, "-W", "error", "-c", code]

@@ -13,7 +13,7 @@ from torch import Tensor
 from reelquant._errors import UnsupportedError
 from reelquant.formats import Granularity, Int, Quantizer, pack, unpack
 from reelquant.kernels.cuda.gemm_grouped import linear_w4a8, linear_w4a16, linear_w8a16, repack_4bit
-from tests.unit.kernels_cuda.exact import ACTIVATE, DEVICE, assert_close, codes, exact
+from tests.unit.kernels.cuda.exact import ACTIVATE, DEVICE, assert_close, codes, exact
 
 
 def packed_weight(columns: int, depth: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

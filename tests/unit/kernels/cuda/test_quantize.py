@@ -12,7 +12,7 @@ from torch import Tensor
 from reelquant._errors import UnsupportedError
 from reelquant.kernels.cuda.launch import FP8
 from reelquant.kernels.cuda.quantize import NORMS, quantize_per_token, quantize_static
-from tests.unit.kernels_cuda.exact import ACTIVATE
+from tests.unit.kernels.cuda.exact import ACTIVATE
 
 
 def units(x: Tensor, **stages: Any) -> Tensor:

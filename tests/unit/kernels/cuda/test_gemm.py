@@ -13,7 +13,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.kernels.cuda import gemm
 from reelquant.kernels.cuda.gemm import linear_8bit, weight_sums
 from reelquant.kernels.cuda.launch import FP8
-from tests.unit.kernels_cuda.exact import ACTIVATE, DEVICE, ROUNDING, assert_close, codes, exact
+from tests.unit.kernels.cuda.exact import ACTIVATE, DEVICE, ROUNDING, assert_close, codes, exact
 
 
 @given(

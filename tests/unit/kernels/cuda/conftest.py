@@ -13,7 +13,7 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 collect_ignore_glob = [] if INSTALLED else ["test_quantize.py", "test_gemm*.py", "test_conv.py", "test_attention.py"]
 
 if INSTALLED and not torch.cuda.is_available():
-    from tests.unit.kernels_cuda import rounding
+    from tests.unit.kernels.cuda import rounding
 
     rounding.install()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from reelquant.kernels import cuda
-from tests.unit.kernels_cuda.conftest import INSTALLED
+from tests.unit.kernels.cuda.conftest import INSTALLED
 
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="needs triton")
 
@@ -83,7 +83,7 @@ def test_kernels_compile_for_absent_gpus(capability: str) -> None:
     """Every kernel, the first tile of each; ``ahead`` without ``--first`` goes through all tiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [sys.executable, "-m", "tests.unit.kernels_cuda.ahead", capability, "--first"], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "tests.unit.kernels.cuda.ahead", capability, "--first"], capture_output=True, text=True, env=environment
     )
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()

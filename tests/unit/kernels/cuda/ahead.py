@@ -1,4 +1,4 @@
-"""Compile kernels for a GPU that is not here: ``python -m tests.unit.kernels_cuda.ahead 90 gemm`` prints one line per kernel and tile
+"""Compile kernels for a GPU that is not here: ``python -m tests.unit.kernels.cuda.ahead 90 gemm`` prints one line per kernel and tile
 (``--first``: only the first tile of each kernel).
 
 Triton's compiler needs no device, only the name of a target. Launches are replaced by compilations, and every tile configuration that
