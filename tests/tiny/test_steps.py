@@ -291,7 +291,7 @@ def test_a_short_sampler_protects_the_noise_levels_of_the_long_one() -> None:
     assert found == {50: [0, 1, 2, 3, 49], 20: [0, 1, 19], 8: [0, 7]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_scales_per_step_serve_fewer_steps_of_another_sampler() -> None:
     """tiny-dit: calibrated with 8 Euler steps, run with 5 of Euler and of UniPC: no worse than a scale for all, on the mean of four clips.
 

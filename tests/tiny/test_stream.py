@@ -107,8 +107,7 @@ def test_the_denoiser_is_that_of_a_run_in_memory_byte_for_byte(model: Path, reci
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-dit", "tiny-unet"])
+@pytest.mark.parametrize("name", ["tiny-dit", pytest.param("tiny-unet", marks=pytest.mark.full)])
 def test_bundled_pipelines_too(name: str, tmp_path: Path) -> None:
     quick = {"calibrate.prompts": 2, "calibrate.steps": 2, "search.prompts": 1, "search.steps": 1}
     in_memory(bundled_path(name), "qvd-w4a8", tmp_path / "memory", **quick)
@@ -310,7 +309,6 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
     process.communicate()
 
 
-@pytest.mark.slow
 def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "gptq.yaml"
     recipe.write_text(json.dumps(GPTQ))
@@ -435,7 +433,6 @@ def test_a_second_process_is_refused(model: Path, tmp_path: Path) -> None:
             reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_work_is_kept(model: Path, tmp_path: Path) -> None:
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -77,7 +77,6 @@ def test_a_graph_without_breaks_sees_the_right_shapes(name: str) -> None:
 
 
 @needs_triton
-@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["90"])  # others by hand: each takes some ten seconds
 def test_kernels_compile_for_absent_gpus(capability: str) -> None:
     """Every kernel, the first tile of each; ``ahead`` without ``--first`` goes through all tiles."""
