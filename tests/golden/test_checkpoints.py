@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from reelquant.nn import quantized_layers
-from tests.golden.make_checkpoints import CHECKPOINTS, hashes_of, outputs_of, with_float_layers
+from tests.golden.make_checkpoints import CHECKPOINTS, hashes_of, outputs_of, quantized, with_float_layers
 from tests.tiny.stock import realigned
 
 FOLDERS = sorted(CHECKPOINTS.glob("format-*/*"))
@@ -109,3 +109,9 @@ def test_saving_it_again_writes_the_same_tensors(folder: Path, tmp_path: Path) -
     configs = [json.loads((place / "config.json").read_text())["quantization_config"] for place in (folder, tmp_path)]
     assert configs[0]["checksums"] == configs[1]["checksums"] and configs[0]["slots"] == configs[1]["slots"]
     assert len(quantized_layers(opened(tmp_path))) == len(configs[0]["checksums"])
+
+
+@pytest.mark.parametrize("case", ["minmax-w8a8", "every-feature"])
+def test_the_same_seed_and_recipe_give_the_same_bytes(case: str) -> None:
+    first, second = (hashes_of(quantized(case).denoiser) for _ in range(2))
+    assert first == second
