@@ -14,6 +14,7 @@ from reelquant.kernels import KERNELS, Kernel, Reference, select
 from reelquant.kernels.cuda import available, layers
 from reelquant.nn import QuantLayer, TensorLayout, start_clock
 from tests.contracts.layers import INPUTS, make, one_code
+from tests.grids import sampled
 
 pytestmark = pytest.mark.skipif(available() is not None, reason=str(available()))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,10 +66,13 @@ def reach(layer: QuantLayer) -> float:
     return (8 / 448 if scale is None else float(scale.max())) * 32 * float(layer.packed.dequantize().abs().max())
 
 
-@pytest.mark.parametrize(("name", "weight", "numbers", "which"), CASES + PLAIN)
-@pytest.mark.parametrize("rewrite", [{}, {"shift": True, "scale": True}, {"rotate": True}], ids=["", "affine", "rotate"])
-def test_layers_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, which: str, rewrite: dict[str, bool]) -> None:
-    slots = 1 if "token" in numbers else 3
+REWRITES: dict[str, dict[str, bool]] = {"plain": {}, "affine": {"shift": True, "scale": True}, "rotate": {"rotate": True}}
+GRID = [(*case, rewrite) for case in CASES + PLAIN for rewrite in REWRITES]
+
+
+@pytest.mark.parametrize(("name", "weight", "numbers", "which", "rewritten"), sampled(GRID, 40))
+def test_layers_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, which: str, rewritten: str) -> None:
+    rewrite, slots = REWRITES[rewritten], 1 if "token" in numbers else 3
     layer, x = make(name, weight, MORE[numbers], slots=slots, **rewrite)
     layer, x = layer.to(DEVICE), x.to(DEVICE)
     operands = layer.operands
