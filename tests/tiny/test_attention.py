@@ -25,8 +25,8 @@ from reelquant.nn.around.attention import PROTECTED, rounded_attention
 from reelquant.nn.around.attention import STOCK as STOCK_NAME
 from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
+from tests.tiny.pipelines import call
 from tests.tiny.stock import CALL, PROMPTS, frames, realigned, room, wan_pipeline
-from tests.tiny.test_steps import call
 
 INT8 = {"scores": "int8"}
 INT8_SCORES = AttentionQuant()

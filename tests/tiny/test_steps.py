@@ -36,7 +36,7 @@ from reelquant.nn import QuantLayer, dequantized, quantized_layers, set_module
 from reelquant.policies.protect_steps import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe, load_recipe
 from tests.tiny.configs import TINY
-from tests.tiny.pipelines import FakePipeline
+from tests.tiny.pipelines import FakePipeline, call
 from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
 
 TEXTS = ["a red circle", "a blue square", "a green star", "a cat", "held out"]
@@ -69,14 +69,6 @@ def latents(pipe: Any, steps: int = 4) -> Tensor:
 
 def clock_of(denoiser: Any) -> Clock:
     return denoiser.get_submodule(NAME)
-
-
-def call(denoiser: Any, timestep: float) -> Tensor:
-    """The denoiser at some timestep, always on the same latents."""
-    generator = torch.Generator().manual_seed(1)
-    x, text = torch.randn(2, 4, 2, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
-    with torch.no_grad():
-        return denoiser(hidden_states=x, timestep=torch.full((2,), timestep), encoder_hidden_states=text, return_dict=False)[0]
 
 
 # --- protected steps ----------------------------------------------------------------------------------------------------------------
@@ -300,7 +292,7 @@ def test_a_short_sampler_protects_the_noise_levels_of_the_long_one() -> None:
     assert found == {50: [0, 1, 2, 3, 49], 20: [0, 1, 19], 8: [0, 7]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_scales_per_step_serve_fewer_steps_of_another_sampler() -> None:
     """tiny-dit: calibrated with 8 Euler steps, run with 5 of Euler and of UniPC: no worse than a scale for all, on the mean of four clips.
 
