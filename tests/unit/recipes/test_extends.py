@@ -66,7 +66,7 @@ def test_the_digest_is_that_of_the_merged_recipe(tmp_path: Path) -> None:
 def test_circles_and_missing_parents_are_errors(tmp_path: Path) -> None:
     one = write(tmp_path, "one", "extends: two.yaml\nname: one\n")
     write(tmp_path, "two", "extends: one.yaml\nname: two\n")
-    with pytest.raises(RecipeError, match="extend each other in a circle: .*one.yaml -> .*two.yaml -> .*one.yaml"):
+    with pytest.raises(RecipeError, match=r"extend each other in a circle: .*one.yaml -> .*two.yaml -> .*one.yaml"):
         load_recipe(one)
     with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(write(tmp_path, "lost", "extends: nowhere.yaml\nname: lost\n"))
