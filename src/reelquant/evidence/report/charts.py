@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from reelquant.evidence.report.markdown import figure, is_number
+from reelquant.evidence.report.numbers import figure, is_number
 
 WIDTH, HEIGHT = 380, 224
 LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 42  # pixels around the plotted area

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence.media import enlarge
+from reelquant.evidence.report.data import MetricData
 
 SMALL, LARGE = 192, 480  # pixels: clips below are enlarged by whole factors, clips above are shrunk
 ALIGN = 16  # the codec works on squares of this side: panels that start on one do not bleed into each other
@@ -33,7 +35,7 @@ class Panel:
         reference, test: ``[frames, 3, height, width]`` in [0, 1], of one shape.
 
     Raises:
-        ValueError: if the clips differ in shape or are empty.
+        MeasurementError: if the clips differ in shape or are empty.
     """
 
     name: str
@@ -46,9 +48,11 @@ class Panel:
     def __post_init__(self) -> None:
         shape, other = tuple(self.reference.shape), tuple(self.test.shape)
         if shape != other:
-            raise ValueError(f"clip '{self.name}' cannot be shown side by side: the reference is {shape}, the test {other}")
+            raise MeasurementError(
+                f"clip '{self.name}' cannot be shown side by side: the reference is {shape}, the test {other}; give both one shape"
+            )
         if len(shape) != 4 or shape[1] != 3 or not all(shape):
-            raise ValueError(f"clip '{self.name}' must be [frames, 3, height, width] with at least one frame; it is {shape}")
+            raise MeasurementError(f"clip '{self.name}' must be [frames, 3, height, width] with at least one frame; it is {shape}")
 
 
 @dataclass(frozen=True)
@@ -185,15 +189,15 @@ def embed_within(panels: Sequence[Panel], gain: int, fps: float, limit: float) -
 # --------------------------------------------------------------------------------------------------------------------- order
 
 
-def worst_first(panels: Sequence[Panel], metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Panel], str | None]:
+def worst_first(panels: Sequence[Panel], metrics: Mapping[str, MetricData]) -> tuple[list[Panel], str | None]:
     """Panels from worst to best, and the metric that says so: the first, as ``metrics`` lists them, that every clip has a figure of.
 
     Without one the order stays and the metric is None.
     """
     for name, metric in metrics.items():
         values = [panel.figures.get(name) for panel in panels]
-        if metric.get("better") in BADNESS and panels and all(isinstance(value, int | float) for value in values):
-            bad = BADNESS[metric["better"]]
+        if metric.better in BADNESS and panels and all(isinstance(value, int | float) for value in values):
+            bad = BADNESS[metric.better]
             return sorted(panels, key=lambda panel: bad(float(panel.figures[name] or 0.0)), reverse=True), name
     return list(panels), None
 
