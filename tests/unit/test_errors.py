@@ -6,7 +6,16 @@ import pytest
 
 import reelquant
 from reelquant import _errors
-from reelquant._errors import CalibrationError, CheckpointError, MeasurementError, RecipeError, ReelQuantError, SiteError, UnsupportedError, nearest
+from reelquant._errors import (
+    CalibrationError,
+    CheckpointError,
+    MeasurementError,
+    RecipeError,
+    ReelQuantError,
+    SiteError,
+    UnsupportedError,
+    nearest,
+)
 
 TREE = {
     RecipeError: ValueError,

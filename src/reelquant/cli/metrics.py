@@ -56,7 +56,8 @@ def weights(
     """
     from reelquant._errors import RecipeError, nearest
     from reelquant.cli import console
-    from reelquant.evidence.networks.weights import WEIGHTS, find
+    from reelquant.evidence.networks.published import WEIGHTS
+    from reelquant.evidence.networks.weights import find
 
     known = {**{name: (name,) for name in (*WEIGHTS, "clip")}, "all": (*WEIGHTS, "clip")}
     for name in names or ():
@@ -82,7 +83,8 @@ def weights(
 
 
 def _get(name: str) -> None:
-    from reelquant.evidence.networks.weights import fetch, find
+    from reelquant.evidence.networks.download import fetch
+    from reelquant.evidence.networks.weights import find
 
     if name == "clip":
         from reelquant.evidence.text import CLIP, fetch_clip

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence import temporal
 from reelquant.evidence.temporal import LEVEL, check_pair
 
@@ -134,16 +135,16 @@ def figures(reference: Tensor, test: Tensor) -> Figures:
     """All figures of :mod:`reelquant.evidence.temporal` for a pair of clips ``[frames, 3, height, width]``, at least two frames.
 
     Returns:
-        The test's own figures under their names, ``NAME_deviation`` (test minus reference, in the same unit; of ``motion`` and
-        ``sharpness`` relative to the reference; of ``flicker`` what would have to be added to the reference's as independent noise),
-        the paired figures, and counts of frames that only the test has broken.
+        The test's own figures under their names, ``NAME_deviation`` (test minus reference, in the same unit; of
+        ``motion`` and ``sharpness`` relative to the reference; of ``flicker`` what would have to be added to the
+        reference's as independent noise), the paired figures, and counts of frames that only the test has broken.
 
     Raises:
-        ValueError: if the shapes differ or there is one frame only.
+        MeasurementError: if the shapes differ or there is one frame only.
     """
     check_pair(reference, test)
     if len(reference) < 2:
-        raise ValueError(f"figures over time need at least 2 frames; got {len(reference)}")
+        raise MeasurementError(f"figures over time need at least 2 frames, got {len(reference)}; sample longer clips")
     reference, test = reference.detach().float().cpu(), test.detach().float().cpu()
     before = {name: measure(reference) for name, measure in SINGLE.items()}
     after = {name: measure(test) for name, measure in SINGLE.items()}
@@ -169,7 +170,8 @@ def _added(before: float, after: float) -> float:
 
 # ------------------------------------------------------------------------------------------------------------------- diagnosis
 
-# Each lies between the largest figure of harmless changes and the smallest of the planted defect, on 49 clips; see docs/metrics.md.
+# Each lies between the largest figure of harmless changes and the smallest of the planted defect, on 49 clips; see
+# docs/metrics.md.
 SURE = 0.5  # confidence above which the tempo counts
 SLOW = 0.8  # times the reference's speed
 BACKWARD = -0.5  # times the reference's speed
@@ -303,7 +305,8 @@ def diagnose(figures: Figures) -> list[Defect]:
         figures: of :func:`figures`.
 
     Returns:
-        The defects in the order of :data:`RULES`, from those of time to those of single pixels, without what another one explains.
+        The defects in the order of :data:`RULES`, from those of time to those of single pixels, without what another
+        one explains.
     """
     strengths = {name: rule.strength(figures) for name, rule in RULES.items()}
     seen = {name: strength for name, strength in strengths.items() if strength >= 1}

@@ -41,7 +41,8 @@ class Result:
         interval: mean over clips, or distance of the sets, with its 95 % interval; None if it is missing.
         reference: the reference's own figure, for figures that a clip has alone.
         floor: the same figure of the float pipeline run again, by variant.
-        within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is better.
+        within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is
+            better.
         missing: why there is no value, with the command that helps.
         to_data: a distance to real clips rather than to the reference's.
     """
@@ -198,7 +199,8 @@ def _floors(metric: Metric, floors: Sequence[str]) -> list[str]:
 def _within(result: Result) -> bool | None:
     """No worse than the far end of the floor's interval.
 
-    Clips of the same noise are held against float clips of the same noise, distances to real data against another draw of the float
+    Clips of the same noise are held against float clips of the same noise, distances to real data against another draw
+    of the float
     pipeline: that is what each of them would be if quantization changed nothing that matters.
     """
     same = [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]

@@ -155,7 +155,8 @@ def decide(
 
     Args:
         values: means over clips by metric.
-        missing: why other metrics have no value. A limit that was asked for by name fails then; one of a preset is skipped.
+        missing: why other metrics have no value. A limit that was asked for by name fails then; one of a preset is
+            skipped.
         defects: ``{"name", "clips", "sentence"}`` of each defect recognised.
         clips: how many were measured.
         preset: key of :data:`GATES`, or None for the extra limits alone.

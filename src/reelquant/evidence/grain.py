@@ -31,7 +31,8 @@ def growth(job: Job, variants: Mapping[str, Variant], steps: Sequence[int], text
         texts: of flat scenes, one clip each.
 
     Returns:
-        ``{"steps", "reference", "test", ...}``: the mean grain of each variant at each number of steps, in levels of 255.
+        ``{"steps", "reference", "test", ...}``: the mean grain of each variant at each number of steps, in levels of
+        255.
     """
     found: dict[str, Any] = {"steps": list(steps), "texts": list(texts)}
     for name, variant in variants.items():

@@ -16,7 +16,7 @@ from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.evidence import defects, temporal
 from reelquant.evidence.fidelity import psnr
 from reelquant.evidence.metrics import METRICS
-from reelquant.evidence.networks import weights
+from reelquant.evidence.networks import published, weights
 from reelquant.evidence.text import CLIP
 from reelquant.evidence.warping import dis_flow, warping_error
 
@@ -71,7 +71,7 @@ class Mechanism:
         figures: figures of one pair by metric name; None for sources of features.
         features: ``[rows, dim]`` of one clip, and the key they are stored under; None for sources of figures.
         alone: the figures also say something about a clip without a reference.
-        weights: key of :data:`reelquant.evidence.networks.weights.WEIGHTS` that must be found.
+        weights: key of :data:`reelquant.evidence.networks.published.WEIGHTS` that must be found.
         available: says in a sentence why the mechanism cannot look at clips of these texts; None if it can.
     """
 
@@ -84,7 +84,7 @@ class Mechanism:
     def missing(self, tools: Tools, prompts: Sequence[str] | None) -> str | None:
         """Why the mechanism cannot be used here, with the command that helps; None if it can."""
         if self.weights is not None and weights.find(self.weights, tools.weights) is None:
-            return weights.missing(self.weights)
+            return published.missing(self.weights)
         return self.available(tools, prompts)
 
 

@@ -30,7 +30,8 @@ class Metric:
         title: what tables call it.
         kind: what is compared with what, see :data:`KINDS`.
         unit: of the value; empty if it has none.
-        better: where good values lie; ``zero`` and ``one`` are for deviations and ratios, ``none`` for figures that only describe.
+        better: where good values lie; ``zero`` and ``one`` are for deviations and ratios, ``none`` for figures that
+            only describe.
         about: one sentence for people.
         source: the mechanism that gives it, a key of :data:`reelquant.evidence.mechanisms.MECHANISMS`.
         digits: decimals in tables.

@@ -1,8 +1,9 @@
 """How fast is a quantized pipeline, and how much memory does it take, on this very machine? Measured, in turns with the float one.
 
-A machine that is shared or warms up changes all times of a minute, not the ratio of two runs that follow each other. So both pipelines
-make the same clip in turns (A B, B A, A B ...), a speed-up is a ratio of two times of the same round, and its median is reported.
-Peak memory is measured in a fresh process for each pipeline, because a process does not give all its memory back.
+A machine that is shared or warms up changes all times of a minute, not the ratio of two runs that follow each other. So
+both pipelines make the same clip in turns (A B, B A, A B ...), a speed-up is a ratio of two times of the same round,
+and its median is reported. Peak memory is measured in a fresh process for each pipeline, because a process does not
+give all its memory back.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class Benchmark:
         seconds: of a whole clip, by variant (``reference``, ``test``).
         step_seconds: of one denoising step, by variant; empty for pipelines that do not report their steps.
         weight_bytes: parameters and buffers of the denoiser, by variant.
-        peak_bytes: largest resident memory of a fresh process that opens the pipeline and makes the clip, less what the process took
-            before it opened it; on a GPU the memory that torch allocated. By variant; empty if it was not measured.
+        peak_bytes: largest resident memory of a fresh process that opens the pipeline and makes the clip, less what the
+            process took before it opened it; on a GPU the memory that torch allocated. By variant; empty if it was not
+            measured.
         kernels: number of layers by the kernel that computes them.
         refused: why the best kernel does not compute a layer, by reason and number of layers.
         simulated: whether float arithmetic stands in for low-bit arithmetic anywhere.
@@ -116,7 +118,8 @@ def benchmark(
     Args:
         test, reference: bundled name, folder or hub id of the quantized and the float pipeline.
         rounds: clips that each makes, after one that is not counted.
-        dtype: of the float pipeline, and of the float parts of the quantized one; by default :func:`reelquant.kernels.native_float`.
+        dtype: of the float pipeline, and of the float parts of the quantized one; by default
+            :func:`reelquant.kernels.native_float`.
         device: where they run.
         compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
         runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.

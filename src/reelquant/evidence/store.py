@@ -37,7 +37,8 @@ class Store:
         """Claim the folder for these settings.
 
         Raises:
-            CheckpointError: if it holds another evaluation, or the same one and neither ``resume`` nor ``force`` was asked for.
+            CheckpointError: if it holds another evaluation, or the same one and neither ``resume`` nor ``force`` was
+                asked for.
         """
         file = self.root / RUN
         if file.is_file() and not force:

@@ -1,8 +1,9 @@
 """What moves, flickers, freezes and drifts in a clip, and how that differs from a reference clip.
 
-Clips are ``[frames, 3, height, width]`` in [0, 1]; "levels" are steps of 1/255. A figure of one clip means little by itself (a
-still scene has no motion energy and a field of grass has much grain), so every one is made to be held against the same figure of a
-reference that started from the same noise. Nothing here needs weights. ``docs/metrics.md`` states every figure with its limits.
+Clips are ``[frames, 3, height, width]`` in [0, 1]; "levels" are steps of 1/255. A figure of one clip means little by
+itself (a still scene has no motion energy and a field of grass has much grain), so every one is made to be held against
+the same figure of a reference that started from the same noise. Nothing here needs weights. ``docs/metrics.md`` states
+every figure with its limits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from reelquant._errors import MeasurementError
 
 LEVEL = 1 / 255
 POOL = 4  # pixels; motion is measured on means of 4x4 pixels, in which grain is a quarter as strong as in pixels
@@ -36,12 +39,14 @@ def check_pair(reference: Tensor, test: Tensor) -> None:
     """Refuse a pair of clips that cannot be compared frame by frame.
 
     Raises:
-        ValueError: if the shapes differ or are not ``[frames, 3, height, width]``.
+        MeasurementError: if the shapes differ or are not ``[frames, 3, height, width]``.
     """
     if reference.ndim != 4 or reference.shape[1] != 3:
-        raise ValueError(f"a clip is [frames, 3, height, width], not {list(reference.shape)}")
+        raise MeasurementError(f"a clip is [frames, 3, height, width], not {list(reference.shape)}")
     if reference.shape != test.shape:
-        raise ValueError(f"clips of different shapes cannot be compared: {tuple(reference.shape)} and {tuple(test.shape)}")
+        raise MeasurementError(
+            f"clips of different shapes cannot be compared: {tuple(reference.shape)} and {tuple(test.shape)}; cut or scale one of them"
+        )
 
 
 def luma(clip: Tensor) -> Tensor:
@@ -60,8 +65,8 @@ def pooled(clip: Tensor, side: int) -> Tensor:
 def motion_energy(clip: Tensor) -> Tensor:
     """Mean squared change of the 4x4 means from each frame to the next, float64 ``[frames - 1]`` (1 is black to white everywhere).
 
-    Squared, because independent noise then adds a known constant (2 sigma^2 / 16) instead of bending the figure; of 4x4 means, so
-    that this constant is small beside motion.
+    Squared, because independent noise then adds a known constant (2 sigma^2 / 16) instead of bending the figure; of 4x4
+    means, so that this constant is small beside motion.
     """
     small = pooled(clip.float(), POOL).double()
     return small.diff(dim=0).square().flatten(1).mean(1)
@@ -70,11 +75,11 @@ def motion_energy(clip: Tensor) -> Tensor:
 def motion_deviation(reference: Tensor, test: Tensor) -> float:
     """How much more (+) or less (-) the test moves: difference of the mean motion energies relative to the reference's.
 
-    ``(test - reference) / (reference + floor)``, floor the energy of one level everywhere: -1 is a frozen clip, and a still
-    reference gives 0 against a still test and a large, finite figure against a moving one.
+    ``(test - reference) / (reference + floor)``, floor the energy of one level everywhere: -1 is a frozen clip, and a
+    still reference gives 0 against a still test and a large, finite figure against a moving one.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     if len(reference) < 2:
@@ -102,7 +107,7 @@ def dropped(reference: Tensor, test: Tensor) -> float:
     """Share of all transitions, unitless, that are frozen in the test and move in the reference.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     before, after = largest_change(reference), largest_change(test)
@@ -116,17 +121,18 @@ def dropped(reference: Tensor, test: Tensor) -> float:
 def tempo(reference: Tensor, test: Tensor) -> tuple[float, float]:
     """Speed of the test relative to the reference, and how far that can be trusted.
 
-    Every test frame is matched to the nearest point of the polygon through the reference's frames (pictures of at most 32 pixels),
-    in an order that only goes forward, or only backward where that fits clearly better; the speed is the median slope over all
-    pairs of test frames (Theil-Sen). Mean colours do not count. Where nothing moves, and all matches are alike, the speed is 1.
+    Every test frame is matched to the nearest point of the polygon through the reference's frames (pictures of at most
+    32 pixels), in an order that only goes forward, or only backward where that fits clearly better; the speed is the
+    median slope over all pairs of test frames (Theil-Sen). Mean colours do not count. Where nothing moves, and all
+    matches are alike, the speed is 1.
 
     Returns:
-        The speed (1 as the reference, 0.5 half as fast, 0 frozen, -1 reversed), and a confidence in [0, 1]: the median over the
-        test frames of how much nearer the matched point is than the reference's frames are on average. Still and unrelated clips
-        get a low one.
+        The speed (1 as the reference, 0.5 half as fast, 0 frozen, -1 reversed), and a confidence in [0, 1]: the median
+        over the test frames of how much nearer the matched point is than the reference's frames are on average. Still
+        and unrelated clips get a low one.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     if len(reference) < 3:
@@ -166,8 +172,8 @@ def _monotone_match(known: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
 def _cheapest_path(cost: Tensor, position: Tensor) -> Tensor:
     """A segment for every row of ``[rows, segments]``, never decreasing, with the smallest sum of costs.
 
-    A small cost of uneven speed decides what pixels leave open: still scenes run at speed 1, and of the many passes of a bouncing
-    ball the next one is taken.
+    A small cost of uneven speed decides what pixels leave open: still scenes run at speed 1, and of the many passes of
+    a bouncing ball the next one is taken.
     """
     back = torch.tril(torch.full((cost.shape[1], cost.shape[1]), torch.inf, dtype=cost.dtype), -1)
     best, came = cost[0] + EVEN * position[0].square(), []
@@ -203,8 +209,8 @@ def spikes(series: Tensor) -> Tensor:
 def flicker(clip: Tensor) -> float:
     """RMS over pixels and inner frames of what a frame sticks out of both its neighbours, in levels; see :func:`spikes`.
 
-    This is the temporal energy near the Nyquist frequency (one frame up, one frame down) without what a passing edge has of it:
-    differences of second or third order, and the Fourier transform, count a step as much as a flash.
+    This is the temporal energy near the Nyquist frequency (one frame up, one frame down) without what a passing edge
+    has of it: differences of second or third order, and the Fourier transform, count a step as much as a flash.
     """
     if len(clip) < 3:
         return 0.0
@@ -222,8 +228,8 @@ def brightness_flicker(clip: Tensor) -> float:
 def frame_consistency(clip: Tensor) -> Tensor:
     """SSIM of each frame's luma with the next one's, float64 ``[frames - 1]``; 1 is no change.
 
-    Uniform windows of 7x7 pixels inside the frame (smaller for smaller frames) and the constants of Wang et al. 2004, so the
-    figures lie near those with the usual Gaussian window but do not equal them.
+    Uniform windows of 7x7 pixels inside the frame (smaller for smaller frames) and the constants of Wang et al. 2004,
+    so the figures lie near those with the usual Gaussian window but do not equal them.
     """
     frames = luma(clip.float()).double()
     pairs = [_similarity(first, second) for first, second in itertools.pairwise(frames)]
@@ -244,8 +250,9 @@ def _similarity(first: Tensor, second: Tensor) -> Tensor:
 def grain(clip: Tensor) -> float:
     """Standard deviation of the noise in flat areas, in levels; mean over frames and channels.
 
-    Immerkaer's estimate from the mean absolute response of [[1, -2, 1], [-2, 4, -2], [1, -2, 1]], taken over the half of each
-    frame's pixels whose surroundings have the lowest gradient. Fine texture counts as noise where it fills even that half.
+    Immerkaer's estimate from the mean absolute response of [[1, -2, 1], [-2, 4, -2], [1, -2, 1]], taken over the half
+    of each frame's pixels whose surroundings have the lowest gradient. Fine texture counts as noise where it fills even
+    that half.
 
     Paper:
         Immerkaer 1996, "Fast Noise Variance Estimation". Theirs takes all pixels; ours leaves out the steeper half.
@@ -324,7 +331,7 @@ def color_shift(reference: Tensor, test: Tensor) -> float:
     """CIE 1976 Delta E between the mean colours of the two clips; 2.3 is about the smallest difference that people see.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     return float((mean_color(test) - mean_color(reference)).norm())
@@ -375,7 +382,7 @@ def newly_broken(reference: Tensor, test: Tensor) -> dict[str, int]:
     """Number of ``black``, ``constant`` and ``saturated`` frames of the test that are not so in the reference.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     return {name: int((mask(test) & ~mask(reference)).sum()) for name, mask in BROKEN.items()}

@@ -65,8 +65,9 @@ def check_latents(latents: Tensor, step: int, name: str) -> None:
 def find_in_frames(clip: Tensor, name: str) -> list[str]:
     """What is wrong with decoded frames; an empty list is fine.
 
-    Black, constant and saturated are as in :mod:`reelquant.evidence.temporal`: a small object before a black background is not
-    black. A scene may be meant to be so (a fade to black, a title before plain white), so hold it against a reference if there is one.
+    Black, constant and saturated are as in :mod:`reelquant.evidence.temporal`: a small object before a black background
+    is not black. A scene may be meant to be so (a fade to black, a title before plain white), so hold it against a
+    reference if there is one.
 
     Args:
         clip: ``[frames, 3, height, width]``, meant to lie in [0, 1].

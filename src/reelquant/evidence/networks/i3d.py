@@ -1,12 +1,13 @@
 """I3D, the network whose features FVD is measured on.
 
-Definition: Inception-I3D, RGB stream, trained on Kinetics-400 (the module ``deepmind/i3d-kinetics-400/1`` of TF Hub); the feature of a
-clip is its 400 class logits, averaged over time, before the softmax.
+Definition: Inception-I3D, RGB stream, trained on Kinetics-400 (the module ``deepmind/i3d-kinetics-400/1`` of TF Hub);
+the feature of a clip is its 400 class logits, averaged over time, before the softmax.
 
-Preprocessing: frames are rounded to 8 bits, each is resized to 224x224 (bilinear, half-pixel centres, no antialiasing) and scaled to
-[-1, 1]. Ours against theirs: this is PyTorch's bilinear resize, as in the ports that most papers use (StyleGAN-V, VideoGPT); the original
-script of Unterthiner et al. resizes with TensorFlow 1's ``resize_bilinear``, whose sampling points lie up to half a pixel aside. StyleGAN-V
-says the same of itself ("up to the upsampling operation"). Pictures that are 224x224 already are the same under all three.
+Preprocessing: frames are rounded to 8 bits, each is resized to 224x224 (bilinear, half-pixel centres, no antialiasing)
+and scaled to [-1, 1]. Ours against theirs: this is PyTorch's bilinear resize, as in the ports that most papers use
+(StyleGAN-V, VideoGPT); the original script of Unterthiner et al. resizes with TensorFlow 1's ``resize_bilinear``, whose
+sampling points lie up to half a pixel aside. StyleGAN-V says the same of itself ("up to the upsampling operation").
+Pictures that are 224x224 already are the same under all three.
 
 Paper:
     Carreira and Zisserman, Quo Vadis, Action Recognition?, 2017, figure 3.
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import MeasurementError, UnsupportedError
 
 RESOLUTION = 224
 FEATURES = 400
@@ -169,10 +170,12 @@ class I3D(nn.Module):
 
         Raises:
             UnsupportedError: if the clips are too short.
-            ValueError: if the shape is another.
+            MeasurementError: if the shape is another.
         """
         if clips.ndim != 5 or clips.shape[2] != 3:
-            raise ValueError(f"I3D looks at clips [n, frames, 3, h, w], got {tuple(clips.shape)}")
+            raise MeasurementError(
+                f"I3D looks at clips [n, frames, 3, h, w], got {tuple(clips.shape)}; add the axis of clips with clip[None]"
+            )
         if clips.shape[1] < MIN_FRAMES:
             raise UnsupportedError(
                 f"I3D features (FVD) of clips of {clips.shape[1]} frames: the network halves time three times and averages over 2 moments,"

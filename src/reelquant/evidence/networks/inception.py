@@ -1,10 +1,11 @@
 """The InceptionV3 that FID and KID are measured on.
 
-Definition: the graph ``inception-2015-12-05`` of TensorFlow, output ``pool_3``: 2048 numbers a picture. It is not torchvision's network:
-average pools leave the padding out, and the last block pools by the maximum.
+Definition: the graph ``inception-2015-12-05`` of TensorFlow, output ``pool_3``: 2048 numbers a picture. It is not
+torchvision's network: average pools leave the padding out, and the last block pools by the maximum.
 
-Preprocessing: 8 bits, resized to 299x299 by TensorFlow 1's ``ResizeBilinear`` (sampling points ``i * size / 299``, no half-pixel shift, no
-antialiasing), then ``(x - 128) / 128``: what the graph itself does, and what NVIDIA's export of it does by ``grid_sample``.
+Preprocessing: 8 bits, resized to 299x299 by TensorFlow 1's ``ResizeBilinear`` (sampling points ``i * size / 299``, no
+half-pixel shift, no antialiasing), then ``(x - 128) / 128``: what the graph itself does, and what NVIDIA's export of it
+does by ``grid_sample``.
 
 Paper:
     Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2015.
@@ -18,6 +19,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from reelquant._errors import MeasurementError
 
 RESOLUTION = 299
 FEATURES = 2048
@@ -187,10 +190,12 @@ class Inception(nn.Module):
             ``[n, 2048]`` float32 on the CPU.
 
         Raises:
-            ValueError: if the shape is another.
+            MeasurementError: if the shape is another.
         """
         if frames.ndim != 4 or frames.shape[1] != 3:
-            raise ValueError(f"Inception looks at frames [n, 3, h, w], got {tuple(frames.shape)}; flatten clips first: clips.flatten(0, 1)")
+            raise MeasurementError(
+                f"Inception looks at frames [n, 3, h, w], got {tuple(frames.shape)}; flatten clips first: clips.flatten(0, 1)"
+            )
         like = next(self.parameters())
         last = torch.channels_last  # on one core 1.7 times as fast, measured side by side
         parts = [self(prepare(part.to(like)).contiguous(memory_format=last)).float().cpu() for part in frames.split(batch) if len(part)]

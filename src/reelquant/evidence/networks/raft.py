@@ -1,10 +1,11 @@
 """RAFT: where every pixel of a picture moves to in the next.
 
-Definition: the large model, trained on FlyingChairs and then FlyingThings ("things"), inference only. Written from the paper; the order of
-the 9x9 window of correlations (offsets of x outer, of y inner) follows the released weights.
+Definition: the large model, trained on FlyingChairs and then FlyingThings ("things"), inference only. Written from the
+paper; the order of the 9x9 window of correlations (offsets of x outer, of y inner) follows the released weights.
 
-Preprocessing: [0, 1] to [-1, 1]; sides padded to multiples of 8 by repeating the border, half on each side; pictures with a side below 128
-pixels are enlarged first, for the coarsest of the four correlation levels (1/64) needs 2 places to interpolate between.
+Preprocessing: [0, 1] to [-1, 1]; sides padded to multiples of 8 by repeating the border, half on each side; pictures
+with a side below 128 pixels are enlarged first, for the coarsest of the four correlation levels (1/64) needs 2 places
+to interpolate between.
 
 Paper:
     Teed and Deng, RAFT: Recurrent All-Pairs Field Transforms for Optical Flow, 2020, section 3.
@@ -17,6 +18,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from reelquant._errors import MeasurementError
 
 MIN_SIDE = 128
 LEVELS = 4
@@ -192,23 +195,27 @@ class RAFT(nn.Module):
     def flow(self, first: Tensor, second: Tensor, iterations: int = 12, batch: int = 4) -> Tensor:
         """Where the pixels of ``first`` are found in ``second``.
 
-        A picture with a side below 128 pixels is enlarged until its shorter side is 128 and the flow is scaled back: a flow of 64x64
+        A picture with a side below 128 pixels is enlarged until its shorter side is 128 and the flow is scaled back: a
+            flow of 64x64
         pictures is what the network sees of them at 128x128, in pixels of the 64x64 ones.
 
         Args:
             first: ``[n, 3, h, w]`` in [0, 1], on any device.
             second: the same shape.
             iterations: updates of the flow; the paper evaluates with 12 to 32.
-            batch: pairs in memory at a time (all-pairs correlations of 480x832 take 210 MB a pair); no influence on the answer.
+            batch: pairs in memory at a time (all-pairs correlations of 480x832 take 210 MB a pair); no influence on the
+                answer.
 
         Returns:
             ``[n, 2, h, w]`` float32 on the CPU, in pixels: channel 0 is x, to the right, channel 1 is y, down.
 
         Raises:
-            ValueError: if the shapes differ or are no pictures.
+            MeasurementError: if the shapes differ or are not ``[n, 3, height, width]``.
         """
         if first.shape != second.shape or first.ndim != 4 or first.shape[1] != 3:
-            raise ValueError(f"RAFT looks at pairs of pictures [n, 3, h, w], got {tuple(first.shape)} and {tuple(second.shape)}")
+            raise MeasurementError(
+                f"RAFT looks at pairs of pictures [n, 3, h, w] of one shape, got {tuple(first.shape)} and {tuple(second.shape)}"
+            )
         like = self.fnet.conv1.weight
         parts = [
             self._flow(a.to(like), b.to(like), iterations).float().cpu()
