@@ -16,7 +16,7 @@ from reelquant.evidence.temporal import LEVEL, check_pair
 
 Figures = dict[str, float]
 
-# ------------------------------------------------------------------------------------------------------------------- planting
+# ------------------------------------------------------------------------------------------------------------- planting
 
 
 def _slowed_repeated(clip: Tensor) -> Tensor:
@@ -108,10 +108,19 @@ PLANT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Defects by name, each a function of a clip ``[frames, 3, height, width]`` in [0, 1] that gives one of the same shape and range."""
 
-OVER_TIME = ("slowed_repeated", "slowed_blended", "dropped", "frozen", "reversed")  # no defects of a clip that stands still
-CALLED = {"slowed_repeated": "slowed", "slowed_blended": "slowed"}  # names in :func:`diagnose` that differ from those in PLANT
+OVER_TIME = (
+    "slowed_repeated",
+    "slowed_blended",
+    "dropped",
+    "frozen",
+    "reversed",
+)  # no defects of a clip that stands still
+CALLED = {
+    "slowed_repeated": "slowed",
+    "slowed_blended": "slowed",
+}  # names in :func:`diagnose` that differ from those in PLANT
 
-# ------------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 SINGLE: dict[str, Callable[[Tensor], float]] = {
     "motion_energy": lambda clip: float(temporal.motion_energy(clip).mean()),
@@ -168,7 +177,7 @@ def _added(before: float, after: float) -> float:
     return math.copysign(abs(difference) ** 0.5, difference)
 
 
-# ------------------------------------------------------------------------------------------------------------------- diagnosis
+# ------------------------------------------------------------------------------------------------------------ diagnosis
 
 # Each lies between the largest figure of harmless changes and the smallest of the planted defect, on 49 clips; see
 # docs/metrics.md.
@@ -265,7 +274,8 @@ RULES: dict[str, Rule] = {
         ("flicker",),
     ),
     "less_motion": Rule(
-        _reaches("motion_deviation", LESS_MOTION), "less motion: motion energy {motion_deviation:+.0%} against the reference"
+        _reaches("motion_deviation", LESS_MOTION),
+        "less motion: motion energy {motion_deviation:+.0%} against the reference",
     ),
     "black_frame": Rule(
         _reaches("black_frames", 1),
@@ -284,7 +294,9 @@ RULES: dict[str, Rule] = {
         ("noise", "flicker"),
     ),
     "noise": Rule(
-        _reaches("grain_deviation", NOISE), "noise: grain {grain_deviation:+.1f} levels to {grain:.1f} in flat areas", ("flicker",)
+        _reaches("grain_deviation", NOISE),
+        "noise: grain {grain_deviation:+.1f} levels to {grain:.1f} in flat areas",
+        ("flicker",),
     ),
     "blur": Rule(_reaches("sharpness_deviation", BLUR), "blur: sharpness {sharpness_deviation:+.0%} against the reference"),
     "color_shift": Rule(_reaches("color_shift", COLOR), "colour shift: the mean colour is Delta E {color_shift:.1f} away"),

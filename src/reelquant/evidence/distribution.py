@@ -1,9 +1,8 @@
 """How far two sets of feature vectors are apart: Fréchet distance (FVD, FID), kernel distance (KID), and how sure one can be of either.
 
-Everything is computed in float64 on the CPU. A Fréchet distance of few samples is far too large (its bias shrinks as 1
-/ n), so a value
-means something only beside another one of the same size: :func:`bias_curve` shows how large the bias is,
-:func:`jackknife` how sure a difference is.
+Everything is computed in float64 on the CPU. A Fréchet distance of few samples is far too large (its bias shrinks as 1 / n), so
+a value means something only beside another one of the same size: :func:`bias_curve` shows how large the bias
+is, :func:`jackknife` how sure a difference is.
 
 Paper:
     Dowson and Landau, The Fréchet distance between multivariate normal distributions, 1982.
@@ -202,11 +201,11 @@ def jackknife(
     """A distance of two sets of clips with an interval: clips are left out a group at a time.
 
     The spread of the resulting distances gives the standard error, Student's t with ``groups - 1`` degrees of freedom
-    the interval. Why not
-    the bootstrap, as for means: drawing with replacement repeats clips and drops a third of them, which takes rank and
-    spread from the covariances, so distances of such draws are biased upwards, often all above the distance itself.
-    Leaving out 1 / groups of the clips hardly changes the bias, and by the same for every group. The interval is of the
-    distance at this number of clips, bias included; it does not say where the distance of infinitely many would lie.
+    the interval. Why not the bootstrap, as for means: drawing with replacement repeats clips and drops a third of them,
+    which takes rank and spread from the covariances, so distances of such draws are biased upwards, often all above the
+    distance itself. Leaving out 1 / groups of the clips hardly changes the bias, and by the same for every group. The
+    interval is of the distance at this number of clips, bias included; it does not say where the distance of infinitely
+    many would lie.
 
     Args:
         reference: per clip ``[rows, d]``; a clip has one row for FVD, one per frame for FID.

@@ -112,7 +112,7 @@ class Evaluation:
         write_json(Path(path), self.data)
 
 
-# --- figures over clips ---------------------------------------------------------------------------------------------------------------
+# --- figures over clips -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -200,8 +200,7 @@ def _within(result: Result) -> bool | None:
     """No worse than the far end of the floor's interval.
 
     Clips of the same noise are held against float clips of the same noise, distances to real data against another draw
-    of the float
-    pipeline: that is what each of them would be if quantization changed nothing that matters.
+    of the float pipeline: that is what each of them would be if quantization changed nothing that matters.
     """
     same = [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]
     drawn = [result.floor[DRAWN_FLOOR]] if DRAWN_FLOOR in result.floor else []

@@ -60,7 +60,10 @@ _SCALED: dict[str, tuple[Callable[[float], Limit], tuple[float, float, float]]] 
     "grain_deviation": (lambda x: Limit("grain_deviation", high=x), (1.0, 3.0, 7.0)),
     "checkerboard_deviation": (lambda x: Limit("checkerboard_deviation", high=x), (0.25, 1.0, 3.0)),
 }
-_NEVER = (_about("length_deviation", 0, 0.0), *(Limit(f"{kind}_frames", high=0.0) for kind in ("black", "constant", "saturated")))
+_NEVER = (
+    _about("length_deviation", 0, 0.0),
+    *(Limit(f"{kind}_frames", high=0.0) for kind in ("black", "constant", "saturated")),
+)
 _SHARES = (0.0, 0.02, 0.1)
 
 

@@ -70,7 +70,12 @@ class Measuring:
             kept = all(self.store.has("latents", one, name) for one in ("reference", variant))
             if kept and LATENTS not in rows.get(name, {"sources": []})["sources"]:
                 curve = relative_error(*(self.store.get("latents", one, name) for one in ("reference", variant)))
-                row = {"name": name, "sources": [LATENTS], "figures": {"latent_error": curve[-1]}, "curves": {"latent_error": curve}}
+                row = {
+                    "name": name,
+                    "sources": [LATENTS],
+                    "figures": {"latent_error": curve[-1]},
+                    "curves": {"latent_error": curve},
+                }
                 self.store.add(variant, row)
 
     def _pair(self, name: str, reference: Clip, test: Clip) -> Pair:

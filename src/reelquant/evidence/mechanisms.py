@@ -88,7 +88,7 @@ class Mechanism:
         return self.available(tools, prompts)
 
 
-# --- figures --------------------------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def _psnr(tools: Tools, pair: Pair) -> dict[str, float]:
@@ -154,7 +154,7 @@ def _mean(values: Tensor) -> float:
     return float(known.mean()) if known.numel() else 0.0
 
 
-# --- features -------------------------------------------------------------------------------------------------------------------------
+# --- features ---------------------------------------------------------------------------------------------------------
 
 
 def _i3d(tools: Tools, clip: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _inception(tools: Tools, clip: Tensor) -> Tensor:
         return tools.network("inception").features(clip[chosen].to(tools.device)).cpu().clone()
 
 
-# --- what must be there ---------------------------------------------------------------------------------------------------------------
+# --- what must be there -----------------------------------------------------------------------------------------------
 
 
 def _needs_cv2(tools: Tools, prompts: Sequence[str] | None) -> str | None:

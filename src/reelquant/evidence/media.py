@@ -34,7 +34,7 @@ def enlarge(clip: Tensor, factor: int) -> Tensor:
     return clip.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def check_video(path: str | Path) -> Path:
@@ -125,7 +125,11 @@ def _write_png(frames: Tensor, files: list[Path], fps: float) -> None:
         Image.fromarray(frame.numpy()).save(file)
 
 
-WRITERS: dict[str, Callable[[Tensor, list[Path], float], None]] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
+WRITERS: dict[str, Callable[[Tensor, list[Path], float], None]] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    ".png": _write_png,
+}
 
 
 def read_video(path: str | Path) -> Tensor:
@@ -171,7 +175,7 @@ def read_pictures(files: Sequence[Path]) -> Tensor:
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255
 
 
-# ------------------------------------------------------------------------------------------------------------ pages of clips
+# ------------------------------------------------------------------------------------------------------- pages of clips
 
 
 def font(size: int) -> Any:
@@ -207,7 +211,13 @@ def write_text(draw: Any, corner: tuple[int, int], text: str, width: int, size: 
 
 
 def contact_sheet(
-    clips: Sequence[Tensor], path: str | Path, labels: Sequence[str], captions: Sequence[str], *, frames: int = 4, title: str = ""
+    clips: Sequence[Tensor],
+    path: str | Path,
+    labels: Sequence[str],
+    captions: Sequence[str],
+    *,
+    frames: int = 4,
+    title: str = "",
 ) -> Path:
     """A page with a row per variant and, side by side, some frames of the same clips.
 

@@ -95,13 +95,25 @@ METRICS: dict[str, Metric] = {
     "judge": Metric("Judge", "text", "", "higher", "share of what the text says that the bundled judge sees", "judge"),
 }  # fmt: skip
 
-SLOW = ("lpips_vgg", "warping_error_raft", "fid", "kid", "fid_data", "kid_data")  # seconds a clip on a CPU: asked for by name
+SLOW = (
+    "lpips_vgg",
+    "warping_error_raft",
+    "fid",
+    "kid",
+    "fid_data",
+    "kid_data",
+)  # seconds a clip on a CPU: asked for by name
 GROUPS: dict[str, tuple[str, ...]] = {
     "image": ("psnr", "ssim", "color_shift"),
     "motion": tuple(name for name, metric in METRICS.items() if metric.source == "temporal"),
     "warping_error": ("warping_error_raft", "warping_error_dis"),
     "lpips": ("lpips_alex", "lpips_vgg"),
-    "quick": ("psnr", "ssim", "latent_error", *(name for name, metric in METRICS.items() if metric.source in ("temporal", "judge"))),
+    "quick": (
+        "psnr",
+        "ssim",
+        "latent_error",
+        *(name for name, metric in METRICS.items() if metric.source in ("temporal", "judge")),
+    ),
     "default": tuple(name for name in METRICS if name not in SLOW),
     "all": tuple(METRICS),
 }

@@ -84,7 +84,7 @@ class Times:
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + time.perf_counter() - start, 2)
 
 
-# --- two pipelines --------------------------------------------------------------------------------------------------------------------
+# --- two pipelines ----------------------------------------------------------------------------------------------------
 
 
 def evaluate(
@@ -102,7 +102,11 @@ def evaluate(
     own = _notes(reference)
     texts = _texts(prompts, own, clips)
     variants = floors(_default_floor(options, dtype) if floor is None else [name for name in floor if name != "none"], float_)
-    everything = {"reference": Variant(float_, words="float"), "test": Variant(quantized, words="quantized"), **variants}
+    everything = {
+        "reference": Variant(float_, words="float"),
+        "test": Variant(quantized, words="quantized"),
+        **variants,
+    }
     call = own.get("call", {}) | {key: value for key, value in call.items() if value is not None}
     numbers = [seed + i if text.seed is None else text.seed for i, text in enumerate(texts)]
     texts = [text.text for text in texts]
@@ -131,7 +135,15 @@ def evaluate(
         if facts["quantization"]:
             facts["test"]["recipe"] = facts["quantization"].get("recipe")
         made = {name: job.clips(name) for name in everything}
-        return _judge(options, store, made, dict(zip(names, texts, strict=True)), dict(zip(names, numbers, strict=True)), facts, times)
+        return _judge(
+            options,
+            store,
+            made,
+            dict(zip(names, texts, strict=True)),
+            dict(zip(names, numbers, strict=True)),
+            facts,
+            times,
+        )
 
 
 def _notes(model: Any) -> dict[str, Any]:
@@ -167,7 +179,7 @@ def _proof(test: Any) -> dict[str, Any] | None:
     return evaluation.load(file) if file.is_file() else None
 
 
-# --- two folders ----------------------------------------------------------------------------------------------------------------------
+# --- two folders ------------------------------------------------------------------------------------------------------
 
 
 def compare(
@@ -204,7 +216,7 @@ def _identity(clips: Mapping[str, Clip]) -> list[str]:
     return [f"{name} {sum(file.stat().st_size for file in clip.files)} {clip.files[0].stat().st_mtime_ns}" for name, clip in clips.items()]
 
 
-# --- both -----------------------------------------------------------------------------------------------------------------------------
+# --- both -------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[floa
     return whole, statistics.median(steps) if steps else None
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 def _peaks(
@@ -236,7 +236,11 @@ def _peaks(
     for variant, (model, runtime) in models.items():
         command = [sys.executable, "-c", f"from {__name__} import _print_peak; _print_peak()"]
         done = subprocess.run(
-            command, input=json.dumps(task | {"model": model, "runtime": runtime}), capture_output=True, text=True, check=False
+            command,
+            input=json.dumps(task | {"model": model, "runtime": runtime}),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]

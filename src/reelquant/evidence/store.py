@@ -83,7 +83,7 @@ class Store:
         """Where a sampled clip lies."""
         return self.root / "clips" / variant / f"{name}.mp4"
 
-    # --- rows -----------------------------------------------------------------------------------------------------------------
+    # --- rows ---------------------------------------------------------------------------------------------------------
 
     def rows(self, variant: str) -> dict[str, dict[str, Any]]:
         """Measured rows by clip; figures of later lines are added to those of earlier ones. A line cut short by a kill is left out."""
@@ -110,7 +110,7 @@ class Store:
             opened.flush()
             os.fsync(opened.fileno())
 
-    # --- tensors --------------------------------------------------------------------------------------------------------------
+    # --- tensors ------------------------------------------------------------------------------------------------------
 
     def tensor_file(self, kind: str, variant: str, name: str) -> Path:
         """Where a tensor of a clip lies; kinds are ``latents``, ``i3d``, ``inception``."""

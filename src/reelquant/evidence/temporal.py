@@ -59,7 +59,7 @@ def pooled(clip: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(clip, (min(side, clip.shape[-2]), min(side, clip.shape[-1])))
 
 
-# ------------------------------------------------------------------------------------------------------------------ motion
+# --------------------------------------------------------------------------------------------------------------- motion
 
 
 def motion_energy(clip: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def dropped(reference: Tensor, test: Tensor) -> float:
     return float(lost.double().mean()) if len(lost) else 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------------- tempo
+# ---------------------------------------------------------------------------------------------------------------- tempo
 
 
 def tempo(reference: Tensor, test: Tensor) -> tuple[float, float]:
@@ -193,7 +193,7 @@ def _median_slope(position: Tensor) -> float:
     return float(((position[second] - position[first]) / (second - first)).quantile(0.5))
 
 
-# ----------------------------------------------------------------------------------------------------- flicker and consistency
+# ---------------------------------------------------------------------------------------------- flicker and consistency
 
 
 def spikes(series: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def _similarity(first: Tensor, second: Tensor) -> Tensor:
     return (alike * (2 * (xy - x * y) + contrast) / (xx - x * x + yy - y * y + contrast)).mean()
 
 
-# --------------------------------------------------------------------------------------------------------------- single frames
+# -------------------------------------------------------------------------------------------------------- single frames
 
 
 def grain(clip: Tensor) -> float:
@@ -308,7 +308,7 @@ def sharpness(clip: Tensor) -> float:
     return float(torch.stack(energy).mean().sqrt()) / LEVEL
 
 
-# ----------------------------------------------------------------------------------------------------------------------- colour
+# --------------------------------------------------------------------------------------------------------------- colour
 
 
 def lab(clip: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ def color_shift(reference: Tensor, test: Tensor) -> float:
     return float((mean_color(test) - mean_color(reference)).norm())
 
 
-# ------------------------------------------------------------------------------------------------------------------ broken frames
+# -------------------------------------------------------------------------------------------------------- broken frames
 
 
 def black_mask(clip: Tensor) -> Tensor:

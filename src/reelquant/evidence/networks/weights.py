@@ -1,8 +1,8 @@
 """Finding and loading the published weights that metrics measure with; nothing here asks the network.
 
 Weights lie in a folder that the user names or in a cache, which :mod:`~reelquant.evidence.networks.download` fills.
-Every number that is
-loaded is checked against a pinned digest: an FVD on other weights than the published ones compares with no other FVD.
+Every number that is loaded is checked against a pinned digest: an FVD on other weights than the published ones compares
+with no other FVD.
 """
 
 from __future__ import annotations

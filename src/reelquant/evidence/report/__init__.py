@@ -1,8 +1,9 @@
 """The report a person looks at: one HTML file with the clips side by side, figures against their floors, charts and the proof.
 
-``data`` reads the content of ``report.json`` into types; everything else takes those. ``html`` is the page: ``metric_table``,
-``clip_cards``, ``plots`` (drawn by ``charts``), ``proof`` are its sections, ``panels`` makes the videos. ``markdown`` is the summary for
-a pull request, ``sentences`` and ``numbers`` the words that both share. ``docs/report.md`` has the schema.
+``data`` reads the content of ``report.json`` into types; everything else takes those. ``html`` is the page:
+``metric_table``, ``clip_cards``, ``plots`` (drawn by ``charts``), ``proof`` are its sections, ``panels`` makes the
+videos. ``markdown`` is the summary for a pull request, ``sentences`` and ``numbers`` the words that both share.
+``docs/report.md`` has the schema.
 """
 
 from reelquant.evidence.report.html import render, write

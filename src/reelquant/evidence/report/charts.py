@@ -88,7 +88,7 @@ class Frame:
     body: list[Markup] = field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------------------------------- parts
 
 
 def finite(*values: float | None) -> bool:
@@ -186,7 +186,7 @@ def area(xs: Sequence[float], ys: Sequence[float], zero: bool = True, log_y: boo
     return Frame(Scale(*wide, LEFT, WIDTH - RIGHT), Scale(*padded(ys, log, zero), HEIGHT - BOTTOM, TOP, log))
 
 
-# --------------------------------------------------------------------------------------------------------------------- charts
+# --------------------------------------------------------------------------------------------------------------- charts
 
 
 def line_chart(
@@ -218,7 +218,16 @@ def line_chart(
         body.append(tag("path", css=f"line {line.style}", d=path([(frame.x(x), frame.y(y)) for x, y in line.points])))
         for x, y in line.points:
             words = f"{line.name}, {x_title} {label(x)}: {figure(y)}"
-            body.append(tag("circle", tip(words), css=f"dot {line.style}" if marks else "hit", cx=frame.x(x), cy=frame.y(y), r=3.2))
+            body.append(
+                tag(
+                    "circle",
+                    tip(words),
+                    css=f"dot {line.style}" if marks else "hit",
+                    cx=frame.x(x),
+                    cy=frame.y(y),
+                    r=3.2,
+                )
+            )
     legend = [(line.style, line.name) for line in series] if len(series) > 1 else []
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
 
@@ -267,14 +276,24 @@ def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], uni
     )
     body = [tag("line", css="grid", x1=16, x2=WIDTH - 16, y1=height - 28, y2=height - 28)]
     body += [text(scale(value), height - 11, label(value), css="tick middle") for value in scale.ticks]
-    body.append(tag("line", tip(f"median {figure(median, unit)}"), css="median", x1=scale(median), x2=scale(median), y1=6, y2=height - 28))
+    body.append(
+        tag(
+            "line",
+            tip(f"median {figure(median, unit)}"),
+            css="median",
+            x1=scale(median),
+            x2=scale(median),
+            y1=6,
+            y2=height - 28,
+        )
+    )
     for (value, words), offset in zip(values, swarm(numbers, scale, radius), strict=True):
         body.append(tag("circle", tip(words), css="dot s-test", cx=scale(value), cy=middle + offset, r=radius))
     note = f"median {figure(median, unit)}, {figure(min(numbers))} to {figure(max(numbers))}"
     return Chart(title, note, drawing(f"{title} of {len(numbers)} clips: {note}. {about}", body, height))
 
 
-# ----------------------------------------------------------------------------------------------------- small drawings in tables
+# --------------------------------------------------------------------------------------------- small drawings in tables
 
 
 def plot_range(test: Triple, floors: Sequence[Triple], zero: float | None) -> tuple[float, float]:
@@ -317,7 +336,14 @@ def interval_plot(test: Triple, floors: Sequence[tuple[str, Triple]], zero: floa
 def bar(share: float, style: str, about: str) -> Markup:
     """A horizontal bar over ``share`` of the cell."""
     width = f"{max(0.4, min(100.0, 100 * share)):.2f}%"
-    return tag("svg", tag("rect", tip(about), css=style, width=width, height=10, rx=2), css="bar", height=10, role="img", aria_label=about)
+    return tag(
+        "svg",
+        tag("rect", tip(about), css=style, width=width, height=10, rx=2),
+        css="bar",
+        height=10,
+        role="img",
+        aria_label=about,
+    )
 
 
 def curve(series: Sequence[tuple[str, Sequence[float | None]]], frames: int, about: str) -> Markup | None:

@@ -1,6 +1,7 @@
 """The content of ``report.json``, typed. :meth:`ReportData.from_json` is the only code that reads its keys; schema: ``docs/report.md``.
 
-Every field may be absent or null. Text, flags and numbers are then None; lists and mappings are empty. NaN and infinities count as null.
+Every field may be absent or null. Text, flags and numbers are then None; lists and mappings are empty. NaN and
+infinities count as null.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from reelquant._errors import MeasurementError
 from reelquant.evidence.metrics import METRICS
@@ -41,7 +51,7 @@ class _Part(BaseModel):
         return {key: value for key, value in raw.items() if value not in (None, {})} if isinstance(raw, Mapping) else raw
 
 
-# ------------------------------------------------------------------------------------------------------------------- metrics
+# -------------------------------------------------------------------------------------------------------------- metrics
 
 
 class ValueRange(_Part):
@@ -123,7 +133,7 @@ class BiasData(_Part):
     extrapolated: Number = None
 
 
-# ------------------------------------------------------------------------------------------------------------- clips, verdicts
+# ------------------------------------------------------------------------------------------------------ clips, verdicts
 
 
 class SideData(_Part):
@@ -178,7 +188,7 @@ class DefectData(_Part):
     sentence: str = ""
 
 
-# ---------------------------------------------------------------------------------------------------------------- quantization
+# --------------------------------------------------------------------------------------------------------- quantization
 
 
 class LayerData(_Part):
@@ -243,7 +253,7 @@ class QuantizationData(_Part):
         return sum(len(names) for names in self.skipped.values())
 
 
-# ------------------------------------------------------------------------------------------------------------------- the report
+# ----------------------------------------------------------------------------------------------------------- the report
 
 
 class ReportData(_Part):

@@ -28,7 +28,12 @@ TOP_LAYERS = 20
 
 
 def write(
-    data: Mapping[str, Any], clips: Sequence[Panel], path: str | Path, *, limit_mb: float = LIMIT_MB, fps: float | None = None
+    data: Mapping[str, Any],
+    clips: Sequence[Panel],
+    path: str | Path,
+    *,
+    limit_mb: float = LIMIT_MB,
+    fps: float | None = None,
 ) -> Path:
     """Write the page; it appears complete or not at all. Folders on the way are made.
 
@@ -79,7 +84,7 @@ def render(data: Mapping[str, Any], clips: Sequence[Panel] = (), *, limit_mb: fl
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- clips
+# ---------------------------------------------------------------------------------------------------------------- clips
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def _shown(data: ReportData, clips: Sequence[Panel], limit_mb: float, *, spare: 
     return Shown(cards, clip_cards.orders(cards, data), by, frames, gain, fps)
 
 
-# ------------------------------------------------------------------------------------------------- what the template is given
+# ------------------------------------------------------------------------------------------- what the template is given
 
 
 def _words(data: ReportData) -> dict[str, Any]:
@@ -169,7 +174,7 @@ def _quantization(quantization: QuantizationData) -> dict[str, Any]:
     }
 
 
-# --------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 @functools.cache

@@ -24,7 +24,14 @@ def summary(data: Mapping[str, Any]) -> str:
     """
     found = ReportData.from_json(data)
     tone, sentences = verdict(found)
-    lines = [f"### {MARKS[tone]} {escaped(headline(found))}", "", escaped(" ".join(sentences)), "", *metric_table(found), ""]
+    lines = [
+        f"### {MARKS[tone]} {escaped(headline(found))}",
+        "",
+        escaped(" ".join(sentences)),
+        "",
+        *metric_table(found),
+        "",
+    ]
     lines += _clip_lines(found)
     for name, items in _sections(found).items():
         if items:
@@ -73,7 +80,11 @@ def metric_table(data: ReportData) -> list[str]:
 def _metric_row(title: str, metric: MetricData, floors: list[str]) -> str:
     digits = metric.decimals
     arrow = BETTER.get(metric.better or "", ("", ""))[0]
-    cells = [f"{escaped(title)} {arrow}".strip(), figure(metric.reference, "", digits), metric.text(metric.unit, digits)]
+    cells = [
+        f"{escaped(title)} {arrow}".strip(),
+        figure(metric.reference, "", digits),
+        metric.text(metric.unit, digits),
+    ]
     cells += [metric.floor.get(floor, ValueRange()).text("", digits) for floor in floors]
     return f"| {' | '.join([*cells, WITHIN[metric.within_floor]])} |"
 
@@ -90,5 +101,9 @@ def quantization_line(quantization: QuantizationData) -> str:
 def environment_line(data: ReportData) -> str:
     """Where and with what it was measured."""
     machine, versions = data.machine, {"reelquant": data.tool_version, **data.versions}
-    parts = [machine.get("gpu") or machine.get("cpu"), machine.get("os"), *(f"{name} {text}" for name, text in versions.items() if text)]
+    parts = [
+        machine.get("gpu") or machine.get("cpu"),
+        machine.get("os"),
+        *(f"{name} {text}" for name, text in versions.items() if text),
+    ]
     return ", ".join(escaped(part) for part in parts if part)

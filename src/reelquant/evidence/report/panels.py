@@ -82,7 +82,7 @@ class Embedded:
         return len(self.video) + len(self.still)
 
 
-# ------------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
@@ -130,7 +130,7 @@ def strips(panel: Panel, gain: int) -> Iterator[Tensor]:
         yield (strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
 
 
-# --------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def encode(frames: Sequence[Tensor], fps: float) -> bytes:
@@ -149,7 +149,12 @@ def encode(frames: Sequence[Tensor], fps: float) -> bytes:
         stream.height, stream.width, stream.pix_fmt = frames[0].shape[0], frames[0].shape[1], "yuv420p"
         stream.thread_count = 1  # the same bytes on every machine
         context = stream.codec_context
-        context.colorspace, context.color_primaries, context.color_trc, context.color_range = BT601, FULL_BT709, SRGB, LIMITED
+        context.colorspace, context.color_primaries, context.color_trc, context.color_range = (
+            BT601,
+            FULL_BT709,
+            SRGB,
+            LIMITED,
+        )
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
         container.mux(stream.encode())
@@ -186,7 +191,7 @@ def embed_within(panels: Sequence[Panel], gain: int, fps: float, limit: float) -
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------------- order
+# ---------------------------------------------------------------------------------------------------------------- order
 
 
 def worst_first(panels: Sequence[Panel], metrics: Mapping[str, MetricData]) -> tuple[list[Panel], str | None]:
@@ -202,4 +207,9 @@ def worst_first(panels: Sequence[Panel], metrics: Mapping[str, MetricData]) -> t
     return list(panels), None
 
 
-BADNESS = {"higher": lambda value: -value, "lower": lambda value: value, "zero": abs, "one": lambda value: abs(value - 1)}
+BADNESS = {
+    "higher": lambda value: -value,
+    "lower": lambda value: value,
+    "zero": abs,
+    "one": lambda value: abs(value - 1),
+}

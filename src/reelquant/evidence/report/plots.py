@@ -16,7 +16,12 @@ STRIPS = 6
 ROLES = ("main", "temporal", "prompt", "constant", "entry", "exit")
 LAYER_FIGURES = (  # field, title, explanation, axis
     ("coverage", "Code coverage", "Share of the input's codes that a channel uses, mean over channels.", "share"),
-    ("tdscore", "TDScore of temporal layers", "How well quantized timestep features keep their distances; 1 is lossless.", "TDScore"),
+    (
+        "tdscore",
+        "TDScore of temporal layers",
+        "How well quantized timestep features keep their distances; 1 is lossless.",
+        "TDScore",
+    ),
     (
         "skewness",
         "Skewness of temporal features",
@@ -26,7 +31,7 @@ LAYER_FIGURES = (  # field, title, explanation, axis
 )
 
 
-# -------------------------------------------------------------------------------------------------------------------- clips
+# ---------------------------------------------------------------------------------------------------------------- clips
 
 
 def trajectory_chart(data: ReportData) -> Chart:
@@ -43,7 +48,11 @@ def trajectory_chart(data: ReportData) -> Chart:
 
 def grain_chart(data: ReportData) -> Chart:
     """Noise in flat areas against the number of steps."""
-    title, about, found = "Grain against steps", "Noise left in flat areas of the clips, in levels of 255.", data.grain_growth
+    title, about, found = (
+        "Grain against steps",
+        "Noise left in flat areas of the clips, in levels of 255.",
+        data.grain_growth,
+    )
     if found is None:
         return Chart(title, about, missing="it was not measured at several numbers of steps")
     left, right = sides(data)
@@ -55,7 +64,10 @@ def bias_chart(data: ReportData) -> Chart:
     """A distance of distributions against the number of clips."""
     found = data.bias
     name = data.title((found.metric if found else None) or "fvd")
-    title, about = f"{name} against sample size", "Few clips make the distance too large; the band is one standard deviation over draws."
+    title, about = (
+        f"{name} against sample size",
+        "Few clips make the distance too large; the band is one standard deviation over draws.",
+    )
     if found is None:
         return Chart(title, about, missing="it was not measured on subsets of the clips")
     points = list(zip(found.values, found.sd, strict=False))
@@ -79,7 +91,7 @@ def _strip(data: ReportData, name: str, metric: MetricData) -> Chart | None:
     return charts.strip_chart(data.title(name), metric.about, dots, metric.unit) if dots else None
 
 
-# ------------------------------------------------------------------------------------------------------------------- layers
+# --------------------------------------------------------------------------------------------------------------- layers
 
 
 def layer_charts(quantization: QuantizationData) -> list[Chart]:

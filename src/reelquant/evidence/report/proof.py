@@ -68,7 +68,10 @@ def calibration(quantization: QuantizationData) -> str:
 def byte_bars(quantization: QuantizationData) -> list[tuple[str, str, str, Markup, Markup, str]]:
     """Quantized layers and whole denoiser: name, before, after, both bars, ratio."""
     q = quantization
-    rows = (("Quantized layers", q.bytes_float, q.bytes_quantized), ("Whole denoiser", q.bytes_model_float, q.bytes_model))
+    rows = (
+        ("Quantized layers", q.bytes_float, q.bytes_quantized),
+        ("Whole denoiser", q.bytes_model_float, q.bytes_model),
+    )
     found = []
     for title, before, after in rows:
         if before and after:
