@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.common import SAMPLING_SEED, Clips, Records, judged, markdown, measure, parser, report_facts, write_csv
-from reelquant.cli.variants import Comparison
+from reelquant.evidence.variants import Comparison
 from reelquant.evidence import bootstrap
 from reelquant.recipes.recipe import load_recipe
 

@@ -370,7 +370,7 @@ def test_a_demo_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reelquant.cli.variants.Comparison.measure_float", interrupted)
+    monkeypatch.setattr("reelquant.evidence.variants.Comparison.measure_float", interrupted)
     assert invoke("demo", "--pipeline", "tiny-dit", "-o", tmp_path / "demo").exit_code == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,16 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 PIPED = 120  # columns where the output is no terminal and COLUMNS says nothing
 
@@ -100,7 +109,12 @@ class Bars(Lane):
     """Progress bars with the time left, on stderr; nothing is drawn where that is no terminal."""
 
     def __init__(self) -> None:
-        words = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn())
+        words = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+        )
         times = (TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn())
         super().__init__(Progress(*words, *times, console=err, disable=not err.is_terminal))
 

@@ -28,13 +28,13 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def kept_in(folder: Path | None) -> Iterator[None]:
-    """Inside, Ctrl-C says that what was made is in a folder, if it is there, instead of that nothing is left."""
+def left_in(folder: Path | None) -> Iterator[None]:
+    """Inside, Ctrl-C says that the finished work is in a folder, if that folder exists, not that nothing is left behind."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = [f"what was made is in '{folder}': go on with --resume"] if folder is not None and folder.is_dir() else []
-        raise KeyboardInterrupt(*kept) from None
+        exists = folder is not None and folder.is_dir()
+        raise KeyboardInterrupt(*([f"finished work is in '{folder}': continue with --resume"] if exists else [])) from None
 
 
 @contextmanager

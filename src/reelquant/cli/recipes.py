@@ -1,4 +1,4 @@
-"""``reelquant recipes``: what there is, and what one of them does."""
+"""``reelquant recipes``: the list of recipes, and what one of them does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reelquant.cli.options import Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reelquant.recipes.recipe import Recipe, Step, TensorRecipe
+    from reelquant.recipes.recipe import Recipe, Rule, Step, TensorRecipe
 
 
 def recipes(
@@ -73,13 +73,23 @@ def explain(recipe: Recipe) -> list[tuple[str, str]]:
     rows = [("summary", recipe.summary), *([("paper", recipe.paper)] if recipe.paper else [])]
     rows += [("weights", _tensor(recipe.defaults.weight)), ("inputs", _tensor(recipe.defaults.input))]
     for rule in recipe.rules:
-        fate = f"stay float: {rule.because or 'the rule says so'}" if rule.keep else "; ".join(
-            f"{part} {_tensor(getattr(rule, part))}" for part in ("weight", "input") if part in rule.model_fields_set
-        )  # fmt: skip
-        rows.append(("except", f"[cyan]{rule.on}[/cyan] {fate}"))
+        rows.append(("except", f"[cyan]{rule.on}[/cyan] {_fate(rule)}"))
     rows += [(f"step {number}", _step(step)) for number, step in enumerate(recipe.steps, 1)]
     rows += [("attention", f"{recipe.attention.numbers}, found at run time; float at protected steps")] if recipe.attention else []
-    return [*rows, ("data", _data(recipe)), ("temporal layers", _TEMPORAL[recipe.temporal]), ("digest", recipe.digest())]
+    return [
+        *rows,
+        ("data", _data(recipe)),
+        ("temporal layers", _TEMPORAL[recipe.temporal]),
+        ("digest", recipe.digest()),
+    ]
+
+
+def _fate(rule: Rule) -> str:
+    """What a rule does to its layers."""
+    if rule.keep:
+        return f"stay float: {rule.because or 'the rule says so'}"
+    changed = [part for part in ("weight", "input") if part in rule.model_fields_set]
+    return "; ".join(f"{part} {_tensor(getattr(rule, part))}" for part in changed)
 
 
 _TEMPORAL = {
@@ -94,8 +104,9 @@ def _tensor(recipe: TensorRecipe | None) -> str:
     formats = [recipe.format] if isinstance(recipe.format, str) else recipe.format
     found = recipe.range if isinstance(recipe.range, str) else " ".join(str(value) for value in recipe.range.values())
     shared = "a scale per " + recipe.granularity if recipe.granularity != "tensor" else "one scale"
-    return f"{' or '.join(formats)}, {shared}, range by {found}" + (", found at run time" if recipe.dynamic else "") + (
-        ", per denoising step" if recipe.slots == "per_step" else "")  # fmt: skip
+    when = ", found at run time" if recipe.dynamic else ""
+    slots = ", per denoising step" if recipe.slots == "per_step" else ""
+    return f"{' or '.join(formats)}, {shared}, range by {found}{when}{slots}"
 
 
 def _step(step: Step) -> str:

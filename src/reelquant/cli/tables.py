@@ -37,7 +37,15 @@ def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """Names and values in two columns."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for row in rows:
@@ -51,7 +59,12 @@ def plan_table(plan: Plan, device: str = "cpu") -> Table:
     for row in plan.layers.values():
         made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
     made.add_section()
-    made.add_row("[bold]quantized layers", "", f"{len(plan.quantized)} of {len(plan.layers)}", *_sizes(*plan_bytes(plan.quantized)))
+    made.add_row(
+        "[bold]quantized layers",
+        "",
+        f"{len(plan.quantized)} of {len(plan.layers)}",
+        *_sizes(*plan_bytes(plan.quantized)),
+    )
     made.add_row("[bold]all layers", "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
     if (attention := _attention(plan, device)) is not None:
         made.add_section()
@@ -68,7 +81,11 @@ def _attention(plan: Plan, device: str) -> AttentionFacts | None:
 
 def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
     """What the work takes, in bytes and seconds."""
-    return asdict(expected) | {"budget": job.budget, "seconds": job.seconds(expected), "streams": expected.in_memory > job.budget}
+    return asdict(expected) | {
+        "budget": job.budget,
+        "seconds": job.seconds(expected),
+        "streams": expected.in_memory > job.budget,
+    }
 
 
 def estimate_table(job: Job, expected: Estimate) -> Table:
@@ -76,7 +93,11 @@ def estimate_table(job: Job, expected: Estimate) -> Table:
     streams = expected.in_memory > job.budget
     calls = f", and {expected.calls} calls of the denoiser, solvers" if expected.calls else ""
     made = table("What it takes" + (": from disk to disk" if streams else ": in memory"), ["", "about", "for"])
-    made.add_row("memory", size(expected.memory if streams else expected.in_memory), expected.largest if streams else "the whole model")
+    made.add_row(
+        "memory",
+        size(expected.memory if streams else expected.in_memory),
+        expected.largest if streams else "the whole model",
+    )
     made.add_row("allowed", size(job.budget), "" if streams else "the whole model fits")
     made.add_row("free disk", size(expected.disk if streams else expected.result), "until the work is done")
     made.add_row("result", size(expected.result), f"the float folder has {size(expected.source)}")
@@ -115,16 +136,22 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
     return size(before), size(after), f"{before / max(after, 1):.2f}x"
 
 
+def _layer_json(row: LayerPlan) -> dict[str, Any]:
+    return {
+        "name": row.layer.name,
+        "role": row.layer.role,
+        "kept": row.kept,
+        "weight": row.weight and str(row.weight),
+        "input": row.input and str(row.input),
+        "bytes_before": row.bytes_before,
+        "bytes_after": row.bytes_after,
+    }
+
+
 def plan_json(plan: Plan, device: str = "cpu") -> dict[str, Any]:
     """The plan as plain data."""
     before, after = plan_bytes(plan.quantized)
-    layers = [
-        {
-            "name": row.layer.name, "role": row.layer.role, "kept": row.kept, "weight": row.weight and str(row.weight),
-            "input": row.input and str(row.input), "bytes_before": row.bytes_before, "bytes_after": row.bytes_after,
-        }
-        for row in plan.layers.values()
-    ]  # fmt: skip
+    layers = [_layer_json(row) for row in plan.layers.values()]
     totals = {"quantized": len(plan.quantized), "kept": len(plan.kept), "bytes_before": before, "bytes_after": after}
     attention = _attention(plan, device)
     said = {} if attention is None else {"attention": asdict(attention)}
@@ -199,7 +226,14 @@ def worst(report: Report, count: int = WORST) -> Table:
 
 
 def _record(x: LayerRecord) -> tuple[str, ...]:
-    return x.name, x.role, numbers(x.weight, x.input), figure(x.error, "{:.1e}"), figure(x.coverage, "{:.0%}"), figure(x.tdscore)
+    return (
+        x.name,
+        x.role,
+        numbers(x.weight, x.input),
+        figure(x.error, "{:.1e}"),
+        figure(x.coverage, "{:.0%}"),
+        figure(x.tdscore),
+    )
 
 
 def kept(report: Report) -> Table:
