@@ -196,8 +196,14 @@ def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_
 
 
 def jackknife(
-    reference: Sequence[Tensor], test: Sequence[Tensor], distance: Distance, groups: int = 20, level: float = 0.95, *, together: bool = True
-) -> tuple[float, float, float]:  # fmt: skip
+    reference: Sequence[Tensor],
+    test: Sequence[Tensor],
+    distance: Distance,
+    groups: int = 20,
+    level: float = 0.95,
+    *,
+    together: bool = True,
+) -> tuple[float, float, float]:
     """A distance of two sets of clips with an interval: clips are left out a group at a time.
 
     The spread of the resulting distances gives the standard error, Student's t with ``groups - 1`` degrees of freedom

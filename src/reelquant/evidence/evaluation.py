@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reelquant._errors import CheckpointError
 from reelquant.evidence import distribution
 from reelquant.evidence.defects import diagnose
 from reelquant.evidence.fidelity import Interval, bootstrap
@@ -60,9 +61,8 @@ class Result:
         about = {name: getattr(self.metric, name) for name in ("title", "kind", "unit", "better", "about", "digits")}
         bounds = _bounds(self.interval) if self.interval else {"value": None, "low": None, "high": None}
         floor = {variant: _bounds(interval) for variant, interval in self.floor.items()}
-        return about | bounds | {
-            "reference": self.reference, "floor": floor, "within_floor": self.within_floor, "missing": self.missing,
-        }  # fmt: skip
+        beside = {"reference": self.reference, "floor": floor, "within_floor": self.within_floor}
+        return about | bounds | beside | {"missing": self.missing}
 
 
 def _bounds(interval: Interval) -> dict[str, float]:
@@ -236,9 +236,7 @@ def defects(sets: Sets) -> list[dict[str, Any]]:
         row = sets.rows["test"].get(name)
         for defect in diagnose({"tempo": 1.0} | row["figures"]) if row and "temporal" in row["sources"] else []:
             found.setdefault(defect.name, []).append((defect.strength, name, defect.sentence))
-    return [
-        {"name": defect, "clips": [clip for _, clip, _ in hits], "sentence": max(hits)[2]} for defect, hits in found.items()
-    ]  # fmt: skip
+    return [{"name": defect, "clips": [clip for _, clip, _ in hits], "sentence": max(hits)[2]} for defect, hits in found.items()]
 
 
 def trajectory(sets: Sets) -> dict[str, Any] | None:
@@ -276,9 +274,11 @@ def bias(sets: Sets) -> dict[str, Any] | None:
     curve = distribution.bias_curve(reference, test, sizes)
     return {
         "metric": "fvd_data" if other == "data" else "fvd",
-        "sizes": [point[0] for point in curve], "values": [point[1] for point in curve], "sd": [point[2] for point in curve],
+        "sizes": [point[0] for point in curve],
+        "values": [point[1] for point in curve],
+        "sd": [point[2] for point in curve],
         "extrapolated": distribution.extrapolated(curve[-4:]) if len(curve) > 3 else None,
-    }  # fmt: skip
+    }
 
 
 def warnings(found: Mapping[str, Result], sets: Sets) -> list[str]:
@@ -295,17 +295,28 @@ def warnings(found: Mapping[str, Result], sets: Sets) -> list[str]:
 
 def clips_json(sets: Sets, prompts: Mapping[str, str], seeds: Mapping[str, int]) -> list[dict[str, Any]]:
     """Per clip: figures and curves of the test clip, curves of the reference."""
-    listed = []
-    for name in sets.names["test"]:
-        row = sets.rows["test"].get(name, {"figures": {}, "curves": {}})
-        own = sets.rows["reference"].get(name, {"curves": {}})
-        listed.append(
-            {"name": name, "prompt": prompts.get(name), "seed": seeds.get(name), "figures": row["figures"], "curves": row["curves"],
-             "reference_curves": own["curves"]}
-        )  # fmt: skip
-    return listed
+    return [_clip_json(sets, name, prompts.get(name), seeds.get(name)) for name in sets.names["test"]]
+
+
+def _clip_json(sets: Sets, name: str, prompt: str | None, seed: int | None) -> dict[str, Any]:
+    row = sets.rows["test"].get(name, {"figures": {}, "curves": {}})
+    return {
+        "name": name,
+        "prompt": prompt,
+        "seed": seed,
+        "figures": row["figures"],
+        "curves": row["curves"],
+        "reference_curves": sets.rows["reference"].get(name, {"curves": {}})["curves"],
+    }
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a ``report.json``."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a ``report.json``.
+
+    Raises:
+        CheckpointError: if the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read '{path}' ({error}); delete it, or quantize again to get a new one") from None

@@ -151,9 +151,13 @@ def _limit(name: str, value: Any) -> Limit:
 
 
 def decide(
-    values: Mapping[str, float], missing: Mapping[str, str], defects: Sequence[Mapping[str, Any]], clips: int,
-    preset: str | None, extra: Sequence[Limit] = (),
-) -> Verdict:  # fmt: skip
+    values: Mapping[str, float],
+    missing: Mapping[str, str],
+    defects: Sequence[Mapping[str, Any]],
+    clips: int,
+    preset: str | None,
+    extra: Sequence[Limit] = (),
+) -> Verdict:
     """Hold figures against limits.
 
     Args:

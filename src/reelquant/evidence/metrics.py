@@ -89,20 +89,12 @@ METRICS: dict[str, Metric] = {
     "fid_data": Metric("FID to data", "distribution", "", "lower", "Frechet distance of Inception features to real frames", "fid", 1),
     "kid_data": Metric("KID to data", "distribution", "", "lower", "kernel distance of Inception features to real frames", "kid", 4),
     "clipsim": Metric("CLIPSIM", "text", "", "higher", "cosine of CLIP embeddings, frames against the text", "clip", 4),
-    "clip_consistency": Metric(
-        "CLIP consistency", "text", "", "higher", "cosine of CLIP embeddings of neighbouring frames", "clip", 4
-    ),
+    "clip_consistency": Metric("CLIP consistency", "text", "", "higher", "cosine of CLIP embeddings of neighbouring frames", "clip", 4),
     "judge": Metric("Judge", "text", "", "higher", "share of what the text says that the bundled judge sees", "judge"),
-}  # fmt: skip
+}
 
-SLOW = (
-    "lpips_vgg",
-    "warping_error_raft",
-    "fid",
-    "kid",
-    "fid_data",
-    "kid_data",
-)  # seconds a clip on a CPU: asked for by name
+# Seconds a clip on a CPU, so only measured when asked for by name or as "all".
+SLOW = ("lpips_vgg", "warping_error_raft", "fid", "kid", "fid_data", "kid_data")
 GROUPS: dict[str, tuple[str, ...]] = {
     "image": ("psnr", "ssim", "color_shift"),
     "motion": tuple(name for name, metric in METRICS.items() if metric.source == "temporal"),

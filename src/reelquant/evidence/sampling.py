@@ -176,9 +176,14 @@ class Job:
                 course.append(latents.detach().float().cpu())
 
         frames = sample(
-            pipe, [self.prompts[i] for i in chunk], seeds=[self.seeds[i] + variant.shift for i in chunk], batch=len(chunk),
-            on_step=self.progress.advance, on_latents=at_step, **self.call,
-        ).float()  # fmt: skip
+            pipe,
+            [self.prompts[i] for i in chunk],
+            seeds=[self.seeds[i] + variant.shift for i in chunk],
+            batch=len(chunk),
+            on_step=self.progress.advance,
+            on_latents=at_step,
+            **self.call,
+        ).float()
         for row, i in enumerate(chunk):
             clip = frames[row] if frames.ndim == 5 else frames[row][None]
             self._stop_if_broken(clip, name, i, f"{i} of {words} ('{self.prompts[i]}')")

@@ -105,9 +105,8 @@ class Comparison:
         runs = -(-len(self.captions) // self.batch)
         self.progress.phase("sample", runs * (call_arguments(self.pipe, **self.call).get("num_inference_steps") or 50))
         start = time.perf_counter()
-        frames = sample(
-            self.pipe, self.captions, seed=self.seed, batch=self.batch, on_step=self.progress.advance, **self.call
-        )  # fmt: skip
+        how = {"seed": self.seed, "batch": self.batch, "on_step": self.progress.advance}
+        frames = sample(self.pipe, self.captions, **how, **self.call)
         return frames.float().clamp(0, 1), time.perf_counter() - start
 
     def measure_float(self) -> Outcome:

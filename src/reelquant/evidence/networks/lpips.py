@@ -118,7 +118,8 @@ class LPIPS(nn.Module):
         """
         if reference.shape != test.shape or reference.ndim != 4 or reference.shape[1] != 3:
             raise MeasurementError(
-                f"LPIPS compares pictures [n, 3, h, w] of one shape, got {tuple(reference.shape)} and {tuple(test.shape)}; resize one of them"
+                f"LPIPS compares pictures [n, 3, h, w] of one shape, got {tuple(reference.shape)} and "
+                f"{tuple(test.shape)}; resize one of them"
             )
         if min(reference.shape[-2:]) < self.minimum:
             others = [f"'{name}' (from {side})" for name, (_, _, side) in BACKBONES.items() if side < self.minimum]
