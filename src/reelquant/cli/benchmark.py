@@ -29,9 +29,18 @@ if TYPE_CHECKING:
 
 
 Folder = Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)]
-Reference = Annotated[str, typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False)]
-Rounds = Annotated[int, typer.Option("--rounds", "-n", min=1, help="Clips that each pipeline makes, after one to warm up.")]
-Prompt = Annotated[str | None, typer.Option("--prompt", "-p", help="What the clips show. Default: one of the pipeline's own.")]
+Reference = Annotated[
+    str,
+    typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False),
+]
+Rounds = Annotated[
+    int,
+    typer.Option("--rounds", "-n", min=1, help="Clips that each pipeline makes, after one to warm up."),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="What the clips show. Default: one of the pipeline's own."),
+]
 BothDtype = Annotated[
     str | None,
     typer.Option(
@@ -82,7 +91,15 @@ def benchmark(
         locate(name)
     check_device(device)
     console.quiet_loading()
-    how = dict(dtype=kind, rounds=rounds, device=device, compiled=compiled, runtime=runtime, memory=memory, prompt=prompt)
+    how = dict(
+        dtype=kind,
+        rounds=rounds,
+        device=device,
+        compiled=compiled,
+        runtime=runtime,
+        memory=memory,
+        prompt=prompt,
+    )
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     made = _measure(model, reference, threads, **how, **call)
     if json:

@@ -23,7 +23,10 @@ from reelquant.cli.evaluate import (
 )
 from reelquant.cli.options import Device, Force, Json, more_help
 
-Texts = Annotated[Path | None, typer.Option("--prompts", help="Texts of the clips, a line per name.", show_default=False)]
+Texts = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="Texts of the clips, a line per name.", show_default=False),
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for report.html, report.json, summary.md.")]
 
 

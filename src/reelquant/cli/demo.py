@@ -1,4 +1,4 @@
-"""``reelquant demo``: the main job on the bundled pipelines, with files in which a person sees that it worked."""
+"""``reelquant demo``: quantize the bundled pipelines and write pictures and videos that show the result."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from reelquant.evidence.variants import Comparison, Outcome
 
 VARIANTS = ("minmax-w8a8", "qvd-w8a8", "qvd-w6a6", "qvd-w4a8")  # as they are shown
-SAVED = "qvd-w8a8"  # goes first: its statistics hold what the others need; it is also the one that is saved and opened again
+SAVED = "qvd-w8a8"  # first, because its statistics cover the other variants; also saved and opened again
 SHORTER: dict[str, Any] = {
     "search.prompts": 2,
     "calibrate.steps": 10,
-}  # a demo is for the eyes; benchmarks/ is for figures
+}  # shorter than the defaults: benchmarks/ has figures at full length
 RESULTS = "results.json"
 SEED = 42
 SHOWN, PLAYED = 3, 3  # clips on the contact sheet, clips in the video
@@ -104,7 +104,7 @@ def _is_demo(path: Path) -> bool:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place when all went well."""
+    """A folder beside the target that replaces it on success."""
     fresh = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -120,7 +120,7 @@ def _replacing(target: Path) -> Iterator[Path]:
 
 
 def _run(names: list[str], folder: Path, clips: int, steps: int | None, json: bool) -> dict[str, Any]:
-    """Every pipeline, each in a process of its own if there are cores for it: small models gain little from a second thread."""
+    """Every pipeline, each in its own process if there are cores: small models gain little from a second thread."""
     from reelquant._version import __version__
     from reelquant.cli.console import Bars, out
     from reelquant.cli.parallel import run_each
@@ -162,7 +162,7 @@ class Job:
 
 
 def work(job: Job, lane: Any) -> dict[str, Any]:
-    """Compare, draw, and give back the figures of one pipeline."""
+    """Compare and draw the variants of one pipeline; return their figures."""
     import torch
 
     before = torch.get_num_threads()
@@ -282,7 +282,7 @@ def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:
     for name, found in data["pipelines"].items():
         sheet, *films = found["files"]
         again = found["reopened"]
-        same = "gives the very same clips" if again["equal"] else "[red]gives other clips: a fault, please report it[/red]"
+        same = "gives the same clips" if again["equal"] else "[red]gives other clips: a fault, please report it[/red]"
         rows.append((name, f"{sheet} (look at this first), {', '.join(films)}"))
         rows.append(
             (

@@ -62,12 +62,21 @@ ClipModel = Annotated[str | None, typer.Option("--clip-model", help="CLIP of tra
 Shown = Annotated[int, typer.Option("--shown", min=0, help="Clips in the report, the worst first.")]
 
 Folder = Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)]
-Reference = Annotated[str, typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False)]
-Clips = Annotated[int | None, typer.Option("--clips", "-n", min=1, help="Clips to sample; by default 16, or one per prompt.")]
+Reference = Annotated[
+    str,
+    typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False),
+]
+Clips = Annotated[
+    int | None,
+    typer.Option("--clips", "-n", min=1, help="Clips to sample; by default 16, or one per prompt."),
+]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for clips and report. Default: MODEL-evaluation.")]
 Floor = Annotated[
     str | None,
-    typer.Option("--floor", help="Float runs that show the noise floor: bf16, float32, compiled, reseed, none; commas."),
+    typer.Option(
+        "--floor",
+        help="Float runs that show the noise floor: bf16, float32, compiled, reseed, none; commas.",
+    ),
 ]
 GrainSteps = Annotated[
     str | None,
@@ -75,7 +84,10 @@ GrainSteps = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Noise of the first clip.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Clips per pipeline call.")]
-Reuse = Annotated[Path | None, typer.Option("--reuse", help="Evaluation with the same float clips.", show_default=False)]
+Reuse = Annotated[
+    Path | None,
+    typer.Option("--reuse", help="Evaluation with the same float clips.", show_default=False),
+]
 
 
 @more_help("""
@@ -139,7 +151,16 @@ def evaluate(
     from reelquant.evidence.run import evaluate as run
 
     with listening(options) as heard:
-        made = run(model, reference, texts, floor=floors, grain_steps=_steps(grain_steps), options=heard, **clip, **call)
+        made = run(
+            model,
+            reference,
+            texts,
+            floor=floors,
+            grain_steps=_steps(grain_steps),
+            options=heard,
+            **clip,
+            **call,
+        )
     finish(made, json)
 
 
@@ -200,7 +221,7 @@ def _texts(file: Path | None) -> list[Prompt] | None:
 
 
 def finish(made: Any, json: bool | None) -> None:
-    """Print the outcome, as one JSON document, in words, or not at all (None); exit code 1 if a gate was missed."""
+    """Print the outcome as JSON (True), as tables (False) or not at all (None); exit code 1 if a gate was missed."""
     from reelquant.cli import console, tables
 
     if json:
@@ -210,7 +231,10 @@ def finish(made: Any, json: bool | None) -> None:
             console.out.print(part)
             console.out.print()
         if made.folder is not None:
-            console.out.print(f"[green]✓[/green] {made.folder / 'report.html'}  [dim]look at this first[/dim]", soft_wrap=True)
+            console.out.print(
+                f"[green]✓[/green] {made.folder / 'report.html'}  [dim]look at this first[/dim]",
+                soft_wrap=True,
+            )
     if not made.passed:
         for failure in made.verdict.failures:
             typer.echo(f"reelquant: gate {made.verdict.preset}: {failure.sentence}", err=True)

@@ -26,7 +26,10 @@ Type = Annotated[
         help="int8, fp8, scaled_fp8, Q8_0, Q4_0, Q4_1 or Q4_K for all layers; by default the type that keeps the codes.",
     ),
 ]
-Component = Annotated[str | None, typer.Option("--component", help="Which denoiser, if there are several.", show_default=False)]
+Component = Annotated[
+    str | None,
+    typer.Option("--component", help="Which denoiser, if there are several.", show_default=False),
+]
 
 
 @more_help("""

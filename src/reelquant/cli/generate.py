@@ -28,7 +28,10 @@ from reelquant.cli.options import (
 )
 
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What the clip shows.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False)]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise; the same seed gives the same clip.")]
 Fps = Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")]
 
@@ -102,4 +105,7 @@ def _tell(files: list[Path], clip: Any, seconds: float, json: bool, given: dict[
         console.emit(given | {"files": files, "frames": count, "height": height, "width": width, "seconds": seconds})
         return
     name = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
-    console.out.print(f"[green]✓[/green] {name}  [dim]{count} frames of {width}x{height}, {seconds:.1f} s[/dim]", soft_wrap=True)
+    console.out.print(
+        f"[green]✓[/green] {name}  [dim]{count} frames of {width}x{height}, {seconds:.1f} s[/dim]",
+        soft_wrap=True,
+    )

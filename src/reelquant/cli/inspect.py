@@ -74,8 +74,9 @@ def inspect(
     [cyan]reelquant inspect tiny-dit --no-run[/cyan]        only what needs no sampling
     [cyan]reelquant inspect out --json[/cyan]               a quantized folder, as data
 
-    A channel that covers little of the grid its tensor shares loses precision; transforms (shift, range_integrate, scale) repair that.
-    Temporal features are skewed; where the TDScore of a uniform grid falls below 1, denoising steps begin to look alike.
+    A channel that covers little of the grid its tensor shares loses precision; transforms (shift, range_integrate,
+    scale) repair that. Temporal features are skewed; where the TDScore of a uniform grid falls below 1, denoising steps
+    begin to look alike.
     """
     from reelquant.models.prompts import read_prompts
 
@@ -154,7 +155,15 @@ def _observe(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[s
     prompts = (texts or calibration_prompts(pipe, CLIPS))[:CLIPS]
     with Bars() as bars:
         bars.phase("sample", len(prompts) * call["num_inference_steps"])
-        return calibrate(pipe, denoiser, plan, prompts, seed=0, arguments=call_arguments(pipe, **call), on_step=bars.advance)
+        return calibrate(
+            pipe,
+            denoiser,
+            plan,
+            prompts,
+            seed=0,
+            arguments=call_arguments(pipe, **call),
+            on_step=bars.advance,
+        )
 
 
 def _group_facts(name: str, layers: int, role: str, statistics: InputStatistics) -> GroupFacts:
@@ -163,7 +172,12 @@ def _group_facts(name: str, layers: int, role: str, statistics: InputStatistics)
 
     low, high = (bound.flatten(0, 1) for bound in statistics.range.envelope())
     low, high = low.amin(0), high.amax(0)  # [channels]
-    grid = bind(Int(8, signed=False), Granularity("tensor"), low.min().clamp(max=0)[None], high.max().clamp(min=0)[None])
+    grid = bind(
+        Int(8, signed=False),
+        Granularity("tensor"),
+        low.min().clamp(max=0)[None],
+        high.max().clamp(min=0)[None],
+    )
     width = high - low
     assert statistics.rows is not None
     taps, channels = statistics.geometry.taps, statistics.geometry.channels

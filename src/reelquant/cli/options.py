@@ -11,18 +11,30 @@ import typer
 
 from reelquant._errors import RecipeError, UnsupportedError, nearest
 
-MODEL = typer.Argument(help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).", show_default=False)
+MODEL = typer.Argument(
+    help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).",
+    show_default=False,
+)
 Model = Annotated[str, MODEL]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.")]
-Runtime = Annotated[str, typer.Option("--runtime", help="What runs quantized denoisers: torch, or openvino (one graph, on processors).")]
+Runtime = Annotated[
+    str,
+    typer.Option("--runtime", help="What runs quantized denoisers: torch, or openvino (one graph, on processors)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends."),
+]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a clip.")]
 Height = Annotated[int | None, typer.Option("--height", min=1, help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 switches guidance off.")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="File with one text per line; # starts a comment.", show_default=False)]
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="File with one text per line; # starts a comment.", show_default=False),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])

@@ -27,7 +27,10 @@ Recipes = Annotated[
         show_default=False,
     ),
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False),
+]
 Components = Annotated[
     str | None,
     typer.Option("--components", help="Which to quantize, with commas; by default all denoisers.", show_default=False),
@@ -60,10 +63,20 @@ Gate = Annotated[
 ]
 MaxMemory = Annotated[
     str | None,
-    typer.Option("--max-memory", metavar="SIZE", help="8GB, 500MB: a model that does not fit is streamed. Default: free memory."),
+    typer.Option(
+        "--max-memory",
+        metavar="SIZE",
+        help="8GB, 500MB: a model that does not fit is streamed. Default: free memory.",
+    ),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run, or start if there is nothing to continue.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what every layer would become and what the work takes, then stop.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Continue an interrupted run, or start if there is nothing to continue."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print what every layer would become and what the work takes, then stop."),
+]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List the recipes, or explain one and print its YAML.
@@ -27,7 +30,7 @@ def recipes(
     [cyan]reelquant recipes qvd-w8a8[/cyan]
     [cyan]reelquant recipes my.yaml[/cyan]        also checks the file: unknown keys are errors
 
-    To write your own, start from a printed one; docs/adding-a-method.md tells what every key means.
+    To write your own, start from a printed one; docs/adding-a-method.md explains every key.
     """
     from reelquant.cli import console
     from reelquant.recipes.recipe import load_recipe, names
@@ -49,7 +52,12 @@ def _all(found: list[Recipe]) -> Table:
     made = table("Recipes", ["name", "what it does", "paper", "data"])
     made.columns[0].no_wrap = made.columns[2].no_wrap = made.columns[3].no_wrap = True
     for recipe in found:
-        made.add_row(f"[cyan]{recipe.name}", recipe.summary, recipe.paper or "", "none" if recipe.data_free else "prompts")
+        made.add_row(
+            f"[cyan]{recipe.name}",
+            recipe.summary,
+            recipe.paper or "",
+            "none" if recipe.data_free else "prompts",
+        )
     return made
 
 
@@ -69,7 +77,7 @@ def _one(source: str, recipe: Recipe) -> None:
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str]]:
-    """A recipe in words: what happens to weights and inputs, to which layers, in what order."""
+    """A recipe as pairs of topic and explanation: weights, inputs, rules, steps in order, data."""
     rows = [("summary", recipe.summary), *([("paper", recipe.paper)] if recipe.paper else [])]
     rows += [("weights", _tensor(recipe.defaults.weight)), ("inputs", _tensor(recipe.defaults.input))]
     for rule in recipe.rules:

@@ -80,7 +80,7 @@ def _attention(plan: Plan, device: str) -> AttentionFacts | None:
 
 
 def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
-    """What the work takes, in bytes and seconds."""
+    """Memory, disk and time that the work takes, in bytes and seconds."""
     return asdict(expected) | {
         "budget": job.budget,
         "seconds": job.seconds(expected),
@@ -89,7 +89,7 @@ def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
 
 
 def estimate_table(job: Job, expected: Estimate) -> Table:
-    """What the work takes, before it starts."""
+    """Memory, disk and time that the work takes, before it starts."""
     streams = expected.in_memory > job.budget
     calls = f", and {expected.calls} calls of the denoiser, solvers" if expected.calls else ""
     made = table("What it takes" + (": from disk to disk" if streams else ": in memory"), ["", "about", "for"])
@@ -109,7 +109,7 @@ def estimate_table(job: Job, expected: Estimate) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``40 s``, ``3 min``, ``2.5 h``."""
+    """Seconds with a fitting unit: ``40 s``, ``3 min``, ``2.5 h``."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.2g} {unit}"
@@ -162,7 +162,7 @@ def plan_json(plan: Plan, device: str = "cpu") -> dict[str, Any]:
 
 
 def proof(report: Report) -> list[Table]:
-    """What was done and how well: sizes, worst layers, layers that stay, warnings; the sizes of every component before those of all."""
+    """What was done and how well: sizes of every component and of all, worst layers, skipped layers, warnings."""
     parts = [
         *(summary(part) for part in report.parts.values()),
         summary(report),
@@ -207,7 +207,7 @@ def computed_by(kernels: Mapping[str, int], simulated: bool) -> str:
 
 
 def attended_by(found: AttentionFacts | None) -> list[tuple[str, str]]:
-    """A row on attention with few-bit operands, calls so far included; none where none was asked for."""
+    """A row on attention with few-bit operands, calls so far included; empty if the recipe does not ask for it."""
     if found is None:
         return []
     calls = ", ".join(f"{name} ({count})" for name, count in found.calls.items())
@@ -217,7 +217,11 @@ def attended_by(found: AttentionFacts | None) -> list[tuple[str, str]]:
 def worst(report: Report, count: int = WORST) -> Table:
     """The layers with the largest output error."""
     measured = sorted((x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0))
-    made = table(f"Largest errors (of {len(measured)} layers)", ["layer", "role", "numbers"], ["error", "coverage", "TDScore"])
+    made = table(
+        f"Largest errors (of {len(measured)} layers)",
+        ["layer", "role", "numbers"],
+        ["error", "coverage", "TDScore"],
+    )
     for record in measured[:count]:
         made.add_row(*_record(record))
     made.caption = "error: squared output error over the output's variance; coverage: share of the input's codes that a channel uses"
@@ -250,7 +254,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def evaluation(made: Evaluation) -> list[Table]:
-    """Figures beside the noise floor, what is missing, and what follows."""
+    """Figures beside the noise floor, missing metrics, and the verdict."""
     measured = {name: result for name, result in made.metrics.items() if result.interval is not None}
     floors = list(dict.fromkeys(variant for result in measured.values() for variant in result.floor))
     data = made.data

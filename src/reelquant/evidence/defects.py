@@ -1,4 +1,4 @@
-"""Defects planted on purpose, and rules that name a defect from figures: how it is known that the figures see what they should."""
+"""Planted defects, and rules that name a defect from figures; together they test what the figures can detect."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _black_frame(clip: Tensor) -> Tensor:
 
 
 def _checkerboard(clip: Tensor) -> Tensor:
-    """A board of +-6 levels whose sign is drawn anew for every frame."""
+    """A board of +-6 levels whose sign is drawn again for every frame."""
     rows, columns = torch.arange(clip.shape[-2]), torch.arange(clip.shape[-1])
     board = 1.0 - 2.0 * ((rows[:, None] + columns) % 2)
     sign = torch.randint(2, (len(clip), 1, 1, 1), generator=_dice()) * 2.0 - 1
@@ -77,7 +77,7 @@ def _brightness_flicker(clip: Tensor) -> Tensor:
 
 
 def _flicker(clip: Tensor) -> Tensor:
-    """Smooth spots of about 8 pixels, sigma 6 levels, drawn anew for every frame: what jitter in single latent cells decodes to."""
+    """Smooth spots of about 8 pixels, sigma 6 levels, other ones in every frame, as jitter of latent cells decodes."""
     frames, _, height, width = clip.shape
     cells = torch.randn(frames, 1, -(-height // 8), -(-width // 8), generator=_dice())
     spots = F.interpolate(cells, (height, width), mode="bilinear")
@@ -106,19 +106,12 @@ PLANT: dict[str, Callable[[Tensor], Tensor]] = {
     "brightness_flicker": _brightness_flicker,
     "flicker": _flicker,
 }
-"""Defects by name, each a function of a clip ``[frames, 3, height, width]`` in [0, 1] that gives one of the same shape and range."""
+"""Defects by name: functions from a clip ``[frames, 3, height, width]`` in [0, 1] to one of the same shape."""
 
-OVER_TIME = (
-    "slowed_repeated",
-    "slowed_blended",
-    "dropped",
-    "frozen",
-    "reversed",
-)  # no defects of a clip that stands still
-CALLED = {
-    "slowed_repeated": "slowed",
-    "slowed_blended": "slowed",
-}  # names in :func:`diagnose` that differ from those in PLANT
+# Defects that a clip without motion cannot have.
+OVER_TIME = ("slowed_repeated", "slowed_blended", "dropped", "frozen", "reversed")
+# Names in :func:`diagnose` that differ from those in PLANT.
+CALLED = {"slowed_repeated": "slowed", "slowed_blended": "slowed"}
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
@@ -141,7 +134,7 @@ PAIRED: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 
 def figures(reference: Tensor, test: Tensor) -> Figures:
-    """All figures of :mod:`reelquant.evidence.temporal` for a pair of clips ``[frames, 3, height, width]``, at least two frames.
+    """All figures of :mod:`~reelquant.evidence.temporal` for two clips ``[frames, 3, height, width]``, frames > 1.
 
     Returns:
         The test's own figures under their names, ``NAME_deviation`` (test minus reference, in the same unit; of
@@ -218,7 +211,7 @@ class Rule:
     Attributes:
         strength: of the defect, from the figures; it is there from 1 on.
         sentence: with figures in braces, as :meth:`str.format_map` fills them.
-        hides: defects that this one brings with it, so that they are no news beside it.
+        hides: defects that this one causes, which are therefore not reported beside it.
     """
 
     strength: Callable[[Figures], float]
@@ -279,15 +272,18 @@ RULES: dict[str, Rule] = {
     ),
     "black_frame": Rule(
         _reaches("black_frames", 1),
-        "black frames: {black_frames:.0f} that the reference has not",
+        "black frames: {black_frames:.0f} that the reference does not have",
         ("brightness_flicker", "flicker", "color_shift"),
     ),
     "constant_frame": Rule(
         _of_one_color,
-        "frames of one colour: {constant_frames:.0f} that the reference has not",
+        "frames of one colour: {constant_frames:.0f} that the reference does not have",
         ("brightness_flicker", "flicker", "color_shift"),
     ),
-    "saturated_frame": Rule(_reaches("saturated_frames", 1), "saturated frames: {saturated_frames:.0f} that the reference has not"),
+    "saturated_frame": Rule(
+        _reaches("saturated_frames", 1),
+        "saturated frames: {saturated_frames:.0f} that the reference does not have",
+    ),
     "checkerboard": Rule(
         _reaches("checkerboard_deviation", BOARD),
         "checkerboard: {checkerboard_deviation:+.1f} levels at the pixel grid",
@@ -298,20 +294,29 @@ RULES: dict[str, Rule] = {
         "noise: grain {grain_deviation:+.1f} levels to {grain:.1f} in flat areas",
         ("flicker",),
     ),
-    "blur": Rule(_reaches("sharpness_deviation", BLUR), "blur: sharpness {sharpness_deviation:+.0%} against the reference"),
-    "color_shift": Rule(_reaches("color_shift", COLOR), "colour shift: the mean colour is Delta E {color_shift:.1f} away"),
+    "blur": Rule(
+        _reaches("sharpness_deviation", BLUR),
+        "blur: sharpness {sharpness_deviation:+.0%} against the reference",
+    ),
+    "color_shift": Rule(
+        _reaches("color_shift", COLOR),
+        "colour shift: the mean colour is Delta E {color_shift:.1f} away",
+    ),
     "brightness_flicker": Rule(
         _of_whole_frames,
         "flickering brightness: {brightness_flicker_deviation:+.1f} levels from frame to frame",
         ("flicker",),
     ),
-    "flicker": Rule(_reaches("flicker_deviation", FLICKER), "flicker: {flicker_deviation:+.1f} levels per pixel from frame to frame"),
+    "flicker": Rule(
+        _reaches("flicker_deviation", FLICKER),
+        "flicker: {flicker_deviation:+.1f} levels per pixel from frame to frame",
+    ),
 }
-"""How every defect shows, by name, in the order in which they are told."""
+"""How every defect shows, by name, in the order of reports."""
 
 
 def diagnose(figures: Figures) -> list[Defect]:
-    """Which defects the figures of a pair look like; none for changes that nobody would notice.
+    """Which defects the figures of a pair look like; empty for changes that people do not notice.
 
     Args:
         figures: of :func:`figures`.

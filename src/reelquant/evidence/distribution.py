@@ -1,7 +1,7 @@
-"""How far two sets of feature vectors are apart: Fréchet distance (FVD, FID), kernel distance (KID), and how sure one can be of either.
+"""Distances of two sets of feature vectors, Fréchet (FVD, FID) and kernel (KID), and the uncertainty of both.
 
-Everything is computed in float64 on the CPU. A Fréchet distance of few samples is far too large (its bias shrinks as 1 / n), so
-a value means something only beside another one of the same size: :func:`bias_curve` shows how large the bias
+Everything is computed in float64 on the CPU. A Fréchet distance of few samples is far too large (its bias shrinks as 1
+/ n), so a value means something only beside another one of the same size: :func:`bias_curve` shows how large the bias
 is, :func:`jackknife` how sure a difference is.
 
 Paper:
@@ -162,7 +162,13 @@ def _mmd(reference: Tensor, test: Tensor) -> float:
     return float(own - 2 * _kernel(reference, test).mean())
 
 
-def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kernel_distance(
+    reference: Tensor,
+    test: Tensor,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
     """KID: the mean over random subsets of the unbiased squared MMD with the kernel ``(x . y / d + 1)^3``.
 
     Unlike a Fréchet distance it has no bias at any size, which is why it can be below 0 for sets that do not differ.
@@ -177,8 +183,8 @@ def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_
         seed: of the drawing.
 
     Returns:
-        Mean and standard deviation over the subsets, in cubed units of the features; the latter is no standard error,
-        and 0 for one subset.
+        Mean and standard deviation over the subsets, in cubed units of the features; the latter is not a standard
+        error, and is 0 for one subset.
 
     Raises:
         MeasurementError: for fewer than 2 samples, other shapes, numbers that are not finite, or no subsets.
@@ -248,7 +254,14 @@ def jackknife(
     return value, value - reach, value + reach
 
 
-def _without(reference: Sequence[Tensor], test: Sequence[Tensor], distance: Distance, side: str, group: int, groups: int) -> float:
+def _without(
+    reference: Sequence[Tensor],
+    test: Sequence[Tensor],
+    distance: Distance,
+    side: str,
+    group: int,
+    groups: int,
+) -> float:
     """The distance after every ``groups``-th clip has left one set or both."""
 
     def rest(clips: Sequence[Tensor], name: str) -> Tensor:
@@ -265,7 +278,7 @@ def bias_curve(
     seed: int = 0,
     distance: Distance = frechet,
 ) -> list[tuple[int, float, float]]:
-    """The distance of random subsets of both sets, for several sizes: how much of a distance is only the number of samples.
+    """The distance of random subsets of both sets, for several sizes: it shows how much of a distance is bias.
 
     Subsets are drawn without replacement; sets of one size keep their pairs together.
 

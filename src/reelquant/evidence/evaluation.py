@@ -1,4 +1,4 @@
-"""From rows and features to the figures of an evaluation: means, intervals, the noise floor beside them, verdicts, files."""
+"""From rows and features to an evaluation: means, intervals, the noise floor beside them, verdicts, report.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GROUPS = {"i3d": 20, "inception": 6}  # of the jackknife; distances of 2048 colu
 
 @dataclass
 class Result:
-    """One figure of the test clips, with what it has to be seen against.
+    """One figure of the test clips, with the reference and the noise floor beside it.
 
     Attributes:
         metric: what it is.
@@ -44,7 +44,7 @@ class Result:
         floor: the same figure of the float pipeline run again, by variant.
         within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is
             better.
-        missing: why there is no value, with the command that helps.
+        missing: the reason why a value is missing, with the command that helps.
         to_data: a distance to real clips rather than to the reference's.
     """
 
@@ -71,11 +71,11 @@ def _bounds(interval: Interval) -> dict[str, float]:
 
 @dataclass
 class Evaluation:
-    """What was measured, and what follows from it.
+    """The result of an evaluation: figures, verdict, report.
 
     Attributes:
         metrics: results by name; those that could not be measured say why.
-        data: everything, as it stands in ``report.json`` (schema: docs/report.md).
+        data: the content of ``report.json`` (schema: docs/report.md).
         verdict: of the gate; None if none was asked for.
         near_lossless: every figure within the noise floor; None if no floor was measured.
         folder: where clips and the report lie; None if nothing was kept.
@@ -148,7 +148,7 @@ class Sets:
         return bootstrap(values) if values else None
 
     def distance(self, variant: str, metric: str) -> Interval | None:
-        """Distance of a variant's features to the reference's, or to those of real clips, with its jackknife interval."""
+        """Distance of a variant's features to those of the reference or of real clips, with its jackknife interval."""
         source = METRICS[metric].source
         kind, distance = DISTANCES[source]
         other = "data" if metric.endswith(TO_DATA) else "reference"
@@ -192,14 +192,14 @@ def results(sets: Sets, metrics: Sequence[str], missing: Mapping[str, str]) -> d
 
 
 def _floors(metric: Metric, floors: Sequence[str]) -> list[str]:
-    """Other noise makes other clips: only sets of them, and figures that a clip has alone, can be held against each other then."""
+    """Clips of other noise differ: compare only sets of them, and figures that need no reference."""
     return [name for name in floors if name != DRAWN_FLOOR or metric.kind in ("distribution", "text") or metric.better == "none"]
 
 
 def _within(result: Result) -> bool | None:
     """No worse than the far end of the floor's interval.
 
-    Clips of the same noise are held against float clips of the same noise, distances to real data against another draw
+    Clips of the same noise are compared with float clips of the same noise, distances to real data with another draw
     of the float pipeline: that is what each of them would be if quantization changed nothing that matters.
     """
     same = [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]
@@ -240,7 +240,7 @@ def defects(sets: Sets) -> list[dict[str, Any]]:
 
 
 def trajectory(sets: Sets) -> dict[str, Any] | None:
-    """Relative error of the latents after every step, mean over clips with intervals; None where no latents were kept."""
+    """Relative error of the latents after every step, mean over clips with intervals; None without stored latents."""
     variants = [name for name in ("test", *sets.floors) if name != DRAWN_FLOOR]
     curves = {name: [row["curves"][LATENTS] for row in sets.rows[name].values() if LATENTS in row["curves"]] for name in variants}
     curves = {name: lines for name, lines in curves.items() if lines}
@@ -282,7 +282,7 @@ def bias(sets: Sets) -> dict[str, Any] | None:
 
 
 def warnings(found: Mapping[str, Result], sets: Sets) -> list[str]:
-    """What a reader has to know before trusting a figure."""
+    """Limits of the figures that a reader has to know."""
     few = [METRICS[name].title for name, result in found.items() if METRICS[name].kind == "distribution" and result.interval is not None]
     count = min(len(names) for names in sets.names.values())
     if not few or count >= FEW:

@@ -130,7 +130,12 @@ def _measured(options: Options, store: Store, subject: Subject) -> tuple[Sets, d
     return Sets(store, names, subject.paired), measuring.missing
 
 
-def _verdict(options: Options, found: Mapping[str, Result], defects: Sequence[Mapping[str, Any]], clips: int) -> Verdict | None:
+def _verdict(
+    options: Options,
+    found: Mapping[str, Result],
+    defects: Sequence[Mapping[str, Any]],
+    clips: int,
+) -> Verdict | None:
     """The gate's decision; None if neither a gate nor a limit was asked for."""
     if options.gate is None and not options.limits:
         return None

@@ -1,4 +1,4 @@
-"""One look at a clip each: the functions behind the figures of :mod:`reelquant.evidence.metrics`, and what they need to be there."""
+"""The functions behind the figures of :mod:`reelquant.evidence.metrics`, and the weights and packages they need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reelquant.evidence.warping import dis_flow, warping_error
 
 @dataclass(frozen=True)
 class Pair:
-    """A clip under test and the clip it is held against; both ``[frames, 3, height, width]`` in [0, 1].
+    """A clip under test and the clip it is compared with; both ``[frames, 3, height, width]`` in [0, 1].
 
     Attributes:
         reference: of the same prompt and noise; the test clip itself where the reference is measured.
@@ -168,7 +168,7 @@ def _inception(tools: Tools, clip: Tensor) -> Tensor:
         return tools.network("inception").features(clip[chosen].to(tools.device)).cpu().clone()
 
 
-# --- what must be there -----------------------------------------------------------------------------------------------
+# --- requirements ----------------------------------------------------------------------------------------------------
 
 
 def _needs_cv2(tools: Tools, prompts: Sequence[str] | None) -> str | None:

@@ -1,4 +1,4 @@
-"""The two verbs of evidence: evaluate a quantized pipeline against its float original, and compare two folders of clips."""
+"""Evaluate a quantized pipeline against its float original, and compare two folders of clips."""
 
 from __future__ import annotations
 
@@ -70,7 +70,13 @@ def evaluate(
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named), times)
 
 
-def _variants(test: Any, reference: Any, floor: Sequence[str] | None, dtype: torch.dtype, options: Options) -> dict[str, Variant]:
+def _variants(
+    test: Any,
+    reference: Any,
+    floor: Sequence[str] | None,
+    dtype: torch.dtype,
+    options: Options,
+) -> dict[str, Variant]:
     """Both pipelines, and the float runs that show the noise floor."""
     float_, quantized = (Source(model, dtype, options.device) for model in (reference, test))
     asked = _default_floor(options, dtype) if floor is None else [name for name in floor if name != "none"]
@@ -112,7 +118,13 @@ def _origin(
     }
 
 
-def _grain(job: Job, variants: Mapping[str, Variant], steps: Sequence[int], own: Mapping[str, Any], times: Times) -> dict[str, Any] | None:
+def _grain(
+    job: Job,
+    variants: Mapping[str, Variant],
+    steps: Sequence[int],
+    own: Mapping[str, Any],
+    times: Times,
+) -> dict[str, Any] | None:
     """Noise in flat areas at several numbers of steps; None if no numbers were asked for."""
     if not steps:
         return None
@@ -126,7 +138,7 @@ def _notes(model: Any) -> dict[str, Any]:
 
 
 def _texts(prompts: Sequence[str | Prompt] | None, own: Mapping[str, Any], clips: int) -> list[Prompt]:
-    """One text per clip: those given, captions of the bundled world for its pipelines, or the bundled video prompts; repeated to fill."""
+    """One text per clip: those given, captions for the bundled pipelines, or the bundled prompts; repeated to fill."""
     if prompts is not None:
         given: Sequence[str | Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if not given:

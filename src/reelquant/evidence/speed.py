@@ -128,7 +128,7 @@ def benchmark(
         runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.
         memory: also measure peak memory, which opens each pipeline once more.
         prompt: the text; by default one of the pipeline's own.
-        progress: hears how far the run is.
+        progress: receives the progress.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Raises:
@@ -304,7 +304,7 @@ def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[floa
 
 
 def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int], str | None]:
-    """Peak memory of each pipeline in a process of its own. On failure ``({}, reason)``, so that finished timings survive."""
+    """Peak memory, a process for each pipeline. On failure ``({}, reason)``, so that finished timings survive."""
     progress.phase("peak memory", 2)
     shared = {"text": prompt, "dtype": str(task.dtype).removeprefix("torch."), "device": task.device, "call": task.call}
     peaks = {}

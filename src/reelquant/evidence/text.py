@@ -51,12 +51,12 @@ def load_clip(source: str | Path = CLIP, device: str = "cpu") -> Clip:
 
     Raises:
         CheckpointError: if it is not there, is broken, or holds pickled weights only.
-        UnsupportedError: if it is no CLIP.
+        UnsupportedError: if it is not a CLIP model.
     """
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise CheckpointError(f"folder '{source}' is no CLIP model: it has no config.json; {GET}")
+        raise CheckpointError(f"folder '{source}' is not a CLIP model: it has no config.json; {GET}")
     source = kept(source) if kept(source).is_dir() else source
     try:
         config = AutoConfig.from_pretrained(source)

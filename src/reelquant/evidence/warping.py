@@ -62,7 +62,7 @@ def warping_error(clip: Tensor, flow: Flow) -> Tensor:
     """Mean squared difference of each frame and the next one warped back onto it, over the pixels visible in both.
 
     ``E(t) = sum_p M(p) mean_c (V_t(p) - V_t+1(p + f(p)))^2 / sum_p M(p)`` with the mask ``M`` of :func:`visible`. The
-    flow is that of the clip itself. A clip that stands still has error 0, so a low error is no merit without motion
+    flow is that of the clip itself. A clip that stands still has error 0, so a low error means little without motion
     energy beside it.
 
     Args:

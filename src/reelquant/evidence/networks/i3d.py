@@ -74,7 +74,7 @@ class _Pool(nn.Module):
 
 
 class _Unit(nn.Module):
-    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution on the way."""
+    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -92,7 +92,16 @@ class _Unit(nn.Module):
 
 
 class _Mixed(nn.Module):
-    def __init__(self, inputs: int, one: int, reduce_a: int, three_a: int, reduce_b: int, three_b: int, pooled: int) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        one: int,
+        reduce_a: int,
+        three_a: int,
+        reduce_b: int,
+        three_b: int,
+        pooled: int,
+    ) -> None:
         super().__init__()
         units = {
             "Branch_0/Conv3d_0a_1x1": _Unit(inputs, one, 1),
@@ -192,7 +201,7 @@ class I3D(nn.Module):
 
 
 def prepare(clips: Tensor) -> Tensor:
-    """``[n, frames, 3, h, w]`` in [0, 1] to what :meth:`I3D.forward` takes: 8 bits, 224x224, [-1, 1], channels before time."""
+    """``[n, frames, 3, h, w]`` in [0, 1] to the input of :meth:`I3D.forward`: 8 bits, 224x224, [-1, 1], channels first."""
     n = len(clips)
     frames = (clips.flatten(0, 1) * 255).round().clamp(0, 255)
     if frames.shape[-2:] != (RESOLUTION, RESOLUTION):

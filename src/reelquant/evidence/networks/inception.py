@@ -30,9 +30,16 @@ _Kernel = int | tuple[int, int]
 
 
 class _Unit(nn.Module):
-    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution on the way."""
+    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: _Kernel = 1, stride: int = 1, padding: _Kernel | None = None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: _Kernel = 1,
+        stride: int = 1,
+        padding: _Kernel | None = None,
+    ) -> None:
         super().__init__()
         high, wide = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         self.stride = stride
@@ -148,7 +155,11 @@ def _layers() -> dict[str, nn.Module]:
         "mixed": _mixed_35(192, 32),
         "mixed_1": _mixed_35(256, 64),
         "mixed_2": _mixed_35(288, 64),
-        "mixed_3": _Mixed(conv=_Unit(288, 384, 3, 2, 0), tower=_tower(288, [(64, 1), (96, 3), (96, 3)], 2), pool=_halve()),
+        "mixed_3": _Mixed(
+            conv=_Unit(288, 384, 3, 2, 0),
+            tower=_tower(288, [(64, 1), (96, 3), (96, 3)], 2),
+            pool=_halve(),
+        ),
         "mixed_4": _mixed_17(128),
         "mixed_5": _mixed_17(160),
         "mixed_6": _mixed_17(160),
@@ -206,18 +217,22 @@ class Inception(nn.Module):
 
 
 def resize_tensorflow1(pictures: Tensor, size: int, axis: int) -> Tensor:
-    """One axis resized linearly with sampling points ``i * old / size``: TensorFlow 1's default, ``half_pixel_centers=False``."""
+    """One axis resized linearly, sampled at ``i * old / size``: TensorFlow 1's ``half_pixel_centers=False``."""
     old = pictures.shape[axis]
     points = torch.arange(size, dtype=torch.float64, device=pictures.device) * old / size
     low = points.long()
     shape = [1] * pictures.ndim
     shape[axis] = size
     share = (points - low).to(pictures.dtype).view(shape)
-    return torch.lerp(pictures.index_select(axis, low), pictures.index_select(axis, (low + 1).clamp(max=old - 1)), share)
+    return torch.lerp(
+        pictures.index_select(axis, low),
+        pictures.index_select(axis, (low + 1).clamp(max=old - 1)),
+        share,
+    )
 
 
 def prepare(frames: Tensor) -> Tensor:
-    """``[n, 3, h, w]`` in [0, 1] to what :meth:`Inception.forward` takes: 8 bits, 299x299 as TensorFlow 1 resizes, ``(x - 128) / 128``."""
+    """``[n, 3, h, w]`` in [0, 1] to the input of :meth:`Inception.forward`: 8 bits, 299x299, ``(x - 128) / 128``."""
     frames = (frames * 255).round().clamp(0, 255)
     for axis in (2, 3):
         frames = resize_tensorflow1(frames, RESOLUTION, axis)

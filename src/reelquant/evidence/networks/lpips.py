@@ -129,7 +129,12 @@ class LPIPS(nn.Module):
             )
         like = self.heads[0]
         total = reference.new_zeros(len(reference), dtype=like.dtype, device=like.device)
-        for head, a, b in zip(self.heads, self._directions(reference.to(like)), self._directions(test.to(like)), strict=True):
+        for head, a, b in zip(
+            self.heads,
+            self._directions(reference.to(like)),
+            self._directions(test.to(like)),
+            strict=True,
+        ):
             total = total + F.conv2d((a - b).square(), head).mean((1, 2, 3))
         return total
 

@@ -1,4 +1,4 @@
-"""The table of published weights: which network, from which package, with which sha256 and digest, under which licence."""
+"""The table of published weights: network, package, sha256, digest and licence of each."""
 
 from __future__ import annotations
 

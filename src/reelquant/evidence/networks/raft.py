@@ -88,7 +88,10 @@ class _Recurrence(nn.Module):
         super().__init__()
         for pass_, kernel in (("1", (1, 5)), ("2", (5, 1))):
             for gate in "zrq":
-                self.add_module(f"conv{gate}{pass_}", nn.Conv2d(HIDDEN + 256, HIDDEN, kernel, 1, (kernel[0] // 2, kernel[1] // 2)))
+                self.add_module(
+                    f"conv{gate}{pass_}",
+                    nn.Conv2d(HIDDEN + 256, HIDDEN, kernel, 1, (kernel[0] // 2, kernel[1] // 2)),
+                )
 
     def forward(self, state: Tensor, inputs: Tensor) -> Tensor:
         for update, reset, candidate in (
@@ -131,7 +134,7 @@ def _grid(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _pyramid(first: Tensor, second: Tensor) -> list[Tensor]:
-    """Correlations of every place of the first with every place of the second, the latter halved up to three times: equation 1.
+    """Correlations of every place of the first with every place of the second, halved up to three times: equation 1.
 
     Returns:
         Four times ``[n h w, 1, h / 2**i, w / 2**i]``.
@@ -148,7 +151,10 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
     """Correlations in the 9x9 windows around ``places`` ``[n, 2, h, w]``, bilinear: ``[n, 324, h, w]``."""
     n, _, h, w = places.shape
     offset = torch.arange(-RADIUS, RADIUS + 1, dtype=places.dtype, device=places.device)
-    window = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1)  # (x, y), x in rows: the order of the released weights
+    window = torch.stack(
+        torch.meshgrid(offset, offset, indexing="ij"),
+        -1,
+    )  # (x, y), x in rows: the order of the released weights
     centres = places.permute(0, 2, 3, 1).reshape(n * h * w, 1, 1, 2)
     found = []
     for i, level in enumerate(pyramid):
@@ -159,7 +165,7 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
 
 
 def _enlarge(flow: Tensor, mask: Tensor) -> Tensor:
-    """Flow at 1/8 to full size: every fine pixel is a convex combination of the 3x3 coarse ones around it, section 3.3."""
+    """Flow at 1/8 to full size: a fine pixel is a convex combination of the 3x3 coarse ones around it, section 3.3."""
     n, _, h, w = flow.shape
     shares = mask.view(n, 1, 9, STRIDE, STRIDE, h, w).softmax(2)
     coarse = F.unfold(STRIDE * flow, 3, padding=1).view(n, 2, 9, 1, 1, h, w)
@@ -181,7 +187,7 @@ class RAFT(nn.Module):
         return name
 
     def forward(self, first: Tensor, second: Tensor, iterations: int = 12) -> Tensor:
-        """Flow in pixels for pictures ``[n, 3, h, w]`` in [-1, 1] whose sides are multiples of 8 and at least 128: ``[n, 2, h, w]``."""
+        """Flow in pixels ``[n, 2, h, w]`` for pictures ``[n, 3, h, w]`` in [-1, 1]; sides: multiples of 8, at least 128."""
         features = self.fnet(torch.cat([first, second]))
         pyramid = _pyramid(*features.chunk(2))
         context = self.cnet(first)

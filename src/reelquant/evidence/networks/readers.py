@@ -1,4 +1,4 @@
-"""Reading the file formats in which published weights come, into tensors. No code of a file is run: unknown names are refused."""
+"""Readers of the files in which weights are published. They never run code of a file: unknown names are refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def from_flax(file: Path) -> Tensors:
-    """A pickled tree of Flax parameters; kernels go from ``[*places, inputs, outputs]`` to ``[outputs, inputs, *places]``."""
+    """A pickled tree of Flax parameters; ``[*places, inputs, outputs]`` becomes ``[outputs, inputs, *places]``."""
     with file.open("rb") as stream:
         flat = _flatten(_Arrays(stream).load())
     # the statistics of 3D batch normalization have five axes as well, [1, 1, 1, 1, outputs], and turn alike

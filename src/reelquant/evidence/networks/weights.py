@@ -23,7 +23,7 @@ from reelquant.evidence.networks.readers import Tensors
 
 
 def cache() -> Path:
-    """Where downloaded weights lie: ``weights`` in $REELQUANT_CACHE, else in ``reelquant`` of $XDG_CACHE_HOME or ``~/.cache``."""
+    """The folder of downloaded weights, in $REELQUANT_CACHE or else ``reelquant`` of $XDG_CACHE_HOME or ~/.cache."""
     if own := os.environ.get("REELQUANT_CACHE"):
         return Path(own).expanduser() / "weights"
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "reelquant" / "weights"
@@ -53,7 +53,7 @@ def sha256(file: str | Path) -> str:
 
 
 def digest(tensors: Tensors) -> str:
-    """A sha256 of names, shapes and numbers that does not depend on the order or the format in which they are stored."""
+    """A sha256 of names, shapes and numbers, independent of the order and the format in which they are stored."""
     whole = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -130,7 +130,7 @@ def _skeleton(name: str) -> tuple[nn.Module, Tensors]:
 
 
 def load(name: str, folder: str | Path | None = None) -> nn.Module:
-    """The network with its published weights, float32 on the CPU, in evaluation mode; the same object for the same file.
+    """The network with its published weights, float32 on the CPU, in evaluation mode; cached by file.
 
     Args:
         name: of :data:`WEIGHTS`.

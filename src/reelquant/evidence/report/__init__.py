@@ -1,4 +1,4 @@
-"""The report a person looks at: one HTML file with the clips side by side, figures against their floors, charts and the proof.
+"""The report: one HTML file with clips side by side, figures beside the noise floor, charts and layers.
 
 ``data`` reads the content of ``report.json`` into types; everything else takes those. ``html`` is the page:
 ``metric_table``, ``clip_cards``, ``plots`` (drawn by ``charts``), ``proof`` are its sections, ``panels`` makes the

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: text stays text, colours come from the page's style sheet, and every mark can be hovered for its figure."""
+"""Charts as inline SVG. Text stays text, colours come from the style sheet, hovering a mark shows its figure."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its words; ``missing`` says why there is none."""
+    """A drawing with its words; ``missing`` is the reason if it could not be drawn."""
 
     title: str
     about: str
@@ -97,7 +97,7 @@ def finite(*values: float | None) -> bool:
 
 
 def tag(name: str, *children: Markup | str, **attributes: object) -> Markup:
-    """An element; underscores in the names of attributes become hyphens, ``css`` becomes ``class``, None is left out."""
+    """An element; underscores in attribute names become hyphens, ``css`` becomes ``class``, None is left out."""
     pairs = [("class" if key == "css" else key.replace("_", "-"), value) for key, value in attributes.items() if value is not None]
     said = Markup("").join(Markup(' {}="{}"').format(Markup(key), str(value)) for key, value in pairs)
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), said, Markup("").join(children))
@@ -232,7 +232,14 @@ def line_chart(
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
 
 
-def scatter_chart(title: str, about: str, dots: Sequence[Dot], x_title: str, y_title: str, legend: Sequence[tuple[str, str]] = ()) -> Chart:
+def scatter_chart(
+    title: str,
+    about: str,
+    dots: Sequence[Dot],
+    x_title: str,
+    y_title: str,
+    legend: Sequence[tuple[str, str]] = (),
+) -> Chart:
     """Dots; the y axis does not start at zero."""
     dots = [dot for dot in dots if finite(dot.x, dot.y)]
     if not dots:
@@ -297,7 +304,7 @@ def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], uni
 
 
 def plot_range(test: Triple, floors: Sequence[Triple], zero: float | None) -> tuple[float, float]:
-    """The range of an interval plot: floors so far away that they would squeeze everything else into a sixth are left out."""
+    """The range of an interval plot, without floors so far away that the rest would shrink below a sixth."""
     kept = sorted(floors, key=lambda triple: abs(triple[0] - test[0]))
     while True:
         values = [*test, *(x for triple in kept for x in triple), *([zero] if zero is not None else [])]
@@ -325,9 +332,26 @@ def interval_plot(test: Triple, floors: Sequence[tuple[str, Triple]], zero: floa
         y = ROW * i + ROW / 2
         words = tip(f"{name}: {figure(value)} ({figure(a)} to {figure(b)})")
         if value < low or value > high:
-            body.append(text("0%" if value < low else "100%", y + 4, "\u2039" if value < low else "\u203a", css=f"beyond {style}"))
+            body.append(
+                text(
+                    "0%" if value < low else "100%",
+                    y + 4,
+                    "\u2039" if value < low else "\u203a",
+                    css=f"beyond {style}",
+                )
+            )
             continue
-        body.append(tag("line", words, css=f"whisker {style}", x1=f"{max(3, scale(a))}%", x2=f"{min(97, scale(b))}%", y1=y, y2=y))
+        body.append(
+            tag(
+                "line",
+                words,
+                css=f"whisker {style}",
+                x1=f"{max(3, scale(a))}%",
+                x2=f"{min(97, scale(b))}%",
+                y1=y,
+                y2=y,
+            )
+        )
         body.append(tag("circle", words, css=f"dot {style}", cx=f"{scale(value)}%", cy=y, r=4 if i == 0 else 3))
     about = "; ".join(f"{name} {figure(value)}, {figure(low)} to {figure(high)}" for name, _, (value, low, high) in rows)
     return tag("svg", *body, css="interval", height=ROW * len(rows), role="img", aria_label=about)
@@ -367,4 +391,12 @@ def curve(series: Sequence[tuple[str, Sequence[float | None]]], frames: int, abo
         if points:
             body.append(tag("path", css=f"line {style}", d=path(points), vector_effect="non-scaling-stroke"))
     body.append(tag("line", css="cursor", x1=0, x2=0, y1=0, y2=40, vector_effect="non-scaling-stroke"))
-    return tag("svg", *body, css="curve", viewBox="0 0 100 40", preserveAspectRatio="none", role="img", aria_label=about)
+    return tag(
+        "svg",
+        *body,
+        css="curve",
+        viewBox="0 0 100 40",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=about,
+    )

@@ -1,4 +1,4 @@
-"""The content of ``report.json``, typed. :meth:`ReportData.from_json` is the only code that reads its keys; schema: ``docs/report.md``.
+"""The content of ``report.json``, typed. Only :meth:`ReportData.from_json` reads its keys; see ``docs/report.md``.
 
 Every field may be absent or null. Text, flags and numbers are then None; lists and mappings are empty. NaN and
 infinities count as null.
@@ -224,7 +224,7 @@ class AttentionData(_Part):
 
 
 class QuantizationData(_Part):
-    """The report that quantizing left with the model. ``skipped`` is reason -> layers; files of version 0.1 call it ``kept``."""
+    """The report of quantizing. ``skipped`` is reason -> layers that stay float; version 0.1 called it ``kept``."""
 
     recipe: str | None = None
     digest: str | None = None
@@ -257,7 +257,7 @@ class QuantizationData(_Part):
 
 
 class ReportData(_Part):
-    """All of ``report.json``. ``metrics`` are sorted by kind, then by :data:`~reelquant.evidence.metrics.METRICS`, then by name."""
+    """All of ``report.json``. ``metrics`` are sorted by kind, then as in ``METRICS``, then by name."""
 
     kind: str | None = None
     tool_version: str | None = None

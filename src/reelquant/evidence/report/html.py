@@ -53,7 +53,13 @@ def write(
     return path
 
 
-def render(data: Mapping[str, Any], clips: Sequence[Panel] = (), *, limit_mb: float = LIMIT_MB, fps: float | None = None) -> str:
+def render(
+    data: Mapping[str, Any],
+    clips: Sequence[Panel] = (),
+    *,
+    limit_mb: float = LIMIT_MB,
+    fps: float | None = None,
+) -> str:
     """The report as one HTML page.
 
     Args:

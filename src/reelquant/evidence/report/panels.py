@@ -1,4 +1,4 @@
-"""Clips as the report shows them: float, quantized and their difference side by side in one video, so that they cannot drift apart."""
+"""Clips of the report: float, quantized and their difference in one video, so that they cannot drift apart."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
 
 
 def best_gain(panels: Sequence[Panel]) -> int:
-    """The largest amplification that leaves 99.5 % of the differences of a typical clip inside of the picture's range."""
+    """The largest amplification that keeps 99.5 % of the differences of a typical clip in the picture's range."""
     peaks = []
     for panel in panels:
         shown = slice(None, None, max(1, len(panel.test) // 8))
@@ -175,7 +175,17 @@ def embed(panel: Panel, gain: int, fps: float) -> Embedded:
     frames = list(strips(panel, gain))
     height, width = shown_size(*panel.reference.shape[-2:])
     video, still = (base64.b64encode(content).decode("ascii") for content in (encode(frames, fps), jpeg(frames[len(frames) // 2])))
-    return Embedded(panel.name, panel.prompt, panel.seed, len(frames), width, height, frames[0].shape[1] // 3, video, still)
+    return Embedded(
+        panel.name,
+        panel.prompt,
+        panel.seed,
+        len(frames),
+        width,
+        height,
+        frames[0].shape[1] // 3,
+        video,
+        still,
+    )
 
 
 def embed_within(panels: Sequence[Panel], gain: int, fps: float, limit: float) -> list[Embedded]:
@@ -195,7 +205,7 @@ def embed_within(panels: Sequence[Panel], gain: int, fps: float, limit: float) -
 
 
 def worst_first(panels: Sequence[Panel], metrics: Mapping[str, MetricData]) -> tuple[list[Panel], str | None]:
-    """Panels from worst to best, and the metric that says so: the first, as ``metrics`` lists them, that every clip has a figure of.
+    """Panels from worst to best, and the metric that orders them: the first of ``metrics`` that every clip has.
 
     Without one the order stays and the metric is None.
     """
