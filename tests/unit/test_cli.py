@@ -125,9 +125,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(model: Path, tmp_path: Path)
 def test_dry_run_as_json_needs_no_output(model: Path) -> None:
     result = invoke("quantize", model, "-r", "w8a16", "--dry-run", "--json", "--skip", "blocks.0.attn1")
     plan = json.loads(result.stdout)
-    kept = {layer["name"]: layer["kept"] for layer in plan["layers"]}
-    assert kept["blocks.0.attn1.to_q"] == "skipped by you (blocks.0.attn1)"
-    assert kept["blocks.1.attn1.to_q"] is None
+    skipped = {layer["name"]: layer["skipped"] for layer in plan["layers"]}
+    assert skipped["blocks.0.attn1.to_q"] == "skipped by you (blocks.0.attn1)"
+    assert skipped["blocks.1.attn1.to_q"] is None
     assert plan["bytes_before"] > 2 * plan["bytes_after"]
 
 
@@ -164,7 +164,8 @@ def test_quantize_ends_with_the_proof(quantized: tuple[Path, Any]) -> None:
     out, result = quantized
     assert result.exit_code == 0, result.output
     kernel = next(name for name, here in (("onednn int8", int8), ("int16 pairs", pairs)) if here.available() is None)
-    for words in ("quantized, 2 stay float", "smaller than float32", kernel, "simulated", "Largest errors", "TDScore", str(out)):
+    layers = "quantized, 2 skipped (they stay float)"
+    for words in (layers, "smaller than float32", kernel, "simulated", "Largest errors", "TDScore", str(out)):
         assert words in result.stdout
     assert result.stderr == ""
     assert json.loads((out / "report.json").read_text())["seed"] == 3

@@ -94,8 +94,8 @@ def explain(recipe: Recipe) -> list[tuple[str, str]]:
 
 def _fate(rule: Rule) -> str:
     """What a rule does to its layers."""
-    if rule.keep:
-        return f"stay float: {rule.because or 'the rule says so'}"
+    if rule.skip:
+        return f"skipped, stay float: {rule.because or 'the rule says so'}"
     changed = [part for part in ("weight", "input") if part in rule.model_fields_set]
     return "; ".join(f"{part} {_tensor(getattr(rule, part))}" for part in changed)
 

@@ -122,8 +122,8 @@ def plan_bytes(rows: Sequence[LayerPlan]) -> tuple[int, int]:
 
 
 def _becomes(row: LayerPlan) -> str:
-    if row.kept is not None:
-        return f"[dim]float: {row.kept}"
+    if row.skipped is not None:
+        return f"[dim]float: {row.skipped}"
     return numbers(str(row.weight), "float" if row.input is None else str(row.input))
 
 
@@ -140,7 +140,7 @@ def _layer_json(row: LayerPlan) -> dict[str, Any]:
     return {
         "name": row.layer.name,
         "role": row.layer.role,
-        "kept": row.kept,
+        "skipped": row.skipped,
         "weight": row.weight and str(row.weight),
         "input": row.input and str(row.input),
         "bytes_before": row.bytes_before,
@@ -152,7 +152,7 @@ def plan_json(plan: Plan, device: str = "cpu") -> dict[str, Any]:
     """The plan as plain data."""
     before, after = plan_bytes(plan.quantized)
     layers = [_layer_json(row) for row in plan.layers.values()]
-    totals = {"quantized": len(plan.quantized), "kept": len(plan.kept), "bytes_before": before, "bytes_after": after}
+    totals = {"quantized": len(plan.quantized), "skipped": len(plan.skipped), "bytes_before": before, "bytes_after": after}
     attention = _attention(plan, device)
     said = {} if attention is None else {"attention": asdict(attention)}
     return {"recipe": plan.recipe.name, "denoiser": plan.map.cls, **totals, **said, "layers": layers}
@@ -167,14 +167,14 @@ def proof(report: Report) -> list[Table]:
         *(summary(part) for part in report.parts.values()),
         summary(report),
         *([worst(report)] if any(x.error is not None for x in report.layers) else []),
-        kept(report),
+        skipped(report),
     ]
     return parts + ([facts("Warnings", [("!", text) for text in report.warnings])] if report.warnings else [])
 
 
 def summary(report: Report) -> Table:
     """The figures of the whole model."""
-    skipped = sum(len(names) for names in report.kept.values())
+    count = sum(len(names) for names in report.skipped.values())
     kernels = computed_by(report.kernel, report.simulated)
     smaller = f"[bold]{report.ratio:.2f}x smaller[/bold] than float32, scales and biases included"
     psnr = "not sampled: the recipe needs no data"
@@ -182,7 +182,7 @@ def summary(report: Report) -> Table:
         psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float"
     tdscore = report.mean("tdscore", "temporal")
     rows = [
-        ("layers", f"{len(report.layers)} quantized, {skipped} stay float"),
+        ("layers", f"{len(report.layers)} quantized, {count} skipped (they stay float)"),
         ("their bytes", f"{size(report.bytes_float)} -> {size(report.bytes_quantized)}, {smaller}"),
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
         ("with float layers", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
@@ -240,9 +240,10 @@ def _record(x: LayerRecord) -> tuple[str, ...]:
     )
 
 
-def kept(report: Report) -> Table:
+def skipped(report: Report) -> Table:
     """Layers that stay float, by reason."""
-    return facts("Layers that stay float", [(reason, _some(names)) for reason, names in report.kept.items()] or [("none", "")])
+    rows = [(reason, _some(names)) for reason, names in report.skipped.items()]
+    return facts("Skipped layers (they stay float)", rows or [("none", "")])
 
 
 def _some(names: Sequence[str]) -> str:

@@ -328,7 +328,7 @@ def test_summary_has_table_failures_and_what_is_missing() -> None:
     text = summary(sample())
     assert "| PSNR \u2191 | \u2013 | 49.0 dB (48.0 to 50.0) | 55.0 (54.0 to 56.0) | 12.0 (11.0 to 13.0) | outside |" in text
     assert "- Motion: It drags." in text and "- FVD: needs the weights 'i3d': reelquant weights i3d" in text
-    assert "3 layers quantized, 2 float; 1 kB \u2192 250 bytes (4.00x smaller)" in text
+    assert "3 layers quantized, 2 skipped; 1 kB \u2192 250 bytes (4.00x smaller)" in text
 
 
 def test_reports_of_older_versions_call_skipped_layers_kept() -> None:
@@ -336,7 +336,7 @@ def test_reports_of_older_versions_call_skipped_layers_kept() -> None:
     new = sample()
     new["quantization"]["skipped"] = new["quantization"].pop("kept")
     assert "kept" in old["quantization"] and ReportData.from_json(new) == ReportData.from_json(old)
-    assert summary(new) == summary(old) and "2 float" in summary(new)
+    assert summary(new) == summary(old) and "2 skipped" in summary(new)
 
 
 def test_data_of_another_shape_are_refused_by_field() -> None:

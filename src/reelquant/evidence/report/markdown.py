@@ -93,7 +93,7 @@ def quantization_line(quantization: QuantizationData) -> str:
     """What was quantized, in one line."""
     return (
         f"Recipe `{quantization.recipe or 'unnamed'}` ({quantization.digest or 'no digest'}): "
-        f"{count(len(quantization.layers), 'layer')} quantized, {quantization.skipped_count} float; "
+        f"{count(len(quantization.layers), 'layer')} quantized, {quantization.skipped_count} skipped; "
         f"{size(quantization.bytes_float)} \u2192 {size(quantization.bytes_quantized)} ({figure(quantization.ratio)}x smaller)."
     )
 
