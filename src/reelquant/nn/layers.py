@@ -305,7 +305,7 @@ class QuantLayer(nn.Module):
 
 
 def _is_rounding(left: Tensor, bias: Tensor) -> bool:
-    """Whether what is left of a bias is no more than the rounding error of float16 and of a float32 sum whose terms cancel."""
+    """Whether what is left of a bias is at most the rounding error of float16 and of a float32 sum whose terms cancel."""
     size, eps = bias.abs(), torch.finfo(torch.float16).eps
     return bool((left.abs() <= eps * (size + eps * size.amax())).all())
 
@@ -349,9 +349,16 @@ class _QuantConv(QuantLayer):
             raise UnsupportedError(f"convolutions with groups={module.groups}, padding_mode='{module.padding_mode}' stay float")
         new = cls.__new__(cls)
         new.__init__(
-            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
-            bias=module.bias is not None, device="meta", dtype=module.weight.dtype,
-        )  # fmt: skip
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            bias=module.bias is not None,
+            device="meta",
+            dtype=module.weight.dtype,
+        )
         if new.bias is not None:
             new.bias = nn.Parameter(torch.empty(module.out_channels, device=device, dtype=module.weight.dtype))
         new._build(layout, device)
