@@ -340,7 +340,9 @@ class _QuantConv(QuantLayer):
 
     def __new__(cls, *geometry: Any, **options: Any) -> Any:
         """Build a float convolution when called like one: peft makes the factors of an adapter with the class of the layer it adapts."""
-        return stock_class(cls)(*geometry, **options) if geometry or options else super().__new__(cls)
+        if not geometry and not options:
+            return super().__new__(cls)
+        return next(base for base in cls.__mro__ if not issubclass(base, QuantLayer))(*geometry, **options)
 
     @classmethod
     def like(cls, module: Any, layout: LayerLayout, device: Any = None) -> _QuantConv:
@@ -396,8 +398,3 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 
 LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d}
-
-
-def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The first class among the bases that is not quantized."""
-    return next(base for base in kind.__mro__ if not issubclass(base, QuantLayer))
