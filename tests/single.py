@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Rows
+from reelquant.observe import Call, Geometry, InputStatistics, Watched
 from reelquant.recipes.build import BuiltGroup, build_group
 from reelquant.recipes.plan import Plan, make_plan
 from reelquant.recipes.recipe import load_recipe
@@ -32,12 +32,11 @@ def statistics(module: nn.Module, calls: Sequence[Tensor], *, frames: int = 1, f
     geometry = Geometry.of(module)
     axis = 1 if geometry.kernel else -1
     generator = torch.Generator().manual_seed(0)
-    found = InputStatistics(
-        "layer", geometry, ChannelRange(axis, geometry.padded, frames), Rows(geometry, 64, generator), Gram(geometry, 4096, generator),
-        Features() if features else None, ChannelRange(axis, geometry.padded, frames),
-    )  # fmt: skip
+    wanted = frozenset({"gram", "rotated"} | ({"features"} if features else set()))
+    role, count = "temporal" if features else "main", len(calls)
+    found = InputStatistics.for_input(Watched("layer", geometry, axis, frames, role, 1, generator, wanted, count, 1))
     for step, x in enumerate(calls):
-        found.update(x, step)
+        found.update(x, Call(step))
     found.check([float(step) for step in range(len(calls))])
     return found
 

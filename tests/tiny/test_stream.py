@@ -33,7 +33,7 @@ from reelquant.discover import discover, stand_in
 from reelquant.discover.lineage import extremes
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
-from reelquant.observe import ChannelRange, Geometry, Gram, InputStatistics, Rows
+from reelquant.observe import Call, Geometry, InputStatistics, Watched
 from reelquant.recipes import estimate, stream
 from reelquant.recipes.build import shared_transforms
 from reelquant.recipes.estimate import parse_bytes
@@ -389,11 +389,11 @@ def test_what_was_logged_comes_back_on_the_device_of_the_model(added_up: bool, t
     geometry, generator = Geometry(4), torch.Generator()
 
     def empty() -> InputStatistics:
-        return InputStatistics("layer", geometry, ChannelRange(-1, False), Rows(geometry, 8, generator), Gram(geometry, 8, generator))
+        return InputStatistics.for_input(Watched("layer", geometry, -1, 1, "main", 1, generator, frozenset({"gram"}), 1, 1))
 
     written, own = Journal(tmp_path), empty()
     x = torch.randn(16, 4)
-    written.write(0, own, own.look(x), 0, 0)
+    written.write(0, own, own.look(x, Call(0)), Call(0))
     if added_up:
         written._call = 1
         written._add_up(0, empty().gram)
@@ -409,13 +409,14 @@ def test_statistics_are_laid_out_once(tmp_path: Path) -> None:
 
     def make() -> Any:
         made.append("table")
-        table = {name: InputStatistics(name, geometry, ChannelRange(-1, False), Rows(geometry, 8, generator)) for name in ("a", "b")}
+        wishes = [Watched(name, geometry, -1, 1, "main", 1, generator, frozenset(), 1, 1) for name in ("a", "b")]
+        table = {wish.name: InputStatistics.for_input(wish) for wish in wishes}
         return table, table
 
     journal = Journal(tmp_path)
     logged, known = journal.keep(make, generator)
     for name in ("a", "b"):
-        logged[name].update(torch.randn(16, 4), 0)
+        logged[name].update(torch.randn(16, 4), Call(0))
     first = known["a"].rows.rows
     assert known["b"].range.seen == [0]
     assert torch.equal(known["a"].rows.rows, first) and len(made) == 1

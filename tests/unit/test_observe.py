@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
-from reelquant.observe import ChannelRange, Features, Geometry, Gram, Rows, Steps, observe
+from reelquant.observe import Call, ChannelRange, Features, Geometry, Gram, Rows, Steps, observe
 from tests.single import statistics
 
 
@@ -20,10 +20,10 @@ def generator() -> torch.Generator:
 
 
 def test_ranges_and_means_per_step() -> None:
-    seen = ChannelRange(-1, padded=False)
+    seen = ChannelRange(Geometry(4))
     a, b, c = torch.randn(2, 3, 4), torch.randn(2, 3, 4) + 5, torch.randn(1, 3, 4) - 5
     for x, step in ((a, 0), (b, 1), (c, 1)):
-        seen.update(x, step)
+        seen.update(x, Call(step))
     low, high = seen.envelope(per_step=True)
     later = torch.cat([b, c]).flatten(0, 1)
     assert low.shape == (2, 1, 4)
@@ -37,9 +37,9 @@ def test_ranges_and_means_per_step() -> None:
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_ranges_per_frame(axis: int) -> None:
     frames, channels = 3, 4
-    seen = ChannelRange(axis, padded=False, frames=frames)
+    seen = ChannelRange(Geometry(channels), axis, frames)
     x = torch.randn(2 * frames, 5, channels)  # two clips of three frames
-    seen.update(x.movedim(-1, axis), 0)
+    seen.update(x.movedim(-1, axis), Call(0))
     low, high = seen.envelope()
     by_hand = x.reshape(2, frames, 5, channels)
     assert torch.equal(low[0], by_hand.amin((0, 2))) and torch.equal(high[0], by_hand.amax((0, 2)))
@@ -48,28 +48,28 @@ def test_ranges_per_frame(axis: int) -> None:
 
 def test_a_leading_axis_that_frames_do_not_divide_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="frame-4"):
-        ChannelRange(-1, padded=False, frames=4).update(torch.randn(6, 2, 3), 0)
+        ChannelRange(Geometry(3), frames=4).update(torch.randn(6, 2, 3), Call(0))
 
 
 def test_padding_puts_zero_in_the_range_and_not_in_the_mean() -> None:
     x = torch.rand(2, 3, 4) + 1
-    seen = ChannelRange(1, padded=True)
-    seen.update(x, 0)
+    seen = ChannelRange(Geometry(3, (3,), (1,), (1, 1), (1,)), 1)
+    seen.update(x, Call(0))
     low, high = seen.envelope()
     assert bool((low == 0).all()) and torch.equal(high[0, 0], x.amax((0, 2)))
     torch.testing.assert_close(seen.mean[0, 0], x.mean((0, 2)))
 
 
 def test_unseen_ranges_are_the_jackknife_of_independent_runs() -> None:
-    seen = ChannelRange(-1, padded=False)
+    seen = ChannelRange(Geometry(2))
     for part, values in enumerate(([1.0, 10.0], [1.0, 16.0], [1.0, 13.0])):
-        seen.update(torch.tensor([values, [-v for v in values]]), 0, part)
-        seen.update(torch.zeros(1, 2), 1, part)
+        seen.update(torch.tensor([values, [-v for v in values]]), Call(0, part))
+        seen.update(torch.zeros(1, 2), Call(1, part))
     low, high = seen.envelope(unseen=True)
     assert high[0, 0].tolist() == [1.0, 19.0] and low[0, 0].tolist() == [-1.0, -19.0]  # 2 * 16 - 13; a steady channel stays
     assert seen.envelope()[1][0, 0].tolist() == [1.0, 16.0]
-    one = ChannelRange(-1, padded=False)
-    one.update(torch.tensor([[3.0, 4.0]]), 0)
+    one = ChannelRange(Geometry(2))
+    one.update(torch.tensor([[3.0, 4.0]]), Call(0))
     assert one.envelope(unseen=True)[1][0, 0].tolist() == [3.0, 4.0]  # one run tells nothing of others
 
 
@@ -78,7 +78,7 @@ def test_moments_of_data_with_a_large_mean() -> None:
     x = torch.randn(500, 6) @ torch.randn(6, 6) + 1e4
     gram = Gram(Geometry(6), 10_000, generator())
     for part in x.split(100):
-        gram.update(part, 0)
+        gram.update(part, Call(0))
     reference = x.double().numpy()
     np.testing.assert_allclose(gram.mean.numpy(), reference.mean(0), rtol=1e-6)
     expected = np.cov(reference.T, bias=True)
@@ -91,7 +91,7 @@ def test_a_convolution_s_moments_are_those_of_its_patches() -> None:
     layer = nn.Conv2d(2, 1, 3, padding=1)
     x = torch.randn(2, 2, 5, 4) + 3
     gram = Gram(Geometry.of(layer), 10_000, generator())
-    gram.update(x, 0)
+    gram.update(x, Call(0))
     patches = F.unfold(x, 3, padding=1).movedim(1, -1).flatten(0, 1).double().numpy()
     np.testing.assert_allclose(gram.covariance.numpy(), np.cov(patches.T, bias=True), atol=1e-4)
     np.testing.assert_allclose(gram.mean.numpy(), patches.mean(0), atol=1e-5)
@@ -134,24 +134,44 @@ def test_unfold_agrees_in_two_dimensions() -> None:
 
 
 def test_rows_are_a_sample_of_every_call() -> None:
-    rows = Rows(Geometry(3), 4, generator())
-    calls = [torch.full((2, 10, 3), float(i)) for i in range(3)]
-    for i, x in enumerate(calls):
-        rows.update(x, i)
-    assert rows.rows.shape == (12, 3) and rows.rows[:, 0].tolist() == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
+    rows = Rows(Geometry(3), generator(), steps_per_part=3, total=24)
+    for i in range(3):
+        rows.update(torch.full((2, 10, 3), float(i)), Call(i))
+    assert rows.rows.shape == (24, 3) and rows.rows[:, 0].tolist() == [0.0] * 8 + [1.0] * 8 + [2.0] * 8
+    assert rows.steps.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+
+
+@given(steps=st.integers(1, 60), parts=st.integers(1, 40), more=st.integers(0, 2))
+def test_rows_are_bounded_and_even_whatever_the_number_of_calls(steps: int, parts: int, more: int) -> None:
+    rows = Rows(Geometry(1), generator(), steps, parts)
+    for part in range(parts + more):  # more sampler runs than expected change what is kept, not how much
+        for step in range(steps):
+            rows.update(torch.full((1, 2000, 1), float(step)), Call(step, part))
+    assert 512 < len(rows.rows) <= 1024
+    assert torch.equal(rows.rows[:, 0], rows.steps.float())
+    counts = torch.bincount(rows.steps, minlength=steps)
+    assert counts.amax() - counts.amin() <= 2 * rows.per_call
+
+
+def test_calls_of_one_step_share_its_rows() -> None:
+    """A sampler that calls the denoiser twice a step, for guidance, leaves as many rows of both calls."""
+    rows = Rows(Geometry(1), generator(), total=12)
+    for call in range(3):
+        rows.update(torch.full((1, 50, 1), float(call)), Call(0))
+    assert torch.bincount(rows.rows[:, 0].long()).tolist() == [4, 4, 4]
 
 
 def test_features_are_one_row_per_step_and_know_when_they_vary() -> None:
-    steady = Features()
+    steady = Features(4)
     a, b = torch.randn(4), torch.randn(4)
     for _ in range(2):
-        steady.update(a.expand(3, 4), 0)
-        steady.update(b.expand(2, 4), 1)
+        steady.update(a.expand(3, 4), Call(0))
+        steady.update(b.expand(2, 4), Call(1))
     assert not steady.varies and torch.equal(steady.features, torch.stack([a, b]))
-    within, between = Features(), Features()
-    within.update(torch.stack([a, b]), 0)
-    between.update(a[None], 0)
-    between.update(b[None], 0)
+    within, between = Features(4), Features(4)
+    within.update(torch.stack([a, b]), Call(0))
+    between.update(a[None], Call(0))
+    between.update(b[None], Call(0))
     assert within.varies and between.varies
 
 
@@ -177,7 +197,7 @@ def test_of_several_broken_layers_the_first_to_break_is_named() -> None:
     model = Two()
     watched = {name: statistics(module, [torch.zeros(1, 1)]) for name, module in model.named_children()}
     for name, seen in watched.items():
-        seen.name, seen.range = name, ChannelRange(-1, padded=False)
+        seen.name, seen.members = name, {"range": ChannelRange(Geometry(1))}
 
     def run() -> None:
         x = torch.ones(1, 1)

@@ -1,18 +1,35 @@
-"""Seeing: statistics of layer inputs, gathered in one sampling pass of the real pipeline."""
+"""Statistics of layer inputs, gathered in one sampling pass of the real pipeline. What is done with them belongs elsewhere."""
 
+from reelquant.observe.call import Call
+from reelquant.observe.channel_range import ChannelRange
 from reelquant.observe.collect import Steps, observe
-from reelquant.observe.statistics import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Statistic, inverse_factor
+from reelquant.observe.features import Features
+from reelquant.observe.geometry import Geometry
+from reelquant.observe.gram import Gram
+from reelquant.observe.half_ranges import HalfRange, HalfRanges
+from reelquant.observe.input_statistics import InputStatistics
+from reelquant.observe.inverse_factor import inverse_factor
+from reelquant.observe.rotated_range import RotatedRange
+from reelquant.observe.rows import Rows
+from reelquant.observe.statistic import Statistic, Watched
+from reelquant.observe.table import STATISTICS, register_statistic
 
 __all__ = [
+    "STATISTICS",
+    "Call",
     "ChannelRange",
     "Features",
     "Geometry",
     "Gram",
+    "HalfRange",
+    "HalfRanges",
     "InputStatistics",
-    "Need",
+    "RotatedRange",
     "Rows",
     "Statistic",
     "Steps",
+    "Watched",
     "inverse_factor",
     "observe",
+    "register_statistic",
 ]

@@ -1,4 +1,4 @@
-"""One sampling pass: hooks on the denoiser and on the layers whose inputs somebody needs, then the statistics."""
+"""One sampling pass with hooks on the denoiser and on the layers whose inputs are observed."""
 
 from __future__ import annotations
 
@@ -13,21 +13,32 @@ from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
 from reelquant.clock import ANY
-from reelquant.observe.statistics import InputStatistics
+from reelquant.observe.call import Call
+from reelquant.observe.input_statistics import InputStatistics
 
 
 @dataclass
 class Steps:
-    """The timesteps seen so far, in sampling order; the current one is ``current``, the current run of the sampler is ``part``."""
+    """Where the sampler is.
+
+    Attributes:
+        timesteps: seen so far, in sampling order.
+        current: index of the current timestep.
+        part: number of the current sampler run.
+        calls: of the denoiser so far.
+        example: arguments of its first call.
+        halves: its calls, counted by the half of a guidance pair that they compute.
+    """
 
     timesteps: list[float] = field(default_factory=list)
     current: int = -1
     part: int = 0
     calls: int = 0
-    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # arguments of the first denoiser call
-    halves: Counter[int] = field(default_factory=Counter)  # calls by what they compute of a guidance pair
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    halves: Counter[int] = field(default_factory=Counter)
 
     def see(self, timestep: Tensor | float) -> None:
+        """Count a call of the denoiser with this timestep; of several timesteps, with the largest."""
         value = float(torch.as_tensor(timestep).float().amax())
         if value not in self.timesteps:
             self.timesteps.append(value)
@@ -63,8 +74,8 @@ def observe(
         timestep_of: reads the timestep out of ``(args, kwargs)`` of a denoiser call.
         watched: layer name -> statistics of its input.
         run: samples with the real pipeline.
+        on_call: gets the number of denoiser calls so far, for progress.
         half_of: which half of a guidance pair a denoiser call computes, as :mod:`reelquant.clock` numbers them.
-        on_call: told the number of denoiser calls so far (progress).
 
     Raises:
         CalibrationError: if the denoiser was never called, or an input was NaN or infinite.
@@ -80,7 +91,7 @@ def observe(
 
     def watch(statistics: InputStatistics) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            statistics.update(args[0] if args else kwargs["input"], steps.current, steps.part, half[0])
+            statistics.update(args[0] if args else kwargs["input"], Call(steps.current, steps.part, half[0]))
 
         return hook
 
@@ -91,8 +102,7 @@ def observe(
         run()
     if not steps.calls:
         raise CalibrationError(f"sampling never called the denoiser ({type(denoiser).__name__}): is it the pipeline's own module?")
-    for statistics in sorted(
-        watched.values(), key=lambda statistics: statistics.bad_from()
-    ):  # stable: of one step, the layer that ran first
+    # The first step with NaN comes first, and the sort is stable: of the layers that broke at that step, the one that ran first.
+    for statistics in sorted(watched.values(), key=lambda statistics: statistics.bad_from()):
         statistics.check(steps.timesteps)
     return steps

@@ -12,15 +12,11 @@ from torch import Tensor, nn
 
 from reelquant.clock import BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
 from reelquant.models.sampling import sample
-from reelquant.nn import get_module
-from reelquant.observe import ChannelRange, Features, Geometry, Gram, InputStatistics, Need, Rows, Steps, observe
+from reelquant.observe import Geometry, InputStatistics, Steps, Watched, observe
 from reelquant.recipes.plan import LayerPlan, Plan
 
 if TYPE_CHECKING:
     from reelquant.recipes.journal import Journal
-
-ROWS = 1024  # rows kept of every input, over all calls
-GRAM_ROWS = 4096, 8  # rows that enter a second moment, over all calls: at least so many, and so many per column
 
 
 @dataclass(eq=False)
@@ -51,13 +47,9 @@ class Calibration:
 
     def _suffices(self, plan: Plan, row: LayerPlan) -> bool:
         found = self.inputs.get(row.layer.name)
-        wanted = needs(plan, row)
-        if found is None or (found.gram is None and "gram" in wanted) or (found.rotated is None and "rotated" in wanted):
+        if found is None:
             return False
-        grain = None if row.input is None else row.input.granularity
-        if plan.recipe.guidance == "apart" and found.halves is None:
-            return False
-        return grain is None or grain.kind != "frame" or grain.size == found.range.frames
+        return found.serves(_watched(plan, row, [row], found.geometry, torch.Generator(), (1, 1)))
 
 
 class Part(NamedTuple):
@@ -102,7 +94,7 @@ def calibrate_together(
     """
     recipe = parts[0].plan.recipe
     batch = recipe.calibrate.batch if recipe.calibrate else 4
-    calls = -(-len(prompts) // batch) * (arguments.get("num_inference_steps") or 50)
+    size = arguments.get("num_inference_steps") or 50, -(-len(prompts) // batch)
     found: list[Calibration] = []
 
     def run(rest: Sequence[Part]) -> None:
@@ -111,7 +103,7 @@ def calibrate_together(
             return
         denoiser, plan, journal = rest[0]
         generator = torch.Generator().manual_seed(seed)
-        make = functools.partial(_watch, plan, denoiser, generator, calls)
+        make = functools.partial(_watch, plan, denoiser, generator, size)
         watched, inputs = make() if journal is None else journal.keep(make, generator)
         reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
         watch_pairs = {"half_of": _half_reader(denoiser, plan)} if plan.recipe.guidance == "apart" else {}
@@ -137,68 +129,45 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
     return half_of
 
 
-def templates(plan: Plan, denoiser: nn.Module, calls: int) -> dict[str, InputStatistics]:
-    """Empty statistics of everything that the plan's layers read in so many calls, for their sizes."""
-    return _watch(plan, denoiser, torch.Generator(), calls)[0]
+def templates(plan: Plan, denoiser: nn.Module, size: tuple[int, int]) -> dict[str, InputStatistics]:
+    """Empty statistics of everything that the plan's layers read, for their sizes; ``size`` is steps and sampler runs."""
+    return _watch(plan, denoiser, torch.Generator(), size)[0]
 
 
 def _watch(
-    plan: Plan, denoiser: nn.Module, generator: torch.Generator, calls: int
+    plan: Plan, denoiser: nn.Module, generator: torch.Generator, size: tuple[int, int]
 ) -> tuple[dict[str, InputStatistics], dict[str, InputStatistics]]:
     """Statistics to fill (one per shared input and geometry) and the layer -> statistics table."""
     watched: dict[str, InputStatistics] = {}
     inputs: dict[str, InputStatistics] = {}
     keys: dict[tuple[str, Geometry], str] = {}
+    groups = {name: group.name for group in plan.map.groups for name in group.layers}
+    modules = dict(denoiser.named_modules())
     for row in plan.quantized:
-        geometry = Geometry.of(get_module(denoiser, row.layer.name))
-        key = (plan.map.group_of(row.layer.name).name, geometry)
+        geometry = Geometry.of(modules[row.layer.name])
+        key = (groups[row.layer.name], geometry)
         first = keys.setdefault(key, row.layer.name)
         if first == row.layer.name:
-            members = [other for other in plan.quantized if plan.map.group_of(other.layer.name).name == key[0]]
-            watched[first] = _statistics(plan, row, members, geometry, generator, calls)
+            members = [other for other in plan.quantized if groups[other.layer.name] == key[0]]
+            watched[first] = InputStatistics.for_input(_watched(plan, row, members, geometry, generator, size))
         inputs[row.layer.name] = watched[first]
     return watched, inputs
 
 
-def _statistics(
-    plan: Plan, row: LayerPlan, members: list[LayerPlan], geometry: Geometry, generator: torch.Generator, calls: int
-) -> InputStatistics:
+def _watched(
+    plan: Plan, row: LayerPlan, members: list[LayerPlan], geometry: Geometry, generator: torch.Generator, size: tuple[int, int]
+) -> Watched:
+    """What is known of the input that ``members`` share, the first of them being ``row``."""
     frames = max((m.input.granularity.size for m in members if m.input and m.input.granularity.kind == "frame"), default=1)
-    wanted = {need for member in members for need in needs(plan, member)}
-    return InputStatistics(
-        row.layer.name,
-        geometry,
-        ChannelRange(row.layer.channel_axis, geometry.padded, frames),
-        Rows(geometry, max(8, _share(ROWS, calls)), generator),
-        Gram(geometry, _share(max(GRAM_ROWS[0], GRAM_ROWS[1] * geometry.channels * geometry.taps), calls), generator)
-        if "gram" in wanted
-        else None,
-        Features() if row.layer.role == "temporal" and not geometry.kernel else None,
-        ChannelRange(row.layer.channel_axis, geometry.padded, frames) if "rotated" in wanted else None,
-        _halves(plan, row, geometry, frames, rotated="rotated" in wanted),
-    )
+    wanted = frozenset().union(*(needs(plan, member) for member in members))
+    steps, parts = size
+    return Watched(row.layer.name, geometry, row.layer.channel_axis, frames, row.layer.role, steps * parts, generator, wanted, steps, parts)
 
 
-def _halves(
-    plan: Plan, row: LayerPlan, geometry: Geometry, frames: int, *, rotated: bool
-) -> tuple[InputStatistics, InputStatistics] | None:
-    if plan.recipe.guidance != "apart":
-        return None
-
-    def half() -> InputStatistics:
-        ranges = [ChannelRange(row.layer.channel_axis, geometry.padded, frames) for _ in range(2)]
-        return InputStatistics(row.layer.name, geometry, ranges[0], rotated=ranges[1] if rotated else None)
-
-    return half(), half()
-
-
-def _share(rows: int, calls: int) -> int:
-    return -(-rows // max(calls, 1))
-
-
-def needs(plan: Plan, row: LayerPlan) -> frozenset[Need]:
-    """Statistics that a layer's transforms and solver ask for."""
-    found: frozenset[Need] = frozenset()
+def needs(plan: Plan, row: LayerPlan) -> frozenset[str]:
+    """Statistics that a layer's role, its transforms and its solver ask for."""
+    found = frozenset({"features"} if row.layer.role == "temporal" else ())
+    found |= frozenset({"halves"} if plan.recipe.guidance == "apart" else ())
     for number in row.steps:
         step = plan.recipe.steps[number]
         found |= step.mechanism(step.choices()[0]).needs

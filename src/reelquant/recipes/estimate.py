@@ -159,7 +159,7 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) 
     always, trial = steps * runs + (2 + measured) * steps * held, recipe.search.steps * held
     sampled = always + trial * (trials + bool(trials))
     drafts = bool(trials) * (len(candidates(plan)) if recipe.search.scope == "family" else 1)
-    inputs = templates(plan, model, steps * runs).values()
+    inputs = templates(plan, model, (steps, runs)).values()
     moments = {own.name: own.geometry.channels * own.geometry.taps for own in inputs if own.gram is not None}
     seen = sum(_seen(own, steps * runs * GUIDED) for own in inputs)
     need |= _transformed(plan)
@@ -178,11 +178,8 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) 
 
 
 def _seen(own: InputStatistics, calls: int) -> int:
-    """Bytes that calls leave of one input, its second moment left out: sampled rows; lowest, highest and summed values."""
-    sides = [own, *(own.halves or ())]
-    frames = sum(seen.frames for side in sides for seen in (side.range, side.rotated) if seen is not None)
-    rows = own.rows.per_call * own.geometry.taps if own.rows is not None else 0
-    return calls * (4 * own.geometry.channels * (rows + 3 * frames + 3 * (own.features is not None)) + FRAME)
+    """Bytes that calls leave of one input on disk, those left out that are folded into second moments."""
+    return calls * FRAME + sum(member.log_bytes(calls) for member in own.members.values() if not member.compacts)
 
 
 def _transformed(plan: Plan) -> dict[str, int]:

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
 from reelquant.checkpoint import whole_file
-from reelquant.clock import ANY
 from reelquant.discover.probe import tensors_in
-from reelquant.observe import Gram, InputStatistics
+from reelquant.observe import Call, Gram, InputStatistics
 
 _HEAD = 16  # bytes before a frame: number of the call, length of the frame
 
@@ -173,9 +172,9 @@ class Journal:
     def _state(self, number: int) -> Path:
         return self.folder / "seen" / f"{number:04}.moments.safetensors"
 
-    def write(self, number: int, own: InputStatistics, seen: Mapping[str, Tensor], step: int, part: int) -> None:
+    def write(self, number: int, own: InputStatistics, seen: Mapping[str, Tensor], call: Call) -> None:
         """Log one look at an input. Rows for second moments are added up when they take more room than the moments do."""
-        when = {"step": torch.tensor(step), "part": torch.tensor(part)}
+        when = {name: torch.tensor(value) for name, value in dataclasses.asdict(call).items()}
         self._log(number, "inputs").append(self._call, {k: v for k, v in seen.items() if not k.startswith("gram.")} | when)
         if own.gram is None:
             return
@@ -187,7 +186,7 @@ class Journal:
 
     def _add_up(self, number: int, empty: Gram) -> None:
         """Moments of all calls before this one. Rows that a killed process left although they are added up count once."""
-        gram = dataclasses.replace(empty)
+        gram = copy.copy(empty)
         self._moments(number, gram)
         state = {name: value.contiguous() for name, value in gram.state.items()} | {"call": torch.tensor(self._call - 1)}
         whole_file(self._state(number), lambda path: save_file(state, path))
@@ -201,13 +200,13 @@ class Journal:
             through = int(state.pop("call"))
             gram.state = {name: _own(value, self.device) if value.dim() else value for name, value in state.items()}
         for _, seen in self._log(number, "gram").frames(through):
-            gram.absorb({"rows": seen["rows"].to(self.device).float()}, 0)
+            gram.absorb({"rows": seen["rows"].to(self.device).float()}, Call(0))
 
     def read(self, number: int, own: InputStatistics) -> InputStatistics:
         """Fill empty statistics."""
         for _, seen in self._log(number, "inputs").frames():
-            step, part = int(seen.pop("step")), int(seen.pop("part"))
-            own.absorb({name: self._as_seen(name, value) for name, value in seen.items()}, step, part)
+            call = Call(*(int(seen.pop(name)) for name in ("step", "part", "half")))
+            own.absorb({name: self._as_seen(name, value) for name, value in seen.items()}, call)
         if own.gram is not None:
             self._moments(number, own.gram)
         return own
@@ -238,21 +237,21 @@ class Logged:
     def __init__(self, journal: Journal, number: int, own: InputStatistics) -> None:
         self.journal, self.number, self.own = journal, number, own
 
-    def update(self, x: Tensor, step: int, part: int = 0, half: int = ANY) -> None:
+    def update(self, x: Tensor, call: Call) -> None:
         """See one input.
 
         Raises:
             CalibrationError: if it is not finite.
         """
-        seen = self.own.look(x, half)
+        seen = self.own.look(x, call)
         if not bool(seen["range.low"].isfinite().all() and seen["range.high"].isfinite().all()):
             raise CalibrationError(
-                f"the input of layer '{self.own.name}' holds NaN or inf at step {step}; check the weights, or run the pipeline in float32 "
-                "or bfloat16 instead of float16"
+                f"the input of layer '{self.own.name}' holds NaN or inf at step {call.step}; "
+                "check the weights, or run the pipeline in float32 or bfloat16 instead of float16"
             )
         short = x.dtype in (torch.bfloat16, torch.float16)  # rows are values of x: nothing is lost
         rows = {name: value.to(x.dtype) for name, value in seen.items() if short and name.endswith(".rows")}
-        self.journal.write(self.number, self.own, seen | rows, step, part)
+        self.journal.write(self.number, self.own, seen | rows, call)
 
     def bad_from(self) -> float:
         """Inputs that are not finite have been refused."""

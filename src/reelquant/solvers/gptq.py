@@ -9,7 +9,7 @@ import torch
 
 from reelquant._errors import RecipeError
 from reelquant.formats import QuantSpec, fit
-from reelquant.observe import Need, inverse_factor
+from reelquant.observe import inverse_factor
 from reelquant.solvers.problem import Problem, Solution, Solver
 
 
@@ -31,7 +31,7 @@ class Gptq(Solver):
     damping: float = 0.01
     block: int = 64
     ordered: bool = True
-    needs: ClassVar[frozenset[Need]] = frozenset({"gram"})
+    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:

@@ -10,7 +10,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from reelquant.formats import Quantizer, QuantSpec
-from reelquant.observe import Need
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class Solution:
 class Solver(ABC):
     """Chooses codes. ``needs`` names the statistics it wants."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def supports(self, spec: QuantSpec) -> str | None:
         """Why this solver cannot handle a spec, or None. Asked before calibration."""

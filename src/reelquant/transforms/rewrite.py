@@ -12,7 +12,6 @@ from torch import Tensor
 
 from reelquant._errors import RecipeError
 from reelquant.kernels import hadamard
-from reelquant.observe import Need
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +112,7 @@ class Transform(ABC):
         needs: statistics beyond the channel ranges, which are always there.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def plan(self, group: GroupView) -> Rewrite:

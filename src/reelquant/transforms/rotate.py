@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from reelquant.kernels import hadamard
-from reelquant.observe import Need
 from reelquant.transforms.rewrite import GroupView, Rewrite, Transform
 
 
@@ -30,7 +29,7 @@ class Rotate(Transform):
     """
 
     least: float = 0.0
-    needs: ClassVar[frozenset[Need]] = frozenset({"rotated"})
+    needs: ClassVar[frozenset[str]] = frozenset({"rotated"})
 
     def plan(self, group: GroupView) -> Rewrite:
         if group.rotated is None or not group.rounded:

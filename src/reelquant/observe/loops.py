@@ -1,0 +1,93 @@
+"""Rotation and reduction in one pass over memory, compiled by numba: torch would write the rotated input and read it three times.
+
+Extremes leave NaN out. The range of the input that is not rotated reports it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from reelquant.kernels.cpu.loops import read
+from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.turn import rotate
+
+TILE = 64  # positions of a plane that are rotated at a time
+
+
+@numba.njit(**EXACT)
+def rotated_rows(start: int, stop: int, x: Any, block: int, low: Any, high: Any, total: Any) -> None:
+    """Extremes and sums of rotated rows, without the factor ``1 / sqrt(block)``.
+
+    Args:
+        start, stop: shares of the work, of ``shares * frames``.
+        x: ``[clips, frames, positions, channels]``, float32 or bfloat16 as int16.
+        block: channels that are rotated together, a power of two.
+        low, high, total: ``[shares, frames, channels]``; float32, float32 and float64.
+    """
+    shares, frames, positions = low.shape[0], x.shape[1], x.shape[2]
+    rows = x.shape[0] * positions
+    buffer = np.empty(x.shape[3], np.float32)
+    for item in range(start, stop):
+        share, frame = item // frames, item % frames
+        for row in range(rows * share // shares, rows * (share + 1) // shares):
+            read(x[row // positions, frame, row % positions], buffer)
+            rotate(buffer, block)
+            _include(buffer, low[share, frame], high[share, frame], total[share, frame])
+
+
+@numba.njit(**EXACT)
+def _include(row: Any, low: Any, high: Any, total: Any) -> None:
+    """Extend extremes and sums by one row."""
+    for j in range(row.shape[0]):
+        value = row[j]
+        low[j] = value if value < low[j] else low[j]
+        high[j] = value if value > high[j] else high[j]
+        total[j] += value
+
+
+@numba.njit(**EXACT)
+def rotated_planes(start: int, stop: int, x: Any, block: int, low: Any, high: Any, total: Any) -> None:
+    """The same of ``x`` with channels before positions: ``[clips, frames, channels, positions]``."""
+    shares, frames, channels, positions = low.shape[0], x.shape[1], x.shape[2], x.shape[3]
+    clips = x.shape[0]
+    buffer = np.empty((block, TILE), np.float32)
+    for item in range(start, stop):
+        share, frame = item // frames, item % frames
+        for clip in range(clips * share // shares, clips * (share + 1) // shares):
+            for first in range(0, channels, block):
+                own = slice(first, first + block)
+                for tile in range(0, positions, TILE):
+                    width = min(TILE, positions - tile)
+                    for channel in range(block):
+                        read(x[clip, frame, first + channel, tile : tile + width], buffer[channel])
+                    _mix(buffer)
+                    _reduce(buffer[:, :width], low[share, frame, own], high[share, frame, own], total[share, frame, own])
+
+
+@numba.njit(**EXACT)
+def _mix(buffer: Any) -> None:
+    """Hadamard transform along the first axis, in place, without its factor."""
+    apart = 1
+    while apart < buffer.shape[0]:
+        pairs = buffer.reshape((-1, 2, apart * buffer.shape[1]))
+        for i in range(pairs.shape[0]):
+            for j in range(pairs.shape[2]):
+                a, b = pairs[i, 0, j], pairs[i, 1, j]
+                pairs[i, 0, j], pairs[i, 1, j] = a + b, a - b
+        apart *= 2
+
+
+@numba.njit(**EXACT)
+def _reduce(values: Any, low: Any, high: Any, total: Any) -> None:
+    """Extend extremes and sums of channels by ``[channels, positions]``."""
+    for channel in range(values.shape[0]):
+        least, most, added = low[channel], high[channel], np.float32(0)
+        for value in values[channel]:
+            least = value if value < least else least
+            most = value if value > most else most
+            added += value
+        low[channel], high[channel] = least, most
+        total[channel] += added
