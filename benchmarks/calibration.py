@@ -56,11 +56,14 @@ def prompts_of(count: int) -> list[str]:
 
 
 def sampling(pipe: Any, recipe: str, count: int, call: dict[str, Any]) -> float:
-    """Processor seconds of plain sampling."""
+    """Processor seconds of plain sampling, with as many clips at a time as calibration takes."""
     from reelquant.models.sampling import sample
+    from reelquant.recipes.recipe import load_recipe
 
+    calibrate = load_recipe(recipe, overrides={"calibrate.prompts": count}).calibrate
+    batch = 4 if calibrate is None else calibrate.batch
     start = time.process_time()
-    sample(pipe, prompts_of(count)[:count], seed=SEED, output="latent", **call)
+    sample(pipe, prompts_of(count)[:count], seed=SEED, batch=batch, output="latent", **call)
     return time.process_time() - start
 
 

@@ -76,7 +76,7 @@ def test_unseen_ranges_are_the_jackknife_of_independent_runs() -> None:
 def test_moments_of_data_with_a_large_mean() -> None:
     """float32 sums of squares around 1e4 would lose the unit variance: 1e8 * 2^-24 is 6."""
     x = torch.randn(500, 6) @ torch.randn(6, 6) + 1e4
-    gram = Gram(Geometry(6), 10_000, generator())
+    gram = Gram(Geometry(6), generator())
     for part in x.split(100):
         gram.update(part, Call(0))
     reference = x.double().numpy()
@@ -90,7 +90,7 @@ def test_moments_of_data_with_a_large_mean() -> None:
 def test_a_convolution_s_moments_are_those_of_its_patches() -> None:
     layer = nn.Conv2d(2, 1, 3, padding=1)
     x = torch.randn(2, 2, 5, 4) + 3
-    gram = Gram(Geometry.of(layer), 10_000, generator())
+    gram = Gram(Geometry.of(layer), generator())
     gram.update(x, Call(0))
     patches = F.unfold(x, 3, padding=1).movedim(1, -1).flatten(0, 1).double().numpy()
     np.testing.assert_allclose(gram.covariance.numpy(), np.cov(patches.T, bias=True), atol=1e-4)
@@ -134,11 +134,11 @@ def test_unfold_agrees_in_two_dimensions() -> None:
 
 
 def test_rows_are_a_sample_of_every_call() -> None:
-    rows = Rows(Geometry(3), generator(), steps_per_part=3, total=24)
+    rows = Rows(Geometry(3), generator(), steps_per_part=3, total=48)
     for i in range(3):
         rows.update(torch.full((2, 10, 3), float(i)), Call(i))
-    assert rows.rows.shape == (24, 3) and rows.rows[:, 0].tolist() == [0.0] * 8 + [1.0] * 8 + [2.0] * 8
-    assert rows.steps.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert rows.rows.shape == (48, 3) and rows.rows[:, 0].tolist() == [0.0] * 16 + [1.0] * 16 + [2.0] * 16
+    assert rows.steps.tolist() == [0] * 16 + [1] * 16 + [2] * 16
 
 
 @given(steps=st.integers(1, 60), parts=st.integers(1, 40), more=st.integers(0, 2))
@@ -150,7 +150,7 @@ def test_rows_are_bounded_and_even_whatever_the_number_of_calls(steps: int, part
     assert 512 < len(rows.rows) <= 1024
     assert torch.equal(rows.rows[:, 0], rows.steps.float())
     counts = torch.bincount(rows.steps, minlength=steps)
-    assert counts.amax() - counts.amin() <= 2 * rows.per_call
+    assert counts.amax() - counts.amin() <= 3 * rows.per_call
 
 
 def test_calls_of_one_step_share_its_rows() -> None:
