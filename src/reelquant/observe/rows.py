@@ -96,18 +96,16 @@ class Rows(Statistic):
         self._visits = known["visits"].tolist() if known else []
 
     @property
-    def _filled(self) -> Tensor:
-        return self._steps != EMPTY
-
-    @property
     def steps(self) -> Tensor:
         """The step that each row was seen at."""
-        return self._steps[self._filled]
+        assert self._steps is not None
+        return self._steps[self._steps != EMPTY]
 
     @property
     def rows(self) -> Tensor:
         """``[rows, channels * taps]``, in the order of their steps."""
-        return self._rows[self._filled]
+        assert self._rows is not None and self._steps is not None
+        return self._rows[self._steps != EMPTY]
 
     def log_bytes(self, calls: int) -> int:
         """Rows of the sampled share of the calls."""
