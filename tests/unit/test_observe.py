@@ -11,7 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
-from reelquant.observe import Call, ChannelRange, Features, Geometry, Gram, Rows, Steps, observe
+from reelquant.clock import BOTH
+from reelquant.kernels import hadamard
+from reelquant.observe import (
+    STATISTICS,
+    Call,
+    ChannelRange,
+    Features,
+    Geometry,
+    Gram,
+    InputStatistics,
+    RotatedRange,
+    Rows,
+    Steps,
+    Watched,
+    observe,
+)
 from tests.single import statistics
 
 
@@ -252,3 +267,61 @@ def test_observe_sees_keywords_and_leaves_no_hooks() -> None:
     assert not denoiser._forward_pre_hooks and not denoiser.layer._forward_pre_hooks
     with pytest.raises(CalibrationError, match="never called the denoiser"):
         observe(denoiser, lambda args, kwargs: args[1], {}, lambda: None)
+
+
+@given(parts=st.integers(1, 6), seed=st.integers(0, 99))
+def test_running_extremes_give_the_bits_of_all_parts(parts: int, seed: int) -> None:
+    """What is kept are two extremes over parts; a table of all of them must give the same endpoint."""
+    draw = torch.Generator().manual_seed(seed)
+    seen = ChannelRange(Geometry(3), steps=1)  # fewer than come: memory doubles
+    values = torch.randn(parts, 4, 5, 3, generator=draw)
+    for part in range(parts):
+        for step in range(4):
+            seen.update(values[part, step], Call(step, part))
+    high = values.amax(2)  # [parts, steps, channels]
+    for per_step, maxima in ((True, high), (False, high.amax(1, keepdim=True))):
+        first, second = maxima.topk(2, dim=0).values if parts > 1 else (maxima[0], maxima[0])
+        found = seen.envelope(per_step=per_step, unseen=True)[1][:, 0]
+        assert torch.equal(found, 2 * first - second if parts > 1 else first)
+        assert torch.equal(seen.envelope(per_step=per_step)[1][:, 0], first)
+
+
+def test_more_sampler_runs_take_no_more_memory() -> None:
+    wish = Watched("layer", Geometry(8), -1, 1, "main", 8, generator(), frozenset({"gram", "rotated", "halves"}), 4, 2)
+    sizes = []
+    seen = InputStatistics.for_input(wish)
+    for part in range(8):
+        for step in range(4):
+            seen.update(torch.randn(2, 600, 8), Call(step, part, BOTH))
+        tensors = [value for member in seen.members.values() for name, value in member.state.items() if name != "waiting"]
+        sizes.append(sum(value.numel() for value in tensors))
+    assert sizes == sizes[:1] * 8
+
+
+@pytest.mark.parametrize("kind", ["range", "rotated", "rows", "gram", "features", "halves"])
+def test_a_state_goes_on_with_the_same_bits(kind: str) -> None:
+    wish = Watched("layer", Geometry(8), -1, 1, "temporal", 8, generator(), frozenset({"rotated"}), 4, 2)
+    calls = [(torch.randn(2, 300, 8), Call(step, part, BOTH)) for part in range(2) for step in range(4)]
+    whole, begun, resumed = (STATISTICS[kind].for_input(wish) for _ in range(3))
+    assert whole is not None and begun is not None and resumed is not None
+    looks = [(whole.look(x, call), call) for x, call in calls]
+    for seen, call in looks:
+        whole.absorb(seen, call)
+    for seen, call in looks[:5]:
+        begun.absorb(seen, call)
+    resumed.state = {name: value.clone() for name, value in begun.state.items()}
+    for seen, call in looks[5:]:
+        resumed.absorb(seen, call)
+    assert whole.state.keys() == resumed.state.keys()
+    assert all(torch.equal(value, resumed.state[name]) for name, value in whole.state.items())
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_the_rotated_range_is_that_of_the_rotated_input(axis: int, dtype: torch.dtype, frames: int) -> None:
+    x = torch.randn(4, 70, 24, generator=generator()).to(dtype).movedim(-1, axis)
+    found = RotatedRange(Geometry(24), axis, frames).look(x, Call(0))
+    expected = ChannelRange(Geometry(24), axis, frames).look(hadamard(x.float(), axis), Call(0))
+    for name in ("low", "high", "sum", "count"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=2e-5)
