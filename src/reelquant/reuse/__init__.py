@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from reelquant.reuse.reuse import Installed, Reuse, install_stored, installed_reuse, remove_reuse, stored_reuse
+from reelquant.reuse.reuse import Installed, Reuse, all_computed, install_stored, installed_reuse, remove_reuse, stored_reuse
 from reelquant.reuse.temporal_table import TemporalTable, add_table, drop_unused
 from reelquant.stages import Stage, register
 
@@ -17,6 +17,7 @@ __all__ = [
     "Reuse",
     "TemporalTable",
     "add_table",
+    "all_computed",
     "drop_unused",
     "install_stored",
     "installed_reuse",
