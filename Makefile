@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
-	$(BIN)/pyright -p pyright-floors.json
+	$(BIN)/pyright -p pyright-strict.json
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

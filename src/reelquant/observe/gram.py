@@ -71,6 +71,7 @@ class Gram(Statistic):
             self._origin, width = rows.mean(0), rows.shape[1]
             self._sum, self._square = rows.new_zeros(width), rows.new_zeros(width, width)
             self._waiting = rows.new_zeros(BUFFER, width)
+        assert self._sum is not None and self._square is not None and self._waiting is not None
         while len(rows):
             start = self.count % BUFFER
             taken = rows[: BUFFER - start]

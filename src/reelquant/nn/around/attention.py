@@ -252,7 +252,7 @@ def attention_facts(model: nn.Module, device: str | None = None) -> AttentionFac
     if rounded is None:
         return None
     lies = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")  # meta: offloaded
-    return expected_attention(rounded.handles, device or lies, rounded.kernels, dict(rounded.calls))
+    return expected_attention(rounded.numbers, device or lies, rounded.kernels, dict(rounded.calls))
 
 
 def expected_attention(
