@@ -232,7 +232,8 @@ class _Block:
         output = self._computed(args, kwargs)
         running.given = (output,) if isinstance(output, Tensor) else output
         if not isinstance(running.given, tuple) or not all(isinstance(one, Tensor) for one in running.given):
-            raise self._refusal(f"'{self.name}' gives a {type(output).__name__}, not a tensor or a tuple of tensors")
+            kinds = ", ".join(type(one).__name__ for one in output) if isinstance(output, tuple) else type(output).__name__
+            raise self._refusal(f"'{self.name}' gives {kinds}, and only tensors and tuples of tensors can be reused")
         if self.last:
             self._keep(running, single=isinstance(output, Tensor))
         return output

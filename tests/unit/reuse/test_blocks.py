@@ -299,6 +299,13 @@ class Mixed(Block):
         return {"x": x}
 
 
+class WithNone(Block):
+    """Gives something beside a tensor."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Any:
+        return (x, None) if self.number == 2 else x
+
+
 class Between(Denoiser):
     """Something is added between two blocks, as control networks do."""
 
@@ -320,7 +327,8 @@ class Wider(Block):
     [
         (Between(), "'blocks.2' does not take all that the block before it gives"),
         (Denoiser(Wider), "'blocks.2' does not give tensors like those that the first block of the stretch takes"),
-        (Denoiser(Mixed), "'blocks.1' gives a dict, not a tensor"),
+        (Denoiser(WithNone), "'blocks.1' gives Tensor, NoneType, and only tensors"),
+        (Denoiser(Mixed), "'blocks.1' gives dict, and only tensors"),
     ],
 )
 def test_blocks_that_are_no_chain_are_refused_at_the_first_call(model: nn.Module, message: str) -> None:
