@@ -78,8 +78,12 @@ def assert_untouched(denoiser: nn.Module, before: dict[str, Any]) -> None:
     assert all(torch.equal(value, before["tensors"][name]) for name, value in after["tensors"].items())
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", names())
+def runs(name: str, model: str) -> bool:
+    """Recipes that leave blocks out need a list of equal blocks, and a UNet has none."""
+    return model != "UNetMotionModel" or all(entry.name != "blocks" for entry in load_recipe(name).entries)
+
+
+@pytest.mark.parametrize(("name", "model"), [(name, model) for name in names() for model in MODELS if runs(name, model)])
 def test_every_recipe_end_to_end(name: str, model: str, tmp_path: Path) -> None:
     pipe = FakePipeline(TINY[model](), guided=name == "minmax-w8a8")
     before, linear = (

@@ -16,6 +16,7 @@ from reelquant.engine.session import Session
 from reelquant.nn import QuantLayer, get_module
 from reelquant.observe import RecordedCall, Recording
 from reelquant.recipes.entry import Entry
+from reelquant.reuse import all_computed
 from reelquant.sites import matches
 from reelquant.stages import BlockWork, LayerWork, Solution
 
@@ -29,7 +30,8 @@ def replay(denoiser: nn.Module, name: str, calls: Sequence[RecordedCall], *, out
     """Call the denoiser again with recorded arguments, and record the first call of one of its parts each time.
 
     Recorded calls of a denoiser are small (latents and embeddings), those of its blocks are not: a block's calls are made again
-    when they are needed, one block at a time.
+    when they are needed, one block at a time. Nothing is reused from earlier calls: the recorded calls are not all of a trajectory,
+    and a part that is not computed has no output of its own.
 
     Args:
         outputs: record what the part gives, too; without, the denoiser stops before the part runs.
@@ -51,7 +53,8 @@ def replay(denoiser: nn.Module, name: str, calls: Sequence[RecordedCall], *, out
             part.register_forward_hook(after, with_kwargs=True),
         ]
         try:
-            denoiser(*call.args, **call.kwargs)
+            with all_computed(denoiser):
+                denoiser(*call.args, **call.kwargs)
         except _StopCall:
             pass
         finally:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from reelquant._errors import CalibrationError, UnsupportedError
+from reelquant._errors import UnsupportedError
 from reelquant.engine.choice import Choice
 from reelquant.engine.pack import packed
 from reelquant.engine.plan import LayerPlan, Plan
@@ -208,12 +208,7 @@ def _start(context: Context, shared: GroupWork, row: LayerPlan, module: nn.Modul
         timesteps=context.timesteps,
         unseen=context.plan.unseen,
     )
-    inputs = _input_quantizers(work)
-    if inputs and len(inputs) not in (1, len(context.timesteps)):
-        raise CalibrationError(
-            f"'{row.layer.name}' ran at {len(inputs)} of {len(context.timesteps)} steps only: it cannot have scales per step"
-        )
-    return replace(work, inputs=inputs)
+    return replace(work, inputs=_input_quantizers(work))
 
 
 def _input_quantizers(work: LayerWork) -> list[Quantizer] | None:
@@ -227,7 +222,7 @@ def _input_quantizers(work: LayerWork) -> list[Quantizer] | None:
         return [fit(spec, work.rewrite.input(features.features))]
     if spec.range.needs_samples or spec.alternatives:
         return [fit(spec, _sampled(work, seen))]
-    return bound(spec, work.rewrite, seen, unseen=work.unseen)
+    return bound(spec, work.rewrite, seen, unseen=work.unseen, steps=len(work.timesteps))
 
 
 def _sampled(work: LayerWork, seen: InputStatistics) -> Tensor:

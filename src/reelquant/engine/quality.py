@@ -125,7 +125,7 @@ def _temporal(work: LayerWork, seen: InputStatistics, rounding: Rounding | None)
         return {}
     values = rounded = features.features
     if work.inputs:
-        rounded = _by_slot(work.inputs, torch.arange(len(values)), values, Quantizer.__call__)
+        rounded = _by_slot(work.inputs, torch.tensor(seen.range.seen), values, Quantizer.__call__)
     elif rounding is not None:
         rounded = rounding(values)
     deviation = values - values.mean()

@@ -54,11 +54,12 @@ class SeparateGuidance(Stage):
         if spec.range.needs_samples or spec.alternatives:
             return layer
         assert seen.halves is not None
-        first, second = (bound(spec, layer.rewrite, half, unseen=layer.unseen) for half in seen.halves)
+        steps = len(layer.timesteps)
+        first, second = (bound(spec, layer.rewrite, half, unseen=layer.unseen, steps=steps) for half in seen.halves)
         rows: list[Quantizer] = [one for row in zip(layer.inputs, first, second, strict=True) for one in row]
         return replace(layer, stored_inputs=rows)
 
 
 def _differ(seen: InputStatistics) -> bool:
-    """Whether both halves ran at every step, and their inputs are not the same by construction."""
+    """Whether both halves ran at every step at which the layer ran, and their inputs are not the same by construction."""
     return seen.apart and (seen.features is None or seen.features.varies)

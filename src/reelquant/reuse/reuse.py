@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 from torch import nn
@@ -99,6 +100,17 @@ def remove_reuse(model: nn.Module) -> None:
     for installed, _ in installed_reuse(model).values():
         installed.remove()
     vars(model).pop(ATTRIBUTE, None)
+
+
+@contextmanager
+def all_computed(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing is reused. Afterwards the same is installed again, with nothing to reuse from before."""
+    stored = stored_reuse(model)
+    remove_reuse(model)
+    try:
+        yield
+    finally:
+        install_stored(model, stored)
 
 
 def _put(model: nn.Module, stage: Any, facts: Mapping[str, Any]) -> None:

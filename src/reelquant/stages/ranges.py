@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from reelquant.formats import Quantizer, QuantSpec, bind
@@ -26,11 +27,13 @@ class Ranges(Protocol):
         ...
 
 
-def bound(spec: QuantSpec, rewrite: Rewrite, seen: Ranges, *, unseen: bool) -> list[Quantizer]:
+def bound(spec: QuantSpec, rewrite: Rewrite, seen: Ranges, *, unseen: bool, steps: int) -> list[Quantizer]:
     """One quantizer per slot, over the ranges that were seen, moved as ``rewrite`` moves the channels.
 
     Args:
         unseen: extend the ranges to what later clips may reach.
+        steps: number of calibrated steps. With scales per step, a step at which the layer did not run has the scales of the nearest
+            step at which it ran; a layer that ran at a single step has one slot.
     """
     channels = seen.rotated if rewrite.rotated else seen.range
     assert channels is not None
@@ -39,4 +42,10 @@ def bound(spec: QuantSpec, rewrite: Rewrite, seen: Ranges, *, unseen: bool) -> l
     over = OVER[spec.granularity.kind]
     low = low.amin(over).reshape(len(low), -1).clamp(max=0)
     high = high.amax(over).reshape(len(high), -1).clamp(min=0)
-    return [bind(spec.format.stored(), spec.granularity, *pair) for pair in zip(low, high, strict=True)]
+    slots = [bind(spec.format.stored(), spec.granularity, *pair) for pair in zip(low, high, strict=True)]
+    return slots if len(slots) == 1 else [slots[row] for row in _nearest(seen.range.seen, steps)]
+
+
+def _nearest(seen: Sequence[int], steps: int) -> list[int]:
+    """For each of ``steps`` steps, the place in ``seen`` of the nearest step; of two, the earlier one."""
+    return [min(range(len(seen)), key=lambda place: abs(seen[place] - step)) for step in range(steps)]

@@ -1,0 +1,358 @@
+"""A stretch of blocks whose change is reused: which blocks, at which steps, by which trajectory."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import RecipeError, UnsupportedError
+from reelquant.discover import discover
+from reelquant.reuse import BlockReuse
+from reelquant.reuse.blocks import InstalledBlocks
+from reelquant.sites import DenoiserMap
+from tests.families.models import FAMILIES, awake
+
+FACTS = {"blocks": ["blocks.1", "blocks.2"], "timestep": "timestep", "latent": "x"}
+
+
+class Block(nn.Module):
+    """Adds a tenth of the timestep, times its own number: the change of a block is known by hand."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return x + self.number * timestep / 10
+
+
+class Denoiser(nn.Module):
+    """Four blocks; the output is ``x + (1 + 2 + 3 + 4) * timestep / 10``."""
+
+    def __init__(self, kind: type[nn.Module] = Block) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(kind(number) for number in range(1, 5))
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, timestep=timestep)
+        return x
+
+
+def work(model: nn.Module, blocks: tuple[str, ...], **names: Any) -> Any:
+    return SimpleNamespace(denoiser=model, component="transformer", map=DenoiserMap("Denoiser", {}, (), blocks, **names))
+
+
+def blocks_of(count: int, stage: BlockReuse) -> list[str]:
+    """The numbers of the blocks in the stretch."""
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Identity() for _ in range(count))
+    facts = stage.facts(work(model, tuple(f"blocks.{number}" for number in range(count))))
+    return [name.removeprefix("blocks.") for name in facts["blocks"]]
+
+
+def installed(**options: Any) -> tuple[Denoiser, InstalledBlocks]:
+    model = Denoiser()
+    return model, BlockReuse(**options).install(model, FACTS)
+
+
+@torch.no_grad()
+def added(model: nn.Module, timestep: float, x: Tensor | None = None) -> float:
+    """What the model adds to its latents."""
+    x = torch.zeros(1) if x is None else x
+    return float((model(x, torch.tensor(timestep)) - x)[0])
+
+
+# --- parameters and facts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"every": 1}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"every": 2}, [0, 2, 4, 6]),
+        ({"every": 3}, [0, 3, 6]),
+        ({"every": 2, "first": 4}, [0, 1, 2, 3, 5]),
+    ],
+)
+def test_which_steps_are_computed(options: dict[str, int], steps: list[int]) -> None:
+    assert [step for step in range(7) if BlockReuse(**options).computes(step)] == steps
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(2, "01"), (3, "012"), (4, "12"), (6, "1234"), (8, "2345")])
+def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
+    assert blocks_of(count, BlockReuse()) == list(numbers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "1 or more, got 0 and 1"),
+        ({"first": 0}, "1 or more, got 2 and 0"),
+        ({"stretch": (0.5, 0.5)}, r"start and an end, like \[0.25, 0.75\], got \[0.5, 0.5\]"),
+        ({"stretch": (0.0, 1.5)}, r"got \[0.0, 1.5\]"),
+        ({"stretch": (0.5,)}, r"got \[0.5\]"),
+    ],
+)
+def test_wrong_parameters_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        BlockReuse(**options)
+
+
+def test_a_stretch_of_one_block_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"two blocks or more, and the stretch \[0.0, 0.25\] of the 4 blocks of Denoiser holds 1"):
+        blocks_of(4, BlockReuse(stretch=(0.0, 0.25)))
+
+
+def test_a_component_without_timestep_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="follows the timestep, and 'transformer' has none"):
+        BlockReuse().facts(work(Denoiser(), ("blocks.0", "blocks.1"), timestep_argument=None))
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("latte", "'temporal_transformer_blocks.0' runs between the blocks of 'transformer_blocks'"),
+        ("animatediff", "a list of blocks of one class, and these are CrossAttnDownBlockMotion, DownBlockMotion"),
+    ],
+)
+def test_denoisers_without_a_chain_of_blocks_are_refused_before_sampling(family: str, message: str) -> None:
+    model = FAMILIES[family].make()
+    with pytest.raises(UnsupportedError, match=message):
+        BlockReuse().facts(SimpleNamespace(denoiser=model, component="transformer", map=discover(model)))
+
+
+# --- steps and trajectories ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_reused_change_is_that_of_the_step_before() -> None:
+    model, reuse = installed()
+    assert added(model, 10.0) == pytest.approx(10.0)  # all four blocks: 1 + 2 + 3 + 4
+    assert added(model, 8.0) == pytest.approx(0.8 * (1 + 4) + 1.0 * (2 + 3))  # the first and the last block are computed
+    assert added(model, 6.0) == pytest.approx(6.0)
+    assert added(model, 4.0) == pytest.approx(0.4 * (1 + 4) + 0.6 * (2 + 3))
+    assert reuse.counts() == {"computed": 2, "reused": 2}
+
+
+def test_a_rising_timestep_begins_a_new_trajectory() -> None:
+    model, reuse = installed()
+    first = [added(model, time) for time in (10.0, 8.0, 6.0)]
+    assert [added(model, time) for time in (10.0, 8.0, 6.0)] == first
+    assert reuse.counts() == {"computed": 4, "reused": 2}
+
+
+@pytest.mark.parametrize("other", [torch.zeros(2), torch.zeros(1, dtype=torch.float64)])
+def test_other_latents_begin_a_new_trajectory(other: Tensor) -> None:
+    model, reuse = installed()
+    added(model, 10.0)
+    assert added(model, 8.0, other) == pytest.approx(8.0)
+    assert reuse.counts() == {"computed": 2, "reused": 0}
+
+
+def test_both_calls_of_a_step_have_changes_of_their_own() -> None:
+    class Sided(Block):
+        side = 1.0
+
+        def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+            return x + self.side * self.number * timestep / 10
+
+    model = Denoiser(Sided)
+    reuse = BlockReuse().install(model, FACTS)
+
+    def both(time: float) -> list[float]:
+        found = []
+        for Sided.side in (1.0, -3.0):
+            found.append(added(model, time))
+        return found
+
+    assert both(10.0) == pytest.approx([10.0, -30.0])
+    assert both(8.0) == pytest.approx([9.0, -27.0])
+    assert reuse.counts() == {"computed": 2, "reused": 2}
+
+
+def test_other_latents_at_the_same_timestep_are_another_clip() -> None:
+    model, reuse = installed()
+    for start in (0.0, 1.0):  # the first clip was interrupted after one step
+        added(model, 10.0, torch.full((1,), start))
+    assert added(model, 8.0) == pytest.approx(9.0)
+    assert reuse.counts() == {"computed": 2, "reused": 1}
+
+
+def test_a_call_that_was_not_made_at_the_step_before_is_computed() -> None:
+    model, reuse = installed()
+    added(model, 10.0)
+    assert [added(model, 8.0), added(model, 8.0)] == pytest.approx([9.0, 8.0])
+    assert reuse.counts() == {"computed": 2, "reused": 1}
+
+
+def test_every_thread_has_a_trajectory_of_its_own() -> None:
+    model, _ = installed()
+    with ThreadPoolExecutor(1) as other:
+        assert added(model, 10.0) == pytest.approx(10.0)
+        assert other.submit(added, model, 8.0).result() == pytest.approx(8.0)
+        assert added(model, 8.0) == pytest.approx(9.0)
+
+
+def test_reset_frees_what_is_kept() -> None:
+    model, reuse = installed()
+    added(model, 10.0)
+    reuse.reset()
+    assert added(model, 8.0) == pytest.approx(8.0)
+    assert reuse.counts() == {"computed": 1, "reused": 0}
+
+
+def test_a_call_with_gradients_computes_everything() -> None:
+    model, reuse = installed()
+    added(model, 10.0)
+    x = torch.zeros(1, requires_grad=True)
+    output = model(x, torch.tensor(8.0))
+    output.backward()
+    assert float(output.detach()) == pytest.approx(8.0) and float(x.grad) == 1.0
+    assert reuse.counts() == {"computed": 2, "reused": 0}
+
+
+def test_an_early_end_of_a_call_leaves_nothing_behind() -> None:
+    model, _ = installed()
+    added(model, 10.0)
+    handle = model.blocks[2].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        added(model, 8.0)
+    handle.remove()
+    assert added(model, 10.0) == pytest.approx(10.0) and added(model, 8.0) == pytest.approx(9.0)
+
+
+# --- copies, wrappers, compilers ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_copied_block_computes() -> None:
+    model, _ = installed()
+    added(model, 10.0)
+    block = copy.deepcopy(model.blocks[1])
+    assert block.forward.__self__.block is block
+    assert float(block(torch.zeros(1), torch.tensor(8.0))) == pytest.approx(1.6)
+
+
+def test_copies_and_pickles_start_over() -> None:
+    model, reuse = installed()
+    model.reuse = reuse
+    added(model, 10.0)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [added(twin, time) for time in (8.0, 6.0)] == pytest.approx([8.0, 0.6 * 5 + 0.8 * 5])
+        assert twin.reuse.counts() == {"computed": 1, "reused": 1}
+        twin.reuse.remove()
+        assert "forward" not in vars(twin.blocks[1]) and not twin._forward_pre_hooks and not twin._forward_pre_hooks_with_kwargs
+    assert reuse.counts() == {"computed": 1, "reused": 0}
+
+
+def test_a_forward_that_was_replaced_before_comes_back() -> None:
+    model = Denoiser()
+    before = model.blocks[1].forward = lambda x, timestep: x + 7
+    reuse = BlockReuse().install(model, FACTS)
+    assert added(model, 10.0) == pytest.approx(10.0 - 2.0 + 7.0)
+    reuse.remove()
+    assert model.blocks[1].forward is before and "forward" not in vars(model.blocks[2])
+
+
+def test_a_forward_that_was_wrapped_later_computes_after_removal() -> None:
+    model, reuse = installed()
+    inner = model.blocks[1].forward
+    model.blocks[1].forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    reuse.remove()
+    assert [added(model, time) for time in (10.0, 8.0)] == pytest.approx([10.0, 8.0])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["model", "blocks"])
+def test_compiled_models_reuse_the_same_way(whole: bool) -> None:
+    model, reuse = installed()
+    torch._dynamo.reset()
+    if whole:
+        model.compile(backend="eager")
+    else:
+        for block in model.blocks:
+            block.compile(backend="eager")
+    assert [added(model, time) for time in (10.0, 8.0, 6.0)] == pytest.approx([10.0, 9.0, 6.0])
+    assert reuse.counts() == {"computed": 2, "reused": 1}
+
+
+def test_a_cache_of_diffusers_is_refused() -> None:
+    model, _ = installed()
+    model.is_cache_enabled = True
+    with pytest.raises(UnsupportedError, match=r"Denoiser reuses blocks already; call disable_cache\(\)"):
+        added(model, 10.0)
+
+
+# --- how blocks are wired -----------------------------------------------------------------------------------------------------------
+
+
+class Mixed(Block):
+    """Gives a dictionary."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Any:
+        return {"x": x}
+
+
+class WithNone(Block):
+    """Gives something beside a tensor."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Any:
+        return (x, None) if self.number == 2 else x
+
+
+class Between(Denoiser):
+    """Something is added between two blocks, as control networks do."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x + 1, timestep=timestep)
+        return x
+
+
+class Wider(Block):
+    """The stretch doubles the width."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.cat([x, x]) if self.number == 2 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Between(), "'blocks.2' does not take all that the block before it gives"),
+        (Denoiser(Wider), "'blocks.2' does not give tensors like those that the first block of the stretch takes"),
+        (Denoiser(WithNone), "'blocks.1' gives Tensor, NoneType, and only tensors"),
+        (Denoiser(Mixed), "'blocks.1' gives dict, and only tensors"),
+    ],
+)
+def test_blocks_that_are_no_chain_are_refused_at_the_first_call(model: nn.Module, message: str) -> None:
+    BlockReuse().install(model, FACTS)
+    with pytest.raises(UnsupportedError, match=message):
+        added(model, 10.0)
+
+
+CHAINS = ["wan-2.1", "wan-2.2-5b", "cogvideox", "hunyuanvideo", "hunyuanvideo-1.5", "ltx", "ltx-2", "mochi", "allegro", "cosmos", "flux"]
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("family", CHAINS)
+def test_families_compute_the_same_bits_and_reuse_one_step(family: str) -> None:
+    model, inputs = awake(FAMILIES[family].make()), FAMILIES[family].inputs()
+    expected = model(**inputs)[0]
+    map_ = discover(model)
+    stage = BlockReuse(stretch=(0.0, 1.0))
+    reuse = stage.install(model, stage.facts(SimpleNamespace(denoiser=model, component="transformer", map=map_)))
+    assert torch.equal(model(**inputs)[0], expected)
+    later = inputs | {str(map_.timestep_argument): inputs[str(map_.timestep_argument)] / 2}
+    found = model(**later)[0]
+    assert reuse.counts() == {"computed": 1, "reused": 1}
+    reuse.remove()
+    exact = model(**later)[0]
+    assert 0 < float((found - exact).norm()) < 0.5 * float(exact.norm())
