@@ -13,6 +13,7 @@ from torch import Tensor
 
 MAPS = Path("/proc/self/maps")
 DONTNEED = 4  # MADV_DONTNEED
+WORTHWHILE = 64 << 10  # bytes; reading the list of mappings takes milliseconds, as long as preparing many small layers
 
 
 @functools.cache
@@ -27,10 +28,12 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 def release_mmap_pages(tensor: Tensor) -> None:
     """Release the pages of a weight that lies in the mapping of a checkpoint's file; once repacked, it would be in memory twice.
 
-    Only whole pages of mapped safetensors files are released. A later read loads the file's bytes again. On systems other than Linux
-    this does nothing.
+    Only whole pages of mapped safetensors files are released. A later read loads the file's bytes again. On systems other than Linux,
+    and for tensors below :data:`WORTHWHILE`, this does nothing.
     """
-    if tensor.device.type != "cpu" or (advise := _madvise()) is None or not _of_file(tensor.data_ptr()):
+    if tensor.device.type != "cpu" or tensor.nbytes < WORTHWHILE or (advise := _madvise()) is None:
+        return
+    if not _of_file(tensor.data_ptr()):
         return
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (tensor.data_ptr() + tensor.numel() * tensor.element_size() - start) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -140,11 +140,12 @@ class Residency:
             self.layer.weight.data = codes
         elif codes.data_ptr() != weight.data_ptr():
             weight.copy_(codes)  # in place: group offloading keeps this memory and moves copies of it
-        self.current = None
+        self.forget()
 
     def forget(self) -> None:
         """Drop the prepared kernel with the weight: the layer gets its tensors from elsewhere before it runs again."""
         self.current = None
+        _in_use.discard(self)
 
 
 _in_use: weakref.WeakSet[Residency] = weakref.WeakSet()
@@ -152,7 +153,7 @@ _in_use: weakref.WeakSet[Residency] = weakref.WeakSet()
 
 def _release_outdated() -> None:
     """Release kernels whose weights were offloaded since; offloading does not tell the layers, so the next one that is prepared does."""
-    for residency in _in_use:
+    for residency in list(_in_use):
         if residency.layer is not None and residency.prepared() is None:
             residency.release()
 

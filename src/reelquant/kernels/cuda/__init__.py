@@ -4,18 +4,18 @@ Importing this package needs neither triton nor a GPU: a function is imported wh
 whether one can run here.
 
 State: checked in Triton's interpreter and compiled for compute capability 8.0 and 9.0; no kernel has run on a GPU yet. The interpreter
-rounds wrongly by itself (``tests/unit/kernels_cuda/rounding.py`` says how and corrects it), so it is for tests only. The first call with
+rounds wrongly by itself (``tests/unit/kernels/cuda/rounding.py`` says how and corrects it), so it is for tests only. The first call with
 a new shape compiles and tunes; do it before a CUDA graph is captured.
 
 | file | what |
 |---|---|
-| ``quantize.py`` | norm, modulation, activation and rounding to codes in one pass over memory |
+| ``quantize.py`` | rewrite and rounding of inputs to codes in one pass over memory |
 | ``gemm.py`` | codes times codes: 8-bit inputs, 8-bit weights, everything after the product in the same kernel |
 | ``gemm_grouped.py`` | 4-bit weights in groups, and 8-bit weights with float inputs |
 | ``conv.py`` | convolutions of codes in two and three dimensions, without unfolding |
 | ``attention.py`` | attention with 8-bit query-key products |
 | ``layers.py`` | which of them computes a quantized layer |
-| ``epilogue.py`` | what follows a product: scales, corrections, bias, activation, rounding |
+| ``epilogue.py`` | what follows a product: scales, corrections, bias, activation |
 | ``launch.py`` | what all of them share on the host |
 """
 

@@ -164,9 +164,14 @@ def _wrap() -> None:
 
     @functools.wraps(stock)
     def scaled_dot_product_attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
         **options: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         more, scale = _more(dropout_p, is_causal, options), options.get("scale")
         masked = attn_mask is not None and not fast.over_keys(attn_mask, query, key)
         if torch.compiler.is_compiling():
@@ -247,7 +252,7 @@ def attention_facts(model: nn.Module, device: str | None = None) -> AttentionFac
     if rounded is None:
         return None
     lies = next((p.device.type for p in model.parameters() if p.device.type != "meta"), "cpu")  # meta: offloaded
-    return expected_attention(rounded.handles, device or lies, rounded.kernels, dict(rounded.calls))
+    return expected_attention(rounded.numbers, device or lies, rounded.kernels, dict(rounded.calls))
 
 
 def expected_attention(
