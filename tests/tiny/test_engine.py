@@ -52,6 +52,8 @@ def recipe(name: str, **overrides: Any) -> Recipe:
     for number, step in enumerate(found.steps):
         if step.mechanism == "range_integrate":
             small[f"steps.{number}.power"] = [0.0, 1.0]
+        if step.axis == "allocate":
+            small[f"steps.{number}.bits"] = 6.5  # rows of tiny models are short, so that scales count for more
     return load_recipe(found, small | overrides)
 
 
