@@ -1,6 +1,7 @@
 """Which layer gets which numbers, under a budget for the whole model. One file per algorithm; the table is what recipes can name.
 
-Every member has a parameter ``bits``: the most stored bits per weight, mean over the layers that it chooses for.
+Every member has a parameter ``bits``, the most stored bits per weight, mean over the layers that it chooses for, and a parameter
+``calls``, how many recorded calls of the denoiser it measures on.
 """
 
 from __future__ import annotations
