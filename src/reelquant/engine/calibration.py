@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -193,8 +194,15 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
     return half_of
 
 
+GOLDEN = (math.sqrt(5) - 1) / 2
+"""Multiples of it, modulo 1, are spread evenly over [0, 1), however many there are."""
+
+
 class Recorder:
-    """Records calls of a denoiser, evenly over all that are made.
+    """Records calls of a denoiser, evenly over all that are made: one of every ``stride`` calls.
+
+    The place of the recorded call among its ``stride`` calls changes from one recorded call to the next. A fixed place would meet the
+    same denoising step of every run, or the same half of every guidance pair, where the stride is a multiple of their number.
 
     Whenever it holds twice as many as wanted, every second one goes, and from then on half as many are taken.
     """
@@ -216,8 +224,8 @@ class Recorder:
                 hook.remove()
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        number, self.calls = self.calls, self.calls + 1
-        if number % self.stride:
+        (part, place), self.calls = divmod(self.calls, self.stride), self.calls + 1
+        if place != int(self.stride * (part * GOLDEN % 1)):
             return
         timestep = torch.as_tensor(self.timestep_of(args, kwargs)).float().amax()
         self._timesteps.append(float(timestep))

@@ -28,7 +28,7 @@ from reelquant.nn import get_module, set_module
 from reelquant.observe import InputStatistics, RecordedCall
 from reelquant.recipes.recipe import Recipe
 from reelquant.sites import DenoiserMap, Group
-from reelquant.stages import Specs
+from reelquant.stages import Specs, Stage
 
 HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
 
@@ -123,6 +123,10 @@ class Session:
     def specs(self) -> dict[str, Specs]:
         """Numbers of the layers that are going to be quantized."""
         return {row.layer.name: row.site.specs for row in self.plan.quantized}
+
+    def touched(self, stage: Stage) -> list[str]:
+        """The layers that are going to be quantized and that the stage touches."""
+        return [row.layer.name for row in self.plan.quantized if any(entry.stage is stage for entry in row.entries)]
 
     def statistics(self, name: str) -> InputStatistics:
         """What was observed of a layer's input."""

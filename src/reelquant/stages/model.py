@@ -12,6 +12,7 @@ from reelquant.clock import Clock, Pairs
 from reelquant.observe import InputStatistics, RecordedCall
 from reelquant.sites import DenoiserMap
 from reelquant.stages.layer import Specs
+from reelquant.stages.stage import Stage
 
 
 class ModelWork(Protocol):
@@ -67,6 +68,10 @@ class ModelWork(Protocol):
     @property
     def specs(self) -> dict[str, Specs]:
         """The numbers of every layer that is going to be quantized, by name."""
+        ...
+
+    def touched(self, stage: Stage) -> list[str]:
+        """The layers that are going to be quantized and that the ``on`` of this stage matches, in execution order."""
         ...
 
     @property
