@@ -24,7 +24,10 @@ from reelquant.checkpoint import Stored
 from reelquant.clock import Clock
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn import LayerLayout, QuantLayer, TensorLayout, dequantized, quantized_layers, start_clock
+from reelquant.stages import LayerWork
 from tests.contracts.test_layers import KINDS, make
+from tests.contracts.test_transforms import Normed
+from tests.single import build, unrounded
 from tests.tiny.stock import wan_pipeline
 
 
@@ -62,12 +65,25 @@ class Squared(Branch):
         return None
 
 
+@dataclass(frozen=True)
+class Half(Extra):
+    """Takes half of a weight over."""
+
+    gain: float = 1.0
+
+    def split(self, layer: LayerWork) -> LayerWork:
+        raw = layer.target / 2 if layer.inside.scale is None else layer.target / 2 / layer.inside.scale
+        tensors = {"extra_weight": raw.bfloat16()}
+        return layer.with_branch(self, tensors, layer.target - layer.inside.weight(self.weight(tensors, tuple(layer.weight.shape))))
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     register_branch("extra", Extra)
     register_branch("squared", Squared)
+    register_branch("half", Half)
     yield
-    del BRANCHES["extra"], BRANCHES["squared"]
+    del BRANCHES["extra"], BRANCHES["squared"], BRANCHES["half"]
 
 
 def attach(layer: QuantLayer, branch: Branch) -> QuantLayer:
@@ -148,6 +164,27 @@ def test_a_branch_that_is_not_a_weight_runs_and_has_no_float_weight() -> None:
         torch.testing.assert_close(layer(x), plain(x) + layer.square_gain * x.square().mean())
     with pytest.raises(UnsupportedError, match=r"branch 'squared' of a layer of shape \(7, 10\) is not a product with a weight"):
         layer.dequantized_weight()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("folds", [False, True])
+def test_a_branch_reads_what_the_layer_reads_wherever_the_rewrite_happens(folds: bool, corrected: bool) -> None:
+    model = Normed(nn.LayerNorm(8), conv=False)
+    nn.init.normal_(model.norm.bias, 3.0)
+    seen = model.norm(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9))
+    steps = [{"transform": "shift"}, {"transform": "range_integrate", "power": 0.5}, {"branch": "half"}]
+    steps += [{"solve": "nearest", "correct_bias": corrected}]
+    weight, group = {"format": "int8", "granularity": "channel"}, {"producer": "norm", "foldable": folds, "fold_shift": folds}
+    built = unrounded(build(model, ("a", "b"), [seen], weight, {"format": "int8"}, steps, **group))
+    assert (built.fold is not None) == folds
+    read = seen if built.fold is None else built.fold.input(seen)
+    difference = built.layers["a"](read) - model.a(seen)
+    # half of each weight is rounded to 127 steps; the shifts that a wrong bias would miss are some 3.0 large
+    assert float(difference.abs().amax()) < 0.05
+    if corrected:
+        assert float(difference.mean(0).abs().amax()) < 1e-5
+    assert built.records[0].error is not None and built.records[0].error < 1e-3
 
 
 def test_layouts_are_read_back_and_unknown_branches_refused() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock
-from reelquant.engine.build import layer_bytes
+from reelquant.engine.quality import layer_bytes
 from reelquant.formats import FORMATS, parse_format
 from reelquant.kernels import backend, hadamard
 from reelquant.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear, buffer_shapes, quantized_class, start_clock

@@ -48,8 +48,8 @@ class Branch(Stage):
 
         Args:
             inner: computes the rest of the layer.
-            x: the raw input: not rotated, shifted, scaled or rounded. Linear: ``[..., in]``; convolutions: ``[N, in, *places]``, where
-                ``N`` may be missing.
+            x: the input as the layer reads it: the layer has not rotated, shifted, scaled or rounded it. Linear: ``[..., in]``;
+                convolutions: ``[N, in, *places]``, where ``N`` may be missing.
             moment: the denoising step and what else is known of the call.
             tensors: those of :meth:`tensors`, where the layer lies.
             window: how a convolution slides; None for a linear layer.
@@ -57,4 +57,4 @@ class Branch(Stage):
 
     @abstractmethod
     def weight(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
-        """The branch as a float32 weight of this shape that is multiplied with the raw input; None if it is not a product."""
+        """The branch as a float32 weight of this shape that is multiplied with ``x`` of :meth:`run`; None if it is not a product."""

@@ -108,7 +108,9 @@ def _output_error(work: LayerWork, rows: Tensor, rounding: Rounding) -> float:
     rounded = rounding(work.rewrite.per_tap(work.taps).input(rows))
     output = rounded @ work.solution.values.T + stored_bias
     branch = work.branch_weight()
-    return float(nmse(reference, output + rows @ branch.flatten(1).T if isinstance(branch, Tensor) else output))
+    if isinstance(branch, Tensor):
+        output = output + work.outside.per_tap(work.taps).input(rows) @ branch.flatten(1).T
+    return float(nmse(reference, output))
 
 
 def _coverage(work: LayerWork, seen: InputStatistics, rows: Tensor) -> float:
