@@ -1,4 +1,6 @@
-# make demo | make test | make lint | make clean: each works on a machine with Python 3.11 or later, make and a package index.
+# make demo | make test | make test-all | make lint | make clean: each needs Python 3.11 or later, make and a package index.
+#
+# `make test` samples the large grids of cases and takes at most ten minutes on two cores; `make test-all` runs every case.
 #
 # TORCH is installed first, by its plain name, so that you choose the build: `make demo TORCH=torch` takes the newest one,
 # `make demo TORCH=torch==2.9.1` another release, and an index of your own (pip's configuration) another accelerator.
@@ -12,15 +14,16 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-all lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/reelquant demo
 
-test: export OMP_NUM_THREADS = 1  # WORKERS processes share the cores
-test: lint
-	$(BIN)/python -m pytest -q -n $(WORKERS)
+test test-all: export OMP_NUM_THREADS = 1  # WORKERS processes share the cores
+test-all: export REELQUANT_TEST_ALL = 1  # read by tests/grids.py
+test test-all: lint
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

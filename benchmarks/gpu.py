@@ -320,7 +320,7 @@ def main() -> None:
     if (reason := cuda.available()) is not None:
         sys.exit(f"the kernels cannot run: {reason}")
     if arguments.dry:
-        from tests.unit.kernels_cuda import rounding
+        from tests.unit.kernels.cuda import rounding
 
         rounding.install()
         from reelquant.kernels import KERNELS

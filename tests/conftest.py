@@ -24,14 +24,16 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.grids import ALL
+
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which diffusers does; see tests/unit/kernels_cuda
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which diffusers does; see tests/unit/kernels/cuda
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)  # workers share the cores
 
-# derandomize: CI and every developer see the same examples; deadline: timings on a shared machine are no property of the code
-settings.register_profile("reelquant", derandomize=True, deadline=None, database=None, max_examples=20)
+# derandomize: CI and every developer see the same examples; deadline: timings on a shared machine say nothing about the code
+settings.register_profile("reelquant", derandomize=True, deadline=None, database=None, max_examples=20 if ALL else 8)
 settings.load_profile("reelquant")
 
 
@@ -49,7 +51,11 @@ def seeded() -> Iterator[None]:
     assert not attention.running(), "a test left a denoiser's attention switched on"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not ALL:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

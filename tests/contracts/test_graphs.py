@@ -12,7 +12,8 @@ from torch import Tensor
 from reelquant import UnsupportedError
 from reelquant.clock import Clock
 from reelquant.nn import QuantLayer, TensorLayout, start_clock
-from tests.contracts.test_kernels import INPUTS, LAYERS, REWRITES, WEIGHTS, make, one_code, oracle
+from tests.contracts.layers import INPUTS, LAYERS, REWRITES, WEIGHTS, make, one_code, oracle
+from tests.grids import sampled
 
 openvino = pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)
 
@@ -43,17 +44,21 @@ def arithmetic(graph: Any) -> set[str]:
     return {node["primitiveType"].astype(str) for node in nodes if node["layerType"].astype(str) in kinds}
 
 
-CASES = list(itertools.product(LAYERS, FORMATS, INPUTS, REWRITES))[::4]  # every fourth combination, for each is compiled twice
+LINEAR = [name for name in LAYERS if "Linear" in name]
+GRID = [*itertools.product(LAYERS, FORMATS, INPUTS, REWRITES, [convert.SMALL])]
+GRID += itertools.product(LINEAR, FORMATS, ["float"], REWRITES, [0])
+"""The last axis: weights up to this size are multiplied as floats where products are, which linear layers of float inputs are."""
 
 
 @pytest.mark.parametrize(
-    ("name", "weight", "numbers", "rewrite"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(value)
+    ("name", "weight", "numbers", "rewrite", "small"),
+    sampled(GRID, 135),
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
 )
-@pytest.mark.parametrize("small", [0, convert.SMALL])
 def test_a_graph_computes_what_the_reference_computes(
     name: str, weight: Any, numbers: str, rewrite: str, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(convert, "SMALL", small)  # weights up to this size are multiplied as floats where products are
+    monkeypatch.setattr(convert, "SMALL", small)
     static = INPUTS[numbers] is not None and not INPUTS[numbers].dynamic
     for slots in STEPS if static else STEPS[:1]:
         layer, x = make(name, weight, INPUTS[numbers], slots=slots, **REWRITES[rewrite])

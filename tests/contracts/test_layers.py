@@ -20,6 +20,7 @@ from reelquant.formats import FORMATS, parse_format
 from reelquant.kernels import backend, hadamard
 from reelquant.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear, buffer_shapes, quantized_class, start_clock
 from reelquant.nn.spec import LayerLayout, TensorLayout
+from tests.grids import sampled
 from tests.single import build, unrounded
 
 KINDS: dict[str, tuple[type[nn.Module], Any, tuple[int, ...]]] = {
@@ -32,6 +33,7 @@ KINDS: dict[str, tuple[type[nn.Module], Any, tuple[int, ...]]] = {
 }
 SHIFTED = [{"transform": "shift"}, {"transform": "range_integrate", "power": 0.5}]
 ROTATED = [{"transform": "rotate", "least": -100.0}, *SHIFTED]
+REWRITES: dict[str, list[dict[str, Any]]] = {"plain": [], "shifted": SHIFTED, "rotated": ROTATED}
 DESIGN_NAMES = {  # docs/design.md, section 8
     "weight", "bias", "weight_scale", "weight_zero_point", "weight_levels", "input_scale", "input_zero_point", "input_levels",
     "pre_quant_shift", "pre_quant_scale", "output_table",
@@ -227,11 +229,10 @@ INPUTS: dict[str, tuple[dict[str, Any], int, int]] = {  # recipe, frames, calls
 }
 
 
-@pytest.mark.parametrize("steps", [(), SHIFTED, ROTATED], ids=["plain", "shifted", "rotated"])
-@pytest.mark.parametrize("name", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_inputs_are_padded_shifted_and_rounded_like_this(kind: str, name: str, steps: Any) -> None:
+@pytest.mark.parametrize(("kind", "name", "rewrite"), sampled(itertools.product(KINDS, INPUTS, REWRITES), 72))
+def test_inputs_are_padded_shifted_and_rounded_like_this(kind: str, name: str, rewrite: str) -> None:
     recipe, frames, calls = INPUTS[name]
+    steps = REWRITES[rewrite]
     module, layer, seen = make(kind, {"format": "int8", "granularity": "channel"}, recipe, steps, frames=frames, calls=calls)
     clock = Clock([900.0, 500.0, 100.0][:calls])
     layer.clock = (clock,)

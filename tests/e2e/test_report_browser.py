@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from reelquant.evidence.report import Panel, write
-from tests.unit.evidence.test_report import HOSTILE, panels, sample
+from tests.unit.evidence.report import HOSTILE, panels, sample
 
 ARGUMENTS = [
     "--no-sandbox",

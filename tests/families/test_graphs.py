@@ -26,7 +26,10 @@ def graph(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["cogvideox", "hunyuanvideo", "ltx", "mochi", "cosmos", "svd", "modelscope", "sd", "sana"])
+LARGE = [pytest.param(name, marks=pytest.mark.full) for name in ("hunyuanvideo", "svd", "modelscope")]  # take longest to compile
+
+
+@pytest.mark.parametrize("name", ["cogvideox", "ltx", "mochi", "cosmos", "sd", "sana", *LARGE])
 def test_the_graph_answers_as_the_layers_do(name: str, tmp_path: Path) -> None:
     case = Case(name, tmp_path)
     assert snr(case.answer, output(graph(case.copy()), case.inputs())) > EXACT

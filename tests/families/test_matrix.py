@@ -1,4 +1,7 @@
-"""Every check on every family; ``python -m tests.families.matrix`` publishes what they find."""
+"""Checks on families: every check and every family in ``make test``, each on each in ``make test-all``.
+
+``python -m tests.families.matrix`` publishes what all of them find.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,34 @@ import pytest
 
 from tests.families.checks import CHECKS, Case, UpstreamError
 from tests.families.models import FAMILIES
+from tests.grids import ALL
 
 NO_AUTO = ("ltx", "ltx-2", "allegro", "latte", "svd", "animatediff", "modelscope", "i2vgen-xl", "dit")
 EXCUSED = {*((name, "device_map") for name in NO_AUTO), ("hunyuanvideo-1.5", "torch_compile"), ("dit", "torch_compile_with_group_offload")}
 """Cells that the float model of diffusers fails as well: no ``_no_split_modules``, a branch on a tensor's value, no group offloading."""
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+ALWAYS = ("inference", "serialization", "quantized_layers", "lora_inference", "memory_footprint")
+"""Checks whose result depends on the family: they run on every one."""
+
+SOME = ("wan-2.1", "hunyuanvideo", "ltx", "animatediff")
+"""Four kinds of wiring: cross-attention, double streams, packed tokens (no device map in diffusers), a UNet with motion modules."""
+
+SLOW = {"torch_compile": ("wan-2.1", "ltx", "mochi", "flux"), "torch_compile_with_group_offload": ("wan-2.1", "flux")}
+"""Checks that compile take long: they run on few families."""
+
+CELLS = [
+    (name, check) for name in FAMILIES for check in CHECKS if ALL or check in ALWAYS or name in SLOW.get(check, SOME)
+]  # the other checks hardly depend on the family
+
+
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(request.param, tmp_path_factory.mktemp("family"))
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # Mochi's own, in float as well
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(("case", "check"), CELLS, indirect=["case"])
 def test_matrix(case: Case, check: str) -> None:
     if (case.name, check) in EXCUSED:
         with pytest.raises(UpstreamError):

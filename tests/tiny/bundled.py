@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import DiffusionPipeline
@@ -34,7 +35,7 @@ RECIPE: dict[str, Any] = {
     "calibrate": {"prompts": 1, "steps": 2},
     "steps": [{"transform": "shift", "center": "mid", "on": "role:main"}],
 }
-CALL = {"num_inference_steps": 2}
+CALL = {"num_inference_steps": 2, "num_frames": 5}
 
 
 @functools.cache
@@ -121,3 +122,14 @@ OFFLOAD: dict[str, Mode] = {
     "group offload by leaf": group_offloaded("leaf_level"),
 }
 """What offloads to the CPU, computing there too: the hooks that diffusers' own methods put on models where there is an accelerator."""
+
+OF_THE_UNET = ("model offload", "group offload by leaf", "reset attention")
+
+
+def cases(modes: Iterable[str]) -> list[Any]:
+    """(pipeline, mode): every mode with the transformer, few with the UNet in ``make test``: its 300 layers take long to move."""
+    return [
+        pytest.param(name, mode, marks=pytest.mark.full if name == "tiny-unet" and mode not in OF_THE_UNET else ())
+        for name in NAMES
+        for mode in modes
+    ]

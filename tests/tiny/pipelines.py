@@ -52,3 +52,11 @@ class FakePipeline:
             return self.denoiser(x, timestep, encoder_hidden_states=text.repeat_interleave(FRAMES, 0), return_dict=False)[0]
         times = timestep.expand(len(x))
         return self.denoiser(hidden_states=x, timestep=times, encoder_hidden_states=text, return_dict=False)[0]
+
+
+def call(denoiser: Any, timestep: float) -> Tensor:
+    """The denoiser at some timestep, always on the same latents."""
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 2, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    with torch.no_grad():
+        return denoiser(hidden_states=x, timestep=torch.full((2,), timestep), encoder_hidden_states=text, return_dict=False)[0]

@@ -25,8 +25,8 @@ from reelquant.nn.around.attention import PROTECTED, rounded_attention
 from reelquant.nn.around.attention import STOCK as STOCK_NAME
 from reelquant.recipes.recipe import load_recipe
 from tests.tiny.configs import TINY
+from tests.tiny.pipelines import call
 from tests.tiny.stock import CALL, PROMPTS, frames, realigned, room, wan_pipeline
-from tests.tiny.test_steps import call
 
 INT8 = {"scores": "int8"}
 INT8_SCORES = AttentionQuant()
@@ -203,8 +203,9 @@ def test_a_recipe_without_attention_keeps_its_digest_and_a_wrong_word_is_refused
     plain = load_recipe("minmax-w8a8")
     asked = load_recipe("minmax-w8a8", {"attention": INT8})
     assert load_recipe("minmax-w8a8", {"attention": None}).digest() == plain.digest() != asked.digest()
-    assert asked.attention_numbers == AttentionQuant() and plain.attention_numbers is None
-    for value, words in (({"score": "int8"}, "did you mean 'scores'"), ({"values": "fp8"}, "attention.values: .*'float' or 'e4m3'")):
+    assert [entry.stage.numbers for entry in asked.entries if entry.name == "attention"] == [AttentionQuant()]
+    assert not [entry for entry in plain.entries if entry.name == "attention"]
+    for value, words in (({"score": "int8"}, "did you mean 'scores'"), ({"values": "fp8"}, "attention.values is one of float, e4m3")):
         with pytest.raises(RecipeError, match=words):
             load_recipe("minmax-w8a8", {"attention": value})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import logging
 import weakref
@@ -49,7 +50,7 @@ def recipe(name: str, **overrides: Any) -> Recipe:
     found = load_recipe(name)
     small = {} if found.data_free else dict(SMALL)
     for number, step in enumerate(found.steps):
-        if step.transform == "range_integrate":
+        if step.mechanism == "range_integrate":
             small[f"steps.{number}.power"] = [0.0, 1.0]
     return load_recipe(found, small | overrides)
 
@@ -143,8 +144,10 @@ def test_a_calibration_serves_further_recipes_on_the_same_model() -> None:
 # --- failures -------------------------------------------------------------------------------------------------------------------
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException, call: int = 1) -> None:
-    original, seen = getattr(engine, function), [0]
+def fail_at(monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException, call: int = 1) -> None:
+    module, _, function = place.rpartition(".")
+    owner = importlib.import_module(f"reelquant.{module}")
+    original, seen = getattr(owner, function), [0]
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         seen[0] += 1
@@ -152,13 +155,23 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
             raise error
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(engine, function, wrapped)
+    monkeypatch.setattr(owner, function, wrapped)
 
 
-# function of the engine -> the call of it that fails
-STAGES = dict(calibrate_together=1, sample=3, build_group=4, set_module=9, latent_psnr=2, add_table=2, drop_unused=1, _check=1, _account=1)
+# function -> the call of it that fails
+STAGES = {
+    "engine.run.calibrate_together": 1,
+    "engine.session.sample": 3,
+    "engine.store.build_group": 4,
+    "engine.session.set_module": 9,
+    "engine.session.latent_psnr": 2,
+    "reuse.temporal_table.add_table": 2,
+    "reuse.temporal_table.drop_unused": 1,
+    "engine.run._check": 1,
+    "engine.run._account": 1,
+}
 BREAKS = [(stage, KeyboardInterrupt()) for stage in STAGES]
-BREAKS += [("set_module", CalibrationError("broken")), ("set_module", RuntimeError("out of memory"))]
+BREAKS += [("engine.session.set_module", error) for error in (CalibrationError("broken"), RuntimeError("out of memory"))]
 
 
 @pytest.mark.parametrize(("stage", "error"), BREAKS, ids=lambda value: value if isinstance(value, str) else type(value).__name__)

@@ -45,8 +45,7 @@ MODES: dict[str, Mode] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), bundled.cases(MODES))
 def test_a_loaded_pipeline_gives_what_the_one_in_memory_gave(name: str, mode: str) -> None:
     """Kernels hold the weights already when the mode is switched on."""
     pipe = opened(name)
@@ -150,8 +149,7 @@ def test_a_device_map_of_accelerate_opens_the_model() -> None:
     assert is_expected(latents(pipe), "tiny-dit")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["tiny-dit", pytest.param("tiny-unet", marks=pytest.mark.full)])
 def test_a_fresh_process_gives_the_same(name: str, tmp_path: Path) -> None:
     code = f"""
 import torch, reelquant

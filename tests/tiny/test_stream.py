@@ -31,12 +31,13 @@ from reelquant.checkpoint import Shards, Spec, new_folder, workspace, write_tens
 from reelquant.cli import app
 from reelquant.discover import discover, stand_in
 from reelquant.discover.lineage import extremes
-from reelquant.engine.build import shared_transforms
+from reelquant.engine.build import shared_rewrites
 from reelquant.models.pipelines import bundled_path
 from reelquant.models.sampling import write_notes
-from reelquant.observe import ChannelRange, Geometry, Gram, InputStatistics, Rows
+from reelquant.observe import Call, Geometry, InputStatistics, Watched
 from reelquant.recipes.recipe import load_recipe
-from reelquant.streaming import estimate, stream
+from reelquant.streaming import Job, Source, disk_store, estimate, pieces, pipeline, quantize_folder, run, write
+from reelquant.streaming import job as job_
 from reelquant.streaming.estimate import parse_bytes
 from reelquant.streaming.journal import Journal
 from reelquant.streaming.offload import OnDisk, hollow
@@ -107,8 +108,7 @@ def test_the_denoiser_is_that_of_a_run_in_memory_byte_for_byte(model: Path, reci
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-dit", "tiny-unet"])
+@pytest.mark.parametrize("name", ["tiny-dit", pytest.param("tiny-unet", marks=pytest.mark.full)])
 def test_bundled_pipelines_too(name: str, tmp_path: Path) -> None:
     quick = {"calibrate.prompts": 2, "calibrate.steps": 2, "search.prompts": 1, "search.steps": 1}
     in_memory(bundled_path(name), "qvd-w4a8", tmp_path / "memory", **quick)
@@ -128,7 +128,7 @@ def test_the_result_opens_and_other_components_are_copies(model: Path, tmp_path:
 
 
 def test_a_result_in_shards_is_that_of_diffusers(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "SHARD", 10_000)
+    monkeypatch.setattr(write, "SHARD", 10_000)
     reelquant.quantize_folder(model, tmp_path / "disk", "w8a16")
     pipe = reelquant.open_pipeline(model)
     reelquant.quantize(pipe, "w8a16")
@@ -139,9 +139,9 @@ def test_a_result_in_shards_is_that_of_diffusers(model: Path, tmp_path: Path, mo
 def test_large_text_encoders_stay_on_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reelquant.quantize_folder(model, tmp_path / "resident", MIXED)
     opened: list[nn.Module] = []
-    real = stream._text_encoder
-    monkeypatch.setattr(stream, "LARGE", 1e12)
-    monkeypatch.setattr(stream, "_text_encoder", lambda *words: opened.append(real(*words)) or opened[-1])
+    real = pipeline._text_encoder
+    monkeypatch.setattr(job_, "LARGE", 1e12)
+    monkeypatch.setattr(pipeline, "_text_encoder", lambda *words: opened.append(real(*words)) or opened[-1])
     reelquant.quantize_folder(model, tmp_path / "disk", MIXED)
     assert all(parameter.is_meta for parameter in opened[0].parameters())
     assert contents(tmp_path / "disk") == contents(tmp_path / "resident")
@@ -310,7 +310,6 @@ def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool]) -> No
     process.communicate()
 
 
-@pytest.mark.slow
 def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "gptq.yaml"
     recipe.write_text(json.dumps(GPTQ))
@@ -334,7 +333,7 @@ def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(model: Path, tmp
 
 def stopped(model: Path, target: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch, after: int = 3) -> None:
     """A run that dies while it stores the layer after so many."""
-    real, count = stream._store, [0]
+    real, count = disk_store.write_piece, [0]
 
     def store(*words: Any) -> None:
         count[0] += 1
@@ -342,18 +341,18 @@ def stopped(model: Path, target: Path, recipe: Any, monkeypatch: pytest.MonkeyPa
             raise KeyboardInterrupt
         real(*words)
 
-    monkeypatch.setattr(stream, "_store", store)
+    monkeypatch.setattr(disk_store, "write_piece", store)
     with pytest.raises(KeyboardInterrupt):
         reelquant.quantize_folder(model, target, recipe)
-    monkeypatch.setattr(stream, "_store", real)
+    monkeypatch.setattr(disk_store, "write_piece", real)
 
 
 def test_work_that_is_done_is_not_done_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(model, tmp_path / "out", MIXED, monkeypatch)
     made, called = list[str](), list[str]()
-    build, remember = stream.build_layer, Journal._remember
+    build, remember = disk_store.build_layer, Journal._remember
     monkeypatch.setattr(
-        stream, "build_layer", lambda plan, work, row, *more, **named: made.append(row) or build(plan, work, row, *more, **named)
+        disk_store, "build_layer", lambda context, shared, row, choice: made.append(row) or build(context, shared, row, choice)
     )
     monkeypatch.setattr(
         Journal, "_remember", lambda self, record, output: called.append(record.parent.name) or remember(self, record, output)
@@ -384,19 +383,24 @@ def test_resuming_other_work_is_refused(model: Path, tmp_path: Path, monkeypatch
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
+def statistics_of(name: str, geometry: Geometry, generator: torch.Generator, *wanted: str) -> InputStatistics:
+    """Empty statistics of a linear layer's input."""
+    return InputStatistics.for_input(Watched(name, geometry, -1, 1, "main", 1, generator, frozenset(wanted), 1, 1))
+
+
 @pytest.mark.parametrize("added_up", [False, True])
 def test_what_was_logged_comes_back_on_the_device_of_the_model(added_up: bool, tmp_path: Path) -> None:
     geometry, generator = Geometry(4), torch.Generator()
 
     def empty() -> InputStatistics:
-        return InputStatistics("layer", geometry, ChannelRange(-1, False), Rows(geometry, 8, generator), Gram(geometry, 8, generator))
+        return statistics_of("layer", geometry, generator, "gram")
 
     written, own = Journal(tmp_path), empty()
     x = torch.randn(16, 4)
-    written.write(0, own, own.look(x), 0, 0)
+    written.write(0, own, own.look(x, Call(0)), Call(0))
     if added_up:
         written._call = 1
-        written._add_up(0, empty().gram)
+        written._compact(0, "gram", empty().gram)
     written._remember(tmp_path / "call", {"sample": x})
     found = Journal(tmp_path, "meta").read(0, empty())
     assert {value.device.type for value in (*found.range.envelope(), found.gram.mean, found.gram.covariance)} == {"meta"}
@@ -409,13 +413,13 @@ def test_statistics_are_laid_out_once(tmp_path: Path) -> None:
 
     def make() -> Any:
         made.append("table")
-        table = {name: InputStatistics(name, geometry, ChannelRange(-1, False), Rows(geometry, 8, generator)) for name in ("a", "b")}
+        table = {name: statistics_of(name, geometry, generator) for name in ("a", "b")}
         return table, table
 
     journal = Journal(tmp_path)
     logged, known = journal.keep(make, generator)
     for name in ("a", "b"):
-        logged[name].update(torch.randn(16, 4), 0)
+        logged[name].update(torch.randn(16, 4), Call(0))
     first = known["a"].rows.rows
     assert known["b"].range.seen == [0]
     assert torch.equal(known["a"].rows.rows, first) and len(made) == 1
@@ -435,7 +439,6 @@ def test_a_second_process_is_refused(model: Path, tmp_path: Path) -> None:
             reelquant.quantize_folder(model, tmp_path / "out", "w8a16", resume=True)
 
 
-@pytest.mark.slow
 def test_a_full_disk_is_one_error_and_the_work_is_kept(model: Path, tmp_path: Path) -> None:
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -458,7 +461,7 @@ def test_an_interrupted_run_says_where_its_work_is(model: Path, tmp_path: Path, 
     def interrupted(*words: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stream, "_store", interrupted)
+    monkeypatch.setattr(disk_store, "write_piece", interrupted)
     result = CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "-o", str(tmp_path / "out"), "--resume", "--json"])
     assert f"what was made is in '{tmp_path / 'out'}.partial': go on with --resume" in result.stderr
 
@@ -478,17 +481,17 @@ def test_too_little_room_is_found_before_the_work(model: Path, tmp_path: Path, m
 def test_too_little_room_for_what_has_to_be_remembered_is_found_at_the_first_call(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(MIXED)}, None, (), {}, 10**10)
+    job = Job.of(Source.open(model), {"transformer": load_recipe(MIXED)}, None, (), {}, 10**10)
     free = job.estimate().disk + 1000
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: type("Usage", (), {"free": free})())
     with pytest.raises(CheckpointError, match=r"the work takes .* calibrate with shorter, smaller clips"):
-        stream.quantize_folder(job, tmp_path / "out")
+        quantize_folder(job, tmp_path / "out")
     assert len(list((tmp_path / "out.partial").rglob("calls/*/*.safetensors"))) == 1
 
 
 def test_a_search_keeps_no_more_on_disk_than_was_estimated(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"search.scope": "family", "search.steps": 1, "calibrate.prompts": 2, "calibrate.steps": 2}
-    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(GPTQ, changes)}, None, (), {}, 10**10)
+    job = Job.of(Source.open(model), {"transformer": load_recipe(GPTQ, changes)}, None, (), {}, 10**10)
     rooms: list[int] = []
     most = [0]
     forget = Journal.forget
@@ -499,10 +502,10 @@ def test_a_search_keeps_no_more_on_disk_than_was_estimated(model: Path, tmp_path
         forget(journal, phase)
 
     monkeypatch.setattr(Journal, "forget", watched)
-    monkeypatch.setattr(stream, "check_room", lambda work, expected, output=0: rooms.append(output))
-    monkeypatch.setattr(stream, "_copy_others", lambda job, work: (_ for _ in ()).throw(Killed))
+    monkeypatch.setattr(run, "check_room", lambda work, expected, output=0: rooms.append(output))
+    monkeypatch.setattr(run, "copy_others", lambda job, work: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
-        stream.quantize_folder(job, tmp_path / "out")
+        quantize_folder(job, tmp_path / "out")
     expected = job.estimate()
     phases = list((tmp_path / "out.partial").glob("work/*/journal/calls/*"))
     assert len(phases) == 4  # calibration, the float clips of the check and of the trials, the check
@@ -511,8 +514,8 @@ def test_a_search_keeps_no_more_on_disk_than_was_estimated(model: Path, tmp_path
 
 
 def test_components_beside_the_denoiser_count_where_they_are_held(model: Path) -> None:
-    def job(recipe: Any, budget: int) -> stream.Job:
-        return stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(recipe)}, None, (), {}, budget)
+    def job(recipe: Any, budget: int) -> Job:
+        return Job.of(Source.open(model), {"transformer": load_recipe(recipe)}, None, (), {}, budget)
 
     pipe = wan_pipeline()
     text, vae = (sum(4 * value.numel() for value in part.state_dict().values()) for part in (pipe.text_encoder, pipe.vae))
@@ -522,10 +525,10 @@ def test_components_beside_the_denoiser_count_where_they_are_held(model: Path) -
 
 
 def test_layers_whose_shared_input_is_transformed_are_counted_together(model: Path) -> None:
-    plan = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe(GPTQ)}, None, (), {}, 10**10).plans["transformer"]
+    plan = Job.of(Source.open(model), {"transformer": load_recipe(GPTQ)}, None, (), {}, 10**10).plans["transformer"]
     groups = [[plan.layers[name] for name in group.layers if plan.layers[name].skipped is None] for group in plan.map.groups]
-    weights = [sum(math.prod(row.layer.shape) for row in rows) for rows in groups if shared_transforms(plan, rows)]
-    assert max(estimate._transformed(plan).values()) == 8 * max(weights)
+    weights = [sum(math.prod(row.layer.shape) for row in rows) for rows in groups if shared_rewrites(rows)]
+    assert max(estimate._transforming(plan).values()) == 8 * max(weights)
 
 
 def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -540,7 +543,7 @@ def test_free_memory_is_what_the_control_group_leaves(tmp_path: Path, monkeypatc
 
 
 def test_no_layer_is_built_that_does_not_fit(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "build_layer", None)
+    monkeypatch.setattr(job_, "build_layer", None)
     for more in (["--dry-run"], ["-o", str(tmp_path / "out")]):
         result = CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "--max-memory", "1MB", *more])
         assert "--max-memory 1 MB is too little" in result.stderr and "Error" not in result.stderr
@@ -563,8 +566,8 @@ def test_a_dry_run_says_what_the_work_takes(model: Path) -> None:
 
 
 def test_the_estimated_result_is_near_the_real_one(model: Path, tmp_path: Path) -> None:
-    job = stream.Job.of(stream.Source.open(model), {"transformer": load_recipe("w4a16")}, None, (), {}, 10**10)
-    stream.quantize_folder(job, tmp_path / "out")
+    job = Job.of(Source.open(model), {"transformer": load_recipe("w4a16")}, None, (), {}, 10**10)
+    quantize_folder(job, tmp_path / "out")
     made = sum(len(content) for content in contents(tmp_path / "out" / "transformer").values())
     others = sum(len(content) for name, content in contents(tmp_path / "out").items() if not name.startswith("transformer"))
     assert job.estimate().result == pytest.approx(made + others, rel=0.2)
@@ -626,7 +629,7 @@ def files_of_at_most(count: int) -> Iterator[None]:
 def test_a_full_disk_is_one_error_whoever_writes(tmp_path: Path) -> None:
     told = r"cannot write '.*out': .* go on with resume=True"
     with pytest.raises(CheckpointError, match=told), workspace(tmp_path / "out", {}), files_of_at_most(1000):
-        stream._store(tmp_path / "layer.safetensors", {"weight": torch.zeros(1000)}, {})
+        pieces.write_piece(tmp_path / "layer.safetensors", {"weight": torch.zeros(1000)}, {})
 
 
 class Killed(BaseException):
@@ -653,20 +656,26 @@ def killed_before(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         yield
 
 
-@pytest.mark.parametrize("number", range(18))
-def test_work_can_go_on_wherever_beginning_and_ending_it_is_killed(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def work(what: str, **options: Any) -> None:
-        with workspace(tmp_path / "out", {"what": what}, **options) as made:
+def test_work_can_go_on_wherever_beginning_and_ending_it_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(out: Path, what: str, **options: Any) -> None:
+        with workspace(out, {"what": what}, **options) as made:
             made.result.joinpath("model_index.json").touch()
             assert not (made.folder / "old").exists()
 
-    with suppress(Killed), workspace(tmp_path / "out", {"what": "old"}) as made:
-        (made.folder / "old").touch()
-        raise Killed
-    with killed_before(number, monkeypatch):
-        work("new", force=True)
-    work("new", resume=True, force=True)
-    assert (tmp_path / "out" / "model_index.json").is_file() and not (tmp_path / "out.partial").exists()
+    for number in itertools.count():  # until the work ends before the change that would have killed it
+        out = tmp_path / f"out{number}"
+        with suppress(Killed), workspace(out, {"what": "old"}) as made:
+            (made.folder / "old").touch()
+            raise Killed
+        ended = False
+        with killed_before(number, monkeypatch):
+            work(out, "new", force=True)
+            ended = True
+        work(out, "new", resume=True, force=True)
+        assert (out / "model_index.json").is_file() and not out.with_name(f"{out.name}.partial").exists(), number
+        if ended:
+            break
+    assert number > 10
 
 
 # --------------------------------------------------------------------------------------------------------------------------- parts
@@ -703,7 +712,7 @@ def folder(model: Path, tmp_path: Path) -> Path:
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        stream.Source.open(folder)
+        Source.open(folder)
 
 
 def test_missing_shards_and_tensors_are_named(folder: Path, tmp_path: Path) -> None:
@@ -754,7 +763,7 @@ def test_components_behind_links_are_copied_and_remembered(folder: Path, tmp_pat
     (folder / "vae" / "up").symlink_to(folder / "vae")
     reelquant.quantize_folder(folder, tmp_path / "out", "w8a16")
     assert contents(tmp_path / "out" / "vae") == contents(tmp_path / "elsewhere")
-    assert {"vae/config.json", "model_index.json"} <= set(stream.Source.open(folder).files())
+    assert {"vae/config.json", "model_index.json"} <= set(Source.open(folder).files())
     (folder / "vae" / "weights.bin").write_bytes(b"")
     refused(folder, r"vae/weights\.bin' is a pickle file")
 

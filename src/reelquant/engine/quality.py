@@ -125,10 +125,11 @@ def _temporal(work: LayerWork, seen: InputStatistics, rounding: Rounding | None)
     features = seen.features
     if features is None or features.varies or len(features.features) < 2:
         return {}
-    values = features.features
-    rounded = values if rounding is None else rounding(values)
+    values = rounded = features.features
     if work.inputs:
         rounded = _by_slot(work.inputs, torch.arange(len(values)), values, Quantizer.__call__)
+    elif rounding is not None:
+        rounded = rounding(values)
     deviation = values - values.mean()
     return {
         "tdscore": float(tdscore(values, rounded)),

@@ -61,4 +61,4 @@ def _same_kind(value: Any, field: dataclasses.Field[Any]) -> bool:
         return "tuple" in str(field.type)
     if default is None or (isinstance(default, float) and not isinstance(value, str)):
         return value is default or (isinstance(value, int | float) and not isinstance(value, bool))
-    return type(value) is type(default) and str(field.type)[:5] != "tuple"
+    return type(value) is type(default)

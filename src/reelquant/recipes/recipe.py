@@ -204,8 +204,8 @@ class Recipe(_Strict):
         for key in self.model_extra or {}:
             if key not in known:
                 raise RecipeError(f"unknown key '{key}'; {nearest(key, [*type(self).model_fields, *known, EXTENDS])}")
-        hungry = [entry.label for entry in self.entries if entry.stage.samples] if self.data_free else []
-        if hungry:
+        hungry = [entry.label for entry in self.entries if entry.stage.samples]
+        if hungry and self.data_free:
             raise RecipeError(f"{hungry[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
         return self
 

@@ -4,7 +4,7 @@ Importing this package needs neither triton nor a GPU: a function is imported wh
 whether one can run here.
 
 State: checked in Triton's interpreter and compiled for compute capability 8.0 and 9.0; no kernel has run on a GPU yet. The interpreter
-rounds wrongly by itself (``tests/unit/kernels_cuda/rounding.py`` says how and corrects it), so it is for tests only. The first call with
+rounds wrongly by itself (``tests/unit/kernels/cuda/rounding.py`` says how and corrects it), so it is for tests only. The first call with
 a new shape compiles and tunes; do it before a CUDA graph is captured.
 
 | file | what |
