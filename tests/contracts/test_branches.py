@@ -27,7 +27,7 @@ from reelquant.nn import LayerLayout, QuantLayer, TensorLayout, dequantized, qua
 from reelquant.stages import LayerWork
 from tests.contracts.test_layers import KINDS, make
 from tests.contracts.test_transforms import Normed
-from tests.single import build, unrounded
+from tests.single import build, one_group, plan_of, unrounded
 from tests.tiny.stock import wan_pipeline
 
 
@@ -185,6 +185,15 @@ def test_a_branch_reads_what_the_layer_reads_wherever_the_rewrite_happens(folds:
     if corrected:
         assert float(difference.mean(0).abs().amax()) < 1e-5
     assert built.records[0].error is not None and built.records[0].error < 1e-3
+
+
+def test_plans_and_reports_count_what_a_branch_stores() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(8, 6)})
+    map_, weight, steps = one_group(model, ["layer"]), {"format": "int8", "granularity": "channel"}, [{"branch": "half", "gain": 0.5}]
+    planned, plain = (plan_of(model, map_, weight, None, some).layers["layer"] for some in (steps, ()))
+    record = build(model, ["layer"], [torch.randn(4, 8)], weight, None, steps).records[0]
+    assert planned.bytes_after == plain.bytes_after + 8 * 6 * 2 == record.bytes_after
+    assert record.options == {"half.gain": 0.5}
 
 
 def test_layouts_are_read_back_and_unknown_branches_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from reelquant.clock import Moment
 from reelquant.kernels import Window
-from reelquant.stages import Stage
+from reelquant.stages import Stage, StageSite
 
 Inner = Callable[[Tensor], Tensor]  # the rest of the layer: input -> output, without an activation
 
@@ -41,6 +42,9 @@ class Branch(Stage):
     @abstractmethod
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Name, shape and dtype of every tensor, for a layer whose float weight has this shape."""
+
+    def stored_bytes(self, site: StageSite) -> int:
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.tensors(site.layer.shape).values())
 
     @abstractmethod
     def run(self, inner: Inner, x: Tensor, moment: Moment, tensors: Mapping[str, Tensor], window: Window | None) -> Tensor:
