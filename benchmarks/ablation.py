@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.common import SAMPLING_SEED, Clips, Records, judged, markdown, measure, parser, report_facts, write_csv
-from reelquant.cli.variants import Comparison
 from reelquant.evidence import bootstrap
+from reelquant.evidence.variants import Comparison
 from reelquant.recipes.recipe import load_recipe
 
 BASE, METHOD = "minmax", "qvd"

@@ -185,9 +185,6 @@ def linear(bench: Bench, peaks: dict[str, float], shape: tuple[int, int, int]) -
         "torch int8 (fall-back)": lambda: torch_ops.linear_8bit(xi, wi, table, si, bias=bias),
         "int8, codes given": lambda: cuda.linear_8bit(xi, wi, table, si, bias=bias),
         "int8 with rounding": lambda: cuda.linear_8bit(cuda.quantize_static(x, table), wi, table, si, bias=bias),
-        "int8 to int8, gelu": lambda: cuda.linear_8bit(
-            xi, wi, table, si, None, bias, "gelu_tanh", output_scale=table, out_dtype=torch.int8
-        ),
         "int8 x 4 bit, codes given": lambda: cuda.linear_w4a8(xi, w4, s4, table, bias=bias),
         "bf16 x 4 bit": lambda: cuda.linear_w4a16(x, w4, s4, bias),
         "bf16 x 8 bit": lambda: cuda.linear_w8a16(x, wi, si, bias),

@@ -8,7 +8,15 @@ reelquant.evaluate("out", "tiny-dit")        # what it cost, beside the noise fl
 reelquant.benchmark("out", "tiny-dit")       # what it gained, on this machine
 """
 
-from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError
+from reelquant._errors import (
+    CalibrationError,
+    CheckpointError,
+    MeasurementError,
+    RecipeError,
+    ReelQuantError,
+    SiteError,
+    UnsupportedError,
+)
 from reelquant._version import __version__
 from reelquant.api import benchmark, compare, configure, evaluate, export, load, open_pipeline, plan, quantize, quantize_folder, save
 from reelquant.integrations.config import ReelQuantConfig
@@ -17,6 +25,7 @@ from reelquant.integrations.register import install as _install
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "MeasurementError",
     "RecipeError",
     "ReelQuantConfig",
     "ReelQuantError",

@@ -4,6 +4,7 @@
     ├── RecipeError(ValueError)        a recipe, a --set override or a spec says something impossible
     ├── SiteError(LookupError)         a layer pattern matches nothing, a layer is not where it should be
     ├── UnsupportedError(NotImplementedError)   a combination that no mechanism here can compute
+    ├── MeasurementError(ValueError)   clips, features or figures that a metric or a report cannot take
     ├── CalibrationError(RuntimeError) the sampling pass failed: no prompts, NaN or inf activations, no denoiser calls
     └── CheckpointError(OSError)       a folder or file is missing, truncated, corrupt, or already there
 
@@ -30,6 +31,10 @@ class SiteError(ReelQuantError, LookupError):
 
 class UnsupportedError(ReelQuantError, NotImplementedError):
     """A combination of mechanisms that is known but cannot be computed here."""
+
+
+class MeasurementError(ReelQuantError, ValueError):
+    """Clips, features or figures that a metric or a report cannot take."""
 
 
 class CalibrationError(ReelQuantError, RuntimeError):

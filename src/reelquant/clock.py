@@ -73,9 +73,13 @@ class Clock(nn.Module):
     seen: Tensor
 
     def __init__(
-        self, timesteps: Sequence[float], protected: Sequence[int] = (), inputs: Inputs = "float", pairs: Pairs | None = None,
+        self,
+        timesteps: Sequence[float],
+        protected: Sequence[int] = (),
+        inputs: Inputs = "float",
+        pairs: Pairs | None = None,
         latent: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)

@@ -132,7 +132,7 @@ def test_fail_under_ends_with_code_1_and_a_sentence(quantized: Path, tmp_path: P
 
 
 def test_quantize_can_end_with_a_gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys.modules["reelquant.cli.quantize"], "GATE_CLIPS", 2)
+    monkeypatch.setattr(sys.modules["reelquant.cli.request"], "GATE_CLIPS", 2)
     words = ["quantize", "tiny-dit", "--steps", "2", "-o"]
     good = CliRunner().invoke(app, [*words, str(tmp_path / "good"), "-r", "w8a16", "--gate", "default", "--json"])
     assert good.exit_code == 0, good.output

@@ -463,7 +463,7 @@ def test_an_interrupted_run_says_where_its_work_is(model: Path, tmp_path: Path, 
 
     monkeypatch.setattr(disk_store, "write_piece", interrupted)
     result = CliRunner().invoke(app, ["quantize", str(model), "-r", "w8a16", "-o", str(tmp_path / "out"), "--resume", "--json"])
-    assert f"what was made is in '{tmp_path / 'out'}.partial': go on with --resume" in result.stderr
+    assert f"finished work is in '{tmp_path / 'out'}.partial': continue with --resume" in result.stderr
 
 
 def test_a_gate_on_what_does_not_fit_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:

@@ -6,12 +6,22 @@ import pytest
 
 import reelquant
 from reelquant import _errors
-from reelquant._errors import CalibrationError, CheckpointError, RecipeError, ReelQuantError, SiteError, UnsupportedError, nearest
+from reelquant._errors import (
+    CalibrationError,
+    CheckpointError,
+    MeasurementError,
+    RecipeError,
+    ReelQuantError,
+    SiteError,
+    UnsupportedError,
+    nearest,
+)
 
 TREE = {
     RecipeError: ValueError,
     SiteError: LookupError,
     UnsupportedError: NotImplementedError,
+    MeasurementError: ValueError,
     CalibrationError: RuntimeError,
     CheckpointError: OSError,
 }

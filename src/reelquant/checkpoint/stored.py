@@ -105,10 +105,16 @@ class Stored:
         if missing := sorted(set(layers) - set(data["checksums"])):
             raise CheckpointError(f"quantization_config has no checksum for layer '{missing[0]}'; save the model again with reelquant.save")
         stored = cls(
-            layers, dict(data["checksums"]), tuple(data["ignore"]), _slots(data.get("slots")),
-            data.get("recipe") or {}, data.get("recipe_digest", ""), data.get("tool_version", ""), _attention(data, CheckpointError),
+            layers,
+            dict(data["checksums"]),
+            tuple(data["ignore"]),
+            _slots(data.get("slots")),
+            data.get("recipe") or {},
+            data.get("recipe_digest", ""),
+            data.get("tool_version", ""),
+            _attention(data, CheckpointError),
             data.get("reuse") or {},
-        )  # fmt: skip
+        )
         stored._check_slots()
         return stored
 
@@ -169,7 +175,9 @@ def adopt(model: nn.Module, recipe: Any = None) -> None:
         UnsupportedError: if adapters wrap layers, or the model is of neither library.
     """
     if not (hasattr(model, "save_pretrained") and hasattr(model, "config")):
-        raise UnsupportedError(f"{type(model).__name__} is no model of diffusers or transformers: no config to describe its layers in")
+        raise UnsupportedError(
+            f"{type(model).__name__} is not a model of diffusers or transformers: it has no config to describe its layers in"
+        )
     before = getattr(model.config, "quantization_config", None) or {}
     before = before if isinstance(before, dict) else before.to_dict()
     mapping, digest = before.get("recipe", {}), before.get("recipe_digest", "")
@@ -217,9 +225,13 @@ def _slots(data: Any) -> Slots | None:
         return None
     try:
         found = Slots(
-            tuple(float(time) for time in data["timesteps"]), str(data["argument"]), tuple(int(slot) for slot in data.get("protected", ())),
-            data.get("protected_inputs", "float"), data.get("pairs"), data.get("latent"),
-        )  # fmt: skip
+            tuple(float(time) for time in data["timesteps"]),
+            str(data["argument"]),
+            tuple(int(slot) for slot in data.get("protected", ())),
+            data.get("protected_inputs", "float"),
+            data.get("pairs"),
+            data.get("latent"),
+        )
         if found.inputs not in get_args(Inputs) or any(slot not in range(len(found.timesteps)) for slot in found.protected):
             raise ValueError(f"protected {list(found.protected)}, {found.inputs!r}")
         if found.pairs not in (None, *get_args(Pairs)):

@@ -1,7 +1,7 @@
-"""The command line: one file per verb, nothing heavy imported before a verb runs.
+"""The command line: one file per verb. Nothing heavy is imported before a verb runs.
 
-``console`` (what is printed, progress bars), ``errors`` (one line per error), ``options`` (what verbs share), ``tables`` (rich tables),
-``variants`` (float against quantized copies on the same clips).
+``console`` prints and draws progress bars, ``errors`` makes one line of an error, ``options`` holds what verbs share,
+``request`` does the work of ``quantize``, ``tables`` makes the tables.
 """
 
 from __future__ import annotations
@@ -42,14 +42,20 @@ def _version(wanted: bool) -> None:
 
 @app.callback(epilog="Start with [bold]reelquant demo[/bold]: two minutes, no network, no GPU, and you see what quantization does.")
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Before the verb: show tracebacks and what the libraries log.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Before the verb: show tracebacks and what the libraries log."),
+    ] = False,
 ) -> None:
     """Quantize diffusers video pipelines after training, and see that the videos are still good.
 
     [bold]The way through:[/bold]
 
-    [cyan]reelquant recipes[/cyan]                                   what there is
+    [cyan]reelquant recipes[/cyan]                                   the recipes
     [cyan]reelquant inspect tiny-dit[/cyan]                          look inside
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]   the plan
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]      the job

@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reelquant.cli.options import Device, Frames, Guidance, Height, Json, Runtime, Steps, Width, call_options
+from reelquant.cli import console
+from reelquant.cli.options import (
+    Device,
+    Frames,
+    Guidance,
+    Height,
+    Json,
+    Runtime,
+    Steps,
+    Width,
+    call_options,
+    check_device,
+    more_help,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -14,27 +28,33 @@ if TYPE_CHECKING:
     from reelquant.evidence.speed import Benchmark
 
 
-def benchmark(
-    model: Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)],
-    reference: Annotated[str, typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False)],
-    rounds: Annotated[int, typer.Option("--rounds", "-n", min=1, help="Clips that each pipeline makes, after one to warm up.")] = 5,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What the clips show. Default: one of the pipeline's own.")] = None,
-    steps: Steps = None,
-    frames: Frames = None,
-    height: Height = None,
-    width: Width = None,
-    guidance: Guidance = None,
-    device: Device = "cpu",
-    dtype: Annotated[str | None, typer.Option("--dtype", help="Of both: float32, bfloat16 or float16. Default: bfloat16, or float32 on "
-                                              "processors that only emulate it.", show_default=False)] = None,
-    runtime: Runtime = "torch",
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; by default what torch takes.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Both denoisers go through torch.compile.")] = False,
-    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory, in a fresh process for each.")] = True,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Time a quantized pipeline against the float one, in turns, on this machine.
+Folder = Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)]
+Reference = Annotated[
+    str,
+    typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False),
+]
+Rounds = Annotated[
+    int,
+    typer.Option("--rounds", "-n", min=1, help="Clips that each pipeline makes, after one to warm up."),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="What the clips show. Default: one of the pipeline's own."),
+]
+BothDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Type of both: float32, bfloat16 or float16. Default: bfloat16, or float32 on processors that only emulate it.",
+        show_default=False,
+    ),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; default: those of torch.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Both denoisers go through torch.compile.")]
+Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure peak memory, in a fresh process for each.")]
 
+
+@more_help("""
     [bold]Examples[/bold]
 
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]
@@ -42,20 +62,46 @@ def benchmark(
     [cyan]reelquant benchmark out -r my-folder --dtype float32 --compile --json[/cyan]
     [cyan]reelquant benchmark out -r tiny-dit --runtime openvino[/cyan]
 
-    Both make the same clip A B, B A, A B ...; a speed-up is a ratio of two times of one round, and the table shows its median and
-    quartiles. 2x means half the time. Other work on the machine moves times much and ratios little.
-    """
-    from reelquant.cli import console
-    from reelquant.cli.options import check_device, torch_dtype
+    Both make the same clip A B, B A, A B ...; a speed-up is a ratio of two times of one round, and the table shows its
+    median and quartiles. 2x means half the time. Other work on the machine changes times much and ratios little.
+""")
+def benchmark(
+    model: Folder,
+    reference: Reference,
+    rounds: Rounds = 5,
+    prompt: Prompt = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+    dtype: BothDtype = None,
+    runtime: Runtime = "torch",
+    threads: Threads = None,
+    compiled: Compiled = False,
+    memory: Memory = True,
+    json: Json = False,
+) -> None:
+    """Time a quantized pipeline against the float one, in turns, on this machine."""
     from reelquant.models.pipelines import locate
 
     kind = None if dtype is None else torch_dtype(dtype)
-    for one in (model, reference):
-        locate(one)
+    for name in (model, reference):
+        locate(name)
     check_device(device)
     console.quiet_loading()
-    made = _measure(model, reference, kind, threads, rounds=rounds, device=device, compiled=compiled, runtime=runtime, memory=memory,
-                    prompt=prompt, **call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance))  # fmt: skip
+    how = dict(
+        dtype=kind,
+        rounds=rounds,
+        device=device,
+        compiled=compiled,
+        runtime=runtime,
+        memory=memory,
+        prompt=prompt,
+    )
+    call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
+    made = _measure(model, reference, threads, **how, **call)
     if json:
         console.emit(made.to_json())
         return
@@ -63,7 +109,7 @@ def benchmark(
         console.out.print(part)
 
 
-def _measure(model: str, reference: str, dtype: object, threads: int | None, **options: object) -> Benchmark:
+def _measure(model: str, reference: str, threads: int | None, **options: object) -> Benchmark:
     import torch
 
     from reelquant.cli.console import Bars
@@ -72,40 +118,47 @@ def _measure(model: str, reference: str, dtype: object, threads: int | None, **o
     if threads is not None:
         torch.set_num_threads(threads)
     with Bars() as bars:
-        return run(model, reference, dtype=dtype, progress=bars, **options)  # type: ignore[arg-type]
+        return run(model, reference, progress=bars, **options)  # type: ignore[arg-type]
 
 
 def _tables(made: Benchmark) -> list[Table]:
     """Times and memory beside each other, then what computes the layers."""
-    from reelquant.cli.console import size
-    from reelquant.cli.tables import attended_by, computed_by, facts, table
+    from reelquant.cli.tables import attended_by, computed_by, facts
 
     data = made.data
-    times = table(
-        f"{data['test']['name']} against {data['reference']['name']} in {data['reference']['short']}", ["", "float", "quantized"], ["ratio"]
-    )
-    rows = {"whole clip": (made.seconds, made.speedup), "one step": (made.step_seconds, made.step_speedup)}
-    for name, (seconds, ratio) in rows.items():
-        if ratio is not None:
-            words = [f"{seconds[variant].median:.3g} s" for variant in ("reference", "test")]
-            times.add_row(name, *words, f"[bold]{ratio.median:.2f}x as fast[/bold] ({ratio.low:.2f} to {ratio.high:.2f})")
-    sizes = {"weights of the denoiser": made.weight_bytes, "peak memory": made.peak_bytes}
-    for name, values in sizes.items():
-        if values:
-            share = values["test"] / max(values["reference"], 1)
-            times.add_row(name, size(values["reference"]), size(values["test"]), f"{share:.2f} of it")
-    why = [("not the best kernel", f"{reason} ({count} layers)") for reason, count in made.refused.items()]
-    machine = f"{data['machine']['gpu'] if data['device'] != 'cpu' else data['machine']['cpu']}, {data['threads']} threads"
-    why += [("peak memory", f"not measured: {data['peak_memory_failed']}")] if data["peak_memory_failed"] else []
+    machine = data["machine"]["gpu"] if data["device"] != "cpu" else data["machine"]["cpu"]
+    failed = data["peak_memory_failed"]
     how = [
         ("kernels", computed_by(made.kernels, made.simulated)),
         *attended_by(made.attention),
-        *why,
+        *(("not the best kernel", f"{reason} ({count} layers)") for reason, count in made.refused.items()),
+        *([("peak memory", f"not measured: {failed}")] if failed else []),
         *_slower(made),
-        ("machine", machine),
+        ("machine", f"{machine}, {data['threads']} threads"),
         ("rounds", f"{data['rounds']}, in turns, medians and quartiles"),
     ]
-    return [times, facts("How", how)]
+    return [_times(made), facts("How", how)]
+
+
+def _times(made: Benchmark) -> Table:
+    """A row per time and per size, float beside quantized."""
+    from reelquant.cli.tables import table
+
+    data = made.data
+    title = f"{data['test']['name']} against {data['reference']['name']} in {data['reference']['short']}"
+    rows = table(title, ["", "float", "quantized"], ["ratio"])
+    times = {"whole clip": (made.seconds, made.speedup), "one step": (made.step_seconds, made.step_speedup)}
+    for name, (seconds, ratio) in times.items():
+        if ratio is not None:
+            words = [f"{seconds[variant].median:.3g} s" for variant in ("reference", "test")]
+            spread = f"({ratio.low:.2f} to {ratio.high:.2f})"
+            rows.add_row(name, *words, f"[bold]{ratio.median:.2f}x as fast[/bold] {spread}")
+    for name, values in {"weights of the denoiser": made.weight_bytes, "peak memory": made.peak_bytes}.items():
+        if values:
+            share = values["test"] / max(values["reference"], 1)
+            sizes = (console.size(values[variant]) for variant in ("reference", "test"))
+            rows.add_row(name, *sizes, f"{share:.2f} of it")
+    return rows
 
 
 def _slower(made: Benchmark) -> list[tuple[str, str]]:
@@ -113,4 +166,9 @@ def _slower(made: Benchmark) -> list[tuple[str, str]]:
     ratio = made.step_speedup or made.speedup
     if ratio.median >= 1 or made.data["device"] != "cpu" or made.data["runtime"] != "torch":
         return []
-    return [("slower than float", "small layers take as long to call as to compute; one graph calls none: try --runtime openvino")]
+    return [
+        (
+            "slower than float",
+            "small layers take as long to call as to compute; one graph calls none: try --runtime openvino",
+        )
+    ]

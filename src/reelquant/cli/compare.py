@@ -21,17 +21,31 @@ from reelquant.cli.evaluate import (
     listening,
     make_options,
 )
-from reelquant.cli.options import Device, Force, Json
+from reelquant.cli.options import Device, Force, Json, more_help
+
+Texts = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="Texts of the clips, a line per name.", show_default=False),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for report.html, report.json, summary.md.")]
 
 
+@more_help("""
+    [bold]Examples[/bold]
+
+    [cyan]reelquant compare float-clips quantized-clips[/cyan]
+    [cyan]reelquant compare real generated -m fvd,fid,kid --weights weights[/cyan]
+    [cyan]reelquant compare before after --gate strict -o proof --json[/cyan]
+
+    Clips of the same name are compared with each other; FVD, FID and KID compare the folders as sets and need no equal
+    names.
+""")
 def compare(
     reference: Annotated[Path, typer.Argument(help="Folder of clips to compare with.", show_default=False)],
     test: Annotated[Path, typer.Argument(help="Folder of clips under test, paired by name.", show_default=False)],
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="Texts of the clips, a line per name.", show_default=False)
-    ] = None,
+    prompts: Texts = None,
     metrics: Metrics = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for report.html, report.json, summary.md.")] = None,
+    output: Output = None,
     weights: Weights = None,
     data: Data = None,
     gate: Gate = None,
@@ -43,21 +57,11 @@ def compare(
     resume: Resume = False,
     force: Force = False,
     json: Json = False,
-) -> None:  # fmt: skip
-    """Measure a folder of clips against another, whoever made them: mp4, gif, webm, or PNG frames.
-
-    [bold]Examples[/bold]
-
-    [cyan]reelquant compare float-clips quantized-clips[/cyan]
-    [cyan]reelquant compare real generated -m fvd,fid,kid --weights weights[/cyan]
-    [cyan]reelquant compare before after --gate strict -o proof --json[/cyan]
-
-    Clips of the same name are held against each other; FVD, FID and KID compare the folders as sets and need no equal names.
-    """
-    options = make_options(
-        metrics, output, weights, data, gate, fail_under, clip_model, device,
-        resume=resume, force=force, shown=shown, fid_frames=fid_frames,
-    )  # fmt: skip
+) -> None:
+    """Measure a folder of clips against another, made by any program: mp4, gif, webm, or PNG frames."""
+    figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames)
+    folders = dict(output=output, weights=weights, data=data)
+    options = make_options(device=device, resume=resume, force=force, shown=shown, **folders, **figures)
     from reelquant.evidence.run import compare as run
 
     with listening(options) as heard:

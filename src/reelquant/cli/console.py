@@ -1,4 +1,4 @@
-"""What a person sees: two consoles, progress bars, sizes in words. Results go to stdout, all else to stderr."""
+"""Output: two consoles, progress bars, readable sizes. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -11,9 +11,18 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-PIPED = 120  # columns where the output is no terminal and COLUMNS says nothing
+PIPED = 120  # columns if the output is not a terminal and COLUMNS is not set
 
 out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED)
 err = Console(stderr=True, highlight=False)
@@ -97,10 +106,15 @@ class Lane:
 
 
 class Bars(Lane):
-    """Progress bars with the time left, on stderr; nothing is drawn where that is no terminal."""
+    """Progress bars with the time left, on stderr; nothing is drawn if stderr is not a terminal."""
 
     def __init__(self) -> None:
-        words = (SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn())
+        words = (
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+        )
         times = (TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn())
         super().__init__(Progress(*words, *times, console=err, disable=not err.is_terminal))
 
@@ -119,12 +133,12 @@ class Bars(Lane):
 
 
 def emit(data: Any) -> None:
-    """JSON on stdout, nothing else."""
+    """Print one JSON document on stdout."""
     typer.echo(json.dumps(plain(data), indent=2))
 
 
 def plain(value: Any) -> Any:
-    """Only what JSON knows: no tuples, no NaN or inf (null instead)."""
+    """The value in types that JSON has: lists for tuples, null for NaN and infinities, text for other objects."""
     if isinstance(value, dict):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -135,7 +149,7 @@ def plain(value: Any) -> Any:
 
 
 def size(count: float) -> str:
-    """Bytes in words: ``1.50 MB``; decimal units."""
+    """Bytes in decimal units, three digits: ``1.50 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -144,5 +158,5 @@ def size(count: float) -> str:
 
 
 def figure(value: float | None, pattern: str = "{:.3f}") -> str:
-    """A figure, or a dash where there is none."""
+    """A figure; a dash for None, NaN and infinities."""
     return "-" if value is None or not math.isfinite(value) else pattern.format(value)

@@ -1,4 +1,4 @@
-"""``reelquant demo``: the main job on the bundled pipelines, with files in which a person sees that it worked."""
+"""``reelquant demo``: quantize the bundled pipelines and write pictures and videos that show the result."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reelquant._errors import CheckpointError
-from reelquant.cli.options import Json
+from reelquant.cli.options import Json, Steps, more_help
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reelquant.cli.variants import Comparison, Outcome
+    from reelquant.evidence.variants import Comparison, Outcome
 
 VARIANTS = ("minmax-w8a8", "qvd-w8a8", "qvd-w6a6", "qvd-w4a8")  # as they are shown
-SAVED = "qvd-w8a8"  # goes first: its statistics hold what the others need; it is also the one that is saved and opened again
-SHORTER: dict[str, Any] = {"search.prompts": 2, "calibrate.steps": 10}  # a demo is for the eyes; benchmarks/ is for figures
+SAVED = "qvd-w8a8"  # first, because its statistics cover the other variants; also saved and opened again
+SHORTER: dict[str, Any] = {
+    "search.prompts": 2,
+    "calibrate.steps": 10,
+}  # shorter than the defaults: benchmarks/ has figures at full length
 RESULTS = "results.json"
 SEED = 42
 SHOWN, PLAYED = 3, 3  # clips on the contact sheet, clips in the video
@@ -39,7 +42,7 @@ CAPTIONS = (
     "a large orange star moving down on a gray background",
     "a small red heart bouncing on a white background",
     "a large blue square shrinking on a black background",
-)  # fmt: skip
+)
 
 
 class Which(StrEnum):
@@ -50,23 +53,28 @@ class Which(StrEnum):
     BOTH = "both"
 
 
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="New folder, or one of an earlier demo.")] = Path("reelquant-demo"),
-    pipeline: Annotated[Which, typer.Option("--pipeline", help="Which of the bundled pipelines.")] = Which.BOTH,
-    clips: Annotated[int, typer.Option("--clips", min=1, help="Clips per variant.")] = 4,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends.")] = None,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Quantize the bundled video pipelines in four ways and compare them with float, on the same texts and the same noise.
+Output = Annotated[Path, typer.Option("--output", "-o", help="New folder, or one of an earlier demo.")]
+Pipeline = Annotated[Which, typer.Option("--pipeline", help="Which of the bundled pipelines.")]
+Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips per variant.")]
 
+
+@more_help("""
     [bold]Examples[/bold]
 
     [cyan]reelquant demo[/cyan]
     [cyan]reelquant demo --pipeline tiny-dit --clips 16 -o dit[/cyan]    one of them, tighter intervals
 
-    Writes per pipeline a contact sheet (PNG) and the clips side by side (MP4 and GIF), results.json, and one quantized pipeline that
-    was opened again with stock diffusers. No network, no GPU.
-    """
+    Writes per pipeline a contact sheet (PNG) and the clips side by side (MP4 and GIF), results.json, and one quantized
+    pipeline that was opened again with stock diffusers. No network, no GPU.
+""")
+def demo(
+    output: Output = Path("reelquant-demo"),
+    pipeline: Pipeline = Which.BOTH,
+    clips: Clips = 4,
+    steps: Steps = None,
+    json: Json = False,
+) -> None:
+    """Quantize the bundled video pipelines in four ways and compare them with float: the same texts and noise."""
     start = time.perf_counter()
     target = _target(output)
     names = [Which.UNET.value, Which.DIT.value] if pipeline is Which.BOTH else [pipeline.value]
@@ -96,7 +104,7 @@ def _is_demo(path: Path) -> bool:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place when all went well."""
+    """A folder beside the target that replaces it on success."""
     fresh = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -106,13 +114,13 @@ def _replacing(target: Path) -> Iterator[Path]:
             shutil.rmtree(target)
         fresh.rename(target)
     except OSError as error:
-        raise error if isinstance(error, CheckpointError) else CheckpointError(f"cannot write '{target}': {error}") from error
+        raise (error if isinstance(error, CheckpointError) else CheckpointError(f"cannot write '{target}': {error}")) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _run(names: list[str], folder: Path, clips: int, steps: int | None, json: bool) -> dict[str, Any]:
-    """Every pipeline, each in a process of its own if there are cores for it: small models gain little from a second thread."""
+    """Every pipeline, each in its own process if there are cores: small models gain little from a second thread."""
     from reelquant._version import __version__
     from reelquant.cli.console import Bars, out
     from reelquant.cli.parallel import run_each
@@ -124,7 +132,13 @@ def _run(names: list[str], folder: Path, clips: int, steps: int | None, json: bo
     if not json:
         for name, one in zip(names, found, strict=True):
             out.print(results_table(name, one["variants"], clips))
-    facts = {"made_by": "reelquant demo", "version": __version__, "cores": _cores(), "seed": SEED, "captions": _captions(clips)}
+    facts = {
+        "made_by": "reelquant demo",
+        "version": __version__,
+        "cores": _cores(),
+        "seed": SEED,
+        "captions": _captions(clips),
+    }
     return facts | {"pipelines": dict(zip(names, found, strict=True))}
 
 
@@ -148,7 +162,7 @@ class Job:
 
 
 def work(job: Job, lane: Any) -> dict[str, Any]:
-    """Compare, draw, and give back the figures of one pipeline."""
+    """Compare and draw the variants of one pipeline; return their figures."""
     import torch
 
     before = torch.get_num_threads()
@@ -167,7 +181,7 @@ def work(job: Job, lane: Any) -> dict[str, Any]:
 def _compare(job: Job, lane: Any) -> tuple[list[Outcome], dict[str, Any]]:
     """Float and every variant on the same clips; the saved variant goes first and is opened again."""
     from reelquant.cli.options import call_options, opened
-    from reelquant.cli.variants import Comparison
+    from reelquant.evidence.variants import Comparison
 
     lane.about(job.name)
     lane.phase("open", 1)
@@ -186,7 +200,7 @@ def _compare(job: Job, lane: Any) -> tuple[list[Outcome], dict[str, Any]]:
 
 def _save(comparison: Comparison, outcome: Outcome, folder: Path, lane: Any) -> dict[str, Any]:
     from reelquant.api import save
-    from reelquant.cli.variants import reopened_equals
+    from reelquant.evidence.variants import reopened_equals
 
     lane.phase("save and open with stock diffusers", 2)
     save(comparison.pipe, folder, outcome.report)
@@ -268,8 +282,13 @@ def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:
     for name, found in data["pipelines"].items():
         sheet, *films = found["files"]
         again = found["reopened"]
-        same = "gives the very same clips" if again["equal"] else "[red]gives other clips: a fault, please report it[/red]"
+        same = "gives the same clips" if again["equal"] else "[red]gives other clips: a fault, please report it[/red]"
         rows.append((name, f"{sheet} (look at this first), {', '.join(films)}"))
-        rows.append(("", f"{again['folder']} ({console.size(again['bytes_on_disk'])}): opened again with stock diffusers, {same}"))
+        rows.append(
+            (
+                "",
+                f"{again['folder']} ({console.size(again['bytes_on_disk'])}): opened again with stock diffusers, {same}",
+            )
+        )
     console.out.print(facts(f"Done in {data['seconds']:.0f} s", rows), soft_wrap=False)
     return None

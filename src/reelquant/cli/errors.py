@@ -1,4 +1,4 @@
-"""How a command ends: one line on stderr and a code, whatever went wrong."""
+"""How a command ends after an error: one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _USAGE: Any = typer.BadParameter.__mro__[2]  # errors of usage, which typer itse
 
 
 def one_line(error: BaseException) -> str:
-    """What stderr shows: the message of an error that is ours, the kind as well of one that is not."""
+    """The line on stderr: the message of a ReelQuantError; for other errors the class too."""
     text = " ".join(str(error).split())
     if isinstance(error, ReelQuantError):
         return f"reelquant: {text}"
@@ -28,18 +28,18 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def kept_in(folder: Path | None) -> Iterator[None]:
-    """Inside, Ctrl-C says that what was made is in a folder, if it is there, instead of that nothing is left."""
+def left_in(folder: Path | None) -> Iterator[None]:
+    """Inside, Ctrl-C names the folder that holds the finished work, if that folder exists."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = [f"what was made is in '{folder}': go on with --resume"] if folder is not None and folder.is_dir() else []
-        raise KeyboardInterrupt(*kept) from None
+        exists = folder is not None and folder.is_dir()
+        raise KeyboardInterrupt(*([f"finished work is in '{folder}': continue with --resume"] if exists else [])) from None
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack like Ctrl-C, so that half-written files go."""
+    """Let SIGTERM unwind the stack like Ctrl-C, so that half-written files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

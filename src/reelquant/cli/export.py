@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reelquant.cli.options import Force, Json
+from reelquant.cli.options import Force, Json, more_help
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,29 +15,44 @@ if TYPE_CHECKING:
     from reelquant.checkpoint.export import Exported, Outcome
 
 
-def export(
-    folder: Annotated[str, typer.Argument(help="What `reelquant quantize --output` has written.", show_default=False)],
-    format: Annotated[str, typer.Option("--format", "-f", help="comfyui, gguf or torchao.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; a folder for torchao.", show_default=False)],
-    type: Annotated[
-        str | None,
-        typer.Option("--type", "-t", help="int8, fp8, scaled_fp8, Q8_0, Q4_0, Q4_1 or Q4_K for all layers; by default what keeps codes."),
-    ] = None,
-    component: Annotated[str | None, typer.Option("--component", help="Which denoiser, if there are several.", show_default=False)] = None,
-    force: Force = False,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Write a quantized denoiser for ComfyUI, for readers of GGUF, or for stock diffusers with torchao.
+Folder = Annotated[str, typer.Argument(help="A folder that `reelquant quantize` wrote.", show_default=False)]
+Format = Annotated[str, typer.Option("--format", "-f", help="comfyui, gguf or torchao.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write; a folder for torchao.", show_default=False)]
+Type = Annotated[
+    str | None,
+    typer.Option(
+        "--type",
+        "-t",
+        help="int8, fp8, scaled_fp8, Q8_0, Q4_0, Q4_1 or Q4_K for all layers; by default the type that keeps the codes.",
+    ),
+]
+Component = Annotated[
+    str | None,
+    typer.Option("--component", help="Which denoiser, if there are several.", show_default=False),
+]
 
+
+@more_help("""
     [bold]Examples[/bold]
 
     [cyan]reelquant export out --format comfyui -o wan-int8.safetensors[/cyan]
     [cyan]reelquant export out --format gguf -o wan-q4.gguf[/cyan]
     [cyan]reelquant export out --format torchao -o out-torchao[/cyan]          a whole pipeline
 
-    Codes are carried as they are where the format holds them. The table says what was rounded a second time and how far it moved,
-    what is written as floats, and what had to stay behind (ranges of inputs, tables). docs/exporters.md has the details.
-    """
+    Codes are carried over unchanged where the format holds them. The table says what was rounded a second time and how
+    far it moved, what is written as floats, and what was left out (ranges of inputs, tables). docs/exporters.md has the
+    details.
+""")
+def export(
+    folder: Folder,
+    format: Format,
+    output: Output,
+    type: Type = None,
+    component: Component = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Write a quantized denoiser for ComfyUI, for readers of GGUF, or for stock diffusers with torchao."""
     from reelquant import api
     from reelquant.cli import console
 
@@ -59,7 +74,9 @@ def _tables(made: Exported) -> list[Table]:
     from reelquant.cli.tables import facts, table
 
     layers = table(
-        f"{', '.join(made.components)} for {made.format}", ["", "was", "becomes"], ["layers", "before", "after", "largest error"]
+        f"{', '.join(made.components)} for {made.format}",
+        ["", "was", "becomes"],
+        ["layers", "before", "after", "largest error"],
     )
     for (fate, was, becomes), outcomes in _alike(made.layers).items():
         error = max(outcome.error for outcome in outcomes)

@@ -22,30 +22,21 @@ from reelquant.cli.options import (
     Steps,
     Width,
     call_options,
+    more_help,
     opened,
     run_by,
 )
 
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="What the clip shows.", show_default=False)]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False),
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise; the same seed gives the same clip.")]
+Fps = Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")]
 
-def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the clip shows.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False)],
-    seed: Annotated[int, typer.Option("--seed", help="Of the noise; the same seed gives the same clip.")] = 0,
-    steps: Steps = None,
-    frames: Frames = None,
-    height: Height = None,
-    width: Width = None,
-    guidance: Guidance = None,
-    fps: Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")] = 8,
-    device: Device = "cpu",
-    dtype: Dtype = "float32",
-    runtime: Runtime = "torch",
-    force: Force = False,
-    json: Json = False,
-) -> None:  # fmt: skip
-    """Sample one clip and write it as MP4, GIF or PNG frames.
 
+@more_help("""
     [bold]Examples[/bold]
 
     [cyan]reelquant generate tiny-dit -p "a red circle moving left" -o clip.mp4[/cyan]
@@ -54,7 +45,25 @@ def generate(
     [cyan]reelquant generate out -p "a red circle moving left" -o clip.mp4 --runtime openvino[/cyan]
 
     The model can be a folder that [cyan]reelquant quantize[/cyan] wrote.
-    """
+""")
+def generate(
+    model: Model,
+    prompt: Prompt,
+    output: Output,
+    seed: Seed = 0,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
+    fps: Fps = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    runtime: Runtime = "torch",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Sample one clip and write it as MP4, GIF or PNG frames."""
     from reelquant.evidence.media import check_video, frame_paths, write_video
 
     check_video(output)
@@ -96,4 +105,7 @@ def _tell(files: list[Path], clip: Any, seconds: float, json: bool, given: dict[
         console.emit(given | {"files": files, "frames": count, "height": height, "width": width, "seconds": seconds})
         return
     name = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
-    console.out.print(f"[green]✓[/green] {name}  [dim]{count} frames of {width}x{height}, {seconds:.1f} s[/dim]", soft_wrap=True)
+    console.out.print(
+        f"[green]✓[/green] {name}  [dim]{count} frames of {width}x{height}, {seconds:.1f} s[/dim]",
+        soft_wrap=True,
+    )

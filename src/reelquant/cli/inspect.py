@@ -74,8 +74,9 @@ def inspect(
     [cyan]reelquant inspect tiny-dit --no-run[/cyan]        only what needs no sampling
     [cyan]reelquant inspect out --json[/cyan]               a quantized folder, as data
 
-    A channel that covers little of the grid its tensor shares loses precision; transforms (shift, range_integrate, scale) repair that.
-    Temporal features are skewed; where the TDScore of a uniform grid falls below 1, denoising steps begin to look alike.
+    A channel that covers little of the grid its tensor shares loses precision; transforms (shift, range_integrate,
+    scale) repair that. Temporal features are skewed; where the TDScore of a uniform grid falls below 1, denoising steps
+    begin to look alike.
     """
     from reelquant.models.prompts import read_prompts
 
@@ -97,7 +98,14 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
     map_ = discover(denoiser)
     sizes = {name: layer_bytes(get_module(denoiser, name)) for name in map_.layers}
     layers = [
-        {"name": x.name, "kind": x.kind, "role": x.role, "depends": sorted(x.depends), "shape": x.shape, "bytes": sizes[x.name]}
+        {
+            "name": x.name,
+            "kind": x.kind,
+            "role": x.role,
+            "depends": sorted(x.depends),
+            "shape": x.shape,
+            "bytes": sizes[x.name],
+        }
         for x in map_.layers.values()
     ]
     return {
@@ -108,7 +116,11 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
         "attention": attention and asdict(attention),
         "bytes": sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers())),
         "blocks": list(map_.blocks),
-        "arguments": {"latent": map_.latent_argument, "timestep": map_.timestep_argument, "prompt": map_.prompt_argument},
+        "arguments": {
+            "latent": map_.latent_argument,
+            "timestep": map_.timestep_argument,
+            "prompt": map_.prompt_argument,
+        },
         "notes": list(map_.notes),
         "layers": layers,
         "groups": [
@@ -143,7 +155,15 @@ def _observe(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[s
     prompts = (texts or calibration_prompts(pipe, CLIPS))[:CLIPS]
     with Bars() as bars:
         bars.phase("sample", len(prompts) * call["num_inference_steps"])
-        return calibrate(pipe, denoiser, plan, prompts, seed=0, arguments=call_arguments(pipe, **call), on_step=bars.advance)
+        return calibrate(
+            pipe,
+            denoiser,
+            plan,
+            prompts,
+            seed=0,
+            arguments=call_arguments(pipe, **call),
+            on_step=bars.advance,
+        )
 
 
 def _group_facts(name: str, layers: int, role: str, statistics: InputStatistics) -> GroupFacts:
@@ -152,14 +172,27 @@ def _group_facts(name: str, layers: int, role: str, statistics: InputStatistics)
 
     low, high = (bound.flatten(0, 1) for bound in statistics.range.envelope())
     low, high = low.amin(0), high.amax(0)  # [channels]
-    grid = bind(Int(8, signed=False), Granularity("tensor"), low.min().clamp(max=0)[None], high.max().clamp(min=0)[None])
+    grid = bind(
+        Int(8, signed=False),
+        Granularity("tensor"),
+        low.min().clamp(max=0)[None],
+        high.max().clamp(min=0)[None],
+    )
     width = high - low
     assert statistics.rows is not None
     taps, channels = statistics.geometry.taps, statistics.geometry.channels
     rows = statistics.rows.rows.to(low.device)
     by_channel = rows.reshape(len(rows), channels, taps).movedim(1, 2).reshape(-1, channels)
     share = float(coverage(grid.codes(by_channel), 8))
-    return GroupFacts(name, layers, role, float(low.min()), float(high.max()), share, float(width.max() / width.median().clamp(min=1e-12)))
+    return GroupFacts(
+        name,
+        layers,
+        role,
+        float(low.min()),
+        float(high.max()),
+        share,
+        float(width.max() / width.median().clamp(min=1e-12)),
+    )
 
 
 def _features(calibration: Calibration, name: str) -> Tensor | None:
@@ -221,11 +254,14 @@ def _head(data: dict[str, Any]) -> Table:
             ("size", size(data["bytes"])),
             *quantized,
             ("layers", f"{len(data['layers'])} linear and convolution layers in {len(data['blocks'])} blocks"),
-            ("groups", f"{len(data['groups'])} inputs, {shared} shared; {foldable} can fold into a norm, {seams} join a skip connection"),
+            (
+                "groups",
+                f"{len(data['groups'])} inputs, {shared} shared; {foldable} can fold into a norm, {seams} join a skip connection",
+            ),
             ("arguments", ", ".join(f"{kind} = {name}" for kind, name in data["arguments"].items() if name)),
             *(("note", note) for note in data["notes"]),
         ],
-    )  # fmt: skip
+    )
 
 
 ROLE_WORDS = {
@@ -254,7 +290,11 @@ def _groups(data: dict[str, Any], rows: int | None) -> Table:
     from reelquant.cli.tables import table
 
     found = data["activations"]
-    made = table(_title("Inputs, hardest first", found, rows), ["input of", "role"], ["layers", "low", "high", "spread", "coverage"])
+    made = table(
+        _title("Inputs, hardest first", found, rows),
+        ["input of", "role"],
+        ["layers", "low", "high", "spread", "coverage"],
+    )
     for x in found[:rows]:
         figures = (f"{x['low']:.3g}", f"{x['high']:.3g}", f"{x['spread']:.1f}x", f"{x['coverage']:.1%}")
         made.add_row(x["group"], x["role"], str(x["layers"]), *figures)

@@ -1,14 +1,17 @@
-"""``reelquant metrics`` and ``reelquant weights``: what can be measured, and the networks it takes."""
+"""``reelquant metrics`` and ``reelquant weights``: which figures can be measured, and the networks that they need."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reelquant.cli.evaluate import Weights
 from reelquant.cli.options import Json
+
+if TYPE_CHECKING:
+    from reelquant.evidence.metrics import Metric
 
 
 def metrics(weights: Weights = None, json: Json = False) -> None:
@@ -28,10 +31,7 @@ def metrics(weights: Weights = None, json: Json = False) -> None:
     tools = Tools(weights)
     missing = {name: MECHANISMS[name].missing(tools, ["a"]) for name in MECHANISMS if name not in ("clip", "judge")}
     if json:
-        console.emit(
-            {name: {key: getattr(one, key) for key in ("title", "kind", "unit", "better", "about")} | {"missing": missing.get(one.source)}
-             for name, one in METRICS.items()}
-        )  # fmt: skip
+        console.emit({name: _facts(one) | {"missing": missing.get(one.source)} for name, one in METRICS.items()})
         return
     for kind, words in KINDS.items():
         made = tables.table(f"{kind}: {words}", ["metric", "better", "what it says", "missing"])
@@ -42,10 +42,14 @@ def metrics(weights: Weights = None, json: Json = False) -> None:
     console.out.print(tables.facts("Groups", [(name, ", ".join(names)) for name, names in GROUPS.items()]))
 
 
-def weights(
-    names: Annotated[list[str] | None, typer.Argument(help="i3d, inception, lpips-alex, lpips-vgg, raft, clip, all.")] = None,
-    json: Json = False,
-) -> None:  # fmt: skip
+def _facts(metric: Metric) -> dict[str, str]:
+    return {key: getattr(metric, key) for key in ("title", "kind", "unit", "better", "about")}
+
+
+Names = Annotated[list[str] | None, typer.Argument(help="i3d, inception, lpips-alex, lpips-vgg, raft, clip, all.")]
+
+
+def weights(names: Names = None, json: Json = False) -> None:
     """Get the networks that metrics look through, or list which are here.
 
     [bold]Examples[/bold]
@@ -56,7 +60,8 @@ def weights(
     """
     from reelquant._errors import RecipeError, nearest
     from reelquant.cli import console
-    from reelquant.evidence.networks.weights import WEIGHTS, find
+    from reelquant.evidence.networks.published import WEIGHTS
+    from reelquant.evidence.networks.weights import find
 
     known = {**{name: (name,) for name in (*WEIGHTS, "clip")}, "all": (*WEIGHTS, "clip")}
     for name in names or ():
@@ -82,7 +87,8 @@ def weights(
 
 
 def _get(name: str) -> None:
-    from reelquant.evidence.networks.weights import fetch, find
+    from reelquant.evidence.networks.download import fetch
+    from reelquant.evidence.networks.weights import find
 
     if name == "clip":
         from reelquant.evidence.text import CLIP, fetch_clip

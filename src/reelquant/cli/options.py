@@ -2,28 +2,60 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from reelquant._errors import RecipeError, UnsupportedError, nearest
 
-MODEL = typer.Argument(help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).", show_default=False)
+MODEL = typer.Argument(
+    help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).",
+    show_default=False,
+)
 Model = Annotated[str, MODEL]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Of the float parts: float32, bfloat16 or float16.")]
-Runtime = Annotated[str, typer.Option("--runtime", help="What runs quantized denoisers: torch, or openvino (one graph, on processors).")]
+Dtype = Annotated[str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.")]
+Runtime = Annotated[
+    str,
+    typer.Option("--runtime", help="What runs quantized denoisers: torch, or openvino (one graph, on processors)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, help="Denoising steps; by default what the pipeline recommends."),
+]
 Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a clip.")]
 Height = Annotated[int | None, typer.Option("--height", min=1, help="Pixels.")]
 Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 switches guidance off.")]
-Prompts = Annotated[Path | None, typer.Option("--prompts", help="File with one text per line; # starts a comment.", show_default=False)]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is there, once the new is complete.")]
+Prompts = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="File with one text per line; # starts a comment.", show_default=False),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")]
+
+Verb = TypeVar("Verb", bound=Callable[..., None])
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def more_help(text: str) -> Callable[[Verb], Verb]:
+    """Append examples and notes to a verb's help, below the sentence of its docstring.
+
+    Commands keep their lines; the lines of a note are joined, because typer would print every line break.
+    """
+
+    blocks = inspect.cleandoc(text).split("\n\n")
+    whole = "\n\n".join(block if block.startswith("[cyan]") else " ".join(block.split("\n")) for block in blocks)
+
+    def append(verb: Verb) -> Verb:
+        verb.__doc__ = f"{inspect.cleandoc(verb.__doc__ or '')}\n\n{whole}"
+        return verb
+
+    return append
 
 
 def opened(model: str, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -49,7 +81,7 @@ def run_by(pipe: Any, runtime: str) -> Any:
     """The pipeline with its quantized denoisers on a runtime.
 
     Raises:
-        ReelQuantError: if there is no such runtime, or nothing that could run on it.
+        ReelQuantError: if the runtime is unknown, or cannot run any part of this pipeline.
     """
     from reelquant.api import configure
 
@@ -83,7 +115,11 @@ def check_device(device: str) -> None:
     """
     import torch
 
-    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.backends.mps.is_available() else [])]
+    here = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
     if device.split(":")[0] not in here:
         raise UnsupportedError(f"no device '{device}' on this machine; it has {', '.join(here)}")
 
@@ -98,7 +134,7 @@ def settings(pairs: list[str]) -> dict[str, Any]:
     """``["calibrate.steps=10", "defaults.weight.format=int4"]`` as overrides; values are YAML.
 
     Raises:
-        RecipeError: for a pair without ``=`` or a value that is no YAML.
+        RecipeError: for a pair without ``=`` or a value that is not YAML.
     """
     import yaml
 

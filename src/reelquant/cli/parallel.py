@@ -14,7 +14,7 @@ POLL = 0.2  # seconds
 
 
 class Lane(Protocol):
-    """Hears of the progress of one piece of work."""
+    """Receives the progress of one piece of work."""
 
     def about(self, subject: str) -> None: ...
 
@@ -26,7 +26,7 @@ class Lane(Protocol):
 
 
 class Sender:
-    """A lane in another process: what it hears is told to the real one."""
+    """A lane in another process: it sends its calls to the real one."""
 
     def __init__(self, number: int, channel: Any) -> None:
         self._number, self._channel = number, channel

@@ -1,4 +1,4 @@
-"""``reelquant recipes``: what there is, and what one of them does."""
+"""``reelquant recipes``: the list of recipes, and what one of them does."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from reelquant.cli.options import Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reelquant.recipes.recipe import Recipe, Step, TensorRecipe
+    from reelquant.recipes.entry import Entry
+    from reelquant.recipes.recipe import Recipe, Rule, TensorRecipe
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List the recipes, or explain one and print its YAML.
@@ -27,7 +31,7 @@ def recipes(
     [cyan]reelquant recipes qvd-w8a8[/cyan]
     [cyan]reelquant recipes my.yaml[/cyan]        also checks the file: unknown keys are errors
 
-    To write your own, start from a printed one; docs/adding-a-method.md tells what every key means.
+    To write your own, start from a printed one; docs/adding-a-method.md explains every key.
     """
     from reelquant.cli import console
     from reelquant.recipes.recipe import load_recipe, names
@@ -49,7 +53,12 @@ def _all(found: list[Recipe]) -> Table:
     made = table("Recipes", ["name", "what it does", "paper", "data"])
     made.columns[0].no_wrap = made.columns[2].no_wrap = made.columns[3].no_wrap = True
     for recipe in found:
-        made.add_row(f"[cyan]{recipe.name}", recipe.summary, recipe.paper or "", "none" if recipe.data_free else "prompts")
+        made.add_row(
+            f"[cyan]{recipe.name}",
+            recipe.summary,
+            recipe.paper or "",
+            "none" if recipe.data_free else "prompts",
+        )
     return made
 
 
@@ -69,23 +78,21 @@ def _one(source: str, recipe: Recipe) -> None:
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str]]:
-    """A recipe in words: what happens to weights and inputs, to which layers, in what order."""
+    """A recipe as pairs of topic and explanation: weights, inputs, rules, steps in order, data."""
     rows = [("summary", recipe.summary), *([("paper", recipe.paper)] if recipe.paper else [])]
     rows += [("weights", _tensor(recipe.defaults.weight)), ("inputs", _tensor(recipe.defaults.input))]
     for rule in recipe.rules:
-        fate = f"stay float: {rule.because or 'the rule says so'}" if rule.keep else "; ".join(
-            f"{part} {_tensor(getattr(rule, part))}" for part in ("weight", "input") if part in rule.model_fields_set
-        )  # fmt: skip
-        rows.append(("except", f"[cyan]{rule.on}[/cyan] {fate}"))
-    rows += [(f"step {number}", _step(step)) for number, step in enumerate(recipe.steps, 1)]
-    rows += [("attention", f"{recipe.attention.numbers}, found at run time; float at protected steps")] if recipe.attention else []
-    return [*rows, ("data", _data(recipe)), ("temporal layers", _TEMPORAL[recipe.temporal]), ("digest", recipe.digest())]
+        rows.append(("except", f"[cyan]{rule.on}[/cyan] {_fate(rule)}"))
+    rows += [(f"step {number}", _step(entry)) for number, entry in enumerate(recipe.entries, 1)]
+    return [*rows, ("data", _data(recipe)), ("digest", recipe.digest())]
 
 
-_TEMPORAL = {
-    "quantize": "quantized like the rules say",
-    "table": "their exact outputs are stored for the sampler's own steps; other schedules use the quantized layers",
-}
+def _fate(rule: Rule) -> str:
+    """What a rule does to its layers."""
+    if rule.skip:
+        return f"skipped, stay float: {rule.because or 'the rule says so'}"
+    changed = [part for part in ("weight", "input") if part in rule.model_fields_set]
+    return "; ".join(f"{part} {_tensor(getattr(rule, part))}" for part in changed)
 
 
 def _tensor(recipe: TensorRecipe | None) -> str:
@@ -94,19 +101,25 @@ def _tensor(recipe: TensorRecipe | None) -> str:
     formats = [recipe.format] if isinstance(recipe.format, str) else recipe.format
     found = recipe.range if isinstance(recipe.range, str) else " ".join(str(value) for value in recipe.range.values())
     shared = "a scale per " + recipe.granularity if recipe.granularity != "tensor" else "one scale"
-    return f"{' or '.join(formats)}, {shared}, range by {found}" + (", found at run time" if recipe.dynamic else "") + (
-        ", per denoising step" if recipe.slots == "per_step" else "")  # fmt: skip
+    when = ", found at run time" if recipe.dynamic else ""
+    slots = ", per denoising step" if recipe.slots == "per_step" else ""
+    return f"{' or '.join(formats)}, {shared}, range by {found}{when}{slots}"
 
 
-def _step(step: Step) -> str:
-    extra = ", ".join(f"{key} {_choice(value)}" for key, value in (step.model_extra or {}).items())
-    bias = ", bias corrected for the rounded weight" if step.correct_bias else ""
-    verb, mechanism = ("rewrite by", step.transform) if step.transform else ("choose codes by", step.solve)
-    return f"{verb} {mechanism}{f' ({extra})' if extra else ''}{bias}, on [cyan]{step.on}[/cyan]"
+def _step(entry: Entry) -> str:
+    """What one stage does, with its parameters, and to which layers."""
+    from reelquant.recipes.axes import AXES
+
+    values = {key: list(dict.fromkeys(str(one[key]) for one in entry.options)) for key in entry.options[0]}
+    extra = ", ".join(f"{key} {_choice(tried)}" for key, tried in values.items())
+    parameters = f" ({extra})" if extra else ""
+    where = "" if entry.on == "*" else f", on [cyan]{entry.on}[/cyan]"
+    about = (entry.stage.__doc__ or "").strip().splitlines()[0]
+    return f"{AXES[entry.axis].verb} {entry.name}{parameters}{where}. [dim]{about}[/dim]"
 
 
-def _choice(value: object) -> str:
-    return f"one of {', '.join(str(one) for one in value)} by whole trajectories" if isinstance(value, list) else str(value)
+def _choice(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else f"one of {', '.join(values)} by whole trajectories"
 
 
 def _data(recipe: Recipe) -> str:

@@ -37,7 +37,15 @@ def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
 
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     """Names and values in two columns."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    made = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        show_header=False,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for row in rows:
@@ -51,7 +59,12 @@ def plan_table(plan: Plan, device: str = "cpu") -> Table:
     for row in plan.layers.values():
         made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
     made.add_section()
-    made.add_row("[bold]quantized layers", "", f"{len(plan.quantized)} of {len(plan.layers)}", *_sizes(*plan_bytes(plan.quantized)))
+    made.add_row(
+        "[bold]quantized layers",
+        "",
+        f"{len(plan.quantized)} of {len(plan.layers)}",
+        *_sizes(*plan_bytes(plan.quantized)),
+    )
     made.add_row("[bold]all layers", "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
     if (attention := _attention(plan, device)) is not None:
         made.add_section()
@@ -61,22 +74,31 @@ def plan_table(plan: Plan, device: str = "cpu") -> Table:
 
 def _attention(plan: Plan, device: str) -> AttentionFacts | None:
     from reelquant.nn import expected_attention
+    from reelquant.policies import RoundAttention
 
-    numbers = plan.recipe.attention_numbers
-    return None if numbers is None else expected_attention(numbers, device.partition(":")[0])
+    stages = [entry.stage for entry in plan.entries if isinstance(entry.stage, RoundAttention)]
+    return expected_attention(stages[0].numbers, device.partition(":")[0]) if stages else None
 
 
 def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
-    """What the work takes, in bytes and seconds."""
-    return asdict(expected) | {"budget": job.budget, "seconds": job.seconds(expected), "streams": expected.in_memory > job.budget}
+    """Memory, disk and time that the work takes, in bytes and seconds."""
+    return asdict(expected) | {
+        "budget": job.budget,
+        "seconds": job.seconds(expected),
+        "streams": expected.in_memory > job.budget,
+    }
 
 
 def estimate_table(job: Job, expected: Estimate) -> Table:
-    """What the work takes, before it starts."""
+    """Memory, disk and time that the work takes, before it starts."""
     streams = expected.in_memory > job.budget
     calls = f", and {expected.calls} calls of the denoiser, solvers" if expected.calls else ""
     made = table("What it takes" + (": from disk to disk" if streams else ": in memory"), ["", "about", "for"])
-    made.add_row("memory", size(expected.memory if streams else expected.in_memory), expected.largest if streams else "the whole model")
+    made.add_row(
+        "memory",
+        size(expected.memory if streams else expected.in_memory),
+        expected.largest if streams else "the whole model",
+    )
     made.add_row("allowed", size(job.budget), "" if streams else "the whole model fits")
     made.add_row("free disk", size(expected.disk if streams else expected.result), "until the work is done")
     made.add_row("result", size(expected.result), f"the float folder has {size(expected.source)}")
@@ -88,7 +110,7 @@ def estimate_table(job: Job, expected: Estimate) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: ``40 s``, ``3 min``, ``2.5 h``."""
+    """Seconds with a fitting unit: ``40 s``, ``3 min``, ``2.5 h``."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:.2g} {unit}"
@@ -101,8 +123,8 @@ def plan_bytes(rows: Sequence[LayerPlan]) -> tuple[int, int]:
 
 
 def _becomes(row: LayerPlan) -> str:
-    if row.kept is not None:
-        return f"[dim]float: {row.kept}"
+    if row.skipped is not None:
+        return f"[dim]float: {row.skipped}"
     return numbers(str(row.weight), "float" if row.input is None else str(row.input))
 
 
@@ -115,17 +137,23 @@ def _sizes(before: int, after: int) -> tuple[str, str, str]:
     return size(before), size(after), f"{before / max(after, 1):.2f}x"
 
 
+def _layer_json(row: LayerPlan) -> dict[str, Any]:
+    return {
+        "name": row.layer.name,
+        "role": row.layer.role,
+        "skipped": row.skipped,
+        "weight": row.weight and str(row.weight),
+        "input": row.input and str(row.input),
+        "bytes_before": row.bytes_before,
+        "bytes_after": row.bytes_after,
+    }
+
+
 def plan_json(plan: Plan, device: str = "cpu") -> dict[str, Any]:
     """The plan as plain data."""
     before, after = plan_bytes(plan.quantized)
-    layers = [
-        {
-            "name": row.layer.name, "role": row.layer.role, "kept": row.kept, "weight": row.weight and str(row.weight),
-            "input": row.input and str(row.input), "bytes_before": row.bytes_before, "bytes_after": row.bytes_after,
-        }
-        for row in plan.layers.values()
-    ]  # fmt: skip
-    totals = {"quantized": len(plan.quantized), "kept": len(plan.kept), "bytes_before": before, "bytes_after": after}
+    layers = [_layer_json(row) for row in plan.layers.values()]
+    totals = {"quantized": len(plan.quantized), "skipped": len(plan.skipped), "bytes_before": before, "bytes_after": after}
     attention = _attention(plan, device)
     said = {} if attention is None else {"attention": asdict(attention)}
     return {"recipe": plan.recipe.name, "denoiser": plan.map.cls, **totals, **said, "layers": layers}
@@ -135,19 +163,19 @@ def plan_json(plan: Plan, device: str = "cpu") -> dict[str, Any]:
 
 
 def proof(report: Report) -> list[Table]:
-    """What was done and how well: sizes, worst layers, layers that stay, warnings; the sizes of every component before those of all."""
+    """What was done and how well: sizes of every component and of all, worst layers, skipped layers, warnings."""
     parts = [
         *(summary(part) for part in report.parts.values()),
         summary(report),
         *([worst(report)] if any(x.error is not None for x in report.layers) else []),
-        kept(report),
+        skipped(report),
     ]
     return parts + ([facts("Warnings", [("!", text) for text in report.warnings])] if report.warnings else [])
 
 
 def summary(report: Report) -> Table:
     """The figures of the whole model."""
-    skipped = sum(len(names) for names in report.kept.values())
+    count = sum(len(names) for names in report.skipped.values())
     kernels = computed_by(report.kernel, report.simulated)
     smaller = f"[bold]{report.ratio:.2f}x smaller[/bold] than float32, scales and biases included"
     psnr = "not sampled: the recipe needs no data"
@@ -155,7 +183,7 @@ def summary(report: Report) -> Table:
         psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float"
     tdscore = report.mean("tdscore", "temporal")
     rows = [
-        ("layers", f"{len(report.layers)} quantized, {skipped} stay float"),
+        ("layers", f"{len(report.layers)} quantized, {count} skipped (they stay float)"),
         ("their bytes", f"{size(report.bytes_float)} -> {size(report.bytes_quantized)}, {smaller}"),
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
         ("with float layers", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
@@ -180,7 +208,7 @@ def computed_by(kernels: Mapping[str, int], simulated: bool) -> str:
 
 
 def attended_by(found: AttentionFacts | None) -> list[tuple[str, str]]:
-    """A row on attention with few-bit operands, calls so far included; none where none was asked for."""
+    """A row on attention with few-bit operands, calls so far included; empty if the recipe does not ask for it."""
     if found is None:
         return []
     calls = ", ".join(f"{name} ({count})" for name, count in found.calls.items())
@@ -190,7 +218,11 @@ def attended_by(found: AttentionFacts | None) -> list[tuple[str, str]]:
 def worst(report: Report, count: int = WORST) -> Table:
     """The layers with the largest output error."""
     measured = sorted((x for x in report.layers if x.error is not None), key=lambda x: -(x.error or 0))
-    made = table(f"Largest errors (of {len(measured)} layers)", ["layer", "role", "numbers"], ["error", "coverage", "TDScore"])
+    made = table(
+        f"Largest errors (of {len(measured)} layers)",
+        ["layer", "role", "numbers"],
+        ["error", "coverage", "TDScore"],
+    )
     for record in measured[:count]:
         made.add_row(*_record(record))
     made.caption = "error: squared output error over the output's variance; coverage: share of the input's codes that a channel uses"
@@ -199,12 +231,20 @@ def worst(report: Report, count: int = WORST) -> Table:
 
 
 def _record(x: LayerRecord) -> tuple[str, ...]:
-    return x.name, x.role, numbers(x.weight, x.input), figure(x.error, "{:.1e}"), figure(x.coverage, "{:.0%}"), figure(x.tdscore)
+    return (
+        x.name,
+        x.role,
+        numbers(x.weight, x.input),
+        figure(x.error, "{:.1e}"),
+        figure(x.coverage, "{:.0%}"),
+        figure(x.tdscore),
+    )
 
 
-def kept(report: Report) -> Table:
+def skipped(report: Report) -> Table:
     """Layers that stay float, by reason."""
-    return facts("Layers that stay float", [(reason, _some(names)) for reason, names in report.kept.items()] or [("none", "")])
+    rows = [(reason, _some(names)) for reason, names in report.skipped.items()]
+    return facts("Skipped layers (they stay float)", rows or [("none", "")])
 
 
 def _some(names: Sequence[str]) -> str:
@@ -216,7 +256,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def evaluation(made: Evaluation) -> list[Table]:
-    """Figures beside the noise floor, what is missing, and what follows."""
+    """Figures beside the noise floor, missing metrics, and the verdict."""
     measured = {name: result for name, result in made.metrics.items() if result.interval is not None}
     floors = list(dict.fromkeys(variant for result in measured.values() for variant in result.floor))
     data = made.data

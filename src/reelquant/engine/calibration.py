@@ -242,9 +242,11 @@ def templates(plan: Plan, denoiser: nn.Module, generator: torch.Generator, expec
     watched: dict[str, InputStatistics] = {}
     inputs: dict[str, InputStatistics] = {}
     readers: dict[tuple[str, Geometry], list[LayerPlan]] = {}
+    groups = {name: group.name for group in plan.map.groups for name in group.layers}
+    modules = dict(denoiser.named_modules())
     for row in plan.quantized:
-        geometry = Geometry.of(get_module(denoiser, row.layer.name))
-        readers.setdefault((plan.map.group_of(row.layer.name).name, geometry), []).append(row)
+        geometry = Geometry.of(modules[row.layer.name])
+        readers.setdefault((groups[row.layer.name], geometry), []).append(row)
     members = {key: [row for (group, _), rows in readers.items() if group == key for row in rows] for key, _ in readers}
     for (group, geometry), rows in readers.items():
         of = _watched(rows[0], members[group], geometry, generator, expected)

@@ -1,7 +1,9 @@
-"""Evidence: what quantization changed in the clips, beside what float changes by itself, and pages in which a person can see it.
+"""Evidence: what quantization changed in the clips, beside what a second float run changes, and a report for people.
 
-``run`` (evaluate, compare) stands on ``sampling`` (clips of each variant), ``measure`` (a row per clip), ``evaluation`` (figures, floor,
-verdicts), ``gate`` and ``report``; ``metrics`` is the table of figures, ``mechanisms`` what gives them, ``media`` files.
+``run`` evaluates and compares. It uses ``sampling`` (clips of each variant), ``measure`` (a row of figures per clip),
+``evaluation`` (means, intervals, noise floor), ``gate`` (limits), ``judging`` (all of these, then the report) and
+``report`` (the page). ``metrics`` is the table of figures, ``mechanisms`` computes them, ``media`` reads and writes
+clips.
 """
 
 from reelquant.evidence.fidelity import Interval, bootstrap, psnr

@@ -1,4 +1,4 @@
-"""Folders of clips: what counts as a clip, which clips of two folders belong together, and reading them one at a time."""
+"""Folders of clips: finding clips, pairing those of two folders by name, and reading them one at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Clip:
 
 
 def find_clips(folder: str | Path) -> dict[str, Clip]:
-    """All clips of a folder by name, sorted: videos, numbered pictures (``a-000.png``, ``a-001.png`` ...), and subfolders of pictures.
+    """All clips of a folder by name, sorted: videos, numbered pictures (``a-000.png`` ...), subfolders of pictures.
 
     Raises:
         CheckpointError: if the folder does not exist, holds no clip, or two files claim one name.

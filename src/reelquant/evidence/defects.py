@@ -1,4 +1,4 @@
-"""Defects planted on purpose, and rules that name a defect from figures: how it is known that the figures see what they should."""
+"""Planted defects, and rules that name a defect from figures; together they test what the figures can detect."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence import temporal
 from reelquant.evidence.temporal import LEVEL, check_pair
 
 Figures = dict[str, float]
 
-# ------------------------------------------------------------------------------------------------------------------- planting
+# ------------------------------------------------------------------------------------------------------------- planting
 
 
 def _slowed_repeated(clip: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def _black_frame(clip: Tensor) -> Tensor:
 
 
 def _checkerboard(clip: Tensor) -> Tensor:
-    """A board of +-6 levels whose sign is drawn anew for every frame."""
+    """A board of +-6 levels whose sign is drawn again for every frame."""
     rows, columns = torch.arange(clip.shape[-2]), torch.arange(clip.shape[-1])
     board = 1.0 - 2.0 * ((rows[:, None] + columns) % 2)
     sign = torch.randint(2, (len(clip), 1, 1, 1), generator=_dice()) * 2.0 - 1
@@ -76,7 +77,7 @@ def _brightness_flicker(clip: Tensor) -> Tensor:
 
 
 def _flicker(clip: Tensor) -> Tensor:
-    """Smooth spots of about 8 pixels, sigma 6 levels, drawn anew for every frame: what jitter in single latent cells decodes to."""
+    """Smooth spots of about 8 pixels, sigma 6 levels, other ones in every frame, as jitter of latent cells decodes."""
     frames, _, height, width = clip.shape
     cells = torch.randn(frames, 1, -(-height // 8), -(-width // 8), generator=_dice())
     spots = F.interpolate(cells, (height, width), mode="bilinear")
@@ -105,12 +106,14 @@ PLANT: dict[str, Callable[[Tensor], Tensor]] = {
     "brightness_flicker": _brightness_flicker,
     "flicker": _flicker,
 }
-"""Defects by name, each a function of a clip ``[frames, 3, height, width]`` in [0, 1] that gives one of the same shape and range."""
+"""Defects by name: functions from a clip ``[frames, 3, height, width]`` in [0, 1] to one of the same shape."""
 
-OVER_TIME = ("slowed_repeated", "slowed_blended", "dropped", "frozen", "reversed")  # no defects of a clip that stands still
-CALLED = {"slowed_repeated": "slowed", "slowed_blended": "slowed"}  # names in :func:`diagnose` that differ from those in PLANT
+# Defects that a clip without motion cannot have.
+OVER_TIME = ("slowed_repeated", "slowed_blended", "dropped", "frozen", "reversed")
+# Names in :func:`diagnose` that differ from those in PLANT.
+CALLED = {"slowed_repeated": "slowed", "slowed_blended": "slowed"}
 
-# ------------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 SINGLE: dict[str, Callable[[Tensor], float]] = {
     "motion_energy": lambda clip: float(temporal.motion_energy(clip).mean()),
@@ -131,19 +134,19 @@ PAIRED: dict[str, Callable[[Tensor, Tensor], float]] = {
 
 
 def figures(reference: Tensor, test: Tensor) -> Figures:
-    """All figures of :mod:`reelquant.evidence.temporal` for a pair of clips ``[frames, 3, height, width]``, at least two frames.
+    """All figures of :mod:`~reelquant.evidence.temporal` for two clips ``[frames, 3, height, width]``, frames > 1.
 
     Returns:
-        The test's own figures under their names, ``NAME_deviation`` (test minus reference, in the same unit; of ``motion`` and
-        ``sharpness`` relative to the reference; of ``flicker`` what would have to be added to the reference's as independent noise),
-        the paired figures, and counts of frames that only the test has broken.
+        The test's own figures under their names, ``NAME_deviation`` (test minus reference, in the same unit; of
+        ``motion`` and ``sharpness`` relative to the reference; of ``flicker`` what would have to be added to the
+        reference's as independent noise), the paired figures, and counts of frames that only the test has broken.
 
     Raises:
-        ValueError: if the shapes differ or there is one frame only.
+        MeasurementError: if the shapes differ or there is one frame only.
     """
     check_pair(reference, test)
     if len(reference) < 2:
-        raise ValueError(f"figures over time need at least 2 frames; got {len(reference)}")
+        raise MeasurementError(f"figures over time need at least 2 frames, got {len(reference)}; sample longer clips")
     reference, test = reference.detach().float().cpu(), test.detach().float().cpu()
     before = {name: measure(reference) for name, measure in SINGLE.items()}
     after = {name: measure(test) for name, measure in SINGLE.items()}
@@ -167,9 +170,10 @@ def _added(before: float, after: float) -> float:
     return math.copysign(abs(difference) ** 0.5, difference)
 
 
-# ------------------------------------------------------------------------------------------------------------------- diagnosis
+# ------------------------------------------------------------------------------------------------------------ diagnosis
 
-# Each lies between the largest figure of harmless changes and the smallest of the planted defect, on 49 clips; see docs/metrics.md.
+# Each lies between the largest figure of harmless changes and the smallest of the planted defect, on 49 clips; see
+# docs/metrics.md.
 SURE = 0.5  # confidence above which the tempo counts
 SLOW = 0.8  # times the reference's speed
 BACKWARD = -0.5  # times the reference's speed
@@ -207,7 +211,7 @@ class Rule:
     Attributes:
         strength: of the defect, from the figures; it is there from 1 on.
         sentence: with figures in braces, as :meth:`str.format_map` fills them.
-        hides: defects that this one brings with it, so that they are no news beside it.
+        hides: defects that this one causes, which are therefore not reported beside it.
     """
 
     strength: Callable[[Figures], float]
@@ -263,47 +267,63 @@ RULES: dict[str, Rule] = {
         ("flicker",),
     ),
     "less_motion": Rule(
-        _reaches("motion_deviation", LESS_MOTION), "less motion: motion energy {motion_deviation:+.0%} against the reference"
+        _reaches("motion_deviation", LESS_MOTION),
+        "less motion: motion energy {motion_deviation:+.0%} against the reference",
     ),
     "black_frame": Rule(
         _reaches("black_frames", 1),
-        "black frames: {black_frames:.0f} that the reference has not",
+        "black frames: {black_frames:.0f} that the reference does not have",
         ("brightness_flicker", "flicker", "color_shift"),
     ),
     "constant_frame": Rule(
         _of_one_color,
-        "frames of one colour: {constant_frames:.0f} that the reference has not",
+        "frames of one colour: {constant_frames:.0f} that the reference does not have",
         ("brightness_flicker", "flicker", "color_shift"),
     ),
-    "saturated_frame": Rule(_reaches("saturated_frames", 1), "saturated frames: {saturated_frames:.0f} that the reference has not"),
+    "saturated_frame": Rule(
+        _reaches("saturated_frames", 1),
+        "saturated frames: {saturated_frames:.0f} that the reference does not have",
+    ),
     "checkerboard": Rule(
         _reaches("checkerboard_deviation", BOARD),
         "checkerboard: {checkerboard_deviation:+.1f} levels at the pixel grid",
         ("noise", "flicker"),
     ),
     "noise": Rule(
-        _reaches("grain_deviation", NOISE), "noise: grain {grain_deviation:+.1f} levels to {grain:.1f} in flat areas", ("flicker",)
+        _reaches("grain_deviation", NOISE),
+        "noise: grain {grain_deviation:+.1f} levels to {grain:.1f} in flat areas",
+        ("flicker",),
     ),
-    "blur": Rule(_reaches("sharpness_deviation", BLUR), "blur: sharpness {sharpness_deviation:+.0%} against the reference"),
-    "color_shift": Rule(_reaches("color_shift", COLOR), "colour shift: the mean colour is Delta E {color_shift:.1f} away"),
+    "blur": Rule(
+        _reaches("sharpness_deviation", BLUR),
+        "blur: sharpness {sharpness_deviation:+.0%} against the reference",
+    ),
+    "color_shift": Rule(
+        _reaches("color_shift", COLOR),
+        "colour shift: the mean colour is Delta E {color_shift:.1f} away",
+    ),
     "brightness_flicker": Rule(
         _of_whole_frames,
         "flickering brightness: {brightness_flicker_deviation:+.1f} levels from frame to frame",
         ("flicker",),
     ),
-    "flicker": Rule(_reaches("flicker_deviation", FLICKER), "flicker: {flicker_deviation:+.1f} levels per pixel from frame to frame"),
+    "flicker": Rule(
+        _reaches("flicker_deviation", FLICKER),
+        "flicker: {flicker_deviation:+.1f} levels per pixel from frame to frame",
+    ),
 }
-"""How every defect shows, by name, in the order in which they are told."""
+"""How every defect shows, by name, in the order of reports."""
 
 
 def diagnose(figures: Figures) -> list[Defect]:
-    """Which defects the figures of a pair look like; none for changes that nobody would notice.
+    """Which defects the figures of a pair look like; empty for changes that people do not notice.
 
     Args:
         figures: of :func:`figures`.
 
     Returns:
-        The defects in the order of :data:`RULES`, from those of time to those of single pixels, without what another one explains.
+        The defects in the order of :data:`RULES`, from those of time to those of single pixels, without what another
+        one explains.
     """
     strengths = {name: rule.strength(figures) for name, rule in RULES.items()}
     seen = {name: strength for name, strength in strengths.items() if strength >= 1}

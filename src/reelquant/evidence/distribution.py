@@ -1,8 +1,8 @@
-"""How far two sets of feature vectors are apart: Fréchet distance (FVD, FID), kernel distance (KID), and how sure one can be of either.
+"""Distances of two sets of feature vectors, Fréchet (FVD, FID) and kernel (KID), and the uncertainty of both.
 
-Everything is computed in float64 on the CPU. A Fréchet distance of few samples is far too large (its bias shrinks as 1 / n), so a value
-means something only beside another one of the same size: :func:`bias_curve` shows how large the bias is, :func:`jackknife` how sure a
-difference is.
+Everything is computed in float64 on the CPU. A Fréchet distance of few samples is far too large (its bias shrinks as 1
+/ n), so a value means something only beside another one of the same size: :func:`bias_curve` shows how large the bias
+is, :func:`jackknife` how sure a difference is.
 
 Paper:
     Dowson and Landau, The Fréchet distance between multivariate normal distributions, 1982.
@@ -20,23 +20,32 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
+
 Distance = Callable[[Tensor, Tensor], float]
+
+UNUSABLE = "NaN or infinite numbers; look at the clips for frames of them"
+ONE_NETWORK = "take both sets from one network"
 
 
 def _features(features: Tensor, whose: str) -> Tensor:
     if features.ndim != 2:
-        raise ValueError(f"a distance of sets needs features [n, d], the {whose} features are {tuple(features.shape)}")
+        raise MeasurementError(
+            f"a distance of sets needs features [n, d], the {whose} features are {tuple(features.shape)}; give one row per sample"
+        )
     if len(features) < 2:
-        raise ValueError(f"a spread needs 2 samples at least, the {whose} set has {len(features)}; measure more clips")
+        raise MeasurementError(f"a spread needs 2 samples at least, the {whose} set has {len(features)}; measure more clips")
     if not features.isfinite().all():
-        raise ValueError(f"the {whose} features hold NaN or infinite numbers")
+        raise MeasurementError(f"the {whose} features hold {UNUSABLE}")
     return features.detach().cpu().double()
 
 
 def _pair(reference: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     reference, test = _features(reference, "reference"), _features(test, "test")
     if reference.shape[1] != test.shape[1]:
-        raise ValueError(f"features of different networks: {reference.shape[1]} numbers a sample against {test.shape[1]}")
+        raise MeasurementError(
+            f"features of different networks: {reference.shape[1]} numbers a sample against {test.shape[1]}; {ONE_NETWORK}"
+        )
     return reference, test
 
 
@@ -57,15 +66,19 @@ class Moments:
     def update(self, features: Tensor) -> Moments:
         """Takes in ``[n, d]`` more vectors and returns itself.
 
-        The deviations are taken from the batch's own mean first (Chan et al., 1979), so that large means cost no digits.
+        The deviations are taken from the batch's own mean first (Chan et al., 1979), so that large means cost no
+        digits.
 
         Raises:
-            ValueError: if they are no vectors, not of the d seen before, or not finite.
+            MeasurementError: if the shape is not [n, d], d differs from that of earlier samples, or a number is not
+                finite.
         """
         if features.ndim != 2 or (self.count and features.shape[1] != len(self.mean)):
-            raise ValueError(f"moments of {len(self.mean) or 'd'} numbers a sample cannot take in features {tuple(features.shape)}")
+            raise MeasurementError(
+                f"moments of {len(self.mean) or 'd'} numbers a sample cannot take in features {tuple(features.shape)}; {ONE_NETWORK}"
+            )
         if not features.isfinite().all():
-            raise ValueError("the features hold NaN or infinite numbers")
+            raise MeasurementError(f"the features hold {UNUSABLE}")
         if not len(features):
             return self
         features = features.detach().cpu().double()
@@ -85,24 +98,26 @@ class Moments:
         """``[d, d]``, unbiased (divided by n - 1), as ``np.cov`` gives it.
 
         Raises:
-            ValueError: for fewer than 2 vectors.
+            MeasurementError: for fewer than 2 vectors.
         """
         if self.count < 2:
-            raise ValueError(f"a spread needs 2 samples at least, got {self.count}; measure more clips")
+            raise MeasurementError(f"a spread needs 2 samples at least, got {self.count}; measure more clips")
         return self.scatter / (self.count - 1)
 
 
 def frechet_moments(reference: Moments, test: Moments) -> float:
     """:func:`frechet` from means and covariances alone.
 
-    ``tr sqrt(S1 S2)`` is the sum of the roots of the eigenvalues of ``R^T S2 R`` with ``S1 = R R^T``: symmetric, so no complex numbers and
-    no matrix root come up. Eigenvalues that rounding made negative count as zero.
+    ``tr sqrt(S1 S2)`` is the sum of the roots of the eigenvalues of ``R^T S2 R`` with ``S1 = R R^T``: symmetric, so no
+    complex numbers and no matrix root come up. Eigenvalues that rounding made negative count as zero.
 
     Raises:
-        ValueError: if either has fewer than 2 vectors, or they are of different lengths.
+        MeasurementError: if either has fewer than 2 vectors, or they are of different lengths.
     """
     if reference.mean.shape != test.mean.shape:
-        raise ValueError(f"features of different networks: {len(reference.mean)} numbers a sample against {len(test.mean)}")
+        raise MeasurementError(
+            f"features of different networks: {len(reference.mean)} numbers a sample against {len(test.mean)}; {ONE_NETWORK}"
+        )
     one, two = reference.covariance, test.covariance
     values, vectors = torch.linalg.eigh(one)
     root = vectors * values.clamp(min=0).sqrt()
@@ -114,9 +129,9 @@ def frechet_moments(reference: Moments, test: Moments) -> float:
 def frechet(reference: Tensor, test: Tensor) -> float:
     """``|m1 - m2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2))``: FVD of I3D features, FID of Inception features.
 
-    Covariances are unbiased. With fewer samples than dimensions the covariances have no full rank and a matrix root of their product is
-    unsafe; then the trace is taken as the sum of singular values of ``A B^T`` for centred A and B with ``S1 = A^T A``, ``S2 = B^T B``,
-    which is the same number, exactly, from a small matrix.
+    Covariances are unbiased. With fewer samples than dimensions the covariances have no full rank and a matrix root of
+    their product is unsafe; then the trace is taken as the sum of singular values of ``A B^T`` for centred A and B with
+    ``S1 = A^T A``, ``S2 = B^T B``, which is the same number, exactly, from a small matrix.
 
     Args:
         reference: ``[n, d]``.
@@ -126,7 +141,7 @@ def frechet(reference: Tensor, test: Tensor) -> float:
         The squared distance, in squared units of the features, at least 0 (rounding below it is cut).
 
     Raises:
-        ValueError: for fewer than 2 samples, other shapes, or numbers that are not finite.
+        MeasurementError: for fewer than 2 samples, other shapes, or numbers that are not finite.
     """
     reference, test = _pair(reference, test)
     if min(len(reference), len(test)) >= reference.shape[1]:
@@ -147,12 +162,18 @@ def _mmd(reference: Tensor, test: Tensor) -> float:
     return float(own - 2 * _kernel(reference, test).mean())
 
 
-def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kernel_distance(
+    reference: Tensor,
+    test: Tensor,
+    subsets: int = 100,
+    subset_size: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
     """KID: the mean over random subsets of the unbiased squared MMD with the kernel ``(x . y / d + 1)^3``.
 
-    Unlike a Fréchet distance it has no bias at any size, which is why it can be below 0 for sets that do not differ. Subsets are drawn
-    without replacement as torch-fidelity draws them, of ``min(subset_size, n, m)`` samples; if that is all of both sets, there is only one
-    to draw.
+    Unlike a Fréchet distance it has no bias at any size, which is why it can be below 0 for sets that do not differ.
+    Subsets are drawn without replacement as torch-fidelity draws them, of ``min(subset_size, n, m)`` samples; if that
+    is all of both sets, there is only one to draw.
 
     Args:
         reference: ``[n, d]``.
@@ -162,15 +183,16 @@ def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_
         seed: of the drawing.
 
     Returns:
-        Mean and standard deviation over the subsets, in cubed units of the features; the latter is no standard error, and 0 for one subset.
+        Mean and standard deviation over the subsets, in cubed units of the features; the latter is not a standard
+        error, and is 0 for one subset.
 
     Raises:
-        ValueError: for fewer than 2 samples, other shapes, numbers that are not finite, or no subsets.
+        MeasurementError: for fewer than 2 samples, other shapes, numbers that are not finite, or no subsets.
     """
     reference, test = _pair(reference, test)
     size = min(subset_size, len(reference), len(test))
     if subsets < 1 or size < 2:
-        raise ValueError(f"{subsets} subsets of {subset_size} samples: give at least one subset of at least 2")
+        raise MeasurementError(f"{subsets} subsets of {subset_size} samples: give at least one subset of at least 2")
     if size == len(reference) == len(test):
         return _mmd(reference, test), 0.0
     generator = torch.Generator().manual_seed(seed)
@@ -180,15 +202,22 @@ def kernel_distance(reference: Tensor, test: Tensor, subsets: int = 100, subset_
 
 
 def jackknife(
-    reference: Sequence[Tensor], test: Sequence[Tensor], distance: Distance, groups: int = 20, level: float = 0.95, *, together: bool = True
-) -> tuple[float, float, float]:  # fmt: skip
+    reference: Sequence[Tensor],
+    test: Sequence[Tensor],
+    distance: Distance,
+    groups: int = 20,
+    level: float = 0.95,
+    *,
+    together: bool = True,
+) -> tuple[float, float, float]:
     """A distance of two sets of clips with an interval: clips are left out a group at a time.
 
-    The spread of the resulting distances gives the standard error, Student's t with ``groups - 1`` degrees of freedom the interval. Why not
-    the bootstrap, as for means: drawing with replacement repeats clips and drops a third of them, which takes rank and spread from the
-    covariances, so distances of such draws are biased upwards, often all above the distance itself. Leaving out 1 / groups of the clips
-    hardly changes the bias, and by the same for every group. The interval is of the distance at this number of clips, bias included; it
-    does not say where the distance of infinitely many would lie.
+    The spread of the resulting distances gives the standard error, Student's t with ``groups - 1`` degrees of freedom
+    the interval. Why not the bootstrap, as for means: drawing with replacement repeats clips and drops a third of them,
+    which takes rank and spread from the covariances, so distances of such draws are biased upwards, often all above the
+    distance itself. Leaving out 1 / groups of the clips hardly changes the bias, and by the same for every group. The
+    interval is of the distance at this number of clips, bias included; it does not say where the distance of infinitely
+    many would lie.
 
     Args:
         reference: per clip ``[rows, d]``; a clip has one row for FVD, one per frame for FID.
@@ -196,18 +225,22 @@ def jackknife(
         distance: e.g. :func:`frechet`.
         groups: at most; fewer if there are fewer clips.
         level: coverage of the interval.
-        together: clips of the same index belong together (same prompt, same noise) and leave both sets at once; else the sets take turns.
+        together: clips of the same index belong together (same prompt, same noise) and leave both sets at once; else
+            the sets take turns.
 
     Returns:
-        The distance of the whole sets, and the ends of its interval (which may lie below 0). With fewer than 4 clips all three are equal.
+        The distance of the whole sets, and the ends of its interval (which may lie below 0). With fewer than 4 clips
+        all three are equal.
 
     Raises:
-        ValueError: if clips belong together and the sets differ in size.
+        MeasurementError: if clips belong together and the sets differ in size.
     """
     from scipy.special import stdtrit
 
     if together and len(reference) != len(test):
-        raise ValueError(f"clips are left out together, but there are {len(reference)} reference and {len(test)} test clips")
+        raise MeasurementError(
+            f"clips are left out in pairs, but there are {len(reference)} reference and {len(test)} test clips; pass together=False"
+        )
     value = distance(torch.cat(list(reference)), torch.cat(list(test)))
     if min(len(reference), len(test)) < 4:
         return value, value, value
@@ -221,7 +254,14 @@ def jackknife(
     return value, value - reach, value + reach
 
 
-def _without(reference: Sequence[Tensor], test: Sequence[Tensor], distance: Distance, side: str, group: int, groups: int) -> float:
+def _without(
+    reference: Sequence[Tensor],
+    test: Sequence[Tensor],
+    distance: Distance,
+    side: str,
+    group: int,
+    groups: int,
+) -> float:
     """The distance after every ``groups``-th clip has left one set or both."""
 
     def rest(clips: Sequence[Tensor], name: str) -> Tensor:
@@ -238,7 +278,7 @@ def bias_curve(
     seed: int = 0,
     distance: Distance = frechet,
 ) -> list[tuple[int, float, float]]:
-    """The distance of random subsets of both sets, for several sizes: how much of a distance is only the number of samples.
+    """The distance of random subsets of both sets, for several sizes: it shows how much of a distance is bias.
 
     Subsets are drawn without replacement; sets of one size keep their pairs together.
 
@@ -254,12 +294,14 @@ def bias_curve(
         For every size: the size, and the mean and standard deviation over the repeats.
 
     Raises:
-        ValueError: for a size that cannot be drawn.
+        MeasurementError: for a size that cannot be drawn.
     """
     most = min(len(reference), len(test))
     for size in sizes:
         if not 2 <= size <= most:
-            raise ValueError(f"subsets of {size} samples cannot be drawn from {len(reference)} and {len(test)}; give sizes of 2 to {most}")
+            raise MeasurementError(
+                f"subsets of {size} samples cannot be drawn from {len(reference)} and {len(test)}; give sizes of 2 to {most}"
+            )
     generator = torch.Generator().manual_seed(seed)
 
     def draw(size: int) -> float:
@@ -277,16 +319,17 @@ def bias_curve(
 def extrapolated(curve: Sequence[tuple[int, float, float]]) -> float:
     """The distance of infinitely many samples: the least-squares line in 1 / size through a :func:`bias_curve`, at 0.
 
-    Theirs keeps the reference set whole and draws only the test set; here both shrink, whose biases add up and are of first order in
-    1 / size too. The line holds where samples outnumber dimensions; below that the curve still bends, and what comes out is too high.
+    Theirs keeps the reference set whole and draws only the test set; here both shrink, whose biases add up and are of
+    first order in 1 / size too. The line holds where samples outnumber dimensions; below that the curve still bends,
+    and what comes out is too high.
 
     Raises:
-        ValueError: for fewer than 2 different sizes.
+        MeasurementError: for fewer than 2 different sizes.
     """
     inverse = torch.tensor([1 / size for size, _, _ in curve], dtype=torch.float64)
     values = torch.tensor([mean for _, mean, _ in curve], dtype=torch.float64)
     if len(inverse.unique()) < 2:
-        raise ValueError("a line needs 2 different sizes at least")
+        raise MeasurementError(f"a line needs at least 2 different sizes; got {[size for size, _, _ in curve]}")
     away = inverse - inverse.mean()
     slope = (away * values).sum() / away.square().sum()
     return float(values.mean() - slope * inverse.mean())

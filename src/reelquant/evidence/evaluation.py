@@ -1,4 +1,4 @@
-"""From rows and features to the figures of an evaluation: means, intervals, the noise floor beside them, verdicts, files."""
+"""From rows and features to an evaluation: means, intervals, the noise floor beside them, verdicts, report.json."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reelquant._errors import CheckpointError
 from reelquant.evidence import distribution
 from reelquant.evidence.defects import diagnose
 from reelquant.evidence.fidelity import Interval, bootstrap
@@ -34,15 +35,16 @@ GROUPS = {"i3d": 20, "inception": 6}  # of the jackknife; distances of 2048 colu
 
 @dataclass
 class Result:
-    """One figure of the test clips, with what it has to be seen against.
+    """One figure of the test clips, with the reference and the noise floor beside it.
 
     Attributes:
         metric: what it is.
         interval: mean over clips, or distance of the sets, with its 95 % interval; None if it is missing.
         reference: the reference's own figure, for figures that a clip has alone.
         floor: the same figure of the float pipeline run again, by variant.
-        within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is better.
-        missing: why there is no value, with the command that helps.
+        within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is
+            better.
+        missing: the reason why a value is missing, with the command that helps.
         to_data: a distance to real clips rather than to the reference's.
     """
 
@@ -59,9 +61,8 @@ class Result:
         about = {name: getattr(self.metric, name) for name in ("title", "kind", "unit", "better", "about", "digits")}
         bounds = _bounds(self.interval) if self.interval else {"value": None, "low": None, "high": None}
         floor = {variant: _bounds(interval) for variant, interval in self.floor.items()}
-        return about | bounds | {
-            "reference": self.reference, "floor": floor, "within_floor": self.within_floor, "missing": self.missing,
-        }  # fmt: skip
+        beside = {"reference": self.reference, "floor": floor, "within_floor": self.within_floor}
+        return about | bounds | beside | {"missing": self.missing}
 
 
 def _bounds(interval: Interval) -> dict[str, float]:
@@ -70,11 +71,11 @@ def _bounds(interval: Interval) -> dict[str, float]:
 
 @dataclass
 class Evaluation:
-    """What was measured, and what follows from it.
+    """The result of an evaluation: figures, verdict, report.
 
     Attributes:
         metrics: results by name; those that could not be measured say why.
-        data: everything, as it stands in ``report.json`` (schema: docs/report.md).
+        data: the content of ``report.json`` (schema: docs/report.md).
         verdict: of the gate; None if none was asked for.
         near_lossless: every figure within the noise floor; None if no floor was measured.
         folder: where clips and the report lie; None if nothing was kept.
@@ -111,7 +112,7 @@ class Evaluation:
         write_json(Path(path), self.data)
 
 
-# --- figures over clips ---------------------------------------------------------------------------------------------------------------
+# --- figures over clips -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -147,7 +148,7 @@ class Sets:
         return bootstrap(values) if values else None
 
     def distance(self, variant: str, metric: str) -> Interval | None:
-        """Distance of a variant's features to the reference's, or to those of real clips, with its jackknife interval."""
+        """Distance of a variant's features to those of the reference or of real clips, with its jackknife interval."""
         source = METRICS[metric].source
         kind, distance = DISTANCES[source]
         other = "data" if metric.endswith(TO_DATA) else "reference"
@@ -191,15 +192,15 @@ def results(sets: Sets, metrics: Sequence[str], missing: Mapping[str, str]) -> d
 
 
 def _floors(metric: Metric, floors: Sequence[str]) -> list[str]:
-    """Other noise makes other clips: only sets of them, and figures that a clip has alone, can be held against each other then."""
+    """Clips of other noise differ: compare only sets of them, and figures that need no reference."""
     return [name for name in floors if name != DRAWN_FLOOR or metric.kind in ("distribution", "text") or metric.better == "none"]
 
 
 def _within(result: Result) -> bool | None:
     """No worse than the far end of the floor's interval.
 
-    Clips of the same noise are held against float clips of the same noise, distances to real data against another draw of the float
-    pipeline: that is what each of them would be if quantization changed nothing that matters.
+    Clips of the same noise are compared with float clips of the same noise, distances to real data with another draw
+    of the float pipeline: that is what each of them would be if quantization changed nothing that matters.
     """
     same = [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]
     drawn = [result.floor[DRAWN_FLOOR]] if DRAWN_FLOOR in result.floor else []
@@ -235,13 +236,11 @@ def defects(sets: Sets) -> list[dict[str, Any]]:
         row = sets.rows["test"].get(name)
         for defect in diagnose({"tempo": 1.0} | row["figures"]) if row and "temporal" in row["sources"] else []:
             found.setdefault(defect.name, []).append((defect.strength, name, defect.sentence))
-    return [
-        {"name": defect, "clips": [clip for _, clip, _ in hits], "sentence": max(hits)[2]} for defect, hits in found.items()
-    ]  # fmt: skip
+    return [{"name": defect, "clips": [clip for _, clip, _ in hits], "sentence": max(hits)[2]} for defect, hits in found.items()]
 
 
 def trajectory(sets: Sets) -> dict[str, Any] | None:
-    """Relative error of the latents after every step, mean over clips with intervals; None where no latents were kept."""
+    """Relative error of the latents after every step, mean over clips with intervals; None without stored latents."""
     variants = [name for name in ("test", *sets.floors) if name != DRAWN_FLOOR]
     curves = {name: [row["curves"][LATENTS] for row in sets.rows[name].values() if LATENTS in row["curves"]] for name in variants}
     curves = {name: lines for name, lines in curves.items() if lines}
@@ -275,13 +274,15 @@ def bias(sets: Sets) -> dict[str, Any] | None:
     curve = distribution.bias_curve(reference, test, sizes)
     return {
         "metric": "fvd_data" if other == "data" else "fvd",
-        "sizes": [point[0] for point in curve], "values": [point[1] for point in curve], "sd": [point[2] for point in curve],
+        "sizes": [point[0] for point in curve],
+        "values": [point[1] for point in curve],
+        "sd": [point[2] for point in curve],
         "extrapolated": distribution.extrapolated(curve[-4:]) if len(curve) > 3 else None,
-    }  # fmt: skip
+    }
 
 
 def warnings(found: Mapping[str, Result], sets: Sets) -> list[str]:
-    """What a reader has to know before trusting a figure."""
+    """Limits of the figures that a reader has to know."""
     few = [METRICS[name].title for name, result in found.items() if METRICS[name].kind == "distribution" and result.interval is not None]
     count = min(len(names) for names in sets.names.values())
     if not few or count >= FEW:
@@ -294,17 +295,28 @@ def warnings(found: Mapping[str, Result], sets: Sets) -> list[str]:
 
 def clips_json(sets: Sets, prompts: Mapping[str, str], seeds: Mapping[str, int]) -> list[dict[str, Any]]:
     """Per clip: figures and curves of the test clip, curves of the reference."""
-    listed = []
-    for name in sets.names["test"]:
-        row = sets.rows["test"].get(name, {"figures": {}, "curves": {}})
-        own = sets.rows["reference"].get(name, {"curves": {}})
-        listed.append(
-            {"name": name, "prompt": prompts.get(name), "seed": seeds.get(name), "figures": row["figures"], "curves": row["curves"],
-             "reference_curves": own["curves"]}
-        )  # fmt: skip
-    return listed
+    return [_clip_json(sets, name, prompts.get(name), seeds.get(name)) for name in sets.names["test"]]
+
+
+def _clip_json(sets: Sets, name: str, prompt: str | None, seed: int | None) -> dict[str, Any]:
+    row = sets.rows["test"].get(name, {"figures": {}, "curves": {}})
+    return {
+        "name": name,
+        "prompt": prompt,
+        "seed": seed,
+        "figures": row["figures"],
+        "curves": row["curves"],
+        "reference_curves": sets.rows["reference"].get(name, {"curves": {}})["curves"],
+    }
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a ``report.json``."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read a ``report.json``.
+
+    Raises:
+        CheckpointError: if the file cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read '{path}' ({error}); delete it, or quantize again to get a new one") from None

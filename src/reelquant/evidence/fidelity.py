@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
+
 CEILING = 100.0  # dB; equal clips score this instead of infinity, so that means and JSON stay finite
 
 
@@ -34,10 +36,12 @@ def psnr(reference: Tensor, test: Tensor) -> Tensor:
         ``[clips]``.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     if reference.shape != test.shape:
-        raise ValueError(f"clips of different shapes cannot be compared: {tuple(reference.shape)} and {tuple(test.shape)}")
+        raise MeasurementError(
+            f"clips of different shapes cannot be compared: {tuple(reference.shape)} and {tuple(test.shape)}; cut or scale one of them"
+        )
     error = (test.double() - reference.double()).square().flatten(1).mean(1)
     return (-10 * error.clamp(min=10 ** (-CEILING / 10)).log10()).float()
 
@@ -52,11 +56,11 @@ def bootstrap(values: Tensor | Sequence[float], level: float = 0.95, resamples: 
         seed: of the drawing; the same seed gives the same interval.
 
     Raises:
-        ValueError: if there are no values.
+        MeasurementError: if there are no values.
     """
     values = torch.as_tensor(values, dtype=torch.float64)
     if not values.numel():
-        raise ValueError("a mean over no clips: give at least one value")
+        raise MeasurementError("a mean over no clips: give at least one value")
     draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
     low, high = values[draws].mean(1).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return Interval(float(values.mean()), low, high)

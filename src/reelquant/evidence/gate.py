@@ -1,4 +1,4 @@
-"""Good enough or not: limits on figures, in three strengths, and a sentence for everything that is over one."""
+"""The gate: limits on figures in three strengths, and a sentence for every figure over its limit."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Limit:
     high: float | None = None
 
     def words(self) -> str:
-        """The limit in words."""
+        """The limit as text: ``at most 0.15``."""
         if self.low is None:
             return f"at most {self.high:g}"
         return f"at least {self.low:g}" if self.high is None else f"from {self.low:g} to {self.high:g}"
 
     def excess(self, value: float) -> float:
-        """By how much a value is over; 0 if it is not."""
+        """By how much a value is outside of the limit; 0 if it is inside."""
         return max(0.0 if self.low is None else self.low - value, 0.0 if self.high is None else value - self.high, 0.0)
 
 
@@ -60,7 +60,10 @@ _SCALED: dict[str, tuple[Callable[[float], Limit], tuple[float, float, float]]] 
     "grain_deviation": (lambda x: Limit("grain_deviation", high=x), (1.0, 3.0, 7.0)),
     "checkerboard_deviation": (lambda x: Limit("checkerboard_deviation", high=x), (0.25, 1.0, 3.0)),
 }
-_NEVER = (_about("length_deviation", 0, 0.0), *(Limit(f"{kind}_frames", high=0.0) for kind in ("black", "constant", "saturated")))
+_NEVER = (
+    _about("length_deviation", 0, 0.0),
+    *(Limit(f"{kind}_frames", high=0.0) for kind in ("black", "constant", "saturated")),
+)
 _SHARES = (0.0, 0.02, 0.1)
 
 
@@ -80,7 +83,7 @@ class Failure:
     Attributes:
         metric: the figure, or the name of a defect.
         value: what was measured.
-        limit: what would have passed, in words.
+        limit: what would have passed, as text.
         sentence: for people.
         looks_like: names of defects that were recognised, if any.
     """
@@ -94,7 +97,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says."""
+    """The decision of the gate."""
 
     preset: str
     passed: bool
@@ -121,7 +124,7 @@ def parse_limits(pairs: Sequence[str] | Mapping[str, float]) -> list[Limit]:
     """``["psnr=30", "fvd=50"]`` as limits: a figure must not be worse than its value, in the direction of the metric.
 
     Raises:
-        RecipeError: for an unknown metric, a value that is no number, or a metric of which neither direction is better.
+        RecipeError: for an unknown metric, a value that is not a number, or a metric without a better direction.
     """
     items = list(pairs.items()) if isinstance(pairs, Mapping) else [tuple(pair.partition("=")[::2]) for pair in pairs]
     return [_limit(str(name).strip().lower().replace("-", "_"), value) for name, value in items]
@@ -133,7 +136,7 @@ def _limit(name: str, value: Any) -> Limit:
     try:
         number = float(value)
     except ValueError:
-        raise RecipeError(f"--fail-under {name}: '{value}' is no number; for example --fail-under {name}=1") from None
+        raise RecipeError(f"--fail-under {name}: '{value}' is not a number; for example --fail-under {name}=1") from None
     shapes = {
         "higher": Limit(name, low=number),
         "lower": Limit(name, high=number),
@@ -148,14 +151,19 @@ def _limit(name: str, value: Any) -> Limit:
 
 
 def decide(
-    values: Mapping[str, float], missing: Mapping[str, str], defects: Sequence[Mapping[str, Any]], clips: int,
-    preset: str | None, extra: Sequence[Limit] = (),
-) -> Verdict:  # fmt: skip
+    values: Mapping[str, float],
+    missing: Mapping[str, str],
+    defects: Sequence[Mapping[str, Any]],
+    clips: int,
+    preset: str | None,
+    extra: Sequence[Limit] = (),
+) -> Verdict:
     """Hold figures against limits.
 
     Args:
         values: means over clips by metric.
-        missing: why other metrics have no value. A limit that was asked for by name fails then; one of a preset is skipped.
+        missing: why other metrics have no value. A limit that was asked for by name fails then; one of a preset is
+            skipped.
         defects: ``{"name", "clips", "sentence"}`` of each defect recognised.
         clips: how many were measured.
         preset: key of :data:`GATES`, or None for the extra limits alone.

@@ -1,4 +1,4 @@
-"""Measuring clips against reference clips, one pair in memory at a time, every row kept on disk."""
+"""Measuring clips against reference clips, one pair in memory at a time; every row is written to disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Measuring:
         sources: mechanisms that are wanted; those that cannot look at these clips leave the list.
         missing: why they left, by source.
         prompts: texts by clip name.
-        progress: hears how far it is.
+        progress: receives the progress.
     """
 
     store: Store
@@ -54,7 +54,7 @@ class Measuring:
         self._measure(variant, names, lambda name: self._pair(name, reference[name], test[name]), self.sources)
 
     def alone(self, variant: str, clips: Mapping[str, Clip], sources: Iterable[str] | None = None) -> None:
-        """Measure clips that are held against nothing: the reference itself, or a set of real clips."""
+        """Measure clips without a reference: the reference itself, or a set of real clips."""
 
         def single(name: str) -> Pair:
             clip = clips[name].read()
@@ -70,7 +70,12 @@ class Measuring:
             kept = all(self.store.has("latents", one, name) for one in ("reference", variant))
             if kept and LATENTS not in rows.get(name, {"sources": []})["sources"]:
                 curve = relative_error(*(self.store.get("latents", one, name) for one in ("reference", variant)))
-                row = {"name": name, "sources": [LATENTS], "figures": {"latent_error": curve[-1]}, "curves": {"latent_error": curve}}
+                row = {
+                    "name": name,
+                    "sources": [LATENTS],
+                    "figures": {"latent_error": curve[-1]},
+                    "curves": {"latent_error": curve},
+                }
                 self.store.add(variant, row)
 
     def _pair(self, name: str, reference: Clip, test: Clip) -> Pair:

@@ -1,4 +1,4 @@
-"""One look at a clip each: the functions behind the figures of :mod:`reelquant.evidence.metrics`, and what they need to be there."""
+"""The functions behind the figures of :mod:`reelquant.evidence.metrics`, and the weights and packages they need."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.evidence import defects, temporal
 from reelquant.evidence.fidelity import psnr
 from reelquant.evidence.metrics import METRICS
-from reelquant.evidence.networks import weights
+from reelquant.evidence.networks import published, weights
 from reelquant.evidence.text import CLIP
 from reelquant.evidence.warping import dis_flow, warping_error
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A clip under test and the clip it is held against; both ``[frames, 3, height, width]`` in [0, 1].
+    """A clip under test and the clip it is compared with; both ``[frames, 3, height, width]`` in [0, 1].
 
     Attributes:
         reference: of the same prompt and noise; the test clip itself where the reference is measured.
@@ -71,7 +71,7 @@ class Mechanism:
         figures: figures of one pair by metric name; None for sources of features.
         features: ``[rows, dim]`` of one clip, and the key they are stored under; None for sources of figures.
         alone: the figures also say something about a clip without a reference.
-        weights: key of :data:`reelquant.evidence.networks.weights.WEIGHTS` that must be found.
+        weights: key of :data:`reelquant.evidence.networks.published.WEIGHTS` that must be found.
         available: says in a sentence why the mechanism cannot look at clips of these texts; None if it can.
     """
 
@@ -84,11 +84,11 @@ class Mechanism:
     def missing(self, tools: Tools, prompts: Sequence[str] | None) -> str | None:
         """Why the mechanism cannot be used here, with the command that helps; None if it can."""
         if self.weights is not None and weights.find(self.weights, tools.weights) is None:
-            return weights.missing(self.weights)
+            return published.missing(self.weights)
         return self.available(tools, prompts)
 
 
-# --- figures --------------------------------------------------------------------------------------------------------------------------
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def _psnr(tools: Tools, pair: Pair) -> dict[str, float]:
@@ -154,7 +154,7 @@ def _mean(values: Tensor) -> float:
     return float(known.mean()) if known.numel() else 0.0
 
 
-# --- features -------------------------------------------------------------------------------------------------------------------------
+# --- features ---------------------------------------------------------------------------------------------------------
 
 
 def _i3d(tools: Tools, clip: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def _inception(tools: Tools, clip: Tensor) -> Tensor:
         return tools.network("inception").features(clip[chosen].to(tools.device)).cpu().clone()
 
 
-# --- what must be there ---------------------------------------------------------------------------------------------------------------
+# --- requirements ----------------------------------------------------------------------------------------------------
 
 
 def _needs_cv2(tools: Tools, prompts: Sequence[str] | None) -> str | None:

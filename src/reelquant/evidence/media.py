@@ -34,7 +34,7 @@ def enlarge(clip: Tensor, factor: int) -> Tensor:
     return clip.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def check_video(path: str | Path) -> Path:
@@ -50,14 +50,14 @@ def check_video(path: str | Path) -> Path:
 
 
 def write_video(clip: Tensor, path: str | Path, fps: float = FPS, *, lossless: bool = False) -> list[Path]:
-    """Write a clip; the ending chooses the kind: ``.mp4`` (H.264), ``.gif`` (endless), ``.png`` (one numbered file per frame).
+    """Write a clip. The ending chooses the kind: ``.mp4`` (H.264), ``.gif`` (endless), ``.png`` (a file per frame).
 
     Files appear complete or not at all; folders on the way are made.
 
     Args:
         clip: ``[frames, 3, height, width]`` in [0, 1].
         path: of the file; ``clip.png`` gives ``clip-000.png``, ``clip-001.png`` ...
-        fps: frames per second; of no meaning for PNG.
+        fps: frames per second; ignored for PNG.
         lossless: MP4 keeps every 8-bit pixel (H.264 in RGB, which browsers, VLC and mpv play and some players do not).
 
     Returns:
@@ -91,8 +91,19 @@ def frame_paths(path: Path, frames: int) -> list[Path]:
 
 
 def _write_mp4(frames: Tensor, files: list[Path], fps: float) -> None:
-    padded = F.pad(frames.permute(0, 3, 1, 2).float(), (0, frames.shape[2] % 2, 0, frames.shape[1] % 2), mode="replicate")
-    _encode(padded.byte().permute(0, 2, 3, 1), files[0], fps, "libx264", "yuv420p", {"crf": "12"})  # shares colour between 2x2 pixels
+    padded = F.pad(
+        frames.permute(0, 3, 1, 2).float(),
+        (0, frames.shape[2] % 2, 0, frames.shape[1] % 2),
+        mode="replicate",
+    )
+    _encode(
+        padded.byte().permute(0, 2, 3, 1),
+        files[0],
+        fps,
+        "libx264",
+        "yuv420p",
+        {"crf": "12"},
+    )  # shares colour between 2x2 pixels
 
 
 def _write_lossless(frames: Tensor, files: list[Path], fps: float) -> None:
@@ -103,7 +114,11 @@ def _encode(frames: Tensor, file: Path, fps: float, codec: str, layout: str, opt
     import av
 
     with av.open(str(file), "w") as container:
-        stream: Any = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options | {"preset": "medium"})
+        stream: Any = container.add_stream(
+            codec,
+            rate=Fraction(fps).limit_denominator(1001),
+            options=options | {"preset": "medium"},
+        )
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], layout
         stream.thread_count = 1  # the same bytes on every machine
         for frame in frames:
@@ -125,14 +140,18 @@ def _write_png(frames: Tensor, files: list[Path], fps: float) -> None:
         Image.fromarray(frame.numpy()).save(file)
 
 
-WRITERS: dict[str, Callable[[Tensor, list[Path], float], None]] = {".mp4": _write_mp4, ".gif": _write_gif, ".png": _write_png}
+WRITERS: dict[str, Callable[[Tensor, list[Path], float], None]] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    ".png": _write_png,
+}
 
 
 def read_video(path: str | Path) -> Tensor:
     """Every frame of an MP4, GIF or other video file: ``[frames, 3, height, width]`` in [0, 1].
 
     Raises:
-        CheckpointError: if there is no such file or nothing in it can be decoded.
+        CheckpointError: if the file does not exist or cannot be decoded.
     """
     import av
 
@@ -171,7 +190,7 @@ def read_pictures(files: Sequence[Path]) -> Tensor:
     return torch.stack(frames).permute(0, 3, 1, 2).float() / 255
 
 
-# ------------------------------------------------------------------------------------------------------------ pages of clips
+# ------------------------------------------------------------------------------------------------------- pages of clips
 
 
 def font(size: int) -> Any:
@@ -207,7 +226,13 @@ def write_text(draw: Any, corner: tuple[int, int], text: str, width: int, size: 
 
 
 def contact_sheet(
-    clips: Sequence[Tensor], path: str | Path, labels: Sequence[str], captions: Sequence[str], *, frames: int = 4, title: str = ""
+    clips: Sequence[Tensor],
+    path: str | Path,
+    labels: Sequence[str],
+    captions: Sequence[str],
+    *,
+    frames: int = 4,
+    title: str = "",
 ) -> Path:
     """A page with a row per variant and, side by side, some frames of the same clips.
 
@@ -229,7 +254,11 @@ def contact_sheet(
     strips = [[enlarge(clip[shown], factor) for clip in variant] for variant in clips]
     height, width = strips[0][0].shape[-2:]
     column, margin, band, head = len(shown) * (width + 1), 190, 40, 34 if title else 8
-    page = Image.new("RGB", (margin + len(captions) * (column + 3 * GAP), head + band + len(clips) * (height + GAP)), PAPER)
+    page = Image.new(
+        "RGB",
+        (margin + len(captions) * (column + 3 * GAP), head + band + len(clips) * (height + GAP)),
+        PAPER,
+    )
     draw = ImageDraw.Draw(page)
     draw.text((10, 8), title, fill=INK, font=font(18))
     for x, caption in enumerate(captions):

@@ -30,7 +30,8 @@ class Metric:
         title: what tables call it.
         kind: what is compared with what, see :data:`KINDS`.
         unit: of the value; empty if it has none.
-        better: where good values lie; ``zero`` and ``one`` are for deviations and ratios, ``none`` for figures that only describe.
+        better: where good values lie; ``zero`` and ``one`` are for deviations and ratios, ``none`` for figures that
+            only describe.
         about: one sentence for people.
         source: the mechanism that gives it, a key of :data:`reelquant.evidence.mechanisms.MECHANISMS`.
         digits: decimals in tables.
@@ -88,19 +89,23 @@ METRICS: dict[str, Metric] = {
     "fid_data": Metric("FID to data", "distribution", "", "lower", "Frechet distance of Inception features to real frames", "fid", 1),
     "kid_data": Metric("KID to data", "distribution", "", "lower", "kernel distance of Inception features to real frames", "kid", 4),
     "clipsim": Metric("CLIPSIM", "text", "", "higher", "cosine of CLIP embeddings, frames against the text", "clip", 4),
-    "clip_consistency": Metric(
-        "CLIP consistency", "text", "", "higher", "cosine of CLIP embeddings of neighbouring frames", "clip", 4
-    ),
+    "clip_consistency": Metric("CLIP consistency", "text", "", "higher", "cosine of CLIP embeddings of neighbouring frames", "clip", 4),
     "judge": Metric("Judge", "text", "", "higher", "share of what the text says that the bundled judge sees", "judge"),
-}  # fmt: skip
+}
 
-SLOW = ("lpips_vgg", "warping_error_raft", "fid", "kid", "fid_data", "kid_data")  # seconds a clip on a CPU: asked for by name
+# Seconds a clip on a CPU, so only measured when asked for by name or as "all".
+SLOW = ("lpips_vgg", "warping_error_raft", "fid", "kid", "fid_data", "kid_data")
 GROUPS: dict[str, tuple[str, ...]] = {
     "image": ("psnr", "ssim", "color_shift"),
     "motion": tuple(name for name, metric in METRICS.items() if metric.source == "temporal"),
     "warping_error": ("warping_error_raft", "warping_error_dis"),
     "lpips": ("lpips_alex", "lpips_vgg"),
-    "quick": ("psnr", "ssim", "latent_error", *(name for name, metric in METRICS.items() if metric.source in ("temporal", "judge"))),
+    "quick": (
+        "psnr",
+        "ssim",
+        "latent_error",
+        *(name for name, metric in METRICS.items() if metric.source in ("temporal", "judge")),
+    ),
     "default": tuple(name for name in METRICS if name not in SLOW),
     "all": tuple(METRICS),
 }

@@ -1,4 +1,4 @@
-"""Making the clips of an evaluation: each variant of the pipeline from the same texts and noise, every clip on disk as it is made."""
+"""Sampling the clips of an evaluation: every variant from the same texts and noise, each clip written at once."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name in reports."""
         return Path(self.model).name if isinstance(self.model, str | Path) else type(self.model).__name__
 
     @property
     def identity(self) -> str:
-        """Changes when the files of a folder change; a pipeline in memory is like no other."""
+        """Changes when the files of a folder change; unique for a pipeline in memory."""
         if not isinstance(self.model, str | Path):
             return f"{self.name} in memory at {id(self.model):x}"
         folder = Path(locate(self.model))
@@ -100,7 +100,10 @@ class Variant:
 FLOORS: dict[str, Callable[[Source], Variant]] = {
     "bf16": lambda float_: Variant(Source(float_.model, torch.bfloat16, float_.device), words="float in bf16"),
     "float32": lambda float_: Variant(Source(float_.model, torch.float32, float_.device), words="float in float32"),
-    "compiled": lambda float_: Variant(Source(float_.model, float_.dtype, float_.device, compiled=True), words="float compiled"),
+    "compiled": lambda float_: Variant(
+        Source(float_.model, float_.dtype, float_.device, compiled=True),
+        words="float compiled",
+    ),
     "reseed": lambda float_: Variant(float_, OTHER_NOISE, "float from other noise"),
 }
 
@@ -133,7 +136,7 @@ class Job:
         seeds: noise of each clip.
         call: arguments of the pipeline call.
         batch: clips per call; a resumed run cuts the clips in the same places.
-        progress: hears how far it is.
+        progress: receives the progress.
     """
 
     store: Store
@@ -176,9 +179,14 @@ class Job:
                 course.append(latents.detach().float().cpu())
 
         frames = sample(
-            pipe, [self.prompts[i] for i in chunk], seeds=[self.seeds[i] + variant.shift for i in chunk], batch=len(chunk),
-            on_step=self.progress.advance, on_latents=at_step, **self.call,
-        ).float()  # fmt: skip
+            pipe,
+            [self.prompts[i] for i in chunk],
+            seeds=[self.seeds[i] + variant.shift for i in chunk],
+            batch=len(chunk),
+            on_step=self.progress.advance,
+            on_latents=at_step,
+            **self.call,
+        ).float()
         for row, i in enumerate(chunk):
             clip = frames[row] if frames.ndim == 5 else frames[row][None]
             self._stop_if_broken(clip, name, i, f"{i} of {words} ('{self.prompts[i]}')")
@@ -187,7 +195,7 @@ class Job:
             write_video(clip.cpu(), self.store.clip(name, self.names[i]), FPS, lossless=True)
 
     def _stop_if_broken(self, clip: Tensor, variant: str, i: int, words: str) -> None:
-        """End the run if a clip is not finite, or all black, of one colour or burnt out where the reference's is not."""
+        """End the run if a clip is not finite, or is all black, of one colour or saturated and the reference is not."""
         if not bool(clip.isfinite().all()):
             check_frames(clip, words)
         file = self.store.clip("reference", self.names[i])

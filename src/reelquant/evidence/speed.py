@@ -1,8 +1,9 @@
-"""How fast is a quantized pipeline, and how much memory does it take, on this very machine? Measured, in turns with the float one.
+"""Speed and memory of a quantized pipeline on this machine, measured in turns with the float one.
 
-A machine that is shared or warms up changes all times of a minute, not the ratio of two runs that follow each other. So both pipelines
-make the same clip in turns (A B, B A, A B ...), a speed-up is a ratio of two times of the same round, and its median is reported.
-Peak memory is measured in a fresh process for each pipeline, because a process does not give all its memory back.
+A machine that is shared or warms up changes all times of a minute, not the ratio of two runs that follow each other. So
+both pipelines make the same clip in turns (A B, B A, A B ...), a speed-up is a ratio of two times of the same round,
+and its median is reported. Peak memory is measured in a fresh process for each pipeline, because a process does not
+give all its memory back.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import native_float
 from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.nn import AttentionFacts, attention_facts, kernels_of, quantized_layers
+from reelquant.nn import AttentionFacts, KernelFacts, attention_facts, kernels_of, quantized_layers
 
 SEED = 50_000
 VARIANTS = ("reference", "test")
@@ -47,7 +48,10 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Of at least one value."""
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 3 else (min(values), 0.0, max(values))
+        if len(values) > 3:
+            low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        else:
+            low, high = min(values), max(values)
         return cls(statistics.median(values), low, high)
 
     def text(self, digits: int = 2) -> str:
@@ -65,8 +69,9 @@ class Benchmark:
         seconds: of a whole clip, by variant (``reference``, ``test``).
         step_seconds: of one denoising step, by variant; empty for pipelines that do not report their steps.
         weight_bytes: parameters and buffers of the denoiser, by variant.
-        peak_bytes: largest resident memory of a fresh process that opens the pipeline and makes the clip, less what the process took
-            before it opened it; on a GPU the memory that torch allocated. By variant; empty if it was not measured.
+        peak_bytes: largest resident memory of a fresh process that opens the pipeline and makes the clip, less what the
+            process took before it opened it; on a GPU the memory that torch allocated. By variant; empty if it was not
+            measured.
         kernels: number of layers by the kernel that computes them.
         refused: why the best kernel does not compute a layer, by reason and number of layers.
         simulated: whether float arithmetic stands in for low-bit arithmetic anywhere.
@@ -116,13 +121,14 @@ def benchmark(
     Args:
         test, reference: bundled name, folder or hub id of the quantized and the float pipeline.
         rounds: clips that each makes, after one that is not counted.
-        dtype: of the float pipeline, and of the float parts of the quantized one; by default :func:`reelquant.kernels.native_float`.
+        dtype: of the float pipeline, and of the float parts of the quantized one; by default
+            :func:`reelquant.kernels.native_float`.
         device: where they run.
         compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
         runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.
         memory: also measure peak memory, which opens each pipeline once more.
         prompt: the text; by default one of the pipeline's own.
-        progress: hears how far the run is.
+        progress: receives the progress.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Raises:
@@ -130,48 +136,118 @@ def benchmark(
         CheckpointError: if a pipeline cannot be opened.
     """
     progress, dtype = progress or Silent(), dtype or native_float(torch.device(device).type)
-    progress.phase("open", 2)
-    pipes = {}
-    for variant, model in zip(VARIANTS, (reference, test), strict=True):
-        pipes[variant] = open_pipeline(model, dtype, device)
-        progress.advance()
+    task = _Task(test, reference, rounds, dtype, device, compiled, runtime, prompt, call)
+    timed = _timed(task, progress)
+    peaks, failure = _peaks(task, timed.prompt, progress) if memory else ({}, None)
+    return _benchmark(task, timed, peaks, failure)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The arguments of :func:`benchmark`."""
+
+    test: str
+    reference: str
+    rounds: int
+    dtype: torch.dtype
+    device: str
+    compiled: bool
+    runtime: str
+    prompt: str | None
+    call: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What the pipelines showed while both were open.
+
+    Attributes:
+        seconds, step_seconds: of whole clips and of steps, a value per round, by variant.
+        weight_bytes: of the denoiser, by variant.
+        kernels, attention: what computed the quantized denoiser.
+        prompt: the text of the clips.
+        arguments: of the pipeline call.
+    """
+
+    seconds: dict[str, list[float]]
+    step_seconds: dict[str, list[float]]
+    weight_bytes: dict[str, int]
+    kernels: KernelFacts
+    attention: AttentionFacts | None
+    prompt: str
+    arguments: dict[str, Any]
+
+
+def _timed(task: _Task, progress: Progress) -> _Timed:
+    """Open both pipelines and time them; both are closed on return, so that they do not count into later peaks."""
+    pipes = _opened(task, progress)
     denoisers = {variant: denoiser_of(pipe) for variant, pipe in pipes.items()}
     if not quantized_layers(denoisers["test"][1]):
-        raise UnsupportedError(f"'{test}' holds no quantized layer; give a folder that reelquant quantize wrote, then the float pipeline")
-    _put(pipes["test"], runtime)
+        raise UnsupportedError(
+            f"'{task.test}' holds no quantized layer; give a folder that reelquant quantize wrote, then the float pipeline"
+        )
+    _put(pipes["test"], task.runtime)
     weights = {variant: _bytes(module) for variant, (_, module) in denoisers.items()}
-    if compiled:
+    if task.compiled:
         for variant, (component, module) in denoisers.items():
             setattr(pipes[variant], component, torch.compile(module, fullgraph=True))
-    text = prompt or calibration_prompts(pipes["reference"], 1)[0]
-    times = _in_turns(pipes, text, rounds, device, progress, call)
-    arguments = {key: value for key, value in call_arguments(pipes["test"], **call).items() if isinstance(value, int | float | str)}
+    prompt = task.prompt or calibration_prompts(pipes["reference"], 1)[0]
+    times = _in_turns(pipes, prompt, task.rounds, task.device, progress, task.call)
+    arguments = call_arguments(pipes["test"], **task.call)
     quantized = plain(denoisers["test"][1])
-    kernels, attention = kernels_of(quantized), attention_facts(quantized)
-    del quantized
-    del pipes, denoisers
-    task = {"text": text, "dtype": str(dtype).removeprefix("torch."), "device": device, "call": call}
-    peaks, failure = _peaks({"reference": (reference, "torch"), "test": (test, runtime)}, task, progress) if memory else ({}, None)
-    whole = {variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS}
-    steps = {variant: [step for _, step in times[variant] if step is not None] for variant in VARIANTS}
+    return _Timed(
+        seconds={variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS},
+        step_seconds={variant: [step for _, step in times[variant] if step is not None] for variant in VARIANTS},
+        weight_bytes=weights,
+        kernels=kernels_of(quantized),
+        attention=attention_facts(quantized),
+        prompt=prompt,
+        arguments={key: value for key, value in arguments.items() if isinstance(value, int | float | str)},
+    )
+
+
+def _opened(task: _Task, progress: Progress) -> dict[str, Any]:
+    progress.phase("open", 2)
+    pipes = {}
+    for variant, model in zip(VARIANTS, (task.reference, task.test), strict=True):
+        pipes[variant] = open_pipeline(model, task.dtype, task.device)
+        progress.advance()
+    return pipes
+
+
+def _benchmark(task: _Task, timed: _Timed, peaks: dict[str, int], failure: str | None) -> Benchmark:
+    """Medians and quartiles of what was timed."""
+    steps = timed.step_seconds
     return Benchmark(
-        Spread.of(_ratios(whole)),
-        Spread.of(_ratios(steps)) if steps["test"] else None,
-        {variant: Spread.of(values) for variant, values in whole.items()},
-        {variant: Spread.of(values) for variant, values in steps.items() if values},
-        weights,
-        peaks,
-        kernels.names,
-        kernels.refused,
-        kernels.simulated,
-        attention,
-        {
-            "test": {"name": test}, "reference": {"name": reference, "short": SHORT[dtype]}, "device": device, "compiled": compiled,
-            "runtime": runtime, "threads": torch.get_num_threads(), "rounds": rounds, "prompt": text, "call": arguments,
-            "machine": machine(),
-            "versions": versions(), "tool_version": __version__, "peak_memory_failed": failure,
-        },
-    )  # fmt: skip
+        speedup=Spread.of(_ratios(timed.seconds)),
+        step_speedup=Spread.of(_ratios(steps)) if steps["test"] else None,
+        seconds={variant: Spread.of(values) for variant, values in timed.seconds.items()},
+        step_seconds={variant: Spread.of(values) for variant, values in steps.items() if values},
+        weight_bytes=timed.weight_bytes,
+        peak_bytes=peaks,
+        kernels=timed.kernels.names,
+        refused=timed.kernels.refused,
+        simulated=timed.kernels.simulated,
+        attention=timed.attention,
+        data=_circumstances(task, timed) | {"peak_memory_failed": failure},
+    )
+
+
+def _circumstances(task: _Task, timed: _Timed) -> dict[str, Any]:
+    return {
+        "test": {"name": task.test},
+        "reference": {"name": task.reference, "short": SHORT[task.dtype]},
+        "device": task.device,
+        "compiled": task.compiled,
+        "runtime": task.runtime,
+        "threads": torch.get_num_threads(),
+        "rounds": task.rounds,
+        "prompt": timed.prompt,
+        "call": timed.arguments,
+        "machine": machine(),
+        "versions": versions(),
+        "tool_version": __version__,
+    }
 
 
 def _put(pipe: Any, runtime: str) -> None:
@@ -206,7 +282,10 @@ def _in_turns(
 
 
 def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[float, float | None]:
-    """Seconds to make one clip, and the median of the seconds between the ends of its steps (the first step's start is not seen)."""
+    """Seconds to make one clip, and the median seconds between the ends of its steps.
+
+    The first step does not count: only the ends of steps are seen.
+    """
     ends: list[float] = []
 
     def now() -> float:
@@ -221,26 +300,28 @@ def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[floa
     return whole, statistics.median(steps) if steps else None
 
 
-# --- memory -----------------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def _peaks(
-    models: dict[str, tuple[str, str]], task: dict[str, Any], progress: Progress
-) -> tuple[dict[str, int], str | None]:  # fmt: skip
-    """Peak memory of each pipeline in a process of its own; or nothing, and why: times that took long must not be lost over it."""
+def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int], str | None]:
+    """Peak memory, a process for each pipeline. On failure ``({}, reason)``, so that finished timings survive."""
     progress.phase("peak memory", 2)
-    found = {}
-    for variant, (model, runtime) in models.items():
-        command = [sys.executable, "-c", f"from {__name__} import _print_peak; _print_peak()"]
+    shared = {"text": prompt, "dtype": str(task.dtype).removeprefix("torch."), "device": task.device, "call": task.call}
+    peaks = {}
+    for variant, model, runtime in (("reference", task.reference, "torch"), ("test", task.test, task.runtime)):
         done = subprocess.run(
-            command, input=json.dumps(task | {"model": model, "runtime": runtime}), capture_output=True, text=True, check=False
+            [sys.executable, "-c", f"from {__name__} import _print_peak; _print_peak()"],
+            input=json.dumps(shared | {"model": model, "runtime": runtime}),
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
             return {}, f"'{model}' did not run in a fresh process: {last}"
-        found[variant] = int(json.loads(done.stdout.strip().splitlines()[-1])["peak"])
+        peaks[variant] = int(json.loads(done.stdout.strip().splitlines()[-1])["peak"])
         progress.advance()
-    return found, None
+    return peaks, None
 
 
 def _print_peak() -> None:

@@ -1,4 +1,4 @@
-"""Where an evaluation keeps its work, so that a killed run goes on where it stopped and memory does not grow with the clips.
+"""The folder of an evaluation: a killed run continues from it, and memory does not grow with the clips.
 
 run.json               what is evaluated; a run with other settings does not continue here
 clips/VARIANT/0000.mp4 clips as they are made, every 8-bit pixel kept
@@ -37,13 +37,14 @@ class Store:
         """Claim the folder for these settings.
 
         Raises:
-            CheckpointError: if it holds another evaluation, or the same one and neither ``resume`` nor ``force`` was asked for.
+            CheckpointError: if it holds another evaluation, or the same one and neither ``resume`` nor ``force`` was
+                asked for.
         """
         file = self.root / RUN
         if file.is_file() and not force:
             before = _read_json(file)
             if not resume:
-                raise CheckpointError(f"'{self.root}' holds an evaluation already; pass --resume to go on with it or --force to start anew")
+                raise CheckpointError(f"'{self.root}' already holds an evaluation; pass --resume to continue it or --force to replace it")
             changed = [key for key in settings if not _continues(key, before.get(key), settings[key])]
             if changed:
                 what = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(settings[key])}" for key in changed[:3])
@@ -58,7 +59,7 @@ class Store:
         """Take over what another evaluation made of the float pipeline: clips, latents and features, linked or copied.
 
         Raises:
-            CheckpointError: if it is no evaluation of the same float pipeline, texts, noise and call.
+            CheckpointError: if it is not an evaluation of the same float pipeline, texts, noise and call.
         """
         if not (other / RUN).is_file():
             raise CheckpointError(f"no evaluation in '{other}': it has no {RUN}")
@@ -82,10 +83,10 @@ class Store:
         """Where a sampled clip lies."""
         return self.root / "clips" / variant / f"{name}.mp4"
 
-    # --- rows -----------------------------------------------------------------------------------------------------------------
+    # --- rows ---------------------------------------------------------------------------------------------------------
 
     def rows(self, variant: str) -> dict[str, dict[str, Any]]:
-        """Measured rows by clip; figures of later lines are added to those of earlier ones. A line cut short by a kill is left out."""
+        """Measured rows by clip; later lines add to earlier ones. A line cut short by a kill is ignored."""
         file = self.root / "measured" / f"{variant}.jsonl"
         rows: dict[str, dict[str, Any]] = {}
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
@@ -109,7 +110,7 @@ class Store:
             opened.flush()
             os.fsync(opened.fileno())
 
-    # --- tensors --------------------------------------------------------------------------------------------------------------
+    # --- tensors ------------------------------------------------------------------------------------------------------
 
     def tensor_file(self, kind: str, variant: str, name: str) -> Path:
         """Where a tensor of a clip lies; kinds are ``latents``, ``i3d``, ``inception``."""
@@ -144,7 +145,7 @@ class Store:
 
 
 def _continues(key: str, before: Any, now: Any) -> bool:
-    """Whether a setting is what it was; a run may also ask for more clips than before, or for fewer, if the first ones are the same."""
+    """Whether a setting is unchanged; more or fewer clips than before are fine if the first ones are the same."""
     if key in ("prompts", "seeds") and isinstance(before, list):
         return all(a == b for a, b in zip(before, now, strict=False))
     return before == now
@@ -198,7 +199,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"'{file}' is broken ({error}); pass --force to start anew") from None
+        raise CheckpointError(f"'{file}' is broken ({error}); pass --force to start again") from None
 
 
 def _short(value: Any) -> str:

@@ -1,8 +1,9 @@
 """What moves, flickers, freezes and drifts in a clip, and how that differs from a reference clip.
 
-Clips are ``[frames, 3, height, width]`` in [0, 1]; "levels" are steps of 1/255. A figure of one clip means little by itself (a
-still scene has no motion energy and a field of grass has much grain), so every one is made to be held against the same figure of a
-reference that started from the same noise. Nothing here needs weights. ``docs/metrics.md`` states every figure with its limits.
+Clips are ``[frames, 3, height, width]`` in [0, 1]; "levels" are steps of 1/255. A figure of one clip means little by
+itself (a still scene has no motion energy and a field of grass has much grain), so every one is made to be compared
+with the same figure of a reference that started from the same noise. Nothing here needs weights. ``docs/metrics.md``
+states every figure with its limits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from reelquant._errors import MeasurementError
 
 LEVEL = 1 / 255
 POOL = 4  # pixels; motion is measured on means of 4x4 pixels, in which grain is a quarter as strong as in pixels
@@ -27,7 +30,7 @@ REMNANT = 0.25  # a dropped transition keeps less than this share of the referen
 SPECKS = 0.001  # share of the pixels that may stick out of a black or constant frame; four of 64x64
 BLACK = 16 * LEVEL  # a pixel is black if its brightest channel is below; the bundled black background is at 7.7 levels
 CONSTANT = 4 * LEVEL  # a frame is constant if no channel strays further from its median over the frame
-SATURATED_SHARE = 0.8  # of the pixels; a frame is saturated if more of them have every channel at 0 or 1 and are not black
+SATURATED_SHARE = 0.8  # of the pixels; a frame is saturated if more have every channel at 0 or 1, not all 0
 
 FaultMask = Callable[[Tensor], Tensor]
 
@@ -36,16 +39,18 @@ def check_pair(reference: Tensor, test: Tensor) -> None:
     """Refuse a pair of clips that cannot be compared frame by frame.
 
     Raises:
-        ValueError: if the shapes differ or are not ``[frames, 3, height, width]``.
+        MeasurementError: if the shapes differ or are not ``[frames, 3, height, width]``.
     """
     if reference.ndim != 4 or reference.shape[1] != 3:
-        raise ValueError(f"a clip is [frames, 3, height, width], not {list(reference.shape)}")
+        raise MeasurementError(f"a clip is [frames, 3, height, width], not {list(reference.shape)}")
     if reference.shape != test.shape:
-        raise ValueError(f"clips of different shapes cannot be compared: {tuple(reference.shape)} and {tuple(test.shape)}")
+        raise MeasurementError(
+            f"clips of different shapes cannot be compared: {tuple(reference.shape)} and {tuple(test.shape)}; cut or scale one of them"
+        )
 
 
 def luma(clip: Tensor) -> Tensor:
-    """Brightness ``[frames, height, width]`` in [0, 1] with the weights of BT.709, of the values as they are (gamma stays)."""
+    """Brightness ``[frames, height, width]`` in [0, 1]: weights of BT.709 on gamma-encoded values."""
     return (clip * clip.new_tensor([0.2126, 0.7152, 0.0722])[:, None, None]).sum(1)
 
 
@@ -54,14 +59,14 @@ def pooled(clip: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(clip, (min(side, clip.shape[-2]), min(side, clip.shape[-1])))
 
 
-# ------------------------------------------------------------------------------------------------------------------ motion
+# --------------------------------------------------------------------------------------------------------------- motion
 
 
 def motion_energy(clip: Tensor) -> Tensor:
-    """Mean squared change of the 4x4 means from each frame to the next, float64 ``[frames - 1]`` (1 is black to white everywhere).
+    """Mean squared change of the 4x4 means between frames, float64 ``[frames - 1]`` (1: all black to all white).
 
-    Squared, because independent noise then adds a known constant (2 sigma^2 / 16) instead of bending the figure; of 4x4 means, so
-    that this constant is small beside motion.
+    Squared, because independent noise then adds a known constant (2 sigma^2 / 16) instead of bending the figure; of 4x4
+    means, so that this constant is small beside motion.
     """
     small = pooled(clip.float(), POOL).double()
     return small.diff(dim=0).square().flatten(1).mean(1)
@@ -70,11 +75,11 @@ def motion_energy(clip: Tensor) -> Tensor:
 def motion_deviation(reference: Tensor, test: Tensor) -> float:
     """How much more (+) or less (-) the test moves: difference of the mean motion energies relative to the reference's.
 
-    ``(test - reference) / (reference + floor)``, floor the energy of one level everywhere: -1 is a frozen clip, and a still
-    reference gives 0 against a still test and a large, finite figure against a moving one.
+    ``(test - reference) / (reference + floor)``, floor the energy of one level everywhere: -1 is a frozen clip, and a
+    still reference gives 0 against a still test and a large, finite figure against a moving one.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     if len(reference) < 2:
@@ -102,7 +107,7 @@ def dropped(reference: Tensor, test: Tensor) -> float:
     """Share of all transitions, unitless, that are frozen in the test and move in the reference.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     before, after = largest_change(reference), largest_change(test)
@@ -110,23 +115,24 @@ def dropped(reference: Tensor, test: Tensor) -> float:
     return float(lost.double().mean()) if len(lost) else 0.0
 
 
-# ------------------------------------------------------------------------------------------------------------------- tempo
+# ---------------------------------------------------------------------------------------------------------------- tempo
 
 
 def tempo(reference: Tensor, test: Tensor) -> tuple[float, float]:
     """Speed of the test relative to the reference, and how far that can be trusted.
 
-    Every test frame is matched to the nearest point of the polygon through the reference's frames (pictures of at most 32 pixels),
-    in an order that only goes forward, or only backward where that fits clearly better; the speed is the median slope over all
-    pairs of test frames (Theil-Sen). Mean colours do not count. Where nothing moves, and all matches are alike, the speed is 1.
+    Every test frame is matched to the nearest point of the polygon through the reference's frames (pictures of at most
+    32 pixels), in an order that only goes forward, or only backward where that fits clearly better; the speed is the
+    median slope over all pairs of test frames (Theil-Sen). Mean colours do not count. Where nothing moves, and all
+    matches are alike, the speed is 1.
 
     Returns:
-        The speed (1 as the reference, 0.5 half as fast, 0 frozen, -1 reversed), and a confidence in [0, 1]: the median over the
-        test frames of how much nearer the matched point is than the reference's frames are on average. Still and unrelated clips
-        get a low one.
+        The speed (1 as the reference, 0.5 half as fast, 0 frozen, -1 reversed), and a confidence in [0, 1]: the median
+        over the test frames of how much nearer the matched point is than the reference's frames are on average. Still
+        and unrelated clips get a low one.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     if len(reference) < 3:
@@ -142,7 +148,7 @@ def tempo(reference: Tensor, test: Tensor) -> tuple[float, float]:
 
 
 def _thumbnails(clip: Tensor) -> Tensor:
-    """``[frames, values]`` without each frame's mean colour, scaled so that a squared distance is a mean squared difference."""
+    """``[frames, values]`` less the mean colour, scaled so that a squared distance is a mean squared difference."""
     side = -(-max(clip.shape[-2:]) // THUMBNAIL)
     small = pooled(clip.float(), side).double()
     small = (small - small.mean((2, 3), keepdim=True)).flatten(1)
@@ -150,7 +156,7 @@ def _thumbnails(clip: Tensor) -> Tensor:
 
 
 def _monotone_match(known: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of the asked frames on the polygon through the known ones, never a segment back, and squared distances to it."""
+    """Positions of the asked frames on the polygon through the known ones, in order, and squared distances to it."""
     ahead = known.diff(dim=0)
     length = ahead.square().sum(1)
     offset = asked @ ahead.mT - (known[:-1] * ahead).sum(1)  # how far along each segment, times its length
@@ -166,8 +172,8 @@ def _monotone_match(known: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
 def _cheapest_path(cost: Tensor, position: Tensor) -> Tensor:
     """A segment for every row of ``[rows, segments]``, never decreasing, with the smallest sum of costs.
 
-    A small cost of uneven speed decides what pixels leave open: still scenes run at speed 1, and of the many passes of a bouncing
-    ball the next one is taken.
+    A small cost of uneven speed decides what pixels leave open: still scenes run at speed 1, and of the many passes of
+    a bouncing ball the next one is taken.
     """
     back = torch.tril(torch.full((cost.shape[1], cost.shape[1]), torch.inf, dtype=cost.dtype), -1)
     best, came = cost[0] + EVEN * position[0].square(), []
@@ -187,11 +193,11 @@ def _median_slope(position: Tensor) -> float:
     return float(((position[second] - position[first]) / (second - first)).quantile(0.5))
 
 
-# ----------------------------------------------------------------------------------------------------- flicker and consistency
+# ---------------------------------------------------------------------------------------------- flicker and consistency
 
 
 def spikes(series: Tensor) -> Tensor:
-    """What each value sticks out of the median of itself and its two neighbours in time: ``[frames - 2, ...]``.
+    """Each value minus the median of itself and its two neighbours in time: ``[frames - 2, ...]``.
 
     Zero wherever the series only rises or only falls, so edges that pass, fades and smooth motion leave nothing.
     """
@@ -201,10 +207,10 @@ def spikes(series: Tensor) -> Tensor:
 
 
 def flicker(clip: Tensor) -> float:
-    """RMS over pixels and inner frames of what a frame sticks out of both its neighbours, in levels; see :func:`spikes`.
+    """RMS over pixels and inner frames of how far a frame exceeds both its neighbours, in levels; see :func:`spikes`.
 
-    This is the temporal energy near the Nyquist frequency (one frame up, one frame down) without what a passing edge has of it:
-    differences of second or third order, and the Fourier transform, count a step as much as a flash.
+    This is the temporal energy near the Nyquist frequency (one frame up, one frame down) without what a passing edge
+    has of it: differences of second or third order, and the Fourier transform, count a step as much as a flash.
     """
     if len(clip) < 3:
         return 0.0
@@ -213,17 +219,17 @@ def flicker(clip: Tensor) -> float:
 
 
 def brightness_flicker(clip: Tensor) -> float:
-    """RMS over the inner frames of what the mean luma of a frame sticks out of both its neighbours, in levels."""
+    """RMS over the inner frames of how far a frame's mean luma exceeds both its neighbours, in levels."""
     if len(clip) < 3:
         return 0.0
     return float(spikes(luma(clip.float()).double().mean((1, 2))).square().mean().sqrt()) / LEVEL
 
 
 def frame_consistency(clip: Tensor) -> Tensor:
-    """SSIM of each frame's luma with the next one's, float64 ``[frames - 1]``; 1 is no change.
+    """SSIM of each frame's luma with the next one's, float64 ``[frames - 1]``; 1 for equal frames.
 
-    Uniform windows of 7x7 pixels inside the frame (smaller for smaller frames) and the constants of Wang et al. 2004, so the
-    figures lie near those with the usual Gaussian window but do not equal them.
+    Uniform windows of 7x7 pixels inside the frame (smaller for smaller frames) and the constants of Wang et al. 2004,
+    so the figures lie near those with the usual Gaussian window but do not equal them.
     """
     frames = luma(clip.float()).double()
     pairs = [_similarity(first, second) for first, second in itertools.pairwise(frames)]
@@ -232,20 +238,25 @@ def frame_consistency(clip: Tensor) -> Tensor:
 
 def _similarity(first: Tensor, second: Tensor) -> Tensor:
     window = (min(7, first.shape[-2]), min(7, first.shape[-1]))
-    x, y, xx, yy, xy = F.avg_pool2d(torch.stack([first, second, first * first, second * second, first * second])[:, None], window, stride=1)
+    x, y, xx, yy, xy = F.avg_pool2d(
+        torch.stack([first, second, first * first, second * second, first * second])[:, None],
+        window,
+        stride=1,
+    )
     bright, contrast = 0.01**2, 0.03**2
     alike = (2 * x * y + bright) / (x * x + y * y + bright)
     return (alike * (2 * (xy - x * y) + contrast) / (xx - x * x + yy - y * y + contrast)).mean()
 
 
-# --------------------------------------------------------------------------------------------------------------- single frames
+# -------------------------------------------------------------------------------------------------------- single frames
 
 
 def grain(clip: Tensor) -> float:
     """Standard deviation of the noise in flat areas, in levels; mean over frames and channels.
 
-    Immerkaer's estimate from the mean absolute response of [[1, -2, 1], [-2, 4, -2], [1, -2, 1]], taken over the half of each
-    frame's pixels whose surroundings have the lowest gradient. Fine texture counts as noise where it fills even that half.
+    Immerkaer's estimate from the mean absolute response of [[1, -2, 1], [-2, 4, -2], [1, -2, 1]], taken over the half
+    of each frame's pixels whose surroundings have the lowest gradient. Fine texture counts as noise where it fills even
+    that half.
 
     Paper:
         Immerkaer 1996, "Fast Noise Variance Estimation". Theirs takes all pixels; ours leaves out the steeper half.
@@ -265,7 +276,7 @@ def _frame_grain(frame: Tensor) -> Tensor:
 
 
 def checkerboard(clip: Tensor) -> float:
-    """Amplitude of the pattern that alternates with every pixel in both directions, in levels: RMS over 8x8 blocks and frames.
+    """Amplitude of the pattern that alternates with every pixel, in levels: RMS over 8x8 blocks and frames.
 
     The mean over a block of the frame times (-1)^(x + y): a board of +-a gives a, and noise of sigma only sigma / 8.
     """
@@ -276,7 +287,7 @@ def checkerboard(clip: Tensor) -> float:
 
 
 def blockiness(clip: Tensor, grid: int = BLOCK) -> float:
-    """Mean step of the luma over the lines of a grid against the mean step elsewhere, minus 1; 0 without a visible grid.
+    """Mean step of the luma across grid lines over the mean step elsewhere, minus 1; 0 without a visible grid.
 
     Args:
         clip: ``[frames, 3, height, width]`` in [0, 1].
@@ -301,7 +312,7 @@ def sharpness(clip: Tensor) -> float:
     return float(torch.stack(energy).mean().sqrt()) / LEVEL
 
 
-# ----------------------------------------------------------------------------------------------------------------------- colour
+# --------------------------------------------------------------------------------------------------------------- colour
 
 
 def lab(clip: Tensor) -> Tensor:
@@ -316,7 +327,7 @@ def lab(clip: Tensor) -> Tensor:
 
 
 def mean_color(clip: Tensor) -> Tensor:
-    """L*, a*, b* ``[3]``: the mean over each frame's pixels, then the median over frames, so that one black frame does not count."""
+    """L*, a*, b* ``[3]``: mean over pixels, then median over frames, so that one black frame does not count."""
     return torch.stack([lab(frame[None].double()).mean((0, 2, 3)) for frame in clip]).quantile(0.5, dim=0)
 
 
@@ -324,13 +335,13 @@ def color_shift(reference: Tensor, test: Tensor) -> float:
     """CIE 1976 Delta E between the mean colours of the two clips; 2.3 is about the smallest difference that people see.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     return float((mean_color(test) - mean_color(reference)).norm())
 
 
-# ------------------------------------------------------------------------------------------------------------------ broken frames
+# -------------------------------------------------------------------------------------------------------- broken frames
 
 
 def black_mask(clip: Tensor) -> Tensor:
@@ -342,13 +353,13 @@ def black_mask(clip: Tensor) -> Tensor:
 
 
 def constant_mask(clip: Tensor) -> Tensor:
-    """Frames of one colour: at most 0.1 % of the pixels stray from the median by more than 4 levels in some channel; ``[frames]``."""
+    """Frames of one colour, bool ``[frames]``: at most 0.1 % of the pixels are over 4 levels from the median."""
     stray = [(frame - frame.flatten(1).median(1).values[:, None, None]).abs().amax(0) > CONSTANT for frame in clip]
     return torch.stack(stray).double().mean((1, 2)) <= SPECKS
 
 
 def saturated_mask(clip: Tensor) -> Tensor:
-    """Frames in which more than 80 % of the pixels have every channel at 0 or 1 (to half a level) and are not black: ``[frames]``."""
+    """Frames, bool ``[frames]``, with over 80 % of the pixels at 0 or 1 in every channel (to half a level), not black."""
     clipped = ((clip < LEVEL / 2) | (clip > 1 - LEVEL / 2)).all(1) & (clip.amax(1) >= BLACK)
     return clipped.double().mean((1, 2)) > SATURATED_SHARE
 
@@ -375,7 +386,7 @@ def newly_broken(reference: Tensor, test: Tensor) -> dict[str, int]:
     """Number of ``black``, ``constant`` and ``saturated`` frames of the test that are not so in the reference.
 
     Raises:
-        ValueError: if the shapes differ.
+        MeasurementError: if the shapes differ.
     """
     check_pair(reference, test)
     return {name: int((mask(test) & ~mask(reference)).sum()) for name, mask in BROKEN.items()}

@@ -1,7 +1,7 @@
 """Does a clip show what its text says: cosines between CLIP's embeddings of frames and of the text.
 
-Any CLIP that transformers loads will do; its weights do not come with the library (``reelquant weights clip`` fetches them). Scores of
-different CLIP models cannot be compared, so say which one it was.
+Any CLIP that transformers loads will do; its weights do not come with the library (``reelquant weights clip`` fetches
+them). Scores of different CLIP models cannot be compared, so say which one it was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant._errors import CheckpointError, UnsupportedError
+from reelquant._errors import CheckpointError, MeasurementError, UnsupportedError
 from reelquant.evidence.networks.weights import cache
 
 CLIP = "openai/clip-vit-base-patch32"
@@ -45,17 +45,18 @@ def load_clip(source: str | Path = CLIP, device: str = "cpu") -> Clip:
     """A CLIP in float32, in evaluation mode; safetensors only, and no torchvision needed.
 
     Args:
-        source: a folder written by ``save_pretrained``, or a hub id: what :func:`fetch_clip` kept, else the hub and its cache.
+        source: a folder written by ``save_pretrained``, or a hub id: what :func:`fetch_clip` kept, else the hub and its
+            cache.
         device: where the model shall run.
 
     Raises:
         CheckpointError: if it is not there, is broken, or holds pickled weights only.
-        UnsupportedError: if it is no CLIP.
+        UnsupportedError: if it is not a CLIP model.
     """
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise CheckpointError(f"folder '{source}' is no CLIP model: it has no config.json; {GET}")
+        raise CheckpointError(f"folder '{source}' is not a CLIP model: it has no config.json; {GET}")
     source = kept(source) if kept(source).is_dir() else source
     try:
         config = AutoConfig.from_pretrained(source)
@@ -74,8 +75,8 @@ def load_clip(source: str | Path = CLIP, device: str = "cpu") -> Clip:
 def fetch_clip(name: str = CLIP) -> Path:
     """Download a CLIP and keep it, as safetensors, where :func:`load_clip` looks first.
 
-    Some repositories hold pickled weights only, with safetensors in a pull request of the hub's own converter; transformers finds those,
-    and pickles are refused as everywhere.
+    Some repositories hold pickled weights only, with safetensors in a pull request of the hub's own converter;
+    transformers finds those, and pickles are refused as everywhere.
 
     Returns:
         Its folder in reelquant's cache.
@@ -110,19 +111,20 @@ def clip_scores(frames: Tensor, text: str, clip: Clip) -> dict[str, float]:
         clip: as from :func:`load_clip`.
 
     Returns:
-        ``clipsim``: mean over the frames of the cosine between a frame's embedding and the text's; ``clip_consistency``: mean cosine
+        ``clipsim``: mean over the frames of the cosine between a frame's embedding and the text's;
+            ``clip_consistency``: mean cosine
         between the embeddings of neighbouring frames, 1 for a clip of one frame.
 
     Raises:
-        ValueError: if there are no frames.
+        MeasurementError: if there are no frames.
 
     Paper:
-        Wu et al. 2021, "GODIVA: Generating Open-DomaIn Videos from nAtural Descriptions", CLIPSIM, with ViT-B/32; Esser et al. 2023,
-        "Structure and Content-Guided Video Synthesis with Diffusion Models", frame consistency. Published CLIPSIM values such as
-        0.1797 are plain cosines, as ours are; some tables print 100 times as much.
+        Wu et al. 2021, "GODIVA: Generating Open-DomaIn Videos from nAtural Descriptions", CLIPSIM, with ViT-B/32; Esser
+        et al. 2023, "Structure and Content-Guided Video Synthesis with Diffusion Models", frame consistency. Published
+        CLIPSIM values such as 0.1797 are plain cosines, as ours are; some tables print 100 times as much.
     """
     if not len(frames):
-        raise ValueError("scores of a clip without frames: give at least one")
+        raise MeasurementError("scores of a clip without frames: give at least one")
     pictures = frame_embeddings(frames, clip)
     neighbours = [(a * b).sum() for a, b in itertools.pairwise(pictures)]
     return {

@@ -1,4 +1,4 @@
-"""Stop a run that makes rubbish: latents after the first denoising steps, and frames once they are decoded.
+"""Stop a run that goes wrong: checks of latents after denoising steps, and of decoded frames.
 
 ``find_`` functions give what is wrong as sentences, ``check_`` functions raise on the first of them.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 from reelquant._errors import CalibrationError
 from reelquant.evidence.temporal import BLACK, BROKEN, LEVEL, SATURATED_SHARE
 
-EXPLODED = 50.0  # latents have a standard deviation near 1 in noise and clip; an RMS of 50 is no clip any more
+EXPLODED = 50.0  # latents have a standard deviation near 1 in noise and clip; an RMS of 50 is not a clip any more
 DEAD = 1e-4  # spread below which latents are one value, relative to their RMS
 LATENT_ADVICE = {
     "not finite": "run it in bfloat16 or float32 (float16 overflows), and keep the layer that overflows in floats",
     "exploded": "quantize with more bits or keep inputs float ('layers:' with a pattern), or calibrate with more prompts",
-    "constant": "the denoiser gives nothing: look for a zero scale with `reelquant inspect`, or calibrate again",
+    "constant": "the denoiser returns a constant: look for a zero scale with `reelquant inspect`, or calibrate again",
 }
 FRAME_ADVICE = {
     "not finite": "decode in float32 and look at the latents first",
@@ -48,7 +48,10 @@ def find_in_latents(latents: Tensor, step: int, name: str) -> list[str]:
     size, spread = float(values.square().mean().sqrt()), float(values.std(correction=0))
     found = {
         "exploded": (size > EXPLODED, f"RMS {size:.3g}, above {EXPLODED:g}"),
-        "constant": (spread <= DEAD * max(size, DEAD), f"all values near {float(values.flatten()[0]):.3g} (spread {spread:.2g})"),
+        "constant": (
+            spread <= DEAD * max(size, DEAD),
+            f"all values near {float(values.flatten()[0]):.3g} (spread {spread:.2g})",
+        ),
     }
     return [f"{where}: {kind}, {value}; {LATENT_ADVICE[kind]}" for kind, (present, value) in found.items() if present]
 
@@ -65,8 +68,9 @@ def check_latents(latents: Tensor, step: int, name: str) -> None:
 def find_in_frames(clip: Tensor, name: str) -> list[str]:
     """What is wrong with decoded frames; an empty list is fine.
 
-    Black, constant and saturated are as in :mod:`reelquant.evidence.temporal`: a small object before a black background is not
-    black. A scene may be meant to be so (a fade to black, a title before plain white), so hold it against a reference if there is one.
+    Black, constant and saturated are as in :mod:`reelquant.evidence.temporal`: a small object before a black background
+    is not black. A scene may be meant to be so (a fade to black, a title before plain white), so hold it against a
+    reference if there is one.
 
     Args:
         clip: ``[frames, 3, height, width]``, meant to lie in [0, 1].

@@ -1,7 +1,7 @@
 """How badly a clip's frames fit one another once their motion is taken out.
 
-Clips are ``[frames, 3, height, width]`` in [0, 1]; flow is in pixels, channel 0 to the right and channel 1 down, and says where each
-pixel of the first picture is found in the second one.
+Clips are ``[frames, 3, height, width]`` in [0, 1]; flow is in pixels, channel 0 to the right and channel 1 down, and
+says where each pixel of the first picture is found in the second one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import MeasurementError, UnsupportedError
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 """``flow(first, second)`` of pictures ``[n, 3, height, width]`` in [0, 1] gives ``[n, 2, height, width]`` in pixels."""
@@ -38,15 +38,16 @@ def visible(forward: Tensor, backward: Tensor) -> Tensor:
     """Which pixels of the first picture can be compared: bool ``[n, 1, height, width]``.
 
     A pixel counts if its flow stays inside the frame, if the backward flow at its target leads back,
-    ``|f + b|^2 < 0.01 (|f|^2 + |b|^2) + 0.5``, and if it lies on no motion boundary, ``|grad u|^2 + |grad v|^2 <= 0.01 |f|^2 + 0.002``.
+    ``|f + b|^2 < 0.01 (|f|^2 + |b|^2) + 0.5``, and if it lies on no motion boundary, ``|grad u|^2 + |grad v|^2 <= 0.01
+    |f|^2 + 0.002``.
 
     Args:
         forward: from the first picture to the second, ``[n, 2, height, width]`` in pixels.
         backward: from the second to the first.
 
     Paper:
-        Sundaram et al. 2010, "Dense Point Trajectories by GPU-Accelerated Large Displacement Optical Flow", equations 5 and 6. Ours
-        adds that targets outside the frame are hidden, and the gradient is of forward differences.
+        Sundaram et al. 2010, "Dense Point Trajectories by GPU-Accelerated Large Displacement Optical Flow", equations 5
+        and 6. Ours adds that targets outside the frame are hidden, and the gradient is of forward differences.
     """
     height, width = forward.shape[-2:]
     back = warp(backward, forward)
@@ -60,19 +61,21 @@ def visible(forward: Tensor, backward: Tensor) -> Tensor:
 def warping_error(clip: Tensor, flow: Flow) -> Tensor:
     """Mean squared difference of each frame and the next one warped back onto it, over the pixels visible in both.
 
-    ``E(t) = sum_p M(p) mean_c (V_t(p) - V_t+1(p + f(p)))^2 / sum_p M(p)`` with the mask ``M`` of :func:`visible`. The flow is that of
-    the clip itself. A clip that stands still has error 0, so a low error is no merit without motion energy beside it.
+    ``E(t) = sum_p M(p) mean_c (V_t(p) - V_t+1(p + f(p)))^2 / sum_p M(p)`` with the mask ``M`` of :func:`visible`. The
+    flow is that of the clip itself. A clip that stands still has error 0, so a low error means little without motion
+    energy beside it.
 
     Args:
         clip: ``[frames, 3, height, width]`` in [0, 1].
-        flow: any optical flow, such as :func:`dis_flow`; called once per direction and transition, so memory does not grow with frames.
+        flow: any optical flow, such as :func:`dis_flow`; called once per direction and transition, so memory does not
+            grow with frames.
 
     Returns:
         float64 ``[frames - 1]``, in squared units of [0, 1]; 0 where no pixel is visible, as at a cut.
 
     Paper:
-        Lai et al. 2018, "Learning Blind Video Temporal Consistency", the warping error of its evaluation. The paper writes the squared
-        norm over the three colours, which is three times our mean over them.
+        Lai et al. 2018, "Learning Blind Video Temporal Consistency", the warping error of its evaluation. The paper
+        writes the squared norm over the three colours, which is three times our mean over them.
     """
     errors = [_pair_error(clip[i : i + 1].float(), clip[i + 1 : i + 2].float(), flow) for i in range(len(clip) - 1)]
     return torch.stack(errors) if errors else torch.zeros(0, dtype=torch.float64)
@@ -82,7 +85,7 @@ def _pair_error(first: Tensor, second: Tensor, flow: Flow) -> Tensor:
     forward, backward = flow(first, second).to(first), flow(second, first).to(first)
     expected = (len(first), 2, *first.shape[-2:])
     if forward.shape != expected:
-        raise ValueError(f"the flow of pictures {tuple(first.shape)} must be {expected}, not {tuple(forward.shape)}")
+        raise MeasurementError(f"the flow of pictures {tuple(first.shape)} must be {expected}, not {tuple(forward.shape)}")
     seen = visible(forward, backward)
     difference = (first - warp(second, forward)).double().square().mean(1, keepdim=True)
     return (difference * seen).sum() / seen.sum().clamp(min=1)

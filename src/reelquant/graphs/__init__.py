@@ -1,7 +1,7 @@
 """RUNTIMES: what runs a whole quantized denoiser. ``torch``, a module at a time; ``openvino``, one graph for processors, in which norms,
 rotary embeddings and gates are fused with what is around them and no layer is called from Python.
 
-A graph carries the codes, scales, shifts, rotations, steps and tables of our layers as they are; nothing is estimated anew.
+A graph carries the codes, scales, shifts, rotations, steps and tables of our layers as they are; nothing is estimated again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_runtime(name: str) -> None:
 
 
 def set_runtime(model: nn.Module, name: str) -> None:
-    """Let a quantized denoiser be run by ``torch`` or as a graph of ``openvino``, from its next call on; twice makes its graphs anew.
+    """Let a quantized denoiser be run by ``torch`` or as a graph of ``openvino``, from its next call on; calling it again drops the graphs.
 
     Raises:
         RecipeError: if there is no such runtime.

@@ -1,4 +1,4 @@
-"""One quantized layer as operators of OpenVINO: our codes, scales, shifts, rotations, per-step scales and tables, nothing estimated anew.
+"""One quantized layer as operators of OpenVINO: its codes, scales, shifts, rotations, per-step scales and tables as they are.
 
 Two forms, chosen layer by layer:
 
@@ -147,7 +147,7 @@ class Emission:
 
     @property
     def pads_first(self) -> bool:
-        """Whether zero is no code of zero everywhere, so that the border has to be there before the input is rewritten."""
+        """Whether the code of zero differs between channels or is not zero, so that the input must be padded before it is rewritten."""
         numbers = self.operands.input
         return self.operands.rewritten or (self.integers and numbers is not None and numbers.zero_point is not None)
 

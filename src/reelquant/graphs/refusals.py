@@ -35,7 +35,7 @@ def refuse_model(model: nn.Module) -> None:
         if module is not model and "forward" in vars(module):
             _refuse(model, f"the forward of '{name}' was replaced, as caches do", "use runtime='torch'")
         if module is not model and (module._forward_hooks or module._forward_pre_hooks):
-            _refuse(model, f"a hook watches '{name}', and in a graph nobody calls it", "remove it, or use runtime='torch'")
+            _refuse(model, f"a hook watches '{name}', and a graph does not call hooks", "remove it, or use runtime='torch'")
     devices = {str(one.device) for one in (*model.parameters(), *model.buffers())}
     if devices != {"cpu"}:
         _refuse(model, f"it lies on {', '.join(sorted(devices))}", "move it with model.to('cpu') first")

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class FuseInterleave(TorchFunctionMode):
-    """Holds ``out[..., 0::2] = a`` back until ``out[..., 1::2] = b`` comes, and writes both at once; whoever looks before sees ``a``."""
+    """Holds ``out[..., 0::2] = a`` back until ``out[..., 1::2] = b`` comes, and writes both at once; a read in between sees ``a``."""
 
     def __init__(self) -> None:
         super().__init__()

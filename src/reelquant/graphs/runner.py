@@ -1,7 +1,7 @@
 """Compiled graphs of a denoiser by the form of its calls, and the ``forward`` that answers from them.
 
 A graph holds for one arrangement of arguments, their shapes and dtypes, and all arguments that are no tensors; a call of another form
-compiles another one, and the least recently used goes. It holds copies of the numbers of the model, so it is made anew if these move
+compiles another one, and the least recently used goes. It holds copies of the numbers of the model, so it is compiled again if these move
 or change. Steps that are protected are computed in torch.
 """
 
@@ -39,7 +39,7 @@ FAR = 0.15  # relative distance of a graph's first answer from that of the layer
 OPTIONS: dict[str, Any] = {
     "NUM_STREAMS": 1,
     "ENABLE_CPU_PINNING": False,
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # by default the plugin rounds float inputs that meet 8- or 4-bit weights, which nobody asked for
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # otherwise the plugin rounds float inputs of layers with 8- or 4-bit weights
 }
 INTEGERS = Kernel("openvino int8", REFERENCE.takes, in_integers, REFERENCE.prepare)
 FLOATS = Kernel("openvino float products", REFERENCE.takes, REFERENCE.refuses, REFERENCE.prepare, low_bit=False)

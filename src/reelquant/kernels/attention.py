@@ -120,6 +120,17 @@ def declared(query: Tensor, value: Tensor) -> Tensor:
 
 
 __all__ = [
-    "ATTENTION", "FLOAT", "REFERENCE", "ROUNDED", "STOCK", "AttentionQuant", "RoundedKernel", "attention", "over_keys",
-    "parse_attention", "refuses", "select", "trains",
-]  # fmt: skip
+    "ATTENTION",
+    "FLOAT",
+    "REFERENCE",
+    "ROUNDED",
+    "STOCK",
+    "AttentionQuant",
+    "RoundedKernel",
+    "attention",
+    "over_keys",
+    "parse_attention",
+    "refuses",
+    "select",
+    "trains",
+]

@@ -60,7 +60,7 @@ def linear_8bit(
     weight_sums: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """What :func:`reelquant.kernels.cuda.gemm.linear_8bit` computes, without its low-rank term and without codes as output.
+    """What :func:`reelquant.kernels.cuda.gemm.linear_8bit` computes, without its low-rank term.
 
     Args:
         codes: ``[..., depth]`` int8 (symmetric, or affine ``q - 128``), uint8 (affine ``q``) or float8_e4m3fn.

@@ -305,7 +305,7 @@ class QuantLayer(nn.Module):
 
 
 def _is_rounding(left: Tensor, bias: Tensor) -> bool:
-    """Whether what is left of a bias is no more than the rounding error of float16 and of a float32 sum whose terms cancel."""
+    """Whether what is left of a bias is at most the rounding error of float16 and of a float32 sum whose terms cancel."""
     size, eps = bias.abs(), torch.finfo(torch.float16).eps
     return bool((left.abs() <= eps * (size + eps * size.amax())).all())
 
@@ -340,7 +340,9 @@ class _QuantConv(QuantLayer):
 
     def __new__(cls, *geometry: Any, **options: Any) -> Any:
         """Build a float convolution when called like one: peft makes the factors of an adapter with the class of the layer it adapts."""
-        return stock_class(cls)(*geometry, **options) if geometry or options else super().__new__(cls)
+        if not geometry and not options:
+            return super().__new__(cls)
+        return next(base for base in cls.__mro__ if not issubclass(base, QuantLayer))(*geometry, **options)
 
     @classmethod
     def like(cls, module: Any, layout: LayerLayout, device: Any = None) -> _QuantConv:
@@ -349,9 +351,16 @@ class _QuantConv(QuantLayer):
             raise UnsupportedError(f"convolutions with groups={module.groups}, padding_mode='{module.padding_mode}' stay float")
         new = cls.__new__(cls)
         new.__init__(
-            module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding, module.dilation,
-            bias=module.bias is not None, device="meta", dtype=module.weight.dtype,
-        )  # fmt: skip
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            bias=module.bias is not None,
+            device="meta",
+            dtype=module.weight.dtype,
+        )
         if new.bias is not None:
             new.bias = nn.Parameter(torch.empty(module.out_channels, device=device, dtype=module.weight.dtype))
         new._build(layout, device)
@@ -389,8 +398,3 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 
 LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d}
-
-
-def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The first class among the bases that is not quantized."""
-    return next(base for base in kind.__mro__ if not issubclass(base, QuantLayer))

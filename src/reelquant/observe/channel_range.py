@@ -16,9 +16,6 @@ from reelquant.observe.geometry import Geometry
 from reelquant.observe.statistic import FLOAT, Statistic, Watched
 
 EMPTY = torch.empty(0)
-ALL = 0  # row of the extremes of all steps together; step s is row 1 + s
-RUNNING, FIRST, SECOND = range(3)  # extreme of the sampler run so far; the two largest over the runs before it
-NEVER = -1  # part of a row that nothing was seen of
 
 
 @dataclass(eq=False)
@@ -39,11 +36,14 @@ class ChannelRange(Statistic):
     channel_axis: int = -1
     frames: int = 1
     steps: int = 1
-    _ends: Tensor = EMPTY  # [rows, RUNNING FIRST SECOND, -low high, frames, channels]
-    _sum: Tensor = EMPTY  # [rows, frames, channels]
-    _count: list[int] = field(default_factory=list)  # values of a channel in the sum, of each row
-    _part: list[int] = field(default_factory=list)  # the part that is running, of each row
-    _closed: list[int] = field(default_factory=list)  # parts before it, of each row
+    _running: Tensor = EMPTY  # [-low high, steps, frames, channels] of the part that is running; -inf for steps it has not reached
+    _first: Tensor = EMPTY  # [-low high, all and every step, frames, channels], the largest over the parts before it
+    _second: Tensor = EMPTY  # the same, the second largest
+    _sum: Tensor = EMPTY  # [steps, frames, channels]
+    _count: list[int] = field(default_factory=list)  # values of a channel in the sum of every step
+    _part: int = -1  # the part that is running
+    _reached: list[bool] = field(default_factory=list)  # steps that it has reached
+    _parts: list[int] = field(default_factory=list)  # parts before it, in all and by step
 
     @classmethod
     def for_input(cls, of: Watched) -> Self:
@@ -86,58 +86,74 @@ class ChannelRange(Statistic):
 
     def absorb(self, seen: Mapping[str, Tensor], call: Call) -> None:
         """Add one look."""
-        own = 1 + call.step
-        if own >= len(self._part):
-            steps = max(2 * (len(self._part) - 1), self.steps, own)
-            self._allocate(1 + steps, seen["sum"])
-        ends = torch.stack([-seen["low"], seen["high"]])
-        for row in (ALL, own):
-            self._extend(row, ends, call.part)
-            self._count[row] += int(seen["count"])
-            self._sum[row] += seen["sum"]
+        step = call.step
+        if step >= len(self._count):
+            self._allocate(max(2 * len(self._count), self.steps, step + 1), seen["sum"])
+        if call.part != self._part:
+            self._close_part()
+            self._part = call.part
+        low, high = self._running[0, step], self._running[1, step]
+        torch.maximum(low, seen["low"].neg(), out=low)
+        torch.maximum(high, seen["high"], out=high)
+        self._sum[step] += seen["sum"]
+        self._count[step] += int(seen["count"])
+        self._reached[step] = True
 
-    def _allocate(self, rows: int, like: Tensor) -> None:
-        """Make room for this many rows and keep what is known."""
-        known, old = (self._ends, self._sum), len(self._part)
-        self._ends = like.new_full((rows, 3, 2, *like.shape), -torch.inf)
-        self._sum = like.new_zeros((rows, *like.shape))
+    def _allocate(self, steps: int, like: Tensor) -> None:
+        """Make room for this many steps and keep what is known."""
+        known, old = (self._running, self._first, self._second, self._sum), len(self._count)
+        self._running = like.new_full((2, steps, *like.shape), -torch.inf)
+        self._first, self._second = (like.new_full((2, 1 + steps, *like.shape), -torch.inf) for _ in range(2))
+        self._sum = like.new_zeros((steps, *like.shape))
         if old:
-            self._ends[:old], self._sum[:old] = known
-        self._count = self._count + [0] * (rows - old)
-        self._part = self._part + [NEVER] * (rows - old)
-        self._closed = self._closed + [0] * (rows - old)
+            self._running[:, :old], self._first[:, : 1 + old], self._second[:, : 1 + old], self._sum[:old] = known
+        more = steps - old
+        self._count, self._reached = self._count + [0] * more, self._reached + [False] * more
+        self._parts = (self._parts or [0]) + [0] * more
 
-    def _extend(self, row: int, ends: Tensor, part: int) -> None:
-        """Take the extremes of one call into a row."""
-        running, first, second = self._ends[row]
-        if self._part[row] not in (part, NEVER):  # the run before is complete
-            torch.maximum(second, torch.minimum(first, running), out=second)
-            torch.maximum(first, running, out=first)
-            running.fill_(-torch.inf)
-            self._closed[row] += 1
-        self._part[row] = part
-        torch.maximum(running, ends, out=running)
+    def _close_part(self) -> None:
+        """Take the extremes of the part that was running into the two largest over parts."""
+        if not any(self._reached):
+            return
+        ends = self._part_ends()
+        torch.maximum(self._second, torch.minimum(self._first, ends), out=self._second)
+        torch.maximum(self._first, ends, out=self._first)
+        self._parts = self._parts_with_running()
+        self._running.fill_(-torch.inf)
+        self._reached = [False] * len(self._reached)
+
+    def _part_ends(self) -> Tensor:
+        """``[-low high, all and every step, frames, channels]`` of the part that is running."""
+        return torch.cat([self._running.amax(1, keepdim=True), self._running], 1)
+
+    def _parts_with_running(self) -> list[int]:
+        """Parts that reached any step, and each step, the running one included."""
+        return [count + reached for count, reached in zip(self._parts, [any(self._reached), *self._reached], strict=True)]
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """Everything that was absorbed."""
-        counts = {"count": self._count, "part": self._part, "closed": self._closed}
-        return {"ends": self._ends, "sum": self._sum} | {name: torch.tensor(values) for name, values in counts.items()}
+        """Everything that was absorbed; empty before the first look."""
+        if not self._count:
+            return {}
+        tensors = {"running": self._running, "first": self._first, "second": self._second, "sum": self._sum}
+        numbers = {"count": self._count, "part": self._part, "reached": self._reached, "parts": self._parts}
+        return tensors | {name: torch.tensor(values) for name, values in numbers.items()}
 
     @state.setter
     def state(self, known: Mapping[str, Tensor]) -> None:
-        self._ends, self._sum = known["ends"], known["sum"]
-        self._count, self._part, self._closed = (known[name].tolist() for name in ("count", "part", "closed"))
+        self._running, self._first, self._second, self._sum = (known.get(name, EMPTY) for name in ("running", "first", "second", "sum"))
+        self._count, self._reached, self._parts = (known[name].tolist() if known else [] for name in ("count", "reached", "parts"))
+        self._part = int(known["part"]) if known else -1
 
     @property
     def seen(self) -> list[int]:
         """The steps at which the layer ran."""
-        return [row - 1 for row, part in enumerate(self._part) if row != ALL and part != NEVER]
+        return [step for step, count in enumerate(self._count) if count]
 
     @property
     def mean(self) -> Tensor:
         """``[steps, frames, channels]``."""
-        return torch.stack([self._sum[1 + step] / self._count[1 + step] for step in self.seen])
+        return torch.stack([self._sum[step] / self._count[step] for step in self.seen])
 
     def envelope(self, *, per_step: bool = False, unseen: bool = False) -> tuple[Tensor, Tensor]:
         """Range of every channel, ``(low, high)``, each ``[slots, frames, channels]``; one slot unless ``per_step``.
@@ -145,36 +161,35 @@ class ChannelRange(Statistic):
         Args:
             per_step: a slot for every step that was seen.
             unseen: extend what was seen to what later clips may reach, by the jackknife estimate of an endpoint: with the two largest
-                values ``a >= b`` over parts, ``2 a - b``. Steady channels keep their range, erratic ones get headroom.
+                values ``a >= b`` over parts, ``2 a - b``. Steady channels keep their range, erratic ones get headroom. With one part
+                nothing is known of others, and the range is what was seen.
 
         Paper: Robson and Whitlock, "Estimation of a truncation point", Biometrika 51 (1964).
         """
-        rows = [1 + step for step in self.seen] if per_step else [ALL]
-        ends = torch.stack([self._endpoint(row, unseen=unseen) for row in rows])
-        return -ends[:, 0], ends[:, 1]
-
-    def _endpoint(self, row: int, *, unseen: bool) -> Tensor:
-        """``[-low high, frames, channels]``; the jackknife estimate if ``unseen`` and there is more than one part."""
-        running, first, second = self._ends[row]
-        largest = torch.maximum(first, running)
-        if not unseen or not self._closed[row]:
-            return largest
-        return 2 * largest - torch.maximum(second, torch.minimum(first, running))
+        slots = [1 + step for step in self.seen] if per_step else [0]
+        running, first, second = (ends[:, slots] for ends in (self._part_ends(), self._first, self._second))
+        ends = torch.maximum(first, running)
+        if unseen:
+            estimate = 2 * ends - torch.maximum(second, torch.minimum(first, running))
+            several = torch.tensor(self._parts_with_running())[slots] > 1
+            ends = torch.where(several.to(ends.device)[:, None, None], estimate, ends)
+        return -ends[0], ends[1]
 
     def bad_from(self) -> float:
         """The first step at which a value was NaN or infinite; infinity if none was."""
-        for step in self.seen:
-            if not bool(self._endpoint(1 + step, unseen=False).isfinite().all()):
-                return step
-        return float("inf")
+        if not self.seen:
+            return float("inf")
+        low, high = self.envelope(per_step=True)
+        good = (low.isfinite() & high.isfinite()).flatten(1).all(1)
+        return min((step for step, fine in zip(self.seen, good.tolist(), strict=True) if not fine), default=float("inf"))
 
     def log_bytes(self, calls: int) -> int:
         """Lowest, highest and summed values of every call."""
         return FLOAT * calls * 3 * self.frames * self.geometry.channels
 
     def memory_bytes(self) -> int:
-        """Six extremes and a sum, of every step and of all steps together."""
-        return FLOAT * (1 + self.steps) * (3 * 2 + 1) * self.frames * self.geometry.channels
+        """Six extremes and a sum of every step, and four extremes of all steps together."""
+        return FLOAT * (7 * self.steps + 4) * self.frames * self.geometry.channels
 
     def serves(self, of: Watched) -> bool:
         """Ranges of frames also give those over all frames."""

@@ -14,9 +14,11 @@ from reelquant.kernels import hadamard
 from reelquant.observe.call import Call
 from reelquant.observe.geometry import Geometry
 from reelquant.observe.inverse_factor import inverse_factor
+from reelquant.observe.sampled_calls import SampledCalls
 from reelquant.observe.statistic import FLOAT, Statistic, Watched
 
 LEAST_ROWS, ROWS_PER_COLUMN = 4096, 8  # rows over all calls, at least
+PER_CALL = 64  # rows of a call, at least: with very many calls, only some are sampled
 BUFFER = 256  # rows that are multiplied at a time: a product of fewer is limited by reading and writing the square
 BLOCK = 256  # columns whose products are computed at a time, those below the diagonal left out
 
@@ -30,16 +32,18 @@ class Gram(Statistic):
 
     Attributes:
         geometry: of the layer.
-        per_call: rows of every call.
         generator: draws positions.
+        sampled: the calls that rows are taken from.
+        per_call: rows of a sampled call.
         count: rows so far.
     """
 
     compacts: ClassVar[bool] = True
 
     geometry: Geometry
-    per_call: int
     generator: torch.Generator
+    sampled: SampledCalls = SampledCalls(1, 1, 1)  # noqa: RUF009 - frozen
+    per_call: int = LEAST_ROWS
     count: int = 0
     _origin: Tensor | None = None  # [width]
     _sum: Tensor | None = None  # [width], of multiplied rows around the origin
@@ -51,9 +55,13 @@ class Gram(Statistic):
     def for_input(cls, of: Watched) -> Self:
         """Moments of any input."""
         rows = max(LEAST_ROWS, ROWS_PER_COLUMN * of.geometry.width)
-        return cls(of.geometry, -(-rows // max(of.calls, 1)), of.generator)
+        sampled = SampledCalls(max(of.steps, 1), max(of.parts, 1), rows // PER_CALL)
+        return cls(of.geometry, of.generator, sampled, -(-rows // len(sampled)))
 
     def look(self, x: Tensor, call: Call) -> dict[str, Tensor]:
+        """Rows of a sampled call; nothing of others."""
+        if self.sampled.place(call) is None:
+            return {}
         return {"rows": self.geometry.rows(x.detach(), self.per_call, self.generator)}
 
     def absorb(self, seen: Mapping[str, Tensor], call: Call) -> None:
@@ -116,7 +124,7 @@ class Gram(Statistic):
         """The same moments of the input after :func:`reelquant.kernels.hadamard` along its channels."""
         assert self._origin is not None
         total, square = self._moments()
-        found = Gram(self.geometry, self.per_call, self.generator)
+        found = Gram(self.geometry, self.generator)
         found.state = {
             "origin": self._rotate(self._origin),
             "sum": self._rotate(total),
@@ -138,8 +146,8 @@ class Gram(Statistic):
         return self._factor[1]
 
     def log_bytes(self, calls: int) -> int:
-        """Rows of every call."""
-        return FLOAT * calls * self.per_call * self.geometry.width
+        """Rows of the sampled share of the calls."""
+        return FLOAT * self.sampled.of(calls) * self.per_call * self.geometry.width
 
     def memory_bytes(self) -> int:
         """The second moment, rows that wait, and two vectors."""

@@ -191,7 +191,7 @@ def test_a_description_lists_what_stays_float() -> None:
 
 
 def test_models_that_are_not_of_diffusers_cannot_be_described() -> None:
-    with pytest.raises(UnsupportedError, match="Sequential is no model of diffusers or transformers"):
+    with pytest.raises(UnsupportedError, match="Sequential is not a model of diffusers or transformers"):
         adopt(nn.Sequential(layer()))
 
 

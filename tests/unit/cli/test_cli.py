@@ -123,19 +123,49 @@ def test_dry_run_prints_the_plan_and_writes_nothing(model: Path, tmp_path: Path)
 
 
 def test_dry_run_as_json_needs_no_output(model: Path) -> None:
-    result = invoke("quantize", model, "-r", "w8a16", "--dry-run", "--json", "--exclude", "blocks.0.attn1")
+    result = invoke("quantize", model, "-r", "w8a16", "--dry-run", "--json", "--skip", "blocks.0.attn1")
     plan = json.loads(result.stdout)
-    kept = {layer["name"]: layer["kept"] for layer in plan["layers"]}
-    assert kept["blocks.0.attn1.to_q"] == "skipped by you (blocks.0.attn1)"
-    assert kept["blocks.1.attn1.to_q"] is None
+    skipped = {layer["name"]: layer["skipped"] for layer in plan["layers"]}
+    assert skipped["blocks.0.attn1.to_q"] == "skipped by you (blocks.0.attn1)"
+    assert skipped["blocks.1.attn1.to_q"] is None
     assert plan["bytes_before"] > 2 * plan["bytes_after"]
+
+
+def test_exclude_is_a_hidden_name_of_skip(model: Path) -> None:
+    def float_layers(*words: str) -> list[str]:
+        plan = json.loads(invoke("quantize", model, "-r", "w8a16", "--dry-run", "--json", *words).stdout)
+        return [layer["name"] for layer in plan["layers"] if layer["weight"] is None]
+
+    first, second = ("--skip", "blocks.0.attn1"), "blocks.1.attn1"
+    assert float_layers(*first, "--exclude", second) == float_layers(*first, "--skip", second) != float_layers(*first)
+    shown = invoke("quantize", "--help").stdout
+    assert "--skip" in shown and "--exclude" not in shown
+
+
+def test_notes_of_a_verb_are_paragraphs_and_commands_keep_their_lines() -> None:
+    from reelquant.cli.options import more_help
+
+    @more_help("""
+        [bold]Examples[/bold]
+
+        [cyan]one[/cyan]
+        [cyan]two[/cyan]
+
+        A note over
+        two lines.
+    """)
+    def verb() -> None:
+        """Does something."""
+
+    assert verb.__doc__ == ("Does something.\n\n[bold]Examples[/bold]\n\n[cyan]one[/cyan]\n[cyan]two[/cyan]\n\nA note over two lines.")
 
 
 def test_quantize_ends_with_the_proof(quantized: tuple[Path, Any]) -> None:
     out, result = quantized
     assert result.exit_code == 0, result.output
     kernel = next(name for name, here in (("onednn int8", int8), ("int16 pairs", int16_madd)) if here.available() is None)
-    for words in ("quantized, 2 stay float", "smaller than float32", kernel, "simulated", "Largest errors", "TDScore", str(out)):
+    layers = "quantized, 2 skipped (they stay float)"
+    for words in (layers, "smaller than float32", kernel, "simulated", "Largest errors", "TDScore", str(out)):
         assert words in result.stdout
     assert result.stderr == ""
     assert json.loads((out / "report.json").read_text())["seed"] == 3
@@ -172,8 +202,8 @@ BAD_WORDS = {
     "unknown format": (["-r", "w8a16", "--set", "defaults.weight.format=int44"], "did you mean 'int4'?"),
     "no value": (["-r", "w8a16", "--set", "calibrate"], "key=value"),
     "no yaml": (["-r", "w8a16", "--set", "name=[1"], "not a YAML value"),
-    "unknown layer": (["-r", "w8a16", "--exclude", "blocks.0.atn1.to_q"], "did you mean 'blocks.0.attn1.to_q'?"),
-    "nothing left": (["-r", "w8a16", "--exclude", "*"], "quantizes none"),
+    "unknown layer": (["-r", "w8a16", "--skip", "blocks.0.atn1.to_q"], "did you mean 'blocks.0.attn1.to_q'?"),
+    "nothing left": (["-r", "w8a16", "--skip", "*"], "quantizes none"),
     "unknown dtype": (["-r", "w8a16", "--dtype", "float61"], "did you mean 'float16'?"),
     "unknown device": (["-r", "w8a16", "--device", "gpu"], "it has cpu"),
     "no prompt file": (["-r", "minmax-w8a8", "--prompts", "/nowhere/texts.txt"], "does not exist"),
@@ -370,7 +400,7 @@ def test_a_demo_that_is_stopped_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reelquant.cli.variants.Comparison.measure_float", interrupted)
+    monkeypatch.setattr("reelquant.evidence.variants.Comparison.measure_float", interrupted)
     assert invoke("demo", "--pipeline", "tiny-dit", "-o", tmp_path / "demo").exit_code == 130
     assert list(tmp_path.iterdir()) == []
 

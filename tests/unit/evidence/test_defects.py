@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence.defects import CALLED, OVER_TIME, PLANT, RULES, diagnose, figures
 from reelquant.evidence.media import read_video, write_video
 from reelquant.models.shapes import Scene, random_clip, render
@@ -106,7 +107,7 @@ def test_a_still_clip_cannot_be_slow():
 def test_clips_of_two_frames_have_all_figures_and_of_one_none():
     found = figures(ball()[:2], ball()[:2])
     assert all(isinstance(value, float) for value in found.values()) and diagnose(found) == []
-    with pytest.raises(ValueError, match="at least 2 frames"):
+    with pytest.raises(MeasurementError, match="at least 2 frames"):
         figures(ball()[:1], ball()[:1])
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence.distribution import Moments, bias_curve, extrapolated, frechet, frechet_moments, jackknife, kernel_distance
 
 
@@ -78,7 +79,7 @@ def test_float32_features_far_from_zero_lose_no_digits() -> None:
 )
 def test_sets_that_have_no_distance_are_refused(a: Tensor, b: Tensor, words: str) -> None:
     for distance in (frechet, kernel_distance):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(MeasurementError, match=words):
             distance(a, b)
 
 
@@ -94,13 +95,13 @@ def test_moments_taken_in_parts_are_those_of_the_whole() -> None:
 
 
 def test_moments_refuse_what_they_cannot_take_in() -> None:
-    with pytest.raises(ValueError, match="2 samples at least, got 1"):
+    with pytest.raises(MeasurementError, match="2 samples at least, got 1"):
         _ = Moments().update(torch.zeros(1, 3)).covariance
-    with pytest.raises(ValueError, match="3 numbers a sample cannot take in"):
+    with pytest.raises(MeasurementError, match="3 numbers a sample cannot take in"):
         Moments().update(torch.zeros(2, 3)).update(torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(MeasurementError, match="NaN"):
         Moments().update(torch.full((2, 3), torch.inf))
-    with pytest.raises(ValueError, match="different networks"):
+    with pytest.raises(MeasurementError, match="different networks"):
         frechet_moments(Moments().update(torch.zeros(2, 3)), Moments().update(torch.zeros(2, 4)))
 
 
@@ -125,7 +126,7 @@ def test_kernel_subsets_are_drawn_by_the_seed() -> None:
     assert first == kernel_distance(a, b, subsets=10, subset_size=20, seed=1)
     assert first != kernel_distance(a, b, subsets=10, subset_size=20, seed=2)
     assert first[1] > 0
-    with pytest.raises(ValueError, match="at least one subset"):
+    with pytest.raises(MeasurementError, match="at least one subset"):
         kernel_distance(a, b, subsets=0)
 
 
@@ -170,7 +171,7 @@ def test_all_rows_of_a_clip_leave_together() -> None:
 def test_the_jackknife_of_too_few_clips_has_no_width_and_of_unequal_sets_is_refused() -> None:
     two = torch.tensor([[0.0], [2.0]]).split(1)
     assert jackknife(two, two, frechet) == (0.0, 0.0, 0.0)
-    with pytest.raises(ValueError, match="5 reference and 6 test"):
+    with pytest.raises(MeasurementError, match="5 reference and 6 test"):
         jackknife(torch.zeros(5, 2).split(1), torch.zeros(6, 2).split(1), frechet)
 
 
@@ -188,9 +189,9 @@ def test_a_bias_curve_repeats_and_its_sizes_must_exist() -> None:
     a, b = normal(30, 4, 1), normal(20, 4, 2)
     assert bias_curve(a, b, [5, 20], repeats=3, seed=1) == bias_curve(a, b, [5, 20], repeats=3, seed=1)
     for size in (1, 21):
-        with pytest.raises(ValueError, match=f"subsets of {size} samples"):
+        with pytest.raises(MeasurementError, match=f"subsets of {size} samples"):
             bias_curve(a, b, [size])
-    with pytest.raises(ValueError, match="2 different sizes"):
+    with pytest.raises(MeasurementError, match="2 different sizes"):
         extrapolated([(5, 1.0, 0.0)])
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence import bootstrap, psnr
 
 
@@ -20,7 +21,7 @@ def test_equal_clips_score_the_ceiling_and_stay_finite() -> None:
 
 
 def test_clips_of_different_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(1, 2, 3, 4, 4\) and \(1, 3, 3, 4, 4\)"):
+    with pytest.raises(MeasurementError, match=r"\(1, 2, 3, 4, 4\) and \(1, 3, 3, 4, 4\)"):
         psnr(torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 3, 3, 4, 4))
 
 
@@ -46,5 +47,5 @@ def test_bootstrap_repeats_itself_and_follows_its_seed() -> None:
 
 
 def test_bootstrap_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no clips"):
+    with pytest.raises(MeasurementError, match="no clips"):
         bootstrap([])

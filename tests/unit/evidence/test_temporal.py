@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence import temporal
 from reelquant.evidence.temporal import LEVEL
 
@@ -238,7 +239,7 @@ def test_newly_broken_counts_only_what_the_reference_has_not():
 
 @pytest.mark.parametrize("figure", [temporal.motion_deviation, temporal.dropped, temporal.tempo, temporal.color_shift])
 def test_clips_of_different_shapes_are_refused(figure):
-    with pytest.raises(ValueError, match="different shapes"):
+    with pytest.raises(MeasurementError, match="different shapes"):
         figure(torch.rand(3, 3, 16, 16), torch.rand(4, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"\[frames, 3, height, width\], not \[3, 16, 16\]"):
+    with pytest.raises(MeasurementError, match=r"\[frames, 3, height, width\], not \[3, 16, 16\]"):
         figure(torch.rand(3, 16, 16), torch.rand(3, 16, 16))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from reelquant import CheckpointError, UnsupportedError
+from reelquant._errors import MeasurementError
 from reelquant.evidence.text import Clip, clip_scores, fetch_clip, frame_embeddings, load_clip, prepared, text_embedding
 
 
@@ -94,7 +95,7 @@ def test_preparing_differs_from_transformers_image_processor_by_8_bit_rounding()
 
 
 def test_no_frames_are_refused():
-    with pytest.raises(ValueError, match="without frames"):
+    with pytest.raises(MeasurementError, match="without frames"):
         clip_scores(torch.zeros(0, 3, 8, 8), "a", Clip(None, None))
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant import UnsupportedError
+from reelquant._errors import MeasurementError
 from reelquant.evidence.warping import dis_flow, visible, warp, warping_error
 
 
@@ -78,7 +79,7 @@ def test_where_nothing_is_visible_the_error_is_zero():
 
 
 def test_a_flow_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"must be \(1, 2, 8, 8\), not \(1, 2, 4, 4\)"):
+    with pytest.raises(MeasurementError, match=r"must be \(1, 2, 8, 8\), not \(1, 2, 4, 4\)"):
         warping_error(torch.rand(2, 3, 8, 8), lambda first, second: torch.zeros(1, 2, 4, 4))
 
 

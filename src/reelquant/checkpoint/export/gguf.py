@@ -1,8 +1,9 @@
 """GGUF: one file of a diffusion model, for diffusers' loader and ComfyUI-GGUF.
 
-What they read (diffusers 0.42 ``quantizers/gguf``, ComfyUI-GGUF commit 795e451): quantized weights of linear layers; everything else as F32
-or F16, of any rank (5-D patch embeddings of video models included, which llama.cpp's own tools refuse). A BF16 tensor that is no weight of
-a linear layer breaks diffusers. Blocks of 32 (Q4_K: 256) weights lie along rows.
+What they read (diffusers 0.42 ``quantizers/gguf``, ComfyUI-GGUF commit 795e451): quantized weights of linear layers;
+everything else as F32 or F16, of any rank (5-D patch embeddings of video models included, which llama.cpp's own tools
+refuse). A BF16 tensor that is not the weight of a linear layer breaks diffusers. Blocks of 32 (Q4_K: 256) weights lie
+along rows.
 """
 
 from __future__ import annotations
@@ -177,7 +178,9 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     dialect, path = Gguf(numbers), check_file(output, SUFFIX, force=force)
     with Source(choose_component(folder, component)) as source:
         if not opens_single_files(source.blank):
-            raise UnsupportedError(f"nobody reads GGUF files of {source.kind}: diffusers has no from_single_file for it; export to torchao")
+            raise UnsupportedError(
+                f"GGUF files of {source.kind} cannot be opened: diffusers has no from_single_file for it; export to torchao"
+            )
         naming = naming_of(source.kind)
         parts, outcomes = assemble(source, dialect, naming)
         progress.phase("export", len(parts))

@@ -1,4 +1,4 @@
-"""A stored weight in the number type of another format: its very codes where the type can hold them, else rounded anew."""
+"""A stored weight in the number type of another format: its very codes where the type can hold them, else rounded again."""
 
 from __future__ import annotations
 

@@ -186,10 +186,19 @@ class Source:
 
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # fmt: skip
+}
 """What safetensors calls the dtypes of torch."""
 
 
@@ -197,11 +206,13 @@ def quantized_components(folder: str | Path) -> dict[str, Path]:
     """Folders of the components that reelquant quantized, by name.
 
     Raises:
-        CheckpointError: if the folder is no pipeline, or nothing in it is quantized by reelquant.
+        CheckpointError: if the folder is not a pipeline, or nothing in it is quantized by reelquant.
     """
     root = Path(locate(folder)).expanduser().resolve()
     if not root.is_dir():
-        raise CheckpointError(f"'{folder}' is no folder here; export reads what reelquant.save (reelquant quantize --output) has written")
+        raise CheckpointError(
+            f"'{folder}' is not a folder here; export reads what reelquant.save (reelquant quantize --output) has written"
+        )
     found = {path.name: path for path in sorted(root.iterdir()) if _method(path) == METHOD}
     if not found:
         raise CheckpointError(f"nothing in '{folder}' is quantized by reelquant; export reads what reelquant.save has written")
@@ -221,11 +232,13 @@ def choose_component(folder: str | Path, component: str | None) -> Path:
     """
     found = quantized_components(folder)
     if component is None and len(found) > 1:
-        raise UnsupportedError(f"'{folder}' has {len(found)} quantized components ({', '.join(found)}) and a file holds one; choose it "
-                               "with component=... (--component)")  # fmt: skip
+        raise UnsupportedError(
+            f"'{folder}' has {len(found)} quantized components ({', '.join(found)}) and a file holds one; choose it "
+            "with component=... (--component)"
+        )
     chosen = component or next(iter(found))
     if chosen not in found:
         raise UnsupportedError(f"'{folder}' has no quantized component '{chosen}'; {nearest(chosen, found)}")
     if CLASS not in read_config(found[chosen]):
-        raise UnsupportedError(f"component '{chosen}' is no model of diffusers; exporters write denoisers")
+        raise UnsupportedError(f"component '{chosen}' is not a model of diffusers; exporters write denoisers")
     return found[chosen]

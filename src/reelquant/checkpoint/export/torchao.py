@@ -102,7 +102,7 @@ def _check(sources: list[Source]) -> None:
 
 
 def _not_copied(at: Path, names: list[str], root: Path, found: dict[str, Path]) -> list[str]:
-    """Weights that are written anew, and the report, which tells of another file."""
+    """Weights, which are written again, and the report, which describes another file."""
     if at == root:
         return [name for name in names if name == REPORT_FILE]
     quantized = at in found.values()
@@ -138,6 +138,8 @@ def _subclass(source: Source, facts: Facts, numbers: str) -> str:
 
 def _write_config(source: Source, target: Path, chosen: dict[str, str]) -> None:
     kind = "int8" if "int8" in chosen.values() or not chosen else "fp8"
-    config = {**source.config, QUANTIZATION: {"quant_method": "torchao", "quant_type": {"default": CONFIGS[kind]},
-                                              "modules_to_not_convert": None}}  # fmt: skip
+    config = {
+        **source.config,
+        QUANTIZATION: {"quant_method": "torchao", "quant_type": {"default": CONFIGS[kind]}, "modules_to_not_convert": None},
+    }
     (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Networks that metrics look at videos with: I3D (FVD), InceptionV3 (FID, KID), LPIPS, RAFT (optical flow).
 
-All are our own inference-only code on published weights, compared with independent code in ``docs/metrics.md``. ``weights`` finds, fetches
-and checks the weights; nothing is downloaded unless it is asked to.
+All are our own inference-only code on published weights, compared with independent code in ``docs/metrics.md``.
+``published`` is the table of weights, ``weights`` finds and checks them, ``download`` gets them (only when asked to),
+``readers`` opens their files.
 """
 
 from reelquant.evidence.networks.i3d import I3D

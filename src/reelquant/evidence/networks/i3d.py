@@ -1,12 +1,13 @@
 """I3D, the network whose features FVD is measured on.
 
-Definition: Inception-I3D, RGB stream, trained on Kinetics-400 (the module ``deepmind/i3d-kinetics-400/1`` of TF Hub); the feature of a
-clip is its 400 class logits, averaged over time, before the softmax.
+Definition: Inception-I3D, RGB stream, trained on Kinetics-400 (the module ``deepmind/i3d-kinetics-400/1`` of TF Hub);
+the feature of a clip is its 400 class logits, averaged over time, before the softmax.
 
-Preprocessing: frames are rounded to 8 bits, each is resized to 224x224 (bilinear, half-pixel centres, no antialiasing) and scaled to
-[-1, 1]. Ours against theirs: this is PyTorch's bilinear resize, as in the ports that most papers use (StyleGAN-V, VideoGPT); the original
-script of Unterthiner et al. resizes with TensorFlow 1's ``resize_bilinear``, whose sampling points lie up to half a pixel aside. StyleGAN-V
-says the same of itself ("up to the upsampling operation"). Pictures that are 224x224 already are the same under all three.
+Preprocessing: frames are rounded to 8 bits, each is resized to 224x224 (bilinear, half-pixel centres, no antialiasing)
+and scaled to [-1, 1]. Ours against theirs: this is PyTorch's bilinear resize, as in the ports that most papers use
+(StyleGAN-V, VideoGPT); the original script of Unterthiner et al. resizes with TensorFlow 1's ``resize_bilinear``, whose
+sampling points lie up to half a pixel aside. StyleGAN-V says the same of itself ("up to the upsampling operation").
+Pictures that are 224x224 already are the same under all three.
 
 Paper:
     Carreira and Zisserman, Quo Vadis, Action Recognition?, 2017, figure 3.
@@ -19,14 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import MeasurementError, UnsupportedError
 
 RESOLUTION = 224
 FEATURES = 400
 MIN_FRAMES = 9  # time is halved three times, rounding up, and the last average spans 2 moments: ceil(9 / 8) = 2
 EPSILON = 1e-3
 
-_WIDE, _DEEP, _LAST = ((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2))  # pools: kernel, stride in (time, h, w)
+_WIDE, _DEEP, _LAST = (
+    ((1, 3, 3), (1, 2, 2)),
+    ((3, 3, 3), (2, 2, 2)),
+    ((2, 2, 2), (2, 2, 2)),
+)  # pools: kernel, stride in (time, h, w)
 # inputs, and outputs of the branches: 1x1 | 1x1 then 3x3 | 1x1 then 3x3 | pool then 1x1
 _MIXED = {
     "Mixed_3b": (192, 64, 96, 128, 16, 32, 32),
@@ -69,7 +74,7 @@ class _Pool(nn.Module):
 
 
 class _Unit(nn.Module):
-    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution on the way."""
+    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
@@ -87,7 +92,16 @@ class _Unit(nn.Module):
 
 
 class _Mixed(nn.Module):
-    def __init__(self, inputs: int, one: int, reduce_a: int, three_a: int, reduce_b: int, three_b: int, pooled: int) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        one: int,
+        reduce_a: int,
+        three_a: int,
+        reduce_b: int,
+        three_b: int,
+        pooled: int,
+    ) -> None:
         super().__init__()
         units = {
             "Branch_0/Conv3d_0a_1x1": _Unit(inputs, one, 1),
@@ -169,10 +183,12 @@ class I3D(nn.Module):
 
         Raises:
             UnsupportedError: if the clips are too short.
-            ValueError: if the shape is another.
+            MeasurementError: if the shape is another.
         """
         if clips.ndim != 5 or clips.shape[2] != 3:
-            raise ValueError(f"I3D looks at clips [n, frames, 3, h, w], got {tuple(clips.shape)}")
+            raise MeasurementError(
+                f"I3D looks at clips [n, frames, 3, h, w], got {tuple(clips.shape)}; add the axis of clips with clip[None]"
+            )
         if clips.shape[1] < MIN_FRAMES:
             raise UnsupportedError(
                 f"I3D features (FVD) of clips of {clips.shape[1]} frames: the network halves time three times and averages over 2 moments,"
@@ -185,7 +201,7 @@ class I3D(nn.Module):
 
 
 def prepare(clips: Tensor) -> Tensor:
-    """``[n, frames, 3, h, w]`` in [0, 1] to what :meth:`I3D.forward` takes: 8 bits, 224x224, [-1, 1], channels before time."""
+    """``[n, frames, 3, h, w]`` in [0, 1] to the input of :meth:`I3D.forward`: 8 bits, 224x224, [-1, 1], channels first."""
     n = len(clips)
     frames = (clips.flatten(0, 1) * 255).round().clamp(0, 255)
     if frames.shape[-2:] != (RESOLUTION, RESOLUTION):

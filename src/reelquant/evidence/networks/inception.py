@@ -1,10 +1,11 @@
 """The InceptionV3 that FID and KID are measured on.
 
-Definition: the graph ``inception-2015-12-05`` of TensorFlow, output ``pool_3``: 2048 numbers a picture. It is not torchvision's network:
-average pools leave the padding out, and the last block pools by the maximum.
+Definition: the graph ``inception-2015-12-05`` of TensorFlow, output ``pool_3``: 2048 numbers a picture. It is not
+torchvision's network: average pools leave the padding out, and the last block pools by the maximum.
 
-Preprocessing: 8 bits, resized to 299x299 by TensorFlow 1's ``ResizeBilinear`` (sampling points ``i * size / 299``, no half-pixel shift, no
-antialiasing), then ``(x - 128) / 128``: what the graph itself does, and what NVIDIA's export of it does by ``grid_sample``.
+Preprocessing: 8 bits, resized to 299x299 by TensorFlow 1's ``ResizeBilinear`` (sampling points ``i * size / 299``, no
+half-pixel shift, no antialiasing), then ``(x - 128) / 128``: what the graph itself does, and what NVIDIA's export of it
+does by ``grid_sample``.
 
 Paper:
     Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2015.
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reelquant._errors import MeasurementError
+
 RESOLUTION = 299
 FEATURES = 2048
 EPSILON = 1e-3
@@ -27,9 +30,16 @@ _Kernel = int | tuple[int, int]
 
 
 class _Unit(nn.Module):
-    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution on the way."""
+    """Convolution, batch normalization without a scale, ReLU; the normalization is folded into the convolution."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: _Kernel = 1, stride: int = 1, padding: _Kernel | None = None) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: _Kernel = 1,
+        stride: int = 1,
+        padding: _Kernel | None = None,
+    ) -> None:
         super().__init__()
         high, wide = kernel if isinstance(kernel, tuple) else (kernel, kernel)
         self.stride = stride
@@ -58,7 +68,10 @@ def _tower(inputs: int, units: Sequence[tuple[int, _Kernel]], last_stride: int =
     tower = nn.Sequential()
     for i, (outputs, kernel) in enumerate(units):
         halves = last_stride == 2 and i == len(units) - 1
-        tower.add_module(f"conv_{i}" if i else "conv", _Unit(inputs, outputs, kernel, 2, 0) if halves else _Unit(inputs, outputs, kernel))
+        tower.add_module(
+            f"conv_{i}" if i else "conv",
+            _Unit(inputs, outputs, kernel, 2, 0) if halves else _Unit(inputs, outputs, kernel),
+        )
         inputs = outputs
     return tower
 
@@ -142,7 +155,11 @@ def _layers() -> dict[str, nn.Module]:
         "mixed": _mixed_35(192, 32),
         "mixed_1": _mixed_35(256, 64),
         "mixed_2": _mixed_35(288, 64),
-        "mixed_3": _Mixed(conv=_Unit(288, 384, 3, 2, 0), tower=_tower(288, [(64, 1), (96, 3), (96, 3)], 2), pool=_halve()),
+        "mixed_3": _Mixed(
+            conv=_Unit(288, 384, 3, 2, 0),
+            tower=_tower(288, [(64, 1), (96, 3), (96, 3)], 2),
+            pool=_halve(),
+        ),
         "mixed_4": _mixed_17(128),
         "mixed_5": _mixed_17(160),
         "mixed_6": _mixed_17(160),
@@ -187,10 +204,12 @@ class Inception(nn.Module):
             ``[n, 2048]`` float32 on the CPU.
 
         Raises:
-            ValueError: if the shape is another.
+            MeasurementError: if the shape is another.
         """
         if frames.ndim != 4 or frames.shape[1] != 3:
-            raise ValueError(f"Inception looks at frames [n, 3, h, w], got {tuple(frames.shape)}; flatten clips first: clips.flatten(0, 1)")
+            raise MeasurementError(
+                f"Inception looks at frames [n, 3, h, w], got {tuple(frames.shape)}; flatten clips first: clips.flatten(0, 1)"
+            )
         like = next(self.parameters())
         last = torch.channels_last  # on one core 1.7 times as fast, measured side by side
         parts = [self(prepare(part.to(like)).contiguous(memory_format=last)).float().cpu() for part in frames.split(batch) if len(part)]
@@ -198,18 +217,22 @@ class Inception(nn.Module):
 
 
 def resize_tensorflow1(pictures: Tensor, size: int, axis: int) -> Tensor:
-    """One axis resized linearly with sampling points ``i * old / size``: TensorFlow 1's default, ``half_pixel_centers=False``."""
+    """One axis resized linearly, sampled at ``i * old / size``: TensorFlow 1's ``half_pixel_centers=False``."""
     old = pictures.shape[axis]
     points = torch.arange(size, dtype=torch.float64, device=pictures.device) * old / size
     low = points.long()
     shape = [1] * pictures.ndim
     shape[axis] = size
     share = (points - low).to(pictures.dtype).view(shape)
-    return torch.lerp(pictures.index_select(axis, low), pictures.index_select(axis, (low + 1).clamp(max=old - 1)), share)
+    return torch.lerp(
+        pictures.index_select(axis, low),
+        pictures.index_select(axis, (low + 1).clamp(max=old - 1)),
+        share,
+    )
 
 
 def prepare(frames: Tensor) -> Tensor:
-    """``[n, 3, h, w]`` in [0, 1] to what :meth:`Inception.forward` takes: 8 bits, 299x299 as TensorFlow 1 resizes, ``(x - 128) / 128``."""
+    """``[n, 3, h, w]`` in [0, 1] to the input of :meth:`Inception.forward`: 8 bits, 299x299, ``(x - 128) / 128``."""
     frames = (frames * 255).round().clamp(0, 255)
     for axis in (2, 3):
         frames = resize_tensorflow1(frames, RESOLUTION, axis)

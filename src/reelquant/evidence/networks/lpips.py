@@ -1,9 +1,11 @@
 """LPIPS: how different two pictures look, by the features of a network that knows pictures.
 
-Definition: LPIPS v0.1, ``lin`` heads, on AlexNet (what papers report) or VGG16. Features of five layers are normalized over channels, their
-squared differences weighted by the heads, averaged over places and summed over layers: 0 for equal pictures, about 0.7 for unlike ones.
+Definition: LPIPS v0.1, ``lin`` heads, on AlexNet (what papers report) or VGG16. Features of five layers are normalized
+over channels, their squared differences weighted by the heads, averaged over places and summed over layers: 0 for equal
+pictures, about 0.7 for unlike ones.
 
-Preprocessing: [0, 1] to [-1, 1], then the fixed shift and scale of the original. Nothing is resized and nothing rounded.
+Preprocessing: [0, 1] to [-1, 1], then the fixed shift and scale of the original. Nothing is resized and nothing
+rounded.
 
 Paper:
     Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018, equation 1.
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError, nearest
+from reelquant._errors import MeasurementError, UnsupportedError, nearest
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
@@ -76,7 +78,7 @@ class LPIPS(nn.Module):
     def __init__(self, network: Literal["alex", "vgg"] = "alex") -> None:
         super().__init__()
         if network not in BACKBONES:
-            raise ValueError(f"LPIPS on '{network}': {nearest(network, BACKBONES)}")
+            raise MeasurementError(f"LPIPS has no backbone '{network}'; {nearest(network, BACKBONES)}")
         self.network = network
         self.backbone, layers, self.minimum = BACKBONES[network]
         inputs = (3, *(layer.outputs for layer in layers))
@@ -110,11 +112,15 @@ class LPIPS(nn.Module):
             ``[n]``.
 
         Raises:
-            UnsupportedError: if the pictures are smaller than the network can look at: 31 pixels a side for AlexNet, 16 for VGG16.
-            ValueError: if the shapes differ or are no pictures.
+            UnsupportedError: if the pictures are smaller than the network can look at: 31 pixels a side for AlexNet, 16
+                for VGG16.
+            MeasurementError: if the shapes differ or are not ``[n, 3, height, width]``.
         """
         if reference.shape != test.shape or reference.ndim != 4 or reference.shape[1] != 3:
-            raise ValueError(f"LPIPS compares pictures [n, 3, h, w] of one shape, got {tuple(reference.shape)} and {tuple(test.shape)}")
+            raise MeasurementError(
+                f"LPIPS compares pictures [n, 3, h, w] of one shape, got {tuple(reference.shape)} and "
+                f"{tuple(test.shape)}; resize one of them"
+            )
         if min(reference.shape[-2:]) < self.minimum:
             others = [f"'{name}' (from {side})" for name, (_, _, side) in BACKBONES.items() if side < self.minimum]
             raise UnsupportedError(
@@ -123,7 +129,12 @@ class LPIPS(nn.Module):
             )
         like = self.heads[0]
         total = reference.new_zeros(len(reference), dtype=like.dtype, device=like.device)
-        for head, a, b in zip(self.heads, self._directions(reference.to(like)), self._directions(test.to(like)), strict=True):
+        for head, a, b in zip(
+            self.heads,
+            self._directions(reference.to(like)),
+            self._directions(test.to(like)),
+            strict=True,
+        ):
             total = total + F.conv2d((a - b).square(), head).mean((1, 2, 3))
         return total
 
@@ -131,6 +142,8 @@ class LPIPS(nn.Module):
     def distances(self, reference: Tensor, test: Tensor, batch: int = 16) -> Tensor:
         """:meth:`forward` without gradients, ``batch`` pictures at a time, on the CPU: ``[n]`` float32."""
         if reference.shape != test.shape:
-            raise ValueError(f"LPIPS compares pictures of one shape, got {tuple(reference.shape)} and {tuple(test.shape)}")
+            raise MeasurementError(
+                f"LPIPS compares pictures of one shape, got {tuple(reference.shape)} and {tuple(test.shape)}; resize one of them"
+            )
         parts = [self(a, b).float().cpu() for a, b in zip(reference.split(batch), test.split(batch), strict=True) if len(a)]
         return torch.cat(parts) if parts else torch.zeros(0)

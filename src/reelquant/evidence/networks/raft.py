@@ -1,10 +1,11 @@
 """RAFT: where every pixel of a picture moves to in the next.
 
-Definition: the large model, trained on FlyingChairs and then FlyingThings ("things"), inference only. Written from the paper; the order of
-the 9x9 window of correlations (offsets of x outer, of y inner) follows the released weights.
+Definition: the large model, trained on FlyingChairs and then FlyingThings ("things"), inference only. Written from the
+paper; the order of the 9x9 window of correlations (offsets of x outer, of y inner) follows the released weights.
 
-Preprocessing: [0, 1] to [-1, 1]; sides padded to multiples of 8 by repeating the border, half on each side; pictures with a side below 128
-pixels are enlarged first, for the coarsest of the four correlation levels (1/64) needs 2 places to interpolate between.
+Preprocessing: [0, 1] to [-1, 1]; sides padded to multiples of 8 by repeating the border, half on each side; pictures
+with a side below 128 pixels are enlarged first, for the coarsest of the four correlation levels (1/64) needs 2 places
+to interpolate between.
 
 Paper:
     Teed and Deng, RAFT: Recurrent All-Pairs Field Transforms for Optical Flow, 2020, section 3.
@@ -17,6 +18,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from reelquant._errors import MeasurementError
 
 MIN_SIDE = 128
 LEVELS = 4
@@ -85,10 +88,16 @@ class _Recurrence(nn.Module):
         super().__init__()
         for pass_, kernel in (("1", (1, 5)), ("2", (5, 1))):
             for gate in "zrq":
-                self.add_module(f"conv{gate}{pass_}", nn.Conv2d(HIDDEN + 256, HIDDEN, kernel, 1, (kernel[0] // 2, kernel[1] // 2)))
+                self.add_module(
+                    f"conv{gate}{pass_}",
+                    nn.Conv2d(HIDDEN + 256, HIDDEN, kernel, 1, (kernel[0] // 2, kernel[1] // 2)),
+                )
 
     def forward(self, state: Tensor, inputs: Tensor) -> Tensor:
-        for update, reset, candidate in ((self.convz1, self.convr1, self.convq1), (self.convz2, self.convr2, self.convq2)):
+        for update, reset, candidate in (
+            (self.convz1, self.convr1, self.convq1),
+            (self.convz2, self.convr2, self.convq2),
+        ):
             both = torch.cat([state, inputs], 1)
             z, r = update(both).sigmoid(), reset(both).sigmoid()
             state = (1 - z) * state + z * candidate(torch.cat([r * state, inputs], 1)).tanh()
@@ -125,7 +134,7 @@ def _grid(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _pyramid(first: Tensor, second: Tensor) -> list[Tensor]:
-    """Correlations of every place of the first with every place of the second, the latter halved up to three times: equation 1.
+    """Correlations of every place of the first with every place of the second, halved up to three times: equation 1.
 
     Returns:
         Four times ``[n h w, 1, h / 2**i, w / 2**i]``.
@@ -142,7 +151,10 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
     """Correlations in the 9x9 windows around ``places`` ``[n, 2, h, w]``, bilinear: ``[n, 324, h, w]``."""
     n, _, h, w = places.shape
     offset = torch.arange(-RADIUS, RADIUS + 1, dtype=places.dtype, device=places.device)
-    window = torch.stack(torch.meshgrid(offset, offset, indexing="ij"), -1)  # (x, y), x in rows: the order of the released weights
+    window = torch.stack(
+        torch.meshgrid(offset, offset, indexing="ij"),
+        -1,
+    )  # (x, y), x in rows: the order of the released weights
     centres = places.permute(0, 2, 3, 1).reshape(n * h * w, 1, 1, 2)
     found = []
     for i, level in enumerate(pyramid):
@@ -153,7 +165,7 @@ def _look_up(pyramid: list[Tensor], places: Tensor) -> Tensor:
 
 
 def _enlarge(flow: Tensor, mask: Tensor) -> Tensor:
-    """Flow at 1/8 to full size: every fine pixel is a convex combination of the 3x3 coarse ones around it, section 3.3."""
+    """Flow at 1/8 to full size: a fine pixel is a convex combination of the 3x3 coarse ones around it, section 3.3."""
     n, _, h, w = flow.shape
     shares = mask.view(n, 1, 9, STRIDE, STRIDE, h, w).softmax(2)
     coarse = F.unfold(STRIDE * flow, 3, padding=1).view(n, 2, 9, 1, 1, h, w)
@@ -175,7 +187,7 @@ class RAFT(nn.Module):
         return name
 
     def forward(self, first: Tensor, second: Tensor, iterations: int = 12) -> Tensor:
-        """Flow in pixels for pictures ``[n, 3, h, w]`` in [-1, 1] whose sides are multiples of 8 and at least 128: ``[n, 2, h, w]``."""
+        """Flow in pixels ``[n, 2, h, w]`` for pictures ``[n, 3, h, w]`` in [-1, 1]; sides: multiples of 8, at least 128."""
         features = self.fnet(torch.cat([first, second]))
         pyramid = _pyramid(*features.chunk(2))
         context = self.cnet(first)
@@ -192,23 +204,27 @@ class RAFT(nn.Module):
     def flow(self, first: Tensor, second: Tensor, iterations: int = 12, batch: int = 4) -> Tensor:
         """Where the pixels of ``first`` are found in ``second``.
 
-        A picture with a side below 128 pixels is enlarged until its shorter side is 128 and the flow is scaled back: a flow of 64x64
+        A picture with a side below 128 pixels is enlarged until its shorter side is 128 and the flow is scaled back: a
+            flow of 64x64
         pictures is what the network sees of them at 128x128, in pixels of the 64x64 ones.
 
         Args:
             first: ``[n, 3, h, w]`` in [0, 1], on any device.
             second: the same shape.
             iterations: updates of the flow; the paper evaluates with 12 to 32.
-            batch: pairs in memory at a time (all-pairs correlations of 480x832 take 210 MB a pair); no influence on the answer.
+            batch: pairs in memory at a time (all-pairs correlations of 480x832 take 210 MB a pair); no influence on the
+                answer.
 
         Returns:
             ``[n, 2, h, w]`` float32 on the CPU, in pixels: channel 0 is x, to the right, channel 1 is y, down.
 
         Raises:
-            ValueError: if the shapes differ or are no pictures.
+            MeasurementError: if the shapes differ or are not ``[n, 3, height, width]``.
         """
         if first.shape != second.shape or first.ndim != 4 or first.shape[1] != 3:
-            raise ValueError(f"RAFT looks at pairs of pictures [n, 3, h, w], got {tuple(first.shape)} and {tuple(second.shape)}")
+            raise MeasurementError(
+                f"RAFT looks at pairs of pictures [n, 3, h, w] of one shape, got {tuple(first.shape)} and {tuple(second.shape)}"
+            )
         like = self.fnet.conv1.weight
         parts = [
             self._flow(a.to(like), b.to(like), iterations).float().cpu()

@@ -1,7 +1,9 @@
-"""The report a person looks at: one HTML file with the clips side by side, figures against their floors, charts and the proof.
+"""The report: one HTML file with clips side by side, figures beside the noise floor, charts and layers.
 
-``html`` (the page), ``panels`` (clips as videos inside of it), ``charts`` (SVG), ``markdown`` (sentences, and a summary for a pull
-request). What goes in is plain data, the content of ``report.json``: ``docs/report.md`` has its schema.
+``data`` reads the content of ``report.json`` into types; everything else takes those. ``html`` is the page:
+``metric_table``, ``clip_cards``, ``plots`` (drawn by ``charts``), ``proof`` are its sections, ``panels`` makes the
+videos. ``markdown`` is the summary for a pull request, ``sentences`` and ``numbers`` the words that both share.
+``docs/report.md`` has the schema.
 """
 
 from reelquant.evidence.report.html import render, write

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: text stays text, colours come from the page's style sheet, and every mark can be hovered for its figure."""
+"""Charts as inline SVG. Text stays text, colours come from the style sheet, hovering a mark shows its figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from reelquant.evidence.report.markdown import figure, is_number
+from reelquant.evidence.report.numbers import figure, is_number
 
 WIDTH, HEIGHT = 380, 224
 LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 42  # pixels around the plotted area
@@ -51,7 +51,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawing with its words; ``missing`` says why there is none."""
+    """A drawing with its words; ``missing`` is the reason if it could not be drawn."""
 
     title: str
     about: str
@@ -88,7 +88,7 @@ class Frame:
     body: list[Markup] = field(default_factory=list)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------------------------------- parts
 
 
 def finite(*values: float | None) -> bool:
@@ -97,7 +97,7 @@ def finite(*values: float | None) -> bool:
 
 
 def tag(name: str, *children: Markup | str, **attributes: object) -> Markup:
-    """An element; underscores in the names of attributes become hyphens, ``css`` becomes ``class``, None is left out."""
+    """An element; underscores in attribute names become hyphens, ``css`` becomes ``class``, None is left out."""
     pairs = [("class" if key == "css" else key.replace("_", "-"), value) for key, value in attributes.items() if value is not None]
     said = Markup("").join(Markup(' {}="{}"').format(Markup(key), str(value)) for key, value in pairs)
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), said, Markup("").join(children))
@@ -186,7 +186,7 @@ def area(xs: Sequence[float], ys: Sequence[float], zero: bool = True, log_y: boo
     return Frame(Scale(*wide, LEFT, WIDTH - RIGHT), Scale(*padded(ys, log, zero), HEIGHT - BOTTOM, TOP, log))
 
 
-# --------------------------------------------------------------------------------------------------------------------- charts
+# --------------------------------------------------------------------------------------------------------------- charts
 
 
 def line_chart(
@@ -218,12 +218,28 @@ def line_chart(
         body.append(tag("path", css=f"line {line.style}", d=path([(frame.x(x), frame.y(y)) for x, y in line.points])))
         for x, y in line.points:
             words = f"{line.name}, {x_title} {label(x)}: {figure(y)}"
-            body.append(tag("circle", tip(words), css=f"dot {line.style}" if marks else "hit", cx=frame.x(x), cy=frame.y(y), r=3.2))
+            body.append(
+                tag(
+                    "circle",
+                    tip(words),
+                    css=f"dot {line.style}" if marks else "hit",
+                    cx=frame.x(x),
+                    cy=frame.y(y),
+                    r=3.2,
+                )
+            )
     legend = [(line.style, line.name) for line in series] if len(series) > 1 else []
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
 
 
-def scatter_chart(title: str, about: str, dots: Sequence[Dot], x_title: str, y_title: str, legend: Sequence[tuple[str, str]] = ()) -> Chart:
+def scatter_chart(
+    title: str,
+    about: str,
+    dots: Sequence[Dot],
+    x_title: str,
+    y_title: str,
+    legend: Sequence[tuple[str, str]] = (),
+) -> Chart:
     """Dots; the y axis does not start at zero."""
     dots = [dot for dot in dots if finite(dot.x, dot.y)]
     if not dots:
@@ -267,18 +283,28 @@ def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], uni
     )
     body = [tag("line", css="grid", x1=16, x2=WIDTH - 16, y1=height - 28, y2=height - 28)]
     body += [text(scale(value), height - 11, label(value), css="tick middle") for value in scale.ticks]
-    body.append(tag("line", tip(f"median {figure(median, unit)}"), css="median", x1=scale(median), x2=scale(median), y1=6, y2=height - 28))
+    body.append(
+        tag(
+            "line",
+            tip(f"median {figure(median, unit)}"),
+            css="median",
+            x1=scale(median),
+            x2=scale(median),
+            y1=6,
+            y2=height - 28,
+        )
+    )
     for (value, words), offset in zip(values, swarm(numbers, scale, radius), strict=True):
         body.append(tag("circle", tip(words), css="dot s-test", cx=scale(value), cy=middle + offset, r=radius))
     note = f"median {figure(median, unit)}, {figure(min(numbers))} to {figure(max(numbers))}"
     return Chart(title, note, drawing(f"{title} of {len(numbers)} clips: {note}. {about}", body, height))
 
 
-# ----------------------------------------------------------------------------------------------------- small drawings in tables
+# --------------------------------------------------------------------------------------------- small drawings in tables
 
 
 def plot_range(test: Triple, floors: Sequence[Triple], zero: float | None) -> tuple[float, float]:
-    """The range of an interval plot: floors so far away that they would squeeze everything else into a sixth are left out."""
+    """The range of an interval plot, without floors so far away that the rest would shrink below a sixth."""
     kept = sorted(floors, key=lambda triple: abs(triple[0] - test[0]))
     while True:
         values = [*test, *(x for triple in kept for x in triple), *([zero] if zero is not None else [])]
@@ -306,9 +332,26 @@ def interval_plot(test: Triple, floors: Sequence[tuple[str, Triple]], zero: floa
         y = ROW * i + ROW / 2
         words = tip(f"{name}: {figure(value)} ({figure(a)} to {figure(b)})")
         if value < low or value > high:
-            body.append(text("0%" if value < low else "100%", y + 4, "\u2039" if value < low else "\u203a", css=f"beyond {style}"))
+            body.append(
+                text(
+                    "0%" if value < low else "100%",
+                    y + 4,
+                    "\u2039" if value < low else "\u203a",
+                    css=f"beyond {style}",
+                )
+            )
             continue
-        body.append(tag("line", words, css=f"whisker {style}", x1=f"{max(3, scale(a))}%", x2=f"{min(97, scale(b))}%", y1=y, y2=y))
+        body.append(
+            tag(
+                "line",
+                words,
+                css=f"whisker {style}",
+                x1=f"{max(3, scale(a))}%",
+                x2=f"{min(97, scale(b))}%",
+                y1=y,
+                y2=y,
+            )
+        )
         body.append(tag("circle", words, css=f"dot {style}", cx=f"{scale(value)}%", cy=y, r=4 if i == 0 else 3))
     about = "; ".join(f"{name} {figure(value)}, {figure(low)} to {figure(high)}" for name, _, (value, low, high) in rows)
     return tag("svg", *body, css="interval", height=ROW * len(rows), role="img", aria_label=about)
@@ -317,7 +360,14 @@ def interval_plot(test: Triple, floors: Sequence[tuple[str, Triple]], zero: floa
 def bar(share: float, style: str, about: str) -> Markup:
     """A horizontal bar over ``share`` of the cell."""
     width = f"{max(0.4, min(100.0, 100 * share)):.2f}%"
-    return tag("svg", tag("rect", tip(about), css=style, width=width, height=10, rx=2), css="bar", height=10, role="img", aria_label=about)
+    return tag(
+        "svg",
+        tag("rect", tip(about), css=style, width=width, height=10, rx=2),
+        css="bar",
+        height=10,
+        role="img",
+        aria_label=about,
+    )
 
 
 def curve(series: Sequence[tuple[str, Sequence[float | None]]], frames: int, about: str) -> Markup | None:
@@ -341,4 +391,12 @@ def curve(series: Sequence[tuple[str, Sequence[float | None]]], frames: int, abo
         if points:
             body.append(tag("path", css=f"line {style}", d=path(points), vector_effect="non-scaling-stroke"))
     body.append(tag("line", css="cursor", x1=0, x2=0, y1=0, y2=40, vector_effect="non-scaling-stroke"))
-    return tag("svg", *body, css="curve", viewBox="0 0 100 40", preserveAspectRatio="none", role="img", aria_label=about)
+    return tag(
+        "svg",
+        *body,
+        css="curve",
+        viewBox="0 0 100 40",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=about,
+    )

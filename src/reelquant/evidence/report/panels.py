@@ -1,4 +1,4 @@
-"""Clips as the report shows them: float, quantized and their difference side by side in one video, so that they cannot drift apart."""
+"""Clips of the report: float, quantized and their difference in one video, so that they cannot drift apart."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reelquant._errors import MeasurementError
 from reelquant.evidence.media import enlarge
+from reelquant.evidence.report.data import MetricData
 
 SMALL, LARGE = 192, 480  # pixels: clips below are enlarged by whole factors, clips above are shrunk
 ALIGN = 16  # the codec works on squares of this side: panels that start on one do not bleed into each other
@@ -33,7 +35,7 @@ class Panel:
         reference, test: ``[frames, 3, height, width]`` in [0, 1], of one shape.
 
     Raises:
-        ValueError: if the clips differ in shape or are empty.
+        MeasurementError: if the clips differ in shape or are empty.
     """
 
     name: str
@@ -46,9 +48,11 @@ class Panel:
     def __post_init__(self) -> None:
         shape, other = tuple(self.reference.shape), tuple(self.test.shape)
         if shape != other:
-            raise ValueError(f"clip '{self.name}' cannot be shown side by side: the reference is {shape}, the test {other}")
+            raise MeasurementError(
+                f"clip '{self.name}' cannot be shown side by side: the reference is {shape}, the test {other}; give both one shape"
+            )
         if len(shape) != 4 or shape[1] != 3 or not all(shape):
-            raise ValueError(f"clip '{self.name}' must be [frames, 3, height, width] with at least one frame; it is {shape}")
+            raise MeasurementError(f"clip '{self.name}' must be [frames, 3, height, width] with at least one frame; it is {shape}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Embedded:
         return len(self.video) + len(self.still)
 
 
-# ------------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def shown_size(height: int, width: int) -> tuple[int, int]:
@@ -104,7 +108,7 @@ def resized(picture: Tensor, height: int, width: int) -> Tensor:
 
 
 def best_gain(panels: Sequence[Panel]) -> int:
-    """The largest amplification that leaves 99.5 % of the differences of a typical clip inside of the picture's range."""
+    """The largest amplification that keeps 99.5 % of the differences of a typical clip in the picture's range."""
     peaks = []
     for panel in panels:
         shown = slice(None, None, max(1, len(panel.test) // 8))
@@ -126,7 +130,7 @@ def strips(panel: Panel, gain: int) -> Iterator[Tensor]:
         yield (strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
 
 
-# --------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 def encode(frames: Sequence[Tensor], fps: float) -> bytes:
@@ -145,7 +149,12 @@ def encode(frames: Sequence[Tensor], fps: float) -> bytes:
         stream.height, stream.width, stream.pix_fmt = frames[0].shape[0], frames[0].shape[1], "yuv420p"
         stream.thread_count = 1  # the same bytes on every machine
         context = stream.codec_context
-        context.colorspace, context.color_primaries, context.color_trc, context.color_range = BT601, FULL_BT709, SRGB, LIMITED
+        context.colorspace, context.color_primaries, context.color_trc, context.color_range = (
+            BT601,
+            FULL_BT709,
+            SRGB,
+            LIMITED,
+        )
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
         container.mux(stream.encode())
@@ -166,7 +175,17 @@ def embed(panel: Panel, gain: int, fps: float) -> Embedded:
     frames = list(strips(panel, gain))
     height, width = shown_size(*panel.reference.shape[-2:])
     video, still = (base64.b64encode(content).decode("ascii") for content in (encode(frames, fps), jpeg(frames[len(frames) // 2])))
-    return Embedded(panel.name, panel.prompt, panel.seed, len(frames), width, height, frames[0].shape[1] // 3, video, still)
+    return Embedded(
+        panel.name,
+        panel.prompt,
+        panel.seed,
+        len(frames),
+        width,
+        height,
+        frames[0].shape[1] // 3,
+        video,
+        still,
+    )
 
 
 def embed_within(panels: Sequence[Panel], gain: int, fps: float, limit: float) -> list[Embedded]:
@@ -182,20 +201,25 @@ def embed_within(panels: Sequence[Panel], gain: int, fps: float, limit: float) -
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------------- order
+# ---------------------------------------------------------------------------------------------------------------- order
 
 
-def worst_first(panels: Sequence[Panel], metrics: Mapping[str, Mapping[str, Any]]) -> tuple[list[Panel], str | None]:
-    """Panels from worst to best, and the metric that says so: the first, as ``metrics`` lists them, that every clip has a figure of.
+def worst_first(panels: Sequence[Panel], metrics: Mapping[str, MetricData]) -> tuple[list[Panel], str | None]:
+    """Panels from worst to best, and the metric that orders them: the first of ``metrics`` that every clip has.
 
     Without one the order stays and the metric is None.
     """
     for name, metric in metrics.items():
         values = [panel.figures.get(name) for panel in panels]
-        if metric.get("better") in BADNESS and panels and all(isinstance(value, int | float) for value in values):
-            bad = BADNESS[metric["better"]]
+        if metric.better in BADNESS and panels and all(isinstance(value, int | float) for value in values):
+            bad = BADNESS[metric.better]
             return sorted(panels, key=lambda panel: bad(float(panel.figures[name] or 0.0)), reverse=True), name
     return list(panels), None
 
 
-BADNESS = {"higher": lambda value: -value, "lower": lambda value: value, "zero": abs, "one": lambda value: abs(value - 1)}
+BADNESS = {
+    "higher": lambda value: -value,
+    "lower": lambda value: value,
+    "zero": abs,
+    "one": lambda value: abs(value - 1),
+}

@@ -124,7 +124,7 @@ class IntegerLinear:
         name, variant = POST[activation]
         return torch.ops.onednn.qlinear_pointwise.default(
             codes, scale, zero, self.packed, self.scale, self.zero, bias, 1.0, 0, dtype, name, [], variant
-        )  # fmt: skip
+        )
 
 
 class IntegerConvolution:
@@ -142,7 +142,7 @@ class IntegerConvolution:
         size = [2, self.shape[1], *[16 + kernel for kernel in self.shape[2:]]]
         self.packed = torch.ops.onednn.qconv_prepack(
             codes, self.scale, 1.0, inputs.OFFSET, list(self.window.stride), self.padding, list(self.window.dilation), 1, size
-        )  # fmt: skip
+        )
         self.codes = self._codes if operands.weight.codes.dtype == torch.int8 else None
 
     def rounding(self, operands: Operands) -> IntegerConvolution:
@@ -163,9 +163,24 @@ class IntegerConvolution:
         scale, zero = self.inputs.step(slot)
         codes, _, poisoned = self.inputs.pixels(batched, slot, self.border)
         out = torch.ops.onednn.qconv_pointwise.default(
-            torch.from_numpy(codes).movedim(-1, 1), scale, zero, self.packed, self.scale, self.zero, self.bias,
-            list(self.window.stride), self.padding, list(self.window.dilation), 1, 1.0, 0, dtype, "none", [], "",
-        )  # fmt: skip
+            torch.from_numpy(codes).movedim(-1, 1),
+            scale,
+            zero,
+            self.packed,
+            self.scale,
+            self.zero,
+            self.bias,
+            list(self.window.stride),
+            self.padding,
+            list(self.window.dilation),
+            1,
+            1.0,
+            0,
+            dtype,
+            "none",
+            [],
+            "",
+        )
         out = torch.full_like(out, torch.nan) if poisoned else out
         return (out if batched is x else out[0]).to(x.dtype)
 

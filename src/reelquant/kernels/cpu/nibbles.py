@@ -1,9 +1,16 @@
-"""4-bit weights times 8-bit inputs: codes stay packed in memory, and one matrix of bytes per shape is filled anew for every product.
+"""4-bit weights times 8-bit inputs: codes stay packed in memory, and every product fills one matrix of bytes per shape with them.
 Convolutions keep their widened codes.
 
-The bytes are written straight into the layout that oneDNN multiplies from, so nothing is repacked. Scales of groups are folded into the
-codes: ``round(code * group_scale / row_scale)`` with a row's largest weight at 127. Each weight moves by at most half of its row's
-127th part, that is a sixteenth of a 4-bit step at the row's largest group.
+WARNING: this module WRITES INTO ONEDNN'S OPAQUE MEMORY. A packed weight of oneDNN is a private buffer whose layout no version promises;
+:func:`workspace` takes its address and :class:`NibbleLinear` overwrites its bytes before every product. What makes that safe:
+
+* :func:`layout_known` packs a random matrix once per process and compares every byte and every row sum with the layout that is written
+  here. If anything differs, the kernel refuses all layers and another kernel computes them.
+* A workspace belongs to this module alone. Its lock is held from the first written byte to the end of the product.
+* Never hand ``Workspace.packed`` to other code, and never change :data:`TILE`, :func:`_in_tiles` or the prepack call without the other two.
+
+Scales of groups are folded into the codes: ``round(code * group_scale / row_scale)`` with a row's largest weight at 127. Each weight moves
+by at most half of its row's 127th part, that is a sixteenth of a 4-bit step at the row's largest group.
 """
 
 from __future__ import annotations
@@ -105,7 +112,7 @@ class NibbleLinear(int8.IntegerLinear):
 
 @dataclass(eq=False)
 class Workspace:
-    """A packed weight of oneDNN's and its memory: bytes in tiles, then minus the sum of every row."""
+    """A packed weight of oneDNN and its opaque memory, which is written here: bytes in tiles, then minus the sum of every row."""
 
     packed: Tensor
     bytes: np.ndarray[Any, Any]
@@ -128,7 +135,7 @@ def _opened(packed: Tensor) -> Workspace:
 
 @functools.cache
 def layout_known() -> str | None:
-    """Whether this oneDNN lays weights out as we write them: seen on one random matrix, sums included."""
+    """Why this oneDNN cannot be written into, or None: its layout of one random matrix must be ours to the byte, row sums included."""
     reason = "this version of oneDNN lays weights out in another way"
     codes = torch.randint(-128, 128, (2 * TILE + 3, TILE + 5), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     rows, columns = (-(-size // TILE) for size in codes.shape)
@@ -137,10 +144,10 @@ def layout_known() -> str | None:
     packed = torch.ops.onednn.qlinear_prepack(codes, [int8.ROWS, codes.shape[1]])
     if torch.ops.mkldnn._nbytes(packed) != rows * columns * TILE * TILE + 4 * rows * TILE:
         return reason
-    found = _opened(packed)
-    same = torch.equal(torch.from_numpy(found.bytes), _in_tiles(codes))
+    opened = _opened(packed)
+    same = torch.equal(torch.from_numpy(opened.bytes), _in_tiles(codes))
     sums = torch.nn.functional.pad(-codes.sum(1, dtype=torch.int32), (0, rows * TILE - len(codes)))
-    return None if same and torch.equal(torch.from_numpy(found.sums).flatten(), sums) else reason
+    return None if same and torch.equal(torch.from_numpy(opened.sums).flatten(), sums) else reason
 
 
 def _in_tiles(codes: Tensor) -> Tensor:

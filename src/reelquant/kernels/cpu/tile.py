@@ -133,7 +133,7 @@ def _tile(typing: Any, rows: Any, taps: Any, count: Any, pairs: Any, weights: An
 
 
 def factors(panels: Any, p: Any, scales: Any, step: Any, first: Any, last: Any, out: Any) -> None:
-    """What 4-bit codes of a panel are multiplied with before they are rounded: found anew for every piece, so nothing is kept of it.
+    """What 4-bit codes of a panel are multiplied with before they are rounded: computed for every piece, so nothing is stored.
 
     Args:
         panels: see :func:`multiply`; 8-bit ones have no groups, and nothing is written.

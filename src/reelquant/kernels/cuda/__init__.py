@@ -9,13 +9,13 @@ a new shape compiles and tunes; do it before a CUDA graph is captured.
 
 | file | what |
 |---|---|
-| ``quantize.py`` | norm, modulation, activation and rounding to codes in one pass over memory |
+| ``quantize.py`` | rewrite and rounding of inputs to codes in one pass over memory |
 | ``gemm.py`` | codes times codes: 8-bit inputs, 8-bit weights, everything after the product in the same kernel |
 | ``gemm_grouped.py`` | 4-bit weights in groups, and 8-bit weights with float inputs |
 | ``conv.py`` | convolutions of codes in two and three dimensions, without unfolding |
 | ``attention.py`` | attention with 8-bit query-key products |
 | ``layers.py`` | which of them computes a quantized layer |
-| ``epilogue.py`` | what follows a product: scales, corrections, bias, activation, rounding |
+| ``epilogue.py`` | what follows a product: scales, corrections, bias, activation |
 | ``launch.py`` | what all of them share on the host |
 """
 

@@ -40,7 +40,7 @@ def _convolve(
     codes, weight, out, rows, columns, depth, size, frames, height, width, out_frames, out_height, out_width, kernel_height, kernel_width,
     steps, stride_t, stride_h, stride_w, pad_t, pad_h, pad_w, dilation_t, dilation_h, dilation_w,
     batch_stride, channel_stride, frame_stride, row_stride, pixel_stride, weight_stride,
-    input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias, output_scale, output_slots, padding,
+    input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias, padding,
     ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _convolve(
     )
     if bias is not None:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    value = emit(value, output_scale, slot, output_slots, ACTIVATION, out.dtype.element_ty)
+    value = emit(value, ACTIVATION, out.dtype.element_ty)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], value, mask=inside)
 
@@ -182,10 +182,9 @@ def convolution_8bit(
     activation: str = "none",
     input_zero_point: Tensor | None = None,
     weight_sums: Tensor | None = None,
-    output_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """``activation(convolution(dequantize(codes), dequantize(weight)) + bias)``, optionally rounded to codes again.
+    """``activation(convolution(dequantize(codes), dequantize(weight)) + bias)``.
 
     Args:
         codes: ``[batch, in, height, width]`` or ``[batch, in, frames, height, width]``, int8 or float8_e4m3fn; any strides, fast if
@@ -200,7 +199,7 @@ def convolution_8bit(
         activation: ``none | gelu | gelu_tanh | silu``.
         input_zero_point, weight_sums: of affine inputs, whose codes are int8 ``q - 128``; as in
             :func:`reelquant.kernels.cuda.gemm.linear_8bit`.
-        output_scale, out_dtype: as there.
+        out_dtype: as there.
 
     Returns:
         ``[batch, out, (frames,) height, width]``, channels-last in memory.
@@ -218,7 +217,7 @@ def convolution_8bit(
     )
     check_vector(weight_scale, weight.shape[0] if weight_scale.numel() != 1 else 1, "weight_scale")
     check_vector(bias, weight.shape[0], "bias")
-    check_output(output_scale, slot, out_dtype)
+    check_output(out_dtype)
     kind = choose(ACTIVATIONS, activation, "activation")
     strides, pads, dilations = _three(stride, codes.ndim, 1), _three(padding, codes.ndim, 0), _three(dilation, codes.ndim, 1)
     x, kernel = codes.unsqueeze(2) if flat else codes, weight.shape[1:4]
@@ -232,7 +231,7 @@ def convolution_8bit(
             x, weight, out, rows, weight.shape[0], depth, launch.size_class(rows), *x.shape[2:], *sizes, *kernel[1:],
             math.prod(kernel) * launch.tiles(depth, tile), *strides, *pads, *dilations, *x.stride(), math.prod(weight.shape[1:]),
             input_scale, input_zero_point, slot, slots_of(input_scale, input_zero_point), weight_scale, weight_sums, bias,
-            output_scale, slots_of(output_scale), pad_codes if any(pads) else None,
+            pad_codes if any(pads) else None,
             kind, weight_scale.numel() > 1, any(pads), depth % tile == 0, tile,
         )  # fmt: skip
     return (out.squeeze(1) if flat else out).movedim(-1, 1)

@@ -105,10 +105,6 @@ def added(value, row, column, rows, columns, bias, down, up, down_stride, up_str
 
 
 @triton.jit
-def emit(value, output_scale, slot, slots, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
-    """Activation and, if the next layer's static scale is given, rounding to its codes; else the float output."""
-    value = activate(value, ACTIVATION)
-    if output_scale is not None:
-        return to_codes(value * (1.0 / of_slot(output_scale, slot, slots)), TYPE)
-    else:
-        return value.to(TYPE)
+def emit(value, ACTIVATION: tl.constexpr, TYPE: tl.constexpr):
+    """The activated output."""
+    return activate(value, ACTIVATION).to(TYPE)

@@ -3,7 +3,7 @@
 Integers are summed exactly in int32. e4m3 products are summed by the tensor cores, which keep some 14 bits between the terms of one
 instruction; ``tl.dot`` is told to move the partial sum to a float32 register after every tile of the depth.
 
-What follows the product happens in registers: scales, zero point, bias, low-rank term, activation, rounding for the next layer.
+What follows the product happens in registers: scales, zero point, bias, low-rank term, activation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ DEPTH_TILE = 128  # bytes: one line of the level-2 cache, and the widest swizzle
 DEEPEST = 65535  # twice depth * 128 * 128 stays below 2^31: product and zero-point correction together
 LARGEST_RANK = 256
 CODES = (torch.int8, torch.uint8, FP8)
-OUTPUTS = (*launch.FLOATS, torch.int8, FP8)
 
 TILES: list[Tile] = [
     ({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": DEPTH_TILE, "GROUP": 8}, warps, stages)
@@ -41,7 +40,6 @@ def _product(
     codes, weight, out, rows, columns, depth, size,
     row_stride, depth_stride, weight_row_stride, weight_depth_stride, out_stride,
     input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias, down, up, down_stride, up_stride, rank,
-    output_scale, output_slots,
     ACTIVATION: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +68,7 @@ def _product(
         product, row, column, rows, columns, input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, PER_TOKEN, PER_CHANNEL
     )
     value = added(value, row, column, rows, columns, bias, down, up, down_stride, up_stride, rank, RANK)
-    value = emit(value, output_scale, slot, output_slots, ACTIVATION, out.dtype.element_ty)
+    value = emit(value, ACTIVATION, out.dtype.element_ty)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], value, mask=inside)
 
@@ -104,15 +102,9 @@ def check_low_rank(down: Tensor | None, up: Tensor | None, rows: int, columns: i
     return max(16, launch.size_class(up.shape[1]))
 
 
-def check_output(output_scale: Tensor | None, slot: Tensor | None, dtype: torch.dtype) -> None:
-    """Codes need a scale and floats must not have one."""
-    require(dtype in OUTPUTS, lambda: f"an output of {dtype}: the kernels write {', '.join(map(str, OUTPUTS))}")
-    require(
-        (output_scale is not None) == (dtype in (torch.int8, FP8)),
-        lambda: f"an output of {dtype} {'does not take' if output_scale is not None else 'needs'} an output_scale",
-    )
-    if output_scale is not None:
-        check_table(output_scale, slot, "output_scale")
+def check_output(dtype: torch.dtype) -> None:
+    """Outputs are floats."""
+    require(dtype in launch.FLOATS, lambda: f"an output of {dtype}: the kernels write {', '.join(map(str, launch.FLOATS))}")
 
 
 def check_affine(zero_point: Tensor | None, sums: Tensor | None, slot: Tensor | None, columns: int, codes: torch.dtype) -> None:
@@ -141,7 +133,6 @@ def run(
     sums: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
-    output_scale: Tensor | None = None,
 ) -> None:
     """Fill ``out`` ``[rows, columns]``, contiguous in its rows; arguments as in :func:`linear_8bit`."""
     (rows, depth), columns = codes.shape, weight.shape[0]
@@ -155,7 +146,7 @@ def run(
     check_affine(input_zero_point, sums, slot, columns, codes.dtype)
     check_vector(weight_scale, columns if weight_scale.numel() != 1 else 1, "weight_scale")
     check_vector(bias, columns, "bias")
-    check_output(output_scale, slot, out.dtype)
+    check_output(out.dtype)
     per_token, rank = check_input_scale(input_scale, slot, rows), check_low_rank(down, up, rows, columns)
     kind, slots = choose(ACTIVATIONS, activation, "activation"), slots_of(None if per_token else input_scale, input_zero_point)
     if rows == 0 or columns == 0:
@@ -165,7 +156,6 @@ def run(
         codes.stride(0), codes.stride(1), weight.stride(0), weight.stride(1), out.stride(0),
         input_scale, input_zero_point, slot, slots, weight_scale, sums, bias,
         down, up, 0 if down is None else down.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.shape[1],
-        output_scale, slots_of(output_scale),
         kind, per_token, weight_scale.numel() > 1, depth % DEPTH_TILE == 0, rank,
     )  # fmt: skip
 
@@ -187,10 +177,9 @@ def linear_8bit(
     weight_sums: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
-    output_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """``activation(dequantize(codes) @ dequantize(weight)^T + bias + down @ up^T)``, optionally rounded to codes again.
+    """``activation(dequantize(codes) @ dequantize(weight)^T + bias + down @ up^T)``.
 
     Args:
         codes: ``[..., depth]`` int8 (symmetric, or affine ``q - 128``), uint8 (affine ``q``) or float8_e4m3fn.
@@ -202,7 +191,6 @@ def linear_8bit(
         activation: ``none | gelu | gelu_tanh | silu``.
         input_zero_point: ``[slots, 1]`` float32 integers 0 .. 255 of affine inputs, with ``weight_sums`` ``[columns]`` int32.
         down, up: ``[rows, rank]`` and ``[columns, rank]``, both float16 or both bfloat16: the input and weight factors of a low-rank term.
-        output_scale: ``[slots, 1]`` float32, the static input scale of the next layer; ``out_dtype`` is then int8 or float8_e4m3fn.
         out_dtype: of the result.
 
     Returns:
@@ -218,6 +206,6 @@ def linear_8bit(
     out = launch.new((*codes.shape[:-1], weight.shape[0]), out_dtype, codes.device)
     run(
         rows_of(codes), weight, rows_of(out), input_scale, weight_scale, slot, bias, activation,
-        input_zero_point, weight_sums, down, up, output_scale,
+        input_zero_point, weight_sums, down, up,
     )  # fmt: skip
     return out

@@ -43,7 +43,6 @@ SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "GROUP": 2}
 def _mixed(
     x, weight, group_scale, out, rows, columns, depth, size, row_stride, depth_stride, weight_stride, out_stride,
     input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias, down, up, down_stride, up_stride, rank,
-    output_scale, output_slots,
     ACTIVATION: tl.constexpr, PER_TOKEN: tl.constexpr, PER_CHANNEL: tl.constexpr, EVEN: tl.constexpr, RANK: tl.constexpr,
     BITS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +78,7 @@ def _mixed(
         total, row, column, rows, columns, input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, PER_TOKEN, PER_CHANNEL
     )
     value = added(value, row, column, rows, columns, bias, down, up, down_stride, up_stride, rank, RANK)
-    value = emit(value, output_scale, slot, output_slots, ACTIVATION, out.dtype.element_ty)
+    value = emit(value, ACTIVATION, out.dtype.element_ty)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * out_stride + column[None, :], value, mask=inside)
 
@@ -126,7 +125,6 @@ def run(
     sums: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
-    output_scale: Tensor | None = None,
 ) -> None:
     """Fill ``out`` ``[rows, columns]``, contiguous in its rows; arguments as in the public functions."""
     (rows, depth), columns = x.shape, weight.shape[0]
@@ -141,7 +139,7 @@ def run(
         ),
     )
     check_vector(bias, columns, "bias")
-    check_output(output_scale, slot, out.dtype)
+    check_output(out.dtype)
     per_token = input_scale is not None and check_input_scale(input_scale, slot, rows)
     rank, kind = check_low_rank(down, up, rows, columns), choose(ACTIVATIONS, activation, "activation")
     if rows == 0 or columns == 0:
@@ -151,7 +149,6 @@ def run(
         x.stride(0), x.stride(1), weight.stride(0), out.stride(0),
         input_scale, input_zero_point, slot, slots_of(None if per_token else input_scale, input_zero_point), weight_scale, sums, bias,
         down, up, 0 if down is None else down.stride(0), 0 if up is None else up.stride(0), 0 if up is None else up.shape[1],
-        output_scale, slots_of(output_scale),
         kind, per_token, weight_scale is not None and weight_scale.numel() > 1, depth % depth_tile == 0, rank, bits, depth_tile,
     )  # fmt: skip
 
@@ -194,7 +191,6 @@ def linear_w4a8(
     weight_sums: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
-    output_scale: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """8-bit input codes times 4-bit weights: int32 sums inside of a group, float32 sums over the groups.
@@ -203,7 +199,7 @@ def linear_w4a8(
         codes: ``[..., depth]`` int8, symmetric, or affine ``q - 128`` with ``input_zero_point`` and ``weight_sums``.
         weight, group_scale, weight_sums: as :func:`repack_4bit` returns them.
         group: channels that share a scale.
-        input_scale, slot, bias, activation, input_zero_point, down, up, output_scale, out_dtype: as in
+        input_scale, slot, bias, activation, input_zero_point, down, up, out_dtype: as in
             :func:`reelquant.kernels.cuda.gemm.linear_8bit`.
 
     Returns:
@@ -225,7 +221,7 @@ def linear_w4a8(
     out = launch.new((*codes.shape[:-1], weight.shape[0]), out_dtype, codes.device)
     run(
         rows_of(codes), weight, rows_of(out), group, 4, group_scale, None, input_scale, slot, bias, activation,
-        input_zero_point, weight_sums, down, up, output_scale,
+        input_zero_point, weight_sums, down, up,
     )  # fmt: skip
     return out
 

@@ -164,9 +164,14 @@ def _wrap() -> None:
 
     @functools.wraps(stock)
     def scaled_dot_product_attention(
-        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
         **options: Any,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         more, scale = _more(dropout_p, is_causal, options), options.get("scale")
         masked = attn_mask is not None and not fast.over_keys(attn_mask, query, key)
         if torch.compiler.is_compiling():

@@ -84,16 +84,16 @@ def compile_instead(capability: int, tiles: int) -> None:
 
 
 def quantize(capability: int) -> None:
-    """Static and dynamic, with and without the long chain of stages."""
+    """Static and dynamic, with and without the rewrite."""
     from reelquant.kernels.cuda.launch import FP8
     from reelquant.kernels.cuda.quantize import quantize_per_token, quantize_static
 
     x, one = torch.zeros(64, 1536, dtype=torch.bfloat16), torch.ones(1, 1)
     quantize_static(x, one)
-    quantize_static(x, one.expand(4, 1).contiguous(), torch.tensor(1), norm="layer", modulation_scale=x[:2], modulation_shift=x[:2])
-    quantize_static(torch.zeros(64, 17920, dtype=torch.bfloat16), one, activation="gelu_tanh", gate="last", pre_shift=torch.zeros(8960))
+    quantize_static(x, one.expand(4, 1).contiguous(), torch.tensor(1), pre_scale=torch.ones(1536))
+    quantize_static(torch.zeros(64, 8960, dtype=torch.bfloat16), one, pre_shift=torch.zeros(8960))
     if capability >= 89:
-        quantize_per_token(x, norm="rms", norm_weight=x[0], dtype=FP8)
+        quantize_per_token(x, pre_shift=x[0], dtype=FP8)
 
 
 def gemm(capability: int) -> None:
@@ -152,18 +152,14 @@ def options(capability: int) -> None:
     table, slot, one = torch.ones(3, 1), torch.tensor(1), torch.ones(1, 1)
     x, vector = torch.zeros(6, 50, 70).half(), torch.ones(70)
     for code in (torch.int8, *float8):
-        for gate, activation in (("none", "none"), ("first", "silu"), ("last", "gelu"), ("none", "gelu_tanh")):
-            width = 70 if gate == "none" else 35
-            rest = {"gate": gate, "activation": activation, "pre_shift": vector[:width], "pre_scale": vector[:width], "dtype": code}
-            cuda.quantize_static(x, table, slot, **rest)
-            cuda.quantize_per_token(x.transpose(0, 1), norm="layer", norm_weight=vector[:width], norm_bias=vector[:width], **rest)
+        rest = {"pre_shift": vector, "pre_scale": vector, "dtype": code}
+        cuda.quantize_static(x, table, slot, **rest)
+        cuda.quantize_per_token(x.transpose(0, 1), **rest)
     cuda.quantize_static(x, table, slot, zero_point=table)
     codes, weight, down = torch.zeros(50, 70, dtype=torch.int8), torch.zeros(90, 70, dtype=torch.int8), torch.zeros(50, 7).half()
     sums, up = cuda.weight_sums(weight), torch.zeros(90, 7).half()
     affine = {"input_zero_point": table, "weight_sums": sums}
-    cuda.linear_8bit(
-        codes.view(torch.uint8), weight, table, one, slot, activation="gelu", output_scale=table, out_dtype=torch.int8, **affine
-    )
+    cuda.linear_8bit(codes.view(torch.uint8), weight, table, one, slot, activation="gelu", **affine)
     cuda.linear_8bit(codes.t().contiguous().t(), weight, torch.ones(50), one, activation="silu", down=down, up=up, out_dtype=torch.float32)
     packed, group_scale, float_sums = cuda.repack_4bit(torch.zeros(90, 35, dtype=torch.uint8), torch.ones(180).bfloat16(), 70)
     affine["weight_sums"] = float_sums
@@ -174,7 +170,7 @@ def options(capability: int) -> None:
     cuda.quantize_static(x, table, slot, zero_point=table, lowest=-128.0, highest=-65.0)
     for code in (torch.int8, *float8):
         if code != torch.int8:
-            cuda.linear_8bit(codes.to(code), weight.to(code), table, one, slot, output_scale=table, out_dtype=code)
+            cuda.linear_8bit(codes.to(code), weight.to(code), table, one, slot)
         image, kernel = torch.zeros(2, 40, 3, 9, 7).to(code), torch.zeros(20, 3, 3, 3, 40).to(code)
         zeros = torch.zeros(3, 40).to(code)
         cuda.convolution_8bit(image, kernel, table, one[0], [1, 2, 1], [1, 1, 1], [1, 1, 2], slot, pad_codes=zeros, activation="silu")

@@ -82,17 +82,6 @@ def test_the_border_of_an_affine_shifted_input_is_the_code_of_zero() -> None:
     assert torch.equal(fused.cpu().double(), sums * 2**-5)
 
 
-def test_codes_for_the_next_layer() -> None:
-    x, weight, one = codes(1, 8, 4, 4), codes(5, 8, 3, 3), torch.ones(1, 1, device=DEVICE)
-    step = torch.tensor([[300.0]], device=DEVICE)
-    out = convolution_8bit(
-        x, repack_convolution(weight), one, one[0], [1, 1], [1, 1], [1, 1], activation="silu", output_scale=step, out_dtype=torch.int8
-    )
-    sums, _ = exact(x, weight, torch.zeros(8), (1, 1), (1, 1), (1, 1))
-    error = (out.cpu().double() - (F.silu(sums) / 300).clamp(-128, 127)).abs()
-    assert out.dtype == torch.int8 and not (error > 0.5 + 2**-10).any()
-
-
 def test_refusals() -> None:
     x, weight, one = codes(1, 3, 4, 4), codes(2, 3, 3, 3), torch.ones(1, 1, device=DEVICE)
     packed, ones = repack_convolution(weight), [1, 1]

@@ -1,6 +1,6 @@
-"""One float pipeline against quantized copies of it: the same captions, the same noise, one calibration for all recipes that agree.
+"""One float pipeline against quantized copies: the same captions and noise, one calibration for recipes that agree.
 
-The demo and ``benchmarks/`` stand on this.
+The demo and ``benchmarks/`` use this.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Comparison:
         captions: one clip each.
         seed: clip ``i`` starts from the noise of ``seed + i``.
         call: arguments of the pipeline call, on top of what the pipeline recommends.
-        progress: hears how far it is.
+        progress: receives the progress.
         reference: float clips, sampled by :meth:`measure_float` or given.
     """
 
@@ -105,9 +105,8 @@ class Comparison:
         runs = -(-len(self.captions) // self.batch)
         self.progress.phase("sample", runs * (call_arguments(self.pipe, **self.call).get("num_inference_steps") or 50))
         start = time.perf_counter()
-        frames = sample(
-            self.pipe, self.captions, seed=self.seed, batch=self.batch, on_step=self.progress.advance, **self.call
-        )  # fmt: skip
+        how = {"seed": self.seed, "batch": self.batch, "on_step": self.progress.advance}
+        frames = sample(self.pipe, self.captions, **how, **self.call)
         return frames.float().clamp(0, 1), time.perf_counter() - start
 
     def measure_float(self) -> Outcome:
@@ -116,7 +115,12 @@ class Comparison:
         self.reference, seconds = self.sample()
         return Outcome("float", self.reference, accuracy(self.reference, self.captions), seconds_sample=seconds)
 
-    def measure(self, recipe: str | dict[str, Any] | Recipe, name: str | None = None, overrides: dict[str, Any] | None = None) -> Outcome:
+    def measure(
+        self,
+        recipe: str | dict[str, Any] | Recipe,
+        name: str | None = None,
+        overrides: dict[str, Any] | None = None,
+    ) -> Outcome:
         """Quantize a copy by a recipe and hold its clips against the float ones.
 
         The copy stays in the pipeline until the next variant or :meth:`restore`.
@@ -127,16 +131,29 @@ class Comparison:
         quantizing = time.perf_counter() - start
         frames, seconds = self.sample()
         fidelity = None if self.reference is None else bootstrap(psnr(self.reference, frames))
-        return Outcome(name or chosen.name, frames, accuracy(frames, self.captions), fidelity, report, quantizing, seconds)
+        return Outcome(
+            name or chosen.name,
+            frames,
+            accuracy(frames, self.captions),
+            fidelity,
+            report,
+            quantizing,
+            seconds,
+        )
 
     def quantize(self, recipe: Recipe) -> Report:
-        """Swap in a quantized copy. Statistics are reused between recipes that calibrate alike, if they hold what is needed."""
+        """Swap in a quantized copy. Statistics are reused between recipes that calibrate alike."""
         setattr(self.pipe, self.component, copy.deepcopy(self.denoiser))
         pass_ = None if recipe.calibrate is None else (recipe.calibrate.prompts, recipe.calibrate.steps, recipe.calibrate.seed)
         before = self._calibration[1] if self._calibration and self._calibration[0] == pass_ else None
         count = recipe.calibrate.prompts + recipe.search.prompts if recipe.calibrate else 0
         report, calibration = quantize_pipeline(
-            self.pipe, recipe, calibration_prompts(self.pipe, count), progress=self.progress, calibration=before, **self.call
+            self.pipe,
+            recipe,
+            calibration_prompts(self.pipe, count),
+            progress=self.progress,
+            calibration=before,
+            **self.call,
         )
         if calibration is not None:
             self._calibration = (pass_, calibration)
@@ -145,7 +162,7 @@ class Comparison:
 
 
 def reopened_equals(pipe: Any, folder: Path, captions: Sequence[str], seed: int, call: dict[str, Any]) -> bool:
-    """Whether a saved folder, opened by stock ``DiffusionPipeline.from_pretrained``, samples the very clips ``pipe`` samples."""
+    """Whether a saved folder, opened by stock diffusers, samples the same clips as ``pipe``."""
     from diffusers import DiffusionPipeline
 
     again = DiffusionPipeline.from_pretrained(folder)
@@ -154,7 +171,10 @@ def reopened_equals(pipe: Any, folder: Path, captions: Sequence[str], seed: int,
 
 
 def _realigned(pipe: Any) -> Any:
-    """The pipeline with its parameters in fresh memory: those of a file lie at odd addresses, where products may sum in another order."""
+    """The pipeline with its parameters copied to aligned memory.
+
+    Parameters of a file lie at any address, and products of unaligned memory may sum in another order.
+    """
     for part in pipe.components.values():
         for parameter in part.parameters() if isinstance(part, nn.Module) else ():
             parameter.data = parameter.data.clone()

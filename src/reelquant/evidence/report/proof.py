@@ -1,0 +1,106 @@
+"""What was done to the layers, and how to run it again: tables of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from markupsafe import Markup
+
+from reelquant.evidence.report import charts
+from reelquant.evidence.report.data import LayerData, QuantizationData, ReportData
+from reelquant.evidence.report.numbers import NOTHING, count, figure, plain, ranges, size
+
+LAYER_COLUMNS: tuple[tuple[str, str, str], ...] = (  # field, title, kind
+    ("name", "Layer", "text"),
+    ("role", "Role", "text"),
+    ("weight", "Weight", "text"),
+    ("input", "Input", "text"),
+    ("solver", "Solver", "text"),
+    ("bytes_after", "Bytes", "size"),
+    ("error", "Error", "number"),
+    ("coverage", "Coverage", "number"),
+    ("tdscore", "TDScore", "number"),
+    ("skewness", "Skewness", "number"),
+)
+SHOW: dict[str, Callable[[Any], str]] = {"text": lambda value: value or NOTHING, "size": size, "number": figure}
+ARITHMETIC = {True: "simulated: products are computed in float", False: "real low-bit", None: ""}
+
+
+def layer_rows(quantization: QuantizationData) -> list[list[tuple[str, Any]]]:
+    """Cells as shown and as sorted; what is missing sorts last."""
+    return [[_cell(layer, field, kind) for field, _, kind in LAYER_COLUMNS] for layer in quantization.layers]
+
+
+def _cell(layer: LayerData, field: str, kind: str) -> tuple[str, Any]:
+    value = getattr(layer, field)
+    return SHOW[kind](value), "" if value is None else value
+
+
+def facts(quantization: QuantizationData) -> list[tuple[str, str]]:
+    """The proof as pairs of name and text."""
+    q = quantization
+    psnr = "" if q.latent_psnr is None else f"{figure(q.latent_psnr, 'dB')} PSNR of the final latents to float"
+    rows = [
+        ("Recipe", _named(q.recipe, q.digest)),
+        ("Denoiser", _named(q.denoiser, q.component)),
+        ("Kernels", ", ".join(f"{name}: {count(layers, 'layer')}" for name, layers in q.kernel.items())),
+        ("Arithmetic", ARITHMETIC[q.simulated]),
+        ("Calibration clips", psnr),
+        ("Temporal tables", size(q.bytes_tables) if q.bytes_tables else ""),
+        ("Calibration", calibration(q)),
+        ("Search", count(len(q.trials), "trial") if q.trials else ""),
+    ]
+    return [(name, words) for name, words in rows if words]
+
+
+def _named(name: str | None, detail: str | None) -> str:
+    return " ".join(filter(None, [name, f"({detail})" if detail else ""]))
+
+
+def calibration(quantization: QuantizationData) -> str:
+    """How much was sampled for calibration, and the seed."""
+    amounts = ((quantization.prompts, "prompt"), (quantization.timesteps, "step"))
+    parts = [count(len(items), word) for items, word in amounts if items]
+    return ", ".join([*parts, *([] if quantization.seed is None else [f"seed {quantization.seed}"])])
+
+
+def byte_bars(quantization: QuantizationData) -> list[tuple[str, str, str, Markup, Markup, str]]:
+    """Quantized layers and whole denoiser: name, before, after, both bars, ratio."""
+    q = quantization
+    rows = (
+        ("Quantized layers", q.bytes_float, q.bytes_quantized),
+        ("Whole denoiser", q.bytes_model_float, q.bytes_model),
+    )
+    found = []
+    for title, before, after in rows:
+        if before and after:
+            top = max(q.bytes_model_float or 0, before)
+            texts = size(before), size(after)
+            bars = charts.bar(before / top, "s-ref", texts[0]), charts.bar(after / top, "s-test", texts[1])
+            found.append((title, *texts, *bars, f"{before / after:.2f}\u00d7 smaller"))
+    return found
+
+
+def trial_rows(quantization: QuantizationData) -> list[tuple[str, str, str]]:
+    """Family, options and score of every trial, the best of a family first."""
+    ordered = sorted(quantization.trials, key=lambda trial: (str(trial.family), -(trial.psnr or 0.0)))
+    return [(trial.family or "unnamed", plain(trial.options) or "none", figure(trial.psnr, "dB")) for trial in ordered]
+
+
+def environment(data: ReportData) -> list[tuple[str, str]]:
+    """What the run was made with, as pairs of name and text."""
+    recipe = f"recipe {data.test.recipe}" if data.test.recipe else ""
+    machine = {name.replace("_", " "): item for name, item in data.machine.items() if item is not None}
+    versions = {"reelquant": data.tool_version or "unknown"} | data.versions
+    rows = [
+        ("Reference", " ".join(filter(None, (data.reference.name, data.reference.dtype)))),
+        ("Test", ", ".join(filter(None, (data.test.name, recipe)))),
+        ("Sampler call", plain(data.call)),
+        ("Seeds", ranges(seed for seed in data.seeds if isinstance(seed, int))),
+        ("Machine", ", ".join(f"{name} {plain(item)}" for name, item in machine.items())),
+        ("Versions", plain(versions).replace(":", "")),
+        ("Seconds", ", ".join(f"{name} {figure(took)}" for name, took in data.seconds.items())),
+        ("Peak memory", "" if data.peak_memory_gb is None else figure(data.peak_memory_gb, "GB")),
+    ]
+    return [(name, words or "not recorded") for name, words in rows]

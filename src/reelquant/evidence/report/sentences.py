@@ -1,0 +1,128 @@
+"""The report in sentences, shared by the page and the Markdown summary."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Literal
+
+from reelquant.evidence.report.data import AttentionData, FailureData, GateData, ReportData
+from reelquant.evidence.report.numbers import NOTHING, count, figure
+
+Tone = Literal["good", "bad", "unknown"]
+
+BETTER = {
+    "higher": ("\u2191", "higher is better"),
+    "lower": ("\u2193", "lower is better"),
+    "zero": ("\u2192 0", "near 0 is better"),
+    "one": ("\u2192 1", "near 1 is better"),
+}
+WITHIN = {True: "within", False: "outside", None: NOTHING}
+TITLES = {"evaluate": "Evaluation", "compare": "Comparison"}
+
+
+def command(reason: str) -> tuple[str, str | None]:
+    """A reason, and the command that it ends with if it ends with one.
+
+    Example:
+        >>> command("needs the weights 'i3d': reelquant weights i3d")
+        ("needs the weights 'i3d'", 'reelquant weights i3d')
+    """
+    found = re.fullmatch(r"(.*?):\s*`?(reelquant [^`]+?)`?\.?", reason.strip(), re.DOTALL)
+    return (found[1], found[2]) if found else (reason, None)
+
+
+def sides(data: ReportData) -> tuple[str, str]:
+    """What the two clips of a pair are called: by role for an evaluation, by name for a comparison."""
+    if data.kind != "compare":
+        return "float", "quantized"
+    return data.reference.name or "reference", data.test.name or "test"
+
+
+def headline(data: ReportData) -> str:
+    """What is compared with what."""
+    left = (data.test.name or "unnamed") + (f" ({data.test.recipe})" if data.test.recipe else "")
+    right = " ".join(filter(None, [data.reference.name or "unnamed", data.reference.dtype]))
+    return f"{left} against {right}"
+
+
+def gate_verdict(data: ReportData) -> tuple[Tone, str]:
+    """Whether the gate holds."""
+    gate = data.gate
+    if gate is None or gate.passed is None:
+        return "unknown", "No gate was applied"
+    preset = gate.preset or "unnamed"
+    if gate.passed:
+        return "good", f"Passes the gate '{preset}'"
+    reasons = _reasons(data, gate)
+    return "bad", f"Fails the gate '{preset}'" + (f": {', '.join(reasons)}" if reasons else "")
+
+
+def _reasons(data: ReportData, gate: GateData) -> list[str]:
+    """Why the gate failed: defects if any was recognised, else the metrics outside of their limits."""
+    defects = list(dict.fromkeys(failure.looks_like for failure in gate.failures if failure.looks_like))
+    return defects or [data.title(failure.metric) for failure in gate.failures]
+
+
+def failure_line(data: ReportData, failure: FailureData) -> str:
+    """One failure of the gate: its metric and what was found."""
+    limit = failure.limit or "not recorded"
+    return f"{data.title(failure.metric)}: {failure.sentence or f'{figure(failure.value)}, the limit is {limit}'}"
+
+
+def near_lossless(data: ReportData) -> str | None:
+    """What was measured about near-losslessness; None if the data do not say."""
+    found = data.near_lossless
+    if found is None:
+        return None
+    failed = ", ".join(data.title(name) for name in found.failed)
+    said = {
+        True: "Near-lossless: no further from float than float is from itself",
+        False: f"Not near-lossless{': ' + failed + ' outside of the float floor' if failed else ''}",
+        None: "Near-lossless was not decided",
+    }[found.holds]
+    return f"{said} ({found.why.rstrip('.')})" if found.why and not failed else said
+
+
+def arithmetic(data: ReportData) -> str | None:
+    """How products are computed; None if the data do not say."""
+    quantization = data.quantization
+    if quantization is None or quantization.simulated is None:
+        return None
+    kernels = ", ".join(f"{name} in {count(layers, 'layer')}" for name, layers in quantization.kernel.items())
+    said = (
+        "Simulated arithmetic: codes are stored, products are computed in float"
+        if quantization.simulated
+        else "Real low-bit arithmetic in every quantized layer"
+    )
+    said = f"{said} (kernel {kernels})" if kernels else said
+    return said if quantization.attention is None else f"{said}; {attended(quantization.attention)}"
+
+
+def attended(attention: AttentionData) -> str:
+    """How attention with few-bit operands is computed."""
+    if attention.refused:
+        return f"attention with {attention.asked} was asked for and not used: {attention.refused}"
+    honest = "simulated in float" if attention.simulated else "real"
+    return f"attention with {attention.asked}, {honest} (kernel {attention.kernel})"
+
+
+def verdict(data: ReportData) -> tuple[Tone, list[str]]:
+    """The tone of the whole report and its sentences, the first about the gate."""
+    tone, first = gate_verdict(data)
+    return tone, [f"{sentence}." for sentence in (first, near_lossless(data), arithmetic(data)) if sentence]
+
+
+def reproduce(data: ReportData) -> str:
+    """The command that measures this again: the recorded one, or its first words."""
+    if data.command:
+        return data.command
+    test, reference = shlex.quote(data.test.name or "TEST"), shlex.quote(data.reference.name or "REFERENCE")
+    if data.kind == "compare":
+        return f"reelquant compare {reference} {test}"
+    return f"reelquant evaluate {test} --reference {reference}"
+
+
+def capitalised(words: str) -> str:
+    """First letter large, a full stop at the end."""
+    return words[:1].upper() + words[1:].rstrip(".") + "."
