@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import reelquant
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
-from reelquant.branches import BRANCHES, Branch, TensorSpec, register_branch
+from reelquant.branches import BRANCHES, Branch, TensorSpec, branch_name, register_branch
 from reelquant.checkpoint import Stored
 from reelquant.clock import Clock
 from reelquant.kernels.activations import ACTIVATIONS
@@ -29,6 +29,9 @@ from tests.contracts.test_layers import KINDS, make
 from tests.contracts.test_transforms import Normed
 from tests.single import build, one_group, plan_of, unrounded
 from tests.tiny.stock import wan_pipeline
+
+MEMBERS = sorted(BRANCHES)
+SMALL: dict[str, dict[str, Any]] = {"lowrank": {"rank": 2}}  # parameters for the few channels of these layers, where defaults are too large
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,35 @@ def test_layouts_are_read_back_and_unknown_branches_refused() -> None:
         LayerLayout.from_json(data | {"branches": {"extra": {"rank": 3}}})
     with pytest.raises(RecipeError, match="'extra' is Extra already"):
         register_branch("extra", Squared)
+
+
+# --- the members of the table ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_compute_the_weight_that_they_name(name: str, kind: str) -> None:
+    branch = BRANCHES[name](**SMALL.get(name, {}))
+    plain, layer, x = with_branch(kind, branch)
+    weight = branch.weight(layer.branch_tensors(branch), layer.weight_shape)
+    if weight is None:
+        assert branch.exports is not None, "exporters have to refuse what is not a weight"
+        return
+    product = layer.operands.product(layer.operands.padded(x), weight)
+    torch.testing.assert_close(layer(x), plain(x) + product, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_leave_the_float_weight_as_it_was(name: str, kind: str) -> None:
+    weight, steps = {"format": "int8", "granularity": "channel"}, [{"branch": name, **SMALL.get(name, {})}]
+    module, layer, _ = make(kind, weight, None, steps)
+    assert [branch_name(branch) for branch in layer.layout.branches] == [name]
+    assert LayerLayout.from_json(json.loads(json.dumps(layer.layout.to_json()))) == layer.layout
+    error = (layer.dequantized_weight() - module.weight).abs().amax()
+    assert float(error / module.weight.abs().amax()) < 0.01  # 8 bits of what the branch left
 
 
 # --- a whole pipeline ---------------------------------------------------------------------------------------------------------------
