@@ -19,13 +19,19 @@ from torch import Tensor, nn
 
 import reelquant
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
-from reelquant.branches import BRANCHES, Branch, TensorSpec, register_branch
+from reelquant.branches import BRANCHES, Branch, TensorSpec, branch_name, register_branch
 from reelquant.checkpoint import Stored
 from reelquant.clock import Clock
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn import LayerLayout, QuantLayer, TensorLayout, dequantized, quantized_layers, start_clock
+from reelquant.stages import LayerWork
 from tests.contracts.test_layers import KINDS, make
+from tests.contracts.test_transforms import Normed
+from tests.single import build, one_group, plan_of, unrounded
 from tests.tiny.stock import wan_pipeline
+
+MEMBERS = sorted(BRANCHES)
+SMALL: dict[str, dict[str, Any]] = {"lowrank": {"rank": 2}}  # parameters for the few channels of these layers, where defaults are too large
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,25 @@ class Squared(Branch):
         return None
 
 
+@dataclass(frozen=True)
+class Half(Extra):
+    """Takes half of a weight over."""
+
+    gain: float = 1.0
+
+    def split(self, layer: LayerWork) -> LayerWork:
+        raw = layer.target / 2 if layer.inside.scale is None else layer.target / 2 / layer.inside.scale
+        tensors = {"extra_weight": raw.bfloat16()}
+        return layer.with_branch(self, tensors, layer.target - layer.inside.weight(self.weight(tensors, tuple(layer.weight.shape))))
+
+
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     register_branch("extra", Extra)
     register_branch("squared", Squared)
+    register_branch("half", Half)
     yield
-    del BRANCHES["extra"], BRANCHES["squared"]
+    del BRANCHES["extra"], BRANCHES["squared"], BRANCHES["half"]
 
 
 def attach(layer: QuantLayer, branch: Branch) -> QuantLayer:
@@ -150,6 +169,36 @@ def test_a_branch_that_is_not_a_weight_runs_and_has_no_float_weight() -> None:
         layer.dequantized_weight()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("folds", [False, True])
+def test_a_branch_reads_what_the_layer_reads_wherever_the_rewrite_happens(folds: bool, corrected: bool) -> None:
+    model = Normed(nn.LayerNorm(8), conv=False)
+    nn.init.normal_(model.norm.bias, 3.0)
+    seen = model.norm(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9))
+    steps = [{"transform": "shift"}, {"transform": "range_integrate", "power": 0.5}, {"branch": "half"}]
+    steps += [{"solve": "nearest", "correct_bias": corrected}]
+    weight, group = {"format": "int8", "granularity": "channel"}, {"producer": "norm", "foldable": folds, "fold_shift": folds}
+    built = unrounded(build(model, ("a", "b"), [seen], weight, {"format": "int8"}, steps, **group))
+    assert (built.fold is not None) == folds
+    read = seen if built.fold is None else built.fold.input(seen)
+    difference = built.layers["a"](read) - model.a(seen)
+    # half of each weight is rounded to 127 steps; the shifts that a wrong bias would miss are some 3.0 large
+    assert float(difference.abs().amax()) < 0.05
+    if corrected:
+        assert float(difference.mean(0).abs().amax()) < 1e-5
+    assert built.records[0].error is not None and built.records[0].error < 1e-3
+
+
+def test_plans_and_reports_count_what_a_branch_stores() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(8, 6)})
+    map_, weight, steps = one_group(model, ["layer"]), {"format": "int8", "granularity": "channel"}, [{"branch": "half", "gain": 0.5}]
+    planned, plain = (plan_of(model, map_, weight, None, some).layers["layer"] for some in (steps, ()))
+    record = build(model, ["layer"], [torch.randn(4, 8)], weight, None, steps).records[0]
+    assert planned.bytes_after == plain.bytes_after + 8 * 6 * 2 == record.bytes_after
+    assert record.options == {"half.gain": 0.5}
+
+
 def test_layouts_are_read_back_and_unknown_branches_refused() -> None:
     layout = LayerLayout(TensorLayout("int8", "channel"), branches=(Extra(0.25), Squared()))
     data = json.loads(json.dumps(layout.to_json()))
@@ -161,6 +210,35 @@ def test_layouts_are_read_back_and_unknown_branches_refused() -> None:
         LayerLayout.from_json(data | {"branches": {"extra": {"rank": 3}}})
     with pytest.raises(RecipeError, match="'extra' is Extra already"):
         register_branch("extra", Squared)
+
+
+# --- the members of the table ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_compute_the_weight_that_they_name(name: str, kind: str) -> None:
+    branch = BRANCHES[name](**SMALL.get(name, {}))
+    plain, layer, x = with_branch(kind, branch)
+    weight = branch.weight(layer.branch_tensors(branch), layer.weight_shape)
+    if weight is None:
+        assert branch.exports is not None, "exporters have to refuse what is not a weight"
+        return
+    product = layer.operands.product(layer.operands.padded(x), weight)
+    torch.testing.assert_close(layer(x), plain(x) + product, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MEMBERS)
+def test_members_leave_the_float_weight_as_it_was(name: str, kind: str) -> None:
+    weight, steps = {"format": "int8", "granularity": "channel"}, [{"branch": name, **SMALL.get(name, {})}]
+    module, layer, _ = make(kind, weight, None, steps)
+    assert [branch_name(branch) for branch in layer.layout.branches] == [name]
+    assert LayerLayout.from_json(json.loads(json.dumps(layer.layout.to_json()))) == layer.layout
+    error = (layer.dequantized_weight() - module.weight).abs().amax()
+    assert float(error / module.weight.abs().amax()) < 0.01  # 8 bits of what the branch left
 
 
 # --- a whole pipeline ---------------------------------------------------------------------------------------------------------------

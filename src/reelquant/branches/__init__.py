@@ -9,11 +9,13 @@ from typing import Any
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.branches.branch import Branch, Inner, TensorSpec
+from reelquant.branches.lowrank import Lowrank
 
 __all__ = [
     "BRANCHES",
     "Branch",
     "Inner",
+    "Lowrank",
     "TensorSpec",
     "branch_feature",
     "branch_from_json",
@@ -22,7 +24,7 @@ __all__ = [
     "register_branch",
 ]
 
-BRANCHES: dict[str, type[Branch]] = {}
+BRANCHES: dict[str, type[Branch]] = {"lowrank": Lowrank}
 """Name in recipes and checkpoints -> the branch."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from reelquant.clock import Moment
 from reelquant.kernels import Window
-from reelquant.stages import Stage
+from reelquant.stages import Stage, StageSite
 
 Inner = Callable[[Tensor], Tensor]  # the rest of the layer: input -> output, without an activation
 
@@ -42,14 +43,17 @@ class Branch(Stage):
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """Name, shape and dtype of every tensor, for a layer whose float weight has this shape."""
 
+    def stored_bytes(self, site: StageSite) -> int:
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in self.tensors(site.layer.shape).values())
+
     @abstractmethod
     def run(self, inner: Inner, x: Tensor, moment: Moment, tensors: Mapping[str, Tensor], window: Window | None) -> Tensor:
         """The output of the layer before its activation.
 
         Args:
             inner: computes the rest of the layer.
-            x: the raw input: not rotated, shifted, scaled or rounded. Linear: ``[..., in]``; convolutions: ``[N, in, *places]``, where
-                ``N`` may be missing.
+            x: the input as the layer reads it: the layer has not rotated, shifted, scaled or rounded it. Linear: ``[..., in]``;
+                convolutions: ``[N, in, *places]``, where ``N`` may be missing.
             moment: the denoising step and what else is known of the call.
             tensors: those of :meth:`tensors`, where the layer lies.
             window: how a convolution slides; None for a linear layer.
@@ -57,4 +61,4 @@ class Branch(Stage):
 
     @abstractmethod
     def weight(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
-        """The branch as a float32 weight of this shape that is multiplied with the raw input; None if it is not a product."""
+        """The branch as a float32 weight of this shape that is multiplied with ``x`` of :meth:`run`; None if it is not a product."""

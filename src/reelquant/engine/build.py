@@ -204,6 +204,7 @@ def _start(context: Context, shared: GroupWork, row: LayerPlan, module: nn.Modul
         target=shared.rewrite.weight(weight),
         bias=None if module.bias is None else module.bias.detach().float(),
         rewrite=shared.rewrite,
+        folds=shared.folds,
         statistics=seen,
         timesteps=context.timesteps,
         unseen=context.plan.unseen,
@@ -240,23 +241,21 @@ def _sampled(work: LayerWork, seen: InputStatistics) -> Tensor:
 def _stored_bias(work: LayerWork) -> Tensor | None:
     """The bias of the quantized layer, float32.
 
-    ``b + W mu - W_q ((mu - z) / s) - B mu``, with ``B`` the part of the weight that branches took over: the mean output is that of
-    the float layer whatever the weight's rounding did; exact when it did nothing. Without correction only the shift is compensated,
-    ``b + W_q (z / s)``, so that the constant part cancels code by code.
+    ``b + W mu - W_q x'(mu) - B u(mu)``, with the rewritten input ``x'``, the input ``u`` that the layer reads, and ``B`` the part of the
+    weight that branches took over: the mean output is that of the float layer whatever the weight's rounding did; exact when it did
+    nothing. Without correction zero takes the place of the mean ``mu``: only shifts are compensated, and the constant part cancels code
+    by code.
     """
     assert work.solution is not None
     correct = work.correct_bias and work.statistics is not None
     if not correct and work.rewrite.shift is None:
         return work.bias
-    rounded, per_tap = work.solution.values, work.rewrite.per_tap(work.taps)
-    if correct:
-        mean = _mean(work)
-        extra = work.weight.flatten(1) @ mean - rounded @ per_tap.input(mean)
-        branch = work.branch_weight()
-        extra = extra - branch.flatten(1) @ mean if isinstance(branch, Tensor) else extra
-    else:
-        assert per_tap.shift is not None
-        extra = -(rounded @ per_tap.input(torch.zeros_like(per_tap.shift)))
+    matrix = work.weight.flatten(1)
+    mean = _mean(work) if correct else matrix.new_zeros(matrix.shape[1])
+    extra = matrix @ mean - work.solution.values @ work.rewrite.per_tap(work.taps).input(mean)
+    branch = work.branch_weight()
+    if isinstance(branch, Tensor):
+        extra = extra - branch.flatten(1) @ work.outside.per_tap(work.taps).input(mean)
     return extra if work.bias is None else work.bias + extra
 
 

@@ -65,7 +65,9 @@ class LayerPlan:
 
     def with_specs(self, specs: Specs) -> LayerPlan:
         """The same layer with other numbers."""
-        return replace(self, specs=specs, bytes_after=estimated_bytes(specs.weight, self.layer.shape, bias=self._bias))
+        row = replace(self, specs=specs)
+        added = sum(entry.stage.stored_bytes(row.site) for entry in self.entries)
+        return replace(row, bytes_after=estimated_bytes(specs.weight, self.layer.shape, bias=self._bias) + added)
 
     @property
     def _bias(self) -> bool:

@@ -17,6 +17,8 @@ from reelquant.observe import InputStatistics
 from reelquant.stages import LayerWork
 
 Rounding = Callable[[Tensor], Tensor]
+BUILDING = ("rewrite", "split", "solve_layer")
+"""Hooks of stages whose parameters belong to the record of a layer."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class LayerRecord:
 def record_of(row: LayerPlan, work: LayerWork, choice: Choice, layer: nn.Module, *, folded: bool) -> LayerRecord:
     """The record of a layer that was just built."""
     assert work.solution is not None
-    chosen = choice.named([entry for entry in row.entries if entry.acts("rewrite") or entry.acts("solve_layer")])
+    chosen = choice.named([entry for entry in row.entries if any(entry.acts(hook) for hook in BUILDING)])
     return LayerRecord(
         row.layer.name,
         row.layer.role,
@@ -108,7 +110,9 @@ def _output_error(work: LayerWork, rows: Tensor, rounding: Rounding) -> float:
     rounded = rounding(work.rewrite.per_tap(work.taps).input(rows))
     output = rounded @ work.solution.values.T + stored_bias
     branch = work.branch_weight()
-    return float(nmse(reference, output + rows @ branch.flatten(1).T if isinstance(branch, Tensor) else output))
+    if isinstance(branch, Tensor):
+        output = output + work.outside.per_tap(work.taps).input(rows) @ branch.flatten(1).T
+    return float(nmse(reference, output))
 
 
 def _coverage(work: LayerWork, seen: InputStatistics, rows: Tensor) -> float:

@@ -68,6 +68,7 @@ class LayerWork:
         target: what the codes have to stand for: the rewritten weight, less what branches took over. Same shape.
         bias: ``[out]`` float32 of the float layer, or None.
         rewrite: of the input, complete.
+        folds: whether the norm before the layer does the rewrite, so that the layer reads a rewritten input.
         statistics: of the raw input; None without calibration.
         timesteps: of calibration, in sampling order; slots of per-step scales.
         unseen: whether ranges are extended to what later clips may reach.
@@ -84,6 +85,7 @@ class LayerWork:
     target: Tensor
     bias: Tensor | None
     rewrite: Rewrite
+    folds: bool = False
     statistics: InputStatistics | None = None
     timesteps: Sequence[float] = ()
     unseen: bool = False
@@ -104,6 +106,16 @@ class LayerWork:
         """Places of a convolution's window; 1 for a linear layer."""
         return self.weight[0, 0].numel()
 
+    @property
+    def outside(self) -> Rewrite:
+        """The part of :attr:`rewrite` that happens before the layer: the layer reads ``outside.input(x)``."""
+        return self.rewrite if self.folds else Rewrite()
+
+    @property
+    def inside(self) -> Rewrite:
+        """The part of :attr:`rewrite` that the layer does to what it reads. Branches do not see it."""
+        return Rewrite() if self.folds else self.rewrite
+
     def with_branch(self, branch: Any, tensors: Mapping[str, Tensor], target: Tensor) -> LayerWork:
         """The layer after a branch took a part of its weight over.
 
@@ -113,7 +125,7 @@ class LayerWork:
         return replace(self, target=target, branches=(*self.branches, (branch, tensors)))
 
     def branch_weight(self) -> Tensor | float:
-        """What all branches add to the float weight with respect to the raw input, ``[out, channels, *kernel]``; 0 for nothing."""
+        """What all branches together multiply with the input that the layer reads, ``[out, channels, *kernel]``; 0 for nothing."""
         shape = tuple(self.weight.shape)
         shares = [branch.weight(tensors, shape) for branch, tensors in self.branches]
         return sum((share for share in shares if share is not None), start=0.0)

@@ -107,6 +107,11 @@ class Stage:
         del rows, width
         return 0
 
+    def stored_bytes(self, site: StageSite) -> int:
+        """What the stage adds to the storage of a layer, beyond codes, scales and bias (for estimates)."""
+        del site
+        return 0
+
     def held_out_runs(self, steps: int) -> int:
         """How often the stage samples the held-out texts with a sampler of so many steps (for estimates)."""
         del steps
