@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from reelquant.formats import Quantizer, QuantSpec
@@ -117,3 +118,40 @@ class LayerWork:
         shape = tuple(self.weight.shape)
         shares = [branch.weight(tensors, shape) for branch, tensors in self.branches]
         return sum((share for share in shares if share is not None), start=0.0)
+
+    def bias_for(self, values: Tensor) -> Tensor | None:
+        """The bias of the quantized layer if its codes stand for these values, float32; None if it needs none.
+
+        ``b + W mu - W_q ((mu - z) / s) - B mu``, with ``B`` the part of the weight that branches took over: the mean output is that
+        of the float layer, whatever rounding did to the weight. Without :attr:`correct_bias` only the shift is compensated,
+        ``b + W_q (z / s)``, so that the constant part cancels code by code.
+
+        Args:
+            values: ``[out, channels * taps]`` float32; gradients flow through.
+        """
+        correct = self.correct_bias and self.statistics is not None
+        per_tap = self.rewrite.per_tap(self.taps)
+        if correct:
+            extra = self._mean_error(values, per_tap)
+        elif per_tap.shift is not None:
+            extra = -(values @ per_tap.input(torch.zeros_like(per_tap.shift)))
+        else:
+            return self.bias
+        return extra if self.bias is None else self.bias + extra
+
+    def _mean_error(self, values: Tensor, per_tap: Rewrite) -> Tensor:
+        """Mean output of the float layer less that of the quantized layer, ``[out]``."""
+        mean = self._mean_input()
+        error = self.weight.flatten(1) @ mean - values @ per_tap.input(mean)
+        branch = self.branch_weight()
+        return error - branch.flatten(1) @ mean if isinstance(branch, Tensor) else error
+
+    def _mean_input(self) -> Tensor:
+        """Mean of the raw input, ``[channels * taps]``, from the best statistic there is."""
+        seen = self.statistics
+        assert seen is not None
+        if seen.gram is not None:
+            return seen.gram.mean
+        if seen.rows is not None:
+            return seen.rows.rows.mean(0).to(self.weight.device)
+        return seen.range.mean.mean((0, 1)).repeat_interleave(self.taps)
