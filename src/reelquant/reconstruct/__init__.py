@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 
+from reelquant.reconstruct.adaround import AdaRound
 from reelquant.stages import Stage, register
 
-RECONSTRUCTIONS: dict[str, type[Stage]] = {}
+RECONSTRUCTIONS: dict[str, type[Stage]] = {"adaround": AdaRound}
 register_reconstruction = functools.partial(register, RECONSTRUCTIONS, "reconstruction")
 
-__all__ = ["RECONSTRUCTIONS", "register_reconstruction"]
+__all__ = ["RECONSTRUCTIONS", "AdaRound", "register_reconstruction"]
