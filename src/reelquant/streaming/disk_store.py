@@ -142,7 +142,7 @@ class DiskStore:
         layers = {name: empty_layer(get_module(self.disk.model, name), file) for name, file in files.items()}
         records = [] if context.draft else [record for file in files.values() if (record := record_in(file))]
         folds = {group.producer: Shards([norm])} if group.producer is not None and norm.is_file() else {}
-        return StoredGroup(group, layers, None, records, pieces | folds)
+        return StoredGroup(group, layers, None, records, pieces=pieces | folds)
 
     def improved(self, built: BuiltGroup, name: str, one: Built, key: Any) -> None:
         """Write a better version of one layer beside the earlier one."""
