@@ -1,4 +1,4 @@
-"""Better codes for parts of a denoiser, found on recorded calls. One file per algorithm; the table is what recipes can name."""
+"""Better codes for parts of a denoiser, found on recorded calls. One file per algorithm; recipes name the members."""
 
 from __future__ import annotations
 

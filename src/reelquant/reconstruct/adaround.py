@@ -1,4 +1,4 @@
-"""Learned rounding: every weight of a part takes one of two neighbouring levels, such that the part's output stays near that in float."""
+"""Learned rounding: every weight takes one of two levels, so that the output of a part stays near that in float."""
 
 from __future__ import annotations
 
@@ -26,27 +26,31 @@ SHARPEST, SOFTEST = 2.0, 20.0
 class AdaRound(Stage):
     """Learn which of the two levels around it every weight takes, by gradients, for all layers of a part at once.
 
-    A weight is ``low + h(v) * (high - low)``, with ``h`` the rectified sigmoid. Adam changes ``v`` alone and minimises the error of the
-    part's output on recorded calls plus ``weight * mean(1 - |2 h - 1| ** beta)``, which pushes ``h`` to 0 or 1 while ``beta`` falls. The
-    error of a call is the mean over the tensors of the output of squared error over variance of the float tensor. Then every weight
-    takes its nearer level. Codes that do not lower the error on the held-out calls are dropped, with a warning.
+    A weight is ``low + h(v) * (high - low)``, with ``h`` the rectified sigmoid. Adam changes ``v`` alone and
+    minimises the error of the part's output on recorded calls plus ``weight * mean(1 - |2 h - 1| ** beta)``, which
+    pushes ``h`` to 0 or 1 while ``beta`` falls. The error of a call is the mean over the tensors of the output of
+    squared error over variance of the float tensor. Then every weight takes its nearer level. Codes that do not lower
+    the error on the held-out calls are dropped, with a warning.
 
     Attributes:
-        scope: what is trained at once. ``layer``: each layer by itself. ``block``: each block of the denoiser; layers outside of blocks
-            keep their codes. ``temporal``: each largest module whose quantizable layers all follow the timestep alone.
+        scope: what is trained at once. ``layer``: each layer by itself. ``block``: each block of the denoiser; layers
+            outside of blocks keep their codes. ``temporal``: each largest module whose quantizable layers all follow
+            the timestep alone.
         calls: denoiser calls to record, evenly over calibration; at least 4.
         iterations: steps of Adam for each part, one recorded call each.
         rate: its learning rate.
         weight: of the regularizer. The error counts in units of the error that the part starts with.
         warmup: share of the iterations without the regularizer.
-        inputs: arguments that a part is trained on: those that the ``quantized`` parts before it give, or those of the ``float`` model.
+        inputs: arguments that a part is trained on: those that the ``quantized`` parts before it give, or those of
+            the ``float`` model.
 
-    Papers: AdaRound (arXiv 2004.10568); BRECQ (arXiv 2102.05426) for blocks; TFMQ-DM (arXiv 2311.16503) for temporal layers.
-    Deviations: training starts near the codes of the solver (theirs: at the float weight), and a code that is further away stays one of
-    the two candidates. Errors are normalised, per tensor by variance and in total by the starting error, so that one weight of the
-    regularizer fits all parts. The bias follows the codes as the solver's ``correct_bias`` says. There are hundreds of iterations with
-    a larger learning rate (theirs: 20,000 with 0.001). BRECQ weights errors by the Fisher information; this stage does not. TFMQ-DM trains
-    all temporal layers as one part; here each module is one. QDrop's random dropping of the inputs' rounding is left out.
+    Papers: AdaRound (arXiv 2004.10568); BRECQ (arXiv 2102.05426): blocks; TFMQ-DM (arXiv 2311.16503): temporal layers.
+    Deviations: training starts near the codes of the solver (theirs: at the float weight), and a code that is further
+    away stays one of the two candidates. Errors are normalised, per tensor by variance and in total by the starting
+    error, so that one weight of the regularizer fits all parts. The bias follows the codes as the solver's
+    ``correct_bias`` says. There are hundreds of iterations with a larger learning rate (theirs: 20,000 with 0.001).
+    BRECQ weights errors by the Fisher information; this stage does not. TFMQ-DM trains all temporal layers as one
+    part; here each module is one. QDrop's random dropping of the inputs' rounding is left out.
     """
 
     scope: str = "block"
@@ -85,14 +89,14 @@ class AdaRound(Stage):
                     f"adaround needs a weight format whose codes are in the order of their numbers (int4, uint4, power_4), got {one.name}"
                 )
         if self.scope == "temporal" and role != "temporal":
-            return f"scope 'temporal' of adaround trains layers with role temporal, this one is '{role}'; write on: role:temporal"
+            return f"scope 'temporal' of adaround trains layers with role temporal, not '{role}'; write on: role:temporal"
         return None
 
     def solve_block(self, block: BlockWork) -> Mapping[str, Solution]:
         calls = block.calls(self.inputs == "quantized")
         trained, held_out = split(len(calls))
         if not trained:
-            block.warn(f"codes stay as they are, because fewer than 2 calls were recorded, and adaround wants {self.calls}")
+            block.warn(f"codes stay as they are, because fewer than 2 of {self.calls} wanted calls were recorded")
             return {}
         block, soft = soften(block)
         before = mean_error(block, calls, held_out)

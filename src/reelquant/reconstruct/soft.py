@@ -17,18 +17,20 @@ from reelquant.nn.runners.guidance import GuidanceHalves
 from reelquant.stages import BlockWork, LayerWork, Solution
 
 STRETCH = 0.1
-"""The sigmoid reaches from ``-STRETCH`` to ``1 + STRETCH`` and is clipped to ``[0, 1]``, so that both levels can be reached."""
+"""The sigmoid reaches from ``-STRETCH`` to ``1 + STRETCH`` and is clipped to ``[0, 1]``, so that both levels can be
+reached."""
 MARGIN = 0.4
-"""How far the initial share of the upper level is at least from one half, on the side of the code that a layer starts with. A few hundred
-steps of training improve a solver's codes from here; from the float weight itself (a margin near 0) they end above its error."""
+"""How far the initial share of the upper level is at least from one half, on the side of the code that a layer starts
+with. A few hundred steps of training improve a solver's codes from here; from the float weight itself (a margin near
+0) they end above its error."""
 
 
 class SoftLayer(nn.Module):
     """Stands for a quantized layer, with a weight ``low + h(v) * (high - low)`` per element.
 
-    Everything else is that of the layer: the rewrite of its input (none if a norm has taken it over), the rounding of its input at the
-    current denoising step, branches. The bias follows the weight by :meth:`reelquant.stages.LayerWork.bias_for`. Rounding of the input
-    has the gradient of the identity.
+    Everything else is that of the layer: the rewrite of its input (none if a norm has taken it over), the rounding of
+    its input at the current denoising step, branches. The bias follows the weight by
+    :meth:`reelquant.stages.LayerWork.bias_for`. Rounding of the input has the gradient of the identity.
 
     Attributes:
         layer: the quantized layer.
@@ -36,7 +38,8 @@ class SoftLayer(nn.Module):
         lower: codes of the lower level of every element, ``[out, channels * taps]`` uint8.
         low, high: values of the two levels, same shape, float32.
         v: the trained parameter, same shape; zero is the border between the levels.
-        hard: whether every element takes the level that it is nearer to; then the output is that of the reference kernel.
+        hard: whether every element takes the level that it is nearer to; then the output is that of the reference
+            kernel.
     """
 
     def __init__(self, layer: QuantLayer, work: LayerWork) -> None:
@@ -60,8 +63,8 @@ class SoftLayer(nn.Module):
         operands = self.layer.operands
         rewritten, inputs = operands.rewritten_input(operands.padded(x)), self._input_quant(moment)
         if inputs is not None:
-            rounded = inputs.quantizer(rewritten.detach(), moment.slot if moment.row is None else moment.row)(rewritten.detach())
-            rewritten = rounded + (rewritten - rewritten.detach())
+            value, row = rewritten.detach(), moment.slot if moment.row is None else moment.row
+            rewritten = inputs.quantizer(value, row)(value) + (rewritten - value)
         values = self.values()
         return operands.product(rewritten, values.reshape(self.layer.weight_shape), self._bias(values)).to(x.dtype)
 
@@ -102,8 +105,8 @@ def ordered(number_format: NumberFormat) -> bool:
 def lower_codes(quantizer: Quantizer, target: Tensor, start: Tensor) -> Tensor:
     """Codes of the lower of the two levels that each element may take, uint8.
 
-    They are the two around the target, unless the starting code is further away: then it and its neighbour towards the target. A target
-    beyond the last level gets the last two levels.
+    They are the two around the target, unless the starting code is further away: then it and its neighbour towards
+    the target. A target beyond the last level gets the last two levels.
 
     Args:
         target: ``[out, in]`` float32.
@@ -123,7 +126,8 @@ def _initial(target: Tensor, low: Tensor, high: Tensor, upper: Tensor) -> Tensor
 
 
 def soften(block: BlockWork) -> tuple[BlockWork, Mapping[str, SoftLayer]]:
-    """The block with soft layers in the places of the layers that may change, and these by path. Only they can be trained.
+    """The block with soft layers in the places of the layers that may change, and these by path. Only they can be
+    trained.
 
     The module of ``block`` is changed, except where it is the layer itself.
     """
