@@ -85,9 +85,7 @@ class AdaRound(Stage):
         weight, role = site.specs.weight, site.layer.role
         for one in (weight.format, *weight.alternatives):
             if not ordered(one):
-                return (
-                    f"adaround needs a weight format whose codes are in the order of their numbers (int4, uint4, power_4), got {one.name}"
-                )
+                return f"adaround needs weight codes in the order of their numbers (int4, uint4, power_4), got {one.name}"
         if self.scope == "temporal" and role != "temporal":
             return f"scope 'temporal' of adaround trains layers with role temporal, not '{role}'; write on: role:temporal"
         return None
