@@ -20,6 +20,9 @@ from reelquant.reuse import all_computed
 from reelquant.sites import matches
 from reelquant.stages import BlockWork, LayerWork, Solution
 
+NAMED = 3
+"""How many parts a warning names."""
+
 
 class _StopCall(Exception):  # noqa: N818  (it is not an error)
     """Ends a denoiser call early: everything that was wanted of it is recorded."""
@@ -77,10 +80,19 @@ def solve_blocks(session: Session, assignment: Assignment, groups: Sequence[Buil
     """Let every stage that works on blocks improve the codes of ``groups``, unit by unit in execution order."""
     for entry in session.plan.acting("solve_block"):
         units = [unit for unit in entry.stage.units(session.map) if _names(session, entry, unit)]
+        told: dict[str, list[str]] = {}
         with session.timed(f"{entry.axis}: {entry.name}", len(units)):
             for unit in units:
-                _solve_unit(session, entry, unit, assignment, groups)
+                for sentence in _solve_unit(session, entry, unit, assignment, groups):
+                    told.setdefault(sentence, []).append(unit)
                 session.advance()
+        session.warnings += [_summary(sentence, those, len(units)) for sentence, those in told.items()]
+
+
+def _summary(sentence: str, units: Sequence[str], total: int) -> str:
+    """One warning for all units that a stage says the same of."""
+    more = f" and {len(units) - NAMED} more" if len(units) > NAMED else ""
+    return f"{len(units)} of {total} parts: {sentence} ({', '.join(units[:NAMED])}{more})"
 
 
 def _names(session: Session, entry: Entry, unit: str) -> list[str]:
@@ -89,15 +101,15 @@ def _names(session: Session, entry: Entry, unit: str) -> list[str]:
     return [row.layer.name for row in rows if matches(entry.on, row.layer)]
 
 
-def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignment, groups: Sequence[BuiltGroup]) -> None:
+def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignment, groups: Sequence[BuiltGroup]) -> Sequence[str]:
+    """Let a stage improve the codes of one unit: the warnings that it gave."""
     names = _names(session, entry, unit)
     rows = session.plan.quantized
     picked = sorted((name, choice.digest(rows)) for name, choice in assignment.items())
-    key = ("block", entry.name, unit, repr(entry.stage), picked)
+    key = ("block", entry.position, entry.name, unit, names, repr(entry.stage), picked)
     if (done := session.store.known(key, groups)) is not None:
-        session.warnings += done["warnings"]
-        return
-    told = len(session.warnings)
+        return done["warnings"]
+    told: list[str] = []
     layers = _layers(session, assignment, groups, names)
     with session.having(groups):
         module = session.store.copy(unit)
@@ -108,7 +120,7 @@ def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignmen
         _calls(session, unit, groups),
         session.clock,
         session.seed,
-        session.warnings.append,
+        told.append,
     )
     for part in module.modules():
         if isinstance(part, QuantLayer):
@@ -117,7 +129,8 @@ def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignmen
     for path, solution in solutions.items():
         name = f"{unit}.{path}".rstrip(".")
         _take(session, name, layers[name], solution, key)
-    session.store.remember(key, {"warnings": session.warnings[told:]})
+    session.store.remember(key, {"warnings": told})
+    return told
 
 
 def _layers(session: Session, assignment: Assignment, groups: Sequence[BuiltGroup], names: Sequence[str]) -> dict[str, _Layer]:

@@ -190,7 +190,8 @@ def build_layer(context: Context, shared: GroupWork, row: LayerPlan, choice: Cho
 def finish_layer(shared: GroupWork, row: LayerPlan, work: LayerWork, choice: Choice, module: nn.Module, *, draft: bool = False) -> Built:
     """Pack a layer that has codes; rounding to nearest gives it some if no stage did."""
     work = work if work.solution is not None else Nearest().solve_layer(work)
-    work = replace(work, stored_bias=_stored_bias(work))
+    assert work.solution is not None
+    work = replace(work, stored_bias=work.bias_for(work.solution.values))
     layer = packed(row, work, module, folds=shared.folds)
     return Built(layer, work, None if draft else record_of(row, work, choice, layer, folded=shared.folds))
 
@@ -236,35 +237,3 @@ def _sampled(work: LayerWork, seen: InputStatistics) -> Tensor:
         )
     rows = seen.rows.rows.to(work.weight.device)
     return work.rewrite.per_tap(work.taps).input(rows)
-
-
-def _stored_bias(work: LayerWork) -> Tensor | None:
-    """The bias of the quantized layer, float32.
-
-    ``b + W mu - W_q x'(mu) - B u(mu)``, with the rewritten input ``x'``, the input ``u`` that the layer reads, and ``B`` the part of the
-    weight that branches took over: the mean output is that of the float layer whatever the weight's rounding did; exact when it did
-    nothing. Without correction zero takes the place of the mean ``mu``: only shifts are compensated, and the constant part cancels code
-    by code.
-    """
-    assert work.solution is not None
-    correct = work.correct_bias and work.statistics is not None
-    if not correct and work.rewrite.shift is None:
-        return work.bias
-    matrix = work.weight.flatten(1)
-    mean = _mean(work) if correct else matrix.new_zeros(matrix.shape[1])
-    extra = matrix @ mean - work.solution.values @ work.rewrite.per_tap(work.taps).input(mean)
-    branch = work.branch_weight()
-    if isinstance(branch, Tensor):
-        extra = extra - branch.flatten(1) @ work.outside.per_tap(work.taps).input(mean)
-    return extra if work.bias is None else work.bias + extra
-
-
-def _mean(work: LayerWork) -> Tensor:
-    """Mean of the raw input, ``[channels * taps]``, from the best statistic there is."""
-    seen = work.statistics
-    assert seen is not None
-    if seen.gram is not None:
-        return seen.gram.mean
-    if seen.rows is not None:
-        return seen.rows.rows.mean(0).to(work.weight.device)
-    return seen.range.mean.mean((0, 1)).repeat_interleave(work.taps)

@@ -29,7 +29,8 @@ class BlockWork:
             those of the float model. Outputs are those of the float model in both cases.
         clock: of the layers in ``module``; None without calibrated timesteps.
         seed: for random choices.
-        warn: adds a sentence to the warnings of the report.
+        warn: adds a sentence to the warnings of the report. Blocks that say the same become one warning that counts and names them, so
+            the sentence names no block.
     """
 
     name: str

@@ -129,3 +129,35 @@ class LayerWork:
         shape = tuple(self.weight.shape)
         shares = [branch.weight(tensors, shape) for branch, tensors in self.branches]
         return sum((share for share in shares if share is not None), start=0.0)
+
+    def bias_for(self, values: Tensor) -> Tensor | None:
+        """The bias of the quantized layer if its codes stand for these values, float32; None if it needs none.
+
+        ``b + W mu - W_q x'(mu) - B u(mu)``, with the rewritten input ``x'``, the input ``u`` that the layer reads, and ``B`` the part of
+        the weight that branches took over: the mean output is that of the float layer, whatever rounding did to the weight. Without
+        :attr:`correct_bias` zero takes the place of the mean ``mu``: only shifts are compensated, and the constant part cancels code
+        by code.
+
+        Args:
+            values: ``[out, channels * taps]`` float32; gradients flow through.
+        """
+        correct = self.correct_bias and self.statistics is not None
+        if not correct and self.rewrite.shift is None:
+            return self.bias
+        matrix = self.weight.flatten(1)
+        mean = self._mean_input() if correct else matrix.new_zeros(matrix.shape[1])
+        extra = matrix @ mean - values @ self.rewrite.per_tap(self.taps).input(mean)
+        branch = self.branch_weight()
+        if isinstance(branch, Tensor):
+            extra = extra - branch.flatten(1) @ self.outside.per_tap(self.taps).input(mean)
+        return extra if self.bias is None else self.bias + extra
+
+    def _mean_input(self) -> Tensor:
+        """Mean of the raw input, ``[channels * taps]``, from the best statistic there is."""
+        seen = self.statistics
+        assert seen is not None
+        if seen.gram is not None:
+            return seen.gram.mean
+        if seen.rows is not None:
+            return seen.rows.rows.mean(0).to(self.weight.device)
+        return seen.range.mean.mean((0, 1)).repeat_interleave(self.taps)
