@@ -28,7 +28,7 @@ from reelquant.kernels.cpu.options import EXACT
 from reelquant.kernels.cpu.powers import times_power
 from reelquant.kernels.cpu.softmax import LOWEST as SMALLEST
 from reelquant.kernels.cpu.softmax import POWER
-from reelquant.kernels.cpu.tile import COLUMNS, ROWS, ROWS_CODES_AT_ONCE, WIDTH, _tile
+from reelquant.kernels.cpu.tile import COLUMNS, ROWS, ROWS_AT_ONCE, WIDTH, _tile
 
 KEYS = WIDTH  # keys at a time: their scores are the sums that a row of tiles keeps
 TOKEN = np.float32(2047)  # largest code of queries and keys: 256 channels of them add up to less than 2^31
@@ -94,7 +94,7 @@ def _attend(q: Any, k: Any, v: Any, out: Any, factor: np.float32) -> bool:
     if strange:
         return False
     loops.spread(value_codes, heads * blocks, v.size, v, tops, values)
-    units = heads * -(-q.shape[2] // ROWS_CODES_AT_ONCE)
+    units = heads * -(-q.shape[2] // ROWS_AT_ONCE)
     return not loops.spread(attend, units, q.size * keys, q, panels, scales, values, tops, keys, factor, out)
 
 
@@ -179,7 +179,7 @@ def attend(start, stop, q, panels, scales, values, tops, keys, factor, out):  # 
     """Blocks of queries against all keys, :data:`KEYS` at a time.
 
     Args:
-        start, stop: units of work: heads times blocks of :data:`ROWS_CODES_AT_ONCE` queries.
+        start, stop: units of work: heads times blocks of :data:`ROWS_AT_ONCE` queries.
         q: ``[clips, heads, queries, channels]``; ``out`` alike, written.
         panels, scales, values, tops: see :func:`key_codes`, :func:`value_tops`, :func:`value_codes`.
         factor: of the scores, for powers of two.
@@ -187,15 +187,15 @@ def attend(start, stop, q, panels, scales, values, tops, keys, factor, out):  # 
     Returns:
         Whether some query may hold NaN or infinities; the output is wrong then.
     """
-    width, blocks, strange = q.shape[3], -(-q.shape[2] // ROWS_CODES_AT_ONCE), False
-    sums = np.empty((ROWS_CODES_AT_ONCE, WIDTH), np.int32)
-    codes, shares = np.zeros((ROWS_CODES_AT_ONCE, width), np.int16), np.zeros((ROWS_CODES_AT_ONCE, KEYS), np.int16)
-    scale, state = np.empty(ROWS_CODES_AT_ONCE, np.float32), np.empty((4, ROWS_CODES_AT_ONCE), np.float32)
-    result = np.empty((ROWS_CODES_AT_ONCE, values.shape[2] * COLUMNS), np.float32)
+    width, blocks, strange = q.shape[3], -(-q.shape[2] // ROWS_AT_ONCE), False
+    sums = np.empty((ROWS_AT_ONCE, WIDTH), np.int32)
+    codes, shares = np.zeros((ROWS_AT_ONCE, width), np.int16), np.zeros((ROWS_AT_ONCE, KEYS), np.int16)
+    scale, state = np.empty(ROWS_AT_ONCE, np.float32), np.empty((4, ROWS_AT_ONCE), np.float32)
+    result = np.empty((ROWS_AT_ONCE, values.shape[2] * COLUMNS), np.float32)
     line = np.empty(WIDTH, np.float32)
     for unit in range(start, stop):
-        head, first = unit // blocks, unit % blocks * ROWS_CODES_AT_ONCE
-        clip, which, count = head // q.shape[1], head % q.shape[1], min(ROWS_CODES_AT_ONCE, q.shape[2] - first)
+        head, first = unit // blocks, unit % blocks * ROWS_AT_ONCE
+        clip, which, count = head // q.shape[1], head % q.shape[1], min(ROWS_AT_ONCE, q.shape[2] - first)
         for r in range(count):
             loops.read(q[clip, which, first + r], line[:width])
             scale[r], broken = _token_codes(line[:width], codes[r])
@@ -226,8 +226,8 @@ def attend(start, stop, q, panels, scales, values, tops, keys, factor, out):  # 
 @numba.njit(**EXACT)
 def _tiles(codes: Any, count: int, panels: Any, pairs: int, sums: Any) -> None:
     """``sums[r, n] = codes[r] . column n`` for the first ``count`` rows and ``pairs`` pairs of panels ``[panels, pairs, COLUMNS]``."""
-    addresses, offset = np.empty(ROWS_CODES_AT_ONCE, np.int64), np.zeros(1, np.int64)
-    for r in range(ROWS_CODES_AT_ONCE):
+    addresses, offset = np.empty(ROWS_AT_ONCE, np.int64), np.zeros(1, np.int64)
+    for r in range(ROWS_AT_ONCE):
         addresses[r] = codes.ctypes.data + 2 * codes.shape[1] * r
     for p in range(panels.shape[0]):
         for r in range(0, count, ROWS):

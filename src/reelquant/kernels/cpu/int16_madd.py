@@ -25,7 +25,7 @@ from reelquant.kernels.cpu.inputs import Inputs, readable
 from reelquant.kernels.cpu.int8 import NATIVE, signed
 from reelquant.kernels.cpu.page_alloc import alloc_pages
 from reelquant.kernels.cpu.powers import ACTIVATION_CODES
-from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_WEIGHTS_AT_ONCE, add_up, multiply
+from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_AT_ONCE, add_up, multiply
 from reelquant.kernels.operands import Operands, PackedWeight, Window
 
 LARGEST = 255  # distance of an input code from the code of zero, at most
@@ -151,7 +151,7 @@ class Int16Product:
     def _product(self, codes: Any, starts: Any, taps: Any, slot: Any, tokens: Any, which: int, out: Tensor) -> None:
         """Write the product of codes in any shape to ``[..., rows of the weight]``."""
         scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
-        units = -(-len(starts) // ROWS_WEIGHTS_AT_ONCE) * -(-len(self.panels) // PANELS)
+        units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
         weights = self.panels, self.scales, self.group, self.scale, self.sums, self.bias
         numbers = zero, np.float32(scale), tokens, which
         target = loops.view(out).reshape(len(starts), self.rows)
