@@ -46,7 +46,7 @@ def recompressed(folder: Path) -> Callable[[Tensor], Tensor]:
 
 
 def harmless(folder: Path) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Changes that nobody should be told of."""
+    """Harmless changes, which must not be reported."""
     noise = torch.Generator().manual_seed(0)
     return {
         "no change": lambda clip: clip,

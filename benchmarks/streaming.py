@@ -107,7 +107,7 @@ def run(words: list[str], kill_after: float | None = None, group: Path | None = 
         if group is not None:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads would stop the process when it is full
+    with tempfile.TemporaryFile("w+") as said:  # a pipe without a reader would stop the process when it is full
         command = [sys.executable, "-m", "reelquant", *words]
         start = time.perf_counter()
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, preexec_fn=restrict)
@@ -188,7 +188,7 @@ def measure(
 
 
 def write_table(row: dict[str, Any], file: Path) -> None:
-    """Append to the CSV and draw the whole of it anew."""
+    """Append a row to the CSV and write the table of all rows again."""
     known = list(csv.DictReader(file.open())) if file.is_file() else []
     rows = [*known, {key: f"{value:.2f}" if isinstance(value, float) else str(value) for key, value in row.items()}]
     with file.open("w", newline="") as opened:

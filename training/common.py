@@ -168,7 +168,7 @@ class Curve:
 
     Args:
         path: the file; its folder is made if need be.
-        append: go on with an existing file instead of starting anew.
+        append: append to an existing file instead of replacing it.
     """
 
     def __init__(self, path: Path, append: bool = False):

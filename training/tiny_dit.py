@@ -351,7 +351,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, captions: list[str]) -> Tensor:
 
 
 class LatentData:
-    """Normalized latents with captions and noise drawn anew each time."""
+    """Normalized latents with captions; the noise is drawn again each time."""
 
     def __init__(self, seed: int):
         stored = torch.load(RUN / "latents.pt")

@@ -278,7 +278,7 @@ def _quick(step: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Subject:
-    """A denoiser on disk, float and quantized: made once, and loaded by every variant and every process anew.
+    """A denoiser on disk, float and quantized: written once, and loaded by every process for every variant.
 
     Attributes:
         name: of :data:`DENOISERS`.

@@ -34,8 +34,8 @@ SHAPES = ((1024, 1024, 1024), (2048, 1536, 1536), (2048, 3072, 1536), (1024, 409
 BUFFER = 256 << 20  # bytes, far more than any cache
 NATIVE = native_float()
 FLOAT = SHORT[NATIVE]
-"""The float numbers that this processor multiplies: bf16, or fp32 where bf16 is emulated. What eager torch in them takes is the base of all
-ratios, because nobody would run a model otherwise."""
+"""The float numbers that this processor multiplies: bf16, or fp32 where bf16 is emulated. The time of eager torch in this
+dtype is the base of all ratios, because users run models in it."""
 
 
 # --- peak of the vector units ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The verbs: quantize, plan, configure, save, load, export, evaluate, compare, benchmark. Each is a few calls into the floors below."""
+"""The verbs: quantize, plan, configure, save, load, export, evaluate, compare, benchmark. Each is a few calls into the layers below."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reelquant.engine.plan import Plan
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation
+    from reelquant.evidence.run import Options
     from reelquant.evidence.speed import Benchmark
     from reelquant.models.lora import Adapters
     from reelquant.streaming import Job
@@ -66,7 +67,7 @@ def quantize(
     from reelquant.models.lora import merging, parse_adapters, refuse_loaded, short_names
 
     recipes = assign(pipe, recipe, components, overrides)
-    prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters, and nobody means that
+    prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters
     if prompts is None:
         prompts = default_texts(pipe, recipes)
     refuse_loaded(pipe)
@@ -194,61 +195,28 @@ def configure(
     attention: str | Mapping[str, str] | None = None,
     runtime: str | None = None,
 ) -> None:
-    """Change how a quantized model is computed, after it was loaded or quantized. Nothing of this is stored with it.
+    """Change how a quantized model is computed, after it was loaded or quantized. Checkpoints do not store these settings.
 
     Args:
-        model: a quantized model, or a pipeline: all its quantized parts are meant.
+        model: a quantized model, or a pipeline, which means all its quantized parts.
         kernels: ``reference`` for plain torch, the oracle of all kernels, or ``auto`` for the fastest.
-        attention: numbers of attention's products, ``{"scores": "int8", "values": "float"}`` (or ``"e4m3"``), rounded at all but protected
-            steps where a kernel takes the call; ``"float"`` rounds none.
         temporal_table: whether stored outputs of temporal layers are used where they fit, or every layer is computed.
-        runtime: ``openvino`` runs quantized denoisers as one graph each, on processors; ``torch`` goes back. Other parts stay in torch.
+        attention: formats of the operands of attention, ``{"scores": "int8", "values": "float"}`` (or ``"e4m3"``). They are rounded
+            where a kernel takes the call, except at protected steps; ``"float"`` rounds none.
+        runtime: ``openvino`` runs quantized denoisers as one graph each, on CPUs; ``torch`` goes back. Other parts stay in torch.
 
     Raises:
-        RecipeError: if there are no kernels, no runtime, or no numbers of attention, of that name.
-        UnsupportedError: if nothing is quantized, a table is asked for where none is stored, or the runtime is missing or cannot run it.
+        RecipeError: for an unknown name of kernels, of a runtime, or of a format of attention.
+        UnsupportedError: if nothing is quantized, no table is stored, or the runtime is not installed or cannot run the model.
 
     Example:
         >>> pipe = reelquant.load("out")
         >>> reelquant.configure(pipe, kernels="reference")
         >>> reelquant.configure(pipe, kernels="auto", runtime="openvino")
     """
-    from torch import nn
+    from reelquant.graphs.configure import configure_model
 
-    from reelquant._errors import UnsupportedError
-    from reelquant.clock import NAME
-    from reelquant.discover.components import denoises, plain
-    from reelquant.graphs import check_runtime, set_runtime
-    from reelquant.kernels import check_backend
-    from reelquant.kernels.attention import parse_attention
-    from reelquant.nn import quantized_layers, set_attention, set_kernels
-
-    parts = [model] if isinstance(model, nn.Module) else [part for part in model.components.values() if isinstance(part, nn.Module)]
-    layers = {part: quantized_layers(part) for part in map(plain, parts)}
-    layers = {part: own for part, own in layers.items() if own}
-    if not layers:
-        raise UnsupportedError(f"{type(model).__name__} has no quantized layers; reelquant.quantize makes some")
-    if kernels is not None:
-        check_backend(kernels)
-    numbers = None if attention is None else parse_attention(attention)
-    if runtime is not None:
-        check_runtime(runtime)
-    denoisers = [part for part in layers if denoises(part)]
-    if runtime is not None and not denoisers:
-        raise UnsupportedError(f"{type(model).__name__} holds no quantized denoiser, and nothing else runs as a graph; leave runtime out")
-    with_table = [part for part, own in layers.items() if any(layer.layout.table for layer in own.values())]
-    if temporal_table and not with_table:
-        raise UnsupportedError(
-            f"{type(model).__name__} stores no tables of temporal outputs; quantize with overrides={{'temporal': 'table'}} to have them"
-        )
-    for part in layers if kernels is not None else ():
-        set_kernels(part, kernels)
-    for part in layers if attention is not None else ():
-        set_attention(part, numbers)
-    for part in with_table if temporal_table is not None else ():
-        getattr(part, NAME).tables = temporal_table
-    for part in denoisers if runtime is not None else ():
-        set_runtime(part, runtime)
+    configure_model(model, dict(kernels=kernels, temporal_table=temporal_table, attention=attention, runtime=runtime))
 
 
 def open_pipeline(model: str | Path, **options: Any) -> Any:
@@ -331,7 +299,7 @@ def evaluate(
         batch: clips per pipeline call.
         dtype: of the float parts, float32 by default.
         device: where the pipelines and networks run.
-        resume, force: go on with the evaluation in ``output``, or start it anew.
+        resume, force: go on with the evaluation in ``output``, or replace it.
         progress: hears how far the run is.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -349,8 +317,9 @@ def evaluate(
 
     from reelquant.evidence import run
 
-    options = _options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, progress)
-    options.reuse, options.fid_frames = None if reuse is None else Path(reuse), fid_frames
+    folders = dict(output=output, weights=weights, data=data, reuse=reuse)
+    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, progress=progress)
+    options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
     return run.evaluate(
         test,
         reference,
@@ -396,7 +365,9 @@ def compare(
     """
     from reelquant.evidence import run
 
-    options = _options(metrics, output, weights, data, gate, fail_under, clip_model, device, resume, force, progress)
+    folders = dict(output=output, weights=weights, data=data)
+    settings = dict(gate=gate, fail_under=fail_under, clip_model=clip_model, progress=progress)
+    options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
     return run.compare(reference, test, prompts, options=options)
 
 
@@ -412,17 +383,10 @@ def benchmark(test: str | Path, reference: str | Path, **options: Any) -> Benchm
     return measured(str(test), str(reference), **options)
 
 
-def _options(
-    metrics: Sequence[str] | str, output: str | Path | None, weights: str | Path | None, data: str | Path | None, gate: str | None,
-    fail_under: Mapping[str, float] | None, clip_model: str | None, device: str, resume: bool, force: bool, progress: Progress | None,
-) -> Any:  # fmt: skip
-    from reelquant._progress import Silent
+def _options(metrics: Sequence[str] | str, folders: Mapping[str, str | Path | None], **settings: Any) -> Options:
+    """Options of an evaluation; None leaves the default."""
     from reelquant.evidence.run import Options
-    from reelquant.evidence.text import CLIP
 
-    folders = [None if one is None else Path(one) for one in (output, weights, data)]
     names = [metrics] if isinstance(metrics, str) else metrics
-    return Options(
-        names, *folders, gate, fail_under or {}, clip_model or CLIP, device, resume=resume, force=force,
-        progress=progress or Silent(),
-    )  # fmt: skip
+    paths = {name: Path(folder) for name, folder in folders.items() if folder is not None}
+    return Options(names, **paths, **{name: value for name, value in settings.items() if value is not None})

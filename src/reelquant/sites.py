@@ -71,7 +71,7 @@ class Group:
         role: role shared by the layers.
         producer: module whose output is that tensor, or None.
         producer_kind: class name of the producer, or None.
-        foldable: True if a per-channel scale can move into the producer: it is an affine norm and nobody else reads its output.
+        foldable: True if a per-channel scale can move into the producer: it is an affine norm and only this group reads its output.
         fold_shift: True if a per-channel shift can move there too: it also has a bias.
         seam: channel at which a ``torch.cat`` joined a skip connection to this input (Q-Diffusion's split), or None.
     """
@@ -171,7 +171,7 @@ def _regex(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise SiteError(f"'re:{text}' is no regular expression: {error}") from None
+        raise SiteError(f"'re:{text}' is not a regular expression: {error}") from None
 
 
 def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:

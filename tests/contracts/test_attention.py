@@ -54,7 +54,7 @@ def test_nothing_is_lost_beyond_the_codes(width: int, tokens: int) -> None:
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (x.cpu() for x in make(2, 2, 45, 31, 64))
     whole = REFERENCE.attention(q, k, v, None, NUMBERS[1], None)
-    monkeypatch.setattr(attention_reference, "AT_ONCE", 7 * 2 * 2 * 31)
+    monkeypatch.setattr(attention_reference, "SCORES_AT_ONCE", 7 * 2 * 2 * 31)
     torch.testing.assert_close(REFERENCE.attention(q, k, v, None, NUMBERS[1], None), whole, rtol=2**-8, atol=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_tokens_of_zeros_and_no_tokens() -> None:
 
 @pytest.mark.parametrize("numbers", NUMBERS, ids=str)
 def test_masks_over_keys_leave_what_the_others_give(numbers: AttentionQuant) -> None:
-    """Keys that nobody sees move the mean that all keys lose, so codes differ; the bound of their rounding holds."""
+    """Masked keys move the mean that is subtracted from all keys, so codes differ; the bound of their rounding holds."""
     q, k, v = (x.cpu() for x in make(2, 2, 9, 31, 64, dtype=torch.float32))
     seen = torch.zeros(2, 1, 1, 31, dtype=torch.bool)
     seen[:, :, :, 7:20] = True

@@ -393,7 +393,7 @@ def test_codes_chosen_a_few_units_at_a_time_are_those_of_the_whole(name: str, gr
     whole = fit(spec, x)
     codes, values = whole.codes(x), whole(x)
     for size in (1, 50):
-        monkeypatch.setattr("reelquant.formats.quantizer.AT_ONCE", size)
+        monkeypatch.setattr("reelquant.formats.quantizer.VALUES_AT_ONCE", size)
         parts = fit(spec, x)
         assert torch.equal(parts.scale, whole.scale) and torch.equal(parts.codes(x), codes)
         assert torch.equal(parts.dequantize(codes), values)
@@ -454,7 +454,7 @@ def test_values_of_any_size_are_rounded_alike(name: str, exponent: int) -> None:
 
 
 def test_the_width_of_an_affine_range_does_not_overflow() -> None:
-    x = torch.tensor([-3e38, 0.0, 3e38])  # 6e38 is no float32
+    x = torch.tensor([-3e38, 0.0, 3e38])  # 6e38 does not fit in float32
     assert fit(QuantSpec(parse_format("uint8")), x).scale.item() == pytest.approx(6e38 / 255)
     assert fit(QuantSpec(parse_format("uint8")), x)(x).tolist() == pytest.approx([-3e38, 0, 3e38], abs=0.51 * 6e38 / 255)
 

@@ -55,7 +55,7 @@ def check(problem: Problem, solver: Solver) -> Solution:
 
 @pytest.mark.parametrize(("name", "fmt", "grain"), list(itertools.product(SOLVERS, FORMATS, GRAINS)))
 def test_solutions_are_valid_and_never_worse_than_nearest(name: str, fmt: str, grain: str) -> None:
-    weight = torch.randn(6, 20)  # 20 is no multiple of 8: the last group is ragged
+    weight = torch.randn(6, 20)  # 20 is not a multiple of 8: the last group is shorter
     spec, solver = spec_of(fmt, grain), SOLVERS[name]()
     assert solver.supports(site(spec)) is None
     solution = check(Problem(weight, spec, correlated(20)), solver)

@@ -68,7 +68,7 @@ class Case:
 
     @functools.cached_property
     def shared(self) -> Any:
-        """A quantized model that nobody may change."""
+        """A quantized model that checks must not change."""
         return realigned(self.quantized())
 
     @functools.cached_property
@@ -77,7 +77,7 @@ class Case:
         return self.quantized(dtype=torch.bfloat16)
 
     def copy(self) -> Any:
-        """A quantized model to change; quantizing another one would look at the model anew."""
+        """A copy of the quantized model that a check may change; quantizing again would probe the model again."""
         return copy.deepcopy(self.shared)
 
     @functools.cached_property

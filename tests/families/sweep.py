@@ -104,7 +104,7 @@ def _drawn(key: str, old: Any, rng: random.Random) -> Any:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one class.
+    """The result for one class.
 
     Attributes:
         layers, quantized: number of linear layers and convolutions, and of those in 8 bits.

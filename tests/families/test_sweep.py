@@ -11,7 +11,7 @@ from tests.grids import ALL
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore")  # whatever 58 classes of diffusers have to say about tiny sizes
 @pytest.mark.parametrize("name", unlisted() if ALL else [])  # the list alone imports every model of diffusers
-def test_a_denoiser_that_nobody_listed_is_quantized(name: str) -> None:
+def test_an_unlisted_denoiser_is_quantized(name: str) -> None:
     found = attempt(name)
     assert found.quantized > 0
     if name in OUTLINED:

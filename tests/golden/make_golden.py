@@ -1,7 +1,7 @@
 """Golden values of the number formats and scores, computed with numpy alone: no torch, and nothing of reelquant.
 
 Written from the definitions (docs/design.md, OCP MX for the small floats, the docstrings of the criteria), with plain loops where the
-library is clever, so that the two can only agree by being right. Run it to write ``golden.json`` anew:
+library is vectorized, so that both agree only if both are right. Run it to write ``golden.json`` again:
 
     python tests/golden/make_golden.py
 """

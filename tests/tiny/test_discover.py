@@ -213,7 +213,7 @@ def found(cls: str) -> DenoiserMap:
 
 
 def expand(patterns: tuple[str, ...], names: dict) -> set[str]:
-    """Names that the patterns stand for; a pattern that stands for nothing is a mistake in the test."""
+    """Names that the patterns match; a pattern without a match is a mistake in the test."""
     hits: set[str] = set()
     for pattern in patterns:
         regex = re.escape(pattern).replace("N", r"\d+").replace(r"\*\*", ".+")
@@ -337,7 +337,7 @@ OTHERS = {
         ),
     ],
 )
-def test_denoisers_that_nobody_thought_of(cls: str, ends: tuple[str, str], temporal: tuple[str, ...]) -> None:
+def test_denoisers_outside_of_the_list_of_families(cls: str, ends: tuple[str, str], temporal: tuple[str, ...]) -> None:
     map_ = discover(build(cls, **OTHERS[cls]))
     assert (map_.by_role("entry"), map_.by_role("exit")) == ((ends[0],), (ends[1],))
     assert set(map_.by_role("temporal")) == expand(temporal, map_.layers)
@@ -516,7 +516,7 @@ def test_folding_where_the_map_allows_it_keeps_the_output() -> None:
 
 # ------------------------------------------------------------------------------------------------------------------------ refusals
 class Strange(nn.Module):
-    """Needs an argument nobody can make up."""
+    """Needs an argument that cannot be guessed."""
 
     def __init__(self) -> None:
         super().__init__()

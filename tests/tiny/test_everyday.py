@@ -124,7 +124,7 @@ def test_weights_that_are_swapped_behind_a_layers_back_are_found_again(kind: str
         assert torch.equal(layer(x), y)
         swapped.offload()
         other.release()
-        other(x)  # whoever is prepared next cleans up
+        other(x)  # the layer that is prepared next cleans up
         assert layer.residency.current is None
         assert torch.equal(layer.codes, codes)
 
@@ -201,7 +201,7 @@ def test_threads_that_share_a_denoiser_get_what_they_get_one_after_the_other(nam
     model = denoiser(opened(name))
     times = [float(time) for time in model.reelquant_clock.timesteps] + [500.0]
     calls = [inputs(model, name, time, seed) for seed in range(2) for time in times]
-    model.reelquant_clock._told = True  # "timestep 500 is not in the table" is said once, by whoever comes first
+    model.reelquant_clock._told = True  # "timestep 500 is not in the table" is logged once, by the layer that runs first
     alone = [run(model, call) for call in calls]
     start = threading.Barrier(3)
 
@@ -259,7 +259,7 @@ def test_a_model_is_not_pickled(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_dicts_hold_the_codes_whoever_has_them(name: str) -> None:
+def test_state_dicts_hold_the_codes_also_while_a_kernel_owns_them(name: str) -> None:
     model, other = denoiser(opened(name)), denoiser(opened(name))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     run(model, inputs(model, name, 500.0, 0) | {"return_dict": False})

@@ -304,7 +304,7 @@ def test_a_graph_that_answers_something_else_is_refused(
     with pytest.raises(UnsupportedError, match=words):
         answer(model, calls[0])
     monkeypatch.undo()
-    assert bool(answer(model, calls[0]).isfinite().all())  # compiled anew, and kept now
+    assert bool(answer(model, calls[0]).isfinite().all())  # compiled again, and kept now
 
 
 def test_runtimes_are_known_by_name_and_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -364,7 +364,7 @@ def test_a_batch_is_split_where_its_halves_meet() -> None:
     assert torch.equal(both, torch.cat([rounded_as(x[:2], 7), rounded_as(x[2:], 8)]))
     for half, row in ((ANY, 6), (FIRST, 7), (SECOND, 8)):
         assert torch.equal(layer.compute(x, Moment(2, half=half)), rounded_as(x, row))
-    assert torch.equal(layer.compute(x[:3], Moment(2, half=BOTH)), rounded_as(x[:3], 6))  # an odd batch is no pair
+    assert torch.equal(layer.compute(x[:3], Moment(2, half=BOTH)), rounded_as(x[:3], 6))  # an odd batch is not a pair
 
 
 def test_a_clock_knows_the_halves_by_their_latents() -> None:

@@ -750,7 +750,7 @@ def test_links_to_nothing_are_named(folder: Path) -> None:
 
 def test_configs_that_are_no_json_are_named(folder: Path) -> None:
     (folder / "transformer" / "config.json").write_text("{")
-    refused(folder, r"transformer/config\.json' is no JSON")
+    refused(folder, r"transformer/config\.json' is not JSON")
     (folder / "transformer" / "config.json").unlink()
     refused(folder, r"cannot read '.*transformer/config\.json' \(No such file")
     (folder / "model_index.json").write_text("[]")

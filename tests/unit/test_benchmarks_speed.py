@@ -205,7 +205,7 @@ def test_variants_that_fill_memory_are_timed_in_sets_with_the_base(tmp_path: Pat
     assert small == [[step.BASE, "a"], [step.BASE, "b"]] and large == [[step.BASE, "a", "b"]]
 
 
-def test_a_variant_that_takes_minutes_is_a_row_and_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_that_takes_minutes_is_a_row_and_delays_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "PATIENCE", -1.0)
     monkeypatch.setitem(variants.VARIANTS, "slow", variants.Variant(lambda subject: variants.Work(lambda: torch.ones(2)), "8/8"))
     row, made = step.prepare("slow", denoisers.Subject("wan-1.3b", tmp_path), None)

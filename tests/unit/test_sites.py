@@ -94,7 +94,7 @@ def test_an_unknown_role_is_an_error_with_the_nearest_role(pattern: str) -> None
 
 
 def test_an_invalid_regex_is_a_site_error_that_says_why() -> None:
-    with pytest.raises(SiteError, match=r"'re:blocks\.\(0' is no regular expression: missing \), unterminated subpattern"):
+    with pytest.raises(SiteError, match=r"'re:blocks\.\(0' is not a regular expression: missing \), unterminated subpattern"):
         select("re:blocks.(0", LAYERS)
 
 

@@ -17,7 +17,7 @@ def check_target(target: str | Path, *, force: bool) -> Path:
     """The absolute path of a folder that may be written.
 
     Raises:
-        CheckpointError: if it exists and ``force`` is not given, or if it is no pipeline folder, which nothing here ever deletes.
+        CheckpointError: if it exists and ``force`` is not given, or if it is not a pipeline folder: other folders are never deleted.
     """
     path = Path(target).expanduser().resolve()
     if not path.exists():

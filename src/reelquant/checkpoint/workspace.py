@@ -72,7 +72,7 @@ def workspace(target: str | Path, identity: Mapping[str, Any], *, resume: bool =
             raise CheckpointError(
                 f"cannot write '{path}': {error}; what is done is kept in '{work.folder}': free space and go on with resume=True (--resume)"
             ) from error
-        with suppress(OSError):  # the folder is there, and what stays behind is in nobody's way
+        with suppress(OSError):  # the new folder is complete; files that cannot be removed do no harm
             _clear(work)
 
 

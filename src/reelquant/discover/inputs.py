@@ -94,9 +94,20 @@ def _device(denoiser: nn.Module) -> torch.device:
 
 # ------------------------------------------------------------------------------------------------ argument name -> value, or None
 _TEXT_WIDTH = (
-    "text_dim", "text_embed_dim", "caption_channels", "encoder_hid_dim", "joint_attention_dim", "cross_attention_input_dim",
-    "cross_attention_dim", "cap_feat_dim", "in_text_dim", "dit_text_dim", "context_in_dim", "cond_token_dim", "condition_dim",
-)  # fmt: skip
+    "text_dim",
+    "text_embed_dim",
+    "caption_channels",
+    "encoder_hid_dim",
+    "joint_attention_dim",
+    "cross_attention_input_dim",
+    "cross_attention_dim",
+    "cap_feat_dim",
+    "in_text_dim",
+    "dit_text_dim",
+    "context_in_dim",
+    "cond_token_dim",
+    "condition_dim",
+)
 
 
 def _latent(s: Sketch) -> Tensor:

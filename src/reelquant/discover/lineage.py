@@ -26,8 +26,25 @@ _VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "permute", "trans
 _POINTWISE = frozenset({"silu", "gelu", "relu", "mish", "leaky_relu", "group_norm", "layer_norm", "rms_norm", "dropout", "mul", "add"})
 _CAT = frozenset({"cat", "concat", "concatenate"})
 # Looks at a tensor without looking at its values.
-_METADATA = frozenset({"__get__", "size", "dim", "ndimension", "numel", "stride", "is_floating_point", "is_complex", "is_contiguous",
-                       "element_size", "get_device", "__len__", "type", "is_signed", "storage_offset"})  # fmt: skip
+_METADATA = frozenset(
+    {
+        "__get__",
+        "size",
+        "dim",
+        "ndimension",
+        "numel",
+        "stride",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "element_size",
+        "get_device",
+        "__len__",
+        "type",
+        "is_signed",
+        "storage_offset",
+    }
+)
 
 
 @dataclass

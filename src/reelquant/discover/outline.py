@@ -13,8 +13,8 @@ from reelquant.sites import DenoiserMap, Group, Layer, Role
 def outline(model: nn.Module) -> DenoiserMap:
     """Layers of the repeated blocks are ``main``; those before and after them (stems, heads, ``lm_head``) are ``entry`` and ``exit``.
 
-    A block is a member of a ``ModuleList``. In a model that has none, the first layer is the entry and the last one the exit. Order is
-    that of the modules; nothing is run, so every layer counts as called once and shares its input with nobody.
+    A block is a member of a ``ModuleList``. In a model that has none, the first layer is the entry and the last one the exit. Layers
+    have the order of the modules. The model does not run, so every layer counts as called once, and no two layers share an input.
     """
     roles = _roles(model)
     modules = quantizable(model)
@@ -33,9 +33,14 @@ def outline(model: nn.Module) -> DenoiserMap:
     groups = tuple(Group((name,), role) for name, role in roles.items())
     note = f"{type(model).__name__} was not run: roles come from the names of its modules"
     return DenoiserMap(
-        cls=type(model).__name__, layers=layers, groups=groups, timestep_argument=None, latent_argument=None, prompt_argument=None,
+        cls=type(model).__name__,
+        layers=layers,
+        groups=groups,
+        timestep_argument=None,
+        latent_argument=None,
+        prompt_argument=None,
         notes=(note,),
-    )  # fmt: skip
+    )
 
 
 def _roles(model: nn.Module) -> dict[str, Role]:

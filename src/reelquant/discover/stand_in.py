@@ -1,4 +1,4 @@
-"""A model to run before its weights are there: what a layer's input depends on does not depend on the values of the weights."""
+"""A model that can be probed without its weights: which arguments a layer depends on is the same for all values of the weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RANK = 4  # of the matrices that stand for those of linear layers
 
 
 def stand_in(model: nn.Module) -> nn.Module:
-    """A float32 copy of a model on the meta device that runs on the CPU and takes no memory: every parameter is a view of one short
-    row of random numbers, shifted by one from row to row, and layers multiply by matrices of low rank, from elsewhere in that row for
-    every layer, instead of their own.
+    """A float32 CPU copy of a model on the meta device, for probing. It takes almost no memory.
+
+    Parameters are strided views of one noise vector. Layers multiply by low-rank noise, taken at an offset of their own.
 
     Args:
         model: parameters on the meta device; parameters and buffers elsewhere are copied as they are.

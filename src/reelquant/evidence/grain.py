@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from reelquant.evidence import temporal
-from reelquant.evidence.sampling import Job, Variant
+from reelquant.evidence.sampling import SamplingJob, Variant
 
 FLAT = (
     "a plain gray wall, evenly lit, nothing moves",
@@ -21,7 +21,7 @@ FLAT = (
 )
 
 
-def growth(job: Job, variants: Mapping[str, Variant], steps: Sequence[int], texts: Sequence[str]) -> dict[str, Any]:
+def growth(job: SamplingJob, variants: Mapping[str, Variant], steps: Sequence[int], texts: Sequence[str]) -> dict[str, Any]:
     """Grain of a few flat clips at several numbers of steps.
 
     Args:

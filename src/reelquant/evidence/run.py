@@ -19,7 +19,7 @@ from reelquant.evidence.grain import FLAT, growth
 from reelquant.evidence.judging import Options, Subject, Times, judge
 from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
-from reelquant.evidence.sampling import Job, Source, Variant, floors
+from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
 from reelquant.evidence.store import Store
 from reelquant.models.pipelines import locate
 from reelquant.models.prompts import Prompt, bundled_prompts
@@ -60,7 +60,7 @@ def evaluate(
     kind = str(dtype).removeprefix("torch.")
     with _store(options, _settings(variants, kind, texts, seeds, call, batch)) as store:
         times = Times()
-        job = Job(store, texts, seeds, call, batch, options.progress)
+        job = SamplingJob(store, texts, seeds, call, batch, options.progress)
         for name, variant in variants.items():
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
@@ -78,7 +78,7 @@ def _variants(
     options: Options,
 ) -> dict[str, Variant]:
     """Both pipelines, and the float runs that show the noise floor."""
-    float_, quantized = (Source(model, dtype, options.device) for model in (reference, test))
+    float_, quantized = (ClipSource(model, dtype, options.device) for model in (reference, test))
     asked = _default_floor(options, dtype) if floor is None else [name for name in floor if name != "none"]
     both = {"reference": Variant(float_, words="float"), "test": Variant(quantized, words="quantized")}
     return both | floors(asked, float_)
@@ -101,7 +101,7 @@ def _settings(
 def _origin(
     variants: Mapping[str, Variant],
     dtype: str,
-    job: Job,
+    job: SamplingJob,
     quantization: dict[str, Any] | None,
     grain: dict[str, Any] | None,
 ) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _origin(
 
 
 def _grain(
-    job: Job,
+    job: SamplingJob,
     variants: Mapping[str, Variant],
     steps: Sequence[int],
     own: Mapping[str, Any],

@@ -29,7 +29,7 @@ OTHER_NOISE = 1_000_000  # added to the seeds of the floor that draws other nois
 
 
 @dataclass(frozen=True)
-class Source:
+class ClipSource:
     """Where a pipeline comes from.
 
     Attributes:
@@ -92,23 +92,23 @@ class Variant:
         words: for progress bars.
     """
 
-    source: Source
+    source: ClipSource
     shift: int = 0
     words: str = ""
 
 
-FLOORS: dict[str, Callable[[Source], Variant]] = {
-    "bf16": lambda float_: Variant(Source(float_.model, torch.bfloat16, float_.device), words="float in bf16"),
-    "float32": lambda float_: Variant(Source(float_.model, torch.float32, float_.device), words="float in float32"),
+FLOORS: dict[str, Callable[[ClipSource], Variant]] = {
+    "bf16": lambda float_: Variant(ClipSource(float_.model, torch.bfloat16, float_.device), words="float in bf16"),
+    "float32": lambda float_: Variant(ClipSource(float_.model, torch.float32, float_.device), words="float in float32"),
     "compiled": lambda float_: Variant(
-        Source(float_.model, float_.dtype, float_.device, compiled=True),
+        ClipSource(float_.model, float_.dtype, float_.device, compiled=True),
         words="float compiled",
     ),
     "reseed": lambda float_: Variant(float_, OTHER_NOISE, "float from other noise"),
 }
 
 
-def floors(names: Sequence[str], reference: Source) -> dict[str, Variant]:
+def floors(names: Sequence[str], reference: ClipSource) -> dict[str, Variant]:
     """Variants of the float pipeline that measure the noise floor.
 
     Raises:
@@ -127,7 +127,7 @@ def floors(names: Sequence[str], reference: Source) -> dict[str, Variant]:
 
 
 @dataclass(frozen=True)
-class Job:
+class SamplingJob:
     """Which clips are made.
 
     Attributes:

@@ -3,7 +3,7 @@
 Three families share one contract (:class:`NumberFormat`): integers, small floats, and any sorted table of levels. A code is always an
 index ``0 .. 2**bits - 1``; what it stands for is the format's business, how it is packed is :mod:`reelquant.formats.packing`'s.
 
-NaN is no number: ``round`` hands it on, so that it shows; ``encode`` has no code for it and gives an arbitrary one that fits the bits.
+``round`` passes NaN on, so that it shows. ``encode`` has no code for NaN and returns an arbitrary code that fits the bits.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from reelquant.formats.ranges import MinMax, RangeRule, scale_and_zero_point
 
 Slots = Literal["shared", "per_step"]
 # Values whose ranges and codes are chosen at a time: a pass over more than the cache holds costs as much as all the arithmetic.
-AT_ONCE = 1 << 18
+VALUES_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Quantizer:
 
     def _in_parts(self, blocks: Tensor, dtype: torch.dtype, apply: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Treat as many units at a time as stay in the cache."""
-        step = max(AT_ONCE // max(blocks.shape[1], 1), 1)
+        step = max(VALUES_AT_ONCE // max(blocks.shape[1], 1), 1)
         if len(blocks) <= step:
             return apply(blocks, slice(None))
         out = torch.empty(blocks.shape, dtype=dtype, device=blocks.device)
@@ -157,7 +157,7 @@ def _parts(spec: QuantSpec, values: Tensor) -> tuple[Tensor, ...]:
     grain = spec.granularity
     if spec.range.joint or grain.kind not in ("channel", "group") or grain.axis != 0 or not values.numel():
         return (values,)
-    return values.split(max(AT_ONCE * len(values) // values.numel(), 1))
+    return values.split(max(VALUES_AT_ONCE * len(values) // values.numel(), 1))
 
 
 def dynamic(spec: QuantSpec, x: Tensor) -> Quantizer:

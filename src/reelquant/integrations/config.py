@@ -37,7 +37,7 @@ class ReelQuantConfig:
             :func:`reelquant.sites.matches` (``"blocks.0.*"``, ``"re:..."``, ``"role:temporal"``).
         modules_dtype_dict: number format -> modules that get it, ``{"int8": ["*.to_q"], "int4": ["ffn"]}``, named in the same ways.
         group_size: how many weights of a row share a scale; -1 for one scale per output channel.
-        content: what a checkpoint says about a model that is quantized already; nobody writes this by hand.
+        content: what a checkpoint stores about a quantized model; filled when it is loaded, not by hand.
 
     Raises:
         RecipeError: if the recipe or an option says something impossible.

@@ -85,9 +85,15 @@ class ReelQuantizer(DiffusersQuantizer):
         )
 
     def create_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, state_dict: Mapping[str, Tensor], *args: Any,
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: Any,
+        state_dict: Mapping[str, Tensor],
+        *args: Any,
         **kwargs: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Put a stored tensor into its layer, uncast; only the bias that the float layer had arrives in the load dtype."""
         if self.on_the_fly is not None:
             self.on_the_fly.take(param_name, state_dict[param_name].to(target_device), param_value.to(target_device))

@@ -42,15 +42,19 @@ def _check_words(option: str, words: Any) -> None:
 
 
 def with_options(
-    recipe: Recipe, model: nn.Module, layers: Iterable[Layer], skip: Sequence[str] | None = None,
-    formats: Mapping[str, Sequence[str]] | None = None, group_size: int | None = None,
-) -> Recipe:  # fmt: skip
+    recipe: Recipe,
+    model: nn.Module,
+    layers: Iterable[Layer],
+    skip: Sequence[str] | None = None,
+    formats: Mapping[str, Sequence[str]] | None = None,
+    group_size: int | None = None,
+) -> Recipe:
     """The recipe with the options of :class:`~reelquant.integrations.config.ReelQuantConfig` written into it.
 
     Rules of options come last, so they win over the recipe's; ``skip`` wins over ``formats``.
 
     Raises:
-        SiteError: if a name is no part of the model; the message gives the nearest one.
+        SiteError: if the model has no part of that name; the message gives the nearest one.
     """
     if not skip and not formats and group_size is None:
         return recipe

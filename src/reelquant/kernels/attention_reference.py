@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reelquant.kernels.attention_quant import AttentionQuant, key_bias
 
-AT_ONCE = 1 << 22  # scores of all heads at once; a clip has billions
+SCORES_AT_ONCE = 1 << 22  # scores of all heads at once; a clip has billions
 LARGEST = {"int8": 127.0, "e4m3": 448.0}
 SMALLEST = 1e-30  # of a magnitude that a scale is made of: tokens may be zero
 WIDEST = 1040  # channels of a head whose products are exact
@@ -54,7 +54,7 @@ def attention(
     codes, key_scale = int8_codes(key - key.mean(2, keepdim=True))
     bias = key_bias(mask)
     second = Floats(value) if numbers.values == "float" else Codes(value)
-    step = max(AT_ONCE // (batch * heads * key.shape[2]), 1)
+    step = max(SCORES_AT_ONCE // (batch * heads * key.shape[2]), 1)
     for start in range(0, queries, step):
         part = slice(start, start + step)
         rows, row_scale = int8_codes(query[:, :, part].float())

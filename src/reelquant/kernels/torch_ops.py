@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 MULTIPLE = 16  # of channels on both sides: 16-byte rows, which both products accept
 FEWEST_ROWS = 32  # torch._int_mm wants more than 16
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+EPILOGUES: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -83,8 +83,8 @@ def linear_8bit(
         raise UnsupportedError(
             f"codes of {codes.dtype} meet a weight of {weight.dtype}; known: int8 or uint8 with int8, float8_e4m3fn with itself"
         )
-    if activation not in ACTIVATIONS:
-        raise UnsupportedError(f"activation '{activation}' is not known here; {nearest(activation, ACTIVATIONS)}")
+    if activation not in EPILOGUES:
+        raise UnsupportedError(f"activation '{activation}' is not known here; {nearest(activation, EPILOGUES)}")
     if (codes.dtype == torch.uint8 and input_zero_point is None) or (input_zero_point is not None and weight_sums is None):
         raise UnsupportedError("affine input codes need input_zero_point and weight_sums")
     signed = (codes ^ 128).view(torch.int8) if codes.dtype == torch.uint8 else codes
@@ -92,7 +92,7 @@ def linear_8bit(
     if input_zero_point is not None and weight_sums is not None:
         value = value + ((128 - _of_slot(input_zero_point, slot)) * weight_sums).to(value.dtype)
     value = value.float() * (input_scale[:, None] if input_scale.ndim == 1 else _of_slot(input_scale, slot)) * weight_scale.float()
-    value = ACTIVATIONS[activation](value if bias is None else value + bias.float())
+    value = EPILOGUES[activation](value if bias is None else value + bias.float())
     return value.to(out_dtype).reshape(*codes.shape[:-1], weight.shape[0])
 
 

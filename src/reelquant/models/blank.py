@@ -17,14 +17,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a checkpoint.
 
     Raises:
-        CheckpointError: if it cannot be read, or is no JSON object.
+        CheckpointError: if it cannot be read, or is not a JSON object.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read '{file}' ({error.strerror}); download or save it again") from None
     except ValueError as error:
-        raise CheckpointError(f"'{file}' is no JSON ({error}); download or save it again") from None
+        raise CheckpointError(f"'{file}' is not JSON ({error}); download or save it again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"'{file}' must hold a JSON object, got {found!r:.60}; download or save it again")
     return found
@@ -34,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a component's folder; empty if it has none.
 
     Raises:
-        CheckpointError: if it is no JSON object.
+        CheckpointError: if it is not a JSON object.
     """
     file = folder / CONFIG
     return read_json(file) if file.is_file() else {}

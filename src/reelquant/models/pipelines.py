@@ -41,7 +41,7 @@ def locate(model: str | Path) -> str:
     path = Path(text)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
-            raise CheckpointError(f"folder '{text}' is no diffusers pipeline: it has no model_index.json")
+            raise CheckpointError(f"folder '{text}' is not a diffusers pipeline: it has no model_index.json")
         return text
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(
@@ -90,7 +90,7 @@ def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
 
 
 def cannot_open(model: str | Path, error: Exception) -> CheckpointError:
-    """What a failure of the libraries means to whoever asked for the pipeline, in one line."""
+    """The error to raise if a library cannot open a pipeline: the model and the reason, in one line."""
     reason = (str(error).splitlines() or ["no reason given"])[0]
     return CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {reason}")
 

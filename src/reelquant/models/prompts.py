@@ -92,7 +92,7 @@ def _decoded(file: Path) -> str:
         raise CalibrationError(f"prompt file '{file}' is UTF-16; save it as UTF-8")
     if b"\0" in data:
         line = data[: data.index(b"\0")].count(b"\n") + 1
-        raise CalibrationError(f"{file}:{line}: a zero byte: this is no text file; give {FORMS}")
+        raise CalibrationError(f"{file}:{line}: a zero byte: this is not a text file; give {FORMS}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -164,11 +164,11 @@ def _parsed(text: str, file: Path, line: int) -> Any:
 
 
 def _prompt(entry: Any, where: str) -> Prompt:
-    """A prompt from a text or an object with one of :data:`TEXT_KEYS`; unknown keys are let be, for lists carry much else."""
+    """A prompt from a text or an object with one of :data:`TEXT_KEYS`; other keys are ignored, because prompt lists carry many."""
     if isinstance(entry, str):
         entry = {"prompt": entry}
     if not isinstance(entry, dict):
-        raise CalibrationError(f'{where}: {entry!r} is no prompt; write {{"prompt": "..."}}')
+        raise CalibrationError(f'{where}: {entry!r} is not a prompt; write {{"prompt": "..."}}')
     text = next((entry[key] for key in TEXT_KEYS if key in entry), None)
     if not isinstance(text, str) or not text.strip():
         keys = ", ".join(map(str, entry)) or "none"
@@ -182,7 +182,7 @@ def _seed(value: Any, where: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not str(value).isdecimal():
-        raise CalibrationError(f"{where}: seed {value!r} is no whole number of 0 or more")
+        raise CalibrationError(f"{where}: seed {value!r} is not a whole number of 0 or more")
     return int(value)
 
 

@@ -63,7 +63,7 @@ def sample(
         batch: clips per pipeline call.
         output: ``frames`` gives ``[clips, frames, 3, height, width]`` in [0, 1], ``latent`` the final latents.
         on_step: told after every denoising step (progress).
-        on_latents: given the number of the step (from 0, anew for every pipeline call) and the latents after it, a clip per row; never
+        on_latents: given the index of the step (from 0 in every pipeline call) and the latents after it, a clip per row; never
             called by pipelines that have no step callback.
         overrides: arguments of the pipeline call, for example ``num_inference_steps``, ``guidance_scale``, ``num_frames``.
 
@@ -87,7 +87,7 @@ def sample(
 
 
 def _callback(pipe: Any, on_step: Callable[[], None] | None, on_latents: Callable[[int, Tensor], None] | None) -> dict[str, Any]:
-    """Arguments that make the pipeline report its steps, in the way that it knows; none if nobody listens or it knows none."""
+    """Arguments that make the pipeline report its steps; empty without a listener, or if the pipeline has no step callback."""
     if on_step is None and on_latents is None:
         return {}
 

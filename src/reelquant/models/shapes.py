@@ -62,7 +62,7 @@ class Scene:
 
 
 def random_scene(generator: torch.Generator) -> Scene:
-    """Draw a scene uniformly; a spinning circle or zero, whose motion nobody could see, is drawn again."""
+    """Draw a scene uniformly. A spinning circle is drawn again, because its motion cannot be seen."""
 
     def pick(options):
         options = tuple(options)
@@ -216,12 +216,17 @@ def vocabulary() -> list[str]:
 
 def covering_captions(count: int) -> list[str]:
     """Captions that together use every word early: calibration must have seen each object, colour, motion and background."""
-    motions = tuple(MOTIONS)
+    colors, motions, sizes = tuple(COLORS), tuple(MOTIONS), tuple(SIZES)
     scenes = (
-        Scene(OBJECTS[i % len(OBJECTS)], tuple(COLORS)[i % len(COLORS)], motions[(3 * i + i // 8) % len(motions)], tuple(SIZES)[i // 2 % 2],
-              BACKGROUNDS[(2 * i + i // 5) % len(BACKGROUNDS)])
+        Scene(
+            OBJECTS[i % len(OBJECTS)],
+            colors[i % len(colors)],
+            motions[(3 * i + i // 8) % len(motions)],
+            sizes[i // 2 % 2],
+            BACKGROUNDS[(2 * i + i // 5) % len(BACKGROUNDS)],
+        )
         for i in range(count)
-    )  # fmt: skip
+    )
     return [scene.caption() for scene in scenes]
 
 

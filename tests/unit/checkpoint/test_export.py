@@ -30,7 +30,7 @@ from reelquant.checkpoint.export.comfyui import ComfyUI
 from reelquant.checkpoint.export.gguf import Gguf
 from reelquant.checkpoint.export.names import naming_of
 from reelquant.checkpoint.export.numbers import NumberType, added_error
-from reelquant.checkpoint.export.source import Facts, Layer, Source
+from reelquant.checkpoint.export.source import ExportSource, Facts, Layer
 from reelquant.checkpoint.export.torchao import TorchAo
 from reelquant.cli import app
 from reelquant.formats import QuantSpec, fit, pack, parse_format, parse_granularity
@@ -159,7 +159,7 @@ def test_nibbles_and_bytes_are_the_codes(folders: dict[str, Path], tmp_path: Pat
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_folded_weight_and_bias_give_what_the_layer_gives_without_rounded_inputs(folders: dict[str, Path], recipe: str) -> None:
-    with Source(folders[recipe] / "transformer") as source:
+    with ExportSource(folders[recipe] / "transformer") as source:
         layouts = source.stored.layers.values()
         if recipe == "rewritten":
             assert any(x.rotate for x in layouts) and any(x.shift for x in layouts) and any(x.scale for x in layouts)
@@ -236,7 +236,7 @@ def test_other_families_are_read_back_under_either_names(tmp_path: Path, cls: st
         torch.testing.assert_close(found.float(), ours[name], rtol=2 * HALF, atol=1e-6, msg=name)
 
 
-def test_a_model_that_nobody_reads_from_gguf_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_no_reader_opens_from_gguf_is_refused(tmp_path: Path) -> None:
     folder = saved_alone("UNetMotionModel", tmp_path / "x")
     with pytest.raises(UnsupportedError, match="GGUF files of UNetMotionModel cannot be opened"):
         exported(folder, "gguf", tmp_path)
@@ -444,15 +444,15 @@ def test_bytes_are_those_of_the_file(folders: dict[str, Path], tmp_path: Path, f
 def test_one_layer_is_in_memory_at_a_time(folders: dict[str, Path], tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    read = Source.layer
+    read = ExportSource.layer
 
-    def watched(self: Source, name: str) -> Layer:
+    def watched(self: ExportSource, name: str) -> Layer:
         alive.append(sum(ref() is not None for ref in seen))
         layer = read(self, name)
         seen.append(weakref.ref(layer))
         return layer
 
-    monkeypatch.setattr(Source, "layer", watched)
+    monkeypatch.setattr(ExportSource, "layer", watched)
     exported(folders["w8a16"], format, tmp_path)
     assert len(alive) == len(quantized_layers(model_of(folders["w8a16"]))) and max(alive) == 0
 

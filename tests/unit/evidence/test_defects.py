@@ -1,4 +1,4 @@
-"""Every planted defect is named on real and rendered clips, and changes that nobody sees are not."""
+"""Every planted defect is named on real and rendered clips, and invisible changes are not."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ def test_a_range_on_one_side_of_zero_is_stretched_to_it(values: list[float], low
 
 
 def test_group_scales_are_rounded_before_codes_are_chosen() -> None:
-    """1.01 / 7 is no bfloat16: dequantizing with the stored scale gives exactly what the solver saw."""
+    """1.01 / 7 is not a bfloat16 number: dequantizing with the stored scale gives exactly what the solver saw."""
     quantizer = fit(QuantSpec(Int(4), Granularity("group", 2)), torch.tensor([[1.01, -0.3]]))
     assert torch.equal(quantizer.scale, quantizer.scale.bfloat16().float())
     assert quantizer.scale.item() != pytest.approx(1.01 / 7, rel=1e-6)

@@ -12,11 +12,11 @@ from reelquant.kernels.cpu import powers
 EPS = float(np.finfo(np.float32).eps)
 
 
-@pytest.mark.parametrize("name", [name for name in powers.ACTIVATIONS if name])
+@pytest.mark.parametrize("name", [name for name in powers.ACTIVATION_CODES if name])
 def test_activations_are_as_exact_as_float32(name: str) -> None:
     x = torch.cat([torch.linspace(-12, 12, 40_001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0, 3e4, -3e4])])
     found = x.numpy().copy()
-    powers.activate(found, powers.ACTIVATIONS[name])
+    powers.activate(found, powers.ACTIVATION_CODES[name])
     expected = ACTIVATIONS[name](x.double())
     error = (torch.from_numpy(found).double() - expected).abs()
     assert bool((error <= 3 * EPS * (x.double().abs() + expected.abs())).all())  # of factors that are off by an eps or two
@@ -25,12 +25,12 @@ def test_activations_are_as_exact_as_float32(name: str) -> None:
 def test_no_activation_changes_nothing() -> None:
     x = np.linspace(-3, 3, 100, dtype=np.float32)
     found = x.copy()
-    powers.activate(found, powers.ACTIVATIONS[""])
+    powers.activate(found, powers.ACTIVATION_CODES[""])
     assert np.array_equal(found, x)
 
 
 def test_every_activation_of_the_table_is_there() -> None:
-    assert set(powers.ACTIVATIONS) == {"", *ACTIVATIONS}
+    assert set(powers.ACTIVATION_CODES) == {"", *ACTIVATIONS}
 
 
 @pytest.mark.parametrize(

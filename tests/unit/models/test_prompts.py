@@ -57,7 +57,7 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "json line": ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', r"p\.jsonl:2: broken JSON"),
     "json list": ("p.json", '[\n{"prompt": "a"},\n{]', r"p\.json:3: broken JSON at column 2"),
     "json of one object": ("p.json", '{"prompt": "a"}', "a JSON dict where a list"),
-    "number": ("p.jsonl", '"a"\n7\n', r"p\.jsonl:2: 7 is no prompt"),
+    "number": ("p.jsonl", '"a"\n7\n', r"p\.jsonl:2: 7 is not a prompt"),
     "other keys": ("p.jsonl", '{"promt": "a"}', r"p\.jsonl:1: no text under prompt.*keys: promt"),
     "empty text": ("p.json", '["a", " "]', "entry 2: no text"),
     "seed": ("p.jsonl", '{"prompt": "a", "seed": -1}', r"p\.jsonl:1: seed -1"),

@@ -97,7 +97,7 @@ def test_inference_tensors_and_gradients_are_computed_every_time(counted: Counte
     once(outputs, counted, y)
     once(outputs, counted, y)
     assert counted.calls == 4 and not outputs.entries
-    with torch.inference_mode():  # a normal tensor in, an inference tensor out: nobody counts who writes to it
+    with torch.inference_mode():  # a normal tensor in, an inference tensor out, which has no version counter
         z = torch.zeros(2, 2)
     plain = torch.randn(2, 2)
     assert outputs.once(plain, (), lambda: z) is z and not outputs.entries

@@ -21,7 +21,7 @@ class Seeing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.gain = nn.Parameter(torch.ones(()))  # a number of its own: nobody tries whether it treats tokens alone
+        self.gain = nn.Parameter(torch.ones(()))  # a parameter of its own: its tokens are not probed for independence
         self.seen: list[list[bool]] = []
 
     def forward(self, x: Tensor) -> Tensor:

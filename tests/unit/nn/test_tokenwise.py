@@ -96,7 +96,7 @@ OTHERS = {
 
 @pytest.fixture
 def blocks_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenwise, "AT_ONCE", 1)
+    monkeypatch.setattr(tokenwise, "ACTIVATIONS_AT_ONCE", 1)
 
 
 @pytest.mark.usefixtures("blocks_of_64")
@@ -130,7 +130,7 @@ def test_ranges_found_over_all_tokens_are_left_alone() -> None:
 
 
 @pytest.mark.usefixtures("blocks_of_64")
-def test_nobody_who_watches_a_layer_is_surprised() -> None:
+def test_a_layer_with_a_hook_is_called_as_a_whole() -> None:
     model = quantized(Gated())
     start_runtime(model)
     seen: list[int] = []
@@ -156,7 +156,7 @@ def test_a_module_of_another_class_is_not_pickled(kind: type[ClassPatch]) -> Non
 
 
 @pytest.mark.usefixtures("blocks_of_64")
-def test_nobody_who_watches_what_lies_between_the_layers_is_surprised() -> None:
+def test_hooks_between_the_layers_see_the_whole_tensor() -> None:
     model = quantized(FeedForward(WIDTH, activation_fn="gelu"))
     start_runtime(model)
     seen: list[int] = []

@@ -14,7 +14,7 @@ from reelquant.branches import branch_feature, branch_name
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType, added_error
 from reelquant.checkpoint.export.result import Outcome
-from reelquant.checkpoint.export.source import Facts, Source
+from reelquant.checkpoint.export.source import ExportSource, Facts
 from reelquant.checkpoint.export.write import Form, Part, Shape
 from reelquant.formats import Quantizer
 from reelquant.kernels import not_taken
@@ -49,11 +49,11 @@ class Dialect(ABC, Generic[Form]):
         """Why the format's readers cannot quantize this layer, or None."""
 
     @abstractmethod
-    def float_form(self, source: Source, name: str, shape: Shape, dtype: torch.dtype) -> Form:
+    def float_form(self, source: ExportSource, name: str, shape: Shape, dtype: torch.dtype) -> Form:
         """How a tensor that is not quantized is written."""
 
     @abstractmethod
-    def dequantized_form(self, source: Source, facts: Facts) -> Form:
+    def dequantized_form(self, source: ExportSource, facts: Facts) -> Form:
         """How the weight of a layer is written that :meth:`stays_float`."""
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Dialect(ABC, Generic[Form]):
         """A form in words."""
 
 
-def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[list[Part[Form]], list[Outcome]]:
+def assemble(source: ExportSource, dialect: Dialect[Form], naming: Naming) -> tuple[list[Part[Form]], list[Outcome]]:
     """A part and an outcome per layer and per tensor that is not quantized; errors are entered when a part is made.
 
     Raises:
@@ -90,7 +90,7 @@ def assemble(source: Source, dialect: Dialect[Form], naming: Naming) -> tuple[li
     return [part for part, _ in made], [outcome for _, outcome in made]
 
 
-def check_features(source: Source) -> None:
+def check_features(source: ExportSource) -> None:
     """Refuse layers with features that exporters do not know, and layers with branches that cannot be folded into a weight.
 
     Raises:
@@ -106,7 +106,7 @@ def check_features(source: Source) -> None:
             raise UnsupportedError(f"layer '{name}' has {unknown}, which exporters cannot write; export a model from a recipe without that")
 
 
-def check_biases(source: Source) -> None:
+def check_biases(source: ExportSource) -> None:
     """Refuse biases without a place. They correct a mean, or undo a shift that was folded into the norm before: no weight holds them.
 
     Raises:
@@ -121,7 +121,7 @@ def check_biases(source: Source) -> None:
         )
 
 
-def _float(source: Source, dialect: Dialect[Form], naming: Naming, name: str) -> tuple[Part[Form], Outcome]:
+def _float(source: ExportSource, dialect: Dialect[Form], naming: Naming, name: str) -> tuple[Part[Form], Outcome]:
     shape, dtype = source.about(name)
     form = dialect.float_form(source, name, shape, dtype)
     outcome = Outcome(
@@ -130,14 +130,14 @@ def _float(source: Source, dialect: Dialect[Form], naming: Naming, name: str) ->
     return Part({naming(name): (shape, form)}, lambda: {naming(name): dialect.cast(source.tensor(name), form)}), outcome
 
 
-def _layer(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
+def _layer(source: ExportSource, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
     why = dialect.stays_float(facts)
     part, outcome = _dequantized(source, dialect, naming, facts, why) if why else _quantized(source, dialect, naming, facts)
     outcome.bytes_after = sum(dialect.size(shape, form) for shape, form in part.tensors.values())
     return part, outcome
 
 
-def _bias_form(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> dict[str, tuple[Shape, Form]]:
+def _bias_form(source: ExportSource, dialect: Dialect[Form], naming: Naming, facts: Facts) -> dict[str, tuple[Shape, Form]]:
     """The bias, if the architecture has a place for it."""
     if not facts.bias:
         return {}
@@ -145,7 +145,7 @@ def _bias_form(source: Source, dialect: Dialect[Form], naming: Naming, facts: Fa
     return {naming(name): (shape, dialect.float_form(source, name, shape, source.about(name)[1]))}
 
 
-def _dequantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts, why: str) -> tuple[Part[Form], Outcome]:
+def _dequantized(source: ExportSource, dialect: Dialect[Form], naming: Naming, facts: Facts, why: str) -> tuple[Part[Form], Outcome]:
     weight, form = naming(f"{facts.name}.weight"), dialect.dequantized_form(source, facts)
     bias = _bias_form(source, dialect, naming, facts)
     outcome = Outcome(facts.name, "dequantized", facts.numbers, dialect.called(form), source.bytes_of(facts.name), 0, why)
@@ -159,7 +159,7 @@ def _dequantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: 
     return Part({weight: (facts.shape, form), **bias}, make), outcome
 
 
-def _quantized(source: Source, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
+def _quantized(source: ExportSource, dialect: Dialect[Form], naming: Naming, facts: Facts) -> tuple[Part[Form], Outcome]:
     chosen = dialect.type_for(facts)
     numbers, name = dialect.types[chosen], naming(f"{facts.name}.weight").removesuffix(".weight")
     bias = _bias_form(source, dialect, naming, facts)

@@ -24,7 +24,7 @@ from reelquant.checkpoint.export.dtypes import SafetensorsDialect, as_numbers, c
 from reelquant.checkpoint.export.names import naming_of
 from reelquant.checkpoint.export.numbers import NumberType
 from reelquant.checkpoint.export.result import Exported, left_behind
-from reelquant.checkpoint.export.source import Facts, Source, choose_component
+from reelquant.checkpoint.export.source import ExportSource, Facts, choose_component
 from reelquant.checkpoint.export.write import Part, Shape, check_file, new_file, write_safetensors
 from reelquant.formats import Granularity, Int, Quantizer, parse_format
 
@@ -74,7 +74,7 @@ def _description(facts: Facts, numbers: str) -> Tensor:
 def export(folder: Path, output: Path, *, component: str | None, numbers: str | None, force: bool, progress: Progress) -> Exported:
     """Write one component; see :func:`reelquant.export`."""
     dialect, path = ComfyUI(numbers), check_file(output, SUFFIX, force=force)
-    with Source(choose_component(folder, component)) as source:
+    with ExportSource(choose_component(folder, component)) as source:
         naming = naming_of(source.kind)
         parts, outcomes = assemble(source, dialect, naming)
         if numbers == MARKER:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reelquant.checkpoint.export.assemble import Dialect
-from reelquant.checkpoint.export.source import Facts, Source
+from reelquant.checkpoint.export.source import ExportSource, Facts
 from reelquant.checkpoint.export.write import Shape
 from reelquant.formats import Int, NumberFormat
 
@@ -14,10 +14,10 @@ from reelquant.formats import Int, NumberFormat
 class SafetensorsDialect(Dialect[torch.dtype]):
     """Floats keep the dtype that they have in the artifact."""
 
-    def float_form(self, source: Source, name: str, shape: Shape, dtype: torch.dtype) -> torch.dtype:
+    def float_form(self, source: ExportSource, name: str, shape: Shape, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def dequantized_form(self, source: Source, facts: Facts) -> torch.dtype:
+    def dequantized_form(self, source: ExportSource, facts: Facts) -> torch.dtype:
         return torch.float32 if facts.fp32 else source.dtype
 
     def cast(self, value: Tensor, form: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from reelquant.checkpoint.export.assemble import Dialect, assemble
 from reelquant.checkpoint.export.names import naming_of
 from reelquant.checkpoint.export.numbers import NumberType
 from reelquant.checkpoint.export.result import Exported, left_behind
-from reelquant.checkpoint.export.source import Facts, Source, choose_component
+from reelquant.checkpoint.export.source import ExportSource, Facts, choose_component
 from reelquant.checkpoint.export.write import Part, Shape, check_file, new_file, raw
 from reelquant.formats import Granularity, Int, Mse, Quantizer
 from reelquant.models.blank import opens_single_files
@@ -59,12 +59,12 @@ class Gguf(Dialect[str]):
             return f"rows of {facts.shape[1]} weights are no multiple of {BLOCK}"
         return None
 
-    def float_form(self, source: Source, name: str, shape: Shape, dtype: torch.dtype) -> str:
+    def float_form(self, source: ExportSource, name: str, shape: Shape, dtype: torch.dtype) -> str:
         if dtype == torch.float16 and len(shape) > 1:
             return "F16"
         return "BF16" if dtype == torch.bfloat16 and _linear_weight(source.blank, name) else "F32"
 
-    def dequantized_form(self, source: Source, facts: Facts) -> str:
+    def dequantized_form(self, source: ExportSource, facts: Facts) -> str:
         return "F32" if facts.fp32 else "F16"
 
     def forms(self, name: str, facts: Facts, numbers: str) -> dict[str, tuple[Shape, str]]:
@@ -176,7 +176,7 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     """Write one component; see :func:`reelquant.export`."""
     gguf_library()
     dialect, path = Gguf(numbers), check_file(output, SUFFIX, force=force)
-    with Source(choose_component(folder, component)) as source:
+    with ExportSource(choose_component(folder, component)) as source:
         if not opens_single_files(source.blank):
             raise UnsupportedError(
                 f"GGUF files of {source.kind} cannot be opened: diffusers has no from_single_file for it; export to torchao"
@@ -191,7 +191,7 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
         return Exported(path, "gguf", (source.component,), naming.words, outcomes, behind, opens)
 
 
-def _write(path: Path, parts: list[Part[str]], dialect: Gguf, architecture: str, source: Source, progress: Progress) -> None:
+def _write(path: Path, parts: list[Part[str]], dialect: Gguf, architecture: str, source: ExportSource, progress: Progress) -> None:
     library = gguf_library()
     writer = library.GGUFWriter(path, architecture)
     writer.add_quantization_version(library.GGML_QUANT_VERSION)

@@ -19,7 +19,7 @@ FATES: dict[Fate, str] = {
 
 @dataclass
 class Outcome:
-    """What became of one layer, or of one tensor that is not quantized.
+    """How one layer was exported, or one tensor that is not quantized.
 
     Attributes:
         name: in the artifact.

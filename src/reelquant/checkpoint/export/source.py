@@ -69,7 +69,7 @@ class Facts:
         return f"{self.layout.weight.format} {self.layout.weight.granularity}"
 
 
-class Source:
+class ExportSource:
     """One quantized component of a folder that :func:`reelquant.save` wrote; a context that holds its files open.
 
     Attributes:
@@ -85,7 +85,7 @@ class Source:
         self._open, self._files = ExitStack(), dict[str, Any]()
         self._tensors: dict[str, list[str]] = {}
 
-    def __enter__(self) -> Source:
+    def __enter__(self) -> ExportSource:
         from safetensors import SafetensorError, safe_open
 
         for file in sorted(self.folder.glob("*.safetensors")):

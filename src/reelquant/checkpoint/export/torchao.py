@@ -23,7 +23,7 @@ from reelquant.checkpoint.export.dtypes import SafetensorsDialect, as_numbers, c
 from reelquant.checkpoint.export.names import Naming
 from reelquant.checkpoint.export.numbers import NumberType
 from reelquant.checkpoint.export.result import Exported, Outcome, left_behind
-from reelquant.checkpoint.export.source import WEIGHTS, Facts, Source, quantized_components
+from reelquant.checkpoint.export.source import WEIGHTS, ExportSource, Facts, quantized_components
 from reelquant.checkpoint.export.write import Shape, write_safetensors
 from reelquant.checkpoint.folder import check_target, new_folder
 from reelquant.checkpoint.save import REPORT_FILE
@@ -76,7 +76,7 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     outcomes: list[Outcome] = []
     behind: dict[str, list[str]] = {}
     root = next(iter(found.values())).parent
-    sources = [Source(place) for place in found.values()]
+    sources = [ExportSource(place) for place in found.values()]
     _check(sources)
     with new_folder(path, force=force) as temporary:
         shutil.copytree(root, temporary, dirs_exist_ok=True, ignore=lambda at, names: _not_copied(Path(at), names, root, found))
@@ -88,7 +88,7 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     return Exported(path, "torchao", tuple(found), SAME.words, outcomes, behind, OPENS)
 
 
-def _check(sources: list[Source]) -> None:
+def _check(sources: list[ExportSource]) -> None:
     """Refuse what cannot be exported before the pipeline is copied."""
     for source in sources:
         if CLASS not in source.config:
@@ -109,7 +109,7 @@ def _not_copied(at: Path, names: list[str], root: Path, found: dict[str, Path]) 
     return [name for name in names if quantized and (name == CONFIG or name.startswith(WEIGHTS))]
 
 
-def _component(source: Source, target: Path, dialect: TorchAo, progress: Progress) -> Exported:
+def _component(source: ExportSource, target: Path, dialect: TorchAo, progress: Progress) -> Exported:
     with source:
         parts, outcomes = assemble(source, dialect, SAME)
         chosen = {outcome.name: outcome.becomes for outcome in outcomes if outcome.fate in ("carried", "requantized")}
@@ -120,7 +120,7 @@ def _component(source: Source, target: Path, dialect: TorchAo, progress: Progres
         return Exported(target, "torchao", (source.component,), SAME.words, outcomes, behind)
 
 
-def _metadata(source: Source, chosen: dict[str, str]) -> dict[str, str]:
+def _metadata(source: ExportSource, chosen: dict[str, str]) -> dict[str, str]:
     """What ``torchao.prototype.safetensors`` says about each tensor."""
     plain = json.dumps({"_type": "Tensor"})
     tensors = dict.fromkeys(source.floats, plain)
@@ -130,13 +130,13 @@ def _metadata(source: Source, chosen: dict[str, str]) -> dict[str, str]:
     return {"format": "pt", **tensors, "tensor_names": json.dumps(list(tensors))}
 
 
-def _subclass(source: Source, facts: Facts, numbers: str) -> str:
+def _subclass(source: ExportSource, facts: Facts, numbers: str) -> str:
     dtype = {"_type": "torch.dtype", "_data": str(source.dtype).removeprefix("torch.")}
     data = {"block_size": [1, facts.shape[1]], "dtype": dtype}
     return json.dumps({"_type": TENSORS[numbers], "_data": data, "_tensor_data_names": ["qdata", "scale"]})
 
 
-def _write_config(source: Source, target: Path, chosen: dict[str, str]) -> None:
+def _write_config(source: ExportSource, target: Path, chosen: dict[str, str]) -> None:
     kind = "int8" if "int8" in chosen.values() or not chosen else "fp8"
     config = {
         **source.config,

@@ -20,7 +20,7 @@ SHORT = 128  # keys up to which products of all heads at once win over it, if th
 MANY = 32  # heads, over all clips, places and frames
 HEADS = (16, 256)  # widths of heads
 WIDE = 32  # keys from which a softmax of our own wins over torch's
-AT_ONCE = 1 << 22  # scores of all heads at once; more are made in several pieces
+SCORES_AT_ONCE = 1 << 22  # scores of all heads at once; more are made in several pieces
 
 
 def refuses(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -67,7 +67,7 @@ def _long(query: Tensor, key: Tensor) -> bool:
 def _all_heads(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, heads, queries, _ = query.shape
     out = query.new_empty(batch, queries, heads, value.shape[3])
-    step = max(AT_ONCE // (heads * queries * key.shape[2]), 1)
+    step = max(SCORES_AT_ONCE // (heads * queries * key.shape[2]), 1)
     for start in range(0, batch, step):
         part = slice(start, start + step)
         q, k, v = (x[part].reshape(-1, x.shape[2], x.shape[3]) for x in (query, key, value))

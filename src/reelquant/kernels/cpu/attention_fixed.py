@@ -38,7 +38,7 @@ MANY = 512  # keys from which fixed point wins
 ROUNDS = 256  # queries from which it does
 LOWEST = np.float32(-3e38)  # a score before there are any
 STOCK = torch._C._nn.scaled_dot_product_attention  # F.scaled_dot_product_attention may be one that ends up here
-AT_ONCE = 1 << 25  # numbers of keys and values that are made codes before queries meet them
+CODES_AT_ONCE = 1 << 25  # numbers of keys and values that are made codes before queries meet them
 
 _finite: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "nnan", "ninf", "arcp", "reassoc"}}
 
@@ -74,7 +74,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = N
     factor = np.float32((width**-0.5 if scale is None else scale) * math.log2(math.e))
     out = query.new_empty(batch, queries, heads, value.shape[3]).transpose(1, 2)
     size = key.shape[2] * max(width, value.shape[3])
-    clips, some = max(AT_ONCE // (heads * size), 1), min(max(AT_ONCE // size, 1), heads)
+    clips, some = max(CODES_AT_ONCE // (heads * size), 1), min(max(CODES_AT_ONCE // size, 1), heads)
     for part in itertools.product(range(0, batch, clips), range(0, heads, some)):
         here = tuple(slice(start, start + step) for start, step in zip(part, (clips, some), strict=True))
         if not _attend(*(loops.view(x[here]) for x in (query, key, value, out)), factor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reelquant.kernels.cpu import loops
-from reelquant.kernels.cpu.powers import ACTIVATIONS, activate
+from reelquant.kernels.cpu.powers import ACTIVATION_CODES, activate
 
 
 def refuses(x: Tensor) -> str | None:
@@ -27,7 +27,7 @@ def gate(x: Tensor, activation: str, first: bool) -> Tensor:
     """
     rows = x.reshape(-1, x.shape[-1])
     out = torch.empty(len(rows), x.shape[-1] // 2, dtype=x.dtype)
-    loops.spread(gate_rows, len(rows), rows.numel(), loops.view(rows), ACTIVATIONS[activation], first, loops.view(out))
+    loops.spread(gate_rows, len(rows), rows.numel(), loops.view(rows), ACTIVATION_CODES[activation], first, loops.view(out))
     return out.view(*x.shape[:-1], -1)
 
 

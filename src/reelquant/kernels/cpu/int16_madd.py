@@ -24,7 +24,7 @@ from reelquant.kernels.cpu import inputs, loops, nibbles
 from reelquant.kernels.cpu.inputs import Inputs, readable
 from reelquant.kernels.cpu.int8 import NATIVE, signed
 from reelquant.kernels.cpu.page_alloc import alloc_pages
-from reelquant.kernels.cpu.powers import ACTIVATIONS
+from reelquant.kernels.cpu.powers import ACTIVATION_CODES
 from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_AT_ONCE, add_up, multiply
 from reelquant.kernels.operands import Operands, PackedWeight, Window
 
@@ -33,7 +33,7 @@ SUM = 2**31 - 1  # what a product can add up to
 WIDEST = 2047  # weights that 4-bit codes are folded into
 NO_GROUPS = np.zeros((1, 1), np.int16)
 ORIGIN = np.zeros(1, np.int64)
-AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger temporaries would fragment the heap
+WEIGHTS_AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger temporaries would fragment the heap
 
 
 def available() -> str | None:
@@ -62,7 +62,7 @@ def _in_groups(weight: PackedWeight) -> bool:
 class Int16Product:
     """``y = (codes - zero) . weight * input_scale * weight_scale + bias``, with or without a window."""
 
-    fused = tuple(ACTIVATIONS)
+    fused = tuple(ACTIVATION_CODES)
 
     def __init__(self, operands: Operands) -> None:
         self.inputs = Inputs(operands, np.int16)
@@ -97,7 +97,7 @@ class Int16Product:
 
     def _panels(self, pieces: Callable[[slice], Tensor]) -> np.ndarray[Any, Any]:
         """The whole weight in panels, made from pieces of some of its rows at a time: copies of all of it would be the peak of loading."""
-        step = max(AT_ONCE // max(self.channels * self.taps, 1) // COLUMNS, 1) * COLUMNS
+        step = max(WEIGHTS_AT_ONCE // max(self.channels * self.taps, 1) // COLUMNS, 1) * COLUMNS
         shape = pieces(slice(0, 1)).shape[1:]
         made = alloc_pages((-(-self.rows // COLUMNS), *shape[:2], COLUMNS, *shape[2:]), np.int8 if len(shape) == 3 else np.uint8)
         for start in range(0, self.rows, step):
@@ -120,7 +120,7 @@ class Int16Product:
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
-        which = ACTIVATIONS[activation]
+        which = ACTIVATION_CODES[activation]
         made = self._linear(x, slot, which, dtype) if self.window is None else self._convolved(x, slot, which, dtype, self.window)
         return made if dtype == x.dtype else made.to(x.dtype)
 
@@ -168,7 +168,7 @@ def _folded(weight: PackedWeight) -> tuple[Any, Any, int]:
     rows, width = weight.shape
     size, scales = weight.quantizer.granularity.size or width, weight.scales
     one = scales[:, 0].float() if scales.shape[1] == 1 else torch.empty(rows)
-    step = max(AT_ONCE // width, 1)
+    step = max(WEIGHTS_AT_ONCE // width, 1)
     for start in range(0, rows if scales.shape[1] > 1 else 0, step):
         some = slice(start, start + step)
         one[some] = nibbles.row_scale(unpack(weight.codes[some], 4, width), scales[some].float(), size, top_of(width))

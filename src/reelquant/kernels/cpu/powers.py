@@ -26,7 +26,7 @@ TANH = np.float32(2 * math.sqrt(2 / math.pi))
 ERF = tuple(np.float32(c) for c in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
 ERF_SLOPE = np.float32(0.3275911)
 HALF_ROOT = np.float32(math.sqrt(0.5))
-ACTIVATIONS: dict[str, int] = {"": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
+ACTIVATION_CODES: dict[str, int] = {"": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3, "relu": 4}
 """Activation -> how :func:`activate` calls it."""
 
 
@@ -68,7 +68,7 @@ def _normal(x: Any) -> Any:
 
 @numba.njit(**VECTOR)
 def activate(line: Any, which: int) -> None:
-    """Apply an activation of :data:`ACTIVATIONS` to every number of a float32 vector, in place."""
+    """Apply an activation of :data:`ACTIVATION_CODES` to every number of a float32 vector, in place."""
     if which == 1:
         for j in range(line.shape[0]):
             line[j] *= _normal(line[j])

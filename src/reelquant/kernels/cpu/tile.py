@@ -234,7 +234,7 @@ def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sum
         sums: ``[panels * COLUMNS]`` int32, of the widened weights; read where ``zero``, the code that stands for zero, is not 0.
         factor: the scale of the inputs, where they share one.
         tokens: ``[rows]`` float32, the scale of every row instead; or empty.
-        which: activation, of :data:`~reelquant.kernels.cpu.powers.ACTIVATIONS`.
+        which: activation, of :data:`~reelquant.kernels.cpu.powers.ACTIVATION_CODES`.
         out: ``[rows, columns]`` float32, or bfloat16 as int16; written.
     """
     chunks = -(-panels.shape[0] // PANELS)

@@ -154,7 +154,7 @@ def _attend(
     start = float("-inf")
     if key_bias is not None:
         key_bias += batch * bias_batch + head * bias_head
-        start = -1e30  # finite: a tile of keys may be masked as a whole, and infinity less itself is no number
+        start = -1e30  # finite: a tile of keys may be masked completely, and infinity minus infinity is NaN
     sums = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     total, high = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), start, tl.float32)
     whole = tokens // BLOCK_N * BLOCK_N

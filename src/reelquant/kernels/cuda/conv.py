@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelquant.kernels.cuda import launch
-from reelquant.kernels.cuda.epilogue import ACTIVATIONS, emit, place, scaled
+from reelquant.kernels.cuda.epilogue import ACTIVATION_KINDS, emit, place, scaled
 from reelquant.kernels.cuda.gemm import DEEPEST, check_affine, check_output
 from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_table, check_vector, choose, require, slots_of
 
@@ -218,7 +218,7 @@ def convolution_8bit(
     check_vector(weight_scale, weight.shape[0] if weight_scale.numel() != 1 else 1, "weight_scale")
     check_vector(bias, weight.shape[0], "bias")
     check_output(out_dtype)
-    kind = choose(ACTIVATIONS, activation, "activation")
+    kind = choose(ACTIVATION_KINDS, activation, "activation")
     strides, pads, dilations = _three(stride, codes.ndim, 1), _three(padding, codes.ndim, 0), _three(dilation, codes.ndim, 1)
     x, kernel = codes.unsqueeze(2) if flat else codes, weight.shape[1:4]
     sizes = out_shape(x.shape[2:], kernel, strides, pads, dilations)

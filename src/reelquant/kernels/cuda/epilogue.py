@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ACTIVATIONS: dict[str, int] = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
+ACTIVATION_KINDS: dict[str, int] = {"none": 0, "gelu": 1, "gelu_tanh": 2, "silu": 3}
 
 # 1.5 * 2^23: adding it to a float32 below 2^22 leaves no bits behind the point, so the hardware's own rounding (nearest, ties to even)
 # does the work, and the low byte of the sum is the integer in two's complement.
@@ -15,7 +15,7 @@ _LARGEST_E4M3 = tl.constexpr(448.0)
 
 @triton.jit
 def activate(x, KIND: tl.constexpr):
-    """One of ``ACTIVATIONS`` on float32. gelu_tanh is written with a sigmoid: ``(1 + tanh(u)) / 2 = sigmoid(2 u)``."""
+    """One of ``ACTIVATION_KINDS`` on float32. gelu_tanh is written with a sigmoid: ``(1 + tanh(u)) / 2 = sigmoid(2 u)``."""
     if KIND == 1:
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == 2:

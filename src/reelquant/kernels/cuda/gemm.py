@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reelquant.kernels.cuda import launch
-from reelquant.kernels.cuda.epilogue import ACTIVATIONS, added, emit, place, scaled
+from reelquant.kernels.cuda.epilogue import ACTIVATION_KINDS, added, emit, place, scaled
 from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_table, check_vector, choose, require, rows_of, slots_of
 
 DEPTH_TILE = 128  # bytes: one line of the level-2 cache, and the widest swizzle of shared memory
@@ -148,7 +148,7 @@ def run(
     check_vector(bias, columns, "bias")
     check_output(out.dtype)
     per_token, rank = check_input_scale(input_scale, slot, rows), check_low_rank(down, up, rows, columns)
-    kind, slots = choose(ACTIVATIONS, activation, "activation"), slots_of(None if per_token else input_scale, input_zero_point)
+    kind, slots = choose(ACTIVATION_KINDS, activation, "activation"), slots_of(None if per_token else input_scale, input_zero_point)
     if rows == 0 or columns == 0:
         return
     _product[lambda tile: (launch.tiles(rows, tile["BLOCK_M"]) * launch.tiles(columns, tile["BLOCK_N"]),)](

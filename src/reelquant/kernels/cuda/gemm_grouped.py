@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reelquant.formats import unpack
 from reelquant.kernels.cuda import launch
-from reelquant.kernels.cuda.epilogue import ACTIVATIONS, added, emit, place, scaled
+from reelquant.kernels.cuda.epilogue import ACTIVATION_KINDS, added, emit, place, scaled
 from reelquant.kernels.cuda.gemm import DEEPEST, check_input_scale, check_low_rank, check_output
 from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_table, check_vector, choose, require, rows_of, slots_of
 
@@ -141,7 +141,7 @@ def run(
     check_vector(bias, columns, "bias")
     check_output(out.dtype)
     per_token = input_scale is not None and check_input_scale(input_scale, slot, rows)
-    rank, kind = check_low_rank(down, up, rows, columns), choose(ACTIVATIONS, activation, "activation")
+    rank, kind = check_low_rank(down, up, rows, columns), choose(ACTIVATION_KINDS, activation, "activation")
     if rows == 0 or columns == 0:
         return
     _mixed[lambda tile: (launch.tiles(rows, tile["BLOCK_M"]) * launch.tiles(columns, tile["BLOCK_N"]),)](

@@ -21,7 +21,7 @@ from reelquant.kernels.hadamard import hadamard
 from reelquant.kernels.input_code_cache import forget, recall, remember
 from reelquant.kernels.operands import Operands, PackedWeight, Runner
 
-ACTIVATIONS = {"": "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
+EPILOGUE_NAMES = {"": "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}
 WRITTEN = (torch.bfloat16, torch.float16, torch.float32)
 FP8 = torch.float8_e4m3fn
 
@@ -104,7 +104,7 @@ def _dtype(x: Tensor) -> torch.dtype:
 class CodeLinear:
     """8-bit codes times 8-bit codes, int8 or e4m3, everything after the product in the same kernel."""
 
-    fused = tuple(ACTIVATIONS)
+    fused = tuple(EPILOGUE_NAMES)
 
     def __init__(self, operands: Operands) -> None:
         self.inputs = _Inputs(operands)
@@ -122,7 +122,7 @@ class CodeLinear:
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         codes, numbers = self.inputs.codes(x, slot)
         return cuda.linear_8bit(
-            codes, self.weight, weight_scale=self.scale, bias=self.bias, activation=ACTIVATIONS[activation], weight_sums=self.sums,
+            codes, self.weight, weight_scale=self.scale, bias=self.bias, activation=EPILOGUE_NAMES[activation], weight_sums=self.sums,
             out_dtype=_dtype(x), **numbers,
         ).to(x.dtype)  # fmt: skip
 
@@ -130,7 +130,7 @@ class CodeLinear:
 class PlainLinear:
     """8-bit codes times 8-bit codes by ``torch._int_mm``; everything around the product is plain torch."""
 
-    fused = tuple(ACTIVATIONS)
+    fused = tuple(EPILOGUE_NAMES)
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
@@ -145,7 +145,7 @@ class PlainLinear:
         zero = quantizer.scale.new_full((), -numbers.format.low) if quantizer.zero_point is None else quantizer.zero_point
         out = torch_ops.linear_8bit(
             quantizer.codes(moved), self.weight, quantizer.scale.reshape(-1), self.operands.weight.quantizer.scale, None,
-            self.operands.bias, ACTIVATIONS[activation], zero.reshape(1, 1), self.sums, _dtype(x),
+            self.operands.bias, EPILOGUE_NAMES[activation], zero.reshape(1, 1), self.sums, _dtype(x),
         )  # fmt: skip
         return torch.where(moved.isnan().any(), torch.nan, out).to(x.dtype)  # no code stands for NaN, and it must show
 
@@ -153,7 +153,7 @@ class PlainLinear:
 class PlainFloat8Linear:
     """e4m3 codes times e4m3 codes by ``torch._scaled_mm``; NaN has a code, and shows in the rows that read it."""
 
-    fused = tuple(ACTIVATIONS)
+    fused = tuple(EPILOGUE_NAMES)
 
     def __init__(self, operands: Operands) -> None:
         self.operands = operands
@@ -167,7 +167,7 @@ class PlainFloat8Linear:
         unit = moved / (scale.reshape(*moved.shape[:-1], 1) if self.dynamic else scale)
         return torch_ops.linear_8bit(
             unit.clamp(numbers.format.low, numbers.format.high).to(FP8), self.weight, scale.reshape(-1),
-            self.operands.weight.quantizer.scale, None, self.operands.bias, ACTIVATIONS[activation], out_dtype=_dtype(x),
+            self.operands.weight.quantizer.scale, None, self.operands.bias, EPILOGUE_NAMES[activation], out_dtype=_dtype(x),
         ).to(x.dtype)  # fmt: skip
 
     @property
@@ -179,7 +179,7 @@ class PlainFloat8Linear:
 class NibbleLinear:
     """8-bit codes times 4-bit codes in groups; the weight is repacked in the same number of bytes and is given back as it was."""
 
-    fused = tuple(ACTIVATIONS)
+    fused = tuple(EPILOGUE_NAMES)
 
     def __init__(self, operands: Operands) -> None:
         self.inputs = _Inputs(operands)
@@ -203,7 +203,7 @@ class NibbleLinear:
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         codes, numbers = self.inputs.codes(x, slot)
         return cuda.linear_w4a8(
-            codes, self.weight, self.scale, bias=self.bias, activation=ACTIVATIONS[activation], group=self.size, weight_sums=self.sums,
+            codes, self.weight, self.scale, bias=self.bias, activation=EPILOGUE_NAMES[activation], group=self.size, weight_sums=self.sums,
             out_dtype=_dtype(x), **numbers,
         ).to(x.dtype)  # fmt: skip
 
@@ -211,7 +211,7 @@ class NibbleLinear:
 class FloatLinear:
     """Float inputs times 8-bit or 4-bit codes, which become floats inside of the kernel."""
 
-    fused = tuple(ACTIVATIONS)
+    fused = tuple(EPILOGUE_NAMES)
 
     def __init__(self, operands: Operands) -> None:
         self.bias = operands.bias
@@ -227,7 +227,7 @@ class FloatLinear:
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         given = x if x.dtype in (torch.bfloat16, torch.float16) else x.to(torch.bfloat16)
-        common = {"bias": self.bias, "activation": ACTIVATIONS[activation]}
+        common = {"bias": self.bias, "activation": EPILOGUE_NAMES[activation]}
         if self.bits == 8:
             return cuda.linear_w8a16(given, self.weight, self.scale, **common).to(x.dtype)
         return cuda.linear_w4a16(given, self.weight, self.scale, group=self.size, **common).to(x.dtype)

@@ -19,7 +19,7 @@ from reelquant.nn.around.class_patch import ClassPatch, patch, unpatch, untouche
 from reelquant.nn.around.graph import call_tokenwise, handle_of
 from reelquant.nn.layers import QuantLayer, QuantLinear
 
-AT_ONCE = 1 << 22  # numbers between two layers at a time: a share of the last cache, and memory that the allocator keeps
+ACTIVATIONS_AT_ONCE = 1 << 22  # numbers between two layers at a time: a share of the last cache, and memory that the allocator keeps
 ROWS = 64  # tokens in a block are a multiple of it, which suits the products
 MIXING = frozenset({F.scaled_dot_product_attention, torch.bmm, torch.baddbmm, torch.softmax, torch.Tensor.softmax, F.softmax})
 
@@ -84,7 +84,7 @@ def block_tokens(model: nn.Module) -> list[str]:
             continue
         layers = _layers(module)
         if layers is not None and (width := _answer_width(module, layers)) is not None:
-            rows = max(AT_ONCE // max(layer.out_features for layer in layers) // ROWS, 1) * ROWS
+            rows = max(ACTIVATIONS_AT_ONCE // max(layer.out_features for layer in layers) // ROWS, 1) * ROWS
             names = [part for part, child in module.named_modules() if isinstance(child, QuantLinear)]
             between = [part for part, _ in module.named_modules() if part and part not in names]
             members = {"reelquant_rows": rows, "reelquant_width": width, "reelquant_names": names, "reelquant_between": between}

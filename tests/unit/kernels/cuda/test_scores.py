@@ -38,7 +38,7 @@ def test_the_reference_simulates_the_kernel(shape: Any, values: Any) -> None:
 @pytest.mark.parametrize("values", ["float", "e4m3"])
 @pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_masks_over_keys(lead: tuple[int, int], values: Any) -> None:
-    """Padded texts, a bias per head, and whole tiles of keys that nobody may see, the first among them."""
+    """Padded texts, a bias per head, and whole tiles of masked keys, the first among them."""
     q, k, v = make(2, 3, 33, 75, 64)
     seen = torch.rand(*lead, 1, 75, device=DEVICE) > 0.3
     seen[..., :40] = False
