@@ -20,9 +20,9 @@ STRETCH = 0.1
 """The sigmoid reaches from ``-STRETCH`` to ``1 + STRETCH`` and is clipped to ``[0, 1]``, so that both levels can be
 reached."""
 MARGIN = 0.4
-"""How far the initial share of the upper level is at least from one half, on the side of the code that a layer starts
-with. A few hundred steps of training improve a solver's codes from here; from the float weight itself (a margin near
-0) they end above its error."""
+"""How far the initial share of the upper level is at least from one half, on the side of the starting code. Measured on
+two small layers that started with gptq: 200 to 400 steps lower the held-out error from here by a tenth at most; from a
+margin of 0.01, which is nearly the float weight, they end at two to four times the starting error."""
 
 
 class SoftLayer(nn.Module):
