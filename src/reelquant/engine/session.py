@@ -161,11 +161,11 @@ class Session:
 
     def begin(self, prompts: Sequence[str], overrides: dict[str, Any]) -> None:
         """Divide the texts, and settle the pipeline call: its own arguments, then the recipe's steps, then ``overrides``."""
-        self.arguments = call_arguments(self.pipe, **overrides)
         wanted = self.recipe.calibrate
         if wanted is None:
             self.texts = list(prompts)
             return
+        self.arguments = call_arguments(self.pipe, **overrides)
         self.seed = wanted.seed
         self.texts = list(prompts[: wanted.prompts])
         self.held_out = list((prompts[wanted.prompts :] or prompts)[: self.recipe.search.prompts])
