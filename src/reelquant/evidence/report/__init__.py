@@ -1,4 +1,4 @@
-"""The report: one HTML file with clips side by side, figures beside the noise floor, charts and layers.
+"""The report: one HTML file with clips side by side, figures beside the noise floor, charts and layers. Measuring does not belong here.
 
 ``data`` reads the content of ``report.json`` into types; everything else takes those. ``html`` is the page:
 ``metric_table``, ``clip_cards``, ``plots`` (drawn by ``charts`` and ``cell_charts``), ``proof`` are its sections, ``panels`` makes the
