@@ -1,4 +1,5 @@
-"""Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece."""
+"""Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece. How codes are
+computed does not belong here."""
 
 from reelquant.checkpoint.folder import INDEX, check_target, new_folder
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save

@@ -1,4 +1,6 @@
-"""The command line: one file per verb. Nothing heavy is imported before a verb runs.
+"""The command line: one file per verb. What a Python user needs too belongs to :mod:`reelquant.api` and the packages below it.
+
+Nothing heavy is imported before a verb runs.
 
 ``console`` prints and draws progress bars, ``errors`` makes one line of an error, ``options`` holds what verbs share,
 ``request`` does the work of ``quantize``, ``tables`` makes the tables.

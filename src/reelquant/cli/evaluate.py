@@ -28,7 +28,6 @@ from reelquant.cli.options import (
 
 if TYPE_CHECKING:
     from reelquant.evidence.run import Options
-    from reelquant.models.prompts import Prompt
 
 FAILED = 1
 
@@ -143,24 +142,13 @@ def evaluate(
     figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames)
     options = make_options(device=device, resume=resume, force=force, shown=shown, **folders, **figures)
     check_device(device)
-    texts = _texts(prompts)
-    floors = None if floor is None else floor.split(",")
-    count = clips or (16 if texts is None else len(texts))
-    clip = dict(clips=count, seed=seed, batch=batch, dtype=torch_dtype(dtype))
+    clip = dict(seed=seed, batch=batch, dtype=torch_dtype(dtype)) | _clips(prompts, clips)
+    floors = dict(floor=None if floor is None else floor.split(","), grain_steps=_steps(grain_steps))
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     from reelquant.evidence.run import evaluate as run
 
     with listening(options) as heard:
-        made = run(
-            model,
-            reference,
-            texts,
-            floor=floors,
-            grain_steps=_steps(grain_steps),
-            options=heard,
-            **clip,
-            **call,
-        )
+        made = run(model, reference, options=heard, **clip, **floors, **call)
     finish(made, json)
 
 
@@ -212,12 +200,14 @@ def listening(options: Options) -> Any:
     return opened()
 
 
-def _texts(file: Path | None) -> list[Prompt] | None:
+def _clips(file: Path | None, count: int | None) -> dict[str, Any]:
+    """Texts and number of clips; by default one clip per text of the file."""
     if file is None:
-        return None
+        return {"prompts": None, "clips": count or 16}
     from reelquant.models.prompts import load_prompts
 
-    return load_prompts(file)
+    texts = load_prompts(file)
+    return {"prompts": texts, "clips": count or len(texts)}
 
 
 def finish(made: Any, json: bool | None) -> None:

@@ -1,4 +1,5 @@
-"""Looking: what a denoiser is made of, observed by running it a few times on tiny inputs.
+"""What a denoiser is made of, observed by running it a few times on tiny inputs. Statistics of real inputs do not belong here
+(:mod:`reelquant.observe`).
 
     from reelquant.discover import denoiser_of, discover
     name, denoiser = denoiser_of(pipeline)

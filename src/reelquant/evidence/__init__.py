@@ -1,4 +1,5 @@
-"""Evidence: what quantization changed in the clips, beside what a second float run changes, and a report for people.
+"""Evidence: what quantization changed in the clips, beside what a second float run changes, and a report. Choices that a recipe makes
+during quantization do not belong here.
 
 ``run`` evaluates and compares. It uses ``sampling`` (clips of each variant), ``measure`` (a row of figures per clip),
 ``evaluation`` (means, intervals, noise floor), ``gate`` (limits), ``judging`` (all of these, then the report) and

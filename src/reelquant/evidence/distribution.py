@@ -212,12 +212,10 @@ def jackknife(
 ) -> tuple[float, float, float]:
     """A distance of two sets of clips with an interval: clips are left out a group at a time.
 
-    The spread of the resulting distances gives the standard error, Student's t with ``groups - 1`` degrees of freedom
-    the interval. Why not the bootstrap, as for means: drawing with replacement repeats clips and drops a third of them,
-    which takes rank and spread from the covariances, so distances of such draws are biased upwards, often all above the
-    distance itself. Leaving out 1 / groups of the clips hardly changes the bias, and by the same for every group. The
-    interval is of the distance at this number of clips, bias included; it does not say where the distance of infinitely
-    many would lie.
+    The spread of these distances gives the standard error; Student's t with ``groups - 1`` degrees of freedom gives the
+    interval. It is the interval of the distance at this number of clips, bias included: the distance of infinitely many
+    clips may lie outside. The bootstrap, which intervals of means use, does not work here. It repeats clips and drops a
+    third of them, so covariances lose rank and spread, and distances are biased upwards.
 
     Args:
         reference: per clip ``[rows, d]``; a clip has one row for FVD, one per frame for FID.
@@ -235,8 +233,6 @@ def jackknife(
     Raises:
         MeasurementError: if clips belong together and the sets differ in size.
     """
-    from scipy.special import stdtrit
-
     if together and len(reference) != len(test):
         raise MeasurementError(
             f"clips are left out in pairs, but there are {len(reference)} reference and {len(test)} test clips; pass together=False"
@@ -244,14 +240,32 @@ def jackknife(
     value = distance(torch.cat(list(reference)), torch.cat(list(test)))
     if min(len(reference), len(test)) < 4:
         return value, value, value
+    variance, freedom = _spread(reference, test, distance, groups, ("both",) if together else ("reference", "test"))
+    reach = _student(freedom, level) * math.sqrt(variance)
+    return value, value - reach, value + reach
+
+
+def _student(freedom: int, level: float) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, (1 + level) / 2))
+
+
+def _spread(
+    reference: Sequence[Tensor],
+    test: Sequence[Tensor],
+    distance: Distance,
+    groups: int,
+    sides: Sequence[str],
+) -> tuple[float, int]:
+    """Variance of the distance and its degrees of freedom, added over the sets that clips leave."""
     variance, freedom = 0.0, 0
-    for side in ("both",) if together else ("reference", "test"):
+    for side in sides:
         count = min(groups, len(reference) if side != "test" else len(test))
         without = torch.tensor([_without(reference, test, distance, side, g, count) for g in range(count)], dtype=torch.float64)
         variance += (count - 1) / count * float((without - without.mean()).square().sum())
         freedom += count - 1
-    reach = float(stdtrit(freedom, (1 + level) / 2)) * math.sqrt(variance)
-    return value, value - reach, value + reach
+    return variance, freedom
 
 
 def _without(

@@ -1,4 +1,5 @@
-"""Numbers: formats, granularities, ranges, and the quantizer that binds them. Torch only; nothing here knows what a layer is."""
+"""Number formats, granularities, ranges, and the quantizer that combines them. Everything works on tensors; code that knows layers does
+not belong here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""RUNTIMES: what runs a whole quantized denoiser. ``torch``, a module at a time; ``openvino``, one graph for processors, in which norms,
-rotary embeddings and gates are fused with what is around them and no layer is called from Python.
+"""RUNTIMES: what runs a whole quantized denoiser, and ``configure``, which chooses it. How a single layer computes does not belong here.
 
-A graph carries the codes, scales, shifts, rotations, steps and tables of our layers as they are; nothing is estimated again.
+``torch`` calls a module at a time. ``openvino`` makes one graph for CPUs: norms, rotary embeddings and gates are fused with the
+operations around them, and Python calls no layer. A graph holds the codes, scales, shifts, rotations, steps and tables of the layers as
+they are; nothing is estimated again.
 """
 
 from __future__ import annotations

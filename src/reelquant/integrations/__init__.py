@@ -1,1 +1,2 @@
-"""Plugs into other libraries. Nothing here is imported before the other library is."""
+"""Plug-ins for other libraries: diffusers, transformers, PEFT. Each is imported after its library. What works without these libraries'
+hooks does not belong here."""

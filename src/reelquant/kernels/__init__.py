@@ -1,5 +1,7 @@
-"""Which code computes a quantized layer: a table of kernels by device, best first. The reference in plain torch takes every layer, comes
-last, and is the oracle of all others.
+"""Which code computes a quantized layer: a table of kernels by device, best first. Modules, and when they prepare a kernel, do not belong
+here.
+
+The reference in plain torch takes every layer. It comes last, and all other kernels are tested against it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from reelquant import CheckpointError, MeasurementError
 from reelquant.evidence.report import Panel, render, summary, write
-from reelquant.evidence.report.charts import Dot, Line, decades, interval_plot, line_chart, scatter_chart, steps, strip_chart
+from reelquant.evidence.report.cell_charts import interval_plot
+from reelquant.evidence.report.charts import Dot, Line, decades, line_chart, scatter_chart, steps, strip_chart
 from reelquant.evidence.report.clip_cards import clips_note
 from reelquant.evidence.report.data import ReportData
 from reelquant.evidence.report.numbers import figure, ranges

@@ -1,4 +1,5 @@
-"""From the artifact to the files of other projects: one file per format, one layer in memory at a time."""
+"""Saved folders rewritten in the file formats of other projects: one file per format, one layer in memory at a time. The project's own
+format does not belong here (:mod:`reelquant.checkpoint`)."""
 
 from __future__ import annotations
 

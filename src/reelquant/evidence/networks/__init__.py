@@ -1,4 +1,5 @@
-"""Networks that metrics look at videos with: I3D (FVD), InceptionV3 (FID, KID), LPIPS, RAFT (optical flow).
+"""Networks that metrics apply to videos: I3D (FVD), InceptionV3 (FID, KID), LPIPS, RAFT (optical flow). The metrics themselves do not
+belong here.
 
 All are our own inference-only code on published weights, compared with independent code in ``docs/metrics.md``.
 ``published`` is the table of weights, ``weights`` finds and checks them, ``download`` gets them (only when asked to),

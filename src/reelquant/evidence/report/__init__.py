@@ -1,7 +1,7 @@
-"""The report: one HTML file with clips side by side, figures beside the noise floor, charts and layers.
+"""The report: one HTML file with clips side by side, figures beside the noise floor, charts and layers. Measuring does not belong here.
 
 ``data`` reads the content of ``report.json`` into types; everything else takes those. ``html`` is the page:
-``metric_table``, ``clip_cards``, ``plots`` (drawn by ``charts``), ``proof`` are its sections, ``panels`` makes the
+``metric_table``, ``clip_cards``, ``plots`` (drawn by ``charts`` and ``cell_charts``), ``proof`` are its sections, ``panels`` makes the
 videos. ``markdown`` is the summary for a pull request, ``sentences`` and ``numbers`` the words that both share.
 ``docs/report.md`` has the schema.
 """

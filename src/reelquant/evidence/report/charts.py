@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,9 +13,6 @@ from reelquant.evidence.report.numbers import figure, is_number
 
 WIDTH, HEIGHT = 380, 224
 LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 42  # pixels around the plotted area
-ROW = 15  # pixels of one interval in a table
-FAR = 6.0
-Triple = tuple[float, float, float]
 LOG_FROM = 30.0  # spans of this factor get a logarithmic axis
 
 
@@ -206,30 +204,30 @@ def line_chart(
     values = [y for line in series for _, y in line.points] + [v for line in series for _, *both in line.band for v in both]
     frame = area([x for line in series for x, _ in line.points], values + ([level[1]] if level else []))
     body = axes(frame, x_title, y_title, whole_x=True)
-    for line in series:
-        if line.band:
-            edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
-            body.append(tag("path", css=f"band {line.style}", d=path([(frame.x(x), frame.y(y)) for x, y in edge]) + "Z"))
+    body += [_band(frame, line) for line in series if line.band]
     if level:
         y = frame.y(level[1])
-        body += [tag("line", css="level", x1=frame.x.start, x2=frame.x.end, y1=y, y2=y)]
-        body += [text(frame.x.end, y - 5, f"{level[0]} {figure(level[1])}", css="tick end")]
+        body.append(tag("line", css="level", x1=frame.x.start, x2=frame.x.end, y1=y, y2=y))
+        body.append(text(frame.x.end, y - 5, f"{level[0]} {figure(level[1])}", css="tick end"))
     for line in series:
-        body.append(tag("path", css=f"line {line.style}", d=path([(frame.x(x), frame.y(y)) for x, y in line.points])))
-        for x, y in line.points:
-            words = f"{line.name}, {x_title} {label(x)}: {figure(y)}"
-            body.append(
-                tag(
-                    "circle",
-                    tip(words),
-                    css=f"dot {line.style}" if marks else "hit",
-                    cx=frame.x(x),
-                    cy=frame.y(y),
-                    r=3.2,
-                )
-            )
+        body += _points(frame, line, x_title, marks)
     legend = [(line.style, line.name) for line in series] if len(series) > 1 else []
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
+
+
+def _band(frame: Frame, line: Line) -> Markup:
+    edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+    return tag("path", css=f"band {line.style}", d=path([(frame.x(x), frame.y(y)) for x, y in edge]) + "Z")
+
+
+def _points(frame: Frame, line: Line, x_title: str, marks: bool) -> list[Markup]:
+    places = [(frame.x(x), frame.y(y)) for x, y in line.points]
+    css = f"dot {line.style}" if marks else "hit"
+    drawn = [tag("path", css=f"line {line.style}", d=path(places))]
+    for (x, y), (left, top) in zip(line.points, places, strict=True):
+        words = f"{line.name}, {x_title} {label(x)}: {figure(y)}"
+        drawn.append(tag("circle", tip(words), css=css, cx=left, cy=top, r=3.2))
+    return drawn
 
 
 def scatter_chart(
@@ -278,9 +276,7 @@ def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], uni
     height, middle, radius = 100, 36, 2.8
     numbers = [value for value, _ in values]
     scale = Scale(*padded(numbers), 16, WIDTH - 16)
-    median = (
-        sorted(numbers)[len(numbers) // 2] if len(numbers) % 2 else sum(sorted(numbers)[len(numbers) // 2 - 1 : len(numbers) // 2 + 1]) / 2
-    )
+    median = statistics.median(numbers)
     body = [tag("line", css="grid", x1=16, x2=WIDTH - 16, y1=height - 28, y2=height - 28)]
     body += [text(scale(value), height - 11, label(value), css="tick middle") for value in scale.ticks]
     body.append(
@@ -298,105 +294,3 @@ def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], uni
         body.append(tag("circle", tip(words), css="dot s-test", cx=scale(value), cy=middle + offset, r=radius))
     note = f"median {figure(median, unit)}, {figure(min(numbers))} to {figure(max(numbers))}"
     return Chart(title, note, drawing(f"{title} of {len(numbers)} clips: {note}. {about}", body, height))
-
-
-# --------------------------------------------------------------------------------------------- small drawings in tables
-
-
-def plot_range(test: Triple, floors: Sequence[Triple], zero: float | None) -> tuple[float, float]:
-    """The range of an interval plot, without floors so far away that the rest would shrink below a sixth."""
-    kept = sorted(floors, key=lambda triple: abs(triple[0] - test[0]))
-    while True:
-        values = [*test, *(x for triple in kept for x in triple), *([zero] if zero is not None else [])]
-        nearer = [*test, *(x for triple in kept[:-1] for x in triple), *([zero] if zero is not None else [])]
-        if not kept or max(values) - min(values) <= FAR * (max(nearer) - min(nearer)) or max(nearer) == min(nearer):
-            return padded(values)
-        kept.pop()
-
-
-def interval_plot(test: Triple, floors: Sequence[tuple[str, Triple]], zero: float | None = None) -> Markup:
-    """Intervals below each other on one axis, the test first; widths are shares, so that the drawing fits any cell.
-
-    Args:
-        test: value, low end, high end.
-        floors: the same of every floor, with its name.
-        zero: a value to mark with a vertical line, where good values lie.
-    """
-    rows = [("test", "s-test", test), *((name, "s-floor", triple) for name, triple in floors)]
-    low, high = plot_range(test, [triple for _, triple in floors], zero)
-    scale = Scale(low, high, 3, 97)
-    body = []
-    if zero is not None:
-        body.append(tag("line", css="median", x1=f"{scale(zero)}%", x2=f"{scale(zero)}%", y1=0, y2=ROW * len(rows)))
-    for i, (name, style, (value, a, b)) in enumerate(rows):
-        y = ROW * i + ROW / 2
-        words = tip(f"{name}: {figure(value)} ({figure(a)} to {figure(b)})")
-        if value < low or value > high:
-            body.append(
-                text(
-                    "0%" if value < low else "100%",
-                    y + 4,
-                    "\u2039" if value < low else "\u203a",
-                    css=f"beyond {style}",
-                )
-            )
-            continue
-        body.append(
-            tag(
-                "line",
-                words,
-                css=f"whisker {style}",
-                x1=f"{max(3, scale(a))}%",
-                x2=f"{min(97, scale(b))}%",
-                y1=y,
-                y2=y,
-            )
-        )
-        body.append(tag("circle", words, css=f"dot {style}", cx=f"{scale(value)}%", cy=y, r=4 if i == 0 else 3))
-    about = "; ".join(f"{name} {figure(value)}, {figure(low)} to {figure(high)}" for name, _, (value, low, high) in rows)
-    return tag("svg", *body, css="interval", height=ROW * len(rows), role="img", aria_label=about)
-
-
-def bar(share: float, style: str, about: str) -> Markup:
-    """A horizontal bar over ``share`` of the cell."""
-    width = f"{max(0.4, min(100.0, 100 * share)):.2f}%"
-    return tag(
-        "svg",
-        tag("rect", tip(about), css=style, width=width, height=10, rx=2),
-        css="bar",
-        height=10,
-        role="img",
-        aria_label=about,
-    )
-
-
-def curve(series: Sequence[tuple[str, Sequence[float | None]]], frames: int, about: str) -> Markup | None:
-    """Figures per frame with a cursor that the page moves; a list shorter than the clip holds changes between frames.
-
-    Args:
-        series: style and values per line.
-        frames: of the clip.
-        about: for screen readers.
-    """
-    values = [float(x) for _, line in series for x in line if x is not None and is_number(x)]
-    if not values:
-        return None
-    low, high = padded(values)
-    place = Scale(0, max(1, frames - 1), 0, 100)
-    y = Scale(low, high, 40, 0)
-    body = []
-    for style, line in series:
-        shift = (frames - len(line)) / 2
-        points = [(place(i + shift), y(float(value))) for i, value in enumerate(line) if value is not None and is_number(value)]
-        if points:
-            body.append(tag("path", css=f"line {style}", d=path(points), vector_effect="non-scaling-stroke"))
-    body.append(tag("line", css="cursor", x1=0, x2=0, y1=0, y2=40, vector_effect="non-scaling-stroke"))
-    return tag(
-        "svg",
-        *body,
-        css="curve",
-        viewBox="0 0 100 40",
-        preserveAspectRatio="none",
-        role="img",
-        aria_label=about,
-    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from reelquant.evidence.report import charts
+from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import ClipData, ReportData
 from reelquant.evidence.report.numbers import count, figure, is_number
 from reelquant.evidence.report.panels import BADNESS, Embedded, Panel
@@ -62,7 +62,7 @@ def clip_curve(name: str, entry: ClipData, frames: int, data: ReportData) -> Cur
     numbers = [x for x in own if x is not None]
     title = data.title(name)
     about = f"{title} per frame, {figure(min(numbers, default=None))} to {figure(max(numbers, default=None))}"
-    svg = charts.curve(series, frames, about)
+    svg = cell_charts.curve(series, frames, about)
     if svg is None:
         return None
     unit = data.unit(name)

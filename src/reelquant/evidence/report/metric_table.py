@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from reelquant.evidence.report import charts
+from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import KINDS, MetricData, QuantizationData, ReportData, ValueRange
 from reelquant.evidence.report.numbers import figure, size
 from reelquant.evidence.report.sentences import BETTER, WITHIN
@@ -87,7 +87,7 @@ def metric_row(title: str, metric: MetricData, floors: Sequence[str]) -> MetricR
         value=figure(metric.value, metric.unit, digits),
         interval=metric.range_text(digits),
         floors=[(floor, figure(found.value, "", digits), found.range_text(digits)) for floor, found in own.items()],
-        plot=charts.interval_plot(triple(metric), measured, TARGETS.get(metric.better or "")),
+        plot=cell_charts.interval_plot(triple(metric), measured, TARGETS.get(metric.better or "")),
         plotted=[floor for floor, _ in measured],
         within=WITHIN[metric.within_floor],
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from reelquant.evidence.report import charts
+from reelquant.evidence.report import cell_charts, charts
 from reelquant.evidence.report.charts import Chart, Dot, Line
 from reelquant.evidence.report.data import LayerData, MetricData, QuantizationData, ReportData
 from reelquant.evidence.report.numbers import figure, is_number
@@ -131,4 +131,4 @@ def error_bars(quantization: QuantizationData) -> list[tuple[str, str, str, Mark
 
 def _error_bar(layer: LayerData, error: float, share: float) -> tuple[str, str, str, Markup]:
     name, value = layer.name or "unnamed", figure(error)
-    return name, layer.role or "", value, charts.bar(share, role_style(layer), f"{name} {value}")
+    return name, layer.role or "", value, cell_charts.bar(share, role_style(layer), f"{name} {value}")

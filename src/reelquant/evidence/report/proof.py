@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from reelquant.evidence.report import charts
+from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import LayerData, QuantizationData, ReportData
 from reelquant.evidence.report.numbers import NOTHING, count, figure, plain, ranges, size
 
@@ -77,7 +77,7 @@ def byte_bars(quantization: QuantizationData) -> list[tuple[str, str, str, Marku
         if before and after:
             top = max(q.bytes_model_float or 0, before)
             texts = size(before), size(after)
-            bars = charts.bar(before / top, "s-ref", texts[0]), charts.bar(after / top, "s-test", texts[1])
+            bars = cell_charts.bar(before / top, "s-ref", texts[0]), cell_charts.bar(after / top, "s-test", texts[1])
             found.append((title, *texts, *bars, f"{before / after:.2f}\u00d7 smaller"))
     return found
 

@@ -1,4 +1,5 @@
-"""Kernels of x86 processors: integer products of oneDNN, and loops of numba where torch would take several passes."""
+"""Kernels of x86 processors: integer products of oneDNN, and loops of numba where torch would take several passes. Kernels of other
+devices, and code that needs a compiler on the user's machine, do not belong here."""
 
 from __future__ import annotations
 

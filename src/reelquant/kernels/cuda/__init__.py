@@ -1,4 +1,5 @@
 """Triton kernels for NVIDIA GPUs (compute capability 8.0 and later), and the same kernels in Triton's interpreter for tests on a CPU.
+Kernels of other devices do not belong here.
 
 Importing this package needs neither triton nor a GPU: a function is imported when it is first asked for. :func:`available` says
 whether one can run here.

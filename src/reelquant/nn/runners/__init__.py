@@ -1,4 +1,5 @@
-"""LINKS: what may happen in the forward of a layer, one file each; :func:`assemble` chains those that a layer needs."""
+"""LINKS: what may happen in the forward of a layer, one file each; :func:`assemble` chains those that a layer needs. What a layer stores,
+and what happens between layers, does not belong here."""
 
 from __future__ import annotations
 
