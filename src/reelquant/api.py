@@ -45,7 +45,7 @@ def quantize(
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
         lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
-        progress: hears how far the run is.
+        progress: receives the progress of the run.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Returns:
@@ -117,7 +117,7 @@ def quantize_folder(
         max_memory: ``"8GB"`` or a number of bytes; by default what is free. Activations of a denoiser call come on top.
         resume: go on with an interrupted run of the same work.
         force: replace an existing folder in the end, and give up what an interrupted run left.
-        progress: hears how far the run is.
+        progress: receives the progress of the run.
         call: arguments of the pipeline call during calibration.
 
     Returns:
@@ -300,7 +300,7 @@ def evaluate(
         dtype: of the float parts, float32 by default.
         device: where the pipelines and networks run.
         resume, force: go on with the evaluation in ``output``, or replace it.
-        progress: hears how far the run is.
+        progress: receives the progress of the run.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Returns:

@@ -222,7 +222,7 @@ def test_a_planted_defect_fails_every_gate_and_is_named(folders: Any, plant: str
 
 def test_one_black_frame_in_one_clip_fails_the_loosest_gate(folders: Any) -> None:
     made = reelquant.compare(*folders("black_frame", only=("02",)), metrics="motion", gate="loose")
-    assert made.verdict.failures[0].sentence == "black_frame in 1 of 4 clips (02): black frames: 1 that the reference has not"
+    assert made.verdict.failures[0].sentence == "black_frame in 1 of 4 clips (02): black frames: 1 that the reference does not have"
     assert "black_frames" in {failure.metric for failure in made.verdict.failures}
 
 

@@ -44,7 +44,7 @@ def work_folder(target: Path) -> Path:
 
 @contextmanager
 def workspace(target: str | Path, identity: Mapping[str, Any], *, resume: bool = False, force: bool = False) -> Iterator[Workspace]:
-    """Work on a folder until it is complete; whatever stops the block, what it has written stays for ``resume``.
+    """Work on a folder until it is complete; after an error, finished files stay for ``resume``.
 
     Args:
         target: the folder to make.

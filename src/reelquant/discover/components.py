@@ -24,7 +24,7 @@ def component_of(pipeline: Any, name: str) -> nn.Module:
     """The component of this name.
 
     Raises:
-        UnsupportedError: if there is none, or it is no module; naming those that are.
+        UnsupportedError: if the pipeline has no module of this name; the message gives the nearest one.
     """
     parts = modules_of(pipeline)
     if name not in parts:

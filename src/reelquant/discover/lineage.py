@@ -239,7 +239,7 @@ def _on_write(found: Trace, watch: _Watch, name: str, layer_done: Any):
                 if layer_done is not None:
                     layer_done(name, x)
                 root = watch.root.get(key, key)
-                if root not in found.written:  # inner modules finish first: the leaf wins over the containers that hand it on
+                if root not in found.written:  # inner modules finish first: the leaf wins over the containers that return its output
                     low, high = extremes(x, channel_axis(module)) if is_norm(module) else (None, None)
                     found.written[root] = Written(name, low, high)
 

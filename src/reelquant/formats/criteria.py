@@ -20,7 +20,7 @@ def nmse(reference: Tensor, test: Tensor) -> Tensor:
 
 
 def negative_nmse(reference: Tensor, test: Tensor) -> Tensor:
-    """``-nmse``: a criterion for values that are no temporal features."""
+    """``-nmse``: a criterion for values that are not temporal features."""
     return -nmse(reference, test)
 
 

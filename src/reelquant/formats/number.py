@@ -171,7 +171,7 @@ def _magnitudes(exponent: int, mantissa: int, reserved: int) -> Tensor:
         (index % steps) / steps * 2.0 ** (1 - bias) if index < steps else (1 + index % steps / steps) * 2.0 ** (index // steps - bias)
         for index in range(2 ** (exponent + mantissa) - reserved)
     ]
-    return torch.tensor(values, dtype=torch.float32, device="cpu")  # cached: whatever default a caller has set must not stick
+    return torch.tensor(values, dtype=torch.float32, device="cpu")  # cached: a caller's default dtype or device must not last
 
 
 LEVEL_DTYPE = torch.float16  # of stored level tables: levels lie in [-1, 1]

@@ -1,6 +1,6 @@
 """Compiled graphs of a denoiser by the form of its calls, and the ``forward`` that answers from them.
 
-A graph holds for one arrangement of arguments, their shapes and dtypes, and all arguments that are no tensors; a call of another form
+A graph holds for one arrangement of arguments, their shapes and dtypes, and all arguments that are not tensors; a call of another form
 compiles another one, and the least recently used goes. It holds copies of the numbers of the model, so it is compiled again if these move
 or change. Steps that are protected are computed in torch.
 """

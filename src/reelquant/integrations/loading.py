@@ -73,7 +73,7 @@ def _map(model: nn.Module) -> DenoiserMap:
 
 
 class OnTheFly:
-    """Quantizes the layers of a plan one by one, each as soon as its last tensor has arrived; its float weight is let go at once."""
+    """Quantizes the layers of a plan one by one, each as soon as its last tensor is loaded; its float weight is freed at once."""
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan

@@ -81,7 +81,7 @@ def _patterns(words: Sequence[str], option: str, model: nn.Module, layers: Seque
 
 
 def pattern_of(word: str) -> str:
-    """A plain path stands for itself wherever it occurs, and for what lies below it."""
+    """The pattern of a module name. A plain path matches wherever it occurs, and everything below it."""
     if word.startswith("maybe:"):
         return pattern_of(word.removeprefix("maybe:"))
     if word.lstrip("! ").startswith(_PREFIXES) or any(mark in word for mark in "*?[|&!"):

@@ -31,7 +31,7 @@ def features_in_use(data: Any, plain: Collection[str]) -> frozenset[str]:
 
     Args:
         data: an instance.
-        plain: fields that are no features.
+        plain: fields that are not features.
     """
     fields = (field for field in dataclasses.fields(data) if field.name not in plain)
     return frozenset(field.name for field in fields if not _holds_default(field, getattr(data, field.name)))

@@ -213,7 +213,7 @@ def adapter_file(source: str) -> tuple[str, Path]:
     """The component that an adapter was given for, or nothing, and its file.
 
     Raises:
-        CheckpointError: if there is no such file, or it is no safetensors file.
+        CheckpointError: if the file does not exist, or is not a safetensors file.
     """
     component, file = by_component(source)
     path = Path(file).expanduser()

@@ -53,7 +53,7 @@ def sample(
     on_latents: Callable[[int, Tensor], None] | None = None,
     **overrides: Any,
 ) -> Tensor:
-    """Sample one clip per prompt; clip ``i`` starts from the noise of seed ``seed + i`` whatever the batch size.
+    """Sample one clip per prompt; clip ``i`` starts from the noise of seed ``seed + i``, for every batch size.
 
     Args:
         pipe: a diffusers pipeline.

@@ -204,7 +204,7 @@ def random_clip(seed: int, *, frames: int = 13, resolution: int = 64) -> tuple[T
 
 
 def evaluation_prompts(count: int) -> list[str]:
-    """Captions of scenes of seeds that no training used; the first ones stay the same whatever the count."""
+    """Captions of scenes of seeds that no training used; the first ones are the same for every count."""
     return [random_scene(torch.Generator().manual_seed(EVALUATION_SEED + i)).caption() for i in range(count)]
 
 

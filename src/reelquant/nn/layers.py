@@ -40,7 +40,7 @@ class QuantLayer(nn.Module):
         channel_axis: axis of the input's channels.
         bias_made: whether quantization made the bias; the float layer had none.
         keeps: whether eager calls reuse the output of an earlier step where the input is the same.
-        kernels: ``auto``, or ``reference`` whatever other layers use; see :func:`reelquant.nn.set_kernels`.
+        kernels: ``auto``, or ``reference`` for this layer alone; see :func:`reelquant.nn.set_kernels`.
         runtime_kernel: what computes the layer if its denoiser runs as a graph, and why nothing better does.
         clock: a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's.
         residency: where the weight is.

@@ -216,7 +216,7 @@ def test_rows_that_do_not_fill_blocks_are_written_as_floats(folders: dict[str, P
     made = exported(folders["w8a16"], "gguf", tmp_path)
     (short,) = made.of("dequantized")
     assert (short.name, short.becomes) == ("condition_embedder.text_embedder.linear_1", "F16")
-    assert short.why == "rows of 16 weights are no multiple of 32"
+    assert short.why == "rows of 16 weights are not a multiple of 32"
     assert 0 < short.error < HALF**2
 
 

@@ -43,7 +43,7 @@ def export(
         component: which denoiser, if there are several; torchao exports are whole pipelines.
         type: a name of :data:`TYPES` for all layers; by default, for each layer the type that holds its codes.
         force: replace what is there, once the new is complete.
-        progress: hears how far the export is.
+        progress: receives the progress of the export.
 
     Raises:
         CheckpointError: if the folder holds nothing quantized, is damaged, or the target cannot be written.

@@ -56,7 +56,7 @@ class Gguf(Dialect[str]):
         if not facts.linear:
             return "GGUF readers of diffusion models quantize linear layers only"
         if facts.shape[1] % BLOCK:
-            return f"rows of {facts.shape[1]} weights are no multiple of {BLOCK}"
+            return f"rows of {facts.shape[1]} weights are not a multiple of {BLOCK}"
         return None
 
     def float_form(self, source: ExportSource, name: str, shape: Shape, dtype: torch.dtype) -> str:

@@ -54,7 +54,7 @@ class Facts:
         linear: whether it is a linear layer; else it is a convolution.
         shape: of the float weight.
         bias: whether the architecture has a bias there; quantization may have made one that has no place.
-        fp32: whether diffusers keeps the layer in float32 whatever dtype is asked for.
+        fp32: whether diffusers keeps the layer in float32 for every requested dtype.
     """
 
     name: str

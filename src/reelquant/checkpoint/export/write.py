@@ -55,7 +55,7 @@ def check_file(target: str | Path, suffix: str, *, force: bool) -> Path:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Write to a temporary file beside ``path`` that takes its name when the block ends; whatever stops the block, nothing is left.
+    """Write to a temporary file beside ``path`` that takes its name when the block ends. After an error nothing is left.
 
     Raises:
         CheckpointError: if the disk does not take the file.

@@ -7,7 +7,7 @@
   // ------------------------------------------------------------------------------------------------------------- one clip
 
   /* A clip is one video with three pictures in a row, drawn to three canvases: they cannot drift apart. It is loaded when it comes
-     near the window and let go of when it leaves, because browsers allow only some dozens of videos at a time. Frames of small clips
+     near the window and released when it leaves, because browsers allow only some dozens of videos at a time. Frames of small clips
      are kept once they were decoded, so that playing does not wait for seeks after the first round. */
   const KEPT_BYTES = 24e6;
 

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from reelquant.kernels.cpu.options import EXACT
 
 VECTOR: dict[str, Any] = EXACT | {"fastmath": EXACT["fastmath"] | {"nnan"}, "error_model": "numpy"}
-"""A minimum that minds NaN and a division that looks for zero are no vector instructions."""
+"""There is no vector instruction for a minimum that propagates NaN, nor for a division that checks for zero."""
 LOWEST, HIGHEST = np.float32(-126), np.float32(126)  # exponents of normal numbers
 SERIES = tuple(np.float32(math.log(2) ** k / math.factorial(k)) for k in range(7))
 """``2^f`` for ``-0.5 <= f <= 0.5`` by rising powers of f; what is left out is 1.2e-7 of it at most."""

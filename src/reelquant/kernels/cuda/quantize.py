@@ -2,7 +2,7 @@
 
     codes = round(((x - pre_shift) / pre_scale) / input_scale)
 
-The rewrite is optional. Statistics and arithmetic are float32 whatever the dtype of the input.
+The rewrite is optional. Statistics and arithmetic are float32 for every dtype of the input.
 
 Deviation from the reference (:mod:`reelquant.kernels.reference`): the kernel multiplies by one reciprocal of ``pre_scale * input_scale``
 where the reference divides twice. A value whose quotient lies within a few units of 2^-24 (relative) of the middle between two codes

@@ -1,4 +1,4 @@
-"""Attention inside quantized denoisers, whatever their attention code looks like: faster, or rounded where a recipe asks for it.
+"""Attention inside quantized denoisers, for every way in which a model writes it: faster, or rounded where a recipe asks for it.
 
 diffusers reaches attention in dozens of processors, and all of them end in ``F.scaled_dot_product_attention``. That function is wrapped,
 once, when the first denoiser asks for it; the wrapper acts only while such a denoiser runs in the same thread, and hands everything else

@@ -1,4 +1,4 @@
-"""Quantized layers inside compiled graphs: opaque operators, so that a graph is the same whatever kernel computes a layer.
+"""Quantized layers inside compiled graphs: opaque operators, so that a graph is the same for every kernel of a layer.
 
 The graph carries the state of the clock as tensors, and the operator reads them when it runs. So one compilation serves all steps, tables
 of outputs included. An operator takes tensors and numbers only, so it finds its module by an integer handle.
