@@ -351,8 +351,8 @@ def test_a_recipe_explains_it() -> None:
     from reelquant.cli.recipes import explain
 
     rows = dict(explain(load_recipe("w8a16", {"attention.values": "e4m3"})))
-    assert rows["attention"] == "int8 scores, e4m3 values, found at run time; float at protected steps"
-    assert "attention" not in dict(explain(load_recipe("w8a16")))
+    assert rows["step 1"].startswith("run with attention (scores int8, values e4m3)")
+    assert "step 1" not in dict(explain(load_recipe("w8a16")))
 
 
 def test_the_page_says_it() -> None:

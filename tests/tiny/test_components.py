@@ -177,7 +177,7 @@ def test_patterns_of_the_user_count_in_the_component_that_has_them() -> None:
 @pytest.mark.parametrize(
     ("recipe", "components", "kind", "message"),
     [
-        ({"transformer": "w8a16", "unet": "w8a16"}, None, RecipeError, "'unet' is no component of WanPipeline"),
+        ({"transformer": "w8a16", "unet": "w8a16"}, None, RecipeError, "'unet' is not a component of WanPipeline"),
         ({"transformer": "w8a16"}, ["transformer_2"], RecipeError, "component 'transformer_2' has no recipe"),
         ({"vae": "qvd-w8a8"}, None, RecipeError, "component 'vae' \\(vae\\) has none; give it one that needs no data"),
         ("w8a16", ["tokenizer"], UnsupportedError, "no component 'tokenizer'"),

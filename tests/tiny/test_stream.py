@@ -688,7 +688,7 @@ def test_sizes(text: str | int, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "8 bananas", "-1GB", "0", "1e3"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(RecipeError, match="is no amount of memory"):
+    with pytest.raises(RecipeError, match="is not an amount of memory"):
         parse_bytes(text)
 
 

@@ -67,7 +67,7 @@ def _by_component(pipe: Any, recipe: RecipeSource) -> bool:
     for name in recipe:
         if name not in parts:
             raise RecipeError(
-                f"'{name}' is no component of {type(pipe).__name__} (which has {', '.join(parts)}) and this mapping is no recipe, as it "
+                f"'{name}' is not a component of {type(pipe).__name__} (which has {', '.join(parts)}) and this mapping is not a recipe, as it "
                 f"has no 'defaults'; {nearest(name, parts)}"
             )
     return True

@@ -84,7 +84,7 @@ def parse_bytes(text: str | int) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = UNITS.get((found[2] or "B").upper()) if found else None
     if not found or unit is None or float(found[1]) * unit < 1:
-        raise RecipeError(f"'{text}' is no amount of memory; write it like 8GB, 500MB or 1.5GiB")
+        raise RecipeError(f"'{text}' is not an amount of memory; write it like 8GB, 500MB or 1.5GiB")
     return int(float(found[1]) * unit)
 
 

@@ -77,7 +77,7 @@ class Job:
         """Plan every component; their parameters stay on the meta device.
 
         Raises:
-            UnsupportedError: for a component that is no denoiser of the pipeline.
+            UnsupportedError: for a component that is not a denoiser of the pipeline.
         """
         source.check_denoisers(recipes)
         plans = plan_components(source.pipe, recipes, skip, lambda name, part: discover(stand_in(part)))

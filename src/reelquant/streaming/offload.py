@@ -80,7 +80,7 @@ class OnDisk:
         if missing := sorted(set(expected) - set(shards.specs)):
             raise CheckpointError(
                 f"'{shards.files[0].parent}' lacks {len(missing)} tensors of {type(model).__name__}, first '{missing[0]}'; if it was "
-                "written for an older diffusers, open the pipeline and save it anew"
+                "written for an older diffusers, open the pipeline and save it again"
             )
         for name, value in expected.items():
             if tuple(value.shape) != shards.specs[name].shape:

@@ -99,7 +99,7 @@ class Source:
         for name in names:
             if name in self.modules and name not in self.disks:
                 raise UnsupportedError(
-                    f"'{name}' is no denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from disk to "
+                    f"'{name}' is not a denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from disk to "
                     "disk; leave it out, or quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
                 )
 
