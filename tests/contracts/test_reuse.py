@@ -29,10 +29,8 @@ from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
 STEPS = 4
 RUN = CALL | {"num_inference_steps": STEPS}
 CLIPS: list[tuple[int, dict[str, Any]]] = [(0, {}), (1, {"height": 32}), (2, {"num_inference_steps": 3})]
-ALWAYS: dict[str, dict[str, Any]] = {"blocks": {"every": 1}}
-"""Parameters that tell a member to compute everything; a new member adds a line here and in ``OFTEN``."""
 OFTEN: dict[str, dict[str, Any]] = {"blocks": {"every": 2, "stretch": [0.0, 1.0]}}
-"""Parameters with which a member reuses something within four steps of a denoiser with two blocks."""
+"""Parameters with which a member reuses something within four steps of a denoiser with two blocks, if its defaults do not."""
 MEMBERS = [name for name, kind in REUSES.items() if issubclass(kind, Reuse)]
 
 
@@ -85,12 +83,12 @@ def member(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def made(member: str) -> tuple[Any, Any]:
     """A pipeline that reuses; tests must leave it as it is."""
-    return quantized(step(member, OFTEN[member]))
+    return quantized(step(member, OFTEN.get(member, {})))
 
 
 def test_told_to_compute_everything_it_changes_no_bit(member: str) -> None:
     plain, _ = quantized()
-    always, report = quantized(step(member, ALWAYS[member]))
+    always, report = quantized(step(member, dict(REUSES[member].always)))
     states = plain.transformer.state_dict(), always.transformer.state_dict()
     assert list(states[0]) == list(states[1]) and all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert torch.equal(latents(plain), latents(always))
@@ -135,7 +133,7 @@ def test_a_failed_run_leaves_the_model_as_it_was(member: str, monkeypatch: pytes
     before = parts(pipe.transformer)
     monkeypatch.setattr("reelquant.engine.run._refuse_broken", _broken)
     with pytest.raises(CalibrationError, match="on purpose"):
-        reelquant.quantize(pipe, recipe(step(member, OFTEN[member])), PROMPTS, **RUN)
+        reelquant.quantize(pipe, recipe(step(member, OFTEN.get(member, {}))), PROMPTS, **RUN)
     assert not installed_reuse(pipe.transformer) and parts(pipe.transformer) == before
 
 
@@ -202,7 +200,7 @@ def _recorded(args: Any, kwargs: Any) -> RecordedCall:
 def test_a_run_from_disk_to_disk_gives_the_same_bytes(member: str, tmp_path: Path) -> None:
     wan_pipeline().save_pretrained(tmp_path / "model")
     write_notes(tmp_path / "model", CALL, PROMPTS)
-    chosen = recipe(step(member, OFTEN[member]))
+    chosen = recipe(step(member, OFTEN.get(member, {})))
     pipe = reelquant.open_pipeline(tmp_path / "model")
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -220,7 +218,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_one_member_is_installed_once(member: str) -> None:
     with pytest.raises(RecipeError, match=f"reuse '{member}' is installed on WanTransformer3DModel already; keep one"):
-        quantized(step(member, OFTEN[member]), step(member, ALWAYS[member]))
+        quantized(step(member, OFTEN.get(member, {})), step(member, dict(REUSES[member].always)))
 
 
 def test_what_a_newer_version_stored_is_refused(made: Any, member: str) -> None:

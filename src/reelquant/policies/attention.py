@@ -25,6 +25,7 @@ class RoundAttention(Stage):
     samples: ClassVar[bool] = False
     key: ClassVar[str | None] = "attention"
     default_on: ClassVar[str] = "*"
+    takes_on: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         parse_attention({"scores": self.scores, "values": self.values})

@@ -26,6 +26,7 @@ class SeparateGuidance(Stage):
     statistics: ClassVar[frozenset[str]] = frozenset({"halves"})
     key: ClassVar[str | None] = "guidance"
     default_on: ClassVar[str] = "*"
+    takes_on: ClassVar[bool] = False
 
     @classmethod
     def parse_key(cls, value: Any) -> Mapping[str, Any] | None:

@@ -31,6 +31,7 @@ class ProtectSteps(Stage):
     share: float = 0.2
     key: ClassVar[str | None] = "protect_steps"
     default_on: ClassVar[str] = "*"
+    takes_on: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, str) and self.steps != "auto":

@@ -52,6 +52,8 @@ def make_entry(position: int, axis: str, name: str, options: Mapping[str, Any], 
     """
     noun, members = AXES[axis].noun, AXES[axis].members
     member = look_up(noun, name, members)
+    if on is not None and not member.takes_on:
+        raise RecipeError(f"{noun} '{name}' acts on the whole denoiser; drop its 'on: {on}'")
     chosen = combinations(member, options)
     if not chosen:
         raise RecipeError("an empty list leaves nothing to choose from")

@@ -12,7 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class BlockReuse(Reuse):
     every: int = 2
     first: int = 1
     stretch: tuple[float, float] = (0.25, 0.75)
+    always: ClassVar[Mapping[str, Any]] = {"every": 1}
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.first < 1:

@@ -36,10 +36,15 @@ class Reuse(Stage):
     """Installed on the float model before calibration observes it; stored with the model, and installed again when it is opened.
 
     A member keeps no state in itself: its fields are parameters, and :meth:`install` gives an object that holds the state.
+
+    Attributes:
+        always: parameters with which everything is computed; results are then those without the reuse, bit for bit.
     """
 
+    always: ClassVar[Mapping[str, Any]]
     samples: ClassVar[bool] = False
     default_on: ClassVar[str] = "*"
+    takes_on: ClassVar[bool] = False
 
     @abstractmethod
     def facts(self, work: ModelWork) -> dict[str, Any]:
@@ -91,7 +96,8 @@ def install_stored(model: nn.Module, stored: Mapping[str, Any]) -> None:
             _put(model, REUSES[name](**options), data["facts"])
         except (KeyError, TypeError, RecipeError) as error:
             raise CheckpointError(
-                f"quantization_config.reuse.{name} cannot be installed ({type(error).__name__}: {error}): written by a newer version?"
+                f"quantization_config.reuse.{name} cannot be installed ({type(error).__name__}: {error}); import the package that "
+                f"registers it before opening the pipeline, or upgrade reelquant (known here: {', '.join(REUSES)})"
             ) from None
 
 

@@ -55,6 +55,7 @@ class Stage:
         exclusive: at most one stage of the same axis per layer.
         key: a top-level key of recipes that stands for this stage, beside a line in ``steps``; None for no such key.
         default_on: the layers a step touches if it has no ``on``.
+        takes_on: whether a step may have an ``on``; False for stages that act on the denoiser as a whole.
         in_memory: why the stage needs the whole model in memory, or None if it works from disk to disk as well.
     """
 
@@ -63,6 +64,7 @@ class Stage:
     exclusive: ClassVar[bool] = False
     key: ClassVar[str | None] = None
     default_on: ClassVar[str] = "role:main | role:entry | role:exit"
+    takes_on: ClassVar[bool] = True
     in_memory: ClassVar[str | None] = None
 
     @property
@@ -143,7 +145,7 @@ class Stage:
         return layer
 
     def solve_block(self, block: BlockWork) -> Mapping[str, Solution]:
-        """Better codes by layer name; layers that are not named keep theirs."""
+        """Better codes by path inside of the part (the keys of ``block.layers``); layers that are not named keep theirs."""
         del block
         return {}
 
