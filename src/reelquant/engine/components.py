@@ -67,8 +67,8 @@ def _by_component(pipe: Any, recipe: RecipeSource) -> bool:
     for name in recipe:
         if name not in parts:
             raise RecipeError(
-                f"'{name}' is not a component of {type(pipe).__name__} (which has {', '.join(parts)}) and this mapping is not a recipe, as it "
-                f"has no 'defaults'; {nearest(name, parts)}"
+                f"'{name}' is not a component of {type(pipe).__name__} (which has {', '.join(parts)}) and this mapping is not a recipe, as "
+                f"it has no 'defaults'; {nearest(name, parts)}"
             )
     return True
 

@@ -99,8 +99,8 @@ class Source:
         for name in names:
             if name in self.modules and name not in self.disks:
                 raise UnsupportedError(
-                    f"'{name}' is not a denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from disk to "
-                    "disk; leave it out, or quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
+                    f"'{name}' is not a denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from "
+                    "disk to disk; leave it out, or quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
                 )
 
     def stored(self) -> dict[str, int]:
