@@ -16,13 +16,13 @@ EXCUSED = {*((name, "device_map") for name in NO_AUTO), ("hunyuanvideo-1.5", "to
 """Cells that the float model of diffusers fails as well: no ``_no_split_modules``, a branch on a tensor's value, no group offloading."""
 
 
-ALWAYS = ("inference", "serialization", "quantized_layers", "lora_inference", "memory_footprint")
+ALWAYS = ("inference", "serialization", "quantized_layers")
 """Checks whose result depends on the family: they run on every one."""
 
 SOME = ("wan-2.1", "hunyuanvideo", "ltx", "animatediff")
 """Four kinds of wiring: cross-attention, double streams, packed tokens (no device map in diffusers), a UNet with motion modules."""
 
-SLOW = {"torch_compile": ("wan-2.1", "ltx", "mochi", "flux"), "torch_compile_with_group_offload": ("wan-2.1", "flux")}
+SLOW = {"torch_compile": ("wan-2.1", "flux"), "torch_compile_with_group_offload": ()}
 """Checks that compile take long: they run on few families."""
 
 CELLS = [

@@ -21,6 +21,8 @@ from reelquant.nn.around.fuse import part_activations
 from tests.tiny.stock import realigned
 
 NAMES = ("tiny-dit", "tiny-unet")
+PIPELINES = [name if name == "tiny-dit" else pytest.param(name, marks=pytest.mark.full) for name in NAMES]
+"""Parameters of tests that take both pipelines in ``make test-all``, and the smaller one in ``make test``."""
 PROMPT = ["a red ball"]
 RECIPE: dict[str, Any] = {
     "name": "everyday",

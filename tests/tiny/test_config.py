@@ -78,7 +78,10 @@ def formats(model: nn.Module) -> dict[str, str]:
 MODELS = ("WanTransformer3DModel", "CogVideoXTransformer3DModel", "LTXVideoTransformer3DModel", "UNet3DConditionModel")
 
 
-@pytest.mark.parametrize(("name", "recipe"), [*((name, "w8a16") for name in MODELS[:3]), (MODELS[0], "w4a16"), (MODELS[3], "w4a16")])
+FULL_UNET = pytest.param(MODELS[3], "w4a16", marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(("name", "recipe"), [*((name, "w8a16") for name in MODELS[:3]), (MODELS[0], "w4a16"), FULL_UNET])
 def test_a_float_checkpoint_becomes_what_quantize_makes_of_it(name: str, recipe: str, tmp_path: Path) -> None:
     TINY[name]().save_pretrained(tmp_path)
     cls = getattr(diffusers, name)
@@ -91,7 +94,7 @@ def test_a_float_checkpoint_becomes_what_quantize_makes_of_it(name: str, recipe:
     assert torch.equal(output(loaded), output(pipe.unet))
 
 
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize("name", [name if "UNet" not in name else pytest.param(name, marks=pytest.mark.full) for name in TINY])
 def test_roles_can_be_told_before_the_weights_are_there(name: str) -> None:
     model = TINY[name]()
     empty = copy.deepcopy(model).to("meta")

@@ -55,6 +55,8 @@ def recipe(name: str, **overrides: Any) -> Recipe:
         if step.axis == "allocate":
             # rows of tiny models are short, so that scales count for more
             small |= {f"steps.{number}.bits": 6.5, f"steps.{number}.calls": 1}
+        if step.axis == "reconstruct":
+            small |= {f"steps.{number}.iterations": 10, f"steps.{number}.calls": 4}
     return load_recipe(found, small | overrides)
 
 
@@ -86,7 +88,18 @@ def runs(name: str, model: str) -> bool:
     return model != "UNetMotionModel" or all(entry.name != "blocks" for entry in load_recipe(name).entries)
 
 
-@pytest.mark.parametrize(("name", "model"), [(name, model) for name in names() for model in MODELS if runs(name, model)])
+ON_BOTH = ("qvd-w4a8", "minmax-w8a8", "w4a16")
+"""Recipes that ``make test`` runs on the UNet as well; ``make test-all`` runs all of them on both."""
+
+
+def cases() -> list[Any]:
+    """(recipe, model): every recipe of the library on every model that it runs on."""
+    pairs = [(name, model) for name in names() for model in MODELS if runs(name, model)]
+    rare = [model == "UNetMotionModel" and name not in ON_BOTH for name, model in pairs]
+    return [pytest.param(*pair, marks=pytest.mark.full if full else ()) for pair, full in zip(pairs, rare, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "model"), cases())
 def test_every_recipe_end_to_end(name: str, model: str, tmp_path: Path) -> None:
     pipe = FakePipeline(TINY[model](), guided=name == "minmax-w8a8")
     before, linear = (

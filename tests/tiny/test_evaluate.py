@@ -178,6 +178,7 @@ def test_a_clip_of_one_colour_stops_the_run_when_the_reference_shows_something()
         reelquant.evaluate(pipe, "tiny-dit", clips=1, metrics="quick", floor=["none"], batch=1, **CALL)
 
 
+@pytest.mark.full
 def test_grain_is_measured_against_steps(quantized: Path) -> None:
     made = reelquant.evaluate(quantized, "tiny-dit", clips=1, metrics="psnr", floor=["none"], grain_steps=(1, 2), num_frames=5)
     grain = made.data["grain_growth"]
@@ -290,6 +291,7 @@ def _written(clips: dict[str, torch.Tensor], folder: Path, change: Any = lambda 
     return folder
 
 
+@pytest.mark.full
 def test_fvd_of_folders_is_the_distance_of_their_features(material: Path, real: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Clips of other names too: only sets are compared."""
     generator = torch.Generator().manual_seed(0)

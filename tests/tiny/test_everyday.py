@@ -26,7 +26,7 @@ from reelquant import UnsupportedError
 from reelquant.models.sampling import call_arguments
 from reelquant.nn import quantized_layers
 from tests.tiny import bundled
-from tests.tiny.bundled import CPU, NAMES, OFFLOAD, Mode, denoiser, expected, folder, is_expected, latents, opened, quantized
+from tests.tiny.bundled import CPU, NAMES, OFFLOAD, PIPELINES, Mode, denoiser, expected, folder, is_expected, latents, opened, quantized
 from tests.tiny.stock import realigned
 
 
@@ -62,7 +62,7 @@ def test_offloading_that_is_switched_on_before_the_first_run_gives_the_same(mode
         assert is_expected(latents(pipe), "tiny-dit")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_sequential_offload_keeps_nothing_of_what_it_moved_away(name: str) -> None:
     """Kernels hold repacked weights; those of layers whose weights are on the meta device go when the next layer runs."""
     pipe = opened(name)
@@ -169,7 +169,7 @@ save_file({{"latents": latents(pipe)}}, {str(tmp_path / "latents.safetensors")!r
     assert torch.equal(load_file(tmp_path / "latents.safetensors")["latents"], expected(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_copies_of_pipelines_and_models_go_their_own_ways(name: str) -> None:
     pipe = opened(name)
     latents(pipe, num_inference_steps=1)
@@ -180,7 +180,7 @@ def test_copies_of_pipelines_and_models_go_their_own_ways(name: str) -> None:
     assert is_expected(latents(copy.deepcopy(twin)), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_denoiser_serves_two_pipelines(name: str) -> None:
     pipe = opened(name)
     other = bundled.quiet(type(pipe)(**pipe.components))
@@ -195,7 +195,7 @@ def test_two_pipelines_in_one_process_do_not_meet() -> None:
         assert is_expected(latents(pipes[name]), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_threads_that_share_a_denoiser_get_what_they_get_one_after_the_other(name: str) -> None:
     """Each at a step of its own: slots of scales and rows of tables are those of the thread's own call."""
     model = denoiser(opened(name))
@@ -230,7 +230,7 @@ def run(model: Any, call: dict[str, Any]) -> Tensor:
     return model(**call)[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_one_graph_serves_all_steps(name: str) -> None:
     """Tables, per-step scales and steps that are in no table, compiled whole, once."""
     model = denoiser(opened(name))
@@ -246,7 +246,7 @@ def test_one_graph_serves_all_steps(name: str) -> None:
             torch.testing.assert_close(run(compiled, inputs(model, name, time, 0)), output, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_model_is_not_pickled(name: str, tmp_path: Path) -> None:
     pipe = opened(name)
     latents(pipe, num_inference_steps=1)
@@ -258,7 +258,7 @@ def test_a_model_is_not_pickled(name: str, tmp_path: Path) -> None:
     assert is_expected(latents(pipe), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_state_dicts_hold_the_codes_also_while_a_kernel_owns_them(name: str) -> None:
     model, other = denoiser(opened(name)), denoiser(opened(name))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -271,7 +271,7 @@ def test_state_dicts_hold_the_codes_also_while_a_kernel_owns_them(name: str) -> 
     torch.testing.assert_close(run(other, inputs(model, name, 500.0, 0)), run(model, inputs(model, name, 500.0, 0)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_casting_is_refused(name: str) -> None:
     pipe = opened(name)
     for cast in (denoiser(pipe).half, denoiser(pipe).float, lambda: denoiser(pipe).to(torch.bfloat16)):
@@ -280,7 +280,7 @@ def test_casting_is_refused(name: str) -> None:
     assert is_expected(latents(pipe), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_fused_projections_are_refused_before_anything_changes(name: str) -> None:
     pipe = opened(name)
     with pytest.raises(UnsupportedError, match="stay apart"):
@@ -288,7 +288,7 @@ def test_fused_projections_are_refused_before_anything_changes(name: str) -> Non
     assert is_expected(latents(pipe), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_dequantized_model_is_a_stock_one(name: str, tmp_path: Path) -> None:
     pipe = opened(name)
     model = denoiser(pipe)
@@ -306,14 +306,14 @@ def test_a_dequantized_model_is_a_stock_one(name: str, tmp_path: Path) -> None:
     model.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_shards_come_back(name: str, tmp_path: Path) -> None:
     reelquant.save(quantized(name), tmp_path / "out", max_shard_size="100KB")
     assert len(list((tmp_path / "out").glob("*/*-of-*.safetensors"))) > 3
     assert torch.equal(latents(bundled.quiet(DiffusionPipeline.from_pretrained(tmp_path / "out"))), expected(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_layerwise_casting_leaves_quantized_layers_alone(name: str) -> None:
     """Float layers are stored in float8, which costs what it costs a float model; codes, scales and biases stay."""
     pipe = opened(name)

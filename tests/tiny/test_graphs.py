@@ -19,7 +19,7 @@ from reelquant.kernels import backend
 from reelquant.kernels.attention import AttentionQuant
 from reelquant.nn import kernels_of, quantized_layers, set_attention
 from tests.tiny import bundled
-from tests.tiny.bundled import CPU, NAMES, denoiser
+from tests.tiny.bundled import CPU, PIPELINES, denoiser
 
 openvino = pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)
 
@@ -40,7 +40,7 @@ def calls_of(pipe: Any) -> list[Call]:
     return seen
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=PIPELINES)
 def running(request: pytest.FixtureRequest) -> tuple[Any, list[Call]]:
     """A bundled denoiser on the runtime, and calls of every step."""
     pipe = copy.deepcopy(bundled.quantized(request.param))

@@ -27,8 +27,8 @@ from reelquant.models.lora import LoraFiles, adapter_file, parse_adapters, short
 from reelquant.nn import QuantConv2d, QuantLayer, QuantLinear, get_module
 from tests.tiny.bundled import (
     CALL,
-    NAMES,
     OFFLOAD,
+    PIPELINES,
     PROMPT,
     RECIPE,
     cases,
@@ -99,7 +99,7 @@ def branch(tensors: dict[str, Tensor], layer: str, module: Any, x: Tensor) -> Te
 
 
 @pytest.mark.parametrize("prepared", [False, True], ids=["before the first run", "after a run"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_an_adapter_adds_its_branch_to_every_layer(name: str, prepared: bool, file: Path) -> None:
     pipe, seen = opened(name), set()
     if prepared:
@@ -130,7 +130,7 @@ def test_an_adapter_adds_its_branch_to_every_layer(name: str, prepared: bool, fi
     assert is_expected(latents(pipe), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_adapters_are_weighed_deleted_and_swapped(name: str, file: Path, tmp_path: Path) -> None:
     other = written(tmp_path / "other" / WEIGHTS, name, factors(name, seed=1))
     pipe, fresh = opened(name), opened(name)
@@ -211,7 +211,7 @@ def _pair(pipe: Any, layer: str = "condition_embedder.time_embedder.linear_1") -
 # ----------------------------------------------------------------------------------------------------------------- fusing, saving
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_nothing_is_fused_into_quantized_weights(name: str, file: Path) -> None:
     pipe = opened(name)
     pipe.load_lora_weights(str(file), adapter_name="style")
@@ -251,7 +251,7 @@ def test_an_adapter_that_needs_the_float_weight_is_refused(targets: list[str]) -
         model.add_adapter(LoraConfig(r=RANK, target_modules=targets, use_dora=True))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_is_not_saved_with_its_adapters(name: str, file: Path, tmp_path: Path) -> None:
     pipe = opened(name)
     pipe.load_lora_weights(str(file), adapter_name="style")
@@ -286,7 +286,7 @@ def adapted(model: Any, targets: list[str]) -> Any:
     return realigned(model)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_gradients_are_those_of_the_float_model_with_the_same_weights(name: str) -> None:
     """Inputs are not rounded in this recipe, so only the order of sums differs; every layer passes gradients on."""
     pipe = reelquant.open_pipeline(name)
@@ -302,7 +302,7 @@ def test_gradients_are_those_of_the_float_model_with_the_same_weights(name: str)
         assert (found[key] - value).norm() <= 1e-3 * value.norm()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_adapters_train_beside_layers_that_round_their_inputs(name: str) -> None:
     model = adapted(denoiser(opened(name)), TARGETS[name])
     call = Bare(denoiser(stock(name))).arguments | {"return_dict": False}
@@ -343,7 +343,7 @@ def assert_merges_like_stock(name: str, adapters: dict[Path, float]) -> int:
     return len(files.tensors(PARTS[name]))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_files_are_merged_as_diffusers_fuses_them(name: str, file: Path, tmp_path: Path) -> None:
     other = written(tmp_path / "other" / WEIGHTS, name, factors(name, seed=1, targets=["attn1.to_q", "attn1.to_out.0"]))
     layers = {key.rpartition(".lora_")[0] for key in factors(name) | factors(name, targets=["attn1.to_q", "attn1.to_out.0"])}
@@ -442,7 +442,7 @@ def test_small_deltas_survive_merging_on_average_where_a_fused_one_would_vanish(
     assert survival(rounded(weight), rounded(weight + delta)) == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_quantizing_with_an_adapter_is_quantizing_the_fused_pipeline(name: str, file: Path, tmp_path: Path) -> None:
     pipes = [copy.deepcopy(stock(name)) for _ in range(2)]
     report = reelquant.quantize(pipes[0], "w8a16", lora={str(file): 0.5})
@@ -453,7 +453,7 @@ def test_quantizing_with_an_adapter_is_quantizing_the_fused_pipeline(name: str, 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_run_that_fails_leaves_the_float_weights_as_they_were(name: str, file: Path) -> None:
     pipe = copy.deepcopy(stock(name))
     before = copy.deepcopy(denoiser(pipe).state_dict())

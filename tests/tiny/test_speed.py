@@ -54,6 +54,7 @@ def test_the_verb_prints_a_table_or_one_document(quantized: str) -> None:
     assert document["speedup_vs_fp32"] == document["speedup"]["median"] and document["peak_memory_bytes"] is None
 
 
+@pytest.mark.full
 def test_the_quantized_pipeline_may_run_as_a_graph(quantized: str) -> None:
     pytest.importorskip("openvino", reason="pip install openvino", exc_type=ImportError)
     found = reelquant.benchmark(quantized, "tiny-dit", rounds=1, runtime="openvino", **CALL)

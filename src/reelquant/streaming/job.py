@@ -93,7 +93,7 @@ class Job:
             for entry in plan.entries:
                 if entry.stage.in_memory is not None:
                     raise UnsupportedError(
-                        f"recipe '{plan.recipe.name}' does not work from disk to disk: {entry.stage.in_memory}; or allow more memory"
+                        f"recipe '{plan.recipe.name}' needs the model in memory, because {entry.stage.in_memory}; or allow more memory"
                     )
 
     @property

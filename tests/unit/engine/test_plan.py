@@ -72,7 +72,7 @@ def test_skips_add_to_the_rules_and_may_name_what_others_have() -> None:
 @pytest.mark.parametrize("place", ["rules", "steps"])
 @pytest.mark.parametrize(("pattern", "message"), [
     ("blok.a", r"did you mean 'block.a'\?"), ("role:main & blok.a", "matches none"), ("role:mian", r"did you mean 'main'\?"),
-    ("re:[", "no regular expression"),
+    ("re:[", "is not a regular expression"),
 ])  # fmt: skip
 def test_unknown_patterns_are_errors(place: str, pattern: str, message: str) -> None:
     with pytest.raises(SiteError, match=message):

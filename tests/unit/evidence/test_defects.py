@@ -74,7 +74,7 @@ def test_a_sentence_gives_the_figure():
     assert slowed.name == "slowed" and slowed.sentence == "slowed motion: plays at 0.50 of the reference's speed"
     assert slowed.strength == pytest.approx(0.5 / 0.2, rel=0.02)
     (black,) = diagnose(figures(ball(), PLANT["black_frame"](ball())))
-    assert black.sentence == "black frames: 1 that the reference has not" and black.strength == 1
+    assert black.sentence == "black frames: 1 that the reference does not have" and black.strength == 1
 
 
 def test_two_defects_at_once_are_both_named():

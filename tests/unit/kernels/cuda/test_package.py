@@ -53,8 +53,8 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     image, heads = torch.ones(2, 8, 5, 6, dtype=torch.int8, device=device), x[None].expand(2, 3, 4, 64)
     kernel = torch.ones(3, 1, 3, 3, 8, dtype=torch.int8, device=device)
     return {
-        "quantize_static": (cuda.quantize_static, (x, one), {"gate": "last", "activation": "gelu"}),
-        "quantize_per_token": (cuda.quantize_per_token, (x,), {"norm": "layer"}),
+        "quantize_static": (cuda.quantize_static, (x, one), {"pre_scale": x[0, 0]}),
+        "quantize_per_token": (cuda.quantize_per_token, (x,), {"pre_shift": x[0, 0]}),
         "linear_8bit": (cuda.linear_8bit, (codes, weight, one, scale), {"activation": "silu", "out_dtype": torch.float16}),
         "linear_w4a8": (cuda.linear_w4a8, (codes, weight[:, :32].contiguous(), group_scale, one), {}),
         "linear_w4a16": (cuda.linear_w4a16, (x, weight[:, :32].contiguous(), group_scale), {"bias": scale}),
@@ -77,6 +77,7 @@ def test_a_graph_without_breaks_sees_the_right_shapes(name: str) -> None:
 
 
 @needs_triton
+@pytest.mark.full
 @pytest.mark.parametrize("capability", ["90"])  # others by hand: each takes some ten seconds
 def test_kernels_compile_for_absent_gpus(capability: str) -> None:
     """Every kernel, the first tile of each; ``ahead`` without ``--first`` goes through all tiles."""
