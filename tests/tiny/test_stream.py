@@ -227,7 +227,7 @@ def test_what_needs_memory_is_refused_where_it_would_be_streamed(model: Path, tm
         return CliRunner().invoke(app, words)
 
     both = ["-r", "w8a16", "--components", "transformer,vae"]
-    assert "'vae' is no denoiser" in run(*both, "--max-memory", "8GB").stderr
+    assert "'vae' is not a denoiser" in run(*both, "--max-memory", "8GB").stderr
     table = ["-r", "qvd-w8a8", "--set", "temporal=table", "--set", "calibrate.prompts=2", "--set", "calibrate.steps=2"]
     assert "needs the model in memory" in run(*table, "--resume").stderr
     assert not list(tmp_path.iterdir())
@@ -588,7 +588,7 @@ def test_quantized_folders_and_unknown_components_are_refused(model: Path, tmp_p
     reelquant.quantize_folder(model, tmp_path / "out", "w8a16")
     with pytest.raises(UnsupportedError, match="is quantized; give the folder of the float pipeline"):
         reelquant.quantize_folder(tmp_path / "out", tmp_path / "twice", "w8a16")
-    with pytest.raises(UnsupportedError, match="'vae' is no denoiser"):
+    with pytest.raises(UnsupportedError, match="'vae' is not a denoiser"):
         reelquant.quantize_folder(model, tmp_path / "twice", "w8a16", components=["vae"])
 
 
