@@ -14,6 +14,7 @@ from reelquant.engine.plan import Plan, make_plan
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.recipes.recipe import Recipe, load_recipe
+from reelquant.recipes.text import EXTENDS
 from reelquant.sites import DenoiserMap, select
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
@@ -61,7 +62,7 @@ def assign(
 
 def _by_component(pipe: Any, recipe: RecipeSource) -> bool:
     """Is this a mapping from components to recipes? One with the keys of a recipe is a recipe."""
-    if not isinstance(recipe, Mapping) or "defaults" in recipe:
+    if not isinstance(recipe, Mapping) or {"defaults", EXTENDS} & set(recipe):
         return False
     parts = modules_of(pipe)
     for name in recipe:

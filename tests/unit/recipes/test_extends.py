@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reelquant._errors import RecipeError
+from reelquant.engine.components import assign
 from reelquant.recipes.recipe import load_recipe
+from tests.tiny.configs import TINY
 
 PARENT = """
 name: parent
@@ -72,3 +75,9 @@ def test_circles_and_missing_parents_are_errors(tmp_path: Path) -> None:
         load_recipe(write(tmp_path, "lost", "extends: nowhere.yaml\nname: lost\n"))
     with pytest.raises(RecipeError, match="'extends' names one recipe or file"):
         load_recipe({"extends": ["a", "b"], "name": "many"})
+
+
+def test_a_mapping_that_extends_a_recipe_is_a_recipe_and_not_a_table_of_components() -> None:
+    pipe = SimpleNamespace(components={"transformer": TINY["WanTransformer3DModel"]()})
+    recipes = assign(pipe, {"extends": "w8a16", "name": "mine"})
+    assert {name: recipe.name for name, recipe in recipes.items()} == {"transformer": "mine"}
