@@ -185,7 +185,7 @@ def test_layers_that_cannot_have_the_formats_are_refused_when_planning(monkeypat
 def test_streaming_refuses_with_a_sentence() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     plan = plan_of(model, one_group(model, ["0"]), {"format": "int8"}, None, [{"allocate": "milp"}])
-    with pytest.raises(UnsupportedError, match="does not work from disk to disk: 'allocate: milp' calls the whole denoiser"):
+    with pytest.raises(UnsupportedError, match="needs the model in memory, because 'allocate: milp' calls the whole denoiser"):
         Job(None, {"transformer": plan}, None, {}, 0).check()
 
 
