@@ -17,8 +17,8 @@ from reelquant.observe.inverse_factor import inverse_factor
 from reelquant.observe.sampled_calls import SampledCalls
 from reelquant.observe.statistic import FLOAT, Statistic, Watched
 
-LEAST_ROWS, ROWS_PER_COLUMN = 4096, 8  # rows over all calls, at least
-PER_CALL = 64  # rows of a call, at least: with very many calls, only some are sampled
+LEAST_ROWS, ROWS_PER_COLUMN = 4096, 4  # rows over all calls, at least
+PER_CALL = 128  # rows of a call, at least: with very many calls, only some are sampled
 BUFFER = 256  # rows that are multiplied at a time: a product of fewer is limited by reading and writing the square
 BLOCK = 256  # columns whose products are computed at a time, those below the diagonal left out
 

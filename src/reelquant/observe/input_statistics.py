@@ -93,7 +93,8 @@ class InputStatistics:
 
     def update(self, x: Tensor, call: Call) -> None:
         """Look and absorb."""
-        self.absorb(self.look(x, call), call)
+        for member in self.members.values():
+            member.update(x, call)
 
     def serves(self, of: Watched) -> bool:
         """True if these statistics, gathered earlier, hold everything that an input wants now."""

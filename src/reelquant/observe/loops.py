@@ -1,6 +1,6 @@
 """Rotation and reduction in one pass over memory, compiled by numba: torch would write the rotated input and read it three times.
 
-Extremes leave NaN out. The range of the input that is not rotated reports it.
+Extremes of a channel that holds NaN mean nothing. The range of the input that is not rotated reports it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import numpy as np
 
 from reelquant.kernels.cpu.hadamard import rotate
 from reelquant.kernels.cpu.loops import read
-from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.options import EXACT, FAST
 
+ROWS = 2048  # numbers of a tile of rows that is rotated at a time: it stays in the first-level cache
 TILE = 64  # positions of a plane that are rotated at a time
 
 
@@ -27,25 +28,32 @@ def rotated_rows(start: int, stop: int, x: Any, block: int, low: Any, high: Any,
         block: channels that are rotated together, a power of two.
         low, high, total: ``[shares, frames, channels]``; float32, float32 and float64.
     """
-    shares, frames, positions = low.shape[0], x.shape[1], x.shape[2]
-    rows = x.shape[0] * positions
-    buffer = np.empty(x.shape[3], np.float32)
+    shares, frames, channels = low.shape
+    rows = max(ROWS // channels, 1)
+    buffer, added = np.empty((rows, channels), np.float32), np.empty(channels, np.float32)
+    flat = buffer.reshape(-1)
     for item in range(start, stop):
         share, frame = item // frames, item % frames
-        for row in range(rows * share // shares, rows * (share + 1) // shares):
-            read(x[row // positions, frame, row % positions], buffer)
-            rotate(buffer, block)
-            _include(buffer, low[share, frame], high[share, frame], total[share, frame])
+        first, last = x.shape[2] * share // shares, x.shape[2] * (share + 1) // shares
+        for clip in range(x.shape[0]):
+            for row in range(first, last, rows):
+                count = min(rows, last - row)
+                read(x[clip, frame, row : row + count].reshape(-1), flat[: count * channels])
+                rotate(flat[: count * channels], block)
+                added[:] = 0
+                _include(buffer[:count], low[share, frame], high[share, frame], added)
+                total[share, frame] += added
 
 
-@numba.njit(**EXACT)
-def _include(row: Any, low: Any, high: Any, total: Any) -> None:
-    """Extend extremes and sums by one row."""
-    for j in range(row.shape[0]):
-        value = row[j]
-        low[j] = value if value < low[j] else low[j]
-        high[j] = value if value > high[j] else high[j]
-        total[j] += value
+@numba.njit(**FAST)
+def _include(rows: Any, low: Any, high: Any, added: Any) -> None:
+    """Extend extremes and sums by several rows."""
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            value = rows[i, j]
+            low[j] = min(low[j], value)
+            high[j] = max(high[j], value)
+            added[j] += value
 
 
 @numba.njit(**EXACT)

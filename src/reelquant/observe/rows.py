@@ -16,7 +16,7 @@ from reelquant.observe.sampled_calls import SampledCalls
 from reelquant.observe.statistic import FLOAT, Statistic, Watched
 
 ROWS = 1024  # rows of every input, over all calls
-PER_CALL = 16  # rows of a call, at least: with more calls than ROWS / PER_CALL, only some are sampled
+PER_CALL = 32  # rows of a call, at least: with more calls than ROWS / PER_CALL, only some are sampled
 EMPTY = -1  # step of a place without a row
 
 

@@ -149,11 +149,11 @@ def test_unfold_agrees_in_two_dimensions() -> None:
 
 
 def test_rows_are_a_sample_of_every_call() -> None:
-    rows = Rows(Geometry(3), generator(), steps_per_part=3, total=48)
+    rows = Rows(Geometry(3), generator(), steps_per_part=3, total=96)
     for i in range(3):
-        rows.update(torch.full((2, 10, 3), float(i)), Call(i))
-    assert rows.rows.shape == (48, 3) and rows.rows[:, 0].tolist() == [0.0] * 16 + [1.0] * 16 + [2.0] * 16
-    assert rows.steps.tolist() == [0] * 16 + [1] * 16 + [2] * 16
+        rows.update(torch.full((2, 20, 3), float(i)), Call(i))
+    assert rows.rows.shape == (96, 3) and rows.rows[:, 0].tolist() == [0.0] * 32 + [1.0] * 32 + [2.0] * 32
+    assert rows.steps.tolist() == [0] * 32 + [1] * 32 + [2] * 32
 
 
 @given(steps=st.integers(1, 60), parts=st.integers(1, 40), more=st.integers(0, 2))

@@ -19,14 +19,11 @@ from numba.extending import overload
 from torch import Tensor
 
 from reelquant.kernels.cpu.hadamard import rotate
-from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.options import EXACT, FAST, SUMS
 
 SMALL = 1 << 16  # elements below which a second thread costs more than it saves
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
 NONE = np.empty(0, np.float32)  # a vector that is not there
-
-_fast: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "nnan", "ninf", "arcp", "reassoc"}}
-_sums: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz", "reassoc"}}
 
 
 def view(x: Tensor) -> np.ndarray[Any, Any]:
@@ -112,7 +109,7 @@ def _encode(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: An
         codes[j] = np.int32(min(max(value, low), high))
 
 
-@numba.njit(**_sums)
+@numba.njit(**SUMS)
 def _strange(buffer: Any) -> bool:
     """Whether a row may hold NaN or infinities: codes cannot, so the caller has to look. Its sum is finite if it does not."""
     total = np.float32(0)
@@ -323,7 +320,7 @@ def _nibbles(packed: Any, scale: Any, size: int, zero: Any, columns: int, buffer
             buffer[2 * b + 1] = np.float32((byte >> 4) - zero) * scale[g]
 
 
-@numba.njit(**_fast)
+@numba.njit(**FAST)
 def dot_rows(start, stop, codes, scale, x, bias, out):  # type: ignore[no-untyped-def]
     """A few input rows times int8 weights, reading the weights once: ``out[m, i] = scale[i] * codes[i] . x[m] + bias[i]``.
 
