@@ -18,7 +18,20 @@ from reelquant._errors import (
     UnsupportedError,
 )
 from reelquant._version import __version__
-from reelquant.api import benchmark, compare, configure, evaluate, export, load, open_pipeline, plan, quantize, quantize_folder, save
+from reelquant.api import (
+    benchmark,
+    compare,
+    configure,
+    evaluate,
+    export,
+    load,
+    open_pipeline,
+    plan,
+    quantize,
+    quantize_folder,
+    saturation,
+    save,
+)
 from reelquant.integrations.config import ReelQuantConfig
 from reelquant.integrations.register import install as _install
 
@@ -42,6 +55,7 @@ __all__ = [
     "plan",
     "quantize",
     "quantize_folder",
+    "saturation",
     "save",
 ]
 

@@ -1,9 +1,9 @@
-"""The verbs: quantize, plan, configure, save, load, export, evaluate, compare, benchmark. Each is a few calls into the layers below."""
+"""The verbs: quantize, plan, save, load, evaluate and the others. Each is a few calls into the layers below."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reelquant.evidence.run import Options
     from reelquant.evidence.speed import Benchmark
     from reelquant.models.lora import Adapters
+    from reelquant.nn import Saturation
     from reelquant.streaming import Job
 
 
@@ -236,6 +237,28 @@ def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: 
 def load(folder: str | Path, **options: Any) -> Any:
     """Open what :func:`save` wrote: :func:`open_pipeline` with ``dtype`` and ``device``, every layer checked against its checksum."""
     return open_pipeline(folder, **options)
+
+
+@contextmanager
+def saturation(model: Any) -> Iterator[Saturation]:
+    """Inside, count how much of their inputs the quantized layers of a pipeline or module clip. Nothing is counted, or slower, outside.
+
+    Args:
+        model: a quantized pipeline, or its denoiser.
+
+    Example:
+        >>> with reelquant.saturation(pipe) as seen:
+        ...     pipe("a red circle moving left")
+        >>> seen.excess, next(iter(seen.by_layer.items())), seen.by_step[0].share, seen.sentence()
+    """
+    from torch import nn
+
+    from reelquant.discover import denoiser_of
+    from reelquant.nn import Saturation
+
+    denoiser = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    with Saturation().counting(denoiser) as seen:
+        yield seen
 
 
 def export(folder: str | Path, format: str, output: str | Path, **options: Any) -> Exported:

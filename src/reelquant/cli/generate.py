@@ -33,6 +33,7 @@ Output = Annotated[
     typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise; the same seed gives the same clip.")]
+WATCHED = 8  # in one of so many steps, saturation is counted
 Fps = Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")]
 
 
@@ -74,9 +75,9 @@ def generate(
     pipe = run_by(opened(model, device, dtype), runtime)
     start = time.perf_counter()
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
-    clip = _sample(pipe, prompt, seed, call)
+    clip, warning = _sample(pipe, prompt, seed, call)
     seconds = time.perf_counter() - start
-    _tell(write_video(clip, output, fps), clip, seconds, json, {"prompt": prompt, "seed": seed})
+    _tell(write_video(clip, output, fps), clip, seconds, json, {"prompt": prompt, "seed": seed, "warning": warning})
 
 
 def _taken(output: Path, first_frame: Path) -> Path | None:
@@ -84,17 +85,20 @@ def _taken(output: Path, first_frame: Path) -> Path | None:
     return path if path.exists() else None
 
 
-def _sample(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> Any:
-    """One clip ``[frames, 3, h, w]``; an image counts as a clip of one frame."""
+def _sample(pipe: Any, prompt: str, seed: int, call: dict[str, Any]) -> tuple[Any, str | None]:
+    """One clip ``[frames, 3, h, w]``, and a warning if it left the calibrated ranges by far; an image counts as a clip of one frame."""
     from reelquant.cli.console import Bars
+    from reelquant.discover import denoiser_of
     from reelquant.models.sampling import call_arguments, sample
+    from reelquant.nn import Saturation
 
-    with Bars() as bars:
+    seen = Saturation()
+    with Bars() as bars, seen.counting(denoiser_of(pipe)[1], lambda step: step % WATCHED == seed % WATCHED):
         bars.phase("sample", call_arguments(pipe, **call).get("num_inference_steps") or 50)
         clip = sample(pipe, [prompt], seed=seed, on_step=bars.advance, **call)[0]
     if not bool(clip.isfinite().all()):
         raise CalibrationError("the clip holds NaN or inf; check the weights, or try --dtype float32")
-    return clip if clip.ndim == 4 else clip[None]
+    return clip if clip.ndim == 4 else clip[None], seen.sentence()
 
 
 def _tell(files: list[Path], clip: Any, seconds: float, json: bool, given: dict[str, Any]) -> None:
@@ -109,3 +113,5 @@ def _tell(files: list[Path], clip: Any, seconds: float, json: bool, given: dict[
         f"[green]✓[/green] {name}  [dim]{count} frames of {width}x{height}, {seconds:.1f} s[/dim]",
         soft_wrap=True,
     )
+    if given["warning"]:
+        console.out.print(f"[yellow]![/yellow] {given['warning']}", soft_wrap=True)

@@ -58,7 +58,9 @@ class TemporalFacts:
 
 def inspect(
     model: Model,
-    run: Annotated[bool, typer.Option("--run/--no-run", help="Sample two short clips to see the activations.")] = True,
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Sample two short clips to see activations, and what is clipped of them.")
+    ] = True,
     everything: Annotated[bool, typer.Option("--all", help="Print every group, not only the hardest.")] = False,
     prompts: Prompts = None,
     steps: Steps = None,
@@ -83,8 +85,9 @@ def inspect(
     texts = read_prompts(prompts) if prompts else None
     pipe = opened(model, device, dtype)
     data, map_ = _structure(pipe)
-    if run and not data["quantized_layers"]:
-        data |= _activations(pipe, map_, texts, call_options(steps=steps or STEPS))
+    if run:
+        look = _clipping if data["quantized_layers"] else _activations
+        data |= look(pipe, map_, texts, call_options(steps=steps or STEPS))
     _show(data, None if everything else ROWS, json)
 
 
@@ -139,6 +142,22 @@ def _activations(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: di
         "activations": [asdict(x) for x in sorted(groups, key=lambda x: x.coverage)],
         "temporal": [asdict(x) for x in sorted(temporal, key=lambda x: x.tdscore_8)],
     }
+
+
+def _clipping(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
+    """What the layers of a quantized model clip of their inputs."""
+    from reelquant.cli.console import Bars
+    from reelquant.discover import denoiser_of
+    from reelquant.models.pipelines import calibration_prompts
+    from reelquant.models.sampling import sample
+    from reelquant.nn import Saturation
+
+    prompts, seen = (texts or calibration_prompts(pipe, CLIPS))[:CLIPS], Saturation()
+    with Bars() as bars, seen.counting(denoiser_of(pipe)[1]):
+        bars.phase("sample", len(prompts) * call["num_inference_steps"])
+        sample(pipe, prompts, batch=1, output="latent", on_step=bars.advance, **call)
+    steps = [{"step": step, "share": found.share, "excess": found.excess} for step, found in seen.by_step.items()]
+    return {"saturation": seen.facts(most=len(seen.layers)) | {"steps": steps, "warning": seen.sentence()}}
 
 
 def _observe(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[str, Any]) -> Calibration:
@@ -226,6 +245,7 @@ def _show(data: dict[str, Any], rows: int | None, json: bool) -> None:
         _roles(data),
         *([_groups(data, rows)] if "activations" in data else []),
         *([_temporal(data, rows)] if data.get("temporal") else []),
+        *([_saturation(data["saturation"], rows)] if "saturation" in data else []),
     ):
         console.out.print(part)
         console.out.print()
@@ -243,7 +263,7 @@ def _head(data: dict[str, Any]) -> Table:
     if data["quantized_layers"]:
         kernels = data["kernels"]
         quantized = [
-            ("quantized", f"{data['quantized_layers']} layers: activations are not sampled"),
+            ("quantized", f"{data['quantized_layers']} layers"),
             ("kernels", computed_by(kernels["names"], kernels["simulated"])),
             *(("not the best kernel", f"{reason} ({count} layers)") for reason, count in kernels["refused"].items()),
             *attended_by(data["attention"] and AttentionFacts(**data["attention"])),
@@ -311,6 +331,21 @@ def _temporal(data: dict[str, Any], rows: int | None) -> Table:
     for x in found[:rows]:
         made.add_row(x["layer"], f"{x['skewness']:.2f}", *(f"{x[f'tdscore_{bits}']:.3f}" for bits in (8, 6, 4)))
     made.caption = "TDScore of a uniform grid: 1 keeps the denoising steps as far apart as in float, 0 merges them"
+    made.caption_justify, made.caption_style = "left", "dim"
+    return made
+
+
+def _saturation(data: dict[str, Any], rows: int | None) -> Table:
+    from reelquant.cli.tables import table
+
+    found = data["layers"]
+    made = table(_title("Clipped inputs, worst first", found, rows), ["layer"], ["clipped", "reach", "clipping", "rounding"])
+    for x in found[:rows]:
+        made.add_row(x["name"], f"{x['share']:.3%}", f"{x['reach']:.2f}x", f"{x['noise']:.1e}", f"{x['rounding']:.1e}")
+    steps = max(data["steps"], key=lambda one: one["share"], default=None)
+    most = f"; most is clipped in step {steps['step']} ({steps['share']:.3%})" if steps and steps["share"] else ""
+    warning = f"\n{data['warning']}" if data["warning"] else ""
+    made.caption = f"reach: farthest value over the range; clipping, rounding: their noise over the input's power{most}{warning}"
     made.caption_justify, made.caption_style = "left", "dim"
     return made
 

@@ -190,6 +190,7 @@ def summary(report: Report) -> Table:
         ("kernels", kernels),
         *attended_by(report.attention),
         *([] if report.figures and report.latent_psnr is None else [("held-out clips", psnr)]),
+        *clipped(report.saturation),
         *([("temporal layers", f"TDScore {figure(tdscore)} (1 is lossless)")] if tdscore is not None else []),
         *((name.replace("_", " "), _figure(name, value)) for name, value in report.figures.items()),
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
@@ -199,6 +200,17 @@ def summary(report: Report) -> Table:
 
 def _figure(name: str, value: float) -> str:
     return f"{value:.1f} dB to float" if name.endswith("psnr") else f"{value:.5f}"
+
+
+def clipped(saturation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A row on what static input scales clipped; empty if nothing was counted."""
+    if not saturation or not saturation["layers"]:
+        return []
+    worst = saturation["layers"][0]
+    whole = f"{saturation['share']:.2g}" if saturation["share"] < 1e-4 else f"{saturation['share']:.2%}"
+    if not saturation["share"]:
+        return [("clipped inputs", "none")]
+    return [("clipped inputs", f"{whole} of values, noise {saturation['excess']:.2f} of rounding; most in {worst['name']}")]
 
 
 def computed_by(kernels: Mapping[str, int], simulated: bool) -> str:

@@ -40,6 +40,7 @@ class Report:
         reuse: by mechanism, how often a part was computed in the final check, and how often an earlier result stood for it.
         steps: what each step's rounding costs, if that decided it.
         parts: report by component, if there are several.
+        saturation: what the final check clipped, see :meth:`reelquant.nn.Saturation.facts`; empty if nothing was sampled.
         trials: what the search tried.
         seconds: time per phase.
         adapters: file name -> scale of what was merged into the float weights before.
@@ -72,6 +73,7 @@ class Report:
     protected: list[int] = field(default_factory=list)
     reuse: dict[str, dict[str, int]] = field(default_factory=dict)
     steps: list[StepError] = field(default_factory=list)
+    saturation: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Report] = field(default_factory=dict)
 
     @property

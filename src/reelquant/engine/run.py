@@ -22,7 +22,7 @@ from reelquant.engine.search import Assignment, Trial, choose, family
 from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
 from reelquant.formats.criteria import latent_psnr
-from reelquant.nn import get_module, start_clock, start_runtime, stop_clock
+from reelquant.nn import Saturation, get_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.recipe import Recipe
 
 
@@ -237,9 +237,12 @@ def _check(session: Session, report: Report) -> None:
         for entry in session.plan.acting("before_check"):
             entry.stage.before_check(session)
         reference = session.float_latents()
-        with session.timed("check", session.steps):
+        seen = Saturation()
+        with session.timed("check", session.steps), seen.counting(session.denoiser):
             latents = session.held_out_latents()
         _refuse_broken(latents, report)
+        report.saturation = seen.facts()
+        report.warnings += [sentence] if (sentence := seen.sentence()) else []
         report.latent_psnr = latent_psnr(reference, latents)
         report.prompts = list(session.calibration.prompts)
     for entry in session.plan.acting("after_check"):

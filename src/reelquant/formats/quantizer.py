@@ -70,6 +70,13 @@ class Quantizer:
         rounded = self._from_unit(self.format.round(self._to_unit(self.granularity.blocks(x))))
         return self.granularity.unblock(rounded.to(x.dtype), x.shape)
 
+    def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest number that each value of a tensor may become, both float32 in its shape."""
+        blocks = self.granularity.blocks(x)
+        ends = (self._from_unit(torch.full_like(blocks, end, dtype=torch.float32)) for end in (self.format.low, self.format.high))
+        low, high = (self.granularity.unblock(end, x.shape) for end in ends)
+        return low, high
+
     def codes(self, x: Tensor) -> Tensor:
         """Codes of a tensor: uint8 indices in the shape of ``x``."""
         blocks = self._in_parts(self.granularity.blocks(x), torch.uint8, lambda some, units: self.format.encode(self._to_unit(some, units)))

@@ -5,6 +5,7 @@ from reelquant.nn.around.attention import AttentionFacts, attention_facts, expec
 from reelquant.nn.extended import prepares_input, quantized_class
 from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
+from reelquant.nn.saturation import Clipped, Saturation
 from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, LayerTensors, TensorLayout, buffer_shapes
 from reelquant.nn.swap import (
     KernelFacts,
@@ -24,6 +25,7 @@ __all__ = [
     "LAYERS",
     "SHIFT_DTYPE",
     "AttentionFacts",
+    "Clipped",
     "KernelFacts",
     "LayerLayout",
     "LayerTensors",
@@ -32,6 +34,7 @@ __all__ = [
     "QuantConv3d",
     "QuantLayer",
     "QuantLinear",
+    "Saturation",
     "TensorLayout",
     "attention_facts",
     "buffer_shapes",

@@ -27,7 +27,7 @@ from reelquant.nn.runners import Chain, Mode, assemble
 from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dtype, codes_shape, number_format
 from reelquant.observe import Geometry
 
-CHAINED = ("layout", "clock", "keeps")  # attributes that decide which links a layer needs
+CHAINED = ("layout", "clock", "keeps", "watch")  # attributes that decide which links a layer needs
 NO_MOMENT = Moment()
 
 
@@ -40,6 +40,7 @@ class QuantLayer(nn.Module):
         channel_axis: axis of the input's channels.
         bias_made: whether quantization made the bias; the float layer had none.
         keeps: whether eager calls reuse the output of an earlier step where the input is the same.
+        watch: sees every input while saturation is counted; see :class:`reelquant.nn.Saturation`.
         kernels: ``auto``, or ``reference`` for this layer alone; see :func:`reelquant.nn.set_kernels`.
         runtime_kernel: what computes the layer if its denoiser runs as a graph, and why nothing better does.
         clock: a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's.
@@ -53,6 +54,7 @@ class QuantLayer(nn.Module):
     bias_made: bool
     output_format = torch.contiguous_format
     keeps = False
+    watch: Callable[[QuantLayer, Tensor, Moment], None] | None = None
     kernels = "auto"
     runtime_kernel: tuple[Kernel, dict[str, str]] | None = None
     clock: tuple[Clock, ...]
@@ -106,6 +108,11 @@ class QuantLayer(nn.Module):
         """This layer as kernels see it."""
         shift, scale = (getattr(self, name, None) for name in ("pre_quant_shift", "pre_quant_scale"))
         return Operands(self.packed, self.bias, self._input_quant(), shift, scale, self.layout.rotate, self.window)
+
+    @property
+    def clips(self) -> bool:
+        """Whether inputs are rounded with scales that are fixed, so that they can leave the range."""
+        return self.layout.input is not None and not self.layout.input.dynamic
 
     @property
     def features(self) -> frozenset[str]:

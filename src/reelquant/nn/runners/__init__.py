@@ -11,6 +11,7 @@ from reelquant.nn.runners.guidance import GuidanceHalves
 from reelquant.nn.runners.kernel import KernelProduct
 from reelquant.nn.runners.link import Chain, Link, Mode
 from reelquant.nn.runners.protected import ProtectedSteps
+from reelquant.nn.runners.saturation import CountClipped
 from reelquant.nn.runners.table import OutputTable
 from reelquant.nn.runners.training import StraightThrough
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LINKS", "Chain", "Link", "Mode", "assemble"]
 
-LINKS: tuple[type[Link], ...] = (OutputTable, CachedOutput, StraightThrough, GuidanceHalves, ProtectedSteps, Branched)
+LINKS: tuple[type[Link], ...] = (OutputTable, CachedOutput, StraightThrough, GuidanceHalves, CountClipped, ProtectedSteps, Branched)
 """Outermost first. The last link of every chain is :class:`~reelquant.nn.runners.kernel.KernelProduct`."""
 
 
