@@ -305,5 +305,6 @@ def _verdict(made: Evaluation) -> list[tuple[str, str]]:
         rows += [("", failure.sentence) for failure in made.verdict.failures]
         if made.verdict.skipped:
             rows.append(("not checked", ", ".join(made.verdict.skipped)))
+    rows += clipped(made.data.get("saturation") or {})
     rows += [("note", text) for text in made.data["warnings"]]
     return rows or [("", "no gate was asked for and no floor measured")]

@@ -65,9 +65,11 @@ def evaluate(
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
         grain = _grain(job, variants, grain_steps, own, times)
-        origin = _origin(variants, kind, job, _proof(test), grain)
+        seen = job.saturation("test")
+        origin = _origin(variants, kind, job, _proof(test), grain) | {"saturation": seen.facts() if seen.layers else None}
         named = (dict(zip(job.names, values, strict=True)) for values in (texts, seeds))
-        return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named), times)
+        warnings = [sentence] if (sentence := seen.sentence()) else []
+        return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
 
 
 def _variants(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ from reelquant.evidence.temporal import BROKEN
 from reelquant.evidence.tripwires import check_frames, check_latents, find_in_frames
 from reelquant.models.pipelines import locate, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
+from reelquant.nn import Saturation
 
 KEPT_LATENTS = 16  # clips of which the whole trajectory is kept
 LATENT_BYTES = 4_000_000_000  # on disk, at most, for a variant
+COUNTED = 4  # in one of so many steps, saturation is counted
 OTHER_NOISE = 1_000_000  # added to the seeds of the floor that draws other noise
 
 
@@ -178,21 +181,38 @@ class SamplingJob:
             if chunk[0] < KEPT_LATENTS:
                 course.append(latents.detach().float().cpu())
 
-        frames = sample(
-            pipe,
-            [self.prompts[i] for i in chunk],
-            seeds=[self.seeds[i] + variant.shift for i in chunk],
-            batch=len(chunk),
-            on_step=self.progress.advance,
-            on_latents=at_step,
-            **self.call,
-        ).float()
+        with self._counting(pipe, name, chunk):
+            frames = sample(
+                pipe,
+                [self.prompts[i] for i in chunk],
+                seeds=[self.seeds[i] + variant.shift for i in chunk],
+                batch=len(chunk),
+                on_step=self.progress.advance,
+                on_latents=at_step,
+                **self.call,
+            ).float()
         for row, i in enumerate(chunk):
             clip = frames[row] if frames.ndim == 5 else frames[row][None]
             self._stop_if_broken(clip, name, i, f"{i} of {words} ('{self.prompts[i]}')")
             if course and course[0].shape[0] == len(chunk) and course[0][0].numel() * len(course) * 4 * KEPT_LATENTS <= LATENT_BYTES:
                 self.store.put("latents", name, self.names[i], torch.stack([latents[row] for latents in course]))
             write_video(clip.cpu(), self.store.clip(name, self.names[i]), FPS, lossless=True)
+
+    @contextmanager
+    def _counting(self, pipe: Any, name: str, chunk: range) -> Iterator[None]:
+        """Count what a quantized denoiser clips in some of the steps: others for every chunk."""
+        seen, turn = Saturation(), chunk[0] // self.batch % COUNTED
+        with seen.counting(denoiser_of(pipe)[1], lambda step: step % COUNTED == turn):
+            yield
+        if seen.layers:
+            self.store.add_counts(name, {"first": chunk[0], "layers": seen.counts()})
+
+    def saturation(self, name: str) -> Saturation:
+        """What a variant's clips were clipped, as far as it was counted."""
+        seen = Saturation()
+        for counts in self.store.counts(name).values():
+            seen.include(counts)
+        return seen
 
     def _stop_if_broken(self, clip: Tensor, variant: str, i: int, words: str) -> None:
         """End the run if a clip is not finite, or is all black, of one colour or saturated and the reference is not."""

@@ -4,6 +4,7 @@ run.json               what is evaluated; a run with other settings does not con
 clips/VARIANT/0000.mp4 clips as they are made, every 8-bit pixel kept
 latents/VARIANT/       latents after every step, of the first clips
 measured/VARIANT.jsonl a row per clip: figures and curves
+saturation/VARIANT.jsonl a row per pipeline call: what quantized layers clipped
 features/VARIANT/      what the networks of FVD, FID and KID see in each clip
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Store:
     def _clear(self) -> None:
         import shutil
 
-        for name in ("clips", "latents", "measured", "features"):
+        for name in ("clips", "latents", "measured", "features", "saturation"):
             shutil.rmtree(self.root / name, ignore_errors=True)
 
     def clip(self, variant: str, name: str) -> Path:
@@ -86,14 +87,9 @@ class Store:
     # --- rows ---------------------------------------------------------------------------------------------------------
 
     def rows(self, variant: str) -> dict[str, dict[str, Any]]:
-        """Measured rows by clip; later lines add to earlier ones. A line cut short by a kill is ignored."""
-        file = self.root / "measured" / f"{variant}.jsonl"
+        """Measured rows by clip; later lines add to earlier ones."""
         rows: dict[str, dict[str, Any]] = {}
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for row in self._lines("measured", variant):
             merged = rows.setdefault(row["name"], {"name": row["name"], "sources": [], "figures": {}, "curves": {}})
             merged["sources"] += row["sources"]
             merged["figures"] |= row["figures"]
@@ -102,7 +98,25 @@ class Store:
 
     def add(self, variant: str, row: Mapping[str, Any]) -> None:
         """Append a row; it is on disk when this returns."""
-        file = self.root / "measured" / f"{variant}.jsonl"
+        self._append("measured", variant, row)
+
+    def counts(self, variant: str) -> dict[int, Any]:
+        """What layers clipped while clips were sampled, by the first clip of each call; a call that was made again counts once."""
+        return {row["first"]: row["layers"] for row in self._lines("saturation", variant)}
+
+    def add_counts(self, variant: str, row: Mapping[str, Any]) -> None:
+        """Append what layers clipped in one call: ``first``, the number of its first clip, and ``layers``."""
+        self._append("saturation", variant, row)
+
+    def _lines(self, kind: str, variant: str) -> Iterator[dict[str, Any]]:
+        """The rows of a file; a line cut short by a kill is ignored."""
+        file = self.root / kind / f"{variant}.jsonl"
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+            with suppress(json.JSONDecodeError):
+                yield json.loads(line)
+
+    def _append(self, kind: str, variant: str, row: Mapping[str, Any]) -> None:
+        file = self.root / kind / f"{variant}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         whole = not file.is_file() or file.read_bytes()[-1:] in (b"", b"\n")
         with file.open("a", encoding="utf-8") as opened:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import torch
@@ -115,6 +115,17 @@ class Saturation:
         counts = self.by_layer.values()
         rounding = sum(one.rounding for one in counts)
         return sum(one.noise for one in counts) / rounding if rounding else 0.0
+
+    def counts(self) -> dict[str, dict[str, list[float]]]:
+        """Every count as plain data, for :meth:`include`: layer name -> step -> the attributes of :class:`Clipped` in their order."""
+        return {name: {str(step): list(astuple(one)) for step, one in steps.items()} for name, steps in self.layers.items()}
+
+    def include(self, counts: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        """Add the counts of another process."""
+        for name, steps in counts.items():
+            own = self.layers.setdefault(name, {})
+            for step, numbers in steps.items():
+                own.setdefault(int(step), Clipped()).add(Clipped(int(numbers[0]), int(numbers[1]), *numbers[2:]))
 
     def facts(self, most: int = 8) -> dict[str, Any]:
         """For reports, as plain data: shares and noise of all layers together, and of the layers whose clipping costs most."""
