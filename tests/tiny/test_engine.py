@@ -184,7 +184,7 @@ STAGES = {
     "engine.session.sample": 3,
     "engine.store.build_group": 4,
     "engine.session.set_module": 9,
-    "engine.session.latent_psnr": 2,
+    "engine.session.mean_and_worst": 2,
     "reuse.temporal_table.add_table": 2,
     "reuse.temporal_table.drop_unused": 1,
     "engine.run._check": 1,

@@ -180,7 +180,8 @@ def summary(report: Report) -> Table:
     smaller = f"[bold]{report.ratio:.2f}x smaller[/bold] than float32, scales and biases included"
     psnr = "not sampled: the recipe needs no data"
     if report.latent_psnr is not None:
-        psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float"
+        lowest = "" if report.latent_psnr_worst is None else f", {report.latent_psnr_worst:.1f} dB the worst clip"
+        psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float{lowest}"
     tdscore = report.mean("tdscore", "temporal")
     rows = [
         ("layers", f"{len(report.layers)} quantized, {count} skipped (they stay float)"),

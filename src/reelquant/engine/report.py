@@ -33,7 +33,8 @@ class Report:
         kernel: kernel name -> number of layers.
         simulated: True if any layer computes in float arithmetic although it is stored in few bits.
         attention: what computes attention with few-bit operands, calls of the final check included; None if the recipe asks for none.
-        latent_psnr: of the held-out clips' final latents against float, dB; None for data-free recipes.
+        latent_psnr, latent_psnr_worst: of the held-out clips' final latents against float, dB; None for data-free recipes.
+        prompts, held_out: texts of calibration, and of the final check.
         figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min`` (unitless),
             ``round_trip_psnr`` (dB).
         protected: slots (indices into ``timesteps``) whose activations are more precise.
@@ -61,9 +62,11 @@ class Report:
     simulated: bool = True
     attention: AttentionFacts | None = None
     latent_psnr: float | None = None
+    latent_psnr_worst: float | None = None
     trials: list[Trial] = field(default_factory=list)
     timesteps: list[float] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
+    held_out: list[str] = field(default_factory=list)
     seed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -120,7 +123,9 @@ def total(reports: Mapping[str, Report]) -> Report:
         found.prompts = found.prompts or part.prompts
         for reason, names in part.skipped.items():
             found.skipped.setdefault(reason, []).extend(f"{component}.{name}" for name in names)
-        found.latent_psnr = found.latent_psnr if part.latent_psnr is None else part.latent_psnr  # the last one: all denoisers quantized
+        if part.latent_psnr is not None:  # the last one: all denoisers quantized
+            found.latent_psnr, found.latent_psnr_worst = part.latent_psnr, part.latent_psnr_worst
+        found.held_out = found.held_out or part.held_out
     for name in _SUMS:
         setattr(found, name, sum(getattr(part, name) for part in parts))
     found.kernel = dict(sum((Counter(part.kernel) for part in parts), Counter()))

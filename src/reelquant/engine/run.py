@@ -21,7 +21,7 @@ from reelquant.engine.report import Report, total
 from reelquant.engine.search import Assignment, Trial, choose, family
 from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
-from reelquant.formats.criteria import latent_psnr
+from reelquant.formats.criteria import latent_psnrs
 from reelquant.nn import Saturation, get_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.recipe import Recipe
 
@@ -243,8 +243,9 @@ def _check(session: Session, report: Report) -> None:
         _refuse_broken(latents, report)
         report.saturation = seen.facts()
         report.warnings += [sentence] if (sentence := seen.sentence()) else []
-        report.latent_psnr = latent_psnr(reference, latents)
-        report.prompts = list(session.calibration.prompts)
+        psnrs = latent_psnrs(reference, latents)
+        report.latent_psnr, report.latent_psnr_worst = float(psnrs.mean()), float(psnrs.amin())
+        report.prompts, report.held_out = list(session.calibration.prompts), list(session.held_out)
     for entry in session.plan.acting("after_check"):
         entry.stage.after_check(session)
 

@@ -22,15 +22,14 @@ from reelquant.engine.plan import Plan
 from reelquant.engine.report import Report
 from reelquant.engine.search import Assignment, family, trial_count
 from reelquant.engine.store import Store
-from reelquant.formats.criteria import latent_psnr
+from reelquant.engine.texts import HELD_OUT_SEED, divided
+from reelquant.formats.criteria import mean_and_worst
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import get_module, set_module
 from reelquant.observe import InputStatistics, RecordedCall
 from reelquant.recipes.recipe import Recipe
 from reelquant.sites import DenoiserMap, Group
 from reelquant.stages import Specs, Stage
-
-HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibration clip
 
 
 @dataclass(eq=False)
@@ -43,7 +42,7 @@ class Session:
     Attributes:
         denoiser: the component's module, also where it is a text encoder or VAE.
         texts: those of calibration.
-        held_out: the texts that choices and the final check are made on: not those of calibration, or at least with other seeds.
+        held_out: the texts that choices and the final check are made on, see :func:`reelquant.engine.texts.divided`.
         sampled: timesteps of the whole sampler, of which a denoiser may see a part.
         undos: what a failed run has to undo, first done first.
     """
@@ -167,8 +166,7 @@ class Session:
             return
         self.arguments = call_arguments(self.pipe, **overrides)
         self.seed = wanted.seed
-        self.texts = list(prompts[: wanted.prompts])
-        self.held_out = list((prompts[wanted.prompts :] or prompts)[: self.recipe.search.prompts])
+        self.texts, self.held_out = divided(self.pipe, prompts, wanted, self.recipe.search.prompts)
         if wanted.steps is not None and overrides.get("num_inference_steps") is None:
             self.arguments["num_inference_steps"] = wanted.steps
 
@@ -203,12 +201,12 @@ class Session:
         return {"num_inference_steps": self.recipe.search.steps, "on_step": None}
 
     def trial(self, assignment: Assignment, reference: Tensor) -> float:
-        """How near a candidate comes to the float latents, in dB."""
+        """How near a candidate comes to the float latents, the mean of all clips and the worst one, in dB."""
 
         def sampled() -> float:
             self.install([self.build(group, assignment[family(group)], draft=True) for group in self.groups])
             try:
-                return latent_psnr(reference, self.held_out_latents(**self.trial_arguments))
+                return mean_and_worst(reference, self.held_out_latents(**self.trial_arguments))
             finally:
                 self.restore()
 

@@ -97,6 +97,7 @@ class Calibrate(_Strict):
 
     Attributes:
         prompts: how many texts; more different words and motions matter more than more steps.
+        probes: how many of them are random words of the pipeline's vocabulary, see :mod:`reelquant.models.probes`; null: a quarter.
         steps: denoising steps; null: the pipeline's usual number.
         seed: seed of the first clip.
         ranges: ``seen`` covers what calibration saw; ``unseen`` adds headroom for later clips to channels whose range varies
@@ -104,9 +105,16 @@ class Calibrate(_Strict):
     """
 
     prompts: int = Field(default=16, ge=1)
+    probes: int | None = Field(default=None, ge=0)
     steps: int | None = Field(default=None, ge=1)
     seed: int = 0
     ranges: Literal["seen", "unseen"] = "seen"
+
+    @property
+    def written(self) -> int:
+        """How many texts are somebody's words: those that are not probes; at least one."""
+        probes = self.prompts // 4 if self.probes is None else self.probes
+        return max(self.prompts - probes, 1)
 
     @property
     def batch(self) -> int:
