@@ -26,8 +26,14 @@ def divided(pipe: Any, prompts: Sequence[str], wanted: Calibrate, held_out: int)
         return [], []
     texts, rest = list(prompts[: wanted.written]), list(prompts[wanted.written :]) or list(prompts)
     probes = wanted.prompts - wanted.written
-    written = rest[: held_out - held_out // 2]
+    written = rest[: held_out - held_out // 2 if probes else held_out]
     return (
-        texts + probe_texts(pipe, probes, wanted.seed, prompts),
+        _spread(texts, probe_texts(pipe, probes, wanted.seed, prompts)),
         written + probe_texts(pipe, held_out - len(written) if probes else 0, wanted.seed + HELD_OUT_SEED, prompts),
     )
+
+
+def _spread(texts: Sequence[str], probes: Sequence[str]) -> list[str]:
+    """Probes evenly among the other texts: runs of the sampler, which take a few texts each, are compared, so they must be of one kind."""
+    places = [(number + 0.5) / len(texts) for number in range(len(texts))] + [(number + 0.5) / len(probes) for number in range(len(probes))]
+    return [text for _, text in sorted(zip(places, [*texts, *probes], strict=True), key=lambda pair: pair[0])]

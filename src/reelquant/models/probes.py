@@ -8,7 +8,7 @@ them in a handful of clips.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHORTEST, LONGEST = 3, 16  # words of a probe
@@ -19,29 +19,28 @@ def probe_texts(pipe: Any, count: int, seed: int, texts: Sequence[str] = ()) -> 
     """Texts of random words; equal arguments give equal texts.
 
     Args:
-        pipe: a diffusers pipeline. Words are drawn from the tokenizers that it has, in turn.
+        pipe: a diffusers pipeline. Tokens are drawn from the tokenizers that it has, in turn, in proportion to their letters: single
+            letters are many in small vocabularies and mean nothing.
         count: how many texts.
         seed: of the choice.
         texts: where the pipeline has no tokenizer, words of these are shuffled instead.
     """
     draw = random.Random(seed)
-    sources = [tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipe, name, None)) is not None and _words(tokenizer)]
-    return [_probe(sources[number % len(sources)], draw) if sources else _shuffled(texts, draw) for number in range(count)]
+    found = (getattr(pipe, name, None) for name in TOKENIZERS)
+    sources = [words for tokenizer in found if tokenizer is not None and (words := _words(tokenizer))]
+    sources = sources or [{word: 1 for text in texts for word in text.split()}]
+    return [_probe(sources[number % len(sources)], draw) for number in range(count)]
 
 
-def _words(tokenizer: Any) -> list[int]:
-    """Numbers of the tokens that are text: neither special nor empty."""
+def _words(tokenizer: Any) -> dict[str, int]:
+    """Tokens that are text, with the number of their letters; empty for what is not a tokenizer of transformers."""
     try:
         special = set(tokenizer.all_special_ids)
-        return [token for token in range(len(tokenizer)) if token not in special]
-    except (AttributeError, TypeError):  # not a tokenizer of transformers
-        return []
+        pieces = [tokenizer.decode([token]).strip() for token in range(len(tokenizer)) if token not in special]
+    except (AttributeError, TypeError):
+        return {}
+    return {piece: len(piece) for piece in pieces if piece}
 
 
-def _probe(tokenizer: Any, draw: random.Random) -> str:
-    return tokenizer.decode(draw.choices(_words(tokenizer), k=draw.randint(SHORTEST, LONGEST)), skip_special_tokens=True).strip()
-
-
-def _shuffled(texts: Sequence[str], draw: random.Random) -> str:
-    words = [word for text in texts for word in text.split()]
-    return " ".join(draw.choices(words, k=draw.randint(SHORTEST, LONGEST))) if words else ""
+def _probe(words: Mapping[str, int], draw: random.Random) -> str:
+    return " ".join(draw.choices(list(words), list(words.values()), k=draw.randint(SHORTEST, LONGEST))) if words else ""

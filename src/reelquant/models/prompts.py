@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from reelquant._errors import CalibrationError, nearest
 
 STRESSES = ("motion", "camera", "texture", "people", "text", "stillness")
 TEXT_KEYS = ("prompt", "prompt_en", "text", "caption")  # prompt_en is VBench's
 GROUP_KEYS = ("dimension", "dimensions", "stress", "category")  # what a list of prompts groups them by
-FORMS = "plain text with one prompt a line, .jsonl or .json with the key 'prompt' or 'prompt_en', or .tsv with a column Prompt"
+FORMS = "plain text (.txt) with one prompt a line, .jsonl, .json or .yaml with the key 'prompt', or .csv or .tsv with a column prompt"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,16 @@ def read_prompts(path: str | Path) -> list[str]:
 def load_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a file, in its order, repeated ones included.
 
-    Kinds of files, by the ending, and where that says nothing (``.txt`` or none) by the content:
+    Kinds of files, by the ending, and by the content if it is ``.txt`` or there is none:
 
     - plain text, one prompt a line; blank lines and lines that start with # are skipped;
     - ``.jsonl``: ``{"prompt": ..., "seed": 3, "name": "a", "dimension": "motion"}`` a line, all but the text optional;
     - ``.json``: a list of such objects or of texts, as ``VBench_full_info.json`` (``prompt_en``, ``dimension``);
-    - ``.tsv``: a header with ``Prompt`` and perhaps ``Category``, as PartiPrompts.
+    - ``.yaml``, ``.yml``: the same list in YAML;
+    - ``.csv``, ``.tsv``: a header with ``Prompt`` and perhaps ``Category``, as PartiPrompts. Texts with commas stand between double
+      quotes in CSV; quotes mean nothing in TSV.
+
+    Files with other endings are refused: what they hold would be read as text in silence.
 
     Raises:
         CalibrationError: naming file and line, if there is no file, nothing in it, or it is broken.
@@ -61,8 +68,9 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     if not file.is_file():
         what = "is a folder" if file.is_dir() else "does not exist"
         raise CalibrationError(f"prompt file '{path}' {what}; give {FORMS}")
-    text = _decoded(file)
-    prompts = READERS.get(file.suffix.lower(), _reader_for(text))(text, file)
+    if file.suffix.lower() not in READERS:
+        raise CalibrationError(f"prompt file '{path}' ends in {file.suffix}, which says nothing about how to read it; give {FORMS}")
+    prompts = READERS[file.suffix.lower()](_decoded(file), file)
     if not prompts:
         raise CalibrationError(f"prompt file '{path}' holds no prompt: write one text per line")
     return prompts
@@ -122,7 +130,7 @@ def _is_json(text: str) -> bool:
 
 
 def _read_text(text: str, file: Path) -> list[Prompt]:
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]  # not splitlines: texts may hold U+2028
     return [Prompt(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -144,15 +152,68 @@ def _read_json(text: str, file: Path) -> list[Prompt]:
 
 
 def _read_tsv(text: str, file: Path) -> list[Prompt]:
-    rows = csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
-    names = [name.strip().lower() for name in rows.fieldnames or ()]
-    if names and not set(names) & set(TEXT_KEYS):
-        raise CalibrationError(f"{file}:1: no column Prompt; the columns are {', '.join(rows.fieldnames or ())}")
-    rows.fieldnames = names
-    return [_prompt({key: value for key, value in row.items() if key and value}, f"{file}:{rows.line_num}") for row in rows]
+    return _read_columns(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE), file)
 
 
-READERS: dict[str, Callable[[str, Path], list[Prompt]]] = {".jsonl": _read_jsonl, ".json": _read_json, ".tsv": _read_tsv}
+def _read_csv(text: str, file: Path) -> list[Prompt]:
+    return _read_columns(csv.DictReader(io.StringIO(text, newline=""), strict=True), file)
+
+
+def _read_columns(rows: csv.DictReader[str], file: Path) -> list[Prompt]:
+    try:
+        names = [name.strip().lower() for name in rows.fieldnames or ()]
+        if names and not set(names) & set(TEXT_KEYS):
+            columns = ", ".join(rows.fieldnames or ())
+            raise CalibrationError(f"{file}:1: no column {', '.join(TEXT_KEYS)}; the columns are {columns}. Name one of them so")
+        rows.fieldnames = names
+        return [_prompt(_filled(row, f"{file}:{rows.line_num}"), f"{file}:{rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise CalibrationError(f"{file}:{rows.line_num}: {error}; put texts with commas between double quotes") from None
+
+
+def _filled(row: dict[Any, Any], where: str) -> dict[str, str]:
+    """The cells of a row that hold something."""
+    if None in row:  # csv's key for cells beyond the header
+        raise CalibrationError(f"{where}: more cells than the header has; put texts with commas between double quotes")
+    return {key: value for key, value in row.items() if value}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few of them can stand for billions of entries."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem="an alias", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+def _read_yaml(text: str, file: Path) -> list[Prompt]:
+    try:
+        entries = yaml.load(text, Loader=_PlainLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise CalibrationError(f"{file}:{line}: broken YAML: {error.problem}; write a list: - a red circle") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise CalibrationError(f"{file}: broken YAML: {error}; write a list: - a red circle") from None
+    if entries is None:
+        return []
+    if not isinstance(entries, list):
+        raise CalibrationError(f"{file}: a YAML {type(entries).__name__} where a list of prompts was expected; write - a red circle")
+    return [_prompt(entry, f"{file}, entry {i}") for i, entry in enumerate(entries, 1)]
+
+
+READERS: dict[str, Callable[[str, Path], list[Prompt]]] = {
+    "": lambda text, file: _reader_for(text)(text, file),
+    ".txt": lambda text, file: _reader_for(text)(text, file),
+    ".md": _read_text,
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
+}
 
 
 def _parsed(text: str, file: Path, line: int) -> Any:

@@ -61,7 +61,11 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "other keys": ("p.jsonl", '{"promt": "a"}', r"p\.jsonl:1: no text under prompt.*keys: promt"),
     "empty text": ("p.json", '["a", " "]', "entry 2: no text"),
     "seed": ("p.jsonl", '{"prompt": "a", "seed": -1}', r"p\.jsonl:1: seed -1"),
-    "column": ("p.tsv", "Text_\tCategory\na\tb\n", r"p\.tsv:1: no column Prompt; the columns are Text_, Category"),
+    "column": (
+        "p.tsv",
+        "Text_\tCategory\na\tb\n",
+        r"p\.tsv:1: no column prompt, prompt_en, text, caption; the columns are Text_, Category",
+    ),
     "empty cell": ("p.tsv", "Prompt\tCategory\na\tb\n\tb\n", r"p\.tsv:3: no text"),
     "nothing": ("p.txt", "", "holds no prompt"),
     "comments only": ("p.txt", "# a\n\n", "holds no prompt"),
@@ -77,6 +81,37 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_is_refused_with_its_line(tmp_path: Path, case: str):
     name, content, message = BROKEN[case]
+    with pytest.raises(CalibrationError, match=message):
+        load_prompts(written(tmp_path, name, content))
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.yaml", "p.yml"])
+def test_commas_stay_in_columns_and_lists(tmp_path: Path, name: str):
+    table = 'id,Prompt,seed\n1,"a red circle, moving left",3\n2,"two\nlines",\n'
+    listed = '- {prompt: "a red circle, moving left", seed: 3}\n- "two\\nlines"\n'
+    found = load_prompts(written(tmp_path, name, table if name.endswith("csv") else listed))
+    assert found == [Prompt("a red circle, moving left", 3), Prompt("two\nlines")]
+
+
+def test_only_line_feeds_end_a_prompt(tmp_path: Path):
+    assert read_prompts(written(tmp_path, "p.txt", "a dog\u2028on a roof\n")) == ["a dog\u2028on a roof"]
+
+
+NOT_PROMPTS = {
+    "ending": ("p.docx", "a dog", "ends in .docx"),
+    "cells": ("p.csv", "prompt\na red circle, moving left\n", "p.csv:2: more cells than the header has"),
+    "quote": ("p.csv", 'prompt\n"a dog" runs\n', "p.csv:2: .*double quotes"),
+    "columns": ("p.csv", "a red circle\na blue star\n", "p.csv:1: no column prompt"),
+    "mapping": ("p.yaml", "prompt: a dog\n", "a YAML dict where a list"),
+    "broken": ("p.yaml", "- [a\n- b\n", "p.yaml:2: broken YAML"),
+    "alias": ("p.yaml", "- &a {prompt: dog}\n- *a\n", "p.yaml:2: broken YAML: an alias"),
+    "date": ("p.yaml", "- 2020-99-99\n", "broken YAML"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_PROMPTS)
+def test_what_cannot_be_read_as_prompts_is_refused(tmp_path: Path, case: str):
+    name, content, message = NOT_PROMPTS[case]
     with pytest.raises(CalibrationError, match=message):
         load_prompts(written(tmp_path, name, content))
 
