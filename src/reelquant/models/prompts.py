@@ -168,7 +168,7 @@ def _read_columns(rows: csv.DictReader[str], file: Path) -> list[Prompt]:
         rows.fieldnames = names
         return [_prompt(_filled(row, f"{file}:{rows.line_num}"), f"{file}:{rows.line_num}") for row in rows]
     except csv.Error as error:
-        raise CalibrationError(f"{file}:{rows.line_num}: {error}; put texts with commas between double quotes") from None
+        raise CalibrationError(f"{file}:{rows.line_num + 1}: {error}; put texts with commas between double quotes") from None
 
 
 def _filled(row: dict[Any, Any], where: str) -> dict[str, str]:

@@ -64,7 +64,7 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
     "column": (
         "p.tsv",
         "Text_\tCategory\na\tb\n",
-        r"p\.tsv:1: no column prompt, prompt_en, text, caption; the columns are Text_, Category",
+        r"p\.tsv:1: no column prompt, .*; the columns are Text_, Category",
     ),
     "empty cell": ("p.tsv", "Prompt\tCategory\na\tb\n\tb\n", r"p\.tsv:3: no text"),
     "nothing": ("p.txt", "", "holds no prompt"),
@@ -103,7 +103,7 @@ NOT_PROMPTS = {
     "quote": ("p.csv", 'prompt\n"a dog" runs\n', "p.csv:2: .*double quotes"),
     "columns": ("p.csv", "a red circle\na blue star\n", "p.csv:1: no column prompt"),
     "mapping": ("p.yaml", "prompt: a dog\n", "a YAML dict where a list"),
-    "broken": ("p.yaml", "- [a\n- b\n", "p.yaml:2: broken YAML"),
+    "broken": ("p.yaml", "- [a\n- b\n", "p.yaml:3: broken YAML"),
     "alias": ("p.yaml", "- &a {prompt: dog}\n- *a\n", "p.yaml:2: broken YAML: an alias"),
     "date": ("p.yaml", "- 2020-99-99\n", "broken YAML"),
 }
