@@ -216,9 +216,34 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "report.json"}
 
 
-def test_one_member_is_installed_once(member: str) -> None:
-    with pytest.raises(RecipeError, match=f"reuse '{member}' is installed on WanTransformer3DModel already; keep one"):
-        quantized(step(member, OFTEN.get(member, {})), step(member, dict(REUSES[member].always)))
+def test_a_recipe_has_one_reuse_and_so_has_a_denoiser(made: Any, member: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other(REUSES[member]):  # type: ignore[misc]  (a reuse of a plug-in)
+        pass
+
+    monkeypatch.setitem(REUSES, "other", Other)
+    for one, other in ((member, "other"), ("other", member), (member, member)):
+        with pytest.raises(RecipeError, match=f"two reuse steps, '{one}' and '{other}', act on the whole denoiser: keep one"):
+            recipe(step(one, {}), step(other, dict(REUSES[other].always)))
+    pipe, stored = wan_pipeline(), stored_reuse(made[0].transformer)
+    install_stored(pipe.transformer, stored)
+    with pytest.raises(CheckpointError, match=f"reuse 'other' cannot be installed on .*: '{member}' is there already; keep one"):
+        install_stored(pipe.transformer, {"other": stored[member]})
+
+
+def test_tables_of_temporal_outputs_go_with_it(member: str) -> None:
+    """Tables are read inside of layers, so a stage that leaves blocks uncomputed takes nothing from them."""
+    states = []
+    for steps in ([], [step(member, dict(REUSES[member].always))]):
+        pipe = wan_pipeline()
+        report = reelquant.quantize(pipe, recipe(*steps), PROMPTS, overrides={"temporal": "table"}, **RUN)
+        assert report.bytes_tables > 0
+        states.append((pipe.transformer.state_dict(), latents(pipe)))
+    (plain, expected), (found, given) = states
+    assert list(plain) == list(found) and all(torch.equal(plain[name], found[name]) for name in plain)
+    assert torch.equal(given, expected)
+    pipe = wan_pipeline()
+    report = reelquant.quantize(pipe, recipe(step(member, OFTEN.get(member, {}))), PROMPTS, overrides={"temporal": "table"}, **RUN)
+    assert report.bytes_tables > 0 and report.reuse[member]["reused"] > 0
 
 
 def test_what_a_newer_version_stored_is_refused(made: Any, member: str) -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
@@ -197,15 +198,6 @@ class Recipe(_Strict):
     calibrate: Calibrate | None = Calibrate()
     search: Search = Search()
 
-    @field_validator("steps")
-    @classmethod
-    def _one_exclusive_stage(cls, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        entries = [step.entry(number) for number, step in enumerate(steps)]
-        places = [(entry.axis, entry.on) for entry in entries if entry.stage.exclusive]
-        if twice := next((axis for axis, on in places if places.count((axis, on)) > 1), None):
-            raise RecipeError(f"two {twice} steps for the same layers: keep one")
-        return steps
-
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         known = keyed_stages()
@@ -215,6 +207,7 @@ class Recipe(_Strict):
         hungry = [entry.label for entry in self.entries if entry.stage.samples]
         if hungry and self.data_free:
             raise RecipeError(f"{hungry[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
+        _check_once(self.entries)
         return self
 
     @property
@@ -242,6 +235,22 @@ class Recipe(_Strict):
             if AXES[axis].members[name].parse_key(value) is None:
                 del content[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_once(entries: Sequence[Entry]) -> None:
+    """Refuse two exclusive stages of one axis for the same layers, and the same stage twice for the whole denoiser.
+
+    The plan refuses exclusive stages that meet in some layers only.
+    """
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        stage = entry.stage
+        if not stage.exclusive and stage.takes_on:
+            continue
+        kind = entry.axis if stage.exclusive else entry.name
+        where = f"the layers '{entry.on}'" if stage.takes_on else "the whole denoiser"
+        if (earlier := first.setdefault((kind, where), entry)) is not entry:
+            raise RecipeError(f"two {kind} steps, {earlier.label} and {entry.label}, act on {where}: keep one")
 
 
 def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: dict[str, Any] | None = None) -> Recipe:

@@ -37,12 +37,16 @@ class Reuse(Stage):
 
     A member keeps no state in itself: its fields are parameters, and :meth:`install` gives an object that holds the state.
 
+    A denoiser has one reuse at most: a part that one leaves uncomputed gives the other nothing to keep, and the counts of both would
+    describe calls that never came.
+
     Attributes:
         always: parameters with which everything is computed; results are then those without the reuse, bit for bit.
     """
 
     always: ClassVar[Mapping[str, Any]]
     samples: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = True
     default_on: ClassVar[str] = "*"
     takes_on: ClassVar[bool] = False
 
@@ -121,8 +125,8 @@ def all_computed(model: nn.Module) -> Iterator[None]:
 
 def _put(model: nn.Module, stage: Any, facts: Mapping[str, Any]) -> None:
     name = _name(stage)
-    if name in installed_reuse(model):
-        raise RecipeError(f"reuse '{name}' is installed on {type(model).__name__} already; keep one")
+    if here := next(iter(installed_reuse(model)), None):
+        raise RecipeError(f"reuse '{name}' cannot be installed on {type(model).__name__}: '{here}' is there already; keep one")
     data = {"options": dataclasses.asdict(stage), "facts": dict(facts)}
     installed = stage.install(model, facts)
     object.__setattr__(model, ATTRIBUTE, {**installed_reuse(model), name: (installed, data)})

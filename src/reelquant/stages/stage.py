@@ -52,7 +52,7 @@ class Stage:
     Attributes:
         statistics: names in :data:`reelquant.observe.STATISTICS` that the stage wants of every input it touches.
         samples: whether the stage needs a calibration pass, even if it wants no statistic.
-        exclusive: at most one stage of the same axis per layer.
+        exclusive: at most one exclusive stage of the same axis per layer, or per recipe if the stage takes no ``on``.
         key: a top-level key of recipes that stands for this stage, beside a line in ``steps``; None for no such key.
         default_on: the layers a step touches if it has no ``on``.
         takes_on: whether a step may have an ``on``; False for stages that act on the denoiser as a whole.

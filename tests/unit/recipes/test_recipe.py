@@ -74,7 +74,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two mechanisms in a step": (recipe(steps=[{"transform": "shift", "solve": "gptq"}]), "exactly one mechanism"),
     "no mechanism in a step": (recipe(steps=[{"on": "role:main"}]), "exactly one mechanism"),
-    "two solvers for the same layers": (recipe(steps=[{"solve": "gptq"}, {"solve": "nearest"}]), "two solve steps for the same layers"),
+    "two solvers for the same layers": (recipe(steps=[{"solve": "gptq"}, {"solve": "nearest"}]), "two solve steps, 'gptq' and 'nearest', act on the layers 'role:main .*': keep one"),
+    "two reuses": (
+        recipe(steps=[{"reuse": "blocks"}, {"reuse": "blocks", "every": 3}]),
+        "two reuse steps, 'blocks' and 'blocks', act on the whole denoiser: keep one",
+    ),
+    "a key and a step that say the same": (
+        recipe(steps=[{"policy": "protect_steps", "steps": [0]}], protect_steps=[-1]),
+        "two protect_steps steps, 'protect_steps' and 'protect_steps', act on the whole denoiser: keep one",
+    ),
     "no prompts": (recipe(calibrate={"prompts": 0}), "calibrate.prompts: .*greater than or equal to 1"),
     "no steps": (recipe(calibrate={"steps": 0}), "calibrate.steps: .*greater than or equal to 1"),
     "unknown slots": (recipe(defaults={"weight": {"format": "int8", "slots": "some"}}), "defaults.weight.slots: .*'shared' or 'per_step'"),
