@@ -10,7 +10,8 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -91,6 +92,7 @@ class Clock(nn.Module):
         self.pairs, self.latent = pairs, latent
         self._now: dict[int, Any] = {}  # by thread: several may run one denoiser, each at a step of its own
         self._calls: dict[int, tuple[Tensor, Tensor]] = {}  # by thread, too: what :attr:`seen` and :attr:`which` are in graphs
+        self._given: dict[int, int] = {}  # by thread: the half of calls inside :meth:`computing`
         self.protect(protected, inputs)
         self.argument, self.tables, self.adapted = "timestep", True, False
         self._told = False
@@ -103,6 +105,19 @@ class Clock(nn.Module):
         self.protects[chosen] = True
         self.protected_slots, self.inputs = tuple(chosen), inputs
         self._now = {}
+
+    @contextmanager
+    def computing(self, half: int) -> Iterator[None]:
+        """Inside, eager calls of this thread compute this half, whatever their latents say.
+
+        A recorded call is made again without the call before it, so its latents do not tell whether it was the second one.
+        """
+        thread = threading.get_ident()
+        self._given[thread] = half
+        try:
+            yield
+        finally:
+            del self._given[thread]
 
     def look(self, latent: Tensor) -> Tensor:
         """Set :attr:`which` for a call with these latents, and give its value for this thread."""
@@ -122,8 +137,15 @@ class Clock(nn.Module):
         self._calls[thread] = now, which
         return which
 
+    def _half_of(self, latent: Tensor | None) -> Tensor:
+        """The half that a call computes: the given one, or what its latents say; that of the call before without latents."""
+        given = None if torch.compiler.is_compiling() else self._given.get(threading.get_ident())
+        if given is not None:
+            return self.which.copy_(torch.full_like(self.which, given)).clone()
+        return self.which if latent is None else self.look(latent)
+
     def tick(self, timestep: Tensor | float, latent: Tensor | None = None) -> None:
-        """Set :attr:`slot` and :attr:`exact` for a call with this timestep: a number, one per clip, or one per token."""
+        """Set :attr:`slot`, :attr:`stored`, :attr:`protected` and :attr:`which` for a call with this timestep: a number, one per clip, or one per token."""
         times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
         now = times.amax()  # frames given as a condition carry timestep 0
         distance = (self.timesteps - now).abs()
@@ -133,7 +155,7 @@ class Clock(nn.Module):
         self.slot.copy_(slot)
         self.stored.copy_(stored)
         self.protected.copy_(protected)
-        which = self.which if latent is None else self.look(latent)
+        which = self._half_of(latent)
         if torch.compiler.is_compiling():
             self._now = {}
         else:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import reelquant
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError
 from reelquant.discover import discover
-from reelquant.engine.blocks import replay
 from reelquant.engine.calibration import calibrate
 from reelquant.engine.plan import make_plan
+from reelquant.engine.recorded import again, replay
 from reelquant.models.sampling import sample, write_notes
 from reelquant.nn import quantized_layers
 from reelquant.observe import RecordedCall, Recording
@@ -186,10 +186,12 @@ def test_recorded_calls_are_computed_again(made: Any, member: str) -> None:
     latents(pipe)
     handle.remove()
     expected = replay(model, "blocks.1", calls, outputs=True)
+    answers = [again(model, call)[0] for call in calls]
     install_stored(model, stored_reuse(made[0].transformer))
     found = replay(model, "blocks.1", calls, outputs=True)
     assert len(found) == len(expected) == 2 * STEPS
     assert all(torch.equal(one.output, other.output) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(again(model, call)[0], answer) for call, answer in zip(calls, answers, strict=True))
     assert installed_reuse(model)
 
 

@@ -33,8 +33,10 @@ from reelquant.kernels import InputQuant
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.nn import QuantLayer, dequantized, quantized_layers, set_module
+from reelquant.nn.runners.guidance import GuidanceHalves
 from reelquant.policies.protect_steps import measure_steps, slots_of
 from reelquant.recipes.recipe import Recipe, load_recipe
+from reelquant.reconstruct import AdaRound
 from tests.tiny.configs import TINY
 from tests.tiny.pipelines import FakePipeline, call
 from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
@@ -413,6 +415,52 @@ def test_the_halves_are_saved_and_told_apart_after_loading(tmp_path: Path) -> No
         part.set_progress_bar_config(disable=True)
         realigned(part.transformer), realigned(part.vae), realigned(part.text_encoder)
     assert torch.equal(sample(again, PROMPTS, **CALL), sample(pipe, PROMPTS, **CALL))
+
+
+ON_RECORDED_CALLS: dict[str, dict[str, Any]] = {
+    "reconstruct": {"reconstruct": "adaround", "calls": 8, "iterations": 4, "on": "role:main"},
+    "allocate": {"allocate": "milp", "calls": 8, "bits": 6.5, "formats": ["int4/channel", "int8/channel"], "on": "blocks.0.attn1"},
+}
+
+
+@pytest.mark.parametrize(("kind", "halves"), [(FakePipeline, {FIRST, SECOND}), (Batched, {BOTH})])
+@pytest.mark.parametrize("stage", ON_RECORDED_CALLS)
+def test_recorded_calls_are_made_again_as_the_half_that_they_were(
+    kind: Any, halves: set[int], stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = kind(TINY["WanTransformer3DModel"](), guided=True)
+    now, met, empty = [ANY], set[int](), torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    compute, solve = GuidanceHalves.__call__, AdaRound.solve_block
+
+    def see(module: Any, args: Any, kwargs: Any) -> None:
+        without = torch.equal(kwargs["encoder_hidden_states"][0], empty)
+        now[0] = BOTH if halves == {BOTH} else SECOND if without else FIRST
+        known.append(now[0])
+
+    def checked(link: Any, x: Tensor, moment: Moment, activation: str) -> Tensor:
+        assert moment.half == now[0]
+        met.add(moment.half)
+        return compute(link, x, moment, activation)
+
+    def watched(member: Any, block: Any) -> Any:
+        known.clear()
+        calls = block.calls(True)
+        for one, now[0] in zip(calls, known[: len(calls)], strict=True):
+            block.output(one)
+        assert set(known) == halves
+        now[0] = ANY
+        monkeypatch.setattr(GuidanceHalves, "__call__", compute)
+        solutions = solve(member, block)
+        monkeypatch.setattr(GuidanceHalves, "__call__", checked)
+        return solutions
+
+    known: list[int] = []
+    pipe.denoiser.register_forward_pre_hook(see, with_kwargs=True)
+    monkeypatch.setattr(GuidanceHalves, "__call__", checked)
+    monkeypatch.setattr(AdaRound, "solve_block", watched)
+    chosen = recipe("minmax-w8a8", guidance="separate", steps=[ON_RECORDED_CALLS[stage]])
+    quantize_pipeline(pipe, chosen, TEXTS, num_inference_steps=4)
+    assert met == halves
 
 
 def test_without_guidance_there_are_no_halves() -> None:

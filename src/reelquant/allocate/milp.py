@@ -36,7 +36,7 @@ class Milp(Stage):
         formats: what a layer may get, each ``FORMAT/GRANULARITY``. The range rule is that of the layer's own weight.
         bits: most stored bits per weight, mean over the layers of the step; codes and scales count, biases do not.
         calls: recorded calls of the denoiser to measure on, spread over the trajectory. Measuring calls the denoiser
-            ``layers * formats * calls`` times.
+            ``(layers * formats + 1) * calls`` times.
 
     Paper: MixDQ (arXiv 2405.17873), the integer program of section 3.4. Deviations: one sensitivity for all layers (the error of the
     denoiser's output) where the paper has one for content and one for quality, each with a program of its own, and scans how they
@@ -108,7 +108,8 @@ class Milp(Stage):
 
     def _measured(self, work: ModelWork, options: Options) -> np.ndarray:
         """Damage of every format in every layer, ``[layers, formats]``."""
-        calls = _spread(work.calls, self.calls)
+        with torch.no_grad():  # outputs anew: what was recorded may hold results that a reuse kept
+            calls = [replace(call, output=work.output(call)) for call in _spread(work.calls, self.calls)]
         with work.timed("measure formats", len(options) * len(self.formats)):
             return np.array([[_damage(work, name, one, calls) for one in row] for name, row in options.items()])
 
@@ -141,9 +142,9 @@ def _spread(calls: Sequence[RecordedCall], wanted: int) -> list[RecordedCall]:
 
 @torch.no_grad()
 def _damage(work: ModelWork, name: str, specs: Specs, calls: Sequence[RecordedCall]) -> float:
-    """What a layer with these numbers alone does to the output of the denoiser: squared error over variance, mean over calls."""
+    """What a layer with these numbers alone does to the outputs of calls: squared error over variance, mean over calls."""
     with work.drafted({name: specs}):
-        errors = [nmse(_flat(call.output), _flat(work.denoiser(*call.args, **call.kwargs))) for call in calls]
+        errors = [nmse(_flat(call.output), _flat(work.output(call))) for call in calls]
     work.advance()
     damage = float(torch.stack(errors).double().mean())
     if not math.isfinite(damage):

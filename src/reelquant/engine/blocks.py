@@ -6,64 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
-
 from reelquant.engine.build import BuiltGroup, GroupWork, build_layer, finish_layer, prepare_group
 from reelquant.engine.choice import Choice
+from reelquant.engine.recorded import replay
 from reelquant.engine.search import Assignment, family
 from reelquant.engine.session import Session
-from reelquant.nn import QuantLayer, get_module
-from reelquant.observe import RecordedCall, Recording
+from reelquant.nn import QuantLayer
+from reelquant.observe import RecordedCall
 from reelquant.recipes.entry import Entry
-from reelquant.reuse import all_computed
 from reelquant.sites import matches
 from reelquant.stages import BlockWork, LayerWork, Solution
 
 NAMED = 3
 """How many parts a warning names."""
-
-
-class _StopCall(Exception):  # noqa: N818  (it is not an error)
-    """Ends a denoiser call early: everything that was wanted of it is recorded."""
-
-
-@torch.no_grad()
-def replay(denoiser: nn.Module, name: str, calls: Sequence[RecordedCall], *, outputs: bool) -> Recording:
-    """Call the denoiser again with recorded arguments, and record the first call of one of its parts each time.
-
-    Recorded calls of a denoiser are small (latents and embeddings), those of its blocks are not: a block's calls are made again
-    when they are needed, one block at a time. Nothing is reused from earlier calls: the recorded calls are not all of a trajectory,
-    and a part that is not computed has no output of its own.
-
-    Args:
-        outputs: record what the part gives, too; without, the denoiser stops before the part runs.
-    """
-    recording, part = Recording(), get_module(denoiser, name)
-    for call in calls:
-
-        def before(module: nn.Module, args: Any, kwargs: Any, step: int = call.step) -> None:
-            if not outputs:
-                recording.append(RecordedCall(args, kwargs, None, step))
-                raise _StopCall
-
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Any, step: int = call.step) -> None:
-            recording.append(RecordedCall(args, kwargs, output, step))
-            raise _StopCall
-
-        handles = [
-            part.register_forward_pre_hook(before, with_kwargs=True),
-            part.register_forward_hook(after, with_kwargs=True),
-        ]
-        try:
-            with all_computed(denoiser):
-                denoiser(*call.args, **call.kwargs)
-        except _StopCall:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-    return recording
 
 
 @dataclass(frozen=True, eq=False)

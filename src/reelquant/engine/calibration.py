@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from reelquant.clock import BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
+from reelquant.clock import ANY, BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
@@ -165,7 +165,9 @@ def _observed(part: Part, expected: Expected, seed: int, prompts: tuple[str, ...
     watched, inputs = make() if keeper is None else keeper.keep(make, generator)
     reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
     looks = {"half_of": _half_reader(denoiser, plan)} if _reads_half(inputs) else {}
-    recorder = Recorder(recorded_calls(plan), expected.calls, reader)
+    # a reader of its own: it knows the second call of a pair by the one that it read before
+    own = {"half_of": _half_reader(denoiser, plan)} if looks else {}
+    recorder = Recorder(recorded_calls(plan), expected.calls, reader, **own)
     with recorder.watching(denoiser):
         steps = observe(denoiser, reader, watched, run, **looks)
     return Calibration(steps, inputs, prompts, recorder.recording(steps.timesteps), installed(plan))
@@ -204,11 +206,14 @@ class Recorder:
     The place of the recorded call among its ``stride`` calls changes from one recorded call to the next. A fixed place would meet the
     same denoising step of every run, or the same half of every guidance pair, where the stride is a multiple of their number.
 
-    Whenever it holds twice as many as wanted, every second one goes, and from then on half as many are taken.
+    Whenever it holds twice as many as wanted, one of every two goes, and from then on half as many are taken. Which of the two goes follows
+    the same rule: of pairs of guidance halves, both kinds stay.
     """
 
-    def __init__(self, wanted: int, expected: int, timestep_of: Callable[..., Any]) -> None:
-        self.wanted, self.timestep_of = wanted, timestep_of
+    def __init__(
+        self, wanted: int, expected: int, timestep_of: Callable[..., Any], half_of: Callable[..., int] = lambda args, kwargs: ANY
+    ) -> None:
+        self.wanted, self.timestep_of, self.half_of = wanted, timestep_of, half_of
         self.stride, self.calls = max(expected // max(wanted, 1), 1), 0
         self._recording = Recording()
         self._timesteps: list[float] = []
@@ -225,16 +230,17 @@ class Recorder:
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         (part, place), self.calls = divmod(self.calls, self.stride), self.calls + 1
+        half = self.half_of(args, kwargs)
         if place != int(self.stride * (part * GOLDEN % 1)):
             return
         timestep = torch.as_tensor(self.timestep_of(args, kwargs)).float().amax()
         self._timesteps.append(float(timestep))
-        self._recording.append(RecordedCall(args, kwargs, output))
+        self._recording.append(RecordedCall(args, kwargs, output, half=half))
         if len(self._recording) >= 2 * self.wanted:
             self._thin()
 
     def _thin(self) -> None:
-        kept = list(range(0, len(self._recording), 2))
+        kept = [2 * pair + int(2 * (pair * GOLDEN % 1)) for pair in range(len(self._recording) // 2)]
         self._recording.keep(kept)
         self._timesteps = [self._timesteps[number] for number in kept]
         self.stride *= 2

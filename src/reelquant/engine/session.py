@@ -19,6 +19,7 @@ from reelquant.engine.calibration import STEPS, Calibration
 from reelquant.engine.choice import Choice
 from reelquant.engine.components import Measure
 from reelquant.engine.plan import Plan
+from reelquant.engine.recorded import again
 from reelquant.engine.report import Report
 from reelquant.engine.search import Assignment, family, trial_count
 from reelquant.engine.store import Store
@@ -111,6 +112,10 @@ class Session:
     def calls(self) -> Sequence[RecordedCall]:
         """Recorded calls of the float denoiser."""
         return self.calibration.calls if self.calibration else []
+
+    def output(self, call: RecordedCall) -> Any:
+        """What the denoiser as it is now gives for a recorded call."""
+        return again(self.denoiser, call)
 
     @property
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:

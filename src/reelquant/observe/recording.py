@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from reelquant.clock import ANY
+
 BUDGET = 256 << 20
 """Bytes of recorded tensors that stay in memory."""
 
@@ -24,12 +26,14 @@ class RecordedCall:
         args, kwargs: its arguments.
         output: what the float module gave: a tensor, or a tuple, list or mapping that holds tensors; None if only arguments count.
         step: index of the denoising step, in the order of calibration's timesteps.
+        half: which half of a guidance pair it computed, as :mod:`reelquant.clock` numbers them.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     output: Any = None
     step: int = 0
+    half: int = ANY
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,7 @@ class _Spilled:
     rest: dict[int, Any]  # leaves that are not tensors, by their place
     spec: TreeSpec
     step: int
+    half: int
 
 
 class Recording(Sequence[RecordedCall]):
@@ -62,13 +67,13 @@ class Recording(Sequence[RecordedCall]):
         own = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         size = _bytes(own)
         if self.held + size > self.budget:
-            self._calls.append(self._spill(own, spec, call.step))
+            self._calls.append(self._spill(own, spec, call.step, call.half))
             return
         self.held += size
         args, kwargs, output = tree_unflatten(own, spec)
-        self._calls.append(RecordedCall(args, kwargs, output, call.step))
+        self._calls.append(replace(call, args=args, kwargs=kwargs, output=output))
 
-    def _spill(self, leaves: list[Any], spec: TreeSpec, step: int) -> _Spilled:
+    def _spill(self, leaves: list[Any], spec: TreeSpec, step: int, half: int) -> _Spilled:
         if self._folder is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="reelquant-calls-")
             self._folder = Path(self._temporary.name)
@@ -77,7 +82,7 @@ class Recording(Sequence[RecordedCall]):
         self._files += 1
         save_file({str(place): leaf.contiguous() for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}, file)
         rest = {place: leaf for place, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
-        return _Spilled(file, rest, spec, step)
+        return _Spilled(file, rest, spec, step, half)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -88,7 +93,7 @@ class Recording(Sequence[RecordedCall]):
         tensors: dict[int, Any] = {int(place): value for place, value in load_file(call.file).items()}
         leaves = [value for _, value in sorted((tensors | call.rest).items())]
         args, kwargs, output = tree_unflatten(leaves, call.spec)
-        return RecordedCall(args, kwargs, output, call.step)
+        return RecordedCall(args, kwargs, output, call.step, call.half)
 
     def __len__(self) -> int:
         return len(self._calls)

@@ -42,7 +42,8 @@ class BlockWork:
     warn: Callable[[str], None] = _ignore
 
     def output(self, call: RecordedCall) -> Any:
-        """What :attr:`module` gives for the arguments of a call, at the denoising step of that call."""
+        """What :attr:`module` gives for the arguments of a call, at its denoising step and as its half of a guidance pair."""
         if self.clock is not None:
-            self.clock.tick(self.clock.timesteps[call.step])
+            with self.clock.computing(call.half):
+                self.clock.tick(self.clock.timesteps[call.step])
         return self.module(*call.args, **call.kwargs)

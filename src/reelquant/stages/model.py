@@ -79,6 +79,10 @@ class ModelWork(Protocol):
         """Arguments of the first denoiser call that calibration saw."""
         ...
 
+    def output(self, call: RecordedCall) -> Any:
+        """What the denoiser as it is now gives for a recorded call, every part of it computed."""
+        ...
+
     def statistics(self, name: str) -> InputStatistics:
         """What was observed of the input of a layer."""
         ...

@@ -106,7 +106,7 @@ def test_calls_are_taken_at_different_steps() -> None:
     ran: list[int] = []
     work.denoiser.register_forward_pre_hook(lambda module, args: ran.append(step_of[id(args[0])]))
     Milp(calls=4, bits=5).choose_specs(work)
-    assert ran == [0, 1, 2, 3] * 6  # two layers with three formats each
+    assert ran == [0, 1, 2, 3] * 7  # once in float, then two layers with three formats each
 
 
 def test_all_calls_are_taken_if_there_are_fewer_than_wanted() -> None:
@@ -114,7 +114,7 @@ def test_all_calls_are_taken_if_there_are_fewer_than_wanted() -> None:
     ran: list[Any] = []
     work.denoiser.register_forward_pre_hook(lambda module, args: ran.append(args))
     Milp(calls=100, bits=5).choose_specs(work)
-    assert len(ran) == 2 * 3 * len(work.calls)
+    assert len(ran) == (2 * 3 + 1) * len(work.calls)
 
 
 def test_money_left_over_is_told() -> None:
