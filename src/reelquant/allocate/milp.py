@@ -66,6 +66,9 @@ class Milp(Stage):
     def records(self) -> int:
         return self.calls
 
+    def own_calls(self, layers: int) -> int:
+        return (layers * len(self.formats) + 1) * self.calls
+
     def supports(self, site: StageSite) -> str | None:
         own = site.specs.weight
         if own.alternatives:

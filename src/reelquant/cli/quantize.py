@@ -203,6 +203,8 @@ def _run(request: Request, delivery: Delivery) -> None:
     """Plan, then stream or quantize in memory, then evaluate if a gate was asked for."""
     job = request.job(streaming=delivery.resume)
     streams = job is not None and not job.fits
+    if job is not None and streams:
+        job.check()
     if delivery.gate is not None and streams:
         raise typer.BadParameter(_too_large(request, delivery), param_hint="--gate")
     if delivery.dry_run or delivery.output is None:
@@ -240,7 +242,9 @@ def _show_plans(request: Request, job: Job | None, json: bool) -> None:
         console.emit((documents if len(documents) > 1 else next(iter(documents.values()))) | takes)
         return
     for plan in plans.values():
-        console.out.print(tables.plan_table(plan, request.device))
+        console.out.print(tables.plan_table(plan))
+        if plan.entries:
+            console.out.print(tables.stages_table(plan, request.device))
     if job is not None:
         _show_estimate(job)
     console.out.print("[dim]dry run: nothing was changed or written[/dim]")

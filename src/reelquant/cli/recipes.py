@@ -12,7 +12,6 @@ from reelquant.cli.options import Json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from reelquant.recipes.entry import Entry
     from reelquant.recipes.recipe import Recipe, Rule, TensorRecipe
 
 
@@ -79,11 +78,13 @@ def _one(source: str, recipe: Recipe) -> None:
 
 def explain(recipe: Recipe) -> list[tuple[str, str]]:
     """A recipe as pairs of topic and explanation: weights, inputs, rules, steps in order, data."""
+    from reelquant.cli.tables import stage_words
+
     rows = [("summary", recipe.summary), *([("paper", recipe.paper)] if recipe.paper else [])]
     rows += [("weights", _tensor(recipe.defaults.weight)), ("inputs", _tensor(recipe.defaults.input))]
     for rule in recipe.rules:
         rows.append(("except", f"[cyan]{rule.on}[/cyan] {_fate(rule)}"))
-    rows += [(f"step {number}", _step(entry)) for number, entry in enumerate(recipe.entries, 1)]
+    rows += [(f"step {number}", stage_words(entry)) for number, entry in enumerate(recipe.entries, 1)]
     return [*rows, ("data", _data(recipe)), ("digest", recipe.digest())]
 
 
@@ -104,22 +105,6 @@ def _tensor(recipe: TensorRecipe | None) -> str:
     when = ", found at run time" if recipe.dynamic else ""
     slots = ", per denoising step" if recipe.slots == "per_step" else ""
     return f"{' or '.join(formats)}, {shared}, range by {found}{when}{slots}"
-
-
-def _step(entry: Entry) -> str:
-    """What one stage does, with its parameters, and to which layers."""
-    from reelquant.recipes.axes import AXES
-
-    values = {key: list(dict.fromkeys(str(one[key]) for one in entry.options)) for key in entry.options[0]}
-    extra = ", ".join(f"{key} {_choice(tried)}" for key, tried in values.items())
-    parameters = f" ({extra})" if extra else ""
-    where = "" if entry.on == "*" else f", on [cyan]{entry.on}[/cyan]"
-    about = (entry.stage.__doc__ or "").strip().splitlines()[0]
-    return f"{AXES[entry.axis].verb} {entry.name}{parameters}{where}. [dim]{about}[/dim]"
-
-
-def _choice(values: list[str]) -> str:
-    return values[0] if len(values) == 1 else f"one of {', '.join(values)} by whole trajectories"
 
 
 def _data(recipe: Recipe) -> str:

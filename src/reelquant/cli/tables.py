@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation, Result
     from reelquant.nn import AttentionFacts
+    from reelquant.recipes.entry import Entry
     from reelquant.streaming import Job
     from reelquant.streaming.estimate import Estimate
 
@@ -53,8 +54,8 @@ def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return made
 
 
-def plan_table(plan: Plan, device: str = "cpu") -> Table:
-    """A row per layer: what it becomes, or why it stays; and what of attention would be computed on a device."""
+def plan_table(plan: Plan) -> Table:
+    """A row per layer: what it becomes, or why it stays."""
     made = table(f"Plan of {plan.recipe.name} for {plan.map.cls}", ["layer", "role", "becomes"], ["before", "after", "smaller"])
     for row in plan.layers.values():
         made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
@@ -66,18 +67,43 @@ def plan_table(plan: Plan, device: str = "cpu") -> Table:
         *_sizes(*plan_bytes(plan.quantized)),
     )
     made.add_row("[bold]all layers", "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
-    if (attention := _attention(plan, device)) is not None:
-        made.add_section()
-        made.add_row("[bold]attention", "", f"{attention.asked}, by {attention.by}", "", "", "")
     return made
 
 
-def _attention(plan: Plan, device: str) -> AttentionFacts | None:
-    from reelquant.nn import expected_attention
-    from reelquant.policies import RoundAttention
+def stages_table(plan: Plan, device: str = "cpu") -> Table:
+    """A row per stage, in order: what it does, how many layers it touches, and what is known of it on a device."""
+    made = table("What its stages do, in order", ["stage"], ["layers"])
+    for entry in plan.entries:
+        outlook = entry.stage.outlook(device)
+        said = f"{stage_words(entry)}{f' ({outlook})' if outlook else ''}"
+        made.add_row(said, str(len(plan.touched(entry))) if entry.stage.takes_on else "all")
+    return made
 
-    stages = [entry.stage for entry in plan.entries if isinstance(entry.stage, RoundAttention)]
-    return expected_attention(stages[0].numbers, device.partition(":")[0]) if stages else None
+
+def stage_words(entry: Entry) -> str:
+    """What one stage does, with its parameters, and to which layers."""
+    from reelquant.recipes.axes import AXES
+
+    values = {key: list(dict.fromkeys(str(one[key]) for one in entry.options)) for key in entry.options[0]}
+    extra = ", ".join(f"{key} {_choice(tried)}" for key, tried in values.items())
+    parameters = f" ({extra})" if extra else ""
+    where = "" if entry.on == "*" else f", on [cyan]{entry.on}[/cyan]"
+    about = (entry.stage.__doc__ or "").strip().splitlines()[0]
+    return f"{AXES[entry.axis].verb} {entry.name}{parameters}{where}. [dim]{about}[/dim]"
+
+
+def _choice(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else f"one of {', '.join(values)} by whole trajectories"
+
+
+def _stage_json(plan: Plan, entry: Entry, device: str) -> dict[str, Any]:
+    return {
+        "axis": entry.axis,
+        "name": entry.name,
+        "options": [dict(one) for one in entry.options],
+        "layers": len(plan.touched(entry)),
+        "outlook": entry.stage.outlook(device),
+    }
 
 
 def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
@@ -92,7 +118,7 @@ def estimate_json(job: Job, expected: Estimate) -> dict[str, Any]:
 def estimate_table(job: Job, expected: Estimate) -> Table:
     """Memory, disk and time that the work takes, before it starts."""
     streams = expected.in_memory > job.budget
-    calls = f", and {expected.calls} calls of the denoiser, solvers" if expected.calls else ""
+    calls = f"; {expected.calls} calls of the denoiser and solvers come on top" if expected.calls else ""
     made = table("What it takes" + (": from disk to disk" if streams else ": in memory"), ["", "about", "for"])
     made.add_row(
         "memory",
@@ -103,6 +129,8 @@ def estimate_table(job: Job, expected: Estimate) -> Table:
     made.add_row("free disk", size(expected.disk if streams else expected.result), "until the work is done")
     made.add_row("result", size(expected.result), f"the float folder has {size(expected.source)}")
     made.add_row("time", duration(job.seconds(expected)), f"reading, rounding, writing{calls}")
+    for name, count in expected.stages.items():
+        made.add_row("", f"{count} calls", f"of these for {name}, at most")
     if streams and expected.calls:
         on_top = "activations of a denoiser call come on top of the memory, its remembered outputs of the disk, its computation of the time"
         made.add_row("", "", on_top)
@@ -154,9 +182,8 @@ def plan_json(plan: Plan, device: str = "cpu") -> dict[str, Any]:
     before, after = plan_bytes(plan.quantized)
     layers = [_layer_json(row) for row in plan.layers.values()]
     totals = {"quantized": len(plan.quantized), "skipped": len(plan.skipped), "bytes_before": before, "bytes_after": after}
-    attention = _attention(plan, device)
-    said = {} if attention is None else {"attention": asdict(attention)}
-    return {"recipe": plan.recipe.name, "denoiser": plan.map.cls, **totals, **said, "layers": layers}
+    stages = [_stage_json(plan, entry, device) for entry in plan.entries]
+    return {"recipe": plan.recipe.name, "denoiser": plan.map.cls, **totals, "stages": stages, "layers": layers}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ proof

@@ -14,7 +14,6 @@ from reelquant.engine.session import Session
 from reelquant.nn import QuantLayer
 from reelquant.observe import RecordedCall
 from reelquant.recipes.entry import Entry
-from reelquant.sites import matches
 from reelquant.stages import BlockWork, LayerWork, Solution
 
 NAMED = 3
@@ -34,7 +33,7 @@ class _Layer:
 def solve_blocks(session: Session, assignment: Assignment, groups: Sequence[BuiltGroup]) -> None:
     """Let every stage that works on blocks improve the codes of ``groups``, unit by unit in execution order."""
     for entry in session.plan.acting("solve_block"):
-        units = [unit for unit in entry.stage.units(session.map) if _names(session, entry, unit)]
+        units = session.plan.parts(entry)
         told: dict[str, list[str]] = {}
         with session.timed(f"{entry.axis}: {entry.name}", len(units)):
             for unit in units:
@@ -50,15 +49,9 @@ def _summary(sentence: str, units: Sequence[str], total: int) -> str:
     return f"{len(units)} of {total} parts: {sentence} ({', '.join(units[:NAMED])}{more})"
 
 
-def _names(session: Session, entry: Entry, unit: str) -> list[str]:
-    """The quantized layers inside a unit that the stage touches."""
-    rows = [row for row in session.plan.quantized if row.layer.name == unit or row.layer.name.startswith(f"{unit}.")]
-    return [row.layer.name for row in rows if matches(entry.on, row.layer)]
-
-
 def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignment, groups: Sequence[BuiltGroup]) -> Sequence[str]:
     """Let a stage improve the codes of one unit: the warnings that it gave."""
-    names = _names(session, entry, unit)
+    names = session.plan.touched(entry, unit)
     rows = session.plan.quantized
     picked = sorted((name, choice.digest(rows)) for name, choice in assignment.items())
     key = ("block", entry.position, entry.name, unit, names, repr(entry.stage), picked)

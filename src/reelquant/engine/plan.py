@@ -109,6 +109,15 @@ class Plan:
         """The stages that take part in a hook, in recipe order."""
         return [entry for entry in self.entries if entry.acts(hook)]
 
+    def touched(self, entry: Entry, part: str = "") -> list[str]:
+        """The quantized layers that a stage touches, or those in a part of the denoiser, in execution order."""
+        rows = [row for row in self.quantized if not part or f"{row.layer.name}.".startswith(f"{part}.")]
+        return [row.layer.name for row in rows if entry in row.entries]
+
+    def parts(self, entry: Entry) -> list[str]:
+        """The parts of the denoiser that a stage works on: those that hold a layer which it touches."""
+        return [part for part in entry.stage.units(self.map) if self.touched(entry, part)]
+
     def with_specs(self, specs: Mapping[str, Specs]) -> Plan:
         """The plan with other numbers for some layers.
 

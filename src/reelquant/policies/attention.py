@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from reelquant.kernels.attention import AttentionQuant, parse_attention
-from reelquant.nn import AttentionFacts, attention_facts, round_attention, stop_attention
+from reelquant.nn import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
 from reelquant.stages import ModelWork, Stage
 
 
@@ -41,6 +41,9 @@ class RoundAttention(Stage):
         numbers = parse_attention({"scores": self.scores, "values": self.values})
         assert numbers is not None
         return numbers
+
+    def outlook(self, device: str) -> str | None:
+        return f"by {expected_attention(self.numbers, device).by}"
 
     def before_choosing(self, work: ModelWork) -> None:
         round_attention(work.denoiser, self.numbers)

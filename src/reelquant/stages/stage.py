@@ -119,6 +119,22 @@ class Stage:
         del steps
         return 0
 
+    def own_calls(self, layers: int) -> int:
+        """What the stage computes of the denoiser beside samples and replayed calls, in calls of the denoiser, at most (for estimates).
+
+        Work on parts counts by what the parts together are of the denoiser, and a backward pass like two calls.
+
+        Args:
+            layers: how many quantized layers the stage touches.
+        """
+        del layers
+        return 0
+
+    def outlook(self, device: str) -> str | None:
+        """What is known before the run of what the stage will do on a type of device, in words for plans; None for nothing."""
+        del device
+        return None
+
     # --- hooks, in the order of a run ---------------------------------------------------------------------------------------
 
     def before_observing(self, work: ModelWork) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from reelquant.engine.search import candidates, trial_count
 from reelquant.nn import get_module
 from reelquant.observe import BUDGET, InputStatistics
 from reelquant.streaming.offload import OnDisk
+from reelquant.streaming.stage_calls import GUIDED, StageCalls, by_name, held_out_batches
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CGROUP = Path("/sys/fs/cgroup")
@@ -32,7 +34,6 @@ PLAIN, TRANSFORMED = 10, 18
 PER_SHARED = 8  # bytes per weight of the layers that share a transformed input: float32, and once more rewritten
 PER_BLOCK = 8  # copies of a block: float layers, rewritten ones, soft ones with gradients and two moments of the optimizer
 FRAME = 1000  # bytes of a frame in a log beside its numbers
-GUIDED = 2  # denoiser calls per step: samplers with guidance make two
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ class Estimate:
             size shows with the first.
         outputs: how many of those are kept at a time, at most.
         result: the folder that will be there in the end.
-        moved: bytes that are read and written until then.
+        moved: bytes that streaming reads and writes until then.
         calls: denoiser calls, at most (half of them without guidance); 0 for data-free recipes.
+        stages: how many of those a stage makes beside calibration, search and check, by what the recipe calls it.
     """
 
     source: int
@@ -61,6 +63,7 @@ class Estimate:
     moved: int
     calls: int
     outputs: int
+    stages: dict[str, int]
 
     def check_memory(self, budget: int) -> None:
         """Refuse a budget that a single layer breaks.
@@ -132,6 +135,7 @@ def estimate(
         moved=2 * others + 3 * result + sum(stored[name] * part.reads for name, part in zip(plans, parts, strict=True)),
         calls=sum(part.calls for part in parts),
         outputs=sum(part.outputs for part in parts),
+        stages=dict(sum((Counter(part.stages) for part in parts), Counter[str]())),
     )
 
 
@@ -151,6 +155,7 @@ class _Part:
     reads: int = 1
     calls: int = 0
     outputs: int = 0
+    stages: Mapping[str, int] = field(default_factory=dict)
 
 
 def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) -> _Part:
@@ -168,6 +173,8 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) 
     need = _building(plan) | _transforming(plan) | _improving(plan, blocks)
     need["the parts outside of blocks, and the largest block,"] = outside + blocks
     memory, largest = _largest(need)
+    stages = [StageCalls.of(plan, entry, sampling.expected) for entry in plan.entries]
+    sampled, own = sampling.steps * GUIDED + sum(stage.whole for stage in stages), sum(stage.own for stage in stages)
     return _Part(
         memory,
         largest,
@@ -175,9 +182,10 @@ def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) 
         # on disk, a state is the frames that it will absorb, the state so far, and the state that replaces it
         result + logs + 3 * states + sampling.drafts * result,
         logs + states,
-        2 + sampling.trials + sampling.steps * GUIDED,
-        sampling.steps * GUIDED,
+        2 + sampling.trials + sampled,
+        sampled + own,
         sampling.remembered * GUIDED,
+        by_name(stages),
     )
 
 
@@ -192,7 +200,7 @@ class _Sampling:
     Attributes:
         expected: of the calibration pass.
         trials: candidates that are sampled.
-        steps: denoising steps of everything together.
+        steps: denoising steps of everything together, but for what stages sample.
         remembered: steps whose outputs are on disk at a time, at most.
         drafts: copies of the result that trials leave on disk, at most.
     """
@@ -209,12 +217,13 @@ class _Sampling:
         assert recipe.calibrate is not None
         given = {"num_inference_steps": call.get("num_inference_steps") or recipe.calibrate.steps}
         expected = Expected.of(recipe.calibrate.prompts, recipe.calibrate.batch, given)
-        held = math.ceil(recipe.search.prompts / 4)
+        held = held_out_batches(recipe)
         trials = trial_count(plan, plan.map.groups) if len(candidates(plan)) > 1 else 0
-        further = sum(entry.stage.held_out_runs(expected.steps) for entry in plan.entries)
-        always, trial = expected.calls + (2 + further) * expected.steps * held, recipe.search.steps * held
+        further = sum(entry.stage.held_out_runs(expected.steps) for entry in plan.entries) * expected.steps * held
+        always, trial = expected.calls + 2 * expected.steps * held, recipe.search.steps * held
         drafts = bool(trials) * (len(candidates(plan)) if recipe.search.scope == "family" else 1)
-        return cls(expected, trials, always + trial * (trials + bool(trials)), always + 2 * bool(trials) * trial, drafts)
+        remembered = always + further + 2 * bool(trials) * trial
+        return cls(expected, trials, always + trial * (trials + bool(trials)), remembered, drafts)
 
 
 def _building(plan: Plan) -> dict[str, int]:

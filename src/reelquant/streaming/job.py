@@ -161,4 +161,5 @@ class Job:
         built = time.perf_counter()
         weights = sum(math.prod(row.layer.shape) for plan in self.plans.values() for row in plan.quantized)
         size = sum(value.numel() * value.element_size() for value in module.parameters())
-        return expected.moved * (loaded - start) / size + weights * (built - loaded) / math.prod(row.layer.shape)
+        moved = expected.moved if expected.in_memory > self.budget else expected.source + expected.result
+        return moved * (loaded - start) / size + weights * (built - loaded) / math.prod(row.layer.shape)

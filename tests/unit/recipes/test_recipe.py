@@ -74,7 +74,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "two mechanisms in a step": (recipe(steps=[{"transform": "shift", "solve": "gptq"}]), "exactly one mechanism"),
     "no mechanism in a step": (recipe(steps=[{"on": "role:main"}]), "exactly one mechanism"),
-    "two solvers for the same layers": (recipe(steps=[{"solve": "gptq"}, {"solve": "nearest"}]), "two solve steps, 'gptq' and 'nearest', act on the layers 'role:main .*': keep one"),
+    "two solvers for the same layers": (
+        recipe(steps=[{"solve": "gptq"}, {"solve": "nearest"}]),
+        "two solve steps, 'gptq' and 'nearest', act on the layers 'role:main .*': keep one",
+    ),
     "two reuses": (
         recipe(steps=[{"reuse": "blocks"}, {"reuse": "blocks", "every": 3}]),
         "two reuse steps, 'blocks' and 'blocks', act on the whole denoiser: keep one",
