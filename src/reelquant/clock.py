@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -107,7 +107,7 @@ class Clock(nn.Module):
         self._now = {}
 
     @contextmanager
-    def computing(self, half: int) -> Iterator[None]:
+    def computing(self, half: int) -> Generator[None]:
         """Inside, eager calls of this thread compute this half, whatever their latents say.
 
         A recorded call is made again without the call before it, so its latents do not tell whether it was the second one.
@@ -145,7 +145,11 @@ class Clock(nn.Module):
         return self.which if latent is None else self.look(latent)
 
     def tick(self, timestep: Tensor | float, latent: Tensor | None = None) -> None:
-        """Set :attr:`slot`, :attr:`stored`, :attr:`protected` and :attr:`which` for a call with this timestep: a number, one per clip, or one per token."""
+        """Follow a call with this timestep: a number, one per clip, or one per token.
+
+        Args:
+            latent: of the call, where the halves of guidance are told apart by it.
+        """
         times = torch.as_tensor(timestep, device=self.timesteps.device).float().reshape(-1)
         now = times.amax()  # frames given as a condition carry timestep 0
         distance = (self.timesteps - now).abs()

@@ -189,7 +189,7 @@ def build_layer(context: Context, shared: GroupWork, row: LayerPlan, choice: Cho
 
 def finish_layer(shared: GroupWork, row: LayerPlan, work: LayerWork, choice: Choice, module: nn.Module, *, draft: bool = False) -> Built:
     """Pack a layer that has codes; rounding to nearest gives it some if no stage did."""
-    work = work if work.solution is not None else Nearest().solve_layer(work)
+    work = work if work.solution is not None else Nearest(correct_bias=work.correct_bias).solve_layer(work)
     assert work.solution is not None
     work = replace(work, stored_bias=work.bias_for(work.solution.values))
     layer = packed(row, work, module, folds=shared.folds)

@@ -28,9 +28,10 @@ from reelquant.formats.criteria import mean_and_worst
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import get_module, set_module
 from reelquant.observe import InputStatistics, RecordedCall
+from reelquant.recipes.entry import Entry
 from reelquant.recipes.recipe import Recipe
 from reelquant.sites import DenoiserMap, Group
-from reelquant.stages import Specs, Stage
+from reelquant.stages import Specs
 
 
 @dataclass(eq=False)
@@ -128,9 +129,16 @@ class Session:
         """Numbers of the layers that are going to be quantized."""
         return {row.layer.name: row.site.specs for row in self.plan.quantized}
 
-    def touched(self, stage: Stage) -> list[str]:
+    def touched(self, stage: object) -> list[str]:
         """The layers that are going to be quantized and that the stage touches."""
-        return [row.layer.name for row in self.plan.quantized if any(entry.stage is stage for entry in row.entries)]
+        return self.plan.touched(self._entry(stage))
+
+    def name_of(self, stage: object) -> str:
+        """What the recipe calls this stage."""
+        return self._entry(stage).name
+
+    def _entry(self, stage: object) -> Entry:
+        return next(entry for entry in self.plan.entries if entry.stage is stage)
 
     def statistics(self, name: str) -> InputStatistics:
         """What was observed of a layer's input."""

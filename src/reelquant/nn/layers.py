@@ -239,9 +239,9 @@ class QuantLayer(nn.Module):
     def activated(self, input: Tensor, activation: str) -> Tensor:
         """The output, with an activation of :data:`reelquant.kernels.activations.ACTIVATIONS` applied to it; empty for none."""
         if torch.compiler.is_compiling():
-            return call(self, input, self.clock, activation)
+            return call(self.handle, input, self.clock, activation)
         if is_tracing():
-            return trace_opaque(self, input)
+            return trace_opaque(self.handle, input)
         moment = self.clock[0].now() if self.clock else self._without_clock()
         return self._chain("eager", input)(input, moment, activation)
 

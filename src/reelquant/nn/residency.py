@@ -10,17 +10,15 @@ from __future__ import annotations
 import threading
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from reelquant._errors import UnsupportedError
 from reelquant.kernels import Kernel, select
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.output_cache import OutputCache
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
 
 PLACEHOLDER = 0x5A  # every code of a weight that a kernel owns; no quantizer gives one code to all of a weight
 TRIM_EVERY = 64 << 20  # bytes of repacked weights after which the heap is trimmed
@@ -69,7 +67,7 @@ class Residency:
         current: the kernel that was prepared last, valid or not; None if there is none.
     """
 
-    def __init__(self, layer: QuantLayer) -> None:
+    def __init__(self, layer: LayerView) -> None:
         self._layer = weakref.ref(layer)  # a cycle would keep the memory of layers that are dropped one by one
         self.current: Prepared | None = None
 

@@ -6,11 +6,11 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import nn
 
-from reelquant._errors import CheckpointError, RecipeError
+from reelquant._errors import RecipeError
 from reelquant.stages import ModelWork, Stage
 
 ATTRIBUTE = "_reelquant_reuse"
@@ -63,76 +63,62 @@ class Reuse(Stage):
         """Act on a model from its next call on."""
 
     def before_observing(self, work: ModelWork) -> None:
-        facts = self.facts(work)
-        _put(work.denoiser, self, facts)
+        put(work.denoiser, work.name_of(self), self, self.facts(work))
         work.undo(lambda: remove_reuse(work.denoiser))
 
     def before_check(self, work: ModelWork) -> None:
-        for installed, _ in installed_reuse(work.denoiser).values():
-            installed.reset()
+        for one in installed_reuse(work.denoiser).values():
+            one.installed.reset()
 
     def after_check(self, work: ModelWork) -> None:
-        installed, _ = installed_reuse(work.denoiser)[_name(self)]
-        work.report.reuse[_name(self)] = installed.counts()
+        name = work.name_of(self)
+        work.report.reuse[name] = installed_reuse(work.denoiser)[name].installed.counts()
 
 
-def installed_reuse(model: nn.Module) -> dict[str, tuple[Installed, dict[str, Any]]]:
-    """What is installed on a model: name -> (what acts, what a checkpoint stores about it)."""
+class Acting(NamedTuple):
+    """A reuse on a model: what acts, and what it was made of."""
+
+    installed: Installed
+    stage: Reuse
+    facts: dict[str, Any]
+
+
+def installed_reuse(model: nn.Module) -> dict[str, Acting]:
+    """What is installed on a model, by name."""
     return getattr(model, ATTRIBUTE, {})
 
 
 def stored_reuse(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint stores: name -> options and facts, as plain data."""
-    return {name: data for name, (_, data) in installed_reuse(model).items()}
-
-
-def install_stored(model: nn.Module, stored: Mapping[str, Any]) -> None:
-    """Install what a checkpoint stores.
-
-    Raises:
-        CheckpointError: for a name or an option that this version does not know.
-    """
-    from reelquant.reuse import REUSES
-
-    for name, data in stored.items():
-        try:
-            options = {key: tuple(value) if isinstance(value, list) else value for key, value in data["options"].items()}
-            _put(model, REUSES[name](**options), data["facts"])
-        except (KeyError, TypeError, RecipeError) as error:
-            raise CheckpointError(
-                f"quantization_config.reuse.{name} cannot be installed ({type(error).__name__}: {error}); import the package that "
-                f"registers it before opening the pipeline, or upgrade reelquant (known here: {', '.join(REUSES)})"
-            ) from None
+    return {name: {"options": dataclasses.asdict(one.stage), "facts": one.facts} for name, one in installed_reuse(model).items()}
 
 
 def remove_reuse(model: nn.Module) -> None:
     """Remove everything that is installed on a model."""
-    for installed, _ in installed_reuse(model).values():
-        installed.remove()
+    for one in installed_reuse(model).values():
+        one.installed.remove()
     vars(model).pop(ATTRIBUTE, None)
 
 
 @contextmanager
 def all_computed(model: nn.Module) -> Iterator[None]:
     """Inside, nothing is reused. Afterwards the same is installed again, with nothing to reuse from before."""
-    stored = stored_reuse(model)
+    before = installed_reuse(model)
     remove_reuse(model)
     try:
         yield
     finally:
-        install_stored(model, stored)
+        for name, one in before.items():
+            put(model, name, one.stage, one.facts)
 
 
-def _put(model: nn.Module, stage: Any, facts: Mapping[str, Any]) -> None:
-    name = _name(stage)
+def put(model: nn.Module, name: str, stage: Reuse, facts: Mapping[str, Any]) -> None:
+    """Install a reuse on a model.
+
+    Raises:
+        RecipeError: if the model has one.
+    """
     if here := next(iter(installed_reuse(model)), None):
         raise RecipeError(f"reuse '{name}' cannot be installed on {type(model).__name__}: '{here}' is there already; keep one")
-    data = {"options": dataclasses.asdict(stage), "facts": dict(facts)}
-    installed = stage.install(model, facts)
-    object.__setattr__(model, ATTRIBUTE, {**installed_reuse(model), name: (installed, data)})
-
-
-def _name(stage: Stage) -> str:
-    from reelquant.reuse import REUSES
-
-    return next(name for name, kind in REUSES.items() if type(stage) is kind)
+    acting = Acting(stage.install(model, facts), stage, dict(facts))
+    object.__setattr__(model, ATTRIBUTE, {name: acting})

@@ -11,6 +11,16 @@ from reelquant.stages import LayerWork, Solution, Stage
 
 
 @dataclass(frozen=True)
+class Unsolved(Stage):
+    """Leaves the codes to the engine, which rounds to nearest where no stage chose any."""
+
+    correct_bias: bool
+
+    def solve_layer(self, layer: LayerWork) -> LayerWork:
+        return replace(layer, correct_bias=self.correct_bias)
+
+
+@dataclass(frozen=True)
 class Solver(Stage):
     """Chooses codes.
 
@@ -23,9 +33,7 @@ class Solver(Stage):
 
     def draft(self) -> Stage:
         """Rounding to nearest: solvers would take most of a search's time."""
-        from reelquant.solvers.nearest import Nearest
-
-        return Nearest(correct_bias=self.correct_bias)
+        return Unsolved(self.correct_bias)
 
     @abstractmethod
     def solve(self, problem: Problem) -> Solution:

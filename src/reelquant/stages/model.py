@@ -12,7 +12,6 @@ from reelquant.clock import Clock, Pairs
 from reelquant.observe import InputStatistics, RecordedCall
 from reelquant.sites import DenoiserMap
 from reelquant.stages.layer import Specs
-from reelquant.stages.stage import Stage
 
 
 class ModelWork(Protocol):
@@ -70,7 +69,7 @@ class ModelWork(Protocol):
         """The numbers of every layer that is going to be quantized, by name."""
         ...
 
-    def touched(self, stage: Stage) -> list[str]:
+    def touched(self, stage: object) -> list[str]:
         """The layers that are going to be quantized and that the ``on`` of this stage matches, in execution order."""
         ...
 
@@ -81,6 +80,10 @@ class ModelWork(Protocol):
 
     def output(self, call: RecordedCall) -> Any:
         """What the denoiser as it is now gives for a recorded call, every part of it computed."""
+        ...
+
+    def name_of(self, stage: object) -> str:
+        """What the recipe calls this stage."""
         ...
 
     def statistics(self, name: str) -> InputStatistics:

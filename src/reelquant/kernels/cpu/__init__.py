@@ -3,8 +3,8 @@ devices, and code that needs a compiler on the user's machine, do not belong her
 
 from __future__ import annotations
 
-from reelquant.kernels import Kernel
 from reelquant.kernels.cpu import floats, int8, int16_madd, nibbles
+from reelquant.kernels.kernel import Kernel
 
 TAKES = frozenset({"input", "shift", "scale", "rotate", "window"})
 KERNELS = (

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.formats import Granularity, Int, Quantizer, pack
-from reelquant.kernels import Kernel, cuda, torch_ops
+from reelquant.kernels import cuda, torch_ops
 from reelquant.kernels.cuda import refusals
 from reelquant.kernels.hadamard import hadamard
 from reelquant.kernels.input_code_cache import forget, recall, remember
+from reelquant.kernels.kernel import Kernel
 from reelquant.kernels.operands import Operands, PackedWeight, Runner
 
 EPILOGUE_NAMES = {"": "none", "gelu": "gelu", "gelu_tanh": "gelu_tanh", "silu": "silu"}

@@ -14,17 +14,14 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reelquant.clock import ANY, Clock, Moment
 from reelquant.kernels.input_code_cache import forget
-
-if TYPE_CHECKING:
-    from reelquant.nn.around.tokenwise import Tokenwise
-    from reelquant.nn.layers import QuantLayer
+from reelquant.nn.layer_view import LayerView
 
 _modules: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _handles = itertools.count()
@@ -63,21 +60,21 @@ def is_tracing() -> bool:
     return not torch.compiler.is_compiling() and _tracing.get() is not None  # dynamo does not know context variables
 
 
-def trace_opaque(layer: QuantLayer, x: Tensor) -> Tensor:
-    """The layer as one node of a trace."""
+def trace_opaque(handle: int, x: Tensor) -> Tensor:
+    """A layer as one node of a trace."""
     slot = _tracing.get()
     assert slot is not None
-    return torch.ops.reelquant.opaque(x, slot, layer.handle)
+    return torch.ops.reelquant.opaque(x, slot, handle)
 
 
-def call(layer: QuantLayer, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
-    """The layer as one node of a graph."""
-    return torch.ops.reelquant.layer(x, _state(clock), layer.handle, activation)
+def call(handle: int, x: Tensor, clock: Sequence[Clock], activation: str) -> Tensor:
+    """A layer as one node of a graph."""
+    return torch.ops.reelquant.layer(x, _state(clock), handle, activation)
 
 
-def call_tokenwise(module: Tokenwise, x: Tensor, clock: Sequence[Clock]) -> Tensor:
+def call_tokenwise(handle: int, x: Tensor, clock: Sequence[Clock]) -> Tensor:
     """A module of several layers as one node; all of them have the same clock."""
-    return torch.ops.reelquant.tokenwise(x, _state(clock), module.reelquant_handle)
+    return torch.ops.reelquant.tokenwise(x, _state(clock), handle)
 
 
 def _state(clock: Sequence[Clock]) -> list[Tensor]:
@@ -87,13 +84,13 @@ def _state(clock: Sequence[Clock]) -> list[Tensor]:
 @torch.library.custom_op("reelquant::layer", mutates_args=())
 def _run(x: Tensor, step: Sequence[Tensor], handle: int, activation: str) -> Tensor:
     forget()
-    layer: QuantLayer = _modules[handle]
+    layer: LayerView = _modules[handle]
     return _as_declared(layer, layer.compute(x, _moment(layer, x, step), activation))
 
 
 @_run.register_fake
 def _shape(x: Tensor, step: Sequence[Tensor], handle: int, activation: str) -> Tensor:
-    layer: QuantLayer = _modules[handle]
+    layer: LayerView = _modules[handle]
     return _as_declared(layer, x.new_empty(layer.output_shape(x)))
 
 
@@ -105,7 +102,7 @@ def _opaque(x: Tensor, slot: Tensor, handle: int) -> Tensor:
 @torch.library.custom_op("reelquant::tokenwise", mutates_args=())
 def _run_tokenwise(x: Tensor, step: Sequence[Tensor], handle: int) -> Tensor:
     forget()
-    module: Tokenwise = _modules[handle]
+    module = _modules[handle]
     if step:
         module.reelquant_layers()[0].clock[0].follow(step)
     return module.forward(x)  # its hooks are in the graph
@@ -116,7 +113,7 @@ def _shape_tokenwise(x: Tensor, step: Sequence[Tensor], handle: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], _modules[handle].reelquant_width)
 
 
-def _moment(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> Moment:
+def _moment(layer: LayerView, x: Tensor, step: Sequence[Tensor]) -> Moment:
     """The state of the clock. Values that the layer does not need are not read, so that nothing waits for the device."""
     if not step:
         return Moment()
@@ -126,7 +123,7 @@ def _moment(layer: QuantLayer, x: Tensor, step: Sequence[Tensor]) -> Moment:
     return Moment(slot if x.is_cuda and not exact else int(slot), exact, protects, int(half) if layout.cfg_halves else ANY)
 
 
-def _as_declared(layer: QuantLayer, out: Tensor) -> Tensor:
+def _as_declared(layer: LayerView, out: Tensor) -> Tensor:
     """In the memory format that the graph was told; an input without a batch axis is always contiguous."""
     batched = layer.output_format == torch.contiguous_format or out.ndim == len(layer.weight_shape)
     return out.contiguous(memory_format=layer.output_format) if batched else out.contiguous()

@@ -48,7 +48,7 @@ class Tokenwise(ClassPatch):
             return super().forward(hidden_states, *args, **kwargs)
         clock = layers[0].clock
         if torch.compiler.is_compiling():
-            return call_tokenwise(self, hidden_states, clock)
+            return call_tokenwise(self.reelquant_handle, hidden_states, clock)
         if clock and clock[0].now().protected:  # what computes such a step is made for every call
             return super().forward(hidden_states)
         return self.reelquant_in_blocks(hidden_states)

@@ -3,8 +3,7 @@ and what happens between layers, does not belong here."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.branch import Branched
 from reelquant.nn.runners.cached import CachedOutput
 from reelquant.nn.runners.guidance import GuidanceHalves
@@ -15,16 +14,13 @@ from reelquant.nn.runners.saturation import CountClipped
 from reelquant.nn.runners.table import OutputTable
 from reelquant.nn.runners.training import StraightThrough
 
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
-
 __all__ = ["LINKS", "Chain", "Link", "Mode", "assemble"]
 
 LINKS: tuple[type[Link], ...] = (OutputTable, CachedOutput, StraightThrough, GuidanceHalves, CountClipped, ProtectedSteps, Branched)
 """Outermost first. The last link of every chain is :class:`~reelquant.nn.runners.kernel.KernelProduct`."""
 
 
-def assemble(layer: QuantLayer, mode: Mode) -> Chain:
+def assemble(layer: LayerView, mode: Mode) -> Chain:
     """The chain that computes a layer for one kind of caller: the links that it needs around its kernel."""
     chain: Chain = KernelProduct(layer.residency)
     for link in reversed(LINKS):

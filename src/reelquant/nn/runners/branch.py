@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from reelquant.branches import Branch
 from reelquant.clock import Moment
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.link import Around, Chain, Link, Mode, activated
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
 
 
 class Branched(Link):
     """All branches of a layer around the rest of the chain; the activation follows the sum."""
 
-    def __init__(self, layer: QuantLayer, inner: Chain) -> None:
+    def __init__(self, layer: LayerView, inner: Chain) -> None:
         super().__init__(layer, with_branches(layer, inner))
 
     @staticmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+    def wanted(layer: LayerView, mode: Mode) -> bool:
         return bool(layer.layout.branches)
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
         return self.inner(x, moment, activation)
 
 
-def with_branches(layer: QuantLayer, inner: Chain) -> Chain:
+def with_branches(layer: LayerView, inner: Chain) -> Chain:
     """The chain with the branches of a layer around it, the first of the layout outermost."""
     for branch in reversed(layer.layout.branches):
         inner = OneBranch(layer, branch, inner)
@@ -38,7 +34,7 @@ def with_branches(layer: QuantLayer, inner: Chain) -> Chain:
 class OneBranch(Around):
     """One branch around a chain. Its tensors are looked up in every call: offloading moves them."""
 
-    def __init__(self, layer: QuantLayer, branch: Branch, inner: Chain) -> None:
+    def __init__(self, layer: LayerView, branch: Branch, inner: Chain) -> None:
         super().__init__(layer, inner)
         self.branch = branch
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from reelquant.clock import Moment
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.output_cache import stamp
 from reelquant.nn.runners.link import Link, Mode
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
 
 
 class CachedOutput(Link):
     """Looks into the cache of the prepared kernel, so that outputs are dropped together with the weight they came from."""
 
     @staticmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+    def wanted(layer: LayerView, mode: Mode) -> bool:
         return layer.keeps and mode == "eager"
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:

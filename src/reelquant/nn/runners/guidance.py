@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from reelquant.clock import ANY, BOTH, FIRST, SECOND, Moment
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.link import Link, Mode
 from reelquant.nn.spec import HALVES
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
 
 
 class GuidanceHalves(Link):
     """Chooses the row of input scales by step and half; a batch that holds both halves is computed in two parts."""
 
     @staticmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+    def wanted(layer: LayerView, mode: Mode) -> bool:
         return layer.layout.cfg_halves
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from reelquant.clock import Moment
 from reelquant.kernels.activations import ACTIVATIONS
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
+from reelquant.nn.layer_view import LayerView
 
 Mode = Literal["eager", "compiled", "training"]
 """Who calls: Python, an operator of a compiled graph, or autograd, which wants the gradient of the input."""
@@ -24,7 +22,7 @@ Chain = Callable[[Tensor, Moment, str], Tensor]
 class Around(ABC):
     """Something around the rest of a chain. It refers to its layer weakly: a cycle would keep the memory of layers that are dropped."""
 
-    def __init__(self, layer: QuantLayer, inner: Chain) -> None:
+    def __init__(self, layer: LayerView, inner: Chain) -> None:
         self._layer, self.inner = weakref.ref(layer), inner
 
     @property
@@ -42,7 +40,7 @@ class Link(Around):
 
     @staticmethod
     @abstractmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+    def wanted(layer: LayerView, mode: Mode) -> bool:
         """Whether the chain of this layer needs the link."""
 
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from reelquant.clock import Moment
 from reelquant.kernels import select
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.branch import with_branches
 from reelquant.nn.runners.kernel import Product
 from reelquant.nn.runners.link import Link, Mode
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
 
 
 class ProtectedSteps(Link):
     """Computes protected steps with another kernel, from the weight as it is: no second copy of the weight outlives the call."""
 
     @staticmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+    def wanted(layer: LayerView, mode: Mode) -> bool:
         return layer.layout.input is not None and bool(layer.clock)
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from reelquant.clock import Moment
 from reelquant.kernels import of_slot
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.link import Link, Mode, activated
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
 
 
 class OutputTable(Link):
     """The stored output of the step, for every row of the input; computed at other timesteps, which the clock reports once."""
 
     @staticmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+    def wanted(layer: LayerView, mode: Mode) -> bool:
         return bool(layer.layout.table and layer.clock)
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
@@ -29,7 +25,7 @@ class OutputTable(Link):
         return self.inner(x, moment, activation)
 
 
-def stored_output(layer: QuantLayer, x: Tensor, slot: int | Tensor) -> Tensor:
+def stored_output(layer: LayerView, x: Tensor, slot: int | Tensor) -> Tensor:
     """``[..., out]`` in memory of its own, because models add to outputs in place; zeros if no later layer reads the output."""
     shape = (*x.shape[:-1], layer.weight_shape[0])
     if layer.layout.unused:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reelquant.clock import Moment
+from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.link import Chain, Link, Mode, activated
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
 
 
 class StraightThrough(Link):
     """Computes the output with the rest of the chain and the gradient with :meth:`QuantLayer.input_gradient`."""
 
     @staticmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
+    def wanted(layer: LayerView, mode: Mode) -> bool:
         return mode == "training"
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
