@@ -15,13 +15,12 @@ from torch import Tensor, nn
 import reelquant
 from reelquant.engine import blocks as engine
 from reelquant.engine.report import Report
-from reelquant.models.sampling import write_notes
 from reelquant.nn import quantized_layers
 from reelquant.reconstruct import RECONSTRUCTIONS
 from reelquant.reconstruct.error import mean_error, split
 from reelquant.reconstruct.soft import soften
 from reelquant.stages import BlockWork, Solution, Stage
-from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
+from tests.tiny.stock import CALL, PROMPTS, contents, quantized_in_memory, stored_pipeline, wan_pipeline
 
 # parameters that make a member quick; a new member is tested with its defaults the moment it enters the table
 QUICK: dict[str, dict[str, Any]] = {"adaround": {"iterations": 30, "calls": 8, "rate": 0.2, "weight": 10.0}}
@@ -140,25 +139,11 @@ def test_two_runs_give_the_same_bytes(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny pipeline on disk that says how it likes to be called."""
-    place = tmp_path_factory.mktemp("model") / "wan"
-    wan_pipeline().save_pretrained(place)
-    write_notes(place, CALL, PROMPTS)
-    return place
+    return stored_pipeline(tmp_path_factory.mktemp("model") / "wan")
 
 
-def in_memory(folder: Path, chosen: Any, target: Path) -> Report:
-    pipe = reelquant.open_pipeline(folder)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            realigned(part)
-    report = reelquant.quantize(pipe, chosen)
-    reelquant.save(pipe, target, report)
-    return report
-
-
-def contents(place: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted((place / "transformer").iterdir())}
+def denoiser(place: Path) -> dict[str, bytes]:
+    return contents(place / "transformer")
 
 
 class Stopped(Exception):  # noqa: N818  (it is not an error)
@@ -170,9 +155,9 @@ def test_streaming_gives_the_bytes_of_a_run_in_memory_also_after_a_stop_between_
     name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = recipe(name)
-    expected = in_memory(folder, chosen, tmp_path / "memory")
+    expected = quantized_in_memory(folder, chosen, tmp_path / "memory")
     reelquant.quantize_folder(folder, tmp_path / "disk", chosen)
-    assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
+    assert denoiser(tmp_path / "disk") == denoiser(tmp_path / "memory")
 
     real, solved = engine._solve_unit, list[str]()
 
@@ -189,5 +174,5 @@ def test_streaming_gives_the_bytes_of_a_run_in_memory_also_after_a_stop_between_
     watching = Watching(monkeypatch, name)
     report = reelquant.quantize_folder(folder, tmp_path / "stopped", chosen, resume=True)
     assert solved[0] not in [block.name for block, _ in watching.seen] and watching.seen
-    assert contents(tmp_path / "stopped") == contents(tmp_path / "memory")
+    assert denoiser(tmp_path / "stopped") == denoiser(tmp_path / "memory")
     assert report.warnings == expected.warnings

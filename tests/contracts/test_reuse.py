@@ -19,12 +19,12 @@ from reelquant.discover import discover
 from reelquant.engine.calibration import calibrate
 from reelquant.engine.plan import make_plan
 from reelquant.engine.recorded import again, replay
-from reelquant.models.sampling import sample, write_notes
+from reelquant.models.sampling import sample
 from reelquant.nn import quantized_layers
 from reelquant.observe import RecordedCall, Recording
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.reuse import REUSES, Reuse, install_stored, installed_reuse, remove_reuse, stored_reuse
-from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
+from tests.tiny.stock import CALL, PROMPTS, contents, quantized_in_memory, realigned, stored_pipeline, wan_pipeline
 
 STEPS = 4
 RUN = CALL | {"num_inference_steps": STEPS}
@@ -200,22 +200,12 @@ def _recorded(args: Any, kwargs: Any) -> RecordedCall:
 
 
 def test_a_run_from_disk_to_disk_gives_the_same_bytes(member: str, tmp_path: Path) -> None:
-    wan_pipeline().save_pretrained(tmp_path / "model")
-    write_notes(tmp_path / "model", CALL, PROMPTS)
+    model = stored_pipeline(tmp_path / "model")
     chosen = recipe(step(member, OFTEN.get(member, {})))
-    pipe = reelquant.open_pipeline(tmp_path / "model")
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            realigned(part)
-    report = reelquant.quantize(pipe, chosen)
-    reelquant.save(pipe, tmp_path / "memory", report)
-    streamed = reelquant.quantize_folder(tmp_path / "model", tmp_path / "disk", chosen)
+    report = quantized_in_memory(model, chosen, tmp_path / "memory")
+    streamed = reelquant.quantize_folder(model, tmp_path / "disk", chosen)
     assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
     assert streamed.reuse == report.reuse and streamed.reuse[member]["reused"] > 0
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "report.json"}
 
 
 def test_a_recipe_has_one_reuse_and_so_has_a_denoiser(made: Any, member: str, monkeypatch: pytest.MonkeyPatch) -> None:

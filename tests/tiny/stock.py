@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+import reelquant
 from reelquant.discover import dummy_inputs
-from reelquant.models.sampling import sample
+from reelquant.engine.report import Report
+from reelquant.models.sampling import sample, write_notes
 from tests.tiny.configs import TINY
 
 PROMPTS = ["a red ball", "a blue box"]
@@ -65,6 +68,35 @@ def wan_pipeline() -> WanPipeline:
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def stored_pipeline(folder: Path, pipe: Any = None, **options: Any) -> Path:
+    """A pipeline on disk, :func:`wan_pipeline` by default, that says how it likes to be called."""
+    (pipe or wan_pipeline()).save_pretrained(folder, **options)
+    write_notes(folder, CALL, PROMPTS)
+    return folder
+
+
+def quantized_in_memory(
+    folder: Path, recipe: Any, target: Path, dtype: torch.dtype = torch.float32, lora: Any = (), **overrides: Any
+) -> Report:
+    """Open a stored pipeline, quantize it and save it: what a run from disk to disk is compared with."""
+    pipe = reelquant.open_pipeline(folder, dtype=dtype)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            realigned(part)
+    report = reelquant.quantize(pipe, recipe, overrides=overrides, lora=lora)
+    reelquant.save(pipe, target, report)
+    return report
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file but the report, which holds timings."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != "report.json"
+    }
 
 
 def realigned(module: nn.Module) -> nn.Module:

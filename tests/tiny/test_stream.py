@@ -33,7 +33,6 @@ from reelquant.discover import discover, stand_in
 from reelquant.discover.lineage import extremes
 from reelquant.engine.build import shared_rewrites
 from reelquant.models.pipelines import bundled_path
-from reelquant.models.sampling import write_notes
 from reelquant.observe import Call, Geometry, InputStatistics, Watched
 from reelquant.recipes.recipe import load_recipe
 from reelquant.streaming import Job, Source, disk_store, estimate, pieces, pipeline, quantize_folder, run, write
@@ -42,7 +41,7 @@ from reelquant.streaming.estimate import parse_bytes
 from reelquant.streaming.journal import Journal
 from reelquant.streaming.offload import OnDisk, hollow
 from tests.tiny.configs import TINY
-from tests.tiny.stock import CALL, MIXED, PROMPTS, frames, realigned, room, wan_pipeline
+from tests.tiny.stock import MIXED, contents, frames, quantized_in_memory, realigned, room, stored_pipeline, wan_pipeline
 
 ROOT = Path(__file__).parents[2]
 SHORT = {"calibrate.prompts": 4, "search.prompts": 1, "search.steps": 2}
@@ -59,34 +58,30 @@ GPTQ = {
     ],
 }
 """Everything that calibration can ask for: moments, rotated ranges, a search, folded norms, scales per step."""
+LOWRANK = GPTQ | {
+    "name": "lowrank",
+    "steps": [
+        {"transform": "shift", "on": "role:main"},
+        {"branch": "lowrank", "rank": [4, 2], "share": 0.5, "on": "role:main"},
+        {"solve": "gptq", "correct_bias": True, "on": "role:main | role:temporal | role:prompt"},
+    ],
+}
+LEARNED = LOWRANK | {
+    "name": "learned",
+    "guidance": "separate",
+    "defaults": {"weight": {"format": "int3", "granularity": "group-16"}, "input": {"format": "uint8", "slots": "per_step"}},
+    "steps": [
+        {"branch": "lowrank", "rank": 2, "share": 0.5, "on": "role:main"},
+        {"reconstruct": "adaround", "calls": 8, "iterations": 30, "rate": 0.2, "weight": 10.0, "on": "role:main"},
+    ],
+}
+"""Codes that are learned beside branches, on calls of which each is one half of a guidance pair."""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random pipeline on disk that says how it likes to be called."""
-    folder = tmp_path_factory.mktemp("model") / "wan"
-    wan_pipeline().save_pretrained(folder, max_shard_size="30KB")
-    write_notes(folder, CALL, PROMPTS)
-    return folder
-
-
-def in_memory(model: Path, recipe: Any, target: Path, dtype: torch.dtype = torch.float32, lora: Any = (), **overrides: Any) -> Any:
-    pipe = reelquant.open_pipeline(model, dtype=dtype)
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            realigned(part)
-    report = reelquant.quantize(pipe, recipe, overrides=overrides, lora=lora)
-    reelquant.save(pipe, target, report)
-    return report
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the report, which holds timings."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != "report.json"
-    }
+    return stored_pipeline(tmp_path_factory.mktemp("model") / "wan", max_shard_size="30KB")
 
 
 def facts(report: Any) -> dict[str, Any]:
@@ -99,20 +94,34 @@ def facts(report: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", ["w4a16", MIXED, GPTQ], ids=lambda recipe: recipe if isinstance(recipe, str) else recipe["name"])
+@pytest.mark.parametrize(
+    "recipe", ["w4a16", MIXED, GPTQ, LOWRANK, LEARNED], ids=lambda recipe: recipe if isinstance(recipe, str) else recipe["name"]
+)
 def test_the_denoiser_is_that_of_a_run_in_memory_byte_for_byte(model: Path, recipe: Any, dtype: torch.dtype, tmp_path: Path) -> None:
-    expected = in_memory(model, recipe, tmp_path / "memory", dtype)
+    expected = quantized_in_memory(model, recipe, tmp_path / "memory", dtype)
     report = reelquant.quantize_folder(model, tmp_path / "disk", recipe, dtype=dtype)
     assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
     assert facts(report) == facts(expected)
     assert not list(tmp_path.glob("*.partial"))
+    assert bool(branches_in(recipe)) == any(key.endswith("svd_up") for key in Shards.of(tmp_path / "disk" / "transformer").specs)
+
+
+def branches_in(recipe: Any) -> list[Any]:
+    return [entry for entry in load_recipe(recipe).entries if entry.axis == "branch"]
+
+
+def test_what_measures_the_whole_denoiser_is_refused_and_nothing_is_written(model: Path, tmp_path: Path) -> None:
+    recipe = GPTQ | {"steps": [{"allocate": "milp", "bits": 6, "formats": ["int4/channel", "int8/channel"]}]}
+    with pytest.raises(UnsupportedError, match="needs the model in memory, because 'allocate: milp' calls the whole denoiser"):
+        reelquant.quantize_folder(model, tmp_path / "out", recipe)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["tiny-dit", pytest.param("tiny-unet", marks=pytest.mark.full)])
 @pytest.mark.full
 def test_bundled_pipelines_too(name: str, tmp_path: Path) -> None:
     quick = {"calibrate.prompts": 2, "calibrate.steps": 2, "search.prompts": 1, "search.steps": 1}
-    in_memory(bundled_path(name), "qvd-w4a8", tmp_path / "memory", **quick)
+    quantized_in_memory(bundled_path(name), "qvd-w4a8", tmp_path / "memory", **quick)
     reelquant.quantize_folder(name, tmp_path / "disk", "qvd-w4a8", overrides=quick)
     part = "transformer" if name == "tiny-dit" else "unet"
     assert contents(tmp_path / "disk" / part) == contents(tmp_path / "memory" / part)
@@ -157,10 +166,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         second = type(pipe.transformer).from_config(pipe.transformer.config)
     pipe.register_modules(transformer_2=second)
     pipe.register_to_config(boundary_ratio=0.5)
-    folder = tmp_path_factory.mktemp("experts") / "two"
-    pipe.save_pretrained(folder)
-    write_notes(folder, CALL, PROMPTS)
-    return folder
+    return stored_pipeline(tmp_path_factory.mktemp("experts") / "two", pipe)
 
 
 EXPERTS = ("transformer", "transformer_2")
@@ -168,7 +174,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 @pytest.mark.parametrize("recipe", ["w8a16", GPTQ, {"transformer": MIXED, "transformer_2": "w8a16"}], ids=["data-free", "together", "each"])
 def test_both_experts_of_a_pipeline(two: Path, recipe: Any, tmp_path: Path) -> None:
-    expected = in_memory(two, recipe, tmp_path / "memory")
+    expected = quantized_in_memory(two, recipe, tmp_path / "memory")
     report = reelquant.quantize_folder(two, tmp_path / "disk", recipe)
     assert facts(report) == facts(expected)
     for name in EXPERTS:
@@ -184,7 +190,7 @@ def test_one_of_two_experts(two: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"protect_steps": "auto"}, {"protect_steps": [0, -1]}, {"guidance": "apart"}], ids=str)
 def test_steps_and_halves_that_differ(model: Path, change: dict[str, Any], tmp_path: Path) -> None:
     recipe = MIXED | change
-    expected = in_memory(model, recipe, tmp_path / "memory")
+    expected = quantized_in_memory(model, recipe, tmp_path / "memory")
     report = reelquant.quantize_folder(model, tmp_path / "disk", recipe)
     assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
     assert facts(report) == facts(expected)
@@ -206,7 +212,7 @@ def adapter(folder: Path, parts: tuple[str, ...] = ("transformer",)) -> Path:
 @pytest.mark.parametrize("recipe", ["w8a16", MIXED], ids=["data-free", "calibrated"])
 def test_adapters_are_merged_first(model: Path, recipe: Any, tmp_path: Path) -> None:
     lora = {str(adapter(tmp_path)): 0.5}
-    expected = in_memory(model, recipe, tmp_path / "memory", lora=lora)
+    expected = quantized_in_memory(model, recipe, tmp_path / "memory", lora=lora)
     report = reelquant.quantize_folder(model, tmp_path / "disk", recipe, lora=lora)
     assert contents(tmp_path / "disk" / "transformer") == contents(tmp_path / "memory" / "transformer")
     assert facts(report) == facts(expected) and report.adapters == {"style.safetensors": 0.5}

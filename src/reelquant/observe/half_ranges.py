@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -28,6 +29,10 @@ class HalfRange:
 
     range: ChannelRange
     rotated: RotatedRange | None = None
+
+    def __copy__(self) -> HalfRange:
+        """A copy of an empty one is independent of it, as :class:`Statistic` promises."""
+        return HalfRange(copy.copy(self.range), copy.copy(self.rotated))
 
     @property
     def members(self) -> dict[str, Statistic]:
@@ -56,6 +61,10 @@ class HalfRanges(Statistic):
             return HalfRange(ChannelRange.for_input(of), rotated)
 
         return cls((half(), half()))
+
+    def __copy__(self) -> HalfRanges:
+        first, second = self.halves
+        return HalfRanges((copy.copy(first), copy.copy(second)))
 
     def __iter__(self) -> Iterator[HalfRange]:
         return iter(self.halves)

@@ -20,8 +20,7 @@ from reelquant.cli.console import QUIET, figure, plain, size
 from reelquant.cli.options import call_options, settings
 from reelquant.evidence import read_video
 from reelquant.kernels.cpu import int8, int16_madd
-from reelquant.models.sampling import write_notes
-from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
+from tests.tiny.stock import stored_pipeline
 
 VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "export", "inspect", "recipes", "metrics", "weights")
 SHORT = ["--set", "calibrate.prompts=1", "--set", "search.prompts=1", "--set", "search.steps=1"]
@@ -37,10 +36,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random pipeline on disk that says how it likes to be called."""
-    folder = tmp_path_factory.mktemp("model") / "wan"
-    wan_pipeline().save_pretrained(folder)
-    write_notes(folder, CALL, PROMPTS)
-    return folder
+    return stored_pipeline(tmp_path_factory.mktemp("model") / "wan")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -314,6 +315,23 @@ def test_a_state_goes_on_with_the_same_bits(kind: str) -> None:
         resumed.absorb(seen, call)
     assert whole.state.keys() == resumed.state.keys()
     assert all(torch.equal(value, resumed.state[name]) for name, value in whole.state.items())
+
+
+@pytest.mark.parametrize("kind", STATISTICS)
+def test_a_copy_of_an_empty_statistic_is_independent_of_it(kind: str) -> None:
+    """Statistics in files are read into copies, as often as a layer is built."""
+    wish = Watched("layer", Geometry(8), -1, 1, "temporal", 8, generator(), frozenset({"rotated"}), 4, 2)
+    empty, fresh = (STATISTICS[kind].for_input(wish) for _ in range(2))
+    assert empty is not None and fresh is not None
+    calls = [(torch.randn(2, 300, 8), Call(step, half=BOTH)) for step in range(4)]
+    looks = [(empty.look(x, call), call) for x, call in calls]
+    first, second = copy.copy(empty), copy.copy(empty)
+    for filled in (first, second, fresh):
+        for seen, call in looks:
+            filled.absorb(seen, call)
+    assert fresh.state
+    for one in (first, second):
+        assert all(torch.equal(value, one.state[name]) for name, value in fresh.state.items())
 
 
 @pytest.mark.parametrize("axis", [-1, 1])

@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 import reelquant
 from reelquant.cli import app
 from reelquant.engine.calibration import Expected
-from reelquant.models.sampling import write_notes
 from reelquant.recipes.recipe import load_recipe
 from reelquant.stages import BlockWork
 from reelquant.streaming import Job, Source
 from reelquant.streaming.estimate import Estimate
 from reelquant.streaming.stage_calls import StageCalls
-from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
+from tests.tiny.stock import CALL, PROMPTS, stored_pipeline, wan_pipeline
 
 PLAIN: dict[str, Any] = {
     "name": "plain",
@@ -38,10 +37,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "wan"
-    wan_pipeline().save_pretrained(folder)
-    write_notes(folder, CALL, PROMPTS)
-    return folder
+    return stored_pipeline(tmp_path_factory.mktemp("model") / "wan")
 
 
 def computed(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> tuple[int, float]:
