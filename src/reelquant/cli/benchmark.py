@@ -13,6 +13,8 @@ from reelquant.cli.options import (
     Guidance,
     Height,
     Json,
+    QuantizedFolder,
+    Reference,
     Runtime,
     Steps,
     Width,
@@ -28,11 +30,6 @@ if TYPE_CHECKING:
     from reelquant.evidence.speed import Benchmark
 
 
-Folder = Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)]
-Reference = Annotated[
-    str,
-    typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False),
-]
 Rounds = Annotated[
     int,
     typer.Option("--rounds", "-n", min=1, help="Clips that each pipeline makes, after one to warm up."),
@@ -66,7 +63,7 @@ Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure
     median and quartiles. 2x means half the time. Other work on the machine changes times much and ratios little.
 """)
 def benchmark(
-    model: Folder,
+    model: QuantizedFolder,
     reference: Reference,
     rounds: Rounds = 5,
     prompt: Prompt = None,

@@ -18,6 +18,8 @@ from reelquant.cli.options import (
     Height,
     Json,
     Prompts,
+    QuantizedFolder,
+    Reference,
     Steps,
     Width,
     call_options,
@@ -60,11 +62,6 @@ FidFrames = Annotated[
 ClipModel = Annotated[str | None, typer.Option("--clip-model", help="CLIP of transformers for the text metrics: folder or hub id.")]
 Shown = Annotated[int, typer.Option("--shown", min=0, help="Clips in the report, the worst first.")]
 
-Folder = Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)]
-Reference = Annotated[
-    str,
-    typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False),
-]
 Clips = Annotated[
     int | None,
     typer.Option("--clips", "-n", min=1, help="Clips to sample; by default 16, or one per prompt."),
@@ -104,7 +101,7 @@ Reuse = Annotated[
     request.
 """)
 def evaluate(
-    model: Folder,
+    model: QuantizedFolder,
     reference: Reference,
     prompts: Prompts = None,
     clips: Clips = None,

@@ -14,12 +14,10 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from reelquant._errors import CheckpointError, UnsupportedError
-from reelquant.checkpoint import METHOD, Stored, adopt, verify
+from reelquant.checkpoint import METHOD, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
-from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
-from reelquant.nn import count_weights, get_module, start_clock, start_runtime
-from reelquant.nn.host_memory import trim_heap
-from reelquant.reuse import install_stored
+from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
+from reelquant.nn import get_module, start_clock
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
@@ -115,12 +113,7 @@ class ReelQuantizer(DiffusersQuantizer):
         slots = self.stored.slots
         if slots is not None:
             start_clock(model, slots.clock(), slots.argument)
-        checked = verify(model, self.stored.checksums)  # before a kernel has taken a weight over
-        start_runtime(model, self.stored.attention)
-        install_stored(model, self.stored.reuse)
-        count_weights(model)
-        log_proof(model, checked)
-        trim_heap()
+        start_loaded(model, self.stored)
 
     def _describe(self, model: Any, done: OnTheFly) -> None:
         """From now on the model, its config and this quantizer are as if a quantized checkpoint had been loaded."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, CheckpointError, SiteError, UnsupportedError
-from reelquant.checkpoint import Stored
+from reelquant.checkpoint import Stored, verify
 from reelquant.discover import denoises, discover, outline, stand_in
 from reelquant.engine.build import Context, build_group
 from reelquant.engine.choice import Choice
@@ -22,6 +22,7 @@ from reelquant.integrations.options import SKIPPED, pattern_of, with_options
 from reelquant.nn import (
     attention_facts,
     count_tensors,
+    count_weights,
     dequantized,
     get_module,
     kernels_of,
@@ -29,12 +30,13 @@ from reelquant.nn import (
     quantized_layers,
     round_attention,
     set_module,
+    start_runtime,
     stop_clock,
     stop_runtime,
 )
-from reelquant.nn.host_memory import release_mmap_pages
+from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.refusals import refuse_saving
-from reelquant.reuse import remove_reuse
+from reelquant.reuse import install_stored, remove_reuse
 from reelquant.sites import DenoiserMap, Group, matches
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,20 @@ def _map(model: nn.Module) -> DenoiserMap:
     except UnsupportedError as error:
         logger.warning("roles of the layers of %s are told by their names only: %s", type(model).__name__, error)
         return outline(model)
+
+
+def start_loaded(model: nn.Module, stored: Stored) -> None:
+    """What follows when all tensors of a quantized model are in their layers: check them, start what acts on the model, say what it is.
+
+    Raises:
+        CheckpointError: if a tensor is not the one that was stored.
+    """
+    checked = verify(model, stored.checksums)  # before a kernel has taken a weight over
+    start_runtime(model, stored.attention)
+    install_stored(model, stored.reuse)
+    count_weights(model)
+    _log_proof(model, checked)
+    trim_heap()
 
 
 class OnTheFly:
@@ -185,7 +201,7 @@ def _float_layer(model: nn.Module, name: str) -> Any:
     return module
 
 
-def log_proof(model: nn.Module, checked: int) -> None:
+def _log_proof(model: nn.Module, checked: int) -> None:
     """What was loaded, how large it is, and what computes it."""
     layers = quantized_layers(model)
     tensors = [t for layer in layers.values() for t in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))]

