@@ -1,4 +1,5 @@
-"""Which layer gets which numbers, under a budget for the whole model. One file per algorithm; the table is what recipes can name.
+"""Which layer gets which numbers, under a budget for the whole model, one file per algorithm. Formats themselves, and rules that a recipe
+writes down, do not belong here.
 
 Every member has a parameter ``bits``, the most stored bits per weight, mean over the layers that it chooses for, and a parameter
 ``calls``, how many recorded calls of the denoiser it measures on.

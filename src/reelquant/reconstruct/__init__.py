@@ -1,4 +1,5 @@
-"""Better codes for parts of a denoiser, found on recorded calls. One file per algorithm; recipes name the members."""
+"""Better codes for parts of a denoiser, found on recorded calls, one file per algorithm. What solves one weight alone is a solver, and
+making calls again is the engine's work: neither belongs here."""
 
 from __future__ import annotations
 

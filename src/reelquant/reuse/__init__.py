@@ -1,4 +1,5 @@
-"""What is not computed, because an earlier result stands for it. One file per mechanism; the table is what recipes can name."""
+"""What is not computed, because an earlier result stands for it, one file per mechanism; and the record of what is installed on a model.
+Layers that remember an output by themselves are in :mod:`reelquant.nn` and do not belong here."""
 
 from __future__ import annotations
 

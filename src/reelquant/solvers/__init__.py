@@ -1,4 +1,5 @@
-"""Which codes. One file per algorithm; the table below is what recipes can name."""
+"""Which codes one weight gets, one file per algorithm. What looks at several layers at once is a reconstruction, and what chooses formats
+is an allocator: neither belongs here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Exact rewrites that come before quantization. One file per mechanism; the table below is what recipes can name."""
+"""Exact rewrites of inputs and weights that come before rounding and leave the float output as it was, one file per mechanism. What adds
+tensors to a layer is a branch, and moving a rewrite into a norm is the engine's work: neither belongs here."""
 
 from __future__ import annotations
 
