@@ -23,7 +23,7 @@ from reelquant.formats import Quantizer
 from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Window, hadamard
 from reelquant.nn.around.graph import call, handle_of, is_tracing, trace_opaque
 from reelquant.nn.residency import Prepared, Residency
-from reelquant.nn.runners import Chain, Mode, assemble
+from reelquant.nn.runners import CallKind, Chain, Mode, assemble
 from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dtype, codes_shape, number_format
 from reelquant.observe import Geometry
 
@@ -60,7 +60,7 @@ class QuantLayer(nn.Module):
     clock: tuple[Clock, ...]
     residency: Residency
     handle: int
-    _chains: dict[Mode, Chain]
+    _chains: dict[CallKind, Chain]
 
     def _build(self, layout: LayerLayout, device: torch.device | str | None) -> None:
         """Replace the float weight by empty tensors of the layout's shapes."""
@@ -243,26 +243,26 @@ class QuantLayer(nn.Module):
         if is_tracing():
             return trace_opaque(self.handle, input)
         moment = self.clock[0].now() if self.clock else self._without_clock()
-        return self._chain("eager", input)(input, moment, activation)
+        return self._chain("eager", input, moment)(input, moment, activation)
 
     def compute(self, input: Tensor, moment: Moment, activation: str = "") -> Tensor:
         """The output at a given moment, as compiled graphs call the layer: no output of an earlier step is reused."""
         if not self.clock:
             self._without_clock()
-        return self._chain("compiled", input)(input, moment, activation)
+        return self._chain("compiled", input, moment)(input, moment, activation)
 
     def _without_clock(self) -> Moment:
         if self.layout.slots > 1:
             raise UnsupportedError("a layer with per-step scales needs the clock of its denoiser; load it with reelquant.load")
         return NO_MOMENT
 
-    def _chain(self, mode: Mode, input: Tensor) -> Chain:
+    def _chain(self, mode: Mode, input: Tensor, moment: Moment) -> Chain:
         """The links of this layer, assembled in the first call after something changed that they depend on."""
         if input.requires_grad and torch.is_grad_enabled():
             mode = "training"
-        chain = self._chains.get(mode)
-        if chain is None:
-            chain = self._chains[mode] = assemble(self, mode)
+        kind = CallKind(mode, moment.protected)
+        if (chain := self._chains.get(kind)) is None:
+            chain = self._chains[kind] = assemble(self, kind)
         return chain
 
     # --- moving, copying, saving: the weight comes back first --------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor
 from reelquant.branches import Branch
 from reelquant.clock import Moment
 from reelquant.nn.layer_view import LayerView
-from reelquant.nn.runners.link import Around, Chain, Link, Mode, activated
+from reelquant.nn.runners.link import Around, CallKind, Chain, Link, activated
 
 
 class Branched(Link):
@@ -17,7 +17,7 @@ class Branched(Link):
         super().__init__(layer, with_branches(layer, inner))
 
     @staticmethod
-    def wanted(layer: LayerView, mode: Mode) -> bool:
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
         return bool(layer.layout.branches)
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:

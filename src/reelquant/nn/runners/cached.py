@@ -7,19 +7,17 @@ from torch import Tensor
 from reelquant.clock import Moment
 from reelquant.nn.layer_view import LayerView
 from reelquant.nn.output_cache import stamp
-from reelquant.nn.runners.link import Link, Mode
+from reelquant.nn.runners.link import CallKind, Link
 
 
 class CachedOutput(Link):
     """Looks into the cache of the prepared kernel, so that outputs are dropped together with the weight they came from."""
 
     @staticmethod
-    def wanted(layer: LayerView, mode: Mode) -> bool:
-        return layer.keeps and mode == "eager"
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
+        return layer.keeps and kind.mode == "eager" and not kind.protected
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
-        if moment.protected:
-            return self.inner(x, moment, activation)
         layer = self.layer
         outputs = layer.prepare().outputs
         given = activation, stamp((*layer._parameters.values(), *layer._buffers.values()))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from reelquant.clock import ANY, BOTH, FIRST, SECOND, Moment
 from reelquant.nn.layer_view import LayerView
-from reelquant.nn.runners.link import Link, Mode
+from reelquant.nn.runners.link import CallKind, Link
 from reelquant.nn.spec import HALVES
 
 
@@ -15,7 +15,7 @@ class GuidanceHalves(Link):
     """Chooses the row of input scales by step and half; a batch that holds both halves is computed in two parts."""
 
     @staticmethod
-    def wanted(layer: LayerView, mode: Mode) -> bool:
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
         return layer.layout.cfg_halves
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +15,20 @@ from reelquant.nn.layer_view import LayerView
 
 Mode = Literal["eager", "compiled", "training"]
 """Who calls: Python, an operator of a compiled graph, or autograd, which wants the gradient of the input."""
+
+
+class CallKind(NamedTuple):
+    """What a chain is made for.
+
+    Attributes:
+        mode: who calls.
+        protected: whether the step is protected.
+    """
+
+    mode: Mode
+    protected: bool = False
+
+
 Chain = Callable[[Tensor, Moment, str], Tensor]
 """(input, moment, activation) -> output; the activation is a name of :data:`~reelquant.kernels.activations.ACTIVATIONS`, empty for none."""
 
@@ -40,8 +54,8 @@ class Link(Around):
 
     @staticmethod
     @abstractmethod
-    def wanted(layer: LayerView, mode: Mode) -> bool:
-        """Whether the chain of this layer needs the link."""
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
+        """Whether the chain of this layer for such calls needs the link."""
 
 
 def activated(output: Tensor, activation: str) -> Tensor:

@@ -12,19 +12,17 @@ from reelquant.kernels import select
 from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.branch import with_branches
 from reelquant.nn.runners.kernel import Product
-from reelquant.nn.runners.link import Link, Mode
+from reelquant.nn.runners.link import CallKind, Link
 
 
 class ProtectedSteps(Link):
     """Computes protected steps with another kernel, from the weight as it is: no second copy of the weight outlives the call."""
 
     @staticmethod
-    def wanted(layer: LayerView, mode: Mode) -> bool:
-        return layer.layout.input is not None and bool(layer.clock)
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
+        return kind.protected and layer.layout.input is not None and bool(layer.clock)
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
-        if not moment.protected:
-            return self.inner(x, moment, activation)
         return with_branches(self.layer, Product(self._runner()))(x, moment, activation)
 
     def _runner(self) -> Any:

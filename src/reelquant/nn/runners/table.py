@@ -7,14 +7,14 @@ from torch import Tensor
 from reelquant.clock import Moment
 from reelquant.kernels import of_slot
 from reelquant.nn.layer_view import LayerView
-from reelquant.nn.runners.link import Link, Mode, activated
+from reelquant.nn.runners.link import CallKind, Link, activated
 
 
 class OutputTable(Link):
     """The stored output of the step, for every row of the input; computed at other timesteps, which the clock reports once."""
 
     @staticmethod
-    def wanted(layer: LayerView, mode: Mode) -> bool:
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
         return bool(layer.layout.table and layer.clock)
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:

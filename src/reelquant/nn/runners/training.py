@@ -9,15 +9,15 @@ from torch import Tensor
 
 from reelquant.clock import Moment
 from reelquant.nn.layer_view import LayerView
-from reelquant.nn.runners.link import Chain, Link, Mode, activated
+from reelquant.nn.runners.link import CallKind, Chain, Link, activated
 
 
 class StraightThrough(Link):
     """Computes the output with the rest of the chain and the gradient with :meth:`QuantLayer.input_gradient`."""
 
     @staticmethod
-    def wanted(layer: LayerView, mode: Mode) -> bool:
-        return mode == "training"
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
+        return kind.mode == "training"
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
         return activated(_Function.apply(x, self.layer, self.inner, moment), activation)
