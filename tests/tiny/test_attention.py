@@ -306,10 +306,10 @@ def test_plans_say_what_a_device_would_compute() -> None:
     from reelquant.cli.tables import plan_json
 
     plan = reelquant.plan(wan_pipeline(), "w8a16", overrides={"attention": INT8})
-    assert plan_json(plan)["attention"]["kernel"] == REFERENCE.name and plan_json(plan)["attention"]["simulated"]
-    refused = plan_json(plan, "mps")["attention"]
-    assert refused["kernel"] == STOCK_NAME and refused["refused"] == "there is no kernel for mps"
-    assert "attention" not in plan_json(reelquant.plan(wan_pipeline(), "w8a16"))
+    outlooks = {device: [stage["outlook"] for stage in plan_json(plan, device)["stages"]] for device in ("cpu", "mps:0")}
+    assert outlooks["cpu"] == [f"by {REFERENCE.name}, simulated: codes are multiplied in float"]
+    assert outlooks["mps:0"] == [f"not used: there is no kernel for mps; {STOCK_NAME} attention in float instead"]
+    assert plan_json(reelquant.plan(wan_pipeline(), "w8a16"))["stages"] == []
 
 
 def test_streamed_folders_are_those_of_memory(tmp_path: Path) -> None:

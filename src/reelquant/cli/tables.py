@@ -74,7 +74,7 @@ def stages_table(plan: Plan, device: str = "cpu") -> Table:
     """A row per stage, in order: what it does, how many layers it touches, and what is known of it on a device."""
     made = table("What its stages do, in order", ["stage"], ["layers"])
     for entry in plan.entries:
-        outlook = entry.stage.outlook(device)
+        outlook = entry.stage.outlook(device.partition(":")[0])
         said = f"{stage_words(entry)}{f' ({outlook})' if outlook else ''}"
         made.add_row(said, str(len(plan.touched(entry))) if entry.stage.takes_on else "all")
     return made
@@ -102,7 +102,7 @@ def _stage_json(plan: Plan, entry: Entry, device: str) -> dict[str, Any]:
         "name": entry.name,
         "options": [dict(one) for one in entry.options],
         "layers": len(plan.touched(entry)),
-        "outlook": entry.stage.outlook(device),
+        "outlook": entry.stage.outlook(device.partition(":")[0]),
     }
 
 

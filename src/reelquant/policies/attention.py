@@ -43,7 +43,8 @@ class RoundAttention(Stage):
         return numbers
 
     def outlook(self, device: str) -> str | None:
-        return f"by {expected_attention(self.numbers, device).by}"
+        found = expected_attention(self.numbers, device)
+        return found.by if found.refused else f"by {found.by}"
 
     def before_choosing(self, work: ModelWork) -> None:
         round_attention(work.denoiser, self.numbers)
