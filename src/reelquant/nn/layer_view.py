@@ -22,6 +22,7 @@ class LayerView(Protocol):
     output_format: torch.memory_format
     clock: tuple[Clock, ...]
     keeps: bool
+    watch: Any
     kernels: str
     weight: Any
     residency: Any

@@ -110,11 +110,6 @@ class QuantLayer(nn.Module):
         return Operands(self.packed, self.bias, self._input_quant(), shift, scale, self.layout.rotate, self.window)
 
     @property
-    def clips(self) -> bool:
-        """Whether inputs are rounded with scales that are fixed, so that they can leave the range."""
-        return self.layout.input is not None and not self.layout.input.dynamic
-
-    @property
     def features(self) -> frozenset[str]:
         """Names of everything the layer uses beside a weight and a bias: what graphs must take to compute it."""
         return self.operands.features | self.layout.features
@@ -228,10 +223,6 @@ class QuantLayer(nn.Module):
     def release(self) -> None:
         """Take the weight back from the kernel; see :meth:`Residency.release`."""
         self.residency.release()
-
-    def forget(self) -> None:
-        """Drop the prepared kernel with the weight; see :meth:`Residency.forget`."""
-        self.residency.forget()
 
     def forward(self, input: Tensor) -> Tensor:
         return self.activated(input, "")

@@ -82,7 +82,7 @@ class Saturation:
 
         Layers that run inside a graph of another runtime are not seen.
         """
-        watched = {name: layer for name, layer in quantized_layers(model).items() if layer.clips}
+        watched = {name: layer for name, layer in quantized_layers(model).items() if layer.layout.clips}
         clocks = [layer.clock[0] for layer in watched.values() if layer.clock]
         self.timesteps = clocks[0].timesteps.tolist() if clocks else []
         for name, layer in watched.items():

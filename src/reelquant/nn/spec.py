@@ -113,6 +113,11 @@ class LayerLayout:
         return max(self.slots // (HALVES if self.cfg_halves else 1), self.table)
 
     @property
+    def clips(self) -> bool:
+        """Whether inputs are rounded with scales that are fixed, so that they can leave the range."""
+        return self.input is not None and not self.input.dynamic
+
+    @property
     def features(self) -> frozenset[str]:
         """Names of what the layer uses beside a weight and a bias. Graphs and exporters refuse layers with a name they do not know."""
         return features_in_use(self, PLAIN) | {branch_feature(branch) for branch in self.branches}

@@ -139,7 +139,7 @@ class OnDisk:
         finally:
             _take_back(put)
             for layer in (part for part in module.modules() if isinstance(part, QuantLayer)):
-                layer.forget()
+                layer.residency.forget()
 
     @contextmanager
     def running(self, blocks: Sequence[str]) -> Iterator[None]:
@@ -155,7 +155,7 @@ class OnDisk:
                     stack.callback(handle.remove)
             yield
         for layer in (part for part in self.model.modules() if isinstance(part, QuantLayer)):
-            layer.forget()
+            layer.residency.forget()
 
     def _hooks(self, block: str) -> list[Any]:
         put: Put = []
@@ -167,7 +167,7 @@ class OnDisk:
         def after(*_: Any) -> None:
             _take_back(put)
             for layer in (part for part in module.modules() if isinstance(part, QuantLayer)):
-                layer.forget()
+                layer.residency.forget()
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from reelquant.clock import Moment
-from reelquant.nn.runners.link import Link, Mode
-
-if TYPE_CHECKING:
-    from reelquant.nn.layers import QuantLayer
+from reelquant.nn.layer_view import LayerView
+from reelquant.nn.runners.link import CallKind, Link
 
 
 class CountClipped(Link):
     """Shows every input to the layer's watch; protected steps have other ranges and are left out."""
 
     @staticmethod
-    def wanted(layer: QuantLayer, mode: Mode) -> bool:
-        return layer.watch is not None
+    def wanted(layer: LayerView, kind: CallKind) -> bool:
+        return layer.watch is not None and not kind.protected
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
-        if not moment.protected:
-            self.layer.watch(self.layer, x, moment)
+        self.layer.watch(self.layer, x, moment)
         return self.inner(x, moment, activation)
