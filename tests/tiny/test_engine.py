@@ -326,7 +326,9 @@ def test_a_layer_that_depends_on_more_than_the_timestep_has_no_table() -> None:
     report = quantize(pipe, recipe("minmax-w8a8", temporal="table"))
     layers = quantized_layers(pipe.denoiser)
     assert not any(layer.layout.table for layer in layers.values())
-    assert len(report.warnings) == 3 and "'condition_embedder.time_embedder.linear_1' has no table" in report.warnings[0]
+    refused = [text for text in report.warnings if "has no table" in text]
+    assert len(refused) == 3 and "'condition_embedder.time_embedder.linear_1' has no table" in refused[0]
+    assert "inputs leave the calibrated ranges" in report.warnings[-1]  # they grow with every call
 
 
 def test_per_step_scales_follow_the_sampler() -> None:

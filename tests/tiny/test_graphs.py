@@ -78,17 +78,23 @@ def by_the_oracle(model: Any, call: Call) -> Tensor:
     return found
 
 
-def noisy(call: Call) -> Call:
-    """The same call, all floats of its tensors a little off."""
+def noisy(call: Call, seed: int) -> Call:
+    """The same call, all floats of its tensors a little off, the timestep included: its features are rounded, too."""
+    generator = torch.Generator().manual_seed(seed)
     args, kwargs = torch.utils._pytree.tree_map(
         lambda leaf: (
-            leaf * (1 + NOISE * torch.randn(leaf.shape, generator=torch.Generator().manual_seed(0)))
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 2
+            leaf * (1 + NOISE * torch.randn(leaf.shape, generator=generator))
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
             else leaf
         ),
         call,
     )
     return args, kwargs
+
+
+def floor_of(model: Any, call: Call, expected: Tensor) -> float:
+    """How far the reference kernels come from their own answer where inputs are a little off."""
+    return max(distance(by_the_oracle(model, noisy(call, seed)), expected) for seed in range(3))
 
 
 def distance(one: Tensor, other: Tensor) -> float:
@@ -102,7 +108,7 @@ def test_every_step_is_as_near_to_the_reference_as_that_is_to_itself(running: tu
     try:
         for call in calls[:: max(len(calls) - 1, 1)]:  # the first and the last, of other timesteps
             expected = by_the_oracle(model, call)
-            floor = distance(by_the_oracle(model, noisy(call)), expected)
+            floor = floor_of(model, call, expected)
             assert 0 < floor < 0.1
             assert distance(answer(model, call), expected) < 2 * floor
     finally:
