@@ -35,13 +35,14 @@ class AdaRound(Stage):
     the error on the held-out calls are dropped, with a warning.
 
     Attributes:
-        scope: what is trained at once. ``layer``: each layer by itself. ``block``: each block of the denoiser; layers
-            outside of blocks keep their codes. ``temporal``: each largest module whose quantizable layers all follow
+        scope: what is trained at once. ``layer``: each layer by itself. ``block``: each block of the denoiser, and
+            each layer outside of blocks. ``temporal``: each largest module whose quantizable layers all follow
             the timestep alone.
         calls: denoiser calls to record, evenly over calibration; at least 4.
         iterations: steps of Adam for each part, one recorded call each.
         rate: its learning rate.
-        weight: of the regularizer. The error counts in units of the error that the part starts with.
+        weight: of the regularizer. The error counts in units of the error that the part starts with. With few iterations it
+            has to be strong: a weight that is undecided when they end is rounded without regard to the error.
         warmup: share of the iterations without the regularizer.
         inputs: arguments that a part is trained on: those that the ``quantized`` parts before it give, or those of
             the ``float`` model.
@@ -56,10 +57,10 @@ class AdaRound(Stage):
     """
 
     scope: str = "block"
-    calls: int = 32
+    calls: int = 64
     iterations: int = 300
     rate: float = 0.05
-    weight: float = 100.0
+    weight: float = 300.0
     warmup: float = 0.2
     inputs: str = "quantized"
 
