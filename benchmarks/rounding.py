@@ -2,8 +2,8 @@
 
 Run it from the repository root::
 
-    python -m benchmarks.rounding --pipeline tiny-dit --clips 32 --output benchmarks/results
-    python -m benchmarks.rounding --pipeline tiny-unet --clips 32 --output benchmarks/results
+    python -m benchmarks.rounding --pipeline tiny-dit --clips 16 --output benchmarks/results
+    python -m benchmarks.rounding --pipeline tiny-unet --clips 16 --output benchmarks/results
 
 Rows are calibrated on the pipeline's own captions and judged on evaluation captions with other noise. *PSNR* is that of the clips to
 float. *error of blocks* is the squared error of a block's output over its variance, with quantized blocks before it, in calls of the
