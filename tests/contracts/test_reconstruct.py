@@ -25,7 +25,7 @@ from tests.tiny.stock import CALL, PROMPTS, contents, quantized_in_memory, store
 # parameters that make a member quick; a new member is tested with its defaults the moment it enters the table
 QUICK: dict[str, dict[str, Any]] = {"adaround": {"iterations": 30, "calls": 8, "rate": 0.2, "weight": 10.0}}
 SCOPES: dict[str, dict[str, str]] = {
-    "block": {"on": "role:main | role:temporal"},
+    "block": {"on": "role:main"},
     "layer": {"scope": "layer", "on": "blocks.0.ffn"},
     "temporal": {"scope": "temporal", "on": "role:temporal"},
 }

@@ -35,8 +35,8 @@ class AdaRound(Stage):
     the error on the held-out calls are dropped, with a warning.
 
     Attributes:
-        scope: what is trained at once. ``layer``: each layer by itself. ``block``: each block of the denoiser, and
-            each layer outside of blocks. ``temporal``: each largest module whose quantizable layers all follow
+        scope: what is trained at once. ``layer``: each layer by itself. ``block``: each block of the denoiser; layers
+            outside of blocks keep their codes. ``temporal``: each largest module whose quantizable layers all follow
             the timestep alone.
         calls: denoiser calls to record, evenly over calibration; at least 4.
         iterations: steps of Adam for each part, one recorded call each.
@@ -53,11 +53,12 @@ class AdaRound(Stage):
     error, so that one weight of the regularizer fits all parts. The bias follows the codes as the solver's
     ``correct_bias`` says. There are hundreds of iterations with a larger learning rate (theirs: 20,000 with 0.001).
     BRECQ weights errors by the Fisher information; this stage does not. TFMQ-DM trains all temporal layers as one
-    part; here each module is one. QDrop's random dropping of the inputs' rounding is left out.
+    part; here each module is one. BRECQ trains layers outside of blocks one by one; scope ``block`` leaves them. QDrop's
+    random dropping of the inputs' rounding is left out.
     """
 
     scope: str = "block"
-    calls: int = 64
+    calls: int = 32
     iterations: int = 300
     rate: float = 0.05
     weight: float = 300.0

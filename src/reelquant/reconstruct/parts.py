@@ -13,13 +13,8 @@ def each_layer(map_: DenoiserMap) -> Sequence[str]:
 
 
 def blocks(map_: DenoiserMap) -> Sequence[str]:
-    """The blocks of the denoiser, and each layer outside of them by itself."""
-    return list(dict.fromkeys(_block_of(name, map_) for name in map_.layers))
-
-
-def _block_of(name: str, map_: DenoiserMap) -> str:
-    """The block that holds a layer, or the layer."""
-    return next((block for block in map_.blocks if name == block or name.startswith(f"{block}.")), name)
+    """The blocks of the denoiser."""
+    return map_.blocks
 
 
 def temporal_modules(map_: DenoiserMap) -> Sequence[str]:
