@@ -41,7 +41,8 @@ class AdaRound(Stage):
         calls: denoiser calls to record, evenly over calibration; at least 4.
         iterations: steps of Adam for each part, one recorded call each.
         rate: its learning rate.
-        weight: of the regularizer. The error counts in units of the error that the part starts with.
+        weight: of the regularizer. The error counts in units of the error that the part starts with. With few iterations it
+            has to be strong: a weight that is undecided when they end is rounded without regard to the error.
         warmup: share of the iterations without the regularizer.
         inputs: arguments that a part is trained on: those that the ``quantized`` parts before it give, or those of
             the ``float`` model.
@@ -52,14 +53,15 @@ class AdaRound(Stage):
     error, so that one weight of the regularizer fits all parts. The bias follows the codes as the solver's
     ``correct_bias`` says. There are hundreds of iterations with a larger learning rate (theirs: 20,000 with 0.001).
     BRECQ weights errors by the Fisher information; this stage does not. TFMQ-DM trains all temporal layers as one
-    part; here each module is one. QDrop's random dropping of the inputs' rounding is left out.
+    part; here each module is one. BRECQ trains layers outside of blocks one by one; scope ``block`` leaves them. QDrop's
+    random dropping of the inputs' rounding is left out.
     """
 
     scope: str = "block"
     calls: int = 32
     iterations: int = 300
     rate: float = 0.05
-    weight: float = 100.0
+    weight: float = 300.0
     warmup: float = 0.2
     inputs: str = "quantized"
 

@@ -20,9 +20,10 @@ STRETCH = 0.1
 """The sigmoid reaches from ``-STRETCH`` to ``1 + STRETCH`` and is clipped to ``[0, 1]``, so that both levels can be
 reached."""
 MARGIN = 0.4
-"""How far the initial share of the upper level is at least from one half, on the side of the starting code. Measured on
-two small layers that started with gptq: 200 to 400 steps lower the held-out error from here by a tenth at most; from a
-margin of 0.01, which is nearly the float weight, they end at two to four times the starting error."""
+"""How far the initial share of the upper level is at least from one half, on the side of the starting code. Measured with 300 steps:
+a block of a small transformer, rounded to nearest, has an error of 3.1e-3 in calls of unseen captions. It falls to 1.0e-3 from here,
+with 0.4 % of the weights undecided in the end (regularizer 300); from the float weight it falls to 2.3e-3, with 2 % undecided, although
+the regularizer was stronger (1000). Two small layers that started with gptq gained a tenth from here, and lost from the float weight."""
 
 
 class SoftLayer(nn.Module):
