@@ -19,8 +19,9 @@ EXCUSED = {*((name, "device_map") for name in NO_AUTO), ("hunyuanvideo-1.5", "to
 ALWAYS = ("inference", "serialization", "quantized_layers")
 """Checks whose result depends on the family: they run on every one."""
 
-SOME = ("wan-2.1", "hunyuanvideo", "ltx", "animatediff")
-"""Four kinds of wiring: cross-attention, double streams, packed tokens (no device map in diffusers), a UNet with motion modules."""
+SOME = ("wan-2.1", "hunyuanvideo", "ltx", "sd")
+"""Four kinds of wiring: cross-attention, double streams, packed tokens (no device map in diffusers), a UNet (those with layers over time
+have two or three times the layers)."""
 
 SLOW = {"torch_compile": ("wan-2.1", "flux"), "torch_compile_with_group_offload": ()}
 """Checks that compile take long: they run on few families."""
