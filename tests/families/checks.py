@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from reelquant import ReelQuantConfig
 from reelquant.discover import discover
+from reelquant.integrations import loading
 from reelquant.nn import QuantLayer, quantized_class, quantized_layers
+from reelquant.sites import DenoiserMap
 from tests.families.models import FAMILIES, Inputs, awake
 from tests.tiny.stock import realigned
 
@@ -54,6 +56,7 @@ class Case:
         self.name, self.family, self.folder = name, FAMILIES[name], folder
         model = awake(self.family.make())
         self.cls: Any = type(model)
+        self.maps: dict[torch.dtype, DenoiserMap] = {}
         model.save_pretrained(folder / "float")
 
     def float(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -64,7 +67,22 @@ class Case:
     ) -> Any:
         """Quantized while loading, the way users write it."""
         settings = ReelQuantConfig(recipe, **config or {})
-        return self.cls.from_pretrained(self.folder / "float", quantization_config=settings, torch_dtype=dtype, **options)
+        with self._probed_once(dtype):
+            return self.cls.from_pretrained(self.folder / "float", quantization_config=settings, torch_dtype=dtype, **options)
+
+    @contextmanager
+    def _probed_once(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, loading probes the model the first time only, for each dtype: what it finds depends on nothing else."""
+        probe = loading._map
+
+        def known(model: nn.Module) -> DenoiserMap:
+            if dtype not in self.maps:
+                self.maps[dtype] = probe(model)
+            return self.maps[dtype]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loading, "_map", known)
+            yield
 
     @functools.cached_property
     def shared(self) -> Any:
@@ -171,7 +189,8 @@ def quantized_layers_are_all(case: Case) -> str:
     model = case.float()
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    kept = {name for role in ("entry", "exit") for name in discover(model, case.inputs()).by_role(role)}
+    found = discover(model, case.inputs())
+    kept = {name for role in ("entry", "exit") for name in found.by_role(role)}
     kept |= {name for name in names if set(case.cls._keep_in_fp32_modules or ()) & set(name.split("."))}
     odd = {name for name in names if not _has_a_form(model.get_submodule(name))}
     assert set(quantized_layers(case.shared)) == set(names) - kept - odd

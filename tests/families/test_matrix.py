@@ -16,17 +16,18 @@ EXCUSED = {*((name, "device_map") for name in NO_AUTO), ("hunyuanvideo-1.5", "to
 """Cells that the float model of diffusers fails as well: no ``_no_split_modules``, a branch on a tensor's value, no group offloading."""
 
 
-ALWAYS = ("inference", "serialization", "quantized_layers")
+ALWAYS = ("inference", "quantized_layers")
 """Checks whose result depends on the family: they run on every one."""
 
-SOME = ("wan-2.1", "hunyuanvideo", "ltx", "animatediff")
-"""Four kinds of wiring: cross-attention, double streams, packed tokens (no device map in diffusers), a UNet with motion modules."""
+SOME = ("wan-2.1", "hunyuanvideo", "ltx", "sd")
+"""Four kinds of wiring: cross-attention, double streams, packed tokens (no device map in diffusers), a UNet (those with layers over time
+have two or three times the layers)."""
 
-SLOW = {"torch_compile": ("wan-2.1", "flux"), "torch_compile_with_group_offload": ()}
-"""Checks that compile take long: they run on few families."""
+CHOSEN = {"torch_compile": ("wan-2.1", "flux"), "torch_compile_with_group_offload": (), "serialization": (*SOME, "mochi", "flux", "svd")}
+"""Checks with families of their own: those that compile take long; saving is also tried where layers over time are convolutions."""
 
 CELLS = [
-    (name, check) for name in FAMILIES for check in CHECKS if ALL or check in ALWAYS or name in SLOW.get(check, SOME)
+    (name, check) for name in FAMILIES for check in CHECKS if ALL or check in ALWAYS or name in CHOSEN.get(check, SOME)
 ]  # the other checks hardly depend on the family
 
 

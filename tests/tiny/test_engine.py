@@ -88,7 +88,7 @@ def runs(name: str, model: str) -> bool:
     return model != "UNetMotionModel" or all(entry.name != "blocks" for entry in load_recipe(name).entries)
 
 
-ON_BOTH = ("qvd-w4a8", "minmax-w8a8", "w4a16")
+ON_BOTH = ("qvd-w4a8", "w4a16")
 """Recipes that ``make test`` runs on the UNet as well; ``make test-all`` runs all of them on both."""
 
 

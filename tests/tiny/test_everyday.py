@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import pickle
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +22,7 @@ import reelquant
 from reelquant import UnsupportedError
 from reelquant.models.sampling import call_arguments
 from reelquant.nn import quantized_layers
+from tests import processes
 from tests.tiny import bundled
 from tests.tiny.bundled import CPU, NAMES, OFFLOAD, PIPELINES, Mode, denoiser, expected, folder, is_expected, latents, opened, quantized
 from tests.tiny.stock import realigned
@@ -153,7 +151,6 @@ def test_a_device_map_of_accelerate_opens_the_model() -> None:
 def test_a_fresh_process_gives_the_same(name: str, tmp_path: Path) -> None:
     code = f"""
 import torch, reelquant
-torch.set_num_threads({torch.get_num_threads()})
 from pathlib import Path
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
@@ -161,9 +158,7 @@ from tests.tiny.bundled import latents
 pipe = DiffusionPipeline.from_pretrained({str(folder(name))!r})
 save_file({{"latents": latents(pipe)}}, {str(tmp_path / "latents.safetensors")!r})
 """
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})
+    processes.run(code)
     from safetensors.torch import load_file
 
     assert torch.equal(load_file(tmp_path / "latents.safetensors")["latents"], expected(name))

@@ -27,7 +27,7 @@ from reelquant import graphs  # noqa: E402
 from reelquant.graphs import runner  # noqa: E402
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-NOISE = 1e-6  # relative, on an input: what another order of sums does to a denoiser that rounds
+NOISE = 1e-5  # relative, on an input: what other orders of sums add up to; enough for some codes to turn, whatever the processor
 
 
 def calls_of(pipe: Any) -> list[Call]:
@@ -51,8 +51,10 @@ def running(request: pytest.FixtureRequest) -> tuple[Any, list[Call]]:
 
 @pytest.fixture(scope="module")
 def small() -> tuple[Any, list[Call]]:
-    """``tiny-dit`` on the runtime, with weights so narrow that every processor multiplies them as integers."""
+    """Two blocks of ``tiny-dit`` on the runtime, with weights so narrow that every processor multiplies them as integers."""
     pipe = reelquant.open_pipeline("tiny-dit")
+    pipe.transformer.blocks = pipe.transformer.blocks[:2]
+    pipe.transformer.register_to_config(num_layers=2)
     weight = {"format": "int6", "granularity": "channel"}
     recipe = bundled.RECIPE | {"defaults": {"weight": weight, "input": {"format": "int8"}}, "rules": bundled.RECIPE["rules"][:1]}
     reelquant.quantize(pipe, recipe | {"temporal": "quantize"}, bundled.PROMPT, **bundled.CALL)

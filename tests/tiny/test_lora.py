@@ -157,7 +157,9 @@ def test_adapters_go_with_every_way_to_offload(name: str, mode: str, file: Path)
 
 def test_a_model_with_adapters_compiles_whole(tmp_path: Path) -> None:
     pipe = opened("tiny-dit")
-    pipe.load_lora_weights(str(written(tmp_path / WEIGHTS, "tiny-dit", factors("tiny-dit"))), adapter_name="style")
+    pipe.transformer.blocks = pipe.transformer.blocks[:2]  # the others are alike
+    tensors = {key: value for key, value in factors("tiny-dit").items() if key.startswith(("blocks.0.", "blocks.1."))}
+    pipe.load_lora_weights(str(written(tmp_path / WEIGHTS, "tiny-dit", tensors)), adapter_name="style")
     model, call = denoiser(pipe), Bare(denoiser(stock("tiny-dit"))).arguments | {"return_dict": False}
     torch._dynamo.reset()
     with torch.no_grad():

@@ -68,7 +68,13 @@ def test_stock_from_pretrained_gives_the_same_frames(folder: Path, clips: Tensor
 
 def test_a_fresh_process_needs_only_to_import_reelquant(folder: Path, clips: Tensor, tmp_path: Path) -> None:
     code = f"""
-import torch, reelquant
+import sys, reelquant
+assert reelquant.ReelQuantConfig.__name__ == "ReelQuantConfig"
+assert not {{"torch", "diffusers", "transformers", "pydantic"}} & set(sys.modules)  # importing is light
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as one
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as other
+assert one["reelquant"] is other["reelquant"] is reelquant.ReelQuantConfig
+import torch
 torch.set_num_threads({torch.get_num_threads()})
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({str(folder)!r})
@@ -77,7 +83,8 @@ torch.save(frames(pipe), {str(tmp_path / "clips.pt")!r})
 """
     root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    command = [sys.executable, "-W", "error::UserWarning:reelquant", "-c", code]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
     assert torch.equal(torch.load(tmp_path / "clips.pt"), clips)
 
 

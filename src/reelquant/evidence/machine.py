@@ -40,7 +40,7 @@ def _cpu() -> str:
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"reelquant": __version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "transformers", "torchmetrics", "av", "opencv-python-headless", "numpy"):
+    for package in ("torch", "diffusers", "transformers", "scipy", "av", "opencv-python-headless", "numpy"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

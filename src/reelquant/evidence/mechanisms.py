@@ -14,7 +14,7 @@ from torch import Tensor
 
 from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.evidence import defects, temporal
-from reelquant.evidence.fidelity import psnr
+from reelquant.evidence.fidelity import psnr, ssim
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.networks import published, weights
 from reelquant.evidence.text import CLIP
@@ -96,12 +96,9 @@ def _psnr(tools: Tools, pair: Pair) -> dict[str, float]:
 
 
 def _ssim(tools: Tools, pair: Pair) -> dict[str, float]:
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     if min(pair.test.shape[-2:]) < 11:
         raise UnsupportedError(f"SSIM needs frames of at least 11x11 pixels, got {pair.test.shape[-1]}x{pair.test.shape[-2]}")
-    # in float64: the variances are differences of large sums, and equal flat frames would get 0.9999
-    return {"ssim": float(structural_similarity_index_measure(pair.test.double(), pair.reference.double(), data_range=1.0))}
+    return {"ssim": ssim(pair.reference, pair.test)}
 
 
 def _lpips(name: str) -> Callable[[Tools, Pair], dict[str, float]]:

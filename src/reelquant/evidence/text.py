@@ -53,7 +53,9 @@ def load_clip(source: str | Path = CLIP, device: str = "cpu") -> Clip:
         CheckpointError: if it is not there, is broken, or holds pickled weights only.
         UnsupportedError: if it is not a CLIP model.
     """
-    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+    from transformers.models.auto.configuration_auto import AutoConfig  # a type checker reads all models for `from transformers`
+    from transformers.models.auto.tokenization_auto import AutoTokenizer
+    from transformers.models.clip.modeling_clip import CLIPModel
 
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise CheckpointError(f"folder '{source}' is not a CLIP model: it has no config.json; {GET}")

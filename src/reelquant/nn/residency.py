@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +91,8 @@ class Residency:
         with _preparing:
             if (ready := self.prepared()) is None:
                 self.release()
-                _release_outdated()
+                if not _swept:
+                    _release_outdated()
                 layer = self.layer
                 kernel, refused = self.selected()
                 ready = Prepared(kernel.prepare(layer.operands), kernel, refused, layer.weight.data)
@@ -147,6 +150,25 @@ class Residency:
 
 
 _in_use: weakref.WeakSet[Residency] = weakref.WeakSet()
+_swept = False  # read and written by the thread that holds _preparing
+
+
+@contextmanager
+def many_at_once() -> Iterator[None]:
+    """Inside, outdated kernels have been looked for: the layers that are prepared there do not each look at all others.
+
+    For work that offloads nothing while it prepares the layers of a model. Other threads wait until it ends before they prepare a layer.
+    """
+    global _swept
+    with _preparing:
+        outer = _swept
+        if not outer:
+            _release_outdated()
+        _swept = True
+        try:
+            yield
+        finally:
+            _swept = outer
 
 
 def _release_outdated() -> None:

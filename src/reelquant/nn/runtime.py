@@ -13,6 +13,7 @@ from reelquant.nn.around.fuse import fuse_activations, part_activations
 from reelquant.nn.around.tokenwise import block_tokens, unblock_tokens
 from reelquant.nn.host_memory import trim_heap
 from reelquant.nn.refusals import allow, refuse
+from reelquant.nn.residency import many_at_once
 from reelquant.nn.swap import quantized_layers
 
 
@@ -30,7 +31,8 @@ def start_runtime(model: nn.Module, attention: AttentionQuant | None = None) -> 
     if current_backend() == "auto":
         start_attention(model)
         fuse_activations(model)
-        block_tokens(model)
+        with many_at_once():
+            block_tokens(model)
         _keep_outputs(model, True)
 
 
@@ -69,9 +71,10 @@ def _prepare_layers(model: nn.Module, args: object) -> None:
     _at_first_call(model, False)
     if any("forward" in vars(module) for module in model.modules()):
         return
-    for layer in quantized_layers(model).values():
-        if layer.weight.device.type == "cpu" and not layer.layout.table and layer.runtime_kernel is None:
-            layer.prepare()
+    with many_at_once():
+        for layer in quantized_layers(model).values():
+            if layer.weight.device.type == "cpu" and not layer.layout.table and layer.runtime_kernel is None:
+                layer.prepare()
     trim_heap()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,7 @@ def _open(job: Job, work: Workspace) -> Any:
 
 def _text_encoder(source: Source, name: str, cls: str, offload: Path) -> nn.Module:
     """transformers and accelerate know how to leave theirs in the files."""
-    import transformers
+    transformers = importlib.import_module("transformers")  # as a name, so that type checkers do not read all of its models
 
     offload.mkdir(parents=True, exist_ok=True)
     kind = getattr(transformers, cls)

