@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from reelquant.clock import ANY, BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
 from reelquant.engine.plan import LayerPlan, Plan
+from reelquant.engine.texts import Texts
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
 from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe
@@ -125,13 +126,13 @@ def calibrate(
         CalibrationError: no prompts, no denoiser calls, or values that are not finite.
     """
     parts = [Part(denoiser, plan)]
-    return calibrate_together(pipe, parts, prompts, seed=seed, arguments=arguments, on_step=on_step)[0]
+    return calibrate_together(pipe, parts, Texts(list(prompts), []), seed=seed, arguments=arguments, on_step=on_step)[0]
 
 
 def calibrate_together(
     pipe: Any,
     parts: Sequence[Part],
-    prompts: Sequence[str],
+    texts: Texts,
     *,
     seed: int,
     arguments: dict[str, Any],
@@ -139,27 +140,51 @@ def calibrate_together(
 ) -> list[Calibration]:
     """The same for several denoisers of one pipeline in one sampling pass: each sees its own part of the trajectory.
 
+    Probes are sampled after the other texts, in runs of their own.
+
     Raises:
         CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
     """
     recipe = parts[0].plan.recipe
     batch = recipe.calibrate.batch if recipe.calibrate else 4
-    expected = Expected.of(len(prompts), batch, arguments)
     gathered: list[Calibration] = []
+    course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
+    options = {"batch": batch, "output": "latent", "on_step": on_step} | arguments
 
     def run(rest: Sequence[Part]) -> None:
-        if not rest:
-            sample(pipe, prompts, seed=seed, batch=batch, output="latent", on_step=on_step, **arguments)
+        if rest:
+            gathered.insert(0, _observed(rest[0], course, lambda: run(rest[1:])))
             return
-        gathered.insert(0, _observed(rest[0], expected, seed, tuple(prompts), lambda: run(rest[1:])))
+        sample(pipe, texts.written, seed=seed, **options)
+        if texts.probes:
+            course.probing = True
+            sample(pipe, texts.probes, seed=seed + len(texts.written), **options)
 
     run(parts)
     return gathered
 
 
-def _observed(part: Part, expected: Expected, seed: int, prompts: tuple[str, ...], run: Callable[[], None]) -> Calibration:
+@dataclass
+class Course:
+    """One sampling pass.
+
+    Attributes:
+        expected: how much sampling its written texts take.
+        seed: of the first clip, and of the choice of rows.
+        texts: all of them.
+        probing: whether the texts that are being sampled are probes.
+    """
+
+    expected: Expected
+    seed: int
+    texts: tuple[str, ...]
+    probing: bool = False
+
+
+def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibration:
     """One denoiser's statistics while ``run`` samples."""
     denoiser, plan, keeper = part
+    expected, seed = course.expected, course.seed
     generator = torch.Generator().manual_seed(seed)
     make = functools.partial(templates, plan, denoiser, generator, expected)
     watched, inputs = make() if keeper is None else keeper.keep(make, generator)
@@ -168,9 +193,9 @@ def _observed(part: Part, expected: Expected, seed: int, prompts: tuple[str, ...
     # a reader of its own: it knows the second call of a pair by the one that it read before
     own = {"half_of": _half_reader(denoiser, plan)} if looks else {}
     recorder = Recorder(recorded_calls(plan), expected.calls, reader, **own)
-    with recorder.watching(denoiser):
-        steps = observe(denoiser, reader, watched, run, **looks)
-    return Calibration(steps, inputs, prompts, recorder.recording(steps.timesteps), installed(plan))
+    with recorder.watching(denoiser, lambda: not course.probing):
+        steps = observe(denoiser, reader, watched, run, **looks, probing=lambda: course.probing)
+    return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
 
 
 def _reads_half(inputs: Mapping[str, InputStatistics]) -> bool:
@@ -219,16 +244,21 @@ class Recorder:
         self._timesteps: list[float] = []
 
     @contextmanager
-    def watching(self, denoiser: nn.Module) -> Iterator[None]:
-        """Inside, calls are recorded."""
-        hooks = [denoiser.register_forward_hook(self._see, with_kwargs=True)] if self.wanted else []
+    def watching(self, denoiser: nn.Module, due: Callable[[], bool] = lambda: True) -> Iterator[None]:
+        """Inside, calls are recorded while ``due`` says so."""
+
+        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if due():
+                self._see(args, kwargs, output)
+
+        hooks = [denoiser.register_forward_hook(see, with_kwargs=True)] if self.wanted else []
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _see(self, args: Any, kwargs: Any, output: Any) -> None:
         (part, place), self.calls = divmod(self.calls, self.stride), self.calls + 1
         half = self.half_of(args, kwargs)
         if place != int(self.stride * (part * GOLDEN % 1)):

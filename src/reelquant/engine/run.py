@@ -128,7 +128,7 @@ def _reference(session: Session, known: Calibration | None) -> None:
     if known is not None:
         session.references = known.references
     if wanted is not None:
-        if not session.texts:
+        if not session.texts.written:
             raise CalibrationError(
                 f"recipe '{session.recipe.name}' calibrates on {wanted.prompts} prompts and got none; pass prompts=[...]"
             )
@@ -138,7 +138,7 @@ def _reference(session: Session, known: Calibration | None) -> None:
                 session.float_latents(**session.trial_arguments)
     if not session.denoises:
         try:
-            session.measure = start_measuring(session.pipe, session.component, session.denoiser, session.texts)
+            session.measure = start_measuring(session.pipe, session.component, session.denoiser, session.texts.written)
         except UnsupportedError as error:
             session.warnings.append(f"what quantization does to its outputs is not measured: {error}")
 
@@ -163,7 +163,8 @@ def _observe_together(together: Sequence[Session]) -> None:
     wanted = first.recipe.calibrate
     assert wanted is not None
     parts = [Part(session.denoiser, session.plan, session.store.keeper) for session in together]
-    with first.timed("calibrate", first.steps * -(-len(first.texts) // wanted.batch)), first.store.sampling("calibrate"):
+    runs = sum(-(-len(texts) // wanted.batch) for texts in first.texts)
+    with first.timed("calibrate", first.steps * runs), first.store.sampling("calibrate"):
         calibrations = calibrate_together(first.pipe, parts, first.texts, seed=first.seed, arguments=first.arguments, on_step=first.advance)
     times = {timestep for calibration in calibrations for timestep in calibration.steps.timesteps}
     for session, calibration in zip(together, calibrations, strict=True):

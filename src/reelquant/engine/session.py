@@ -23,7 +23,7 @@ from reelquant.engine.recorded import again
 from reelquant.engine.report import Report
 from reelquant.engine.search import Assignment, family, trial_count
 from reelquant.engine.store import Store
-from reelquant.engine.texts import HELD_OUT_SEED, divided
+from reelquant.engine.texts import HELD_OUT_SEED, Texts, divided
 from reelquant.formats.criteria import mean_and_worst
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import get_module, set_module
@@ -43,7 +43,7 @@ class Session:
 
     Attributes:
         denoiser: the component's module, also where it is a text encoder or VAE.
-        texts: those of calibration.
+        texts: those of calibration; for components that do not denoise, those that they are measured on.
         held_out: the texts that choices and the final check are made on, see :func:`reelquant.engine.texts.divided`.
         sampled: timesteps of the whole sampler, of which a denoiser may see a part.
         undos: what a failed run has to undo, first done first.
@@ -57,7 +57,7 @@ class Session:
     progress: Progress
     arguments: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
-    texts: list[str] = field(default_factory=list)
+    texts: Texts = field(default_factory=lambda: Texts([], []))
     held_out: list[str] = field(default_factory=list)
     measure: Measure = dict
     calibration: Calibration | None = None
@@ -175,7 +175,7 @@ class Session:
         """Divide the texts, and settle the pipeline call: its own arguments, then the recipe's steps, then ``overrides``."""
         wanted = self.recipe.calibrate
         if wanted is None:
-            self.texts = list(prompts)
+            self.texts = Texts(list(prompts), [])
             return
         self.arguments = call_arguments(self.pipe, **overrides)
         self.seed = wanted.seed

@@ -15,8 +15,10 @@ class Call:
         step: index of its timestep, in the order in which timesteps were first seen.
         part: number of the sampler run. Runs come one after the other, so this never decreases.
         half: which half of a guidance pair the call computes, as :mod:`reelquant.clock` numbers them.
+        probe: whether its texts are random words: they widen ranges, and count for nothing else.
     """
 
     step: int
     part: int = 0
     half: int = ANY
+    probe: bool = False

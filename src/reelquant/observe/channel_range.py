@@ -23,7 +23,8 @@ class ChannelRange(Statistic):
     """Extremes of every channel at every step and over all steps, and the mean at every step.
 
     A *part* is one run of the sampler. Parts are independent samples of what the model may see later, which :meth:`envelope` uses. It
-    needs no more than the two largest extremes over parts, so memory does not grow with the number of parts.
+    needs no more than the two largest extremes over parts, so memory does not grow with the number of parts. Probes are no samples of what
+    comes later: ranges cover them, and neither means nor the estimate for unseen clips know of them.
 
     Attributes:
         geometry: of the layer; the range of a padded convolution includes zero.
@@ -39,6 +40,7 @@ class ChannelRange(Statistic):
     _running: Tensor = EMPTY  # [-low high, steps, frames, channels] of the part that is running; -inf for steps it has not reached
     _first: Tensor = EMPTY  # [-low high, all and every step, frames, channels], the largest over the parts before it
     _second: Tensor = EMPTY  # the same, the second largest
+    _probes: Tensor = EMPTY  # [-low high, steps, frames, channels] of all probes
     _sum: Tensor = EMPTY  # [steps, frames, channels]
     _count: list[int] = field(default_factory=list)  # values of a channel in the sum of every step
     _part: int = -1  # the part that is running
@@ -89,24 +91,25 @@ class ChannelRange(Statistic):
         step = call.step
         if step >= len(self._count):
             self._allocate(max(2 * len(self._count), self.steps, step + 1), seen["sum"])
+        if call.probe:
+            _widen(self._probes[:, step], seen)
+            return
         if call.part != self._part:
             self._close_part()
             self._part = call.part
-        low, high = self._running[0, step], self._running[1, step]
-        torch.maximum(low, seen["low"].neg(), out=low)
-        torch.maximum(high, seen["high"], out=high)
+        _widen(self._running[:, step], seen)
         self._sum[step] += seen["sum"]
         self._count[step] += int(seen["count"])
         self._reached[step] = True
 
     def _allocate(self, steps: int, like: Tensor) -> None:
         """Make room for this many steps and keep what is known."""
-        known, old = (self._running, self._first, self._second, self._sum), len(self._count)
-        self._running = like.new_full((2, steps, *like.shape), -torch.inf)
+        known, old = (self._running, self._probes, self._first, self._second, self._sum), len(self._count)
+        self._running, self._probes = (like.new_full((2, steps, *like.shape), -torch.inf) for _ in range(2))
         self._first, self._second = (like.new_full((2, 1 + steps, *like.shape), -torch.inf) for _ in range(2))
         self._sum = like.new_zeros((steps, *like.shape))
         if old:
-            self._running[:, :old], self._first[:, : 1 + old], self._second[:, : 1 + old], self._sum[:old] = known
+            self._running[:, :old], self._probes[:, :old], self._first[:, : 1 + old], self._second[:, : 1 + old], self._sum[:old] = known
         more = steps - old
         self._count, self._reached = self._count + [0] * more, self._reached + [False] * more
         self._parts = (self._parts or [0]) + [0] * more
@@ -115,16 +118,12 @@ class ChannelRange(Statistic):
         """Take the extremes of the part that was running into the two largest over parts."""
         if not any(self._reached):
             return
-        ends = self._part_ends()
+        ends = _with_all(self._running)
         torch.maximum(self._second, torch.minimum(self._first, ends), out=self._second)
         torch.maximum(self._first, ends, out=self._first)
         self._parts = self._parts_with_running()
         self._running.fill_(-torch.inf)
         self._reached = [False] * len(self._reached)
-
-    def _part_ends(self) -> Tensor:
-        """``[-low high, all and every step, frames, channels]`` of the part that is running."""
-        return torch.cat([self._running.amax(1, keepdim=True), self._running], 1)
 
     def _parts_with_running(self) -> list[int]:
         """Parts that reached any step, and each step, the running one included."""
@@ -135,13 +134,14 @@ class ChannelRange(Statistic):
         """Everything that was absorbed; empty before the first look."""
         if not self._count:
             return {}
-        tensors = {"running": self._running, "first": self._first, "second": self._second, "sum": self._sum}
+        tensors = {"running": self._running, "probes": self._probes, "first": self._first, "second": self._second, "sum": self._sum}
         numbers = {"count": self._count, "part": self._part, "reached": self._reached, "parts": self._parts}
         return tensors | {name: torch.tensor(values) for name, values in numbers.items()}
 
     @state.setter
     def state(self, known: Mapping[str, Tensor]) -> None:
-        self._running, self._first, self._second, self._sum = (known.get(name, EMPTY) for name in ("running", "first", "second", "sum"))
+        names = ("running", "probes", "first", "second", "sum")
+        self._running, self._probes, self._first, self._second, self._sum = (known.get(name, EMPTY) for name in names)
         self._count, self._reached, self._parts = (known[name].tolist() if known else [] for name in ("count", "reached", "parts"))
         self._part = int(known["part"]) if known else -1
 
@@ -167,12 +167,13 @@ class ChannelRange(Statistic):
         Paper: Robson and Whitlock, "Estimation of a truncation point", Biometrika 51 (1964).
         """
         slots = [1 + step for step in self.seen] if per_step else [0]
-        running, first, second = (ends[:, slots] for ends in (self._part_ends(), self._first, self._second))
+        running, first, second = (ends[:, slots] for ends in (_with_all(self._running), self._first, self._second))
         ends = torch.maximum(first, running)
         if unseen:
             estimate = 2 * ends - torch.maximum(second, torch.minimum(first, running))
             several = torch.tensor(self._parts_with_running())[slots] > 1
             ends = torch.where(several.to(ends.device)[:, None, None], estimate, ends)
+        ends = torch.maximum(ends, _with_all(self._probes)[:, slots])
         return -ends[0], ends[1]
 
     def bad_from(self) -> float:
@@ -188,9 +189,21 @@ class ChannelRange(Statistic):
         return FLOAT * calls * 3 * self.frames * self.geometry.channels
 
     def memory_bytes(self) -> int:
-        """Six extremes and a sum of every step, and four extremes of all steps together."""
-        return FLOAT * (7 * self.steps + 4) * self.frames * self.geometry.channels
+        """Eight extremes and a sum of every step, and four extremes of all steps together."""
+        return FLOAT * (9 * self.steps + 4) * self.frames * self.geometry.channels
 
     def serves(self, of: Watched) -> bool:
         """Ranges of frames also give those over all frames."""
         return of.frames in (1, self.frames)
+
+
+def _widen(ends: Tensor, seen: Mapping[str, Tensor]) -> None:
+    """Extend ``[-low high, frames, channels]`` in place."""
+    low, high = ends
+    torch.maximum(low, seen["low"].neg(), out=low)
+    torch.maximum(high, seen["high"], out=high)
+
+
+def _with_all(ends: Tensor) -> Tensor:
+    """``[-low high, all and every step, frames, channels]``: those of all steps together in front of those of every step."""
+    return torch.cat([ends.amax(1, keepdim=True), ends], 1)

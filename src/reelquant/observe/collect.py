@@ -66,6 +66,7 @@ def observe(
     run: Callable[[], None],
     on_call: Callable[[int], None] = lambda calls: None,
     half_of: Callable[[tuple[Any, ...], dict[str, Any]], int] = lambda args, kwargs: ANY,
+    probing: Callable[[], bool] = lambda: False,
 ) -> Steps:
     """Run the pipeline once and fill the statistics.
 
@@ -76,6 +77,7 @@ def observe(
         run: samples with the real pipeline.
         on_call: gets the number of denoiser calls so far, for progress.
         half_of: which half of a guidance pair a denoiser call computes, as :mod:`reelquant.clock` numbers them.
+        probing: whether the run that is going on samples probes.
 
     Raises:
         CalibrationError: if the denoiser was never called, or an input was NaN or infinite.
@@ -91,7 +93,7 @@ def observe(
 
     def watch(statistics: InputStatistics) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            statistics.update(args[0] if args else kwargs["input"], Call(steps.current, steps.part, half[0]))
+            statistics.update(args[0] if args else kwargs["input"], Call(steps.current, steps.part, half[0], probing()))
 
         return hook
 

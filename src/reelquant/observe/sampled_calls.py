@@ -41,7 +41,9 @@ class SampledCalls:
         return max(min(self.steps * self.parts, self.most), 1)
 
     def place(self, call: Call) -> int | None:
-        """Number of a call among the sampled ones; None if it is not sampled."""
+        """Number of a call among the sampled ones; None if it is not sampled, as probes are not."""
+        if call.probe:
+            return None
         return self._places.get((call.step % self.steps) * self.parts + call.part % self.parts)
 
     def of(self, calls: int) -> int:

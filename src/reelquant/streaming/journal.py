@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ class Journal:
 
     def write(self, number: int, own: InputStatistics, seen: Mapping[str, Tensor], call: Call) -> None:
         """Log one look at an input. Looks of a compacting statistic are absorbed when they take more room than its state does."""
-        when = {"step": torch.tensor(call.step), "part": torch.tensor(call.part), "half": torch.tensor(call.half)}
+        when = {name: torch.tensor(value) for name, value in asdict(call).items()}
         compacting = _compacting(own)
         rest = {key: value for key, value in seen.items() if key.partition(".")[0] not in compacting}
         self._log(number, INPUTS).append(self._call, rest | when)
@@ -190,7 +191,7 @@ def _compacting(own: InputStatistics) -> dict[str, Statistic]:
 
 def _call_of(frame: dict[str, Tensor]) -> Call:
     """Take the call out of a frame."""
-    return Call(int(frame.pop("step")), int(frame.pop("part")), int(frame.pop("half")))
+    return Call(**{field.name: frame.pop(field.name).item() for field in fields(Call)})
 
 
 def _own(value: Tensor, device: str) -> Tensor:

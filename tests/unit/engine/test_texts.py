@@ -23,10 +23,9 @@ def pipe() -> Any:
 
 def test_a_quarter_of_the_texts_are_probes(pipe: Any) -> None:
     texts, held_out = divided(pipe, PROMPTS, Calibrate(prompts=16), 4)
-    assert [text for text in texts if text in PROMPTS] == PROMPTS[:12] and len(texts) == 16
-    assert [text in PROMPTS for text in texts] == [True, True, False, True] * 4  # every run of four has one
+    assert texts.written == PROMPTS[:12] and len(texts.probes) == 4 and not set(texts.probes) & set(PROMPTS)
     assert held_out[:2] == PROMPTS[12:14] and len(held_out) == 4
-    assert not set(held_out) & set(texts)
+    assert not set(held_out) & {*texts.written, *texts.probes}
 
 
 def test_probes_are_words_of_the_tokenizer(pipe: Any) -> None:
@@ -47,14 +46,14 @@ def test_without_a_tokenizer_the_words_of_the_prompts_are_shuffled() -> None:
 @pytest.mark.parametrize(("prompts", "count", "written"), [(PROMPTS[:1], 4, 1), (PROMPTS[:3], 2, 2), (PROMPTS, 1, 1)])
 def test_few_prompts(prompts: list[str], count: int, written: int) -> None:
     texts, held_out = divided(BARE, prompts, Calibrate(prompts=count), 4)
-    assert [text for text in texts if text in prompts] == prompts[:written] and len(texts) == written + count // 4
+    assert texts.written == prompts[:written] and len(texts.probes) == count // 4
     assert held_out and all(held_out)
 
 
 def test_no_prompts_give_no_texts() -> None:
-    assert divided(BARE, [], Calibrate(), 4) == ([], [])
+    assert divided(BARE, [], Calibrate(), 4) == (([], []), [])
 
 
 def test_without_probes_everything_is_written() -> None:
     texts, held_out = divided(BARE, PROMPTS, Calibrate(prompts=16, probes=0), 4)
-    assert texts == PROMPTS[:16] and set(held_out) <= set(PROMPTS[16:])
+    assert texts == (PROMPTS[:16], []) and set(held_out) <= set(PROMPTS[16:])

@@ -343,3 +343,17 @@ def test_the_rotated_range_is_that_of_the_rotated_input(axis: int, dtype: torch.
     expected = ChannelRange(Geometry(24), axis, frames).look(hadamard(x.float(), axis), Call(0))
     for name in ("low", "high", "sum", "count"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=2e-5)
+
+
+def test_probes_widen_ranges_and_count_for_nothing_else() -> None:
+    written, probe = torch.tensor([[-1.0, 1.0], [1.0, -1.0]]), torch.tensor([[-3.0, 0.5]])
+    of = Watched("layer", Geometry(2), -1, 1, "main", 1, generator(), frozenset({"range", "rows", "gram"}), 1, 1)
+    alone, both = InputStatistics.for_input(of), InputStatistics.for_input(of)
+    for seen in (alone, both):
+        seen.update(written, Call(0, 0))
+    both.update(probe, Call(0, 1, probe=True))
+    low, high = both.range.envelope(per_step=True, unseen=True)
+    assert low.flatten().tolist() == [-3.0, -1.0] and high.flatten().tolist() == [1.0, 1.0]
+    assert torch.equal(both.range.mean, alone.range.mean)
+    assert both.rows is not None and alone.rows is not None and torch.equal(both.rows.rows, alone.rows.rows)
+    assert both.gram is not None and alone.gram is not None and torch.equal(both.gram.covariance, alone.gram.covariance)
