@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reelquant._torch_state import stock_torch
+
 if TYPE_CHECKING:
     import torch
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from reelquant.streaming import Job
 
 
+@stock_torch()
 def quantize(
     pipe: Any,
     recipe: RecipeSource,
@@ -81,6 +84,7 @@ def quantize(
     return report
 
 
+@stock_torch()
 def quantize_folder(
     source: str | Path,
     output: str | Path,
@@ -137,6 +141,7 @@ def quantize_folder(
     return streamed(job, output, resume=resume, force=force, progress=progress)
 
 
+@stock_torch()
 def folder_job(
     source: str | Path,
     recipe: RecipeSource,
@@ -174,6 +179,7 @@ def plan(pipe: Any, recipe: RecipeSource, *, skip: Sequence[str] = (), overrides
     return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides)[name]
 
 
+@stock_torch()
 def plans(
     pipe: Any,
     recipe: RecipeSource,
@@ -188,6 +194,7 @@ def plans(
     return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
 
 
+@stock_torch()
 def configure(
     model: Any,
     *,
@@ -220,6 +227,7 @@ def configure(
     configure_model(model, dict(kernels=kernels, temporal_table=temporal_table, attention=attention, runtime=runtime))
 
 
+@stock_torch()
 def open_pipeline(model: str | Path, **options: Any) -> Any:
     """Open a float or quantized pipeline by bundled name, folder or hub id; see :func:`reelquant.models.pipelines.open_pipeline`."""
     from reelquant.models.pipelines import open_pipeline as opened
@@ -227,6 +235,7 @@ def open_pipeline(model: str | Path, **options: Any) -> Any:
     return opened(model, **options)
 
 
+@stock_torch()
 def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: bool = False, **options: Any) -> Path:
     """Write a pipeline as a stock diffusers folder, complete or not at all; see :func:`reelquant.checkpoint.save`."""
     from reelquant.checkpoint import save as written
@@ -261,6 +270,7 @@ def saturation(model: Any) -> Iterator[Saturation]:
         yield seen
 
 
+@stock_torch()
 def export(folder: str | Path, format: str, output: str | Path, **options: Any) -> Exported:
     """Write a saved folder for another project: ``comfyui``, ``gguf`` or ``torchao``; see :func:`reelquant.checkpoint.export.export`.
 
@@ -273,6 +283,7 @@ def export(folder: str | Path, format: str, output: str | Path, **options: Any) 
     return written(folder, format, output, **options)
 
 
+@stock_torch()
 def evaluate(
     test: Any,
     reference: Any,
@@ -358,6 +369,7 @@ def evaluate(
     )
 
 
+@stock_torch()
 def compare(
     reference: str | Path,
     test: str | Path,
@@ -394,6 +406,7 @@ def compare(
     return run.compare(reference, test, prompts, options=options)
 
 
+@stock_torch()
 def benchmark(test: str | Path, reference: str | Path, **options: Any) -> Benchmark:
     """Time a quantized pipeline against its float original on this machine, in turns; see :func:`reelquant.evidence.speed.benchmark`.
 

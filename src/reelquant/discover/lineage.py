@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from reelquant._torch_state import version_of
 from reelquant.discover.probe import first_tensor, quantizable, run, tensors_in
 
 Key = tuple[int, int]  # serial number of the tensor object, its version (an in-place change makes it another tensor)
@@ -115,7 +116,7 @@ class _Watch(TorchFunctionMode):
         if serial is None:
             self.count += 1
             serial = self.serials[x] = self.count
-        return serial, x._version
+        return serial, version_of(x)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -107,7 +107,7 @@ class Mse(RangeRule):
         values = values.float()  # the error of a bfloat16 result would drown in its own rounding
         low, high = bounds(values, granularity)
         best, factor = torch.full_like(low, torch.inf, dtype=torch.float32), torch.ones_like(low)
-        for trial in torch.linspace(1, self.smallest, self.candidates).tolist():
+        for trial in torch.linspace(1, self.smallest, self.candidates, dtype=torch.float32).tolist():
             error = rounding(values, low * trial, high * trial) - values
             loss = granularity.blocks(error).abs().float().pow(self.p).sum(1)
             factor = torch.where(loss < best, torch.full_like(factor, trial), factor)
@@ -137,7 +137,7 @@ class ByCriterion(RangeRule):
         values = values.float()
         low, high = bounds(values, granularity)
         score = self.criterion()
-        trials = torch.linspace(1, self.smallest, self.candidates).tolist()
+        trials = torch.linspace(1, self.smallest, self.candidates, dtype=torch.float32).tolist()
         best = max(trials, key=lambda trial: float(score(values, rounding(values, low * trial, high * trial))))
         return low * best, high * best
 

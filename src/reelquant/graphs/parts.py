@@ -15,6 +15,7 @@ import openvino.opset13 as ops
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from reelquant._torch_state import version_of
 from reelquant.discover.arguments import kind_of
 from reelquant.nn.output_cache import PROMPTS
 
@@ -99,7 +100,7 @@ class SubgraphCache:
         """The cached outputs, or new ones."""
         if any(tensor.is_inference() for tensor in tensors):  # they have no version counter
             return compute()
-        key = tuple((id(tensor), tensor._version) for tensor in tensors)
+        key = tuple((id(tensor), version_of(tensor)) for tensor in tensors)
         entry = self.entries.get(key)
         if entry is None or any(cached() is not tensor for cached, tensor in zip(entry[0], tensors, strict=True)):
             self.entries[key] = entry = [weakref.ref(tensor) for tensor in tensors], compute()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from reelquant._errors import UnsupportedError
+from reelquant._torch_state import version_of
 from reelquant.clock import NAME, Moment
 from reelquant.graphs.convert import in_integers
 from reelquant.graphs.parts import SubgraphCache, split_invariant, step_invariant
@@ -152,7 +153,7 @@ class Graphs:
     def of_call(self, model: nn.Module, args: Any, kwargs: Any, exact: bool) -> tuple[Compiled, list[Any], bool]:
         """The graph for a call of this form, compiled if there is none, the leaves of its arguments, and whether it was compiled now."""
         leaves, tree = tree_flatten((args, kwargs))
-        stamp = tuple((one.data_ptr(), one._version) for one in self.numbers)
+        stamp = tuple((one.data_ptr(), version_of(one)) for one in self.numbers)
         form = (tree, exact, torch.get_num_threads(), *map(_form, leaves))
         with self.lock:
             if stamp != self.stamp:

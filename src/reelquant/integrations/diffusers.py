@@ -14,6 +14,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from reelquant._errors import CheckpointError, UnsupportedError
+from reelquant._torch_state import stock_torch
 from reelquant.checkpoint import METHOD, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
@@ -47,6 +48,7 @@ class ReelQuantizer(DiffusersQuantizer):
         self._keys = set(loaded_keys)
         return loaded_keys
 
+    @stock_torch()
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.stored is None:
             self.on_the_fly = OnTheFly(model, plan_for(model, self.quantization_config))
@@ -82,6 +84,7 @@ class ReelQuantizer(DiffusersQuantizer):
             f"ask for {tuple(current_param.shape)}; download or save it again"
         )
 
+    @stock_torch()
     def create_quantized_param(
         self,
         model: nn.Module,
@@ -106,6 +109,7 @@ class ReelQuantizer(DiffusersQuantizer):
             raise CheckpointError(f"'{param_name}' is stored as {value.dtype}, its quantization_config asks for {expected}")
         setattr(layer, tensor, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
+    @stock_torch()
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.on_the_fly is not None:
             self._describe(model, self.on_the_fly)
@@ -139,6 +143,7 @@ class ReelQuantizer(DiffusersQuantizer):
             raise UnsupportedError(f"layer '{name}' is wrapped or gone; unload adapters (unload_lora_weights) before saving")
         return state_dict, {}
 
+    @stock_torch()
     def _dequantize(self, model: nn.Module) -> nn.Module:
         put_float_layers(model, model.dtype)
         _forget(model, ("quantization_config", "_pre_quantization_dtype"))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from reelquant._errors import ReelQuantError, UnsupportedError
+from reelquant._torch_state import stock_torch
 from reelquant.checkpoint import METHOD, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
@@ -48,6 +49,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         """The object whose :meth:`convert` gets the tensors."""
         return self
 
+    @stock_torch()
     def convert(
         self, input_dict: Mapping[str, Any], model: Any = None, missing_keys: MutableSet[str] | None = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -81,12 +83,14 @@ class ReelQuantHfQuantizer(HfQuantizer):
 
     # --- both ---------------------------------------------------------------------------------------------------------------------
 
+    @stock_torch()
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.stored is None:
             self.on_the_fly = OnTheFly(model, plan_for(model, self.quantization_config))
         else:
             put_empty_layers(model, self.stored)
 
+    @stock_torch()
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.failed is not None:
             raise self.failed
@@ -105,6 +109,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         self.quantization_config, self.on_the_fly, self.pre_quantized = config, None, True
         self.stored = Stored.from_json(config.to_dict())
 
+    @stock_torch()
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         put_float_layers(model, dtype or torch.float32)
         return model

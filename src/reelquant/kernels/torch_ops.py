@@ -43,7 +43,7 @@ def product(codes: Tensor, weight: Tensor) -> Tensor:
     left = _padded(codes, max(_up(rows), FEWEST_ROWS), _up(depth))
     right = _padded(weight, _up(columns), _up(depth)).t()
     if codes.dtype == FP8:
-        one = torch.ones((), device=codes.device)
+        one = torch.ones((), dtype=torch.float32, device=codes.device)
         return torch._scaled_mm(left, right, one, one, out_dtype=torch.float32)[:rows, :columns]
     return torch._int_mm(left, right)[:rows, :columns]
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reelquant._torch_state import version_of
+
 PROMPTS = 2  # with guidance, calls with and without the text alternate
 AT_MOST = 16 << 20  # bytes of outputs in a process: enough for small models; in large models the gain would be small
 _lock = threading.Lock()
@@ -77,8 +79,8 @@ class OutputCache:
 
 
 def stamp(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-    """Addresses and version counters of tensors. Inference tensors have no version counter; 0 stands for it."""
-    return tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors if one is not None)
+    """Addresses and version counters of tensors."""
+    return tuple((one.data_ptr(), version_of(one)) for one in tensors if one is not None)
 
 
 def _has_room(entry: Entry) -> bool:

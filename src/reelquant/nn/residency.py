@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from reelquant._errors import UnsupportedError
+from reelquant._torch_state import stock_torch
 from reelquant.kernels import Kernel, select
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.layer_view import LayerView
@@ -87,6 +88,7 @@ class Residency:
         """Choose a kernel and let it repack the weight, once; safe to call from several threads."""
         return self.prepared() or self._prepare()
 
+    @stock_torch()
     def _prepare(self) -> Prepared:
         with _preparing:
             if (ready := self.prepared()) is None:

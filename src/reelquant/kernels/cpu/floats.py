@@ -60,7 +60,7 @@ class FloatProduct:
 
     def _few(self, x: Tensor) -> Tensor:
         codes, scale = self.weights
-        out = torch.empty(x.numel() // x.shape[-1], len(codes))
+        out = torch.empty(x.numel() // x.shape[-1], len(codes), dtype=torch.float32)
         bias = loops.NONE if self.bias is None else self.bias.numpy()
         rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         loops.spread(loops.dot_rows, len(codes), codes.size, codes, scale, rows.numpy(), bias, out.numpy())

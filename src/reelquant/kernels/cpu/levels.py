@@ -42,7 +42,7 @@ class LevelInputs:
 
     def __call__(self, x: Tensor, slot: int | Tensor) -> Tensor:
         index = 0 if len(self.units) == 1 else int(slot)
-        out = torch.empty(x.shape)
+        out = torch.empty(x.shape, dtype=torch.float32)
         data = loops.view(x.float().contiguous()).reshape(-1, x.shape[-1])
         numbers = self.shift, self.scale, self.units[index], self.zeros[index], self.middles, self.levels
         loops.spread(to_levels, len(data), data.size, data, *numbers, out.numpy().reshape(data.shape))

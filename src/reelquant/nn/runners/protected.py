@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from reelquant._torch_state import stock_torch
 from reelquant.clock import Moment
-from reelquant.kernels import select
+from reelquant.kernels import Operands, select
 from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.branch import with_branches
 from reelquant.nn.runners.kernel import Product
@@ -32,8 +33,11 @@ class ProtectedSteps(Link):
         finer = None if wanted == "float" else inputs.widened()
         if finer is not None and (ready.finer is not None or finer is inputs):
             return ready.finer or ready.runner
-        given = replace(operands, input=finer)
-        if finer is not None and hasattr(ready.runner, "rounding"):
+        return self._prepare(ready, replace(operands, input=finer))
+
+    @stock_torch()
+    def _prepare(self, ready: Any, given: Operands) -> Any:
+        if given.input is not None and hasattr(ready.runner, "rounding"):
             ready.finer = ready.runner.rounding(given)
             return ready.finer
-        return select(given, layer.weight.device.type, layer.kernels)[0].prepare(given)
+        return select(given, self.layer.weight.device.type, self.layer.kernels)[0].prepare(given)
