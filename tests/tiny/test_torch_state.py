@@ -59,7 +59,7 @@ def test_a_folder_opens_and_samples_the_same(state: str) -> None:
     assert torch.equal(latents(pipe), expected(NAME)), "what was prepared inside computes something else outside"
 
 
-@pytest.mark.parametrize("part, kind", [("transformer", AutoModel), ("text_encoder", AutoModelForTextEncoding)])
+@pytest.mark.parametrize(("part", "kind"), [("transformer", AutoModel), ("text_encoder", AutoModelForTextEncoding)])
 @pytest.mark.parametrize("state", ["default dtype bfloat16", "inference mode"])
 def test_quantizing_while_loading_gives_the_same_bytes(state: str, part: str, kind: type) -> None:
     def load() -> dict[str, torch.Tensor]:
