@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -61,6 +62,7 @@ class Clock(nn.Module):
         which: 0-d int64, what the current call computes: :data:`ANY`, :data:`FIRST`, :data:`SECOND` or :data:`BOTH`.
         latent: name of the denoiser's latent argument, which guidance calls are known by.
         argument: name of the denoiser's timestep argument; set by :func:`attach`.
+        home: the denoiser that ticks this clock; a copied clock still names the original's.
         tables: whether tables of outputs may be used at all.
         adapted: whether an adapter changes what they hold; then they are not used.
     """
@@ -72,6 +74,7 @@ class Clock(nn.Module):
     protected: Tensor
     which: Tensor
     seen: Tensor
+    home: weakref.ref[nn.Module] | None
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class Clock(nn.Module):
         self._given: dict[int, int] = {}  # by thread: the half of calls inside :meth:`computing`
         self.protect(protected, inputs)
         self.argument, self.tables, self.adapted = "timestep", True, False
-        self._told = False
+        self._told, self.home = False, None
         self._timestep, self._mixed = 0.0, False
 
     def protect(self, slots: Sequence[int], inputs: Inputs = "float") -> None:
@@ -243,7 +246,7 @@ def attach(denoiser: nn.Module, clock: Clock, argument: str) -> RemovableHandle:
 
     The hook finds the clock through the module it is called for, so a deep copy of the denoiser ticks its own copy.
     """
-    clock.argument = argument
+    clock.argument, clock.home = argument, weakref.ref(denoiser)
     denoiser.add_module(NAME, clock)
     latent = timestep_reader(denoiser, clock.latent) if clock.pairs and clock.latent else None
     before = functools.partial(_before, timestep_reader(denoiser, argument), latent)

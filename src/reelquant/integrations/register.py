@@ -65,13 +65,14 @@ def _quantizer(plugin: str, name: str, registry: ModuleType) -> None:
     registry.AUTO_QUANTIZER_MAPPING[found.METHOD] = getattr(found, name)
 
 
-def _adapters(layers: ModuleType) -> None:
-    importlib.import_module("reelquant.integrations.peft").guard(layers)
+def _guard(plugin: str, module: ModuleType) -> None:
+    importlib.import_module(plugin).guard(module)
 
 
 TARGETS: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.quantizers.auto": functools.partial(_quantizer, "reelquant.integrations.diffusers", "ReelQuantizer"),
     "transformers.quantizers.auto": functools.partial(_quantizer, "reelquant.integrations.transformers", "ReelQuantHfQuantizer"),
-    "peft.tuners.lora.layer": _adapters,
+    "peft.tuners.lora.layer": functools.partial(_guard, "reelquant.integrations.peft"),
+    "diffusers.models.unets.unet_motion_model": functools.partial(_guard, "reelquant.integrations.rebuilt"),
 }
 """Module of another library -> what is done once it has run."""

@@ -20,6 +20,7 @@ from reelquant.nn.swap import (
     start_clock,
     stop_clock,
 )
+from reelquant.nn.transplant import take_over_codes
 
 __all__ = [
     "LAYERS",
@@ -58,3 +59,5 @@ __all__ = [
     "stop_clock",
     "stop_runtime",
 ]
+
+take_over_codes()

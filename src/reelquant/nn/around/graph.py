@@ -39,6 +39,11 @@ def by_handle(handle: int) -> Any:
     return _modules[handle]
 
 
+def is_alive(handle: int) -> bool:
+    """Whether that object still exists."""
+    return handle in _modules
+
+
 _tracing: ContextVar[Tensor | None] = ContextVar("reelquant_tracing", default=None)
 
 

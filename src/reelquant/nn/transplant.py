@@ -1,0 +1,81 @@
+"""Layers that get the tensors of a quantized one: ``float_model.load_state_dict(quantized_model.state_dict())``.
+
+diffusers builds models out of others this way: a motion UNet around the UNet for pictures of AnimateDiff, the blocks of FreeNoise, ControlNets
+out of the denoiser that they control. A float layer that is given codes becomes the quantized layer that they describe, where it stands.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from reelquant._errors import UnsupportedError
+from reelquant.clock import NAME, Clock
+from reelquant.nn.around.graph import by_handle, is_alive
+from reelquant.nn.extended import quantized_class
+from reelquant.nn.layers import DESCRIPTION, LAYERS, QuantLayer
+from reelquant.nn.spec import LayerLayout
+
+HOOK = "_load_from_state_dict"
+
+
+def take_over_codes() -> None:
+    """Let stock float layers take the tensors of quantized ones, which carry a description; twice is once."""
+    for kind in LAYERS:
+        if not hasattr(getattr(kind, HOOK), "__wrapped__"):
+            setattr(kind, HOOK, _watched(getattr(kind, HOOK)))
+
+
+def _watched(load: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load)
+    def watched(self: Any, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *args: Any) -> None:
+        facts = metadata.get(DESCRIPTION)
+        if facts is not None and not isinstance(self, QuantLayer):
+            _become(self, prefix.rstrip("."), facts)
+        load(self, state, prefix, metadata, *args)
+
+    return watched
+
+
+def _become(module: Any, name: str, facts: Mapping[str, Any]) -> None:
+    """Turn a float layer into an empty quantized one; a layer of another shape is left for torch to refuse.
+
+    Raises:
+        UnsupportedError: if the layer has no quantized form, or its steps would be those of another model.
+    """
+    if list(module.weight.shape) != facts["shape"]:
+        return
+    kind, layout = quantized_class(module), LayerLayout.from_json(facts["layout"])
+    if kind is None:
+        raise UnsupportedError(f"'{name}' ({type(module).__name__}) is given the tensors of a quantized layer, and has no quantized form")
+    clock = _clock_for(module, name, layout, by_handle(facts["layer"]) if is_alive(facts["layer"]) else None)
+    device = module.weight.device
+    module.__class__ = kind
+    module._build(layout, device)
+    module.requires_grad_(False)
+    module.clock = () if clock is None else (clock,)
+
+
+def _clock_for(module: nn.Module, name: str, layout: LayerLayout, source: QuantLayer | None) -> Clock | None:
+    """The clock of the layer that the tensors come from, if both are in the model that it is the clock of.
+
+    Raises:
+        UnsupportedError: if the layer needs it and is in another model, whose calls it would not see.
+    """
+    clock = next(iter(source.clock), None) if source is not None else None
+    if clock is not None and _ticks_for(clock, module):
+        return clock
+    if layout.steps > 1 or layout.cfg_halves or (clock is not None and clock.protected_slots):
+        raise UnsupportedError(
+            f"layer '{name or type(module).__name__}' was calibrated by denoising step, and is copied into another model, which would not tell it the "
+            "step; build that model in float first and quantize the pipeline then"
+        )
+    return None
+
+
+def _ticks_for(clock: Clock, module: nn.Module) -> bool:
+    home = clock.home() if clock.home is not None else None
+    return home is not None and getattr(home, NAME, None) is clock and any(part is module for part in home.modules())
