@@ -15,6 +15,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.checkpoint.folder import INDEX, check_target, new_folder
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
+from reelquant.models.blank import check_names
 from reelquant.models.sampling import NOTES_FILE
 from reelquant.nn import quantized_layers
 
@@ -54,7 +55,7 @@ def save(
 
     Raises:
         CheckpointError: if the folder exists, or the disk does not take the files.
-        UnsupportedError: if the pipeline has a part that diffusers cannot save.
+        UnsupportedError: if the pipeline has a part that diffusers cannot save, or would not read again.
     """
     check_target(folder, force=force)
     _describe(pipe)
@@ -78,9 +79,10 @@ def _modules(pipe: Any) -> dict[str, nn.Module]:
 def _describe(pipe: Any) -> None:
     if not hasattr(pipe, "save_pretrained"):
         raise UnsupportedError(f"{type(pipe).__name__} has no save_pretrained; give a diffusers pipeline")
-    for part in _modules(pipe).values():
+    for name, part in _modules(pipe).items():
         if quantized_layers(part):
             adopt(part)
+        check_names(name, part)
 
 
 def _check_complete(pipe: Any, folder: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from reelquant._errors import RecipeError, nearest
-from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline
+from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline, plain
 from reelquant.engine.plan import Plan, make_plan
+from reelquant.models.blank import check_names
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.recipes.recipe import Recipe, load_recipe
@@ -125,7 +126,12 @@ def plan_components(
 
     Args:
         map_of: the map of a component, by name and module.
+
+    Raises:
+        UnsupportedError: for a component that could not be opened again once it is saved.
     """
+    for name in recipes:
+        check_names(name, plain(component_of(pipe, name)))
     maps = {name: map_of(name, component_of(pipe, name)) for name in recipes}
     every = [layer for map_ in maps.values() for layer in map_.layers.values()]
     for pattern in skip:

@@ -7,6 +7,7 @@ diffusers would cast scales to the load dtype. Only biases that the float layers
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from reelquant._torch_state import stock_torch
 from reelquant.checkpoint import METHOD, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
+from reelquant.models.blank import check_names
 from reelquant.nn import get_module, start_clock
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
@@ -37,6 +39,7 @@ class ReelQuantizer(DiffusersQuantizer):
         else:
             data_free(quantization_config.recipe)
         self._keys: set[str] | None = None
+        self._model: weakref.ref[nn.Module] | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse offloading to disk, which would cast scales."""
@@ -55,6 +58,7 @@ class ReelQuantizer(DiffusersQuantizer):
             return
         put_empty_layers(model, self.stored)
         self._check_keys(model)
+        self.belongs_to(model)
 
     def _check_keys(self, model: nn.Module) -> None:
         """diffusers only warns about tensors that are missing or left over; here either means a damaged checkpoint."""
@@ -124,6 +128,11 @@ class ReelQuantizer(DiffusersQuantizer):
         done.finish()
         adopt(model, done.plan.recipe)
         self.adopted(model.config["quantization_config"])
+        self.belongs_to(model)
+
+    def belongs_to(self, model: nn.Module) -> None:
+        """The model that is saved with this."""
+        self._model = weakref.ref(model)
 
     def adopted(self, config: ReelQuantConfig) -> None:
         self.quantization_config, self.on_the_fly, self.pre_quantized = config, None, True
@@ -135,12 +144,14 @@ class ReelQuantizer(DiffusersQuantizer):
         """Everything is in the state dict; no metadata, whose order in the file would vary.
 
         Raises:
-            UnsupportedError: if adapters wrap layers, quantized or not.
+            UnsupportedError: if adapters wrap layers, quantized or not, or layers were added that the class would not read.
         """
         wrapped = [key.partition(".base_layer.")[0] for key in state_dict if ".base_layer." in key]
         gone = [name for name in (self.stored.layers if self.stored else ()) if f"{name}.weight" not in state_dict]
         for name in wrapped + gone:
             raise UnsupportedError(f"layer '{name}' is wrapped or gone; unload adapters (unload_lora_weights) before saving")
+        if (model := self._model and self._model()) is not None:
+            check_names("model", model)
         return state_dict, {}
 
     @stock_torch()

@@ -1,4 +1,4 @@
-"""Models that diffusers builds out of a quantized one: they are quantized, too, and have to say so, or they are saved without a description."""
+"""Models that diffusers builds out of a quantized one: they are quantized, too, and must say so before they are saved."""
 
 from __future__ import annotations
 

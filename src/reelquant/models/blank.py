@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from reelquant._errors import CheckpointError
+from reelquant._errors import CheckpointError, UnsupportedError
+from reelquant.nn import quantized_layers
 
 CONFIG, CLASS, QUANTIZATION = "config.json", "_class_name", "quantization_config"
 
@@ -54,11 +56,50 @@ def blank_model(folder: Path) -> nn.Module:
         CheckpointError: if its config is missing or broken, or its class is not one of the installed diffusers.
     """
     import diffusers
-    from accelerate import init_empty_weights
 
     config = read_json(folder / CONFIG)
     kind = getattr(diffusers, str(config.get(CLASS)), None)
     if not hasattr(kind, "from_config"):
         raise CheckpointError(f"'{folder / CONFIG}' names the class {config.get(CLASS)!r}, which diffusers {diffusers.__version__} lacks")
+    return _blank(kind, config)
+
+
+def _blank(kind: Any, config: Mapping[str, Any]) -> nn.Module:
+    from accelerate import init_empty_weights
+
     with init_empty_weights():
         return kind.from_config({key: value for key, value in config.items() if key != QUANTIZATION})
+
+
+def check_names(name: str, model: nn.Module) -> None:
+    """Refuse a model whose tensors are not those of its class with its config: what is written of it could not be read.
+
+    Fused projections, image adapters and exchanged blocks do that. Tensors that quantization made are left out.
+
+    Args:
+        name: of the component, for the message.
+        model: of diffusers, quantized or not; others are passed over.
+
+    Raises:
+        UnsupportedError: naming the first tensors.
+    """
+    if not hasattr(type(model), "from_config") or not hasattr(model, "config"):
+        return
+    layers = quantized_layers(model)
+    there, expected = (
+        {key for key in part.state_dict() if key.rpartition(".")[0] not in layers} | _weights(part, layers)
+        for part in (model, _blank(type(model), model.config))
+    )
+    for names, verb, whose in ((there - expected, "has", "that its class does not have"), (expected - there, "lacks", "of its class")):
+        if names:
+            some = ", ".join(f"'{key}'" for key in sorted(names)[:2]) + (" ..." if len(names) > 2 else "")
+            raise UnsupportedError(
+                f"'{name}' ({type(model).__name__}) {verb} {len(names)} tensors {whose} with its config ({some}), so a saved folder would "
+                "not open; undo what changed its layers (unfuse_qkv_projections(), unload_ip_adapter(), unload_lora_weights() ...) before "
+                "it is quantized or saved"
+            )
+
+
+def _weights(model: nn.Module, layers: Iterable[str]) -> set[str]:
+    modules = dict(model.named_modules())
+    return {f"{name}.weight" for name in layers if name in modules}

@@ -107,6 +107,7 @@ def mark_quantized(model: Any, description: dict[str, Any]) -> None:
 
         quantizer = DiffusersAutoQuantizer.from_config(description, pre_quantized=True)
         model.register_to_config(quantization_config=quantizer.quantization_config)
+        quantizer.belongs_to(model)
     else:
         from transformers.quantizers.auto import AutoHfQuantizer
 

@@ -17,7 +17,7 @@ FUSING = (
 SENTENCES = {
     "fuse_lora": FUSING,
     "fuse_qkv_projections": "the query, key and value layers of a quantized model stay apart: each has scales of its own, and their common "
-    "input is rounded once anyway; quantize the model after fuse_qkv_projections() if it has to be fused",
+    "input is rounded once anyway",
 }
 
 

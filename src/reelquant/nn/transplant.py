@@ -1,6 +1,6 @@
 """Layers that get the tensors of a quantized one: ``float_model.load_state_dict(quantized_model.state_dict())``.
 
-diffusers builds models out of others this way: a motion UNet around the UNet for pictures of AnimateDiff, the blocks of FreeNoise, ControlNets
+diffusers builds models out of others this way: AnimateDiff's motion UNet around a UNet for pictures, the blocks of FreeNoise, ControlNets
 out of the denoiser that they control. A float layer that is given codes becomes the quantized layer that they describe, where it stands.
 """
 
@@ -70,8 +70,8 @@ def _clock_for(module: nn.Module, name: str, layout: LayerLayout, source: QuantL
         return clock
     if layout.steps > 1 or layout.cfg_halves or (clock is not None and clock.protected_slots):
         raise UnsupportedError(
-            f"layer '{name or type(module).__name__}' was calibrated by denoising step, and is copied into another model, which would not tell it the "
-            "step; build that model in float first and quantize the pipeline then"
+            f"layer '{name or type(module).__name__}' was calibrated by denoising step, and is copied into another model, which would not "
+            "tell it the step; build that model in float first and quantize the pipeline then"
         )
     return None
 
