@@ -35,6 +35,7 @@ def quantize(
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
     lora: Adapters = (),
+    inputs: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     **call: Any,
 ) -> Report:
@@ -49,6 +50,7 @@ def quantize(
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
         lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
+        inputs: arguments of one real call of the denoiser by name (or of several by component), for one that cannot be probed without.
         progress: receives the progress of the run.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -76,7 +78,7 @@ def quantize(
         prompts = default_texts(pipe, recipes)
     refuse_loaded(pipe)
     with merging(pipe, lora) if lora else nullcontext():
-        report = quantize_components(pipe, recipes, prompts, skip=skip, progress=progress, **call)[0]
+        report = quantize_components(pipe, recipes, prompts, skip=skip, inputs=inputs, progress=progress, **call)[0]
     report.adapters = short_names(parse_adapters(lora))
     for name, chosen in recipes.items():
         if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
@@ -171,12 +173,19 @@ def folder_job(
     return Job.of(opened, recipes, prompts, skip, call, budget, parse_adapters(lora))
 
 
-def plan(pipe: Any, recipe: RecipeSource, *, skip: Sequence[str] = (), overrides: dict[str, Any] | None = None) -> Plan:
+def plan(
+    pipe: Any,
+    recipe: RecipeSource,
+    *,
+    skip: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Plan:
     """What a recipe would do to the (first) denoiser of a pipeline: a row per layer, nothing is changed."""
     from reelquant.discover import denoiser_of
 
     name = denoiser_of(pipe)[0]
-    return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides)[name]
+    return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides, inputs=inputs)[name]
 
 
 @stock_torch()
@@ -187,11 +196,12 @@ def plans(
     components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
+    inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Plan]:
     """The plan of every component that :func:`quantize` would quantize with these arguments, by name."""
-    from reelquant.engine.components import assign, plan_components
+    from reelquant.engine.components import assign, mapping, plan_components
 
-    return plan_components(pipe, assign(pipe, recipe, components, overrides), skip)
+    return plan_components(pipe, assign(pipe, recipe, components, overrides), skip, mapping(pipe, inputs=inputs))
 
 
 @stock_torch()

@@ -92,13 +92,13 @@ def inspect(
 
 
 def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
-    from reelquant.discover import denoiser_of, discover
+    from reelquant.discover import denoiser_of, discover_or_outline, plain
     from reelquant.engine.quality import layer_bytes
     from reelquant.nn import attention_facts, get_module, kernels_of, quantized_layers
 
     component, denoiser = denoiser_of(pipe)
     attention = attention_facts(denoiser)  # before discovery calls it
-    map_ = discover(denoiser)
+    map_ = discover_or_outline(plain(denoiser))
     sizes = {name: layer_bytes(get_module(denoiser, name)) for name in map_.layers}
     layers = [
         {

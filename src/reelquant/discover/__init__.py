@@ -13,10 +13,13 @@ weights are there), ``outline`` (the map of a model that cannot be run).
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from reelquant._errors import UnsupportedError
 from reelquant.discover.arguments import argument_of, bind, kinds
 from reelquant.discover.blocks import find_blocks
 from reelquant.discover.components import component_of, denoiser_of, denoisers_of, denoises, kind_of_component, modules_of, plain
@@ -36,12 +39,15 @@ __all__ = [
     "denoisers_of",
     "denoises",
     "discover",
+    "discover_or_outline",
     "dummy_inputs",
     "kind_of_component",
     "modules_of",
     "outline",
     "stand_in",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> DenoiserMap:
@@ -75,6 +81,19 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
         prompt_argument=argument_of(found, "prompt"),
         notes=_notes(layers),
     )
+
+
+def discover_or_outline(denoiser: nn.Module, like: Callable[[nn.Module], nn.Module] = lambda denoiser: denoiser) -> DenoiserMap:
+    """The map of a denoiser, or an outline of it, with a warning, if tiny inputs cannot be made up: enough for recipes without data.
+
+    Args:
+        like: what is run in its place, for denoisers without weights.
+    """
+    try:
+        return discover(like(denoiser))
+    except UnsupportedError as error:
+        logger.warning("roles of the layers of %s are told by their names only: %s", type(denoiser).__name__, error)
+        return outline(denoiser)
 
 
 def _layers(denoiser: nn.Module, depends: dict[str, frozenset[str]], traced: Trace) -> dict[str, Layer]:

@@ -8,12 +8,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reelquant._errors import RecipeError, nearest
-from reelquant.discover import component_of, denoisers_of, discover, kind_of_component, modules_of, outline, plain
+from reelquant._errors import RecipeError, UnsupportedError, nearest
+from reelquant.discover import (
+    bind,
+    component_of,
+    denoisers_of,
+    discover,
+    discover_or_outline,
+    kind_of_component,
+    modules_of,
+    outline,
+    plain,
+)
 from reelquant.engine.plan import Plan, make_plan
 from reelquant.models.blank import check_names
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.models.pipelines import calibration_prompts
+from reelquant.models.sampling import first_call
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.recipes.text import EXTENDS
 from reelquant.sites import DenoiserMap, select
@@ -109,30 +120,63 @@ def default_texts(pipe: Any, recipes: Mapping[str, Recipe]) -> list[str]:
     return calibration_prompts(pipe, max([*wanted, TEXTS]))
 
 
-def map_of(name: str, part: nn.Module) -> DenoiserMap:
-    """The map of a component, whatever it does."""
-    if kind_of_component(name, part) == "denoiser":
-        return discover(part)
-    return outline(part)
+Inputs = Mapping[str, Any]
+MapOf = Callable[[str, nn.Module, Recipe], DenoiserMap]
 
 
-def plan_components(
-    pipe: Any,
-    recipes: Mapping[str, Recipe],
-    skip: Sequence[str],
-    map_of: Callable[[str, nn.Module], DenoiserMap] = map_of,
-) -> dict[str, Plan]:
+def mapping(pipe: Any, prompts: Sequence[str] = (), inputs: Inputs | None = None, call: Mapping[str, Any] | None = None) -> MapOf:
+    """How the components of a pipeline in memory are mapped.
+
+    A denoiser runs on tiny made-up inputs. One that takes none of them is outlined if its recipe needs no data; else it runs on the
+    arguments of the first call that its pipeline makes.
+
+    Args:
+        pipe: the pipeline.
+        prompts: one of them is sampled where a call is needed.
+        inputs: the arguments of a real call by name, or of one per denoiser by component; then nothing is made up.
+        call: arguments of the pipeline call.
+    """
+
+    def map_of(name: str, part: nn.Module, recipe: Recipe) -> DenoiserMap:
+        if kind_of_component(name, part) != "denoiser":
+            return outline(part)
+        if inputs is not None:
+            return discover(part, dict(inputs.get(name, inputs)))
+        if recipe.data_free:
+            return discover_or_outline(plain(part))
+        try:
+            return discover(part)
+        except UnsupportedError as error:
+            return discover(part, _first_call(error, pipe, part, prompts, call or {}))
+
+    return map_of
+
+
+def _first_call(refused: UnsupportedError, pipe: Any, part: nn.Module, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
+    """What a denoiser is called with first; the refusal of made-up inputs if its pipeline does not get that far."""
+    try:
+        found = first_call(pipe, plain(part), list(prompts[:1]) or calibration_prompts(pipe, 1), **call)
+    except Exception as error:  # a pipeline can fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(f"{refused}; nor did {type(pipe).__name__} get as far as its first call: {reason}") from error
+    if found is None:
+        raise refused
+    return bind(plain(part), *found)
+
+
+def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str], map_of: MapOf | None = None) -> dict[str, Plan]:
     """A plan for every component. With several, a pattern of the user's counts where it names a layer, and must do so somewhere.
 
     Args:
-        map_of: the map of a component, by name and module.
+        map_of: the map of a component, by name, module and recipe; :func:`mapping` by default.
 
     Raises:
         UnsupportedError: for a component that could not be opened again once it is saved.
     """
+    map_of = map_of or mapping(pipe)
     for name in recipes:
         check_names(name, plain(component_of(pipe, name)))
-    maps = {name: map_of(name, component_of(pipe, name)) for name in recipes}
+    maps = {name: map_of(name, component_of(pipe, name), recipe) for name, recipe in recipes.items()}
     every = [layer for map_ in maps.values() for layer in map_.layers.values()]
     for pattern in skip:
         select(pattern, every)

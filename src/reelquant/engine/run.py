@@ -15,7 +15,7 @@ from reelquant.discover import component_of, denoiser_of
 from reelquant.engine.blocks import solve_blocks
 from reelquant.engine.build import BuiltGroup
 from reelquant.engine.calibration import Calibration, Part, calibrate_together
-from reelquant.engine.components import plan_components, start_measuring
+from reelquant.engine.components import Inputs, mapping, plan_components, start_measuring
 from reelquant.engine.quality import layer_bytes, model_bytes
 from reelquant.engine.report import Report, total
 from reelquant.engine.search import Assignment, Trial, choose, family
@@ -60,6 +60,7 @@ def quantize_components(
     skip: Sequence[str] = (),
     progress: Progress | None = None,
     calibrations: Mapping[str, Calibration] | None = None,
+    inputs: Inputs | None = None,
     **overrides: Any,
 ) -> tuple[Report, dict[str, Calibration]]:
     """Quantize components of a pipeline in place, one after the other.
@@ -74,6 +75,7 @@ def quantize_components(
         skip: further patterns of layers that stay float; each must match in one of the components.
         progress: hears how far the run is.
         calibrations: statistics of an earlier run on the same float models; used if they hold what the recipes need.
+        inputs: arguments of a real call, to map denoisers that take no made-up ones; see :func:`reelquant.engine.components.mapping`.
         overrides: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames`` ...).
 
     Returns:
@@ -83,7 +85,7 @@ def quantize_components(
         ReelQuantError: and the pipeline is as it was.
     """
     modules = {name: component_of(pipe, name) for name in recipes}
-    plans = plan_components(pipe, recipes, skip)
+    plans = plan_components(pipe, recipes, skip, mapping(pipe, prompts or (), inputs, overrides))
     sessions = [Session(pipe, name, module, plans[name], Memory(module), progress or Silent()) for name, module in modules.items()]
     reports = run_all(sessions, calibrations or {}, prompts or (), overrides)
     for session in sessions:

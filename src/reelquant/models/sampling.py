@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reelquant._errors import CalibrationError
 
+FEW = 4  # steps in which both experts of a pipeline are called
 NOTES_FILE = "reelquant.json"  # beside model_index.json: {"call": {recommended arguments}, "prompts": [calibration texts]}
 
 
@@ -84,6 +85,34 @@ def sample(
             result = pipe(prompt=chunk, generator=noise, output_type="latent" if output == "latent" else "pt", **arguments)
             parts.append(_tensor(result))
     return torch.cat(parts)
+
+
+class _Called(Exception):  # noqa: N818
+    """The component was called: no error, but the way out of a pipeline."""
+
+
+def first_call(pipe: Any, module: torch.nn.Module, prompts: Sequence[str], **overrides: Any) -> tuple[tuple, dict[str, Any]] | None:
+    """Positional and keyword arguments of the first call of a component while the pipeline samples; None if it is not called.
+
+    Args:
+        pipe: a diffusers pipeline.
+        module: the component.
+        prompts, overrides: as in :func:`sample`, of which not more than :data:`FEW` steps are run.
+    """
+    seen: list[tuple[tuple, dict[str, Any]]] = []
+
+    def stop(_module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Called
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        sample(pipe, prompts, output="latent", **overrides | {"num_inference_steps": FEW})
+    except _Called:
+        pass
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
 
 
 def _callback(pipe: Any, on_step: Callable[[], None] | None, on_latents: Callable[[int, Tensor], None] | None) -> dict[str, Any]:

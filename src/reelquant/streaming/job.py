@@ -11,16 +11,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from reelquant._errors import UnsupportedError
 from reelquant._version import __version__
 from reelquant.checkpoint import Shards
-from reelquant.discover import discover, stand_in
+from reelquant.discover import discover, discover_or_outline, stand_in
 from reelquant.engine.build import Context, GroupWork, build_layer
 from reelquant.engine.choice import Choice
 from reelquant.engine.components import plan_components
 from reelquant.engine.plan import Plan
 from reelquant.models.lora import adapter_file
 from reelquant.recipes.recipe import Recipe
+from reelquant.sites import DenoiserMap
 from reelquant.stages import Rewrite, Specs
 from reelquant.streaming.estimate import Estimate, estimate
 from reelquant.streaming.log import digest
@@ -41,6 +44,11 @@ def _versions() -> dict[str, str]:
 
 def _stamp(file: Path) -> list[int]:
     return [file.stat().st_size, file.stat().st_mtime_ns]
+
+
+def _map_of(name: str, part: nn.Module, recipe: Recipe) -> DenoiserMap:
+    """Of a denoiser without weights; one that cannot be probed is outlined where the recipe needs no data."""
+    return discover_or_outline(part, stand_in) if recipe.data_free else discover(stand_in(part))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +88,7 @@ class Job:
             UnsupportedError: for a component that is not a denoiser of the pipeline.
         """
         source.check_denoisers(recipes)
-        plans = plan_components(source.pipe, recipes, skip, lambda name, part: discover(stand_in(part)))
+        plans = plan_components(source.pipe, recipes, skip, _map_of)
         return cls(source, plans, prompts, call, budget, adapters or {})
 
     def check(self) -> None:
