@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_inputs_that_the_message_names_are_taken() -> None:
     class Alone:
         """Cannot be called."""
 
-        components: dict[str, Any] = {}
+        components: ClassVar[dict[str, Any]] = {}
 
     pipe = Alone()
     pipe.components = {"transformer": pipeline().transformer}

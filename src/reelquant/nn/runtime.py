@@ -11,6 +11,7 @@ from reelquant.kernels.attention import AttentionQuant
 from reelquant.nn.around.attention import round_attention, rounded_attention, start_attention, stop_attention
 from reelquant.nn.around.fuse import fuse_activations, part_activations
 from reelquant.nn.around.tokenwise import block_tokens, unblock_tokens
+from reelquant.nn.casting import accept_own_dtype, refuse_own_dtype
 from reelquant.nn.host_memory import trim_heap
 from reelquant.nn.refusals import allow, refuse
 from reelquant.nn.residency import many_at_once
@@ -25,6 +26,7 @@ def start_runtime(model: nn.Module, attention: AttentionQuant | None = None) -> 
         attention: what its attention rounds; None leaves that as it is.
     """
     refuse(model)
+    accept_own_dtype(model)
     _at_first_call(model, True)
     if attention is not None:
         round_attention(model, attention)
@@ -39,6 +41,7 @@ def start_runtime(model: nn.Module, attention: AttentionQuant | None = None) -> 
 def stop_runtime(model: nn.Module) -> None:
     """Undo :func:`start_runtime`."""
     allow(model)
+    refuse_own_dtype(model)
     _at_first_call(model, False)
     stop_attention(model)
     unblock_tokens(model)
@@ -96,6 +99,7 @@ def set_kernels(model: nn.Module, name: str) -> None:
         layer.release()
         layer.kernels = name
     refuse(model)
+    accept_own_dtype(model)
     if (rounded := rounded_attention(model)) is not None:
         round_attention(model, rounded.numbers, name)
     if name == "auto":
