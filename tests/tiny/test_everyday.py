@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -152,7 +152,7 @@ def test_a_fresh_process_gives_the_same(name: str, tmp_path: Path) -> None:
     code = f"""
 import torch, reelquant
 from pathlib import Path
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import save_file
 from tests.tiny.bundled import latents
 pipe = DiffusionPipeline.from_pretrained({str(folder(name))!r})
@@ -269,10 +269,51 @@ def test_state_dicts_hold_the_codes_also_while_a_kernel_owns_them(name: str) -> 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_casting_is_refused(name: str) -> None:
     pipe = opened(name)
-    for cast in (denoiser(pipe).half, denoiser(pipe).float, lambda: denoiser(pipe).to(torch.bfloat16)):
+    for cast in (denoiser(pipe).half, denoiser(pipe).bfloat16, lambda: denoiser(pipe).to(torch.bfloat16)):
         with pytest.raises(ValueError, match="quantized"):
             cast()
     assert is_expected(latents(pipe), name)
+
+
+def test_a_cast_to_the_dtype_that_the_model_has_passes_and_changes_nothing() -> None:
+    pipe = opened("tiny-dit")
+    model = denoiser(pipe)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for cast in (model.float, lambda: model.to(torch.float32), lambda: model.to("cpu", torch.float32), lambda: model.to(dtype=model.dtype)):
+        assert cast() is model
+    assert all(value.dtype == before[key].dtype and torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    other = WanPipeline.from_pipe(pipe)
+    assert is_expected(latents(other), "tiny-dit")
+    twin = copy.deepcopy(model)
+    assert twin.to(torch.float32) is twin, "the copy would answer with the model that it was copied from"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_image_adapters_are_loaded_beside_quantized_layers(dtype: torch.dtype) -> None:
+    """diffusers casts the UNet to its own dtype in the end, which the adapter is then in."""
+    pipe = reelquant.load(folder("tiny-unet"), dtype=dtype)
+    unet = pipe.unet
+    layers = {name: layer.weight.dtype for name, layer in quantized_layers(unet).items()}
+    crossed = [name for name in unet.attn_processors if "attn2" in name and "motion_modules" not in name]
+    width = unet.config.cross_attention_dim
+    widths = {name: unet.get_submodule(name.removesuffix(".processor")).to_k.out_features for name in crossed}
+    state = {
+        "image_proj": {
+            "proj.weight": torch.randn(4 * width, 8), "proj.bias": torch.randn(4 * width),
+            "norm.weight": torch.ones(width), "norm.bias": torch.zeros(width),
+        },
+        "ip_adapter": {
+            f"{2 * number + 1}.to_{part}_ip.weight": torch.randn(widths[name], width)
+            for number, name in enumerate(crossed)
+            for part in "kv"
+        },
+    }  # fmt: skip
+    unet._load_ip_adapter_weights([state])
+    assert {name: layer.weight.dtype for name, layer in quantized_layers(unet).items()} == layers
+    assert {parameter.dtype for name, parameter in unet.named_parameters() if "_ip." in name or "encoder_hid" in name} == {dtype}
+    embeds = [torch.randn(2, 1, 8, dtype=dtype)]
+    call = call_arguments(pipe) | dict(num_inference_steps=1, num_frames=4, output_type="latent", ip_adapter_image_embeds=embeds)
+    assert bool(bundled.quiet(pipe)("a red ball", **call).frames.isfinite().all())
 
 
 @pytest.mark.parametrize("name", PIPELINES)
