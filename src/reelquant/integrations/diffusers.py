@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from accelerate.utils import set_module_tensor_to_device
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ from reelquant.checkpoint import METHOD, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
 from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
 from reelquant.models.blank import check_names
-from reelquant.nn import get_module, start_clock
+from reelquant.nn import get_module, is_narrow, start_clock, widened
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
 
@@ -76,7 +78,10 @@ class ReelQuantizer(DiffusersQuantizer):
                 )
 
     def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any) -> bool:
-        """Every tensor of a layer that is quantized, or about to be, is ours."""
+        """Every tensor of a layer that is quantized, or about to be, is ours; so are float8 ones of others, which diffusers would not cast."""
+        return self._ours(param_name) or is_narrow(param_value)
+
+    def _ours(self, param_name: str) -> bool:
         if self.on_the_fly is not None:
             return self.on_the_fly.wants(param_name)
         return self.stored is not None and param_name.rpartition(".")[0] in self.stored.layers
@@ -97,9 +102,15 @@ class ReelQuantizer(DiffusersQuantizer):
         target_device: Any,
         state_dict: Mapping[str, Tensor],
         *args: Any,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         """Put a stored tensor into its layer, uncast; only the bias that the float layer had arrives in the load dtype."""
+        if not self._ours(param_name):
+            set_module_tensor_to_device(model, param_name, target_device, widened(param_value, dtype))
+            return
+        if param_name.endswith(".bias"):
+            param_value = widened(param_value, dtype)
         if self.on_the_fly is not None:
             self.on_the_fly.take(param_name, state_dict[param_name].to(target_device), param_value.to(target_device))
             return

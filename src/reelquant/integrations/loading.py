@@ -33,6 +33,7 @@ from reelquant.nn import (
     start_runtime,
     stop_clock,
     stop_runtime,
+    widened,
 )
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.refusals import refuse_saving
@@ -109,6 +110,7 @@ class OnTheFly:
             CalibrationError: if it holds NaN or inf.
         """
         path, _, tensor = name.rpartition(".")
+        stored = widened(stored)
         if not bool(stored.isfinite().all()):
             raise CalibrationError(f"the {tensor} of layer '{path}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
         layer = get_module(self.model, path)

@@ -4,6 +4,7 @@ here."""
 from reelquant.nn.around.attention import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
 from reelquant.nn.extended import prepares_input, quantized_class
 from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from reelquant.nn.narrow import is_narrow, widened, widened_layer
 from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
 from reelquant.nn.saturation import Clipped, Saturation
 from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, LayerTensors, TensorLayout, buffer_shapes
@@ -44,6 +45,7 @@ __all__ = [
     "dequantized",
     "expected_attention",
     "get_module",
+    "is_narrow",
     "kernels_of",
     "layer_facts",
     "prepares_input",
@@ -58,6 +60,8 @@ __all__ = [
     "stop_attention",
     "stop_clock",
     "stop_runtime",
+    "widened",
+    "widened_layer",
 ]
 
 take_over_codes()
