@@ -221,6 +221,7 @@ def scramble(folder: Path) -> None:
 
 
 def pickle_in(folder: Path) -> None:
+    (folder / "transformer" / WEIGHTS).unlink()
     torch.save({}, folder / "transformer" / "diffusion_pytorch_model.bin")
 
 

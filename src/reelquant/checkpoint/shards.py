@@ -15,8 +15,8 @@ from torch import Tensor
 
 from reelquant._errors import CheckpointError
 from reelquant.models.blank import read_json
+from reelquant.models.weight_files import STEMS, main_file
 
-STEMS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call their weights
 # Names of the format, in the order in which tensors lie in a file: wide ones first, so that all are aligned.
 DTYPES = {
     "I64": torch.int64,
@@ -84,12 +84,9 @@ class Shards:
         Raises:
             CheckpointError: if it holds none, or files that its index names are missing or broken.
         """
-        for stem in STEMS:
-            index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-            if index.is_file():
-                return cls(_indexed(index))
-            if single.is_file():
-                return cls([single])
+        file = main_file(folder)
+        if file is not None:
+            return cls(_indexed(file) if file.suffix == ".json" else [file])
         raise CheckpointError(
             f"'{folder}' holds no weights: looked for {' and '.join(f'{stem}.safetensors' for stem in STEMS)}, also sharded"
         )

@@ -78,7 +78,7 @@ class ReelQuantizer(DiffusersQuantizer):
                 )
 
     def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: Any, **kwargs: Any) -> bool:
-        """Every tensor of a layer that is quantized, or about to be, is ours; so are float8 ones of others, which diffusers would not cast."""
+        """Every tensor of a layer that is quantized, or about to be, is ours, and float8 ones of others, which diffusers would not cast."""
         return self._ours(param_name) or is_narrow(param_value)
 
     def _ours(self, param_name: str) -> bool:

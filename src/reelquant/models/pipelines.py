@@ -12,6 +12,7 @@ import torch
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
 from reelquant.models.sampling import notes
+from reelquant.models.weight_files import PICKLES, component_folders, loaded_files, sole_variant
 from reelquant.nn import count_weights
 
 BUNDLED = ("tiny-dit", "tiny-unet")
@@ -69,8 +70,14 @@ def local_folder(model: str | Path) -> Path:
         raise CheckpointError(f"cannot download pipeline '{model}': {type(error).__name__}: {reason}") from error
 
 
-def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", variant: str | None = None) -> Any:
     """Load a pipeline with stock ``DiffusionPipeline.from_pretrained``; safetensors only.
+
+    Args:
+        model: bundled name, folder or hub id.
+        dtype: of the float parts.
+        device: where to.
+        variant: of the weight files, ``fp16``; found without being told where a folder holds one variant and nothing else.
 
     Raises:
         CheckpointError: if it does not exist, is truncated or corrupt, or holds pickled weights.
@@ -79,9 +86,10 @@ def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
 
     folder = locate(model)
     if Path(folder).is_dir():
-        check_folder(Path(folder))
+        variant = variant or sole_variant(Path(folder))
+        check_folder(Path(folder), variant)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
     except ReelQuantError:
         raise
     except Exception as error:
@@ -128,18 +136,20 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse pickled, truncated and corrupt weight files before anything is loaded.
+def check_folder(folder: Path, variant: str | None = None) -> None:
+    """Refuse pickled, truncated and corrupt weight files before anything is loaded. What would not be loaded is not looked at.
 
     Raises:
         CheckpointError: naming the file.
     """
     from safetensors import SafetensorError, safe_open
 
-    for file in files_in(folder):
-        if file.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"):
-            raise CheckpointError(f"'{file}' is a pickle file and is refused: it can run code. Convert it to safetensors first")
-        if file.suffix == ".safetensors":
+    for component in component_folders(folder):
+        files = loaded_files(component, variant)
+        for file in sorted(component.iterdir()) if not files else ():
+            if file.suffix in PICKLES:
+                raise CheckpointError(f"'{file}' is a pickle file and is refused: it can run code. Convert it to safetensors first")
+        for file in files:
             try:
                 with safe_open(file, "pt") as opened:
                     opened.keys()

@@ -1,4 +1,4 @@
-"""Float weights that are stored in one byte a number: checkpoints in float8, layerwise casting. They are widened before they are looked at."""
+"""Float weights of one byte a number (checkpoints in float8, layerwise casting), which are widened before they are looked at."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from reelquant.checkpoint import Workspace
 from reelquant.models.blank import CLASS
 from reelquant.models.lora import LoraFiles
 from reelquant.models.pipelines import cannot_open
+from reelquant.models.weight_files import sole_variant, variants
 from reelquant.streaming.job import Job
 from reelquant.streaming.offload import keep
 from reelquant.streaming.source import Source
@@ -69,7 +70,7 @@ def _open(job: Job, work: Workspace) -> Any:
     parts = {name: disk.model for name, disk in source.disks.items()}
     for name in job.offloaded:
         parts[name] = _text_encoder(source, name, source.modules[name][1], work.folder / "work" / "offload")
-    pipe = kind.from_pretrained(source.folder, dtype=source.dtype, use_safetensors=True, **parts)
+    pipe = kind.from_pretrained(source.folder, dtype=source.dtype, use_safetensors=True, variant=sole_variant(source.folder), **parts)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module) and name not in parts:
             part.to(source.device)
@@ -84,4 +85,6 @@ def _text_encoder(source: Source, name: str, cls: str, offload: Path) -> nn.Modu
 
     offload.mkdir(parents=True, exist_ok=True)
     kind = getattr(transformers, cls)
-    return kind.from_pretrained(source.folder / name, dtype=source.dtype, device_map={"": "disk"}, offload_folder=str(offload))
+    variant = next(iter(variants(source.folder / name)), None)
+    options = dict(dtype=source.dtype, variant=variant, device_map={"": "disk"}, offload_folder=str(offload))
+    return kind.from_pretrained(source.folder / name, **options)

@@ -17,6 +17,7 @@ from reelquant.checkpoint import INDEX, Shards
 from reelquant.discover import denoisers_of
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.pipelines import check_folder, files_in
+from reelquant.models.weight_files import PICKLES, sole_variant
 from reelquant.streaming.offload import OnDisk, hollow
 
 WEIGHTS = (".safetensors", ".gguf")
@@ -49,7 +50,7 @@ class Source:
             UnsupportedError: if the pipeline has no denoiser, or is quantized.
         """
         path = Path(folder)
-        check_folder(path)
+        check_folder(path, sole_variant(path))
         source = cls(path, read_json(path / INDEX), dtype, device, {})
         source.check_complete()
         models = {name: hollow(path / name, dtype) for name, (library, _) in source.modules.items() if library == "diffusers"}
@@ -112,12 +113,12 @@ class Source:
     def files(self) -> dict[str, Path]:
         """What makes the pipeline, by path in the folder: files beside the components, and those of the components.
 
-        Left out are hidden files, the whole model once more in one file for other programs, and folders that are no component: an
-        output may lie in the folder of its source.
+        Left out are hidden files, pickles, which are not loaded, the whole model once more in one file for other programs, and folders
+        that are no component: an output may lie in the folder of its source.
         """
         beside = [file for file in self.folder.iterdir() if not file.is_dir() and file.suffix not in WEIGHTS]
         files = [file for part in (beside, *(files_in(self.folder / name) for name in self.components)) for file in part]
-        found = {str(file.relative_to(self.folder)): file for file in sorted(files)}
+        found = {str(file.relative_to(self.folder)): file for file in sorted(files) if file.suffix not in PICKLES}
         return {name: file for name, file in found.items() if not any(word.startswith(".") for word in Path(name).parts)}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from reelquant.checkpoint import REPORT_FILE, Spec, Workspace, describe, forget_paths, whole_file, write_tensors
 from reelquant.engine.session import Session
 from reelquant.models.pipelines import mark_quantized
+from reelquant.models.weight_files import plain_name
 from reelquant.nn import stop_clock
 from reelquant.streaming.job import Job
 from reelquant.streaming.pieces import read_about
@@ -44,10 +45,13 @@ INDEX_FILE = "diffusion_pytorch_model.safetensors.index.json"
 
 
 def copy_others(job: Job, work: Workspace) -> None:
-    """Everything that is not quantized, byte for byte. Copies, not links: a link would let a later save write into the source."""
+    """Everything that is not quantized, byte for byte, a variant of weights under their plain name.
+
+    Copies, not links: a link would let a later save write into the source.
+    """
     for name, file in job.source.files().items():
         if Path(name).parts[0] in job.plans or name == REPORT_FILE:
             continue
-        target = work.result / name
+        target = work.result / Path(name).with_name(plain_name(file))
         if not target.is_file():
             whole_file(target, lambda place, file=file: shutil.copyfile(file, place))

@@ -254,6 +254,7 @@ def test_truncated_weights(copy: Path, tmp_path: Path) -> None:
 
 
 def test_pickled_weights_are_refused(copy: Path, tmp_path: Path) -> None:
+    next((copy / "transformer").glob("*.safetensors")).unlink()
     (copy / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     assert "pickle file and is refused" in fails("quantize", copy, "-r", "w8a16", "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
