@@ -25,6 +25,7 @@ from reelquant.models.blank import check_names
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import first_call
+from reelquant.nn import check_finite
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.recipes.text import EXTENDS
 from reelquant.sites import DenoiserMap, select
@@ -171,11 +172,13 @@ def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str
         map_of: the map of a component, by name, module and recipe; :func:`mapping` by default.
 
     Raises:
+        CalibrationError: for a component whose weights are not finite.
         UnsupportedError: for a component that could not be opened again once it is saved.
     """
     map_of = map_of or mapping(pipe)
     for name in recipes:
         check_names(name, plain(component_of(pipe, name)))
+        check_finite(name, component_of(pipe, name))
     maps = {name: map_of(name, component_of(pipe, name), recipe) for name, recipe in recipes.items()}
     every = [layer for map_ in maps.values() for layer in map_.layers.values()]
     for pattern in skip:

@@ -20,11 +20,14 @@ from reelquant.graphs import set_runtime
 from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
 from reelquant.integrations.options import SKIPPED, pattern_of, with_options
 from reelquant.nn import (
+    QuantLayer,
     attention_facts,
+    broken,
     count_tensors,
     count_weights,
     dequantized,
     get_module,
+    is_finite,
     kernels_of,
     quantized_class,
     quantized_layers,
@@ -79,6 +82,7 @@ def start_loaded(model: nn.Module, stored: Stored) -> None:
     start_runtime(model, stored.attention)
     install_stored(model, stored.reuse)
     count_weights(model)
+    _align(model)
     _log_proof(model, checked)
     trim_heap()
 
@@ -111,8 +115,8 @@ class OnTheFly:
         """
         path, _, tensor = name.rpartition(".")
         stored = widened(stored)
-        if not bool(stored.isfinite().all()):
-            raise CalibrationError(f"the {tensor} of layer '{path}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
+        if not is_finite(stored):
+            raise CalibrationError(broken(tensor, path))
         layer = get_module(self.model, path)
         layer._parameters[tensor] = nn.Parameter(stored, requires_grad=False)
         if tensor == "bias":
@@ -195,6 +199,22 @@ def _float_layer(model: nn.Module, name: str) -> Any:
     if quantized_class(module) is None:
         raise CheckpointError(f"quantization_config names '{name}', which is a {type(module).__name__} and has no quantized form")
     return module
+
+
+ALIGNED = 64  # bytes; where torch puts tensors of its own
+
+
+def _align(model: nn.Module) -> None:
+    """Move float tensors from odd addresses of a mapped file into memory of their own.
+
+    Matrix products of the libraries that torch calls sum in another order there. So a model that was quantized while it was loaded and the
+    same one opened again, whose files are laid out differently, would differ in the last bits.
+    """
+    for module in model.modules():
+        for value in () if isinstance(module, QuantLayer) else module.parameters(recurse=False):
+            if value.device.type == "cpu" and value.data_ptr() % ALIGNED:
+                mapped, value.data = value.data, value.data.clone()
+                release_mmap_pages(mapped)
 
 
 def _log_proof(model: nn.Module, checked: int) -> None:

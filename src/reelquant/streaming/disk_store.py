@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from reelquant._errors import CalibrationError
 from reelquant.checkpoint import Shards, whole_file
 from reelquant.engine.build import Built, BuiltGroup, Context, build_layer, folded, prepare_group
 from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan
-from reelquant.nn import KernelFacts, QuantLayer, get_module
+from reelquant.nn import KernelFacts, QuantLayer, broken, get_module, is_finite
 from reelquant.sites import Group
 from reelquant.streaming.job import Job
 from reelquant.streaming.journal import Journal
@@ -68,9 +69,12 @@ class DiskStore:
         return torch.device(self.job.source.device).type
 
     def check_weights(self, plan: Plan) -> None:
-        """Refuse float layers that are not finite; those that are quantized are checked when they are built."""
-        for row in plan.skipped:
-            self.disk.layer(row.layer.name)
+        """Refuse what stays float if it is not finite; layers that are quantized are checked when they are built."""
+        quantized = {row.layer.name for row in plan.quantized}
+        for name in self.disk.model.state_dict():
+            layer, _, tensor = name.rpartition(".")
+            if layer not in quantized and not is_finite(self.disk.load(name)):
+                raise CalibrationError(broken(tensor, layer or type(self.disk.model).__name__))
 
     def float_layer(self, name: str) -> nn.Module:
         """A float layer, read from its shard."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError, CheckpointError
 from reelquant.checkpoint import Shards, Spec
 from reelquant.models.blank import blank_model
-from reelquant.nn import QuantLayer, get_module
+from reelquant.nn import QuantLayer, broken, get_module, is_finite
 
 Put = list[tuple[dict[str, Any], str, Tensor]]  # where a tensor was put, and what was there before
 
@@ -125,8 +125,8 @@ class OnDisk:
 
     def _finite(self, name: str, key: str) -> Tensor:
         value = self._float(f"{name}.{key}", getattr(get_module(self.model, name), key).dtype)
-        if not bool(value.isfinite().all()):
-            raise CalibrationError(f"the {key} of layer '{name}' holds NaN or inf; the checkpoint is damaged or overflowed in float16")
+        if not is_finite(value):
+            raise CalibrationError(broken(key, name))
         return value.to(self.device)
 
     def filled_copy(self, name: str) -> nn.Module:

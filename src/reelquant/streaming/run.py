@@ -14,12 +14,13 @@ from typing import Any
 
 from reelquant._progress import Progress, Silent
 from reelquant.checkpoint import REPORT_FILE, Workspace, workspace
+from reelquant.discover import modules_of
 from reelquant.engine.components import default_texts
 from reelquant.engine.report import Report, total
 from reelquant.engine.run import run_all
 from reelquant.engine.session import Session
 from reelquant.models.lora import short_names
-from reelquant.nn import stop_clock
+from reelquant.nn import check_finite, stop_clock
 from reelquant.streaming.disk_store import DiskStore
 from reelquant.streaming.estimate import check_room
 from reelquant.streaming.job import Job
@@ -45,6 +46,8 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
     with workspace(output, job.identity(), resume=resume, force=force) as work:
         check_room(work, expected)
         pipe = open_pipeline(job, work) if job.opens else None
+        for name, part in modules_of(pipe).items() if pipe is not None else ():
+            check_finite(name, part)
         room = functools.partial(check_room, work, expected)
         report = _components(job, work, pipe, progress or Silent(), room)
         copy_others(job, work)
