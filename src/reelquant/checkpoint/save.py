@@ -86,7 +86,7 @@ def _describe(pipe: Any) -> None:
 
 
 def _check_complete(pipe: Any, folder: Path) -> None:
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     for name, part in pipe.components.items():
         if part is not None and index.get(name) in (None, [None, None]):
             raise UnsupportedError(f"diffusers cannot save component '{name}' ({type(part).__name__}), the folder would not open again")

@@ -107,7 +107,7 @@ def _remove_if_empty(folder: Path) -> None:
 def _begin(work: Workspace, identity: dict[str, Any], *, resume: bool, force: bool) -> None:
     """Take up the work that is there, or leave nothing of it."""
     known = work.folder / IDENTITY
-    before = json.loads(known.read_text()) if known.is_file() else GIVEN_UP
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else GIVEN_UP
     if before != GIVEN_UP and not resume and not force:
         raise CheckpointError(
             f"'{work.folder}' holds an interrupted run; go on with resume=True (--resume), or give it up with force=True (--force)"

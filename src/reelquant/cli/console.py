@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -24,8 +25,26 @@ from rich.progress import (
 
 PIPED = 120  # columns if the output is not a terminal and COLUMNS is not set
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED)
-err = Console(stderr=True, highlight=False)
+
+class Screen(Console):
+    """A console that does not decide how a command ends."""
+
+    def on_broken_pipe(self) -> None:
+        """Who reads the output has gone (``| head``): what is written goes on, and what is said about it goes nowhere."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+out = Screen(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED)
+err = Screen(stderr=True, highlight=False)
+
+
+def take_any_text() -> None:
+    """Let both streams take every character; a code page that lacks one (a check mark, a prompt in another script) gets ``?`` for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
 
 PHASES = {
     "open": "opening the pipeline",

@@ -99,7 +99,7 @@ def _target(output: Path) -> Path:
 
 def _is_demo(path: Path) -> bool:
     file = path / RESULTS
-    return file.is_file() and '"made_by": "reelquant demo"' in file.read_text(errors="replace")
+    return file.is_file() and '"made_by": "reelquant demo"' in file.read_text(encoding="utf-8", errors="replace")
 
 
 @contextmanager

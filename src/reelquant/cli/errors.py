@@ -58,8 +58,9 @@ class Verbs(TyperGroup):
         debug = bool(ctx.params.get("debug"))
         try:
             with terminable():
-                from reelquant.cli.console import quiet_libraries
+                from reelquant.cli.console import quiet_libraries, take_any_text
 
+                take_any_text()
                 if not debug:
                     quiet_libraries()
                 return super().invoke(ctx)

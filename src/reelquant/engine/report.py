@@ -101,7 +101,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n")
+        Path(path).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _SUMS = ("bytes_float", "bytes_quantized", "bytes_tables", "bytes_model_float", "bytes_model")

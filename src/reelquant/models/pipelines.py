@@ -160,7 +160,7 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
 def calibration_prompts(pipe: Any, count: int) -> list[str]:
     """Texts that suit the pipeline: those its folder names, else the general video prompts that come with the library."""
     own = notes(pipe).get("prompts")
-    texts = own or resources.files("reelquant.models").joinpath("prompts.txt").read_text().splitlines()
+    texts = own or resources.files("reelquant.models").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
     return [texts[i % len(texts)] for i in range(count)]
 
 

@@ -26,12 +26,12 @@ def notes(pipe: Any) -> dict[str, Any]:
 def folder_notes(folder: str | Path) -> dict[str, Any]:
     """The ``reelquant.json`` of a pipeline folder; empty if there is none."""
     file = Path(folder) / NOTES_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def write_notes(folder: str | Path, call: dict[str, Any], prompts: Sequence[str]) -> None:
     """Leave ``reelquant.json`` in a pipeline folder: the arguments it samples best with, and texts to calibrate it on."""
-    Path(folder, NOTES_FILE).write_text(json.dumps({"call": call, "prompts": list(prompts)}, indent=2) + "\n")
+    Path(folder, NOTES_FILE).write_text(json.dumps({"call": call, "prompts": list(prompts)}, indent=2) + "\n", encoding="utf-8")
 
 
 def call_arguments(pipe: Any, **overrides: Any) -> dict[str, Any]:

@@ -121,7 +121,7 @@ class DiskStore:
                 peer.keeper.forget(self._phase)
             if self.plan.recipe.search.scope == "model":
                 self.drafts_done()
-        return json.loads(record.read_text())
+        return json.loads(record.read_text(encoding="utf-8"))
 
     def drafts_done(self) -> None:
         """Remove the files of drafts."""
@@ -170,7 +170,7 @@ class DiskStore:
             for name in built.layers:
                 if (file := folder / f"{name}.safetensors").is_file():
                     self._use(built, name, file)
-        return json.loads((folder / "done.json").read_text())
+        return json.loads((folder / "done.json").read_text(encoding="utf-8"))
 
     def remember(self, key: Any, value: Any) -> None:
         """A block is done; its better layers have been written."""

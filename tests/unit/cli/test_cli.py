@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,32 @@ def test_truncated_weights(copy: Path, tmp_path: Path) -> None:
     assert "truncated or corrupt" in line
     assert file.name in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.full)])
+def test_a_console_that_lacks_characters_does_not_fail_a_finished_run(encoding: str, model: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "reelquant", "quantize", str(model), "-r", "w8a16", "-o", str(tmp_path / "ö✓")]
+    done = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"? " in done.stdout
+    assert (tmp_path / "ö✓" / "model_index.json").is_file()
+
+
+def test_a_reader_that_goes_does_not_fail_a_finished_run(quantized: tuple[Path, Any]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [sys.executable, "-m", "reelquant", "inspect", str(quantized[0]), "--all"]
+    with os.fdopen(writer, "wb") as gone:
+        done = subprocess.run(words, stdout=gone, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_files_are_read_as_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "reelquant.json").write_text('{"prompts": ["une étoile ✓"]}', encoding="utf-8")
+    code = f"from reelquant.models.sampling import folder_notes; print(ascii(folder_notes({str(tmp_path)!r})['prompts'][0]))"
+    env = os.environ | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env, check=True, text=True)
+    assert done.stdout.strip() == ascii("une étoile ✓")
 
 
 def test_pickled_weights_are_refused(copy: Path, tmp_path: Path) -> None:
