@@ -21,6 +21,7 @@ from reelquant.discover import (
     plain,
 )
 from reelquant.engine.plan import Plan, make_plan
+from reelquant.engine.undisturbed import undisturbed
 from reelquant.models.blank import check_names
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.models.pipelines import calibration_prompts
@@ -176,11 +177,13 @@ def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str
         UnsupportedError: for a component that could not be opened again once it is saved.
     """
     map_of = map_of or mapping(pipe)
-    for name in recipes:
-        check_names(name, plain(component_of(pipe, name)))
-        check_finite(name, component_of(pipe, name))
-    maps = {name: map_of(name, component_of(pipe, name), recipe) for name, recipe in recipes.items()}
+    parts = {name: plain(component_of(pipe, name)) for name in recipes}
+    for name, part in parts.items():
+        check_names(name, part)
+        check_finite(name, part)
+    with undisturbed(modules_of(pipe).values()):
+        maps = {name: map_of(name, parts[name], recipe) for name, recipe in recipes.items()}
     every = [layer for map_ in maps.values() for layer in map_.layers.values()]
     for pattern in skip:
         select(pattern, every)
-    return {name: make_plan(recipes[name], map_, component_of(pipe, name), skip) for name, map_ in maps.items()}
+    return {name: make_plan(recipes[name], map_, parts[name], skip) for name, map_ in maps.items()}

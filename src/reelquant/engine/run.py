@@ -11,7 +11,7 @@ from torch import Tensor
 from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant.clock import Clock
-from reelquant.discover import component_of, denoiser_of, modules_of
+from reelquant.discover import component_of, denoiser_of, modules_of, plain
 from reelquant.engine.blocks import solve_blocks
 from reelquant.engine.build import BuiltGroup
 from reelquant.engine.calibration import Calibration, Part, calibrate_together
@@ -21,6 +21,7 @@ from reelquant.engine.report import Report, total
 from reelquant.engine.search import Assignment, Trial, choose, family
 from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
+from reelquant.engine.undisturbed import undisturbed
 from reelquant.formats.criteria import latent_psnrs
 from reelquant.nn import Saturation, check_finite, get_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.recipe import Recipe
@@ -84,13 +85,14 @@ def quantize_components(
     Raises:
         ReelQuantError: and the pipeline is as it was.
     """
-    modules = {name: component_of(pipe, name) for name in recipes}
+    modules = {name: plain(component_of(pipe, name)) for name in recipes}
     for name, part in modules_of(pipe).items():  # broken ones beside those that are quantized would break the clips just as well
         if name not in modules:
             check_finite(name, part)
     plans = plan_components(pipe, recipes, skip, mapping(pipe, prompts or (), inputs, overrides))
     sessions = [Session(pipe, name, module, plans[name], Memory(module), progress or Silent()) for name, module in modules.items()]
-    reports = run_all(sessions, calibrations or {}, prompts or (), overrides)
+    with undisturbed(modules_of(pipe).values()):
+        reports = run_all(sessions, calibrations or {}, prompts or (), overrides)
     for session in sessions:
         session.commit()
         start_runtime(session.denoiser)
