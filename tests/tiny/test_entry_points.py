@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoModel, FirstBlockCacheConfig, WanTransformer3DModel
 
 import reelquant
-from reelquant import ReelQuantConfig
+from reelquant import ReelQuantConfig, UnsupportedError
 from reelquant.models.pipelines import bundled_path
 from reelquant.nn import quantized_layers
 from tests.tiny.bundled import CALL, PROMPT, RECIPE, denoiser, quantized, quiet
@@ -62,3 +62,14 @@ def test_a_compiled_model_keeps_in_float32_what_it_wants_there() -> None:
     plain = reelquant.open_pipeline(NAME)
     reelquant.quantize(plain, "w8a16")
     assert quantized_layers(pipe.transformer._orig_mod).keys() == quantized_layers(plain.transformer).keys()
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", RECIPE])
+def test_a_keyword_that_nothing_takes_is_an_error(recipe: Any, tmp_path: Any) -> None:
+    pipe = reelquant.open_pipeline(NAME)
+    message = r"WanPipeline takes no argument 'num_frame'; .*'num_frames'"
+    with pytest.raises(UnsupportedError, match=message):
+        reelquant.quantize(pipe, recipe, PROMPT, num_frame=5)
+    with pytest.raises(UnsupportedError, match=message):
+        reelquant.quantize_folder(NAME, tmp_path / "out", recipe, PROMPT, num_frame=5)
+    assert not quantized_layers(pipe.transformer) and not list(tmp_path.iterdir())

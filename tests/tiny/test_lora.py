@@ -411,6 +411,16 @@ def test_text_encoders_get_their_part_of_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(files.merged("text_encoder", name, weight), weight + 0.5 * delta)
 
 
+def test_pairs_that_fit_no_layer_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = factors("tiny-dit", targets=["attn1.to_q", "attn1.to_v"])
+    LoraFiles(stock("tiny-dit"), {str(written(tmp_path / "all.safetensors", "tiny-dit", good)): 1.0})
+    assert not [record for record in caplog.records if record.name.startswith("reelquant")]
+    more = {key.replace("blocks.", "blocks.9"): value.clone() for key, value in good.items()}
+    LoraFiles(stock("tiny-dit"), {str(written(tmp_path / "half.safetensors", "tiny-dit", good | more)): 1.0})
+    (record,) = [record for record in caplog.records if record.name.startswith("reelquant")]
+    assert f"{len(good) // 2} of {len(good)} pairs are used, the others fit no layer of WanPipeline" in record.getMessage()
+
+
 def test_biases_of_adapters_are_merged(tmp_path: Path) -> None:
     tensors = factors("tiny-dit", targets=["blocks.0.attn1.to_q"])
     bias = torch.randn(len(tensors["blocks.0.attn1.to_q.lora_B.weight"]))

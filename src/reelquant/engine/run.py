@@ -23,6 +23,7 @@ from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
 from reelquant.engine.undisturbed import undisturbed
 from reelquant.formats.criteria import latent_psnrs
+from reelquant.models.sampling import check_call
 from reelquant.nn import Saturation, check_finite, get_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.recipe import Recipe
 
@@ -85,6 +86,7 @@ def quantize_components(
     Raises:
         ReelQuantError: and the pipeline is as it was.
     """
+    check_call(type(pipe), [name for name, value in overrides.items() if value is not None])
     modules = {name: plain(component_of(pipe, name)) for name in recipes}
     for name, part in modules_of(pipe).items():  # broken ones beside those that are quantized would break the clips just as well
         if name not in modules:

@@ -8,6 +8,8 @@ float weight of that layer only.
 from __future__ import annotations
 
 import copy
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError, nearest
 from reelquant.sites import by_component
 
+logger = logging.getLogger(__name__)
 EXPERT = "transformer_2"  # Wan 2.2: the second denoiser, for which diffusers wants to be told that a file is meant
 Adapters = Mapping[str, float] | Mapping[Path, float] | Sequence[str | Path] | str | Path
 """File -> scale, or texts as the command line takes them: ``FILE``, ``FILE:SCALE``, ``transformer_2=FILE:SCALE``."""
@@ -234,8 +237,29 @@ def _load(host: Any, source: str, adapter: str, parts: Mapping[str, nn.Module]) 
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise CheckpointError(f"cannot read adapter '{path}' for {type(host).__name__}: {type(error).__name__}: {reason}") from error
-    if not any(adapter in _adapters(wrapper) for part in parts.values() for wrapper in _tuners(part).values()):
+    used = sum(adapter in _adapters(wrapper) for part in parts.values() for wrapper in _tuners(part).values())
+    if not used:
         raise CheckpointError(f"adapter '{path}' fits no layer of {type(host).__name__} ({', '.join(parts)}); it is for another model")
+    stored = _pairs(host, path)
+    if used < stored:
+        logger.warning(
+            "adapter '%s': %d of %d pairs are used, the others fit no layer of %s (%s)",
+            path,
+            used,
+            stored,
+            type(host).__name__,
+            ", ".join(parts),
+        )
+
+
+def _pairs(host: Any, path: Path) -> int:
+    """For how many layers a file holds a pair of factors, by the names that diffusers translates to; 0 if it holds no such pairs."""
+    found = host.lora_state_dict(str(path.parent), weight_name=path.name, use_safetensors=True)
+    tensors = found[0] if isinstance(found, tuple) else found
+    return len({match[1] for name in tensors if (match := _FACTOR.fullmatch(name))})
+
+
+_FACTOR = re.compile(r"(.+?)\.lora(?:_A|_B|_down|_up|\.down|\.up|_linear_layer\.down|_linear_layer\.up)\.weight")
 
 
 def _tuners(module: nn.Module) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reelquant._errors import CalibrationError
+from reelquant._errors import CalibrationError, UnsupportedError, nearest
 
 FEW = 4  # steps in which both experts of a pipeline are called
+logger = logging.getLogger(__name__)
 NOTES_FILE = "reelquant.json"  # beside model_index.json: {"call": {recommended arguments}, "prompts": [calibration texts]}
 
 
@@ -35,10 +38,30 @@ def write_notes(folder: str | Path, call: dict[str, Any], prompts: Sequence[str]
 
 
 def call_arguments(pipe: Any, **overrides: Any) -> dict[str, Any]:
-    """Arguments for one call: the folder's recommendations, then overrides that are not None; unknown ones are left out."""
-    accepted = inspect.signature(pipe.__call__).parameters
-    chosen = notes(pipe).get("call", {}) | {key: value for key, value in overrides.items() if value is not None}
-    return {key: value for key, value in chosen.items() if key in accepted}
+    """Arguments for one call: the folder's recommendations, as far as the pipeline takes them, then overrides that are not None.
+
+    Raises:
+        UnsupportedError: for an override that the pipeline does not take; the message gives the nearest name.
+    """
+    wanted = {key: value for key, value in overrides.items() if value is not None}
+    accepted = check_call(type(pipe), wanted)
+    return {key: value for key, value in notes(pipe).get("call", {}).items() if key in accepted} | wanted
+
+
+def check_call(kind: type, names: Iterable[str]) -> list[str]:
+    """The names of the arguments that a class of pipelines takes.
+
+    Raises:
+        UnsupportedError: if one that is wanted is not among them; it would be dropped without a word.
+    """
+    accepted = [name for name, p in inspect.signature(kind.__call__).parameters.items() if p.kind in _NAMED and name != "self"]
+    for name in names:
+        if name not in accepted:
+            raise UnsupportedError(f"{kind.__name__} takes no argument '{name}'; {nearest(name, accepted)}")
+    return accepted
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @torch.no_grad()
@@ -84,7 +107,26 @@ def sample(
             noise = [torch.Generator().manual_seed(one) for one in seeds[start : start + batch]]
             result = pipe(prompt=chunk, generator=noise, output_type="latent" if output == "latent" else "pt", **arguments)
             parts.append(_tensor(result))
-    return torch.cat(parts)
+    made = torch.cat(parts)
+    if output == "frames":
+        _tell_sizes(type(pipe).__name__, made, overrides)
+    return made
+
+
+def _tell_sizes(pipeline: str, made: Tensor, wanted: Mapping[str, Any]) -> None:
+    """Warn of sizes that the pipeline rounded to others."""
+    for name, axis in _AXES.items():
+        if made.ndim + axis >= 0 and wanted.get(name) not in (None, made.shape[axis]):
+            _tell_rounded(pipeline, name, wanted[name], made.shape[axis])
+
+
+_AXES = {"num_frames": -4, "height": -2, "width": -1}  # argument of a call -> axis of the clips that it makes
+
+
+@functools.cache
+def _tell_rounded(pipeline: str, name: str, wanted: int, made: int) -> None:
+    """Once for the same sizes."""
+    logger.warning("%s was asked for %s=%s and made %s: its VAE takes certain sizes only", pipeline, name, wanted, made)
 
 
 class _Called(Exception):  # noqa: N818

@@ -85,9 +85,10 @@ class Job:
         """Plan every component; their parameters stay on the meta device.
 
         Raises:
-            UnsupportedError: for a component that is not a denoiser of the pipeline.
+            UnsupportedError: for a component that is not a denoiser of the pipeline, or an argument that its call does not take.
         """
         source.check_denoisers(recipes)
+        source.check_call(call)
         plans = plan_components(source.pipe, recipes, skip, _map_of)
         return cls(source, plans, prompts, call, budget, adapters or {})
 

@@ -17,6 +17,7 @@ from reelquant.checkpoint import INDEX, Shards
 from reelquant.discover import denoisers_of
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.pipelines import check_folder, files_in
+from reelquant.models.sampling import check_call
 from reelquant.models.weight_files import PICKLES, sole_variant
 from reelquant.streaming.offload import OnDisk, hollow
 
@@ -104,6 +105,18 @@ class Source:
                     f"'{name}' is not a denoiser of '{self.folder}', and only denoisers ({', '.join(self.disks)}) are quantized from "
                     "disk to disk; leave it out, or quantize in memory (reelquant.quantize; no --max-memory, no --resume)"
                 )
+
+    def check_call(self, names: Iterable[str]) -> None:
+        """Refuse arguments that the call of the pipeline does not take, if diffusers has its class.
+
+        Raises:
+            UnsupportedError: naming the first.
+        """
+        import diffusers
+
+        kind = getattr(diffusers, str(self.index.get(CLASS)), None)
+        if kind is not None:
+            check_call(kind, names)
 
     def stored(self) -> dict[str, int]:
         """Bytes of every component."""

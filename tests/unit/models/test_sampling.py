@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from reelquant._errors import CalibrationError
+from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant.models.sampling import call_arguments, notes, sample, write_notes
 
 
@@ -51,11 +51,30 @@ def test_a_clip_depends_on_its_seed_and_not_on_the_batch(batch: int) -> None:
 
 def test_arguments_output_and_progress() -> None:
     pipe, heard = Pipe(), []
-    sample(pipe, PROMPTS[:2], output="latent", on_step=lambda: heard.append(1), num_inference_steps=3, height=None, unknown=5)
+    sample(pipe, PROMPTS[:2], output="latent", on_step=lambda: heard.append(1), num_inference_steps=3, height=None)
     assert pipe.seen == [{"prompt": ["a", "bb"], "output_type": "latent", "steps": 3}] and len(heard) == 3
     assert pipe.quiet == [{"disable": True}] and pipe._progress_bar_config == {"desc": "mine"}
     sample(pipe, ["a"])
     assert pipe.seen[-1]["output_type"] == "pt"
+
+
+def test_an_argument_that_the_pipeline_does_not_take_is_an_error() -> None:
+    pipe = Pipe()
+    with pytest.raises(UnsupportedError, match=r"^Pipe takes no argument 'num_infrence_steps'; .*'num_inference_steps'"):
+        sample(pipe, PROMPTS, num_infrence_steps=3)
+    assert not pipe.seen
+
+
+def test_sizes_that_the_pipeline_rounds_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    class Rounding(Pipe):
+        def __call__(self, prompt: list[str], generator: Any, output_type: str, num_frames: int = 9, height: int = 8) -> Any:
+            return SimpleNamespace(frames=torch.zeros(len(prompt), num_frames // 4 * 4 + 1, 3, height, 8))
+
+    for _ in range(2):
+        sample(Rounding(), PROMPTS, num_frames=14, height=8)
+    sample(Rounding(), PROMPTS, num_frames=13)
+    (record,) = caplog.records
+    assert record.getMessage() == "Rounding was asked for num_frames=14 and made 13: its VAE takes certain sizes only"
 
 
 def test_the_progress_bar_comes_back_after_a_failure() -> None:
