@@ -13,6 +13,7 @@ import torch
 
 from reelquant._errors import CalibrationError, RecipeError
 from reelquant.evidence import evaluation
+from reelquant.evidence.causes import differences
 from reelquant.evidence.clips import Clip, find_clips, unpaired
 from reelquant.evidence.evaluation import Evaluation
 from reelquant.evidence.grain import FLAT, growth
@@ -57,6 +58,7 @@ def evaluate(
     call = own.get("call", {}) | {key: value for key, value in call.items() if value is not None}
     batch = batch or (4 if own else 1)
     variants = _variants(test, reference, floor, dtype, options)
+    causes = differences(reference, test)
     kind = str(dtype).removeprefix("torch.")
     with _store(options, _settings(variants, kind, texts, seeds, call, batch)) as store:
         times = Times()
@@ -68,7 +70,7 @@ def evaluate(
         seen = job.saturation("test")
         origin = _origin(variants, kind, job, _proof(test), grain) | {"saturation": seen.facts() if seen.layers else None}
         named = (dict(zip(job.names, values, strict=True)) for values in (texts, seeds))
-        warnings = [sentence] if (sentence := seen.sentence()) else []
+        warnings = [*causes, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
 
 

@@ -1,0 +1,158 @@
+"""What the pipeline under test and its reference differ in beside quantization: figures show that, too, and would be blamed on it.
+
+Folders are looked at without loading them, a row of every tensor at most; pipelines in memory as they are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant.discover import plain
+from reelquant.models.blank import QUANTIZATION, read_json
+from reelquant.models.pipelines import locate
+from reelquant.models.weight_files import INDEX, component_folders, loaded_files, sole_variant
+from reelquant.nn import LAYERS, quantized_layers
+
+CONFIGS = ("config.json", "scheduler_config.json")
+NOT_COMPARED = (QUANTIZATION, "torch_dtype", "dtype", "transformers_version")
+SHOWN = 2  # settings or tensors that a sentence names
+TOO = "figures show that, too"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component.
+
+    Attributes:
+        kind: name of its class.
+        config: its settings, without those that say nothing about the numbers.
+        quantized: whether it has quantized layers.
+        kept: layers of a quantized component that stay float.
+        tensors: the first row of each tensor, by name.
+    """
+
+    kind: str
+    config: Mapping[str, Any]
+    quantized: bool
+    kept: tuple[str, ...]
+    tensors: Mapping[str, Callable[[], Tensor]]
+
+
+def differences(reference: Any, test: Any) -> list[str]:
+    """A sentence for everything that the two differ in beside quantization, or for their being no pair of float and quantized.
+
+    Args:
+        reference, test: bundled name, folder, hub id, or a pipeline in memory; of a hub id nothing is known.
+    """
+    before, after = parts(reference), parts(test)
+    if before is None or after is None:
+        return []
+    if _same(reference, test):
+        return ["test and reference are the very same pipeline: the figures say nothing about quantization"]
+    found = [] if any(part.quantized for part in after.values()) else ["nothing in the pipeline under test is quantized"]
+    for name in before.keys() & after.keys():
+        found += _between(name, before[name], after[name])
+    for names, has, lacks in ((before.keys() - after.keys(), "reference", "test"), (after.keys() - before.keys(), "test", "reference")):
+        found += [f"the {has} has the component '{name}' and the {lacks} does not: {TOO}" for name in names]
+    return sorted(found) + _adapters(reference, "reference") + _adapters(test, "test")
+
+
+def parts(model: Any) -> dict[str, Part] | None:
+    """The components of a pipeline that have settings or weights; None if it is not on this machine."""
+    if not isinstance(model, str | Path):
+        return {name: _of_object(plain(part)) for name, part in model.components.items() if hasattr(part, "config")}
+    folder = Path(locate(model))
+    if not (folder / INDEX).is_file():
+        return None
+    variant = sole_variant(folder)
+    index = read_json(folder / INDEX)
+    described = [part for part in component_folders(folder) if any((part / name).is_file() for name in CONFIGS)]
+    return {part.name: _of_folder(part, str(index[part.name][1]), variant) for part in described}
+
+
+def _of_folder(folder: Path, kind: str, variant: str | None) -> Part:
+    from safetensors import safe_open
+
+    whole = read_json(next(folder / name for name in CONFIGS if (folder / name).is_file()))
+    stored = whole.get(QUANTIZATION) or {}
+
+    def row(file: Path, name: str) -> Tensor:
+        with safe_open(file, "pt") as opened:
+            tensor = opened.get_slice(name)
+            return tensor[:1] if tensor.get_shape() else opened.get_tensor(name)
+
+    tensors: dict[str, Callable[[], Tensor]] = {}
+    for file in loaded_files(folder, variant):
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: lambda file=file, name=name: row(file, name) for name in opened.keys()}  # noqa: SIM118
+    return Part(kind, _settings(whole), bool(stored), tuple(stored.get("ignore", ())), tensors)
+
+
+def _of_object(part: Any) -> Part:
+    config = part.config if isinstance(part.config, Mapping) else part.config.to_dict()
+    if not isinstance(part, nn.Module):
+        return Part(type(part).__name__, _settings(config), False, (), {})
+    layers = quantized_layers(part)
+    kept = tuple(name for name, module in part.named_modules() if isinstance(module, tuple(LAYERS)) and name not in layers)
+    rows = {name: lambda value=value: value[:1] if value.ndim else value for name, value in part.state_dict().items()}
+    return Part(type(part).__name__, _settings(config), bool(layers), kept, rows)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON has them, so that those of a file and of an object are alike."""
+    told = {key: value for key, value in config.items() if key not in NOT_COMPARED and key.strip("_") == key}
+    return json.loads(json.dumps(told, default=str))
+
+
+def _between(name: str, before: Part, after: Part) -> list[str]:
+    if before.kind != after.kind:
+        return [f"'{name}' of the test is a {after.kind}, that of the reference a {before.kind}: {TOO}"]
+    if before.quantized:
+        return [f"'{name}' of the reference is quantized itself: give the float original"]
+    other = [key for key in sorted(before.config.keys() & after.config.keys()) if before.config[key] != after.config[key]]
+    found = []
+    if other:
+        some = ", ".join(f"{key} is {after.config[key]!r:.40}, not {before.config[key]!r:.40}" for key in other[:SHOWN])
+        found.append(f"'{name}' of the test has other settings than that of the reference ({some}{_more(other)}): {TOO}")
+    alike = [key for key in after.tensors if key in before.tensors and (not after.quantized or key.rpartition(".")[0] in after.kept)]
+    changed = [key for key in alike if not _equal(before.tensors[key](), after.tensors[key]())]
+    if changed:
+        some = ", ".join(f"'{key}'" for key in changed[:SHOWN])
+        found.append(f"'{name}' of the test has other float weights than that of the reference ({some}{_more(changed)}): {TOO}")
+    return found
+
+
+def _more(names: list[str]) -> str:
+    return " ..." if len(names) > SHOWN else ""
+
+
+def _equal(before: Tensor, after: Tensor) -> bool:
+    """Whether both hold the same values, or one what is left of the other's in its dtype or in one that it was stored in."""
+    if before.shape != after.shape:
+        return False
+    before, after = before.cpu(), after.cpu()
+    through = {before.dtype, after.dtype, torch.bfloat16, torch.float16}
+    return any(torch.equal(one.to(kind).float(), other.float()) for kind in through for one, other in ((before, after), (after, before)))
+
+
+def _same(reference: Any, test: Any) -> bool:
+    if isinstance(reference, str | Path) and isinstance(test, str | Path):
+        return Path(locate(reference)).resolve() == Path(locate(test)).resolve()
+    return reference is test
+
+
+def _adapters(model: Any, which: str) -> list[str]:
+    """Adapters beside the layers of a pipeline in memory, and those that were merged before a folder was quantized."""
+    if not isinstance(model, str | Path):
+        loaded = {name for part in model.components.values() for name in getattr(part, "peft_config", None) or ()}
+        return [f"adapter '{name}' is loaded into the {which}: {TOO}, unless the other one has it" for name in sorted(loaded)]
+    file = Path(locate(model)) / "report.json"
+    merged = read_json(file).get("adapters") if file.is_file() else None
+    return [f"adapter '{name}' was merged into the {which}: {TOO}, unless the other one has it" for name in merged or ()]

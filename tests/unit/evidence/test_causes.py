@@ -1,0 +1,89 @@
+"""What an evaluation names beside quantization: another scheduler, VAE, text encoder or adapter, and pairs that say nothing."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from peft import LoraConfig
+
+import reelquant
+from reelquant.evidence.causes import differences
+
+NAME = "tiny-dit"
+
+
+@functools.cache
+def quantized() -> Path:
+    pipe = reelquant.open_pipeline(NAME)
+    report = reelquant.quantize(pipe, "w8a16")
+    report.adapters = {"style.safetensors": 1.0}
+    folder = Path(tempfile.mkdtemp(prefix="reelquant-"))
+    reelquant.save(pipe, folder / "with", report, dtype=torch.bfloat16)
+    return reelquant.save(pipe, folder / "q", dtype=torch.bfloat16)
+
+
+def changed(pipe: Any, part: str, tensor: str) -> None:
+    pipe.components[part].get_parameter(tensor).data.view(-1)[0] += 1
+
+
+def adapted(pipe: Any) -> None:
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "style")
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "settings": (
+        lambda pipe: setattr(pipe, "scheduler", FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, shift=7.0)),
+        "'scheduler' of the test has other settings than that of the reference (shift is 1.0, not 7.0): figures show that, too",
+    ),
+    "scheduler": (
+        lambda pipe: setattr(pipe, "scheduler", UniPCMultistepScheduler()),
+        "'scheduler' of the test is a FlowMatchEulerDiscreteScheduler, that of the reference a UniPCMultistepScheduler: "
+        "figures show that, too",
+    ),
+    "vae": (
+        lambda pipe: changed(pipe, "vae", "encoder.conv_in.weight"),
+        "'vae' of the test has other float weights than that of the reference ('encoder.conv_in.weight'): figures show that, too",
+    ),
+    "denoiser": (
+        lambda pipe: changed(pipe, "transformer", "patch_embedding.weight"),
+        "'transformer' of the test has other float weights than that of the reference ('patch_embedding.weight'): figures show that, too",
+    ),
+    "adapter": (adapted, "adapter 'style' is loaded into the reference: figures show that, too, unless the other one has it"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_difference_is_named(change: str) -> None:
+    pipe = reelquant.open_pipeline(NAME)
+    before, sentence = CHANGES[change]
+    before(pipe)
+    assert sentence in differences(pipe, quantized())
+
+
+def test_quantization_alone_is_no_difference() -> None:
+    assert differences(NAME, quantized()) == []
+    assert differences(reelquant.open_pipeline(NAME), reelquant.load(quantized())) == []
+
+
+def test_adapters_that_were_merged_are_named() -> None:
+    (sentence,) = differences(NAME, quantized().with_name("with"))
+    assert sentence.startswith("adapter 'style.safetensors' was merged into the test")
+
+
+def test_pairs_that_say_nothing_are_named() -> None:
+    assert differences(NAME, NAME) == ["test and reference are the very same pipeline: the figures say nothing about quantization"]
+    assert "nothing in the pipeline under test is quantized" in differences(quantized(), NAME)
+    assert "'transformer' of the reference is quantized itself: give the float original" in differences(quantized(), NAME)
+
+
+def test_an_evaluation_carries_the_sentence() -> None:
+    call: dict[str, Any] = dict(num_inference_steps=1, num_frames=5, metrics=["psnr"], floor=["none"])
+    found = reelquant.evaluate(NAME, NAME, ["a red circle"], clips=1, **call)
+    assert "the very same pipeline" in found.data["warnings"][0]
