@@ -28,8 +28,7 @@ from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dt
 from reelquant.observe import Geometry
 
 CHAINED = ("layout", "clock", "keeps", "watch")  # attributes that decide which links a layer needs
-NO_MOMENT = Moment()
-DESCRIPTION = "reelquant"  # key of what a state dict says about a quantized layer beside its tensors
+NO_MOMENT, DESCRIPTION = Moment(), "reelquant"  # the key of what a state dict says about a quantized layer beside its tensors
 
 
 class QuantLayer(nn.Module):
@@ -293,8 +292,8 @@ class QuantLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (codes := self.codes).data_ptr() != self.weight.data_ptr():
             destination[prefix + "weight"] = codes
-        if (facts := getattr(destination, "_metadata", {}).get(prefix[:-1])) is not None:  # float layers that get these tensors read it
-            facts[DESCRIPTION] = {"layout": self.layout.to_json(), "shape": list(self.weight_shape), "layer": self.handle}
+        facts = getattr(destination, "_metadata", {}).get(prefix[:-1], {})  # float layers that get these tensors read it
+        facts[DESCRIPTION] = {"layout": self.layout.to_json(), "shape": list(self.weight_shape), "layer": self.handle}
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.release()
