@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AnimateDiffPipeline, ControlNetModel, DDIMScheduler, MotionAdapter, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 import reelquant
@@ -44,13 +44,17 @@ def sampled(pipe: Any) -> torch.Tensor:
     return quiet(pipe)(PROMPT, generator=torch.Generator().manual_seed(0), **CALL).frames
 
 
-def animated(**options: Any) -> Any:
-    """AnimateDiff around a quantized UNet for pictures."""
+def quantized_unet() -> Any:
     pipe = StableDiffusionPipeline(
         unet=picture_unet(), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts()
     )
     reelquant.quantize(pipe, "w8a16")
-    return AnimateDiffPipeline(unet=pipe.unet, motion_adapter=motion(), **parts(), **options)
+    return pipe.unet
+
+
+def animated() -> Any:
+    """AnimateDiff around a quantized UNet for pictures."""
+    return AnimateDiffPipeline(unet=quantized_unet(), motion_adapter=motion(), **parts())
 
 
 def test_animatediff_around_a_quantized_unet_is_quantized_and_opens_again(tmp_path: Path) -> None:
@@ -62,6 +66,15 @@ def test_animatediff_around_a_quantized_unet_is_quantized_and_opens_again(tmp_pa
     assert len(quantized_layers(again.unet)) == count
     assert again.unet.config.quantization_config.recipe["name"] == "w8a16"
     assert torch.equal(sampled(again), sampled(pipe))
+
+
+def test_a_controlnet_out_of_a_quantized_unet_is_quantized_and_opens_again(tmp_path: Path) -> None:
+    unet = quantized_unet()
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32)).eval()
+    assert len(quantized_layers(net)) > 20
+    net.save_pretrained(tmp_path / "net")
+    again = ControlNetModel.from_pretrained(tmp_path / "net")
+    assert quantized_layers(again).keys() == quantized_layers(net).keys()
 
 
 def test_free_noise_keeps_the_layers_of_the_blocks_that_it_exchanges() -> None:

@@ -10,27 +10,32 @@ from reelquant.checkpoint import adopt
 from reelquant.nn import quantized_layers, start_runtime
 
 KEY = "quantization_config"
+METHODS = ("from_unet2d", "from_unet", "from_transformer")
 
 
-def guard(unets: ModuleType) -> None:
-    """Let the motion UNet of AnimateDiff describe the layers that it takes over from a quantized UNet for pictures.
+def guard(module: ModuleType) -> None:
+    """Let models describe the layers that they take over from a quantized one when they are built.
 
     Args:
-        unets: ``diffusers.models.unets.unet_motion_model``.
+        module: one of :data:`reelquant.integrations.register.REBUILT`.
     """
-    kind: Any = unets.UNetMotionModel
-    build = kind.from_unet2d.__func__
-    if hasattr(build, "__wrapped__"):
-        return
+    for kind in list(vars(module).values()):
+        for name in METHODS:
+            method = vars(kind).get(name) if isinstance(kind, type) and kind.__module__ == module.__name__ else None
+            if isinstance(method, classmethod) and not hasattr(method.__func__, "reelquant"):
+                setattr(kind, name, classmethod(_describing(method.__func__)))
 
+
+def _describing(build: Any) -> Any:
     @functools.wraps(build)
-    def built(cls: Any, unet: Any, *args: Any, **kwargs: Any) -> Any:
-        model = build(cls, unet, *args, **kwargs)
+    def built(cls: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        model = build(cls, source, *args, **kwargs)
         if quantized_layers(model):
-            model.register_to_config(**{KEY: unet.config.get(KEY)})
+            model.register_to_config(**{KEY: source.config.get(KEY)})
             adopt(model)
-            model.train(unet.training)
+            model.train(source.training)
             start_runtime(model)
         return model
 
-    kind.from_unet2d = classmethod(built)
+    built.reelquant = True  # type: ignore[attr-defined]
+    return built

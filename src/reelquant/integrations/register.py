@@ -69,10 +69,16 @@ def _guard(plugin: str, module: ModuleType) -> None:
     importlib.import_module(plugin).guard(module)
 
 
+REBUILT = tuple(
+    f"diffusers.models.{name}"
+    for name in ("unets.unet_motion_model", *(f"controlnets.controlnet{end}" for end in ("", "_flux", "_qwenimage", "_sd3", "_union")))
+)
+"""Where diffusers builds a model with the tensors of another one: AnimateDiff's UNet around one for pictures, and ControlNets."""
+
 TARGETS: dict[str, Callable[[ModuleType], None]] = {
     "diffusers.quantizers.auto": functools.partial(_quantizer, "reelquant.integrations.diffusers", "ReelQuantizer"),
     "transformers.quantizers.auto": functools.partial(_quantizer, "reelquant.integrations.transformers", "ReelQuantHfQuantizer"),
     "peft.tuners.lora.layer": functools.partial(_guard, "reelquant.integrations.peft"),
-    "diffusers.models.unets.unet_motion_model": functools.partial(_guard, "reelquant.integrations.rebuilt"),
+    **dict.fromkeys(REBUILT, functools.partial(_guard, "reelquant.integrations.rebuilt")),
 }
 """Module of another library -> what is done once it has run."""
