@@ -39,6 +39,9 @@ class ReelQuantConfig:
         group_size: how many weights of a row share a scale; -1 for one scale per output channel.
         content: what a checkpoint stores about a quantized model; filled when it is loaded, not by hand.
 
+    Attributes:
+        from_file: whether this was read from a checkpoint, or at least from plain data.
+
     Raises:
         RecipeError: if the recipe or an option says something impossible.
 
@@ -60,7 +63,7 @@ class ReelQuantConfig:
         from reelquant.integrations.options import check
         from reelquant.recipes.recipe import load_recipe
 
-        self.quant_method = Method(quant_method)
+        self.quant_method, self.from_file = Method(quant_method), False
         self.modules_to_not_convert, self.modules_dtype_dict = _plain(modules_to_not_convert), _plain(modules_dtype_dict)
         self.group_size, self.content = group_size, content
         if self.stored:  # a newer version may have followed a recipe that this one cannot read; the layers are described without it
@@ -98,6 +101,7 @@ class ReelQuantConfig:
             known = {key: told.pop(key) for key in ("recipe", "quant_method", *OPTIONS) if key in told}
             config = cls(**known)
             config.content = told
+        config.from_file = True
         return (config, kwargs) if return_unused_kwargs else config
 
     def __eq__(self, other: object) -> bool:

@@ -36,7 +36,7 @@ class ReelQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.stored: Stored | None = None
         self.on_the_fly: OnTheFly | None = None
-        self.pre_quantized &= quantization_config.stored  # from_single_file says so of every checkpoint
+        self.pre_quantized &= quantization_config.stored or quantization_config.from_file  # from_single_file takes every wish for stored
         if self.pre_quantized:
             self.stored = Stored.from_json(quantization_config.to_dict())
         else:
