@@ -43,9 +43,10 @@ def call_arguments(pipe: Any, **overrides: Any) -> dict[str, Any]:
     Raises:
         UnsupportedError: for an override that the pipeline does not take; the message gives the nearest name.
     """
+    own = notes(pipe).get("call", {})
     wanted = {key: value for key, value in overrides.items() if value is not None}
-    accepted = check_call(type(pipe), wanted)
-    return {key: value for key, value in notes(pipe).get("call", {}).items() if key in accepted} | wanted
+    accepted = check_call(type(pipe), [key for key in wanted if key not in own])
+    return {key: value for key, value in (own | wanted).items() if key in accepted}
 
 
 def check_call(kind: type, names: Iterable[str]) -> list[str]:

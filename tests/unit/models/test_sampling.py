@@ -103,6 +103,7 @@ def test_a_folder_recommends_arguments_that_overrides_beat(tmp_path: Any) -> Non
     assert call_arguments(pipe) == {"num_inference_steps": 9}
     assert call_arguments(pipe, num_inference_steps=4) == {"num_inference_steps": 4}
     assert call_arguments(pipe, num_inference_steps=None) == {"num_inference_steps": 9}
+    assert call_arguments(pipe, gone=1) == {"num_inference_steps": 9}, "evaluations hand the recommendations on"
 
 
 def test_latents_are_told_after_every_step_in_the_way_that_the_pipeline_knows() -> None:
