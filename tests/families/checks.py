@@ -171,10 +171,11 @@ def inference(case: Case) -> str:
 
 
 def dtype_assignment(case: Case) -> str:
-    """Casts are refused, moves are not."""
+    """Casts to another dtype are refused; moves, and casts to the dtype that the model has, are not."""
     model = case.copy()
+    assert model.to(dtype=model.dtype) is model and model.float() is model
     for cast in (
-        model.half, model.float, lambda: model.to(torch.float16), lambda: model.to(device="cpu", dtype=torch.bfloat16),
+        model.half, model.double, lambda: model.to(torch.float16), lambda: model.to(device="cpu", dtype=torch.bfloat16),
         lambda: model.to("cpu", torch.float16),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="quantized"):
