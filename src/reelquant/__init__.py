@@ -31,6 +31,7 @@ from reelquant.api import (
     quantize_folder,
     saturation,
     save,
+    verify,
 )
 from reelquant.integrations.config import ReelQuantConfig
 from reelquant.integrations.register import install as _install
@@ -57,6 +58,7 @@ __all__ = [
     "quantize_folder",
     "saturation",
     "save",
+    "verify",
 ]
 
 _install()  # diffusers learns to open quantized folders the moment it is imported, and not before

@@ -45,6 +45,11 @@ class CheckpointError(ReelQuantError, OSError):
     """A checkpoint that is missing, broken, of a foreign format, or would be overwritten."""
 
 
+def printable(text: str) -> str:
+    """Text of others with everything spelled out that a terminal obeys: escape sequences, control characters, directions of writing."""
+    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Close of an error message: the nearest known name if one is near, else all of them (the first 40 of many).
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from reelquant._progress import Progress
+    from reelquant.checkpoint.audit import Verified
     from reelquant.checkpoint.export import Exported
     from reelquant.engine.components import RecipeSource
     from reelquant.engine.plan import Plan
@@ -278,6 +279,21 @@ def saturation(model: Any) -> Iterator[Saturation]:
     denoiser = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
     with Saturation().counting(denoiser) as seen:
         yield seen
+
+
+def verify(folder: str | Path, *, renew: bool = False) -> Verified:
+    """Compare every byte of a saved folder with what was written, without loading it; see :mod:`reelquant.checkpoint.audit`.
+
+    Args:
+        folder: of a pipeline.
+        renew: take the files as they are, after they were changed on purpose.
+
+    Raises:
+        CheckpointError: naming the first file or layer that is not what was written.
+    """
+    from reelquant.checkpoint.audit import verify_folder
+
+    return verify_folder(folder, renew=renew)
 
 
 @stock_torch()

@@ -6,13 +6,13 @@ Nothing here imports torch: a map of a model is plain data that can be printed, 
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from reelquant._errors import SiteError, nearest
+from reelquant._regex import safe
 
 Role = Literal["main", "temporal", "prompt", "constant", "entry", "exit"]
 ROLES: tuple[Role, ...] = ("main", "temporal", "prompt", "constant", "entry", "exit")
@@ -152,8 +152,9 @@ def _named(term: str, pattern: str) -> str:
 
 
 def _term(term: str, layer: Layer) -> bool:
-    if term.startswith("!"):
-        return not _term(term[1:].strip(), layer)
+    positive = term.lstrip("! ")
+    if positive != term:
+        return _term(positive, layer) != (term[: len(term) - len(positive)].count("!") % 2 == 1)
     if term.startswith("role:"):
         role = term[5:].strip()
         if role not in ROLES:
@@ -162,16 +163,16 @@ def _term(term: str, layer: Layer) -> bool:
     if term.startswith("class:"):
         return layer.kind == term[6:].strip()
     if term.startswith("re:"):
-        return _regex(term[3:]).fullmatch(layer.name) is not None
+        return _fits(term[3:], layer.name)
     term = term.removeprefix("maybe:").strip()
     return layer.name == term or layer.name.startswith(term + ".") or fnmatch.fnmatchcase(layer.name, term)
 
 
-def _regex(text: str) -> re.Pattern[str]:
+def _fits(text: str, name: str) -> bool:
     try:
-        return re.compile(text)
-    except re.error as error:
-        raise SiteError(f"'re:{text}' is not a regular expression: {error}") from None
+        return safe(text).fullmatch(name) is not None
+    except ValueError as error:
+        raise SiteError(f"'re:{text:.200}' {error}") from None
 
 
 def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
 from reelquant.cli import app
-from reelquant.evidence import defects, media, sampling
+from reelquant.evidence import defects, media
+from reelquant.evidence import store as evidence_store
 from reelquant.evidence.clips import find_clips
 from reelquant.evidence.distribution import frechet
 from reelquant.evidence.networks import weights as published
@@ -77,14 +78,14 @@ def test_a_run_that_was_stopped_gives_the_same_figures(
     def stopping(clip: torch.Tensor, path: Path, *args: Any, **options: Any) -> Any:
         if len(made) == 3:
             raise KeyboardInterrupt
-        made.append(f"{path.parent.name}/{path.stem}")
+        made.append(f"{path.parent.name}/{path.stem.removeprefix('.writing-')}")
         return write(clip, path, *args, **options)
 
-    monkeypatch.setattr(sampling, "write_video", stopping)
+    monkeypatch.setattr(evidence_store, "write_video", stopping)
     with pytest.raises(KeyboardInterrupt):
         reelquant.evaluate(quantized, "tiny-dit", output=tmp_path / "o", **SAME, **CALL)
     assert made == ["reference/0000", "reference/0001", "test/0000"]
-    monkeypatch.setattr(sampling, "write_video", lambda *args, **options: made.append(args[1].parent.name) or write(*args, **options))
+    monkeypatch.setattr(evidence_store, "write_video", lambda *args, **options: made.append(args[1].parent.name) or write(*args, **options))
     again = reelquant.evaluate(quantized, "tiny-dit", output=tmp_path / "o", resume=True, **SAME, **CALL)
     assert made[3:] == ["test", "bf16", "bf16"]
     assert {name: one.interval for name, one in again.metrics.items()} == {name: one.interval for name, one in evaluated.metrics.items()}
@@ -95,7 +96,7 @@ def test_float_clips_of_another_evaluation_are_reused(
 ) -> None:
     made: list[str] = []
     write = media.write_video
-    monkeypatch.setattr(sampling, "write_video", lambda *args, **options: made.append(args[1].parent.name) or write(*args, **options))
+    monkeypatch.setattr(evidence_store, "write_video", lambda *args, **options: made.append(args[1].parent.name) or write(*args, **options))
     words = ["evaluate", quantized, "-r", "tiny-dit", "-n", 2, "-m", "quick", "--steps", 3, "--frames", 5, "--batch", 1]
     result = CliRunner().invoke(app, [str(word) for word in (*words, "-o", tmp_path / "o", "--reuse", evaluated.folder, "--json")])
     assert result.exit_code == 0, result.output

@@ -1,11 +1,11 @@
 """Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece. How codes are
 computed does not belong here."""
 
-from reelquant.checkpoint.folder import INDEX, check_target, new_folder
+from reelquant.checkpoint.folder import INDEX, check_target, new_folder, refuse_source
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
 from reelquant.checkpoint.shards import Shards, Spec, write_tensors
 from reelquant.checkpoint.stored import FORMAT_VERSION, METHOD, Slots, Stored, adopt, describe
-from reelquant.checkpoint.verify import tile_checksum, verify
+from reelquant.checkpoint.verify import layer_sum, tile_checksum, verify
 from reelquant.checkpoint.workspace import Workspace, whole_file, work_folder, workspace
 
 __all__ = [
@@ -22,7 +22,9 @@ __all__ = [
     "check_target",
     "describe",
     "forget_paths",
+    "layer_sum",
     "new_folder",
+    "refuse_source",
     "save",
     "tile_checksum",
     "verify",

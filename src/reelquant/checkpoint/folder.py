@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from reelquant._errors import CheckpointError
+from reelquant.checkpoint.beside import ASIDE, beside, exchange, held, tidy
 
 INDEX = "model_index.json"
 
@@ -20,7 +21,7 @@ def check_target(target: str | Path, *, force: bool) -> Path:
         CheckpointError: if it exists and ``force`` is not given, or if it is not a pipeline folder: other folders are never deleted.
     """
     path = Path(target).expanduser().resolve()
-    if not path.exists():
+    if not os.path.lexists(path):  # false also for names that a disk refuses
         return path
     if not force:
         raise CheckpointError(f"'{path}' already exists; choose another folder or pass force=True (--force) to replace it")
@@ -29,24 +30,37 @@ def check_target(target: str | Path, *, force: bool) -> Path:
     return path
 
 
+def refuse_source(target: str | Path, source: str | Path) -> None:
+    """Refuse to replace the folder that is read: with ``force`` the original would be gone.
+
+    Raises:
+        CheckpointError: if the target is the source, or holds it.
+    """
+    path, read = Path(target).expanduser().resolve(), Path(source).expanduser().resolve()
+    if read.is_relative_to(path) and read.is_dir():
+        raise CheckpointError(f"'{path}' is, or holds, the pipeline that is read ('{read}') and is not replaced; choose another folder")
+
+
 @contextmanager
 def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Write into a temporary folder beside ``target`` that takes its name when the block ends.
 
     Whatever stops the block, nothing of it is left and an existing folder is as it was; with ``force`` it goes only after the new one
-    is complete.
+    is complete. What a run left that was killed goes now.
 
     Raises:
         CheckpointError: if the target is refused by :func:`check_target`, or if the disk does not take the files.
     """
     from safetensors import SafetensorError
 
+    tidy(Path(target).expanduser().resolve())
     path = check_target(target, force=force)
-    temporary, created = _beside(path), [parent for parent in path.parents if not parent.exists()]
+    temporary, created = beside(path), [parent for parent in path.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
-        yield temporary
-        take_place(temporary, path, force=force)
+        with held(temporary):
+            yield temporary
+            take_place(temporary, path, force=force)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in created:  # innermost first
@@ -57,12 +71,9 @@ def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
         raise
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-
-
 def take_place(temporary: Path, path: Path, *, force: bool) -> None:
-    """Rename into place; an old folder steps aside first and comes back if the rename fails.
+    """Rename into place. An existing folder changes places with the new one in one step where the system can, and goes then; elsewhere it
+    steps aside first, and :func:`tidy` brings it back if the process is killed in between.
 
     Raises:
         CheckpointError: if :func:`check_target` refuses what has appeared there in the meantime.
@@ -71,7 +82,10 @@ def take_place(temporary: Path, path: Path, *, force: bool) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    old = _beside(path)
+    if exchange(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    old = beside(path, ASIDE)
     try:
         path.rename(old)
         temporary.rename(path)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.checkpoint.folder import INDEX, check_target, new_folder
+from reelquant.checkpoint.folder import INDEX, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
-from reelquant.models.blank import check_names
+from reelquant.models.blank import QUANTIZATION, check_names, read_config
+from reelquant.models.manifest import REPORT, write_manifest
 from reelquant.models.sampling import NOTES_FILE
 from reelquant.nn import quantized_layers
 
-REPORT_FILE = "report.json"
+REPORT_FILE = REPORT
 _PATH_KEYS = ("_name_or_path", "name_or_path")
 
 
@@ -59,6 +60,7 @@ def save(
     """
     check_target(folder, force=force)
     _describe(pipe)
+    _refuse_original(pipe, folder)
     with new_folder(folder, force=force) as temporary:
         pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=max_shard_size)
         _check_complete(pipe, temporary)
@@ -68,6 +70,7 @@ def save(
         if report is not None:
             report.save(temporary / REPORT_FILE)
         _copy_notes(pipe, temporary)
+        write_manifest(temporary)
         _share(temporary)
     return Path(folder).expanduser().resolve()
 
@@ -85,6 +88,14 @@ def _describe(pipe: Any) -> None:
         check_names(name, part)
 
 
+def _refuse_original(pipe: Any, folder: str | Path) -> None:
+    """A quantized pipeline may replace a quantized folder, but not the float one that it was made of."""
+    source = Path(str(getattr(pipe, "config", {}).get("_name_or_path") or "/dev/null"))
+    for name, part in _modules(pipe).items():
+        if quantized_layers(part) and source.is_dir() and QUANTIZATION not in read_config(source / name):
+            refuse_source(folder, source)
+
+
 def _check_complete(pipe: Any, folder: Path) -> None:
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     for name, part in pipe.components.items():
@@ -99,6 +110,8 @@ def forget_paths(folder: Path) -> None:
         if not any(f'"{key}"' in text for key in _PATH_KEYS):
             continue
         data = json.loads(text)
+        if not isinstance(data, dict):
+            continue
         local = [key for key in _PATH_KEYS if Path(str(data.get(key, ""))).is_absolute() or Path(str(data.get(key, ""))).is_dir()]
         file.write_text(json.dumps({key: value for key, value in data.items() if key not in local}, indent=2) + "\n", encoding="utf-8")
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
 from reelquant._version import __version__
-from reelquant.checkpoint.verify import tile_checksum
+from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.kernels.attention import AttentionQuant, parse_attention
 from reelquant.models.pipelines import mark_quantized
@@ -19,6 +19,8 @@ from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
 FORMAT_VERSION = 1
+OPTIONAL: dict[str, type] = {"recipe": dict, "recipe_digest": str, "tool_version": str, "slots": dict, "sums": dict, "reuse": dict}
+TEXTS = ("ignore", "checksums", "sums")  # hold texts and nothing else
 REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
 
 
@@ -54,6 +56,7 @@ class Stored:
         ignore: linear and convolution layers that stay float.
         slots: what the clock needs, or None for data-free models.
         attention: what attention rounds, or None.
+        sums: one :func:`layer_sum` per quantized layer; empty in folders of older versions.
         reuse: what is not computed at every step: options and facts by name, see :mod:`reelquant.reuse`.
         recipe, recipe_digest: the whole recipe as a mapping that ``load_recipe`` reads, and its hash.
         tool_version: the reelquant that wrote this.
@@ -68,6 +71,7 @@ class Stored:
     tool_version: str = ""
     attention: AttentionQuant | None = None
     reuse: Mapping[str, Any] = field(default_factory=dict)
+    sums: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
@@ -83,6 +87,7 @@ class Stored:
             "ignore": list(self.ignore),
             "slots": self.slots and self.slots.to_json(),
             "checksums": dict(self.checksums),
+            **({"sums": dict(self.sums)} if self.sums else {}),
             **attention,
             **reuse,
         }
@@ -114,6 +119,7 @@ class Stored:
             data.get("tool_version", ""),
             _attention(data, CheckpointError),
             data.get("reuse") or {},
+            data.get("sums") or {},
         )
         stored._check_slots()
         return stored
@@ -127,8 +133,14 @@ class Stored:
                 )
 
 
-def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums: Mapping[str, str] | None = None) -> Stored:
-    """What has to be stored about a model whose layers are quantized; ``checksums`` of layers whose tensors are elsewhere.
+def describe(
+    model: nn.Module,
+    recipe: Mapping[str, Any],
+    digest: str,
+    checksums: Mapping[str, str] | None = None,
+    sums: Mapping[str, str] | None = None,
+) -> Stored:
+    """What has to be stored about a model whose layers are quantized; ``checksums`` and ``sums`` of layers whose tensors are elsewhere.
 
     Raises:
         UnsupportedError: if an adapter wraps layers, or weights of quantized ones are offloaded.
@@ -140,10 +152,10 @@ def describe(model: nn.Module, recipe: Mapping[str, Any], digest: str, checksums
             raise UnsupportedError(f"the weight of layer '{name}' is offloaded; take it back (pipe.remove_all_hooks()) before saving")
     kept = [name for name, part in model.named_modules() if isinstance(part, tuple(LAYERS)) and not isinstance(part, QuantLayer)]
     checksums = {name: tile_checksum(layer) if checksums is None else checksums[name] for name, layer in layers.items()}
+    sums = {name: layer_sum(layer) if sums is None else sums[name] for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
-    return Stored(
-        layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, _attention(recipe), stored_reuse(model)
-    )
+    reuse = stored_reuse(model)
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, _attention(recipe), reuse, sums)
 
 
 def _attention(data: Mapping[str, Any], raised: type[Exception] = RecipeError) -> AttentionQuant | None:
@@ -197,12 +209,20 @@ def _check_keys(data: Mapping[str, Any]) -> None:
     for key, kind in REQUIRED.items():
         if key not in data:
             raise CheckpointError(f"quantization_config lacks '{key}' (it has: {', '.join(sorted(data))}); save the model again")
-        if not isinstance(data[key], kind):
-            raise CheckpointError(f"quantization_config.{key} must be a {kind.__name__}, got {data[key]!r:.60}")
+        _check_kind(key, data[key], kind)
         if key == "format_version" and data[key] != FORMAT_VERSION:
             raise CheckpointError(
                 f"this checkpoint has format_version {data[key]}, this reelquant reads {FORMAT_VERSION}: upgrade reelquant"
             )
+    for key, kind in OPTIONAL.items():
+        if data.get(key) is not None:
+            _check_kind(key, data[key], kind)
+
+
+def _check_kind(key: str, value: Any, kind: type) -> None:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if not isinstance(value, kind) or (key in TEXTS and not all(isinstance(one, str) for one in inner)):
+        raise CheckpointError(f"quantization_config.{key} must be a {kind.__name__}, got {value!r:.60}")
 
 
 def _layouts(groups: Mapping[str, Any]) -> dict[str, LayerLayout]:

@@ -6,14 +6,17 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reelquant._errors import CheckpointError
+from reelquant._errors import CheckpointError, printable
+from reelquant.checkpoint.beside import tidy
 from reelquant.checkpoint.folder import check_target, take_place
+from reelquant.models.blank import read_json
 
 LOCK, IDENTITY, RESULT, WRITING = "lock", "work.json", "result", ".writing"
 GIVEN_UP: Mapping[str, Any] = {}  # the identity of work that is being deleted
@@ -59,6 +62,7 @@ def workspace(target: str | Path, identity: Mapping[str, Any], *, resume: bool =
     """
     from safetensors import SafetensorError
 
+    tidy(Path(target).expanduser().resolve())
     path = check_target(target, force=force)
     work = Workspace(path, work_folder(path))
     with _locked(work):
@@ -81,14 +85,20 @@ def _locked(work: Workspace) -> Iterator[None]:
     """Hold the lock that ends with the process, however it ends."""
     try:
         work.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(work.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        _check_own(work.folder)
+        handle = os.open(work.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"cannot work in '{work.folder}': {error}; choose another folder") from error
     try:
+        state = os.fstat(handle)
+        if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
+            raise CheckpointError(f"'{work.folder / LOCK}' is no file of its own (a link, or a pipe); remove it, or choose another folder")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            other = os.read(handle, 20).decode() or "unknown"
+            other = printable(os.read(handle, 20).decode("ascii", "replace")) or "unknown"
             raise CheckpointError(f"process {other} is writing '{work.target}'; wait for it, or choose another folder") from None
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode())
@@ -96,6 +106,14 @@ def _locked(work: Workspace) -> Iterator[None]:
     finally:
         os.close(handle)
         _remove_if_empty(work.folder)
+
+
+def _check_own(folder: Path) -> None:
+    """In a folder that many may write to, somebody else may have put links in the place of ours."""
+    if folder.is_symlink():
+        raise CheckpointError(f"'{folder}' is a link, and work is not written through links; remove it, or choose another folder")
+    if (owner := folder.stat().st_uid) != os.getuid():
+        raise CheckpointError(f"'{folder}' belongs to another user (id {owner}); choose another folder")
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -107,7 +125,7 @@ def _remove_if_empty(folder: Path) -> None:
 def _begin(work: Workspace, identity: dict[str, Any], *, resume: bool, force: bool) -> None:
     """Take up the work that is there, or leave nothing of it."""
     known = work.folder / IDENTITY
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else GIVEN_UP
+    before = _identity(known, force=force) if known.is_file() else GIVEN_UP
     if before != GIVEN_UP and not resume and not force:
         raise CheckpointError(
             f"'{work.folder}' holds an interrupted run; go on with resume=True (--resume), or give it up with force=True (--force)"
@@ -118,6 +136,16 @@ def _begin(work: Workspace, identity: dict[str, Any], *, resume: bool, force: bo
         _clear(work)
         _note(work, identity)
     work.result.mkdir(exist_ok=True)
+
+
+def _identity(known: Path, *, force: bool) -> Mapping[str, Any]:
+    """What earlier work was about. Nothing can be resumed that does not say it."""
+    try:
+        return read_json(known)
+    except CheckpointError as error:
+        if force:
+            return GIVEN_UP
+        raise CheckpointError(f"{error}; or give the interrupted run up with force=True (--force)") from None
 
 
 def _note(work: Workspace, identity: Mapping[str, Any]) -> None:
@@ -137,7 +165,7 @@ def _clear(work: Workspace) -> None:
     known.unlink()
 
 
-def _compare(before: dict[str, Any], now: dict[str, Any], work: Workspace) -> None:
+def _compare(before: Mapping[str, Any], now: dict[str, Any], work: Workspace) -> None:
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         was, is_ = (f"{side.get(changed[0])!r:.120}" for side in (before, now))

@@ -24,6 +24,7 @@ from reelquant.cli.inspect import inspect
 from reelquant.cli.metrics import metrics, weights
 from reelquant.cli.quantize import quantize
 from reelquant.cli.recipes import recipes
+from reelquant.cli.verify import verify
 
 app = typer.Typer(
     name="reelquant",
@@ -68,5 +69,5 @@ def main(
     """
 
 
-for verb in (demo, quantize, generate, evaluate, compare, benchmark, export, inspect, recipes, metrics, weights):
+for verb in (demo, quantize, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights):
     app.command()(verb)

@@ -149,7 +149,7 @@ def _times(made: Benchmark) -> Table:
         if ratio is not None:
             words = [f"{seconds[variant].median:.3g} s" for variant in ("reference", "test")]
             spread = f"({ratio.low:.2f} to {ratio.high:.2f})"
-            rows.add_row(name, *words, f"[bold]{ratio.median:.2f}x as fast[/bold] {spread}")
+            rows.add_row(name, *words, console.marked(f"[bold]{ratio.median:.2f}x as fast[/bold] {spread}"))
     for name, values in {"weights of the denoiser": made.weight_bytes, "peak memory": made.peak_bytes}.items():
         if values:
             share = values["test"] / max(values["reference"], 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +24,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+from reelquant._errors import printable
+from reelquant.cli.signals import stop_if_asked
 
 PIPED = 120  # columns if the output is not a terminal and COLUMNS is not set
 
@@ -70,10 +76,20 @@ QUIET = {  # read when the libraries are imported
 }
 
 
+class _Remarks(logging.Handler):
+    """What the library remarks, a line each on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(printable(f"reelquant: {' '.join(record.getMessage().split())}"), err=True)
+
+
 def quiet_libraries() -> None:
     """Keep the bars and remarks of diffusers and transformers off the screen; must run before they are imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    told = logging.getLogger("reelquant")
+    if not any(isinstance(one, _Remarks) for one in told.handlers):
+        told.addHandler(_Remarks(logging.WARNING))
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
 
@@ -106,7 +122,8 @@ class Lane:
 
     def phase(self, name: str, total: int) -> None:
         """Start the next bar; the last one is complete."""
-        words = self._subject + PHASES.get(name, name)
+        stop_if_asked()
+        words = safe(self._subject + PHASES.get(name, name))
         self.finish()
         if self._task is None or self._keep:
             self._task = self._bars.add_task(words, total=max(total, 1))
@@ -115,6 +132,7 @@ class Lane:
 
     def advance(self) -> None:
         """One step of the present bar is done."""
+        stop_if_asked()
         if self._task is not None:
             self._bars.advance(self._task)
 
@@ -149,6 +167,21 @@ class Bars(Lane):
         if kind is None:
             self.finish()
         self._bars.stop()
+
+
+def safe(text: object) -> str:
+    """Text of others inside of markup of ours: its brackets are no markup, its escape sequences are spelled out."""
+    return escape(printable(str(text)))
+
+
+def marked(markup: str) -> Text:
+    """Markup of ours, for a cell of a table; what comes from elsewhere goes through :func:`safe` first."""
+    return Text.from_markup(markup)
+
+
+def done(path: object, more: str = "") -> None:
+    """The last line: what was written."""
+    out.print(f"[green]✓[/green] {safe(path)}{f'  [dim]{safe(more)}[/dim]' if more else ''}", soft_wrap=True)
 
 
 def emit(data: Any) -> None:

@@ -282,7 +282,7 @@ def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:
     for name, found in data["pipelines"].items():
         sheet, *films = found["files"]
         again = found["reopened"]
-        same = "gives the same clips" if again["equal"] else "[red]gives other clips: a fault, please report it[/red]"
+        same = "gives the same clips" if again["equal"] else "gives other clips: a fault, please report it"
         rows.append((name, f"{sheet} (look at this first), {', '.join(films)}"))
         rows.append(
             (

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reelquant.cli.options import (
+    SEEDS,
     Device,
     Dtype,
     Force,
@@ -78,7 +79,7 @@ GrainSteps = Annotated[
     str | None,
     typer.Option("--grain-steps", metavar="5,20,50", help="Also sample flat scenes at these steps: does noise grow?"),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Noise of the first clip.")]
+Seed = Annotated[int, typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Noise of the first clip.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Clips per pipeline call.")]
 Reuse = Annotated[
     Path | None,
@@ -186,7 +187,7 @@ def listening(options: Options) -> Any:
     from contextlib import contextmanager
 
     from reelquant.cli.console import Bars
-    from reelquant.cli.errors import left_in
+    from reelquant.cli.signals import left_in
 
     @contextmanager
     def opened() -> Any:
@@ -209,6 +210,7 @@ def _clips(file: Path | None, count: int | None) -> dict[str, Any]:
 
 def finish(made: Any, json: bool | None) -> None:
     """Print the outcome as JSON (True), as tables (False) or not at all (None); exit code 1 if a gate was missed."""
+    from reelquant._errors import printable
     from reelquant.cli import console, tables
 
     if json:
@@ -218,11 +220,8 @@ def finish(made: Any, json: bool | None) -> None:
             console.out.print(part)
             console.out.print()
         if made.folder is not None:
-            console.out.print(
-                f"[green]✓[/green] {made.folder / 'report.html'}  [dim]look at this first[/dim]",
-                soft_wrap=True,
-            )
+            console.done(made.folder / "report.html", "look at this first")
     if not made.passed:
         for failure in made.verdict.failures:
-            typer.echo(f"reelquant: gate {made.verdict.preset}: {failure.sentence}", err=True)
+            typer.echo(printable(f"reelquant: gate {made.verdict.preset}: {failure.sentence}"), err=True)
         raise typer.Exit(FAILED)

@@ -65,12 +65,12 @@ def export(
     for part in _tables(made):
         console.out.print(part)
         console.out.print()
-    console.out.print(f"[green]✓[/green] {made.path}", soft_wrap=True)
+    console.done(made.path)
 
 
 def _tables(made: Exported) -> list[Table]:
     from reelquant.checkpoint.export import FATES
-    from reelquant.cli.console import size
+    from reelquant.cli.console import marked, size
     from reelquant.cli.tables import facts, table
 
     layers = table(
@@ -83,7 +83,7 @@ def _tables(made: Exported) -> list[Table]:
         sizes = (size(sum(getattr(outcome, name) for outcome in outcomes)) for name in ("bytes_before", "bytes_after"))
         layers.add_row(fate, was, becomes, str(len(outcomes)), *sizes, f"{error:.1e}" if error else "0")
     layers.add_section()
-    layers.add_row("[bold]all", "", "", str(len(made.layers)), size(made.bytes_before), size(made.bytes_after), "")
+    layers.add_row(marked("[bold]all"), "", "", str(len(made.layers)), size(made.bytes_before), size(made.bytes_after), "")
     layers.caption = "; ".join(f"{fate}: {words}" for fate, words in FATES.items()) + ". error: of the weight, over its square"
     layers.caption_justify, layers.caption_style = "left", "dim"
     why: dict[str, list[Outcome]] = {}

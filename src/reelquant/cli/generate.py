@@ -10,6 +10,7 @@ import typer
 
 from reelquant._errors import CalibrationError, CheckpointError
 from reelquant.cli.options import (
+    SEEDS,
     Device,
     Dtype,
     Force,
@@ -32,8 +33,8 @@ Output = Annotated[
     Path,
     typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the noise; the same seed gives the same clip.")]
 WATCHED = 8  # in one of so many steps, saturation is counted
+Seed = Annotated[int, typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Seed of the noise; the same seed gives the same clip.")]
 Fps = Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")]
 
 
@@ -109,9 +110,6 @@ def _tell(files: list[Path], clip: Any, seconds: float, json: bool, given: dict[
         console.emit(given | {"files": files, "frames": count, "height": height, "width": width, "seconds": seconds})
         return
     name = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"
-    console.out.print(
-        f"[green]✓[/green] {name}  [dim]{count} frames of {width}x{height}, {seconds:.1f} s[/dim]",
-        soft_wrap=True,
-    )
+    console.done(name, f"{count} frames of {width}x{height}, {seconds:.1f} s")
     if given["warning"]:
-        console.out.print(f"[yellow]![/yellow] {given['warning']}", soft_wrap=True)
+        console.out.print(f"[yellow]![/yellow] {console.safe(given['warning'])}", soft_wrap=True)

@@ -61,7 +61,7 @@ def weights(names: Names = None, json: Json = False) -> None:
     from reelquant._errors import RecipeError, nearest
     from reelquant.cli import console
     from reelquant.evidence.networks.published import WEIGHTS
-    from reelquant.evidence.networks.weights import find
+    from reelquant.evidence.networks.weights import find, whole
 
     known = {**{name: (name,) for name in (*WEIGHTS, "clip")}, "all": (*WEIGHTS, "clip")}
     for name in names or ():
@@ -77,7 +77,7 @@ def weights(names: Names = None, json: Json = False) -> None:
     clip = kept(CLIP)
     here: dict[str, Any] = {**{name: find(name, None) for name in WEIGHTS}, "clip": clip if clip.is_dir() else None}
     if json:
-        return console.emit(here)
+        return console.emit({name: path if path is None or name == "clip" or whole(name, path) else None for name, path in here.items()})
     about = {name: f"{one.about} ({one.licence})" for name, one in WEIGHTS.items()} | {"clip": f"{CLIP}, from the hub (MIT)"}
     rows = [(name, f"{about[name]}: {_where(name, path)}") for name, path in here.items()]
     from reelquant.cli.tables import facts
@@ -87,16 +87,27 @@ def weights(names: Names = None, json: Json = False) -> None:
 
 
 def _get(name: str) -> None:
+    from reelquant._errors import CheckpointError
     from reelquant.evidence.networks.download import fetch
-    from reelquant.evidence.networks.weights import find
+    from reelquant.evidence.networks.weights import find, read
 
     if name == "clip":
         from reelquant.evidence.text import CLIP, fetch_clip
 
         fetch_clip(CLIP)
-    elif find(name, None) is None:
-        fetch(name)
+        return
+    try:
+        if (file := find(name, None)) is not None:
+            read(name, file)
+            return
+    except CheckpointError:  # broken: it is replaced
+        pass
+    fetch(name)
 
 
 def _where(name: str, path: Path | None) -> str:
-    return f"[green]{path}[/green]" if path else f"[dim]not here; reelquant weights {name}[/dim]"
+    from reelquant.evidence.networks.weights import whole
+
+    if path is not None and name != "clip" and not whole(name, path):
+        return f"'{path}' is broken; reelquant weights {name} gets it again"
+    return str(path) if path else f"not here; reelquant weights {name}"

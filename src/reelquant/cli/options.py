@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -44,6 +45,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing output
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
 
+SEEDS = 2**62  # clips count on from the first one, within 64 bits
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -132,6 +134,9 @@ def check_device(device: str) -> None:
 def call_options(**given: Any) -> dict[str, Any]:
     """Arguments of the pipeline call from options: those that were given, by the names diffusers uses."""
     names = {"steps": "num_inference_steps", "frames": "num_frames", "guidance": "guidance_scale"}
+    for key, value in given.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"--{key} is a finite number, got {value}")
     return {names.get(key, key): value for key, value in given.items() if value is not None}
 
 
@@ -141,8 +146,6 @@ def settings(pairs: list[str]) -> dict[str, Any]:
     Raises:
         RecipeError: for a pair without ``=`` or a value that is not YAML.
     """
-    import yaml
-
     from reelquant.recipes.recipe import parse_value
 
     found: dict[str, Any] = {}
@@ -152,6 +155,6 @@ def settings(pairs: list[str]) -> dict[str, Any]:
             raise RecipeError(f"--set takes key=value, got '{pair}'; for example --set calibrate.steps=10")
         try:
             found[key.strip()] = parse_value(value)
-        except yaml.YAMLError:
+        except RecipeError:
             raise RecipeError(f"--set {key.strip()}: '{value}' is not a YAML value; quote it or write a list like [0.5, 1.0]") from None
     return found

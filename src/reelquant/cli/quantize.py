@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reelquant.cli.options import Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, more_help, settings
+from reelquant.cli.options import SEEDS, Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, more_help, settings
 from reelquant.cli.request import Request, stream
 from reelquant.sites import by_component
 
@@ -35,7 +35,10 @@ Components = Annotated[
     str | None,
     typer.Option("--components", help="Which to quantize, with commas; by default all denoisers.", show_default=False),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of the first calibration clip.", show_default=False)]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Seed of the first calibration clip.", show_default=False),
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(
@@ -141,7 +144,7 @@ def quantize(
 ) -> None:
     """Quantize components of a pipeline and save the whole pipeline as a stock diffusers folder."""
     delivery = Delivery(output, gate, resume, dry_run, force, json)
-    _check(delivery, lora or [])
+    _check(delivery, model, lora or [])
     request = Request(
         model=model,
         recipe=_chosen(recipe, settings(change or []), seed),
@@ -157,13 +160,14 @@ def quantize(
     _run(request, delivery)
 
 
-def _check(delivery: Delivery, lora: list[str]) -> None:
+def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
     """Refuse combinations of options before anything slow begins."""
     if delivery.output is None and not delivery.dry_run:
         raise typer.BadParameter("say where to write (or try --dry-run)", param_hint="--output")
     if delivery.output is not None and not delivery.dry_run:
-        from reelquant.checkpoint import check_target
+        from reelquant.checkpoint import check_target, refuse_source
 
+        refuse_source(delivery.output, model)
         check_target(delivery.output, force=delivery.force)
     if delivery.gate is not None:
         from reelquant.evidence.gate import check_preset
@@ -265,7 +269,7 @@ def _show_proof(report: Report, path: Path, json: bool) -> None:
     for part in tables.proof(report):
         console.out.print(part)
         console.out.print()
-    console.out.print(f"[green]✓[/green] {path}", soft_wrap=True)
+    console.done(path)
 
 
 def _finish(document: dict[str, Any], evaluation: Evaluation | None, json: bool) -> None:

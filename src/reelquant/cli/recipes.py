@@ -47,13 +47,15 @@ def recipes(
 
 
 def _all(found: list[Recipe]) -> Table:
+    from rich.text import Text
+
     from reelquant.cli.tables import table
 
     made = table("Recipes", ["name", "what it does", "paper", "data"])
     made.columns[0].no_wrap = made.columns[2].no_wrap = made.columns[3].no_wrap = True
     for recipe in found:
         made.add_row(
-            f"[cyan]{recipe.name}",
+            Text(recipe.name, "cyan"),
             recipe.summary,
             recipe.paper or "",
             "none" if recipe.data_free else "prompts",
@@ -66,6 +68,7 @@ def _one(source: str, recipe: Recipe) -> None:
 
     from rich.syntax import Syntax
 
+    from reelquant._errors import printable
     from reelquant.cli import console
     from reelquant.cli.tables import facts
     from reelquant.recipes.recipe import names
@@ -73,7 +76,7 @@ def _one(source: str, recipe: Recipe) -> None:
     file = resources.files("reelquant.recipes").joinpath("library", f"{source}.yaml") if source in names() else Path(source)
     console.out.print(facts(recipe.name, explain(recipe)))
     console.out.print()
-    console.out.print(Syntax(file.read_text(encoding="utf-8"), "yaml", background_color="default", word_wrap=True))
+    console.out.print(Syntax(printable(file.read_text(encoding="utf-8")), "yaml", background_color="default", word_wrap=True))
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str]]:
@@ -83,7 +86,7 @@ def explain(recipe: Recipe) -> list[tuple[str, str]]:
     rows = [("summary", recipe.summary), *([("paper", recipe.paper)] if recipe.paper else [])]
     rows += [("weights", _tensor(recipe.defaults.weight)), ("inputs", _tensor(recipe.defaults.input))]
     for rule in recipe.rules:
-        rows.append(("except", f"[cyan]{rule.on}[/cyan] {_fate(rule)}"))
+        rows.append(("except", f"{rule.on} {_fate(rule)}"))
     rows += [(f"step {number}", stage_words(entry)) for number, entry in enumerate(recipe.entries, 1)]
     return [*rows, ("data", _data(recipe)), ("digest", recipe.digest())]
 

@@ -133,7 +133,7 @@ def stream(job: Job, output: Path, *, resume: bool, force: bool) -> tuple[Report
     """Quantize from disk to disk."""
     from reelquant.checkpoint import work_folder
     from reelquant.cli import console
-    from reelquant.cli.errors import left_in
+    from reelquant.cli.signals import left_in
     from reelquant.streaming import quantize_folder
 
     path = Path(output).expanduser().resolve()

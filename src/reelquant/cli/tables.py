@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
-from reelquant.cli.console import figure, size
+from reelquant._errors import printable
+from reelquant.cli.console import figure, marked, size
 
 if TYPE_CHECKING:
     from reelquant.engine.plan import LayerPlan, Plan
@@ -26,27 +28,30 @@ WORST = 8
 NAMES = 3  # examples of layers per reason
 
 
+class Plain(Table):
+    """A table whose cells, title and caption are texts as they are: names of files and layers may look like markup."""
+
+    def __init__(self, title: str, **options: Any) -> None:
+        super().__init__(title=Text(printable(title)), title_justify="left", title_style="bold", pad_edge=False, **options)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row; a cell with markup of ours comes as :func:`reelquant.cli.console.marked`."""
+        super().add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
+
+
 def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
     """An empty table; ``left`` columns hold words, ``right`` ones figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Plain(title, box=box.SIMPLE_HEAD)
     for name in left:
-        made.add_column(name, overflow="fold", min_width=LAYER if name == "layer" else None)
+        made.add_column(Text(printable(name)), overflow="fold", min_width=LAYER if name == "layer" else None)
     for name in right:
-        made.add_column(name, justify="right", no_wrap=True)
+        made.add_column(Text(printable(name)), justify="right", no_wrap=True)
     return made
 
 
-def facts(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
     """Names and values in two columns."""
-    made = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        show_header=False,
-        pad_edge=False,
-        padding=(0, 2, 0, 0),
-    )
+    made = Plain(title, box=None, show_header=False, padding=(0, 2, 0, 0))
     made.add_column(style="dim", no_wrap=True)
     made.add_column(overflow="fold")
     for row in rows:
@@ -61,12 +66,12 @@ def plan_table(plan: Plan) -> Table:
         made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
     made.add_section()
     made.add_row(
-        "[bold]quantized layers",
+        marked("[bold]quantized layers"),
         "",
         f"{len(plan.quantized)} of {len(plan.layers)}",
         *_sizes(*plan_bytes(plan.quantized)),
     )
-    made.add_row("[bold]all layers", "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
+    made.add_row(marked("[bold]all layers"), "", "", *_sizes(*plan_bytes(list(plan.layers.values()))))
     return made
 
 
@@ -87,9 +92,9 @@ def stage_words(entry: Entry) -> str:
     values = {key: list(dict.fromkeys(str(one[key]) for one in entry.options)) for key in entry.options[0]}
     extra = ", ".join(f"{key} {_choice(tried)}" for key, tried in values.items())
     parameters = f" ({extra})" if extra else ""
-    where = "" if entry.on == "*" else f", on [cyan]{entry.on}[/cyan]"
+    where = "" if entry.on == "*" else f", on {entry.on}"
     about = (entry.stage.__doc__ or "").strip().splitlines()[0]
-    return f"{AXES[entry.axis].verb} {entry.name}{parameters}{where}. [dim]{about}[/dim]"
+    return f"{AXES[entry.axis].verb} {entry.name}{parameters}{where}. {about}"
 
 
 def _choice(values: list[str]) -> str:
@@ -150,9 +155,9 @@ def plan_bytes(rows: Sequence[LayerPlan]) -> tuple[int, int]:
     return sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
 
 
-def _becomes(row: LayerPlan) -> str:
+def _becomes(row: LayerPlan) -> str | Text:
     if row.skipped is not None:
-        return f"[dim]float: {row.skipped}"
+        return Text(f"float: {printable(row.skipped)}", style="dim")
     return numbers(str(row.weight), "float" if row.input is None else str(row.input))
 
 
@@ -205,14 +210,15 @@ def summary(report: Report) -> Table:
     count = sum(len(names) for names in report.skipped.values())
     kernels = computed_by(report.kernel, report.simulated)
     smaller = f"[bold]{report.ratio:.2f}x smaller[/bold] than float32, scales and biases included"
+    bytes_ = marked(f"{size(report.bytes_float)} -> {size(report.bytes_quantized)}, {smaller}")
     psnr = "not sampled: the recipe needs no data"
     if report.latent_psnr is not None:
         lowest = "" if report.latent_psnr_worst is None else f", {report.latent_psnr_worst:.1f} dB the worst clip"
         psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float{lowest}"
     tdscore = report.mean("tdscore", "temporal")
-    rows = [
+    rows: list[tuple[str, str | Text]] = [
         ("layers", f"{len(report.layers)} quantized, {count} skipped (they stay float)"),
-        ("their bytes", f"{size(report.bytes_float)} -> {size(report.bytes_quantized)}, {smaller}"),
+        ("their bytes", bytes_),
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
         ("with float layers", f"{size(report.bytes_model_float)} -> {size(report.bytes_model)}"),
         ("kernels", kernels),
@@ -310,26 +316,28 @@ def evaluation(made: Evaluation) -> list[Table]:
     return [*parts, facts("Verdict", _verdict(made))]
 
 
-def _result(result: Result, floors: Sequence[str]) -> tuple[str, ...]:
+def _result(result: Result, floors: Sequence[str]) -> tuple[str | Text, ...]:
     def words(value: float | None) -> str:
         return "" if value is None else f"{value:.{result.metric.digits}f}"
 
     interval = result.interval
     assert interval is not None
-    unit = f" [dim]{result.metric.unit}[/dim]" if result.metric.unit else ""
-    within = {True: "[green]yes[/green]", False: "[yellow]no[/yellow]", None: ""}[result.within_floor]
+    title = Text.assemble(result.metric.title, (f" {result.metric.unit}" if result.metric.unit else "", "dim"))
+    within = {True: Text("yes", "green"), False: Text("no", "yellow"), None: ""}[result.within_floor]
     floor = [words(result.floor[name].mean) if name in result.floor else "" for name in floors]
     spread = f"{words(interval.low)} to {words(interval.high)}"
-    return result.metric.title + unit, words(interval.mean), spread, words(result.reference), *floor, within
+    return title, words(interval.mean), spread, words(result.reference), *floor, within
 
 
-def _verdict(made: Evaluation) -> list[tuple[str, str]]:
-    rows = [("defects", f"{found['name']} in {len(found['clips'])} clips: {found['sentence']}") for found in made.data["defects"]]
+def _verdict(made: Evaluation) -> list[tuple[str, str | Text]]:
+    rows: list[tuple[str, str | Text]] = [
+        ("defects", f"{found['name']} in {len(found['clips'])} clips: {found['sentence']}") for found in made.data["defects"]
+    ]
     lossless = made.data["near_lossless"]
     if lossless is not None:
         rows.append(("near-lossless", f"{'yes' if lossless['holds'] else 'no'}: {lossless['why']}"))
     if made.verdict is not None:
-        rows.append((f"gate {made.verdict.preset}", "[green]passed[/green]" if made.verdict.passed else "[red]failed[/red]"))
+        rows.append((f"gate {made.verdict.preset}", Text("passed", "green") if made.verdict.passed else Text("failed", "red")))
         rows += [("", failure.sentence) for failure in made.verdict.failures]
         if made.verdict.skipped:
             rows.append(("not checked", ", ".join(made.verdict.skipped)))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from reelquant._sums import OWN, json_sum
 from reelquant.engine.quality import LayerRecord
 from reelquant.engine.search import Trial
 from reelquant.nn import AttentionFacts
@@ -100,8 +101,9 @@ class Report:
         return data | {"parts": {name: part.to_json() for name, part in self.parts.items()}}
 
     def save(self, path: str | Path) -> None:
-        """Write ``report.json``."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        """Write ``report.json``, with the sum of its content."""
+        data = json.loads(json.dumps(self.to_json()))  # keys are strings from now on
+        Path(path).write_text(json.dumps(data | {OWN: json_sum(data)}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 _SUMS = ("bytes_float", "bytes_quantized", "bytes_tables", "bytes_model_float", "bytes_model")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import CheckpointError
+from reelquant._sums import OWN, json_sum
 from reelquant.evidence import distribution
 from reelquant.evidence.defects import diagnose
 from reelquant.evidence.fidelity import Interval, bootstrap
@@ -314,9 +315,15 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a ``report.json``.
 
     Raises:
-        CheckpointError: if the file cannot be read or is not JSON.
+        CheckpointError: if the file cannot be read, is not a JSON object, or was changed.
     """
+    hint = "delete it, or quantize again to get a new one"
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read '{path}' ({error}); delete it, or quantize again to get a new one") from None
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read '{path}' ({error}); {hint}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"'{path}' must hold a JSON object, got {found!r:.60}; {hint}")
+    if OWN in found and found[OWN] != json_sum(found):
+        raise CheckpointError(f"'{path}' is not what was written: its SHA-256 sum differs; {hint}")
+    return found

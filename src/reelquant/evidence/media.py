@@ -20,6 +20,7 @@ from torch import Tensor
 from reelquant._errors import CheckpointError, nearest
 
 FPS = 8
+PIXELS = 2**26  # of a picture; 8K has half as many
 GAP = 4  # pixels between pictures
 PAPER, INK, QUIET = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
@@ -181,8 +182,10 @@ def read_pictures(files: Sequence[Path]) -> Tensor:
     for file in files:
         try:
             with Image.open(file) as opened:
+                if opened.width * opened.height > PIXELS:
+                    raise ValueError(f"it has {opened.width} x {opened.height} pixels, and a frame has at most {PIXELS}")
                 frames.append(torch.from_numpy(np.array(opened.convert("RGB"))))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as error:
             raise CheckpointError(f"cannot read '{file}' as a picture: {error}") from error
         if frames[-1].shape != frames[0].shape:
             sizes = " and ".join(f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frames[0], frames[-1]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reelquant._errors import CalibrationError, RecipeError
+from reelquant._errors import CalibrationError, CheckpointError, MeasurementError, RecipeError
 from reelquant.evidence import evaluation
 from reelquant.evidence.causes import differences
 from reelquant.evidence.clips import Clip, find_clips, unpaired
@@ -57,8 +57,8 @@ def evaluate(
     seeds = [seed + i if text.seed is None else text.seed for i, text in enumerate(drawn)]
     call = own.get("call", {}) | {key: value for key, value in call.items() if value is not None}
     batch = batch or (4 if own else 1)
-    variants = _variants(test, reference, floor, dtype, options)
     causes = differences(reference, test)
+    variants, proof = _variants(test, reference, floor, dtype, options), _proof(test)
     kind = str(dtype).removeprefix("torch.")
     with _store(options, _settings(variants, kind, texts, seeds, call, batch)) as store:
         times = Times()
@@ -68,7 +68,7 @@ def evaluate(
                 job.make(name, variant)
         grain = _grain(job, variants, grain_steps, own, times)
         seen = job.saturation("test")
-        origin = _origin(variants, kind, job, _proof(test), grain) | {"saturation": seen.facts() if seen.layers else None}
+        origin = _origin(variants, kind, job, proof, grain) | {"saturation": seen.facts() if seen.layers else None}
         named = (dict(zip(job.names, values, strict=True)) for values in (texts, seeds))
         warnings = [*causes, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
@@ -165,9 +165,22 @@ def _default_floor(options: Options, dtype: torch.dtype) -> list[str]:
 
 
 def _proof(test: Any) -> dict[str, Any] | None:
-    """The report that quantizing left in the folder of the pipeline."""
+    """The report that quantizing left in the folder of the pipeline.
+
+    Raises:
+        CheckpointError: if it is damaged, or is no such report.
+    """
+    from reelquant.evidence.report.data import ReportData
+
     file = Path(str(test)) / "report.json" if isinstance(test, str | Path) else Path()
-    return evaluation.load(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    found = evaluation.load(file)
+    try:
+        ReportData.from_json({"quantization": found})
+    except MeasurementError as error:
+        raise CheckpointError(f"'{file}': {error}; delete it, or quantize again to get a new one") from None
+    return found
 
 
 # --- two folders ------------------------------------------------------------------------------------------------------

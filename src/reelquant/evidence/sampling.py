@@ -17,7 +17,7 @@ from reelquant._errors import CalibrationError, RecipeError, UnsupportedError, n
 from reelquant._progress import Progress, Silent
 from reelquant.discover import denoiser_of
 from reelquant.evidence.clips import Clip
-from reelquant.evidence.media import FPS, read_video, write_video
+from reelquant.evidence.media import FPS, read_video
 from reelquant.evidence.store import Store
 from reelquant.evidence.temporal import BROKEN
 from reelquant.evidence.tripwires import check_frames, check_latents, find_in_frames
@@ -161,7 +161,7 @@ class SamplingJob:
     def make(self, name: str, variant: Variant) -> None:
         """Make what is missing of a variant's clips."""
         chunks = [range(start, min(start + self.batch, len(self.prompts))) for start in range(0, len(self.prompts), self.batch)]
-        left = [chunk for chunk in chunks if not all(self.store.clip(name, self.names[i]).is_file() for i in chunk)]
+        left = [chunk for chunk in chunks if not all(self.store.has_clip(name, self.names[i]) for i in chunk)]
         if not left:
             return
         pipe = variant.source.open()
@@ -196,7 +196,7 @@ class SamplingJob:
             self._stop_if_broken(clip, name, i, f"{i} of {words} ('{self.prompts[i]}')")
             if course and course[0].shape[0] == len(chunk) and course[0][0].numel() * len(course) * 4 * KEPT_LATENTS <= LATENT_BYTES:
                 self.store.put("latents", name, self.names[i], torch.stack([latents[row] for latents in course]))
-            write_video(clip.cpu(), self.store.clip(name, self.names[i]), FPS, lossless=True)
+            self.store.put_clip(name, self.names[i], clip.cpu(), FPS)
 
     @contextmanager
     def _counting(self, pipe: Any, name: str, chunk: range) -> Iterator[None]:

@@ -6,6 +6,8 @@ latents/VARIANT/       latents after every step, of the first clips
 measured/VARIANT.jsonl a row per clip: figures and curves
 saturation/VARIANT.jsonl a row per pipeline call: what quantized layers clipped
 features/VARIANT/      what the networks of FVD, FID and KID see in each clip
+
+Clips, tensors and rows have sums (``SHA256SUMS`` in their folders, ``sha256`` in rows): what is not what was written is made again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reelquant._errors import CheckpointError
+from reelquant._sums import OWN, Sealed, json_sum
+from reelquant.evidence.media import write_video
+from reelquant.models.blank import read_json
 
 RUN = "run.json"
 
@@ -69,10 +74,10 @@ class Store:
         if changed:
             what = "; ".join(f"{key} is {_short(before.get(key))} there and {_short(settings[key])} here" for key in changed[:3])
             raise CheckpointError(f"the evaluation in '{other}' is of other clips: {what}")
-        for source in sorted(other.rglob("*")):
+        for source in sorted(other.rglob("*"), key=lambda file: (file.name != Sealed.LIST, file)):  # a file is listed before it is there
             place = source.relative_to(other)
-            if source.is_file() and _of_float(place) and not (self.root / place).exists():
-                _link(source, self.root / place)
+            if source.is_file() and _of_float(place):
+                _take_over(source, self.root / place)
 
     def _clear(self) -> None:
         import shutil
@@ -83,6 +88,21 @@ class Store:
     def clip(self, variant: str, name: str) -> Path:
         """Where a sampled clip lies."""
         return self.root / "clips" / variant / f"{name}.mp4"
+
+    def has_clip(self, variant: str, name: str) -> bool:
+        """Whether a clip is there as it was written, and its latents, if they were kept."""
+        file, latents = self.clip(variant, name), self.tensor_file("latents", variant, name)
+        return file.is_file() and not any(Sealed(one.parent).lost(one.name) for one in (file, latents))
+
+    def put_clip(self, variant: str, name: str, clip: Tensor, fps: float) -> None:
+        """Write a clip, every 8-bit pixel kept, complete or not at all.
+
+        Raises:
+            CheckpointError: if the disk does not take it.
+        """
+        file = self.clip(variant, name)
+        with _writing(file):
+            Sealed(file.parent).write(file.name, lambda path: write_video(clip, path, fps, lossless=True))
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -109,18 +129,19 @@ class Store:
         self._append("saturation", variant, row)
 
     def _lines(self, kind: str, variant: str) -> Iterator[dict[str, Any]]:
-        """The rows of a file; a line cut short by a kill is ignored."""
+        """The rows of a file; a line that was cut short by a kill, or damaged, is ignored."""
         file = self.root / kind / f"{variant}.jsonl"
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-            with suppress(json.JSONDecodeError):
-                yield json.loads(line)
+            if (row := _row(line, ROWS[kind])) is not None:
+                yield row
 
     def _append(self, kind: str, variant: str, row: Mapping[str, Any]) -> None:
         file = self.root / kind / f"{variant}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
         whole = not file.is_file() or file.read_bytes()[-1:] in (b"", b"\n")
-        with file.open("a", encoding="utf-8") as opened:
-            opened.write(("" if whole else "\n") + json.dumps(row) + "\n")
+        plain = json.loads(json.dumps(dict(row)))
+        with _writing(file), file.open("a", encoding="utf-8") as opened:
+            opened.write(("" if whole else "\n") + json.dumps(plain | {OWN: json_sum(plain)}) + "\n")
             opened.flush()
             os.fsync(opened.fileno())
 
@@ -132,18 +153,14 @@ class Store:
 
     def has(self, kind: str, variant: str, name: str) -> bool:
         """Whether that tensor is there."""
-        return self.tensor_file(kind, variant, name).is_file()
+        file = self.tensor_file(kind, variant, name)
+        return file.is_file() and not Sealed(file.parent).lost(file.name)
 
     def put(self, kind: str, variant: str, name: str, value: Tensor) -> None:
         """Write a tensor, complete or not at all."""
         file = self.tensor_file(kind, variant, name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            save_file({kind: value.contiguous()}, partial)
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
+        with _writing(file):
+            Sealed(file.parent).write(file.name, lambda path: save_file({kind: value.contiguous()}, path))
 
     def get(self, kind: str, variant: str, name: str) -> Tensor:
         """Read a tensor.
@@ -156,6 +173,37 @@ class Store:
             return load_file(file)[kind]
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(f"cannot read '{file}' ({error}); delete it and resume, it will be made again") from None
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """One kind of error for a disk that does not take a file."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"cannot write '{file}': {error}; free space and continue with --resume, or choose another --output"
+        ) from error
+
+
+ROWS: dict[str, dict[str, type]] = {  # what rows hold
+    "measured": {"name": str, "sources": list, "figures": dict, "curves": dict},
+    "saturation": {"first": int, "layers": dict},
+}
+
+
+def _row(line: str, kinds: Mapping[str, type]) -> dict[str, Any] | None:
+    """A row of a file; None for one that was cut short or damaged, which is measured again. Rows of older versions have no sum."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or (OWN in row and row[OWN] != json_sum(row)):
+        return None
+    return row if all(isinstance(row.get(key), kind) for key, kind in kinds.items()) else None
 
 
 def _continues(key: str, before: Any, now: Any) -> bool:
@@ -173,10 +221,17 @@ def _of_float(place: Path) -> bool:
     return folder in ("clips", "latents", "features") and rest[0] != "test" and not rest[0].startswith("test-")
 
 
-def _link(source: Path, target: Path) -> None:
+def _take_over(source: Path, target: Path) -> None:
+    """Link a file that nothing changes, copy one that grows; a list of sums is appended to the one that is there."""
     import shutil
 
     target.parent.mkdir(parents=True, exist_ok=True)
+    if source.name == Sealed.LIST:
+        with target.open("a", encoding="utf-8") as opened:
+            opened.write(source.read_text(encoding="utf-8", errors="replace"))
+        return
+    if target.exists():
+        return
     if source.suffix == ".jsonl":  # rows are appended to
         shutil.copyfile(source, target)
         return
@@ -211,9 +266,9 @@ def write_text(file: Path, text: str) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"'{file}' is broken ({error}); pass --force to start again") from None
+        return read_json(file)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or pass --force to start again") from None
 
 
 def _short(value: Any) -> str:

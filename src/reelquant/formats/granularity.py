@@ -24,6 +24,7 @@ from torch import Tensor
 from reelquant._errors import RecipeError, nearest
 
 Kind = Literal["tensor", "channel", "group", "token", "frame"]
+FRAMES = 100_000
 KINDS: tuple[Kind, ...] = ("tensor", "channel", "group", "token", "frame")
 
 
@@ -46,6 +47,8 @@ class Granularity:
             raise RecipeError(f"unknown granularity '{self.kind}'; {nearest(self.kind, KINDS)}")
         if self.kind in ("group", "frame") and self.size < 1:
             raise RecipeError(f"granularity '{self.kind}' needs a size, as in '{self.kind}-64'; got {self.size}")
+        if self.kind == "frame" and self.size > FRAMES:
+            raise RecipeError(f"granularity '{self}' is of clips of at most {FRAMES} frames")
         if self.kind not in ("group", "frame") and self.size:
             raise RecipeError(f"granularity '{self.kind}' takes no size, got '{self}'; sizes belong to group-n and frame-n")
 
@@ -83,7 +86,7 @@ def parse_granularity(text: str, axis: int = 0) -> Granularity:
     Raises:
         RecipeError: if the text is none of these.
     """
-    match = re.fullmatch(r"([a-z]+)(?:-(\d+))?", text)
+    match = re.fullmatch(r"([a-z]+)(?:-(\d{1,9}))?", text)
     if match is None:
         raise RecipeError(f"cannot read granularity '{text}'; known: tensor, channel, group-64, token, frame-16")
     return Granularity(match[1], int(match[2] or 0), axis)  # pyright: ignore[reportArgumentType]  (checked there)
@@ -91,13 +94,19 @@ def parse_granularity(text: str, axis: int = 0) -> Granularity:
 
 def _group_blocks(x: Tensor, g: Granularity) -> Tensor:
     rows = x.flatten(1)
-    short = -rows.shape[1] % g.size
-    return (F.pad(rows, (0, short)) if short else rows).reshape(-1, g.size)
+    size = _group_size(g, rows.shape[1])
+    short = -rows.shape[1] % size
+    return (F.pad(rows, (0, short)) if short else rows).reshape(-1, size)
+
+
+def _group_size(g: Granularity, width: int) -> int:
+    """A group is no wider than a row: padding it would cost memory and change nothing."""
+    return max(min(g.size, width), 1)
 
 
 def _group_unblock(blocks: Tensor, g: Granularity, shape: tuple[int, ...]) -> Tensor:
     width = math.prod(shape[1:])
-    return blocks.reshape(shape[0], width + -width % g.size)[:, :width].reshape(shape)
+    return blocks.reshape(shape[0], width + -width % _group_size(g, width))[:, :width].reshape(shape)
 
 
 def _frame_blocks(x: Tensor, g: Granularity) -> Tensor:

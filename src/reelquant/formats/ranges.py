@@ -81,8 +81,8 @@ class Percentile(RangeRule):
 
 
 def _check_factors(candidates: int, smallest: float) -> None:
-    if candidates < 1:
-        raise RecipeError(f"candidates counts the factors that are tried, at least 1, got {candidates}")
+    if not 1 <= candidates <= 10_000:
+        raise RecipeError(f"candidates counts the factors that are tried, 1 to 10000, got {candidates}")
     if not 0 < smallest <= 1:
         raise RecipeError(f"smallest is the last factor of the range, in (0, 1], got {smallest}")
 

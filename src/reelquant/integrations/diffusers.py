@@ -20,8 +20,9 @@ from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant._torch_state import stock_torch
 from reelquant.checkpoint import METHOD, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
-from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
+from reelquant.integrations.loading import OnTheFly, check_bias, plan_for, put_empty_layers, put_float_layers, start_loaded
 from reelquant.models.blank import check_names
+from reelquant.models.manifest import check_files
 from reelquant.nn import get_module, is_narrow, start_clock, widened
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantizer"]
@@ -43,6 +44,7 @@ class ReelQuantizer(DiffusersQuantizer):
             data_free(quantization_config.recipe)
         self._keys: set[str] | None = None
         self._model: weakref.ref[nn.Module] | None = None
+        self._covered = False  # by the sums of files
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse offloading to disk, which would cast scales."""
@@ -50,8 +52,9 @@ class ReelQuantizer(DiffusersQuantizer):
             raise UnsupportedError("quantized models cannot be offloaded to disk by device_map; use 'cpu' and devices in it")
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Remember the names of all stored tensors, over all shards."""
+        """Remember the names of all stored tensors, over all shards, and check the files against the sums of their folder."""
         self._keys = set(loaded_keys)
+        self._covered = check_files(checkpoint_files or ())
         return loaded_keys
 
     @stock_torch()
@@ -123,6 +126,8 @@ class ReelQuantizer(DiffusersQuantizer):
         expected = getattr(layer, tensor).dtype
         if tensor != "bias" and value.dtype != expected:
             raise CheckpointError(f"'{param_name}' is stored as {value.dtype}, its quantization_config asks for {expected}")
+        if tensor == "bias":
+            check_bias(param_name, state_dict[param_name].dtype)
         setattr(layer, tensor, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
     @stock_torch()
@@ -133,7 +138,7 @@ class ReelQuantizer(DiffusersQuantizer):
         slots = self.stored.slots
         if slots is not None:
             start_clock(model, slots.clock(), slots.argument)
-        start_loaded(model, self.stored)
+        start_loaded(model, self.stored, covered=self._covered)
 
     def _describe(self, model: Any, done: OnTheFly) -> None:
         """From now on the model, its config and this quantizer are as if a quantized checkpoint had been loaded."""

@@ -72,13 +72,18 @@ def _map(model: nn.Module) -> DenoiserMap:
     return discover_or_outline(model, stand_in) if denoises(model) else outline(model)
 
 
-def start_loaded(model: nn.Module, stored: Stored) -> None:
+def start_loaded(model: nn.Module, stored: Stored, *, covered: bool) -> None:
     """What follows when all tensors of a quantized model are in their layers: check them, start what acts on the model, say what it is.
+
+    Args:
+        model: with all its tensors.
+        stored: what its config says about it.
+        covered: the sums of its files were compared, and those of whole layers need not be.
 
     Raises:
         CheckpointError: if a tensor is not the one that was stored.
     """
-    checked = verify(model, stored.checksums)  # before a kernel has taken a weight over
+    checked = verify(model, stored.checksums, None if covered else stored.sums)  # before a kernel has taken a weight over
     start_runtime(model, stored.attention)
     install_stored(model, stored.reuse)
     count_weights(model)
@@ -160,6 +165,16 @@ def put_empty_layers(model: nn.Module, stored: Stored) -> None:
     for name, layout in stored.layers.items():
         module = _float_layer(model, name)
         set_module(model, name, quantized_class(module).like(module, layout, device="meta"))
+
+
+def check_bias(name: str, dtype: torch.dtype) -> None:
+    """Refuse a bias whose bytes are no floats: the cast to the load dtype would take its bits as numbers.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if not dtype.is_floating_point:
+        raise CheckpointError(f"'{name}' is stored as {dtype} and must be a float; download or save it again")
 
 
 def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:

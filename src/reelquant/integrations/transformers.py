@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableSet
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from reelquant._errors import ReelQuantError, UnsupportedError
 from reelquant._torch_state import stock_torch
-from reelquant.checkpoint import METHOD, Stored, adopt
+from reelquant.checkpoint import METHOD, Shards, Stored, adopt
 from reelquant.integrations.config import ReelQuantConfig, data_free
-from reelquant.integrations.loading import OnTheFly, plan_for, put_empty_layers, put_float_layers, start_loaded
+from reelquant.integrations.loading import OnTheFly, check_bias, plan_for, put_empty_layers, put_float_layers, start_loaded
+from reelquant.models.manifest import check_files
 from reelquant.nn import QuantLayer, get_module, quantized_layers
 
 __all__ = ["METHOD", "ReelQuantConfig", "ReelQuantHfQuantizer"]
@@ -29,6 +31,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         self.stored: Stored | None = None
         self.on_the_fly: OnTheFly | None = None
         self.failed: ReelQuantError | None = None
+        self._covered = False  # by the sums of files
         if self.pre_quantized:
             self.stored = Stored.from_json(quantization_config.to_dict())
         else:
@@ -88,6 +91,11 @@ class ReelQuantHfQuantizer(HfQuantizer):
         if self.stored is None:
             self.on_the_fly = OnTheFly(model, plan_for(model, self.quantization_config))
         else:
+            files = [Path(file) for file in kwargs.get("checkpoint_files") or ()]
+            self._covered = check_files(files)
+            for name, spec in Shards(files).specs.items():
+                if name.endswith(tuple(f"{layer}.bias" for layer in self.stored.layers)):
+                    check_bias(name, spec.dtype)
             put_empty_layers(model, self.stored)
 
     @stock_torch()
@@ -101,7 +109,7 @@ class ReelQuantHfQuantizer(HfQuantizer):
         assert self.stored is not None
         for layer in quantized_layers(model).values():
             layer.requires_grad_(False)
-        start_loaded(model, self.stored)
+        start_loaded(model, self.stored, covered=self._covered)
         return model
 
     def adopted(self, config: ReelQuantConfig) -> None:

@@ -25,7 +25,7 @@ def read_json(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read '{file}' ({error.strerror}); download or save it again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{file}' is not JSON ({error}); download or save it again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"'{file}' must hold a JSON object, got {found!r:.60}; download or save it again")

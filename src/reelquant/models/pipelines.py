@@ -11,10 +11,15 @@ from typing import Any
 import torch
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
+from reelquant.models.complete import complete
+from reelquant.models.finite import check_finite
+from reelquant.models.manifest import check_manifest
 from reelquant.models.sampling import notes
+from reelquant.models.sizes import check_hole, check_sizes
 from reelquant.models.weight_files import PICKLES, component_folders, loaded_files, sole_variant
 from reelquant.nn import count_weights
 
+NAME = 200  # letters of a hub id, at most
 BUNDLED = ("tiny-dit", "tiny-unet")
 
 
@@ -40,11 +45,11 @@ def locate(model: str | Path) -> str:
     if text in BUNDLED:
         return str(bundled_path(text))
     path = Path(text)
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
+    if os.path.isdir(path):  # false also for names that a disk refuses, where Path.is_dir() raises
+        if not os.path.isfile(path / "model_index.json"):
             raise CheckpointError(f"folder '{text}' is not a diffusers pipeline: it has no model_index.json")
         return text
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if os.path.exists(path) or len(text) > NAME or not text.isprintable() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(
             f"no pipeline at '{text}'; give a folder with model_index.json, a hub id (owner/name), or a bundled name: "
             f"{nearest(text, BUNDLED)}"
@@ -70,7 +75,9 @@ def local_folder(model: str | Path) -> Path:
         raise CheckpointError(f"cannot download pipeline '{model}': {type(error).__name__}: {reason}") from error
 
 
-def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", variant: str | None = None) -> Any:
+def open_pipeline(
+    model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu", variant: str | None = None, *, verify: bool = True
+) -> Any:
     """Load a pipeline with stock ``DiffusionPipeline.from_pretrained``; safetensors only.
 
     Args:
@@ -78,22 +85,27 @@ def open_pipeline(model: str | Path, dtype: torch.dtype = torch.float32, device:
         dtype: of the float parts.
         device: where to.
         variant: of the weight files, ``fp16``; found without being told where a folder holds one variant and nothing else.
+        verify: compare every byte of a folder that reelquant wrote with its sum. It reads the files once more, at the speed of SHA-256.
 
     Raises:
-        CheckpointError: if it does not exist, is truncated or corrupt, or holds pickled weights.
+        CheckpointError: if it does not exist, is truncated or corrupt, was changed after it was written, holds pickled weights, or lacks
+            tensors of its models or has some too many.
+        CalibrationError: if a weight is NaN or infinite.
     """
     from diffusers import DiffusionPipeline
 
     folder = locate(model)
     if Path(folder).is_dir():
         variant = variant or sole_variant(Path(folder))
-        check_folder(Path(folder), variant)
+        check_folder(Path(folder), variant, verify=verify)
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
+        with complete(model):
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
     except ReelQuantError:
         raise
     except Exception as error:
         raise cannot_open(model, error) from error
+    check_finite(pipe.components)
     return pipe.to(device)
 
 
@@ -136,14 +148,25 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def check_folder(folder: Path, variant: str | None = None) -> None:
-    """Refuse pickled, truncated and corrupt weight files before anything is loaded. What would not be loaded is not looked at.
+def check_folder(folder: Path, variant: str | None = None, *, verify: bool = True) -> None:
+    """Refuse pickled, truncated, corrupt and changed files before anything is loaded. What would not be loaded is not looked at.
+
+    Args:
+        folder: of a pipeline.
+        variant: of the weight files.
+        verify: read all files that reelquant wrote, and compare them with their sums.
 
     Raises:
         CheckpointError: naming the file.
     """
     from safetensors import SafetensorError, safe_open
 
+    for file in files_in(folder):
+        _check_link(folder, file)
+        if file.exists() and not file.is_file():  # reading a named pipe would wait for somebody to write to it
+            raise CheckpointError(f"'{file}' is a named pipe, a socket or a device and no file; remove it")
+        if file.suffix == ".safetensors":
+            check_hole(file)
     for component in component_folders(folder):
         files = loaded_files(component, variant)
         for file in sorted(component.iterdir()) if not files else ():
@@ -155,6 +178,21 @@ def check_folder(folder: Path, variant: str | None = None) -> None:
                     opened.keys()
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"'{file}' is truncated or corrupt ({error}); download or save it again") from None
+    if verify:
+        check_manifest(folder)
+    for part in sorted(folder.iterdir()):
+        if part.is_dir():
+            check_sizes(part)
+
+
+def _check_link(folder: Path, file: Path) -> None:
+    """Refuse a link that leads elsewhere, unless to weights or into the cache of the hub: what is copied with a folder belongs to it."""
+    if not file.is_symlink() or file.suffix == ".safetensors":
+        return
+    target, root = file.resolve(), folder.resolve()
+    blobs = root.parent.parent / "blobs"  # models--owner--name/snapshots/REVISION
+    if file.exists() and not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise CheckpointError(f"'{file}' is a link to '{target}', outside of the pipeline's folder; put a copy in its place")
 
 
 def calibration_prompts(pipe: Any, count: int) -> list[str]:

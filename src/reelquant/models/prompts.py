@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -65,8 +66,8 @@ def load_prompts(path: str | Path) -> list[Prompt]:
         CalibrationError: naming file and line, if there is no file, nothing in it, or it is broken.
     """
     file = Path(path)
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else "does not exist"
+    if not os.path.isfile(file):  # false also for names that a disk refuses, where Path.is_file() raises
+        what = "is a folder" if os.path.isdir(file) else "is no plain file" if os.path.exists(file) else "does not exist"
         raise CalibrationError(f"prompt file '{path}' {what}; give {FORMS}")
     if file.suffix.lower() not in READERS:
         raise CalibrationError(f"prompt file '{path}' ends in {file.suffix}, which says nothing about how to read it; give {FORMS}")
@@ -95,7 +96,10 @@ def bundled_prompts(stress: str | None = None) -> list[str]:
 
 
 def _decoded(file: Path) -> str:
-    data = file.read_bytes()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise CalibrationError(f"cannot read the prompt file '{file}' ({error.strerror})") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise CalibrationError(f"prompt file '{file}' is UTF-16; save it as UTF-8")
     if b"\0" in data:
@@ -194,7 +198,7 @@ def _read_yaml(text: str, file: Path) -> list[Prompt]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise CalibrationError(f"{file}:{line}: broken YAML: {error.problem}; write a list: - a red circle") from None
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise CalibrationError(f"{file}: broken YAML: {error}; write a list: - a red circle") from None
     if entries is None:
         return []

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reelquant._errors import CalibrationError, UnsupportedError, nearest
+from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, UnsupportedError, nearest
+from reelquant.models.blank import read_json
 
 FEW = 4  # steps in which both experts of a pipeline are called
 logger = logging.getLogger(__name__)
+MOST = {"num_frames": 10_000, "height": 2**14, "width": 2**14, "num_inference_steps": 10_000, "fps": 10_000}  # of a call
 NOTES_FILE = "reelquant.json"  # beside model_index.json: {"call": {recommended arguments}, "prompts": [calibration texts]}
 
 
@@ -27,9 +30,21 @@ def notes(pipe: Any) -> dict[str, Any]:
 
 
 def folder_notes(folder: str | Path) -> dict[str, Any]:
-    """The ``reelquant.json`` of a pipeline folder; empty if there is none."""
+    """The ``reelquant.json`` of a pipeline folder; empty if there is none.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is not what :func:`write_notes` writes.
+    """
     file = Path(folder) / NOTES_FILE
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not str(folder) or not file.is_file():
+        return {}
+    found = read_json(file)
+    kinds = {"call": ("a mapping of arguments", dict), "prompts": ("a list of texts", list)}
+    for key, (words, kind) in kinds.items():
+        value = found.get(key, kind())
+        if not isinstance(value, kind) or (kind is list and not all(isinstance(one, str) for one in value)):
+            raise CheckpointError(f"'{file}': '{key}' is {words}, got {value!r:.60}; correct or delete it")
+    return found
 
 
 def write_notes(folder: str | Path, call: dict[str, Any], prompts: Sequence[str]) -> None:
@@ -99,14 +114,24 @@ def sample(
     if not prompts:
         raise CalibrationError("no prompts: give at least one text")
     seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
+    for one in seeds:
+        if not -(2**63) <= one < 2**64:
+            raise CalibrationError(f"seed {one:.3e} does not fit into 64 bits; choose a smaller one")
     arguments = call_arguments(pipe, **overrides)
+    for name, most in MOST.items():
+        if isinstance(value := arguments.get(name), int | float) and not value <= most:
+            raise CalibrationError(f"{name} is at most {most}, got {value:.4g}; the clip would not fit into any memory")
+    for name, value in arguments.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise CalibrationError(f"{name} is a finite number, got {value}")
     arguments |= _callback(pipe, on_step, on_latents)
     parts = []
     with quiet(pipe):
         for start in range(0, len(prompts), batch):
             chunk = list(prompts[start : start + batch])
             noise = [torch.Generator().manual_seed(one) for one in seeds[start : start + batch]]
-            result = pipe(prompt=chunk, generator=noise, output_type="latent" if output == "latent" else "pt", **arguments)
+            with refusing(pipe):
+                result = pipe(prompt=chunk, generator=noise, output_type="latent" if output == "latent" else "pt", **arguments)
             parts.append(_tensor(result))
     made = torch.cat(parts)
     if output == "frames":
@@ -184,6 +209,20 @@ def _callback(pipe: Any, on_step: Callable[[], None] | None, on_latents: Callabl
 def _tensor(result: Any) -> Tensor:
     frames = result.frames if hasattr(result, "frames") else result.images
     return frames if isinstance(frames, Tensor) else torch.stack(list(frames))
+
+
+@contextmanager
+def refusing(pipe: Any) -> Iterator[None]:
+    """Inside, what a pipeline itself refuses of its arguments is an error of ours, with the pipeline's own words."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        if isinstance(error, ReelQuantError) or last is None or last.tb_frame.f_code.co_name != "check_inputs":
+            raise
+        raise CalibrationError(f"{type(pipe).__name__} refuses the call: {error}") from error
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from reelquant._errors import RecipeError, nearest
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
 from reelquant.recipes.axes import AXES, keyed_stages
+from reelquant.recipes.bounds import CHOICES, plain, short
 from reelquant.recipes.construct import construct
 from reelquant.recipes.entry import Entry, make_entry
 from reelquant.recipes.text import EXTENDS, extended, names, override, parse_value, read_text
@@ -105,10 +107,10 @@ class Calibrate(_Strict):
             between runs.
     """
 
-    prompts: int = Field(default=16, ge=1)
-    probes: int | None = Field(default=None, ge=0)
-    steps: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    prompts: int = Field(default=16, ge=1, le=100_000)
+    probes: int | None = Field(default=None, ge=0, le=100_000)
+    steps: int | None = Field(default=None, ge=1, le=100_000)
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     ranges: Literal["seen", "unseen"] = "seen"
 
     @property
@@ -132,8 +134,8 @@ class Search(_Strict):
         scope: ``model`` makes one choice for all layers, ``family`` refines it for layers that share a name up to block numbers.
     """
 
-    prompts: int = Field(default=4, ge=1)
-    steps: int = Field(default=6, ge=1)
+    prompts: int = Field(default=4, ge=1, le=100_000)
+    steps: int = Field(default=6, ge=1, le=100_000)
     scope: Literal["model", "family"] = "model"
 
 
@@ -265,11 +267,14 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: dict[st
     """
     data, where = _read(source)
     for key, value in (overrides or {}).items():
-        override(data, key, value)
+        override(data, key, plain(value, key))
     try:
-        return Recipe.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise RecipeError(_explain(error, where)) from None
+    if (count := math.prod(len(entry.alternatives) for entry in recipe.entries)) > CHOICES:
+        raise RecipeError(f"{where}: the lists of its steps make {count} combinations, and each is a trial; leave at most {CHOICES}")
+    return recipe
 
 
 def _read(source: str | Path | dict[str, Any] | Recipe) -> tuple[dict[str, Any], str]:
@@ -277,7 +282,7 @@ def _read(source: str | Path | dict[str, Any] | Recipe) -> tuple[dict[str, Any],
         return source.model_dump(mode="json", exclude_unset=True), source.name
     if isinstance(source, dict):
         where = str(source.get("name", "recipe"))
-        return extended(json.loads(json.dumps(source)), Path(), (where,)), where
+        return extended(plain(source, where[:60]), Path(), (where,)), where
     return read_text(source), str(source)
 
 
@@ -290,7 +295,7 @@ def _explain(error: ValidationError, where: str) -> str:
         return f"{where}: unknown key '{place}'; {nearest(str(first['loc'][-1]), model.model_fields)}"
     if isinstance(cause, RecipeError):
         return f"{where}: {place}: {cause}" if place else f"{where}: {cause}"
-    return f"{where}: {place}: {first['msg']}, got {first['input']!r:.80}"
+    return f"{where}: {place}: {first['msg']}, got {short(first['input'])}"
 
 
 _PARTS: dict[str, type[BaseModel]] = {

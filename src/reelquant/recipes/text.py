@@ -11,12 +11,39 @@ from typing import Any
 import yaml
 
 from reelquant._errors import RecipeError, nearest
+from reelquant.recipes.bounds import BYTES, DEPTH, VALUES, plain
 
 EXTENDS = "extends"
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 booleans: only true and false, so that the key ``on`` stays a word."""
+
+
+class _Bounded(_Loader):
+    """Counts what aliases stand for: a few lines of them may mean more values than memory holds."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._sizes: dict[int, int] = {}  # of finished nodes, by identity
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        alias = self.check_event(yaml.AliasEvent)
+        self._depth += 1
+        if self._depth > 2 * DEPTH:  # values and what leads to them; the scanner takes long for thousands of levels
+            raise yaml.YAMLError(f"it is nested more than {DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if alias and id(node) not in self._sizes:
+            raise yaml.YAMLError("an alias stands for something that it is itself a part of")
+        if not alias:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            flat = [one for part in parts for one in (part if isinstance(part, tuple) else (part,))]
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(one)] for one in flat)
+        if self._sizes[id(node)] > VALUES:
+            raise yaml.YAMLError(f"it stands for more than {VALUES} values; a recipe is shorter")
+        return node
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -27,8 +54,25 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|fa
 
 
 def parse_value(text: str) -> Any:
-    """One value as a recipe would read it: ``10``, ``true``, ``int4``, ``[0.5, 1.0]``, ``null``."""
-    return yaml.load(text, _Loader)
+    """One value as a recipe would read it: ``10``, ``true``, ``int4``, ``[0.5, 1.0]``, ``null``.
+
+    Raises:
+        RecipeError: if it is no YAML, or no value of a recipe.
+    """
+    return _load(text, f"'{text:.60}'")
+
+
+def _load(text: str, where: str) -> Any:
+    """Plain data of bounded size; whatever YAML's constructors raise is one error."""
+    if len(text) > BYTES:
+        raise RecipeError(f"{where} has {len(text)} letters; a recipe has at most {BYTES}")
+    try:
+        data = yaml.load(text, _Bounded)
+    except RecursionError:
+        raise RecipeError(f"{where} is not valid YAML: it is nested too deeply") from None
+    except Exception as error:  # yaml.YAMLError; constructors of dates, integers and tagged values raise what they like
+        raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split()) or type(error).__name__:.300}") from None
+    return plain(data, where)
 
 
 def names() -> list[str]:
@@ -115,10 +159,7 @@ def _folder(source: str | Path) -> Path:
 
 def _parsed(source: str | Path) -> dict[str, Any]:
     text = str(source)
-    try:
-        data = yaml.load(_content(text), _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{text} is not valid YAML: {error}") from None
+    data = _load(_content(text), text)
     if not isinstance(data, dict):
         kind = type(data).__name__
         raise RecipeError(f"{text} holds no recipe: expected a mapping with 'name' and 'defaults', got {kind}")
@@ -130,6 +171,13 @@ def _content(text: str) -> str:
         return resources.files("reelquant.recipes").joinpath("library", f"{text}.yaml").read_text(encoding="utf-8")
     if Path(text).suffix not in (".yaml", ".yml", ".json"):
         raise RecipeError(f"no recipe is called '{text}'; {nearest(text, names())} (or give a .yaml file)")
-    if not Path(text).is_file():
-        raise RecipeError(f"recipe file '{text}' does not exist")
-    return Path(text).read_text(encoding="utf-8")
+    try:
+        if not Path(text).is_file():
+            raise RecipeError(f"recipe file '{text}' {'is no plain file' if Path(text).exists() else 'does not exist'}")
+        if (size := Path(text).stat().st_size) > BYTES:
+            raise RecipeError(f"recipe file '{text}' has {size} bytes; a recipe has at most {BYTES}")
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"cannot read the recipe file '{text:.200}': {error}") from None

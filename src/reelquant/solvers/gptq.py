@@ -44,6 +44,8 @@ class Gptq(Solver):
     def __post_init__(self) -> None:
         if not 0 < self.damping < 1:
             raise RecipeError(f"damping lies in (0, 1), got {self.damping}")
+        if self.block < 1:
+            raise RecipeError(f"block counts columns that are solved together, 1 or more, got {self.block}")
 
     def supports(self, site: StageSite) -> str | None:
         grain, kinds = site.specs.weight.granularity, ("tensor", "channel", "group")

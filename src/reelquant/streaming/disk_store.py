@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from reelquant._errors import CalibrationError
-from reelquant.checkpoint import Shards, whole_file
+from reelquant._sums import Sealed
+from reelquant.checkpoint import Shards
 from reelquant.engine.build import Built, BuiltGroup, Context, build_layer, folded, prepare_group
 from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan
@@ -24,7 +25,7 @@ from reelquant.streaming.job import Job
 from reelquant.streaming.journal import Journal
 from reelquant.streaming.log import digest
 from reelquant.streaming.offload import OnDisk
-from reelquant.streaming.pieces import about, empty_layer, read_about, record_in, write_piece
+from reelquant.streaming.pieces import about, empty_layer, intact, read_about, record_in, write_piece
 
 
 @dataclass(eq=False)
@@ -114,9 +115,9 @@ class DiskStore:
     def score(self, key: Any, sample: Callable[[], float]) -> float:
         """A candidate's score; remembered, so that its layers need not stay on disk."""
         record = self.folder / "trials" / f"{digest(key)}.json"
-        if not record.is_file():
+        if not intact(record):
             score = sample()
-            whole_file(record, lambda path: path.write_text(json.dumps(score)))
+            Sealed(record.parent).write(record.name, lambda path: path.write_text(json.dumps(score)))
             for peer in self.peers:
                 peer.keeper.forget(self._phase)
             if self.plan.recipe.search.scope == "model":
@@ -133,14 +134,17 @@ class DiskStore:
         place = self.folder / ("draft" if context.draft else "final") / choice.digest(rows)
         files = {row.layer.name: place / f"{row.layer.name}.safetensors" for row in rows}
         norm = place / f"{group.producer}.safetensors"
-        if missing := [row for row in rows if not files[row.layer.name].is_file()]:
+        missing = [row for row in rows if not intact(files[row.layer.name])]
+        if not missing and any(read_about(file)["norm"] for file in files.values()) and not intact(norm):
+            missing = rows
+        if missing:
             shared = prepare_group(context, group, choice)
             if shared.fold is not None and group.producer is not None:
                 affine = dict(self.disk.layer(group.producer).named_parameters(recurse=False))
                 write_piece(norm, folded(affine, shared.fold), {})
             for row in missing:
                 one = build_layer(context, shared, row, choice)
-                write_piece(files[row.layer.name], one.layer.state_dict(), about(one.layer, one.record))
+                write_piece(files[row.layer.name], one.layer.state_dict(), about(one.layer, one.record, norm=shared.fold is not None))
                 del one
         pieces = {name: Shards([file]) for name, file in files.items()}
         layers = {name: empty_layer(get_module(self.disk.model, name), file) for name, file in files.items()}
@@ -164,18 +168,22 @@ class DiskStore:
     def known(self, key: Any, groups: Sequence[BuiltGroup]) -> Any:
         """What was remembered of a block; its better layers are taken into their groups again."""
         folder = self.folder / "final" / digest(key)
-        if not (folder / "done.json").is_file():
+        if not intact(folder / "done.json"):
+            return None
+        done = json.loads((folder / "done.json").read_text())
+        if not all(intact(folder / file) for file in done["files"]):
             return None
         for built in groups:
             for name in built.layers:
-                if (file := folder / f"{name}.safetensors").is_file():
-                    self._use(built, name, file)
-        return json.loads((folder / "done.json").read_text(encoding="utf-8"))
+                if f"{name}.safetensors" in done["files"]:
+                    self._use(built, name, folder / f"{name}.safetensors")
+        return done["value"]
 
     def remember(self, key: Any, value: Any) -> None:
         """A block is done; its better layers have been written."""
-        file = self.folder / "final" / digest(key) / "done.json"
-        whole_file(file, lambda path: path.write_text(json.dumps(value)))
+        folder = self.folder / "final" / digest(key)
+        done = {"value": value, "files": sorted(file.name for file in folder.glob("*.safetensors"))}
+        Sealed(folder).write("done.json", lambda path: path.write_text(json.dumps(done)))
 
     def installed(self, built: BuiltGroup) -> None:
         """Tell the disk where the tensors of a group are."""

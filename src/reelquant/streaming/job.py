@@ -29,6 +29,7 @@ from reelquant.streaming.estimate import Estimate, estimate
 from reelquant.streaming.log import digest
 from reelquant.streaming.source import Source
 
+WORK = 2  # version of what is kept in the working folder
 LARGE = 4  # a text encoder beyond this part of the budget stays on disk, too
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
@@ -132,6 +133,7 @@ class Job:
         skipped = {name: sorted(row.layer.name for row in plan.skipped) for name, plan in self.plans.items()}
         return {
             "reelquant": __version__,
+            "work": WORK,
             **_versions(),
             "recipe": {name: plan.recipe.digest() for name, plan in self.plans.items()},
             "layers": digest(skipped),

@@ -5,6 +5,8 @@ the parameters are the statistics: second moments of wide layers, sampled rows. 
 absorbed when the layer is built, by the same arithmetic in the same order, so the bits are those of a run in memory.
 
 A call counts once its output has been written. A run that was killed samples again from the start, and calls that count answer from disk.
+
+Everything has a sum, and every remembered call says how many looks had been logged by then. What is not what was written is made again.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
+import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -25,13 +30,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reelquant._errors import CalibrationError
-from reelquant.checkpoint import whole_file
+from reelquant._errors import CalibrationError, CheckpointError
+from reelquant._sums import Sealed
 from reelquant.discover.probe import tensors_in
 from reelquant.observe import Call, InputStatistics, Statistic
 from reelquant.streaming.log import Log
 
 INPUTS = "inputs"  # log of all statistics of an input that do not compact
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -49,6 +55,8 @@ class Journal:
         self._generator: torch.Generator | None = None
         self._phase, self._call = "", 0
         self._last: dict[tuple[int, str], int] = {}  # (input, statistic) -> the last call that logged a look of it
+        self._looks: Counter[str] = Counter()  # name of a log -> looks that were ever appended to it
+        self._states = Sealed(folder / "seen")
         (folder / "seen").mkdir(parents=True, exist_ok=True)
 
     # --- calls of the denoiser ----------------------------------------------------------------------------------------------------
@@ -62,7 +70,7 @@ class Journal:
         @functools.wraps(forward)
         def remembered(*args: Any, **kwargs: Any) -> Any:
             record = self._record(self._call)
-            if not record.is_file():
+            if not self._calls.good(record.name):
                 output = forward(*args, **kwargs)
                 self._remember(record, output)
             else:
@@ -79,12 +87,17 @@ class Journal:
     def _record(self, call: int) -> Path:
         return self.folder / "calls" / self._phase / f"{call:06}.safetensors"
 
+    @property
+    def _calls(self) -> Sealed:
+        return Sealed(self.folder / "calls" / self._phase)
+
     def _remember(self, record: Path, output: Any) -> None:
         keys = list(output) if isinstance(output, dict) else None
         tensors = {str(i): value.detach().contiguous() for i, value in enumerate(tensors_in(output))}
         if self._generator is not None:
             tensors["generator"] = self._generator.get_state()
-        whole_file(record, lambda path: save_file(tensors, path, {"keys": json.dumps(keys)}))
+        about = {"keys": json.dumps(keys), "looks": json.dumps(self._looks)}
+        Sealed(record.parent).write(record.name, lambda path: save_file(tensors, path, about))
         if not self._asked:
             self.room(record.stat().st_size)
             self._asked = True
@@ -98,8 +111,7 @@ class Journal:
         if self._generator is not None:
             self._generator.set_state(tensors.pop("generator"))
         values = [_own(tensors[str(i)], self.device) for i in range(len(tensors))]
-        with safe_open(record, "pt") as opened:
-            keys = json.loads(opened.metadata()["keys"])
+        keys = _about(record, "keys")
         return tuple(values) if keys is None else _output(dict(zip(keys, values, strict=True)))
 
     # --- statistics ---------------------------------------------------------------------------------------------------------------
@@ -114,13 +126,35 @@ class Journal:
             generator: draws the rows that are sampled; its state is remembered with every call.
         """
         self._generator = generator
-        done = len(list((self.folder / "calls" / self._phase).glob("*.safetensors")))
+        done = next(call for call in itertools.count() if not self._calls.good(self._record(call).name))
+        for record in (self.folder / "calls" / self._phase).glob("*.safetensors"):
+            if int(record.stem) >= done:  # their looks come after one that is made again
+                record.unlink()
         watched, empty = make()
-        for number, seen in enumerate(watched.values()):
-            for kind in (INPUTS, *_compacting(seen)):
-                self._log(number, kind).cut(done)
+        logs = [(number, kind) for number, seen in enumerate(watched.values()) for kind in (INPUTS, *_compacting(seen))]
+        self._looks = Counter(_about(self._record(done - 1), "looks") if done else {})
+        if not all(self._cut(number, kind, done) for number, kind in logs):
+            logger.warning("what calibration had seen is damaged in '%s': it samples again", self.folder)
+            self._start_again()
         numbers = {name: number for number, name in enumerate(watched)}
         return {name: Logged(self, numbers[name], own) for name, own in watched.items()}, Known(self, numbers, empty)
+
+    def _cut(self, number: int, kind: str, done: int) -> bool:
+        """Keep what belongs to the first ``done`` calls; False if that is not all that was logged of them."""
+        through, absorbed, state = -1, 0, self._state(number, kind)
+        if state.exists():
+            if not self._states.good(state.name):
+                return False
+            tensors = load_file(state)
+            through, absorbed = int(tensors["call"]), int(tensors["looks"])
+        kept = self._log(number, kind).cut(done, through)
+        return kept is not None and through < done and absorbed + kept == self._looks[self._log(number, kind).path.name]
+
+    def _start_again(self) -> None:
+        shutil.rmtree(self.folder / "calls" / self._phase, ignore_errors=True)
+        shutil.rmtree(self.folder / "seen")
+        (self.folder / "seen").mkdir()
+        self._looks.clear()
 
     def forget_generator(self) -> None:
         """Calibration is over: later calls draw no rows."""
@@ -137,7 +171,7 @@ class Journal:
         when = {name: torch.tensor(value) for name, value in asdict(call).items()}
         compacting = _compacting(own)
         rest = {key: value for key, value in seen.items() if key.partition(".")[0] not in compacting}
-        self._log(number, INPUTS).append(self._call, rest | when)
+        self._append(number, INPUTS, rest | when)
         for kind, member in compacting.items():
             look = {key.partition(".")[2]: value for key, value in seen.items() if key.startswith(f"{kind}.")}
             if look:
@@ -147,23 +181,33 @@ class Journal:
         log = self._log(number, kind)
         if log.bytes > empty.memory_bytes() and self._last.get((number, kind)) != self._call:  # whole calls only
             self._compact(number, kind, empty)
-        log.append(self._call, frame)
+        self._append(number, kind, frame)
         self._last[number, kind] = self._call
+
+    def _append(self, number: int, kind: str, frame: Mapping[str, Tensor]) -> None:
+        log = self._log(number, kind)
+        log.append(self._call, frame)
+        self._looks[log.path.name] += 1
 
     def _compact(self, number: int, kind: str, empty: Statistic) -> None:
         """Keep the state after all calls before this one. Frames that a killed process left although they are absorbed count once."""
         member = copy.copy(empty)
         self._fill(number, kind, member)
-        state = {name: value.contiguous() for name, value in member.state.items()} | {"call": torch.tensor(self._call - 1)}
-        whole_file(self._state(number, kind), lambda path: save_file(state, path))
-        self._log(number, kind).clear()
+        log = self._log(number, kind)
+        counts = {"call": torch.tensor(self._call - 1), "looks": torch.tensor(self._looks[log.path.name])}
+        state = {name: value.contiguous() for name, value in member.state.items()} | counts
+        self._states.write(self._state(number, kind).name, lambda path: save_file(state, path))
+        log.clear()
 
     def _fill(self, number: int, kind: str, member: Statistic) -> None:
         """Fill an empty compacting statistic with its state and with the frames behind that."""
         through, state = -1, self._state(number, kind)
         if state.exists():
+            if not self._states.good(state.name):
+                raise CheckpointError(f"'{state}' is damaged; go on with resume=True (--resume), and it is made again")
             tensors = load_file(state)
             through = int(tensors.pop("call"))
+            del tensors["looks"]
             member.state = {name: _own(value, self.device) if value.dim() else value for name, value in tensors.items()}
         for _, frame in self._log(number, kind).frames(through):
             call = _call_of(frame)
@@ -183,6 +227,12 @@ class Journal:
         if name == "rows.rows":
             return value.float()
         return value.to(self.device) if value.dim() else value
+
+
+def _about(record: Path, key: str) -> Any:
+    """What a remembered call says of itself."""
+    with safe_open(record, "pt") as opened:
+        return json.loads(opened.metadata()[key])
 
 
 def _compacting(own: InputStatistics) -> dict[str, Statistic]:

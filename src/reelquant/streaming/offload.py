@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -81,6 +82,13 @@ class OnDisk:
             raise CheckpointError(
                 f"'{shards.files[0].parent}' lacks {len(missing)} tensors of {type(model).__name__}, first '{missing[0]}'; if it was "
                 "written for an older diffusers, open the pipeline and save it again"
+            )
+        ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        left = (name for name in sorted(set(shards.specs) - set(expected)) if not any(re.search(one, name) for one in ignored))
+        if surplus := next(left, None):
+            raise CheckpointError(
+                f"'{shards.files[0].parent}' holds '{surplus}', for which the {type(model).__name__} of its config.json has no place; "
+                "download or save it again"
             )
         for name, value in expected.items():
             if tuple(value.shape) != shards.specs[name].shape:

@@ -13,22 +13,33 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from reelquant.checkpoint import Shards, tile_checksum, whole_file
+from reelquant._sums import Sealed
+from reelquant.checkpoint import Shards, layer_sum, tile_checksum
 from reelquant.engine.quality import LayerRecord
 from reelquant.nn import LayerLayout, QuantLayer, layer_facts, quantized_class
 
 
-def about(layer: QuantLayer, record: LayerRecord | None) -> dict[str, Any]:
-    """What a file says about its layer: layout, checksum, the report's record, and what computes the layer."""
+def about(layer: QuantLayer, record: LayerRecord | None, *, norm: bool = False) -> dict[str, Any]:
+    """What a file says about its layer: layout, checksums, the report's record, and what computes the layer.
+
+    Args:
+        norm: whether the norm before the layer took its rewrite over, and has a file of its own.
+    """
     facts = layer_facts(layer)
     known = record and asdict(record)
-    return {"layout": layer.layout.to_json(), "checksum": tile_checksum(layer), "record": known, "facts": facts}
+    sums = {"checksum": tile_checksum(layer), "sum": layer_sum(layer)}
+    return {"layout": layer.layout.to_json(), **sums, "record": known, "facts": facts, "norm": norm}
 
 
 def write_piece(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write tensors and what is said about them; the file appears complete or not at all."""
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    whole_file(file, lambda path: save_file(whole, path, {"about": json.dumps(about)}))
+    Sealed(file.parent).write(file.name, lambda path: save_file(whole, path, {"about": json.dumps(about)}))
+
+
+def intact(file: Path) -> bool:
+    """Whether a file of this run, or of the one that it goes on with, is there and is what was written."""
+    return Sealed(file.parent).good(file.name)
 
 
 def read_about(file: Path) -> dict[str, Any]:

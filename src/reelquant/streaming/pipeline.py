@@ -15,6 +15,7 @@ from torch import nn
 from reelquant._errors import ReelQuantError, UnsupportedError
 from reelquant.checkpoint import Workspace
 from reelquant.models.blank import CLASS
+from reelquant.models.complete import complete
 from reelquant.models.lora import LoraFiles
 from reelquant.models.pipelines import cannot_open
 from reelquant.models.weight_files import sole_variant, variants
@@ -54,7 +55,8 @@ def open_pipeline(job: Job, work: Workspace) -> Any:
         CheckpointError: if diffusers or transformers cannot open it.
     """
     try:
-        return _open(job, work)
+        with complete(job.source.folder):
+            return _open(job, work)
     except ReelQuantError:
         raise
     except Exception as error:

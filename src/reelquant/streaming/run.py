@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from reelquant._progress import Progress, Silent
-from reelquant.checkpoint import REPORT_FILE, Workspace, workspace
+from reelquant.checkpoint import REPORT_FILE, Shards, Workspace, refuse_source, workspace
 from reelquant.discover import modules_of
 from reelquant.engine.components import default_texts
 from reelquant.engine.report import Report, total
 from reelquant.engine.run import run_all
 from reelquant.engine.session import Session
+from reelquant.models.finite import check_tensors
 from reelquant.models.lora import short_names
+from reelquant.models.manifest import write_manifest
 from reelquant.nn import check_finite, stop_clock
 from reelquant.streaming.disk_store import DiskStore
 from reelquant.streaming.estimate import check_room
@@ -41,10 +43,12 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
         UnsupportedError: for what needs the model in memory.
     """
     job.check()
+    refuse_source(output, job.source.folder)
     expected = job.estimate()
     expected.check_memory(job.budget)
     with workspace(output, job.identity(), resume=resume, force=force) as work:
         check_room(work, expected)
+        _check_copied(job)
         pipe = open_pipeline(job, work) if job.opens else None
         for name, part in modules_of(pipe).items() if pipe is not None else ():
             check_finite(name, part)
@@ -52,7 +56,16 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
         report = _components(job, work, pipe, progress or Silent(), room)
         copy_others(job, work)
         report.save(work.result / REPORT_FILE)
+        write_manifest(work.result)
         return report
+
+
+def _check_copied(job: Job) -> None:
+    """Look at what is not quantized: the other components, and what is no layer of the denoisers, one tensor at a time."""
+    for name in job.source.modules:
+        shards = Shards.of(job.source.folder / name)
+        planned = {row.layer.name for row in job.plans[name].layers.values()} if name in job.plans else set()
+        check_tensors(name, [key for key in shards.specs if key.rpartition(".")[0] not in planned], shards.load)
 
 
 def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: Callable[[int], None]) -> Report:
@@ -69,7 +82,7 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
             reports = run_all(sessions, {}, texts, dict(job.call))
             for session in sessions:
                 with session.timed("write", 1):
-                    write_component(session, work.result / session.component)
+                    write_component(session, work)
         finally:
             for session in reversed(sessions):
                 stop_clock(session.denoiser)

@@ -16,6 +16,7 @@ from torch import nn
 
 from reelquant import CheckpointError, UnsupportedError
 from reelquant.checkpoint import Slots, Stored, check_target, describe, new_folder, tile_checksum, verify
+from reelquant.checkpoint import folder as checkpoint_folder
 from reelquant.checkpoint.stored import adopt
 from reelquant.nn import LayerLayout, LayerTensors, QuantLinear, TensorLayout
 
@@ -124,6 +125,7 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", sometimes)
+    monkeypatch.setattr(checkpoint_folder, "exchange", lambda one, other: False)  # a disk that cannot
     with pytest.raises(CheckpointError, match="Permission denied"), new_folder(target, force=True):
         pass
     assert (target / "model_index.json").read_text() == "old"

@@ -36,6 +36,7 @@ from reelquant.cli import app
 from reelquant.formats import QuantSpec, fit, pack, parse_format, parse_granularity
 from reelquant.kernels import backend
 from reelquant.kernels.reference import Reference
+from reelquant.models.manifest import MANIFEST
 from reelquant.nn import LayerLayout, LayerTensors, QuantLinear, TensorLayout, quantized_layers
 from tests.tiny.configs import TINY, build
 from tests.tiny.stock import CALL, MIXED, PROMPTS, wan_pipeline
@@ -462,6 +463,7 @@ def test_a_damaged_artifact_or_a_full_disk_leaves_nothing_and_keeps_the_old(
     folders: dict[str, Path], tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     damaged = shutil.copytree(folders["w8a16"], tmp_path / "in")
+    (damaged / MANIFEST).unlink()  # as from a hub, which hands over the files of components
     file = damaged / "transformer" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["blocks.0.ffn.net.2.weight"] = tensors["blocks.0.ffn.net.2.weight"].flip(0)

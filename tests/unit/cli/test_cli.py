@@ -20,10 +20,11 @@ from reelquant.cli import app
 from reelquant.cli.console import QUIET, figure, plain, size
 from reelquant.cli.options import call_options, settings
 from reelquant.evidence import read_video
+from reelquant.evidence.networks.published import WEIGHTS
 from reelquant.kernels.cpu import int8, int16_madd
 from tests.tiny.stock import stored_pipeline
 
-VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "export", "inspect", "recipes", "metrics", "weights")
+VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "export", "verify", "inspect", "recipes", "metrics", "weights")
 SHORT = ["--set", "calibrate.prompts=1", "--set", "search.prompts=1", "--set", "search.steps=1"]
 
 
@@ -489,3 +490,16 @@ def test_another_runtime_makes_the_clip_or_says_what_is_wrong(model: Path, quant
     assert made.exit_code == 0, made.output
     assert "unknown runtime 'openvin'; did you mean 'openvino'" in fails(*words, "--force", "--runtime", "openvin")
     assert "no quantized layers" in fails("generate", model, *words[2:], "--force", "--runtime", "openvino")
+
+
+def test_a_broken_file_of_weights_does_not_count_as_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REELQUANT_CACHE", str(tmp_path))
+    (tmp_path / "weights").mkdir()
+    broken = tmp_path / "weights" / WEIGHTS["lpips-alex"].files[0]
+    broken.write_bytes(b"cut")
+    assert "broken" in invoke("weights").stdout.replace("\n", " ")
+    assert json.loads(invoke("weights", "--json").stdout)["lpips-alex"] is None
+    asked = list[str]()
+    monkeypatch.setattr("reelquant.evidence.networks.download.fetch", asked.append)
+    invoke("weights", "lpips-alex")
+    assert asked == ["lpips-alex"]

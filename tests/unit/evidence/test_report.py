@@ -265,4 +265,4 @@ def test_data_are_typed_and_numbers_keep_their_kind() -> None:
 
 
 def test_summary_shows_markup_as_text() -> None:
-    assert "\\<img\\>" in summary({"test": {"name": "<img>"}}) and "a\\|b" in summary({"warnings": ["a|b"]})
+    assert "&lt;img&gt;" in summary({"test": {"name": "<img>"}}) and "a\\|b" in summary({"warnings": ["a|b"]})

@@ -71,3 +71,53 @@ def test_tensors_come_back_and_broken_ones_are_named(tmp_path: Path) -> None:
     store.tensor_file("i3d", "test", "0000").write_bytes(b"cut")
     with pytest.raises(CheckpointError, match="delete it and resume"):
         store.get("i3d", "test", "0000")
+
+
+def test_what_is_not_what_was_written_is_made_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.put_clip("test", "0000", torch.rand(2, 3, 16, 16), 8)
+    store.put("latents", "test", "0000", torch.rand(3))
+    assert store.has_clip("test", "0000") and store.has("latents", "test", "0000")
+    for file in (store.clip("test", "0000"), store.tensor_file("latents", "test", "0000")):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert not store.has_clip("test", "0000")
+        file.unlink()
+        assert not store.has_clip("test", "0000")
+        file.write_bytes(content)
+        assert store.has_clip("test", "0000")
+    (tmp_path / "clips" / "test" / "SHA256SUMS").unlink()  # an evaluation of an older version
+    assert store.has_clip("test", "0000")
+
+
+def test_a_damaged_row_is_measured_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add("test", ROW)
+    file = tmp_path / "measured" / "test.jsonl"
+    line = file.read_text()
+    file.write_text(line.replace("30.0", "31.0", 1))
+    assert store.rows("test") == {}
+    for broken in ("[]", "3", '{"name": 1}', "[" * 5000):
+        file.write_text(broken + "\n" + line)
+        assert list(store.rows("test")) == ["0000"]
+
+
+def test_sums_are_borrowed_with_the_clips(tmp_path: Path) -> None:
+    first, second = Store(tmp_path / "first"), Store(tmp_path / "second")
+    first.begin({"seed": 1}, resume=False, force=False)
+    first.put_clip("reference", "0000", torch.rand(2, 3, 16, 16), 8)
+    second.begin({"seed": 1}, resume=False, force=False)
+    second.put_clip("reference", "0001", torch.rand(2, 3, 16, 16), 8)
+    second.borrow(tmp_path / "first", {"seed": 1})
+    assert second.has_clip("reference", "0000") and second.has_clip("reference", "0001")
+    assert not first.has_clip("reference", "0001")
+    assert len((tmp_path / "first" / "clips" / "reference" / "SHA256SUMS").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", "null", "[" * 5000])
+def test_a_broken_run_json_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(CheckpointError, match="--force"):
+        Store(tmp_path).begin({"seed": 1}, resume=True, force=False)
+    with pytest.raises(CheckpointError):
+        Store(tmp_path / "other").borrow(tmp_path, {"seed": 1})

@@ -139,7 +139,7 @@ def test_a_percentile_lies_between_a_half_and_one(percentile: float) -> None:
 
 @pytest.mark.parametrize("rule", [Mse, ByCriterion])
 def test_factors_of_a_search_are_checked(rule: type[RangeRule]) -> None:
-    with pytest.raises(RecipeError, match="at least 1, got 0"):
+    with pytest.raises(RecipeError, match="1 to 10000, got 0"):
         rule(candidates=0)
     for smallest in (0.0, -1.0, 1.5):
         with pytest.raises(RecipeError, match=rf"in \(0, 1\], got {smallest}"):

@@ -17,7 +17,8 @@ from reelquant._errors import CheckpointError, UnsupportedError, nearest
 from reelquant.checkpoint.stored import METHOD, Stored
 from reelquant.checkpoint.verify import verify_layer
 from reelquant.models.blank import CLASS, QUANTIZATION, blank_model, read_config
-from reelquant.models.pipelines import locate
+from reelquant.models.manifest import check_files
+from reelquant.models.pipelines import check_folder, locate
 from reelquant.nn import LayerLayout, QuantLayer, get_module, quantized_class
 
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls the files of a model
@@ -84,11 +85,14 @@ class ExportSource:
         self.stored = Stored.from_json(self.config[QUANTIZATION])
         self._open, self._files = ExitStack(), dict[str, Any]()
         self._tensors: dict[str, list[str]] = {}
+        self._covered = False
 
     def __enter__(self) -> ExportSource:
         from safetensors import SafetensorError, safe_open
 
-        for file in sorted(self.folder.glob("*.safetensors")):
+        files = sorted(self.folder.glob("*.safetensors"))
+        self._covered = check_files(files)
+        for file in files:
             try:
                 opened = self._open.enter_context(safe_open(file, "pt"))
             except (SafetensorError, OSError) as error:
@@ -179,7 +183,7 @@ class ExportSource:
             value = self.tensor(key)
             is_parameter = tensor in quant._parameters
             setattr(quant, tensor, nn.Parameter(value, requires_grad=False) if is_parameter else value)
-        verify_layer(name, quant, self.stored.checksums[name])
+        verify_layer(name, quant, self.stored.checksums[name], None if self._covered else self.stored.sums.get(name))
         if quant.bias is not None:
             quant.bias.data = quant.bias.float()  # folds are computed, and handed on, in float32
         return Layer(name, quant, quant.dequantized_weight(), quant.float_bias())
@@ -213,10 +217,16 @@ def quantized_components(folder: str | Path) -> dict[str, Path]:
         raise CheckpointError(
             f"'{folder}' is not a folder here; export reads what reelquant.save (reelquant quantize --output) has written"
         )
-    found = {path.name: path for path in sorted(root.iterdir()) if _method(path) == METHOD}
+    found = {path.name: path for path in component_folders(root)}
     if not found:
         raise CheckpointError(f"nothing in '{folder}' is quantized by reelquant; export reads what reelquant.save has written")
+    check_folder(root, verify=False)  # sums are compared when a component is opened
     return found
+
+
+def component_folders(root: Path) -> list[Path]:
+    """Folders of the components of a pipeline that reelquant quantized, in the order of their names."""
+    return [path for path in sorted(root.iterdir()) if _method(path) == METHOD]
 
 
 def _method(folder: Path) -> str | None:

@@ -25,10 +25,11 @@ from reelquant.checkpoint.export.numbers import NumberType
 from reelquant.checkpoint.export.result import Exported, Outcome, left_behind
 from reelquant.checkpoint.export.source import WEIGHTS, ExportSource, Facts, quantized_components
 from reelquant.checkpoint.export.write import Shape, write_safetensors
-from reelquant.checkpoint.folder import check_target, new_folder
+from reelquant.checkpoint.folder import check_target, new_folder, refuse_source
 from reelquant.checkpoint.save import REPORT_FILE
 from reelquant.formats import Granularity, Int, Quantizer, parse_format
 from reelquant.models.blank import CLASS, CONFIG, QUANTIZATION
+from reelquant.models.manifest import MANIFEST, check_manifest, write_manifest
 
 SAME = Naming("those of diffusers", "")
 OPENS = "DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16), with torchao >= 0.16 installed"
@@ -72,10 +73,12 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
     dialect, found = TorchAo(numbers), quantized_components(folder)
     if component is not None:
         raise UnsupportedError(f"torchao exports are whole pipelines; leave out component='{component}' (--component)")
+    refuse_source(output, folder)
     path = check_target(output, force=force)
     outcomes: list[Outcome] = []
     behind: dict[str, list[str]] = {}
     root = next(iter(found.values())).parent
+    check_manifest(root)
     sources = [ExportSource(place) for place in found.values()]
     _check(sources)
     with new_folder(path, force=force) as temporary:
@@ -85,6 +88,7 @@ def export(folder: Path, output: Path, *, component: str | None, numbers: str | 
             outcomes += made.layers
             for what, names in made.left_behind.items():
                 behind.setdefault(what, []).extend(f"{source.component}.{layer}" if len(found) > 1 else layer for layer in names)
+        write_manifest(temporary)
     return Exported(path, "torchao", tuple(found), SAME.words, outcomes, behind, OPENS)
 
 
@@ -104,7 +108,7 @@ def _check(sources: list[ExportSource]) -> None:
 def _not_copied(at: Path, names: list[str], root: Path, found: dict[str, Path]) -> list[str]:
     """Weights, which are written again, and the report, which describes another file."""
     if at == root:
-        return [name for name in names if name == REPORT_FILE]
+        return [name for name in names if name in (REPORT_FILE, MANIFEST)]
     quantized = at in found.values()
     return [name for name in names if quantized and (name == CONFIG or name.startswith(WEIGHTS))]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import uuid
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reelquant._errors import CheckpointError
 from reelquant._progress import Progress
+from reelquant.checkpoint.beside import beside, held, tidy
 from reelquant.checkpoint.export.source import DTYPES
 
 Form = TypeVar("Form")
@@ -46,9 +47,9 @@ def check_file(target: str | Path, suffix: str, *, force: bool) -> Path:
     path = Path(target).expanduser().resolve()
     if path.suffix != suffix:
         raise CheckpointError(f"'{target}' must end with {suffix}: readers tell formats by the ending")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"'{path}' is a folder; give the name of a file")
-    if path.exists() and not force:
+    if os.path.exists(path) and not force:
         raise CheckpointError(f"'{path}' already exists; choose another file or pass force=True (--force) to replace it")
     return path
 
@@ -60,13 +61,17 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: if the disk does not take the file.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    tidy(path)
+    temporary = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
+        temporary.touch(exist_ok=False)
+        with held(temporary):
+            yield temporary
+            temporary.replace(path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"cannot write '{path}': {error}; nothing is left behind, free space or choose another place") from error
         raise

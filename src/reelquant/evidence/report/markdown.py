@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from reelquant._errors import printable
 from reelquant.evidence.report.data import MetricData, QuantizationData, ReportData, ValueRange
 from reelquant.evidence.report.numbers import count, figure, size
 from reelquant.evidence.report.sentences import BETTER, WITHIN, failure_line, headline, sides, verdict
@@ -44,8 +45,9 @@ def summary(data: Mapping[str, Any]) -> str:
 
 
 def escaped(text: Any) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
+    """Text that Markdown, and whatever makes HTML of it, shows as it is, on one line."""
+    words = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(printable(str(text)).split()))
+    return words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _clip_lines(data: ReportData) -> list[str]:
@@ -83,7 +85,7 @@ def _metric_row(title: str, metric: MetricData, floors: list[str]) -> str:
     cells = [
         f"{escaped(title)} {arrow}".strip(),
         figure(metric.reference, "", digits),
-        metric.text(metric.unit, digits),
+        metric.text(escaped(metric.unit), digits),
     ]
     cells += [metric.floor.get(floor, ValueRange()).text("", digits) for floor in floors]
     return f"| {' | '.join([*cells, WITHIN[metric.within_floor]])} |"
@@ -92,7 +94,7 @@ def _metric_row(title: str, metric: MetricData, floors: list[str]) -> str:
 def quantization_line(quantization: QuantizationData) -> str:
     """What was quantized, in one line."""
     return (
-        f"Recipe `{quantization.recipe or 'unnamed'}` ({quantization.digest or 'no digest'}): "
+        f"Recipe {escaped(quantization.recipe or 'unnamed')} ({escaped(quantization.digest or 'no digest')}): "
         f"{count(len(quantization.layers), 'layer')} quantized, {quantization.skipped_count} skipped; "
         f"{size(quantization.bytes_float)} \u2192 {size(quantization.bytes_quantized)} ({figure(quantization.ratio)}x smaller)."
     )

@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM: both unwind the stack, and neither is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TERMINATED = 143
+
+
+class Terminated(SystemExit):
+    """SIGTERM: unwinds the stack like Ctrl-C, so that half-written files are removed. ``where`` says what is kept."""
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__(TERMINATED)
+        self.where = where
+
+
+@contextmanager
+def left_in(folder: Path | None) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM name the folder that holds the finished work, if that folder exists."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as error:
+        exists = folder is not None and folder.is_dir()
+        words = f"finished work is in '{folder}': continue with --resume" if exists else ""
+        raise Terminated(words) if isinstance(error, Terminated) else KeyboardInterrupt(*([words] if words else [])) from None
+
+
+_stopped: list[BaseException] = []  # Ctrl-C and SIGTERM as they came: libraries swallow them, and imports make other errors of them
+
+
+def asked_to_stop() -> BaseException | None:
+    """Ctrl-C or SIGTERM, if one came."""
+    return _stopped[0] if _stopped else None
+
+
+def stop_if_asked() -> None:
+    """Stop now if a library has swallowed the wish to."""
+    if _stopped:
+        raise _stopped[0]
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C, and remember both."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(error: BaseException) -> None:
+        _stopped.append(error)
+        raise error
+
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: stop(Terminated())),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: stop(KeyboardInterrupt())),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _stopped.clear()
