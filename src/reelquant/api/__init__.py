@@ -1,0 +1,23 @@
+"""The verbs of the library. What they do belongs to the layers below."""
+
+from reelquant.api.folders import configure, export, load, open_pipeline, save, verify
+from reelquant.api.measuring import benchmark, compare, evaluate, saturation
+from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder
+
+__all__ = [
+    "benchmark",
+    "compare",
+    "configure",
+    "evaluate",
+    "export",
+    "folder_job",
+    "load",
+    "open_pipeline",
+    "plan",
+    "plans",
+    "quantize",
+    "quantize_folder",
+    "saturation",
+    "save",
+    "verify",
+]

@@ -1,0 +1,186 @@
+"""What quantization changed and gained: evaluate, compare, benchmark, saturation. Each verb is a few calls into the layers below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reelquant._torch_state import stock_torch
+
+if TYPE_CHECKING:
+    import torch
+
+    from reelquant._progress import Progress
+    from reelquant.evidence.evaluation import Evaluation
+    from reelquant.evidence.run import Options
+    from reelquant.evidence.speed import Benchmark
+    from reelquant.nn import Saturation
+
+
+@stock_torch()
+def evaluate(
+    test: Any,
+    reference: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    clips: int = 16,
+    metrics: Sequence[str] | str = "default",
+    floor: Sequence[str] | None = None,
+    grain_steps: Sequence[int] = (),
+    gate: str | None = None,
+    fail_under: Mapping[str, float] | None = None,
+    output: str | Path | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    reuse: str | Path | None = None,
+    fid_frames: int = 0,
+    clip_model: str | None = None,
+    seed: int = 50_000,
+    batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+    **call: Any,
+) -> Evaluation:
+    """Sample a quantized pipeline and its float original from the same texts and noise, and measure what quantization changed.
+
+    Args:
+        test: the quantized pipeline: a folder, or a pipeline in memory.
+        reference: the float pipeline: bundled name, folder, hub id, or a pipeline in memory.
+        prompts: one text per clip, repeated to fill; by default captions of their world for bundled pipelines, else bundled video prompts.
+        clips: how many are sampled of each variant; 256 and more for FVD, FID and KID.
+        metrics: names or groups (``quick``, ``default``, ``all``); docs/metrics.md defines them.
+        floor: float runs that show the noise floor: ``bf16``, ``float32``, ``compiled``, ``reseed``; ``["none"]`` for none. By default the
+            other precision, and other noise if sets of clips are compared.
+        grain_steps: sample a few flat scenes at these numbers of denoising steps too: does noise in flat areas grow with them?
+        gate: ``strict``, ``default`` or ``loose``; the verdict is in the result, nothing is raised.
+        fail_under: limits on top, ``{"psnr": 30}``: a figure must not be worse.
+        output: folder for clips, report.html, report.json and summary.md; without it nothing is kept.
+        weights: folder with networks; else the user's cache.
+        data: folder of real clips, for distances to data.
+        reuse: folder of another evaluation of the same float pipeline, texts, noise and call, whose float clips are taken over.
+        fid_frames: frames of a clip that FID and KID look at, evenly spaced; 0 for all.
+        clip_model: CLIP for text metrics, a folder or hub id that transformers loads.
+        seed: noise of the first clip; clip ``i`` starts from ``seed + i``.
+        batch: clips per pipeline call.
+        dtype: of the float parts, float32 by default.
+        device: where the pipelines and networks run.
+        resume, force: go on with the evaluation in ``output``, or replace it.
+        progress: receives the progress of the run.
+        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
+
+    Returns:
+        Figures with intervals beside the noise floor, the verdict of the gate, everything as JSON.
+
+    Raises:
+        ReelQuantError: one sentence on what is wrong and what would work; NaN, black or constant clips stop a run as soon as they are seen.
+
+    Example:
+        >>> found = reelquant.evaluate("out", "tiny-dit", clips=64, gate="default", output="proof")
+        >>> found["psnr"], found.passed
+    """
+    import torch
+
+    from reelquant.evidence import run
+
+    folders = dict(output=output, weights=weights, data=data, reuse=reuse)
+    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, progress=progress)
+    options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
+    return run.evaluate(
+        test,
+        reference,
+        prompts,
+        clips=clips,
+        seed=seed,
+        floor=floor,
+        grain_steps=grain_steps,
+        batch=batch,
+        dtype=dtype or torch.float32,
+        options=options,
+        **call,
+    )
+
+
+@stock_torch()
+def compare(
+    reference: str | Path,
+    test: str | Path,
+    prompts: Mapping[str, str] | None = None,
+    *,
+    metrics: Sequence[str] | str = "default",
+    gate: str | None = None,
+    fail_under: Mapping[str, float] | None = None,
+    output: str | Path | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    clip_model: str | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a folder of clips against another one; clips of equal names belong together.
+
+    Args:
+        reference: folder of clips: mp4, gif, webm, mov, mkv, avi, or PNG frames.
+        test: folder of clips under test.
+        prompts: text by clip name, for text metrics.
+        metrics, gate, fail_under, output, weights, data, clip_model, device, resume, force, progress: as in :func:`evaluate`.
+
+    Raises:
+        ReelQuantError: if a folder holds no clip, a file is broken, or a pair differs in size.
+    """
+    from reelquant.evidence import run
+
+    folders = dict(output=output, weights=weights, data=data)
+    settings = dict(gate=gate, fail_under=fail_under, clip_model=clip_model, progress=progress)
+    options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
+    return run.compare(reference, test, prompts, options=options)
+
+
+@stock_torch()
+def benchmark(test: str | Path, reference: str | Path, **options: Any) -> Benchmark:
+    """Time a quantized pipeline against its float original on this machine, in turns; see :func:`reelquant.evidence.speed.benchmark`.
+
+    Example:
+        >>> found = reelquant.benchmark("out", "tiny-dit", rounds=5, num_inference_steps=10)
+        >>> found.speedup.median, found.peak_bytes
+    """
+    from reelquant.evidence.speed import benchmark as measured
+
+    return measured(str(test), str(reference), **options)
+
+
+@contextmanager
+def saturation(model: Any) -> Iterator[Saturation]:
+    """Inside, count how much of their inputs the quantized layers of a pipeline or module clip. Nothing is counted, or slower, outside.
+
+    Args:
+        model: a quantized pipeline, or its denoiser.
+
+    Example:
+        >>> with reelquant.saturation(pipe) as seen:
+        ...     pipe("a red circle moving left")
+        >>> seen.excess, next(iter(seen.by_layer.items())), seen.by_step[0].share, seen.sentence()
+    """
+    from torch import nn
+
+    from reelquant.discover import denoiser_of
+    from reelquant.nn import Saturation
+
+    denoiser = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
+    with Saturation().counting(denoiser) as seen:
+        yield seen
+
+
+def _options(metrics: Sequence[str] | str, folders: Mapping[str, str | Path | None], **settings: Any) -> Options:
+    """Options of an evaluation; None leaves the default."""
+    from reelquant.evidence.run import Options
+
+    names = [metrics] if isinstance(metrics, str) else metrics
+    paths = {name: Path(folder) for name, folder in folders.items() if folder is not None}
+    return Options(names, **paths, **{name: value for name, value in settings.items() if value is not None})
