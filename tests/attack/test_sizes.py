@@ -118,7 +118,7 @@ def test_a_picture_of_400_megapixels_is_not_unpacked(tmp_path: Path) -> None:
 
 
 def test_masks_may_be_infinite() -> None:
-    from reelquant.models.finite import check_tensors
+    from reelquant.nn import check_tensors
 
     values = {"causal_mask": torch.tensor([0.0, float("-inf")]), "weight": torch.ones(2, dtype=torch.float8_e4m3fn)}
     check_tensors("text_encoder", values, values.__getitem__)

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
 from reelquant.models.complete import complete
-from reelquant.models.finite import check_finite
 from reelquant.models.manifest import check_manifest
 from reelquant.models.sampling import notes
 from reelquant.models.sizes import check_hole, check_sizes
 from reelquant.models.weight_files import PICKLES, component_folders, loaded_files, sole_variant
-from reelquant.nn import count_weights
+from reelquant.nn import check_finite, count_weights
 
 NAME = 200  # letters of a hub id, at most
 BUNDLED = ("tiny-dit", "tiny-unet")
@@ -105,7 +105,9 @@ def open_pipeline(
         raise
     except Exception as error:
         raise cannot_open(model, error) from error
-    check_finite(pipe.components)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            check_finite(name, part)
     return pipe.to(device)
 
 

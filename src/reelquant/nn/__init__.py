@@ -3,7 +3,7 @@ here."""
 
 from reelquant.nn.around.attention import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
 from reelquant.nn.extended import prepares_input, quantized_class
-from reelquant.nn.finite import broken, check_finite, is_finite
+from reelquant.nn.finite import broken, check_finite, check_tensors, is_finite
 from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
 from reelquant.nn.narrow import is_narrow, widened, widened_layer
 from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
@@ -43,6 +43,7 @@ __all__ = [
     "broken",
     "buffer_shapes",
     "check_finite",
+    "check_tensors",
     "count_tensors",
     "count_weights",
     "dequantized",

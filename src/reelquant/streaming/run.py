@@ -19,10 +19,9 @@ from reelquant.engine.components import default_texts
 from reelquant.engine.report import Report, total
 from reelquant.engine.run import run_all
 from reelquant.engine.session import Session
-from reelquant.models.finite import check_tensors
 from reelquant.models.lora import short_names
 from reelquant.models.manifest import write_manifest
-from reelquant.nn import check_finite, stop_clock
+from reelquant.nn import check_finite, check_tensors, stop_clock
 from reelquant.streaming.disk_store import DiskStore
 from reelquant.streaming.estimate import check_room
 from reelquant.streaming.job import Job
