@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from reelquant._errors import CalibrationError
 from reelquant.nn.narrow import widened
 
-
 MASK = "mask"  # tensors with this in their name may hold infinities
 
 
