@@ -58,21 +58,32 @@ def _include(rows: Any, low: Any, high: Any, added: Any) -> None:
 
 @numba.njit(**EXACT)
 def rotated_planes(start: int, stop: int, x: Any, block: int, low: Any, high: Any, total: Any) -> None:
-    """The same of ``x`` with channels before positions: ``[clips, frames, channels, positions]``."""
-    shares, frames, channels, positions = low.shape[0], x.shape[1], x.shape[2], x.shape[3]
-    clips = x.shape[0]
-    buffer = np.empty((block, TILE), np.float32)
+    """The same of ``x`` with channels before positions: ``[clips, frames, channels, positions]``.
+
+    Extremes and sums are kept for each place of a tile and joined in the end: loops over neighbours would not vectorise.
+    """
+    shares, frames, channels = low.shape
+    buffer = np.zeros((block, TILE), np.float32)
+    kept = np.empty((3, channels, TILE), np.float32)
+    least, most, added = kept[0], kept[1], kept[2]
     for item in range(start, stop):
         share, frame = item // frames, item % frames
-        for clip in range(clips * share // shares, clips * (share + 1) // shares):
+        least[:], most[:] = np.inf, -np.inf
+        for clip in range(x.shape[0] * share // shares, x.shape[0] * (share + 1) // shares):
+            added[:] = 0
             for first in range(0, channels, block):
                 own = slice(first, first + block)
-                for tile in range(0, positions, TILE):
-                    width = min(TILE, positions - tile)
+                for tile in range(0, x.shape[3], TILE):
+                    width = min(TILE, x.shape[3] - tile)
                     for channel in range(block):
                         read(x[clip, frame, first + channel, tile : tile + width], buffer[channel])
                     _mix(buffer)
-                    _reduce(buffer[:, :width], low[share, frame, own], high[share, frame, own], total[share, frame, own])
+                    _include_tile(buffer, width, least[own], most[own], added[own])
+            for channel in range(channels):
+                total[share, frame, channel] += added[channel].sum()
+        for channel in range(channels):
+            low[share, frame, channel] = min(low[share, frame, channel], least[channel].min())
+            high[share, frame, channel] = max(high[share, frame, channel], most[channel].max())
 
 
 @numba.njit(**EXACT)
@@ -88,14 +99,12 @@ def _mix(buffer: Any) -> None:
         apart *= 2
 
 
-@numba.njit(**EXACT)
-def _reduce(values: Any, low: Any, high: Any, total: Any) -> None:
-    """Extend extremes and sums of channels by ``[channels, positions]``."""
+@numba.njit(**FAST)
+def _include_tile(values: Any, width: int, least: Any, most: Any, added: Any) -> None:
+    """Extend extremes and sums of every place of a tile ``[channels, TILE]``, of which ``width`` places are filled."""
     for channel in range(values.shape[0]):
-        least, most, added = low[channel], high[channel], np.float32(0)
-        for value in values[channel]:
-            least = value if value < least else least
-            most = value if value > most else most
-            added += value
-        low[channel], high[channel] = least, most
-        total[channel] += added
+        row, low, high, total = values[channel], least[channel], most[channel], added[channel]
+        for j in range(width):
+            low[j] = min(low[j], row[j])
+            high[j] = max(high[j], row[j])
+            total[j] += row[j]
