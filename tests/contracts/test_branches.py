@@ -190,6 +190,16 @@ def test_a_branch_reads_what_the_layer_reads_wherever_the_rewrite_happens(folds:
     assert built.records[0].error is not None and built.records[0].error < 1e-3
 
 
+@pytest.mark.parametrize("name", MEMBERS)
+def test_tensors_lie_in_memory_as_a_file_gives_them(name: str) -> None:
+    """Products of a matrix that lies by columns sum in another order, and a model that is opened again would differ from this one."""
+    branch = {"branch": name, **SMALL.get(name, {})}
+    built = build(nn.ModuleDict({"layer": nn.Linear(16, 12)}), ["layer"], [torch.randn(4, 16)], {"format": "int8"}, None, [branch])
+    layer = built.layers["layer"]
+    stored = [value for one in layer.layout.branches for value in layer.branch_tensors(one).values()]
+    assert stored and all(value.is_contiguous() for value in stored)
+
+
 def test_plans_and_reports_count_what_a_branch_stores() -> None:
     model = nn.ModuleDict({"layer": nn.Linear(8, 6)})
     map_, weight, steps = one_group(model, ["layer"]), {"format": "int8", "granularity": "channel"}, [{"branch": "half", "gain": 0.5}]

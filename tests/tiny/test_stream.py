@@ -98,9 +98,15 @@ SAME_BYTES: list[Any] = [  # both experts of a pipeline are calibrated in float3
     (MIXED, torch.float32),
     (GPTQ, torch.bfloat16),
     (LOWRANK, torch.bfloat16),
-    (LEARNED, torch.float32),  # a few learned codes differ in bfloat16 (docs/streaming.md)
+    (LEARNED, torch.float32),
 ]
-IN_THE_OTHER_DTYPE = [("w4a16", torch.bfloat16), (MIXED, torch.bfloat16), (GPTQ, torch.float32), (LOWRANK, torch.float32)]
+IN_THE_OTHER_DTYPE = [
+    ("w4a16", torch.bfloat16),
+    (MIXED, torch.bfloat16),
+    (GPTQ, torch.float32),
+    (LOWRANK, torch.float32),
+    (LEARNED, torch.bfloat16),
+]
 SAME_BYTES += [pytest.param(*case, marks=pytest.mark.full) for case in IN_THE_OTHER_DTYPE]
 
 

@@ -64,8 +64,8 @@ def _tensors(work: LayerWork, layout: LayerLayout, bias: Tensor | None, *, folds
     if not folds:
         vectors = (("shift", work.rewrite.shift), ("scale", work.rewrite.scale))
         extra |= {f"pre_quant_{name}": vector.to(SHIFT_DTYPE) for name, vector in vectors if vector is not None}
-    for _, tensors in work.branches:
-        extra |= tensors
+    for _, tensors in work.branches:  # laid out as a file gives them: products of columns sum in another order
+        extra |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
     return LayerTensors(codes, quantizer.scale.to(quantizer.granularity.scale_dtype), bias, extra)
 
 
