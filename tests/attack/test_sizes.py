@@ -124,3 +124,10 @@ def test_masks_may_be_infinite() -> None:
     check_tensors("text_encoder", values, values.__getitem__)
     with pytest.raises(CalibrationError):
         check_tensors("text_encoder", {"causal_mask"}, lambda name: torch.tensor([float("nan")]))
+
+
+def test_a_tensor_outside_of_all_layers_is_named_without_one() -> None:
+    from reelquant.nn import check_tensors
+
+    with pytest.raises(CalibrationError, match=r"^the scale_shift_table of 'transformer' holds NaN or inf"):
+        check_tensors("transformer", ["scale_shift_table"], lambda name: torch.tensor([float("nan")]))

@@ -23,7 +23,9 @@ PARTS = ("transformer", "text_encoder", "vae")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return reelquant.save(reelquant.open_pipeline("tiny-dit"), tmp_path / "float")
+    """Written by stock diffusers, so it has no sums and tests may edit it."""
+    reelquant.open_pipeline("tiny-dit").save_pretrained(tmp_path / "float")
+    return tmp_path / "float"
 
 
 def weights(folder: Path, part: str) -> Path:
@@ -108,6 +110,25 @@ def test_several_variants_are_one_sentence_and_one_of_them_can_be_chosen(folder:
     with pytest.raises(CheckpointError, match=r"variants 'ema', 'fp16' only, .*open_pipeline\(folder, variant='ema'\)"):
         reelquant.open_pipeline(folder)
     assert reelquant.open_pipeline(folder, variant="ema").transformer is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: narrowed(folder, "transformer"), "bytes, .* were written"),
+        (lambda folder: as_variant(folder, "fp16"), "cannot be read"),
+        (lambda folder: (folder / "vae" / "old.bin").write_bytes(b"x"), "was added"),
+    ],
+    ids=["narrowed", "variant", "added"],
+)
+def test_a_float_folder_of_ours_that_was_changed_on_purpose_says_how_to_go_on(change: Any, words: str, tmp_path: Path) -> None:
+    ours = reelquant.save(reelquant.open_pipeline("tiny-dit"), tmp_path / "ours")
+    change(ours)
+    with pytest.raises(CheckpointError, match=f"{words}.*; if you changed it on purpose, `reelquant verify FOLDER --renew`"):
+        reelquant.open_pipeline(ours)
+    assert reelquant.verify(ours, renew=True).renewed
+    reelquant.open_pipeline(ours)
+    reelquant.quantize_folder(ours, tmp_path / "out", "w8a16")
 
 
 def test_pickles_and_broken_files_that_are_not_loaded_do_not_matter(folder: Path, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def _check(file: Path, size: int, sums: tuple[str, ...], piece: int) -> None:
     except CheckpointError:
         raise
     except OSError as error:
-        raise CheckpointError(f"'{file}' cannot be read ({error.strerror}), and {MANIFEST} lists it; download or save it again") from None
+        words = f"'{file}' cannot be read ({error.strerror}), and {MANIFEST} lists it; download or save it again; {RENEW}"
+        raise CheckpointError(words) from None
     wrong = [number for number, pair in enumerate(zip(found, sums, strict=False)) if pair[0] != pair[1]]
     if wrong or len(found) != len(sums):
         where = f", in its bytes from {wrong[0] * piece}" if wrong and len(found) > 1 else ""

@@ -182,9 +182,8 @@ def check_folder(folder: Path, variant: str | None = None, *, verify: bool = Tru
                 raise CheckpointError(f"'{file}' is truncated or corrupt ({error}); download or save it again") from None
     if verify:
         check_manifest(folder)
-    for part in sorted(folder.iterdir()):
-        if part.is_dir():
-            check_sizes(part)
+    for component in component_folders(folder):
+        check_sizes(component, loaded_files(component, variant))
 
 
 def _check_link(folder: Path, file: Path) -> None:

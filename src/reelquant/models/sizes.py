@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,16 @@ NO_SIZES = ("theta", "base", "_id", "_length", "_ids", "seed")  # endings of set
 HOLE = 2**30  # bytes from which a file must be more than a hole
 
 
-def check_sizes(folder: Path) -> None:
+def check_sizes(folder: Path, files: Sequence[Path]) -> None:
     """Refuse a component's config that asks for more than its files can hold.
+
+    Args:
+        folder: of the component.
+        files: its safetensors files that would be loaded; their headers are known to be whole. Nothing is checked without any.
 
     Raises:
         CheckpointError: naming the setting.
     """
-    files = sorted(folder.glob("*.safetensors"))
     if not files:
         return
     stored, own = sum(map(_tensors, files)), "_class_name" in (config := read_config(folder))

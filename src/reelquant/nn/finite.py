@@ -61,4 +61,5 @@ def _check(value: Tensor, name: str, layer: str, component: str) -> None:
 
 def broken(tensor: str, layer: str, where: str = "") -> str:
     """What is said of a float tensor that is not finite."""
-    return f"the {tensor} of layer '{layer}'{where} holds NaN or inf; the checkpoint is damaged or overflowed in float16"
+    owner = f" of layer '{layer}'" if layer else ""
+    return f"the {tensor}{owner}{where} holds NaN or inf; the checkpoint is damaged or overflowed in float16"
