@@ -3,8 +3,8 @@
     python -m benchmarks.calibration --pipeline tiny-unet --recipe qvd-w4a8 --prompts 4 16 64 --set num_inference_steps=8
 
 *peak* is the high-water mark of resident pages (``VmHWM``) of the whole process, interpreter and libraries included, when sampling ends.
-*calibrate* stops as soon as the statistics are complete: no layer is built. It should not need more memory for more prompts. Seconds are
-processor time of one thread, so that other work on the machine does not distort the ratio.
+*calibrate* stops as soon as the statistics are complete: no layer is built. It samples the same clips, no probes. It should not need
+more memory for more prompts. Seconds are processor time of one thread, so that other work on the machine does not distort the ratio.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def calibrating(pipe: Any, recipe: str, count: int, call: dict[str, Any]) -> flo
 
     watch = Watch()
     try:
-        reelquant.quantize(pipe, recipe, prompts_of(count), overrides={"calibrate.prompts": count}, progress=watch, **call)
+        reelquant.quantize(
+            pipe, recipe, prompts_of(count), overrides={"calibrate.prompts": count, "calibrate.probes": 0}, progress=watch, **call
+        )
     except _Calibrated:
         return watch.seconds
     raise RuntimeError(f"recipe '{recipe}' does not calibrate; choose a static recipe, for example qvd-w8a8")

@@ -114,5 +114,6 @@ def _data(recipe: Recipe) -> str:
     if recipe.calibrate is None:
         return "none needed"
     steps = f"{recipe.calibrate.steps} steps" if recipe.calibrate.steps else "the pipeline's usual steps"
-    own = f"{recipe.calibrate.prompts} prompts, {steps}, seed {recipe.calibrate.seed}"
+    probes = f" and {recipe.calibrate.probe_count} probes of random words" if recipe.calibrate.probe_count else ""
+    own = f"{recipe.calibrate.prompts} prompts{probes}, {steps}, seed {recipe.calibrate.seed}"
     return f"{own}; {recipe.search.prompts} more are held out for choices and the final check"

@@ -31,8 +31,8 @@ def divided(pipe: Any, prompts: Sequence[str], wanted: Calibrate, held_out: int)
     """
     if not prompts:
         return Texts([], []), []
-    texts, rest = list(prompts[: wanted.written]), list(prompts[wanted.written :]) or list(prompts)
-    probes = wanted.prompts - wanted.written
+    texts, rest = list(prompts[: wanted.prompts]), list(prompts[wanted.prompts :]) or list(prompts)
+    probes = wanted.probe_count
     written = rest[: held_out - held_out // 2 if probes else held_out]
     return (
         Texts(texts, probe_texts(pipe, probes, wanted.seed, prompts)),

@@ -144,7 +144,7 @@ class Comparison:
     def quantize(self, recipe: Recipe) -> Report:
         """Swap in a quantized copy. Statistics are reused between recipes that calibrate alike."""
         setattr(self.pipe, self.component, copy.deepcopy(self.denoiser))
-        pass_ = None if recipe.calibrate is None else (recipe.calibrate.prompts, recipe.calibrate.steps, recipe.calibrate.seed)
+        pass_ = None if recipe.calibrate is None else repr(recipe.calibrate)
         before = self._calibration[1] if self._calibration and self._calibration[0] == pass_ else None
         count = recipe.calibrate.prompts + recipe.search.prompts if recipe.calibrate else 0
         report, calibration = quantize_pipeline(

@@ -100,7 +100,8 @@ class Calibrate(_Strict):
 
     Attributes:
         prompts: how many texts; more different words and motions matter more than more steps.
-        probes: how many of them are random words of the pipeline's vocabulary, see :mod:`reelquant.models.probes`; null: a quarter.
+        probes: how many texts of random words of the pipeline's vocabulary on top, see :mod:`reelquant.models.probes`; null: one for
+            every four prompts.
         steps: denoising steps; null: the pipeline's usual number.
         seed: seed of the first clip.
         ranges: ``seen`` covers what calibration saw; ``unseen`` adds headroom for later clips to channels whose range varies
@@ -114,10 +115,9 @@ class Calibrate(_Strict):
     ranges: Literal["seen", "unseen"] = "seen"
 
     @property
-    def written(self) -> int:
-        """How many texts are somebody's words: those that are not probes; at least one."""
-        probes = self.prompts // 4 if self.probes is None else self.probes
-        return max(self.prompts - probes, 1)
+    def probe_count(self) -> int:
+        """How many probes are sampled."""
+        return self.prompts // 4 if self.probes is None else self.probes
 
     @property
     def batch(self) -> int:

@@ -216,7 +216,7 @@ class _Sampling:
         recipe = plan.recipe
         assert recipe.calibrate is not None
         given = {"num_inference_steps": call.get("num_inference_steps") or recipe.calibrate.steps}
-        expected = Expected.of(recipe.calibrate.prompts, recipe.calibrate.batch, given)
+        expected = Expected.of(recipe.calibrate.prompts + recipe.calibrate.probe_count, recipe.calibrate.batch, given)
         held = held_out_batches(recipe)
         trials = trial_count(plan, plan.map.groups) if len(candidates(plan)) > 1 else 0
         further = sum(entry.stage.held_out_runs(expected.steps) for entry in plan.entries) * expected.steps * held

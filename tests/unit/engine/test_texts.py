@@ -21,10 +21,10 @@ def pipe() -> Any:
     return open_pipeline("tiny-dit")
 
 
-def test_a_quarter_of_the_texts_are_probes(pipe: Any) -> None:
+def test_a_probe_comes_to_every_four_prompts(pipe: Any) -> None:
     texts, held_out = divided(pipe, PROMPTS, Calibrate(prompts=16), 4)
-    assert texts.written == PROMPTS[:12] and len(texts.probes) == 4 and not set(texts.probes) & set(PROMPTS)
-    assert held_out[:2] == PROMPTS[12:14] and len(held_out) == 4
+    assert texts.written == PROMPTS[:16] and len(texts.probes) == 4 and not set(texts.probes) & set(PROMPTS)
+    assert held_out[:2] == PROMPTS[16:18] and len(held_out) == 4
     assert not set(held_out) & {*texts.written, *texts.probes}
 
 
@@ -43,7 +43,7 @@ def test_without_a_tokenizer_the_words_of_the_prompts_are_shuffled() -> None:
     assert words == {"red", "circle", "blue", "star"}
 
 
-@pytest.mark.parametrize(("prompts", "count", "written"), [(PROMPTS[:1], 4, 1), (PROMPTS[:3], 2, 2), (PROMPTS, 1, 1)])
+@pytest.mark.parametrize(("prompts", "count", "written"), [(PROMPTS[:1], 4, 1), (PROMPTS[:3], 2, 2), (PROMPTS, 5, 5), (PROMPTS, 1, 1)])
 def test_few_prompts(prompts: list[str], count: int, written: int) -> None:
     texts, held_out = divided(BARE, prompts, Calibrate(prompts=count), 4)
     assert texts.written == prompts[:written] and len(texts.probes) == count // 4
