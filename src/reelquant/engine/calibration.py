@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from reelquant.clock import ANY, BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.engine.texts import Texts
+from reelquant.models.conditions import at_once
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
 from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe
@@ -146,7 +147,7 @@ def calibrate_together(
         CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
     """
     recipe = parts[0].plan.recipe
-    batch = recipe.calibrate.batch if recipe.calibrate else 4
+    batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4)
     gathered: list[Calibration] = []
     course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
     options = {"batch": batch, "output": "latent", "on_step": on_step} | arguments
@@ -158,7 +159,7 @@ def calibrate_together(
         sample(pipe, texts.written, seed=seed, **options)
         if texts.probes:
             course.probing = True
-            sample(pipe, texts.probes, seed=seed + len(texts.written), **options)
+            sample(pipe, texts.probes, seed=seed + len(texts.written), first=len(texts.written), **options)
 
     run(parts)
     return gathered

@@ -23,6 +23,8 @@ from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
 from reelquant.engine.undisturbed import undisturbed
 from reelquant.formats.criteria import latent_psnrs
+from reelquant.models.conditions import at_once
+from reelquant.models.described import described
 from reelquant.models.sampling import check_call
 from reelquant.nn import Saturation, check_finite, get_module, start_clock, start_runtime, stop_clock
 from reelquant.recipes.recipe import Recipe
@@ -162,7 +164,7 @@ def _observe(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> N
         if earlier is not None and earlier.suffices(session.plan, session.denoiser):
             session.calibration, session.sampled = earlier, earlier.steps.timesteps
         else:
-            alike.setdefault(repr((session.recipe.calibrate, session.arguments)), []).append(session)
+            alike.setdefault(repr((session.recipe.calibrate, described(session.arguments))), []).append(session)
     for together in alike.values():
         _observe_together(together)
 
@@ -172,7 +174,8 @@ def _observe_together(together: Sequence[Session]) -> None:
     wanted = first.recipe.calibrate
     assert wanted is not None
     parts = [Part(session.denoiser, session.plan, session.store.keeper) for session in together]
-    runs = sum(-(-len(texts) // wanted.batch) for texts in first.texts)
+    size = at_once(type(first.pipe), first.arguments, wanted.batch)
+    runs = sum(-(-len(texts) // size) for texts in first.texts)
     with first.timed("calibrate", first.steps * runs), first.store.sampling("calibrate"):
         calibrations = calibrate_together(first.pipe, parts, first.texts, seed=first.seed, arguments=first.arguments, on_step=first.advance)
     times = {timestep for calibration in calibrations for timestep in calibration.steps.timesteps}

@@ -25,6 +25,8 @@ from reelquant.engine.search import Assignment, family, trial_count
 from reelquant.engine.store import Store
 from reelquant.engine.texts import HELD_OUT_SEED, Texts, divided
 from reelquant.formats.criteria import mean_and_worst
+from reelquant.models.conditions import check_given
+from reelquant.models.described import described
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import get_module, set_module
 from reelquant.observe import InputStatistics, RecordedCall
@@ -178,6 +180,7 @@ class Session:
             self.texts = Texts(list(prompts), [])
             return
         self.arguments = call_arguments(self.pipe, **overrides)
+        check_given(type(self.pipe), self.arguments)
         self.seed = wanted.seed
         self.texts, self.held_out = divided(self.pipe, prompts, wanted, self.recipe.search.prompts)
         if wanted.steps is not None and overrides.get("num_inference_steps") is None:
@@ -193,12 +196,13 @@ class Session:
         arguments = {"on_step": self.progress.advance} | self.arguments | overrides
         protected = (self.clock.protected_slots, self.clock.inputs) if self.clock else ()
         with self.store.sampling("sampled", arguments.get("num_inference_steps"), protected):
-            return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, output="latent", **arguments)
+            first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
+            return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, first=first, output="latent", **arguments)
 
     def float_latents(self, **overrides: Any) -> Tensor:
         """The same by the float pipeline; sampled once for all recipes that share a calibration, before anything is changed."""
         steps = overrides.get("num_inference_steps")
-        key = repr((self.held_out, self.seed, sorted(self.arguments.items()), steps))
+        key = repr((self.held_out, self.seed, sorted(described(self.arguments).items()), steps))
         if key not in self.references:
             self.references[key] = self.held_out_latents(**overrides)
         return self.references[key]

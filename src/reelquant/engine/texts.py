@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from reelquant.models.conditions import check_texts, no_texts, takes_prompt
 from reelquant.models.probes import probe_texts
 from reelquant.recipes.recipe import Calibrate
 
@@ -26,11 +27,15 @@ def divided(pipe: Any, prompts: Sequence[str], wanted: Calibrate, held_out: int)
     other noise.
 
     Args:
+        pipe: the pipeline; for one that takes no prompt, texts are empty and only their number counts.
         prompts: the texts that were given; empty if there are none, and then nothing is made up for them.
         held_out: how many texts choices and the check are made on.
     """
     if not prompts:
         return Texts([], []), []
+    check_texts(type(pipe), prompts)
+    if not takes_prompt(type(pipe)):  # its clips differ in their noise and conditions; there is nothing to probe with
+        return Texts(no_texts(wanted.prompts), []), no_texts(held_out)
     texts, rest = list(prompts[: wanted.prompts]), list(prompts[wanted.prompts :]) or list(prompts)
     probes = wanted.probe_count
     written = rest[: held_out - held_out // 2 if probes else held_out]

@@ -22,7 +22,9 @@ from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
 from reelquant.evidence.store import Store
-from reelquant.models.pipelines import locate
+from reelquant.models.conditions import at_once, check_given, check_texts, no_texts, takes_prompt
+from reelquant.models.described import described
+from reelquant.models.pipelines import locate, pipeline_class
 from reelquant.models.prompts import Prompt, bundled_prompts
 from reelquant.models.sampling import folder_notes, notes
 from reelquant.models.shapes import evaluation_prompts, flat_captions, understood
@@ -51,16 +53,19 @@ def evaluate(
     options = options or Options()
     if clips < 1:
         raise RecipeError(f"clips: got {clips}; evaluate at least 1")
-    own = _notes(reference)
-    drawn = _texts(prompts, own, clips)
+    own, kind = _notes(reference), pipeline_class(reference)
+    drawn = _texts(prompts, own, clips, kind)
     texts = [text.text for text in drawn]
     seeds = [seed + i if text.seed is None else text.seed for i, text in enumerate(drawn)]
     call = own.get("call", {}) | {key: value for key, value in call.items() if value is not None}
-    batch = batch or (4 if own else 1)
+    batch = at_once(kind, call, batch or (4 if own else 1))
+    check_given(kind, call)
+    if grain_steps and not any(texts):
+        raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
     causes = differences(reference, test)
     variants, proof = _variants(test, reference, floor, dtype, options), _proof(test)
-    kind = str(dtype).removeprefix("torch.")
-    with _store(options, _settings(variants, kind, texts, seeds, call, batch)) as store:
+    number = str(dtype).removeprefix("torch.")
+    with _store(options, _settings(variants, number, texts, seeds, call, batch)) as store:
         times = Times()
         job = SamplingJob(store, texts, seeds, call, batch, options.progress)
         for name, variant in variants.items():
@@ -68,8 +73,8 @@ def evaluate(
                 job.make(name, variant)
         grain = _grain(job, variants, grain_steps, own, times)
         seen = job.saturation("test")
-        origin = _origin(variants, kind, job, proof, grain) | {"saturation": seen.facts() if seen.layers else None}
-        named = (dict(zip(job.names, values, strict=True)) for values in (texts, seeds))
+        origin = _origin(variants, number, job, proof, grain) | {"saturation": seen.facts() if seen.layers else None}
+        named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
 
@@ -98,7 +103,7 @@ def _settings(
 ) -> dict[str, Any]:
     """What a run that is resumed must have in common with this one."""
     sides = {name: variants[name].source.identity for name in ("reference", "test")}
-    sampling = {"dtype": dtype, "prompts": texts, "seeds": seeds, "call": call, "batch": batch}
+    sampling = {"dtype": dtype, "prompts": texts, "seeds": seeds, "call": described(call), "batch": batch}
     return {"kind": "evaluate", **sides, **sampling}
 
 
@@ -114,9 +119,9 @@ def _origin(
         "kind": "evaluate",
         "reference": {"name": variants["reference"].source.name, "dtype": dtype},
         "test": {"name": variants["test"].source.name, "recipe": (quantization or {}).get("recipe")},
-        "prompts": job.prompts,
+        "prompts": job.prompts if any(job.prompts) else [],
         "seeds": job.seeds,
-        "call": job.call,
+        "call": described(job.call),
         "quantization": quantization,
         "grain_growth": grain,
     }
@@ -141,8 +146,14 @@ def _notes(model: Any) -> dict[str, Any]:
     return folder_notes(locate(model)) if isinstance(model, str | Path) else notes(model)
 
 
-def _texts(prompts: Sequence[str | Prompt] | None, own: Mapping[str, Any], clips: int) -> list[Prompt]:
-    """One text per clip: those given, captions for the bundled pipelines, or the bundled prompts; repeated to fill."""
+def _texts(prompts: Sequence[str | Prompt] | None, own: Mapping[str, Any], clips: int, kind: type) -> list[Prompt]:
+    """One text per clip: those given, captions for the bundled pipelines, or the bundled prompts; repeated to fill.
+
+    Texts are empty for a class of pipelines that takes none.
+    """
+    if not takes_prompt(kind):
+        check_texts(kind, [text if isinstance(text, str) else text.text for text in prompts or ()])
+        return [Prompt(text) for text in no_texts(clips)]
     if prompts is not None:
         given: Sequence[str | Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
         if not given:

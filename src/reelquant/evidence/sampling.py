@@ -135,9 +135,9 @@ class SamplingJob:
 
     Attributes:
         store: where they go.
-        prompts: one text per clip.
+        prompts: one text per clip; empty where the pipeline takes none.
         seeds: noise of each clip.
-        call: arguments of the pipeline call.
+        call: arguments of the pipeline call, conditions among them.
         batch: clips per call; a resumed run cuts the clips in the same places.
         progress: receives the progress.
     """
@@ -186,6 +186,7 @@ class SamplingJob:
                 pipe,
                 [self.prompts[i] for i in chunk],
                 seeds=[self.seeds[i] + variant.shift for i in chunk],
+                first=chunk[0],
                 batch=len(chunk),
                 on_step=self.progress.advance,
                 on_latents=at_step,
@@ -193,7 +194,7 @@ class SamplingJob:
             ).float()
         for row, i in enumerate(chunk):
             clip = frames[row] if frames.ndim == 5 else frames[row][None]
-            self._stop_if_broken(clip, name, i, f"{i} of {words} ('{self.prompts[i]}')")
+            self._stop_if_broken(clip, name, i, f"{i} of {words}" + (f" ('{self.prompts[i]}')" if self.prompts[i] else ""))
             if course and course[0].shape[0] == len(chunk) and course[0][0].numel() * len(course) * 4 * KEPT_LATENTS <= LATENT_BYTES:
                 self.store.put("latents", name, self.names[i], torch.stack([latents[row] for latents in course]))
             self.store.put_clip(name, self.names[i], clip.cpu(), FPS)

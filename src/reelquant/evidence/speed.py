@@ -30,6 +30,7 @@ from reelquant.evidence.machine import machine, versions
 from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import native_float
 from reelquant.models.pipelines import calibration_prompts, open_pipeline
+from reelquant.models.described import described, packed, unpacked
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import AttentionFacts, KernelFacts, attention_facts, kernels_of, quantized_layers
 
@@ -193,7 +194,7 @@ def _timed(task: _Task, progress: Progress) -> _Timed:
             setattr(pipes[variant], component, torch.compile(module, fullgraph=True))
     prompt = task.prompt or calibration_prompts(pipes["reference"], 1)[0]
     times = _in_turns(pipes, prompt, task.rounds, task.device, progress, task.call)
-    arguments = call_arguments(pipes["test"], **task.call)
+    arguments = described(call_arguments(pipes["test"], **task.call))
     quantized = plain(denoisers["test"][1])
     return _Timed(
         seconds={variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS},
@@ -306,7 +307,11 @@ def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[floa
 def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int], str | None]:
     """Peak memory, a process for each pipeline. On failure ``({}, reason)``, so that finished timings survive."""
     progress.phase("peak memory", 2)
-    shared = {"text": prompt, "dtype": str(task.dtype).removeprefix("torch."), "device": task.device, "call": task.call}
+    shared = {"text": prompt, "dtype": str(task.dtype).removeprefix("torch."), "device": task.device}
+    try:
+        shared["call"] = packed(task.call)
+    except TypeError as error:
+        return {}, str(error)
     peaks = {}
     for variant, model, runtime in (("reference", task.reference, "torch"), ("test", task.test, task.runtime)):
         done = subprocess.run(
@@ -327,7 +332,7 @@ def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int]
 def _print_peak() -> None:
     """What a fresh process runs: open a pipeline, make a clip, print the peak."""
     task = json.loads(sys.stdin.read())
-    device, call = task["device"], task["call"] | {"num_inference_steps": 2}  # memory does not grow with the steps
+    device, call = task["device"], unpacked(task["call"]) | {"num_inference_steps": 2}  # memory does not grow with the steps
     open_pipeline("tiny-dit")  # what is imported and allocated for any pipeline at all
     before = _reset_peak(device)
     pipe = open_pipeline(task["model"], getattr(torch, task["dtype"]), device)

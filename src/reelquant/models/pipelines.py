@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
+from reelquant.models.blank import CLASS, read_json
 from reelquant.models.complete import complete
+from reelquant.models.conditions import no_texts, takes_prompt
 from reelquant.models.manifest import check_manifest
 from reelquant.models.sampling import notes
 from reelquant.models.sizes import check_hole, check_sizes
-from reelquant.models.weight_files import PICKLES, component_folders, loaded_files, sole_variant
+from reelquant.models.weight_files import INDEX, PICKLES, component_folders, loaded_files, sole_variant
 from reelquant.nn import check_finite, count_weights
 
 NAME = 200  # letters of a hub id, at most
@@ -111,6 +113,19 @@ def open_pipeline(
     return pipe.to(device)
 
 
+def pipeline_class(model: Any) -> type:
+    """The class of a pipeline: bundled name, folder, hub id, or one in memory; ``DiffusionPipeline`` if that is not known before it is opened."""
+    import diffusers
+
+    if not isinstance(model, str | Path):
+        return type(model)
+    file = Path(locate(model)) / INDEX
+    name = read_json(file).get(CLASS) if file.is_file() else None
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    known = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
+    return found if known else diffusers.DiffusionPipeline
+
+
 def cannot_open(model: str | Path, error: Exception) -> CheckpointError:
     """The error to raise if a library cannot open a pipeline: the model and the reason, in one line."""
     reason = (str(error).splitlines() or ["no reason given"])[0]
@@ -197,7 +212,12 @@ def _check_link(folder: Path, file: Path) -> None:
 
 
 def calibration_prompts(pipe: Any, count: int) -> list[str]:
-    """Texts that suit the pipeline: those its folder names, else the general video prompts that come with the library."""
+    """Texts that suit the pipeline: those its folder names, else the general video prompts that come with the library.
+
+    They are empty for a pipeline that takes none.
+    """
+    if not takes_prompt(type(pipe)):
+        return no_texts(count)
     own = notes(pipe).get("prompts")
     texts = own or resources.files("reelquant.models").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
     return [texts[i % len(texts)] for i in range(count)]

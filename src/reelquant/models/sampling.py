@@ -1,4 +1,4 @@
-"""Run any diffusers pipeline the same way: prompts in, clips or latents out, one seed per clip."""
+"""Run any diffusers pipeline the same way: texts and conditions in, clips or latents out, one seed per clip."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, UnsupportedError, nearest
 from reelquant.models.blank import read_json
+from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, lacking
 
 FEW = 4  # steps in which both experts of a pipeline are called
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ def sample(
     *,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    first: int = 0,
     batch: int = 4,
     output: Literal["frames", "latent"] = "frames",
     on_step: Callable[[], None] | None = None,
@@ -97,18 +100,20 @@ def sample(
 
     Args:
         pipe: a diffusers pipeline.
-        prompts: one text per clip.
+        prompts: one text per clip; where the pipeline takes none, only their number counts.
         seed: seed of the first clip.
         seeds: one per clip instead.
-        batch: clips per pipeline call.
+        first: the number of the first clip among all that are made, which says where lists of conditions begin.
+        batch: clips per pipeline call, at most; see :mod:`reelquant.models.conditions`.
         output: ``frames`` gives ``[clips, frames, 3, height, width]`` in [0, 1], ``latent`` the final latents.
         on_step: told after every denoising step (progress).
         on_latents: given the index of the step (from 0 in every pipeline call) and the latents after it, a clip per row; never
             called by pipelines that have no step callback.
-        overrides: arguments of the pipeline call, for example ``num_inference_steps``, ``guidance_scale``, ``num_frames``.
+        overrides: arguments of the pipeline call, for example ``num_inference_steps``, ``guidance_scale``, ``num_frames``; and conditions,
+            for example ``image``: one for every clip, or a list with one per clip.
 
     Raises:
-        CalibrationError: if there is no prompt.
+        CalibrationError: if there is no prompt, or a condition is missing.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
@@ -124,19 +129,53 @@ def sample(
     for name, value in arguments.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise CalibrationError(f"{name} is a finite number, got {value}")
-    arguments |= _callback(pipe, on_step, on_latents)
-    parts = []
+    check_given(type(pipe), arguments)
+    clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch)
+    settings = {name: value for name, value in arguments.items() if name not in CONDITIONS}
+    settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
     with quiet(pipe):
-        for start in range(0, len(prompts), batch):
-            chunk = list(prompts[start : start + batch])
-            noise = [torch.Generator().manual_seed(one) for one in seeds[start : start + batch]]
-            with refusing(pipe):
-                result = pipe(prompt=chunk, generator=noise, output_type="latent" if output == "latent" else "pt", **arguments)
-            parts.append(_tensor(result))
-    made = torch.cat(parts)
+        made = torch.cat(list(_made(pipe, clips, size, settings)))
     if output == "frames":
         _tell_sizes(type(pipe).__name__, made, overrides)
     return made
+
+
+def _made(pipe: Any, clips: Clips, size: int, settings: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Clips of every call. If the pipeline itself refuses lists, it is called with one clip at a time."""
+    alone = size == 1 and bool(clips.conditions)
+    for part in clips.cut(size):
+        if not alone:
+            try:
+                made = _called(pipe, part, settings, alone=False)
+            except (ValueError, TypeError) as error:
+                if _refused_in(pipe, error) is None:
+                    raise
+                alone = True
+            else:
+                yield made
+                continue
+        for one in part.cut(1):
+            with refusing(pipe):
+                yield _called(pipe, one, settings, alone=True)
+
+
+def _called(pipe: Any, clips: Clips, settings: Mapping[str, Any], *, alone: bool) -> Tensor:
+    """The clips of one call. What fails inside the pipeline may lack a condition that has a default; then the error says so."""
+    try:
+        return _tensor(pipe(**clips.call(type(pipe), alone=alone), **settings))
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        refused = isinstance(error, ReelQuantError) or _refused_in(pipe, error) is not None
+        if not refused and (better := lacking(type(pipe), clips.conditions, error)) is not None:
+            raise better from error
+        raise
+
+
+def _refused_in(pipe: Any, error: Exception) -> str | None:
+    """The method of the pipeline that raised an error itself; None if what it calls did."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last.tb_frame.f_code.co_name if last is not None and last.tb_frame.f_locals.get("self") is pipe else None
 
 
 def _tell_sizes(pipeline: str, made: Tensor, wanted: Mapping[str, Any]) -> None:
@@ -208,6 +247,8 @@ def _callback(pipe: Any, on_step: Callable[[], None] | None, on_latents: Callabl
 
 def _tensor(result: Any) -> Tensor:
     frames = result.frames if hasattr(result, "frames") else result.images
+    if isinstance(frames, np.ndarray):  # pipelines of old give channels last, whatever they are asked for
+        return torch.from_numpy(frames).movedim(-1, -3)
     return frames if isinstance(frames, Tensor) else torch.stack(list(frames))
 
 
@@ -217,10 +258,7 @@ def refusing(pipe: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError) as error:
-        last = error.__traceback__
-        while last is not None and last.tb_next is not None:
-            last = last.tb_next
-        if isinstance(error, ReelQuantError) or last is None or last.tb_frame.f_code.co_name != "check_inputs":
+        if isinstance(error, ReelQuantError) or _refused_in(pipe, error) != "check_inputs":
             raise
         raise CalibrationError(f"{type(pipe).__name__} refuses the call: {error}") from error
 

@@ -21,6 +21,7 @@ from reelquant.engine.build import Context, GroupWork, build_layer
 from reelquant.engine.choice import Choice
 from reelquant.engine.components import plan_components
 from reelquant.engine.plan import Plan
+from reelquant.models.described import described
 from reelquant.models.lora import adapter_file
 from reelquant.recipes.recipe import Recipe
 from reelquant.sites import DenoiserMap
@@ -140,7 +141,7 @@ class Job:
             "dtype": str(self.source.dtype),
             "device": self.source.device,
             "prompts": digest(self.prompts),
-            "call": digest(dict(self.call)),
+            "call": digest(described(self.call)),
             "adapters": {source: [scale, *_stamp(adapter_file(source)[1])] for source, scale in self.adapters.items()},
             "source": {name: _stamp(file) for name, file in self.source.files().items()},
         }

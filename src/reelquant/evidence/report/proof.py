@@ -60,7 +60,8 @@ def _named(name: str | None, detail: str | None) -> str:
 
 def calibration(quantization: QuantizationData) -> str:
     """How much was sampled for calibration, and the seed."""
-    amounts = ((quantization.prompts, "prompt"), (quantization.timesteps, "step"))
+    clips = "prompt" if any(quantization.prompts) else "clip"  # texts are empty where the pipeline takes none
+    amounts = ((quantization.prompts, clips), (quantization.timesteps, "step"))
     parts = [count(len(items), word) for items, word in amounts if items]
     return ", ".join([*parts, *([] if quantization.seed is None else [f"seed {quantization.seed}"])])
 
