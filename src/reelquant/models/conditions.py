@@ -9,7 +9,9 @@ A pipeline that takes no text can count its clips by its conditions only: there,
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -120,7 +122,7 @@ def check_texts(kind: type, texts: Sequence[str]) -> None:
 
 
 def _instead(kind: type) -> str:
-    names = [f"{name}={CONDITIONS[name].words}" for name in _parameters(kind) if name in CONDITIONS]
+    names = [f"{name}=..., {CONDITIONS[name].words}" for name in _parameters(kind) if name in CONDITIONS]
     return f", but {' and '.join(names)}" if names else ""
 
 
@@ -144,12 +146,21 @@ def check_given(kind: type, call: Mapping[str, Any]) -> None:
 def _how(name: str) -> str:
     if name not in CONDITIONS:
         return f"{name}=... as an argument of the pipeline call"
-    return f"{name}={CONDITIONS[name].words} (it stands for every clip; a list gives one per clip)"
+    return f"{name}=..., {CONDITIONS[name].words}; one stands for every clip, a list gives one per clip"
 
 
-def lacking(kind: type, call: Mapping[str, Any], error: Exception) -> CalibrationError | None:
-    """The error for a call that failed inside the pipeline where a condition, which has a default, may be missing; None if none may."""
+def lacking(kind: type, call: Mapping[str, Any], error: Exception, *, refused: bool) -> CalibrationError | None:
+    """The error for a call that failed where a condition may be missing although it has a default; None if that is not likely.
+
+    Args:
+        kind: a class of pipelines.
+        call: conditions of the call.
+        error: what was raised.
+        refused: whether the pipeline itself raised it; then it counts only if it names the condition.
+    """
     names = [name for name in LEADING if name in _parameters(kind)]
+    if refused:
+        names = [name for name in names if re.search(rf"\b{name}\b", str(error))]
     if not names or any(call.get(name) is not None for name in CONDITIONS):
         return None
     reason = (str(error).splitlines() or ["no reason given"])[0]
@@ -203,6 +214,21 @@ class Clips(NamedTuple):
         for name, values in self.conditions.items():
             found[name] = _as_one(name, values[0]) if alone else _together(values)
         return found
+
+
+@contextmanager
+def own_noise(clips: Clips) -> Iterator[None]:
+    """Inside, what a pipeline draws without the generator that it was given depends on the first seed alone.
+
+    I2VGen-XL encodes its picture with noise of the process: the clips of a float pipeline would differ from each other by more than
+    quantization changes.
+    """
+    if not clips.conditions:
+        yield
+        return
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(clips.seeds[0])
+        yield
 
 
 def _as_one(name: str, value: Any) -> Any:

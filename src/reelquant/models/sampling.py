@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, UnsupportedError, nearest
 from reelquant.models.blank import read_json
-from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, lacking
+from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, lacking, own_noise
 
 FEW = 4  # steps in which both experts of a pipeline are called
 logger = logging.getLogger(__name__)
@@ -162,12 +162,13 @@ def _made(pipe: Any, clips: Clips, size: int, settings: Mapping[str, Any]) -> It
 def _called(pipe: Any, clips: Clips, settings: Mapping[str, Any], *, alone: bool) -> Tensor:
     """The clips of one call. What fails inside the pipeline may lack a condition that has a default; then the error says so."""
     try:
-        return _tensor(pipe(**clips.call(type(pipe), alone=alone), **settings))
+        with own_noise(clips):
+            return _tensor(pipe(**clips.call(type(pipe), alone=alone), **settings))
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        refused = isinstance(error, ReelQuantError) or _refused_in(pipe, error) is not None
-        if not refused and (better := lacking(type(pipe), clips.conditions, error)) is not None:
-            raise better from error
-        raise
+        better = lacking(type(pipe), clips.conditions, error, refused=_refused_in(pipe, error) is not None)
+        if isinstance(error, ReelQuantError) or better is None:
+            raise
+        raise better from error
 
 
 def _refused_in(pipe: Any, error: Exception) -> str | None:

@@ -1,0 +1,247 @@
+"""Tiny random pipelines of stock classes that make clips from pictures, frames, classes or nothing, and the calls that suit them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    I2VGenXLPipeline,
+    LTXConditionPipeline,
+    LTXImageToVideoPipeline,
+    StableVideoDiffusionPipeline,
+    WanImageToVideoPipeline,
+    WanVACEPipeline,
+)
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+from tests.tiny.configs import build
+
+WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "ball", "box"]
+
+
+def picture(red: int = 200, size: int = 32) -> Image.Image:
+    """A picture with a gradient, so that no two of its corners are alike."""
+    image = Image.linear_gradient("L").resize((size, size))
+    return Image.merge("RGB", (Image.new("L", (size, size), red), image, image.rotate(90)))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8, clean_up_tokenization_spaces=False
+    )
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
+def umt5() -> UMT5EncoderModel:
+    return UMT5EncoderModel(UMT5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)).eval()
+
+
+def vision() -> CLIPVisionConfig:
+    """Four patches of the size that Stable Video Diffusion asks for."""
+    return CLIPVisionConfig(
+        hidden_size=16, projection_dim=16, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=112, intermediate_size=32
+    )
+
+
+def eyes() -> CLIPImageProcessor:
+    return CLIPImageProcessor()
+
+
+def svd() -> StableVideoDiffusionPipeline:
+    """A picture and no text."""
+    return StableVideoDiffusionPipeline(
+        unet=build(
+            "UNetSpatioTemporalConditionModel", block_out_channels=(32, 64), layers_per_block=1, sample_size=8, cross_attention_dim=16,
+            num_attention_heads=2, down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+            up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), projection_class_embeddings_input_dim=24,
+            addition_time_embed_dim=8,
+        ),
+        image_encoder=CLIPVisionModelWithProjection(vision()).eval(), feature_extractor=eyes(),
+        vae=AutoencoderKLTemporalDecoder(block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4).eval(),
+        scheduler=EulerDiscreteScheduler(
+            prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0
+        ),
+    )  # fmt: skip
+
+
+def vae2d() -> AutoencoderKL:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=32, **blocks).eval()
+
+
+def i2vgen() -> I2VGenXLPipeline:
+    """A picture beside the text; refuses a call without one."""
+    text = CLIPTextConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8,
+        eos_token_id=1, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    encoder = CLIPTextModel(text).eval()
+    if not hasattr(encoder, "text_model"):  # the pipeline of diffusers asks for what transformers dropped
+        encoder.text_model = SimpleNamespace(final_layer_norm=encoder.final_layer_norm)
+    return I2VGenXLPipeline(
+        vae=vae2d(), text_encoder=encoder, tokenizer=tokenizer(), feature_extractor=eyes(),
+        image_encoder=CLIPVisionModelWithProjection(vision()).eval(), scheduler=DDIMScheduler(clip_sample=False),
+        unet=build(
+            "I2VGenXLUNet", block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            num_attention_heads=None, attention_head_dim=8,
+        ),
+    )  # fmt: skip
+
+
+def vae_wan() -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True], latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4, scale_factor_temporal=2, scale_factor_spatial=2,
+    ).eval()  # fmt: skip
+
+
+def wan_i2v() -> WanImageToVideoPipeline:
+    """A picture beside the text; refuses lists of pictures."""
+    return WanImageToVideoPipeline(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=vae_wan(), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        image_processor=eyes(), image_encoder=CLIPVisionModel(vision()).eval(),
+        transformer=build(
+            "WanTransformer3DModel", num_attention_heads=2, attention_head_dim=12, in_channels=10, out_channels=4, text_dim=16, freq_dim=16,
+            ffn_dim=32, num_layers=2, rope_max_seq_len=32, image_dim=16, added_kv_proj_dim=24,
+        ),
+    )  # fmt: skip
+
+
+def wan_vace() -> WanVACEPipeline:
+    """One text at a time; frames, masks and pictures are optional."""
+    return WanVACEPipeline(
+        tokenizer=tokenizer(), text_encoder=umt5(), vae=vae_wan(), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        transformer=build(
+            "WanVACETransformer3DModel", num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+            freq_dim=16, ffn_dim=32, num_layers=2, rope_max_seq_len=32, vace_layers=[0], vace_in_channels=12,
+        ),
+    )  # fmt: skip
+
+
+def cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
+    """A picture beside the text, one for each clip of a call."""
+    blocks = {"down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4}
+    return CogVideoXImageToVideoPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(), scheduler=CogVideoXDDIMScheduler(),
+        vae=AutoencoderKLCogVideoX(
+            block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4, **blocks
+        ).eval(),
+        transformer=build(
+            "CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=4, time_embed_dim=8,
+            text_embed_dim=16, num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=8,
+            use_rotary_positional_embeddings=True,
+        ),
+    )  # fmt: skip
+
+
+def ltx_parts() -> dict[str, Any]:
+    return {
+        "tokenizer": tokenizer(), "text_encoder": t5(), "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "vae": AutoencoderKLLTXVideo(
+            latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8), layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1), spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False), decoder_inject_noise=(False,) * 5, patch_size=1, patch_size_t=1,
+            encoder_causal=True, decoder_causal=False,
+        ).eval(),
+        "transformer": build(
+            "LTXVideoTransformer3DModel", in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+            num_layers=2, caption_channels=16,
+        ),
+    }  # fmt: skip
+
+
+def ltx_i2v() -> LTXImageToVideoPipeline:
+    """A picture beside the text, one for each clip of a call."""
+    return LTXImageToVideoPipeline(**ltx_parts())
+
+
+def ltx_condition() -> LTXConditionPipeline:
+    """Pictures beside the text, all those of a list for the same clip."""
+    return LTXConditionPipeline(**ltx_parts())
+
+
+def dit() -> DiTPipeline:
+    """A class and no text; a list even of one."""
+    return DiTPipeline(
+        vae=vae2d(), scheduler=DDIMScheduler(),
+        transformer=build(
+            "DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2,
+            sample_size=8, patch_size=2, num_embeds_ada_norm=1000,
+        ),
+    )  # fmt: skip
+
+
+def ddpm() -> DDPMPipeline:
+    """Nothing at all."""
+    unet = build(
+        "UNet2DModel", sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, in_channels=3, out_channels=3,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return DDPMPipeline(unet=unet, scheduler=DDPMScheduler())
+
+
+class Case(NamedTuple):
+    """A pipeline, and the arguments of a call that suits it: settings and conditions."""
+
+    make: Callable[[], Any]
+    settings: dict[str, Any]
+    conditions: dict[str, Any]
+
+
+SMALL = {"num_inference_steps": 2, "height": 32, "width": 32}
+CASES: dict[str, Case] = {
+    "svd": Case(svd, SMALL | {"num_frames": 3, "decode_chunk_size": 3}, {"image": picture()}),
+    "i2vgen": Case(i2vgen, SMALL | {"num_frames": 3}, {"image": picture()}),
+    "wan_i2v": Case(wan_i2v, SMALL | {"num_frames": 5}, {"image": picture()}),
+    "wan_vace": Case(wan_vace, SMALL | {"num_frames": 5, "max_sequence_length": 8}, {}),
+    "cogvideox_i2v": Case(cogvideox_i2v, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
+    "ltx_i2v": Case(ltx_i2v, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
+    "ltx_condition": Case(ltx_condition, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
+    "dit": Case(dit, {"num_inference_steps": 2}, {"class_labels": 3}),
+    "ddpm": Case(ddpm, {"num_inference_steps": 2}, {}),
+}
+
+
+def made(name: str) -> Any:
+    """One of :data:`CASES`, the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = CASES[name].make()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,134 @@
+"""Pipelines that make clips from a picture, frames, a class or nothing: quantized, sampled and evaluated like any other."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import reelquant
+from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
+from reelquant.models.sampling import sample
+from tests.tiny.conditioned import CASES, made, picture
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers of diffusers
+TEXTS = ["a red ball", "a blue box", "a ball"]
+FEW = {"calibrate.prompts": 1, "search.prompts": 1}
+PROMPTLESS = ("svd", "dit", "ddpm")
+
+
+def call_of(name: str, **others: Any) -> dict[str, Any]:
+    return CASES[name].settings | CASES[name].conditions | others
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_clip_is_the_same_in_every_batch(name: str) -> None:
+    pipe = made(name)
+    together = sample(pipe, TEXTS, seed=5, batch=3, **call_of(name))
+    alone = torch.cat([sample(pipe, [text], seed=5 + i, **call_of(name)) for i, text in enumerate(TEXTS)])
+    assert together.shape == alone.shape and (together - alone).abs().max() < 1e-4
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantized_like_any_other(name: str) -> None:
+    pipe = made(name)
+    report = reelquant.quantize(pipe, "minmax-w8a8", overrides=FEW, **call_of(name))
+    assert report.latent_psnr is not None and report.latent_psnr > 25
+    assert any(report.prompts) is (name not in PROMPTLESS) and len(report.prompts) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "others"),
+    [
+        ("svd", "image", [picture(200), picture(20)]),
+        ("ltx_i2v", "image", [picture(200), picture(20)]),
+        ("wan_i2v", "image", torch.stack([torch.full((3, 32, 32), 0.5), torch.linspace(0, 1, 3 * 32 * 32).reshape(3, 32, 32)])),
+        ("dit", "class_labels", [3, 700]),
+    ],
+)
+def test_a_list_gives_one_per_clip_and_starts_again(name: str, argument: str, others: Any) -> None:
+    pipe = made(name)
+    clips = sample(pipe, ["a ball"] * 3, seeds=[5, 5, 5], batch=2, **call_of(name, **{argument: others}))
+    assert torch.allclose(clips[0], clips[2], atol=1e-4)
+    assert not torch.allclose(clips[0], clips[1], atol=1e-3)
+    second = sample(pipe, ["a ball"], seed=5, first=1, **call_of(name, **{argument: others}))
+    assert torch.allclose(second[0], clips[1], atol=1e-4)
+
+
+def test_a_list_of_frames_is_one_clip_and_a_list_of_lists_one_per_clip() -> None:
+    pipe, call = made("wan_vace"), call_of("wan_vace")
+    frames = [[picture(red + i) for i in range(5)] for red in (30, 200)]
+    one = sample(pipe, ["a ball"] * 2, seeds=[5, 5], video=frames[0], **call)
+    assert torch.equal(one[0], one[1])
+    two = sample(pipe, ["a ball"] * 2, seeds=[5, 5], video=frames, **call)
+    assert torch.equal(two[0], one[0]) and not torch.equal(two[0], two[1])
+
+
+MISSING = {
+    "svd": "StableVideoDiffusionPipeline needs 'image' for every clip and got none; pass image=..., a PIL image",
+    "wan_i2v": "WanImageToVideoPipeline needs 'image'",
+    "ltx_i2v": "LTXImageToVideoPipeline got no 'image' and failed .*; pass image=..., a PIL image",
+    "i2vgen": "I2VGenXLPipeline got no 'image' and failed .*; pass image=..., a PIL image",
+    "dit": "DiTPipeline needs 'class_labels' for every clip and got none; pass class_labels=..., the number of a class",
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_condition_is_named(name: str) -> None:
+    with pytest.raises(CalibrationError, match=f"^{MISSING[name]}"):
+        reelquant.quantize(made(name), "minmax-w8a8", overrides=FEW, **CASES[name].settings)
+
+
+def test_what_is_not_missing_is_not_blamed() -> None:
+    with pytest.raises(CalibrationError, match="^WanVACEPipeline refuses the call: .*divisible by 4"):
+        sample(made("wan_vace"), ["a ball"], **call_of("wan_vace", height=33))
+    with pytest.raises(CalibrationError, match="^image is empty; give a PIL image"):
+        sample(made("svd"), [""], **call_of("svd", image=[]))
+
+
+def test_texts_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
+    words = r"^DiTPipeline takes no prompt, got 'a red ball'; give no prompts, but class_labels=..., the number of a class$"
+    pipe = made("dit")
+    with pytest.raises(UnsupportedError, match=words):
+        reelquant.quantize(pipe, "minmax-w8a8", TEXTS, overrides=FEW, **call_of("dit"))
+    with pytest.raises(UnsupportedError, match=words):
+        reelquant.evaluate(pipe, pipe, TEXTS, **call_of("dit"))
+    with pytest.raises(RecipeError, match="^grain_steps: .* DiTPipeline takes no prompt"):
+        reelquant.evaluate(pipe, pipe, clips=1, grain_steps=[2], **call_of("dit"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Stable Video Diffusion in float, and quantized."""
+    folder = tmp_path_factory.mktemp("svd")
+    pipe = made("svd")
+    pipe.save_pretrained(folder / "float")
+    report = reelquant.quantize(pipe, "w8a16")
+    return reelquant.save(pipe, folder / "quantized", report), folder / "float"
+
+
+def test_an_evaluation_keeps_a_digest_of_its_pictures_and_goes_on(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    options = {"clips": 1, "metrics": "psnr", "floor": ["none"], "output": tmp_path / "proof"}
+    found = reelquant.evaluate(*folders, **options, **call_of("svd"))
+    assert found["psnr"] > 30
+    kept = json.loads((tmp_path / "proof" / "run.json").read_text())
+    assert re.fullmatch(r"picture 32x32 RGB, sha256 [0-9a-f]{16}", kept["call"]["image"])
+    assert kept["prompts"] == [""] and found.data["prompts"] == []
+    assert kept["call"]["image"] in (tmp_path / "proof" / "report.html").read_text()
+    clip = tmp_path / "proof" / "clips" / "test" / "0000.mp4"
+    before = clip.stat().st_mtime_ns
+    again = reelquant.evaluate(*folders, **options | {"clips": 2}, resume=True, **call_of("svd", image=picture()))
+    assert again.data["seeds"] == [50_000, 50_001] and clip.stat().st_mtime_ns == before
+    with pytest.raises(CheckpointError, match="call was"):
+        reelquant.evaluate(*folders, **options, resume=True, **call_of("svd", image=picture(20)))
+
+
+def test_a_folder_without_its_condition_is_refused_before_anything_is_written(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="needs 'image'"):
+        reelquant.evaluate(*folders, clips=1, output=tmp_path / "proof", **CASES["svd"].settings)
+    assert not (tmp_path / "proof").exists()
