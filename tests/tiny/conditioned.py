@@ -58,9 +58,7 @@ def picture(red: int = 200, size: int = 32) -> Image.Image:
 def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8, clean_up_tokenization_spaces=False
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=8)
 
 
 def t5() -> T5EncoderModel:
@@ -92,7 +90,7 @@ def svd() -> StableVideoDiffusionPipeline:
             addition_time_embed_dim=8,
         ),
         image_encoder=CLIPVisionModelWithProjection(vision()).eval(), feature_extractor=eyes(),
-        vae=AutoencoderKLTemporalDecoder(block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4).eval(),
+        vae=AutoencoderKLTemporalDecoder(block_out_channels=[32, 32], down_block_types=["DownEncoderBlock2D"] * 2).eval(),
         scheduler=EulerDiscreteScheduler(
             prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0
         ),
@@ -160,7 +158,7 @@ def cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
     return CogVideoXImageToVideoPipeline(
         tokenizer=tokenizer(), text_encoder=t5(), scheduler=CogVideoXDDIMScheduler(),
         vae=AutoencoderKLCogVideoX(
-            block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4, **blocks
+            block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2, **blocks
         ).eval(),
         transformer=build(
             "CogVideoXTransformer3DModel", num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=4, time_embed_dim=8,
@@ -180,8 +178,8 @@ def ltx_parts() -> dict[str, Any]:
             encoder_causal=True, decoder_causal=False,
         ).eval(),
         "transformer": build(
-            "LTXVideoTransformer3DModel", in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
-            num_layers=2, caption_channels=16,
+            "LTXVideoTransformer3DModel", in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+            cross_attention_dim=16, caption_channels=16,
         ),
     }  # fmt: skip
 
@@ -236,6 +234,12 @@ CASES: dict[str, Case] = {
     "dit": Case(dit, {"num_inference_steps": 2}, {"class_labels": 3}),
     "ddpm": Case(ddpm, {"num_inference_steps": 2}, {}),
 }
+PROMPTLESS = ("svd", "dit", "ddpm")
+
+
+def texts(name: str, count: int) -> list[str]:
+    """So many texts for one of :data:`CASES`; empty ones where it takes none."""
+    return ["" if name in PROMPTLESS else ("a red ball", "a blue box", "a ball")[i % 3] for i in range(count)]
 
 
 def made(name: str) -> Any:

@@ -13,12 +13,10 @@ import torch
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
 from reelquant.models.sampling import sample
-from tests.tiny.conditioned import CASES, made, picture
+from tests.tiny.conditioned import CASES, PROMPTLESS, made, picture, texts
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers of diffusers
-TEXTS = ["a red ball", "a blue box", "a ball"]
 FEW = {"calibrate.prompts": 1, "search.prompts": 1}
-PROMPTLESS = ("svd", "dit", "ddpm")
 
 
 def call_of(name: str, **others: Any) -> dict[str, Any]:
@@ -28,8 +26,8 @@ def call_of(name: str, **others: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_clip_is_the_same_in_every_batch(name: str) -> None:
     pipe = made(name)
-    together = sample(pipe, TEXTS, seed=5, batch=3, **call_of(name))
-    alone = torch.cat([sample(pipe, [text], seed=5 + i, **call_of(name)) for i, text in enumerate(TEXTS)])
+    together = sample(pipe, texts(name, 3), seed=5, batch=3, **call_of(name))
+    alone = torch.cat([sample(pipe, [text], seed=5 + i, **call_of(name)) for i, text in enumerate(texts(name, 3))])
     assert together.shape == alone.shape and (together - alone).abs().max() < 1e-4
     assert not torch.allclose(together[0], together[1], atol=1e-2)
 
@@ -53,10 +51,10 @@ def test_quantized_like_any_other(name: str) -> None:
 )
 def test_a_list_gives_one_per_clip_and_starts_again(name: str, argument: str, others: Any) -> None:
     pipe = made(name)
-    clips = sample(pipe, ["a ball"] * 3, seeds=[5, 5, 5], batch=2, **call_of(name, **{argument: others}))
+    clips = sample(pipe, texts(name, 1) * 3, seeds=[5, 5, 5], batch=2, **call_of(name, **{argument: others}))
     assert torch.allclose(clips[0], clips[2], atol=1e-4)
     assert not torch.allclose(clips[0], clips[1], atol=1e-3)
-    second = sample(pipe, ["a ball"], seed=5, first=1, **call_of(name, **{argument: others}))
+    second = sample(pipe, texts(name, 1), seed=5, first=1, **call_of(name, **{argument: others}))
     assert torch.allclose(second[0], clips[1], atol=1e-4)
 
 
@@ -85,20 +83,22 @@ def test_a_missing_condition_is_named(name: str) -> None:
 
 
 def test_what_is_not_missing_is_not_blamed() -> None:
-    with pytest.raises(CalibrationError, match="^WanVACEPipeline refuses the call: .*divisible by 4"):
+    with pytest.raises(CalibrationError, match=r"^WanVACEPipeline refuses the call: .*divisible by 4"):
         sample(made("wan_vace"), ["a ball"], **call_of("wan_vace", height=33))
-    with pytest.raises(CalibrationError, match="^image is empty; give a PIL image"):
+    with pytest.raises(CalibrationError, match=r"^image is empty; give a PIL image"):
         sample(made("svd"), [""], **call_of("svd", image=[]))
 
 
-def test_texts_that_would_be_dropped_are_refused(tmp_path: Path) -> None:
+def test_texts_that_would_be_dropped_are_refused() -> None:
     words = r"^DiTPipeline takes no prompt, got 'a red ball'; give no prompts, but class_labels=..., the number of a class$"
     pipe = made("dit")
     with pytest.raises(UnsupportedError, match=words):
-        reelquant.quantize(pipe, "minmax-w8a8", TEXTS, overrides=FEW, **call_of("dit"))
+        reelquant.quantize(pipe, "minmax-w8a8", ["a red ball"], overrides=FEW, **call_of("dit"))
     with pytest.raises(UnsupportedError, match=words):
-        reelquant.evaluate(pipe, pipe, TEXTS, **call_of("dit"))
-    with pytest.raises(RecipeError, match="^grain_steps: .* DiTPipeline takes no prompt"):
+        reelquant.evaluate(pipe, pipe, ["a red ball"], **call_of("dit"))
+    with pytest.raises(UnsupportedError, match=words):
+        sample(pipe, ["a red ball"], **call_of("dit"))
+    with pytest.raises(RecipeError, match=r"^grain_steps: .* DiTPipeline takes no prompt"):
         reelquant.evaluate(pipe, pipe, clips=1, grain_steps=[2], **call_of("dit"))
 
 
@@ -132,3 +132,16 @@ def test_a_folder_without_its_condition_is_refused_before_anything_is_written(fo
     with pytest.raises(CalibrationError, match="needs 'image'"):
         reelquant.evaluate(*folders, clips=1, output=tmp_path / "proof", **CASES["svd"].settings)
     assert not (tmp_path / "proof").exists()
+
+
+def test_from_disk_to_disk(tmp_path: Path) -> None:
+    made("dit").save_pretrained(tmp_path / "float")
+    pipe = reelquant.open_pipeline(tmp_path / "float")
+    reelquant.save(pipe, tmp_path / "memory", reelquant.quantize(pipe, "minmax-w8a8", overrides=FEW, **call_of("dit")))
+    job = {"overrides": FEW, "max_memory": "64GB"}
+    reelquant.quantize_folder(tmp_path / "float", tmp_path / "disk", "minmax-w8a8", **job, **call_of("dit"))
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "disk" / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()
+    with pytest.raises(CalibrationError, match="needs 'class_labels'"):
+        reelquant.quantize_folder(tmp_path / "float", tmp_path / "none", "minmax-w8a8", **job, **CASES["dit"].settings)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["disk", "float", "memory"]

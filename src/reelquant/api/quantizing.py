@@ -40,14 +40,15 @@ def quantize(
         pipe: any diffusers pipeline with a transformer or UNet, in float.
         recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`; or one of these by component:
             ``{"transformer": "qvd-w8a8", "transformer_2": "qvd-w4a8"}``.
-        prompts: calibration texts, or one text; by default the pipeline's own or general video prompts.
+        prompts: calibration texts, or one text; by default the pipeline's own or general video prompts; none where it takes none.
         components: names of the components to quantize. Text encoders and VAEs get ``w8a16`` unless ``recipe`` says otherwise.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
         lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
         inputs: arguments of one real call of the denoiser by name (or of several by component), for one that cannot be probed without.
         progress: receives the progress of the run.
-        call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...).
+        call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions
+            (``image``, ``video``, ``class_labels`` ...): one for every clip, or a list with one per clip.
 
     Returns:
         A report with sizes, errors and reasons; its ``parts`` are those of the components, if there are several.
@@ -120,7 +121,7 @@ def quantize_folder(
         resume: go on with an interrupted run of the same work.
         force: replace an existing folder in the end, and give up what an interrupted run left.
         progress: receives the progress of the run.
-        call: arguments of the pipeline call during calibration.
+        call: arguments of the pipeline call during calibration, conditions among them.
 
     Returns:
         As :func:`quantize`.

@@ -69,7 +69,7 @@ def generate(
     from reelquant.evidence.media import check_video, frame_paths, write_video
 
     check_video(output)
-    if not prompt.strip():
+    if not prompt.strip() and _takes_prompt(model):
         raise CalibrationError("the prompt is empty; say what the clip shows")
     if not force and (taken := _taken(output, frame_paths(output, 1)[0])):
         raise CheckpointError(f"'{taken}' already exists; choose another name or pass --force to replace it")
@@ -79,6 +79,13 @@ def generate(
     clip, warning = _sample(pipe, prompt, seed, call)
     seconds = time.perf_counter() - start
     _tell(write_video(clip, output, fps), clip, seconds, json, {"prompt": prompt, "seed": seed, "warning": warning})
+
+
+def _takes_prompt(model: str) -> bool:
+    from reelquant.models.conditions import takes_prompt
+    from reelquant.models.pipelines import pipeline_class
+
+    return takes_prompt(pipeline_class(model))
 
 
 def _taken(output: Path, first_frame: Path) -> Path | None:

@@ -29,8 +29,8 @@ from reelquant.discover.components import denoisers_of, plain
 from reelquant.evidence.machine import machine, versions
 from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import native_float
-from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.described import described, packed, unpacked
+from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import AttentionFacts, KernelFacts, attention_facts, kernels_of, quantized_layers
 

@@ -70,7 +70,7 @@ CONDITIONS: dict[str, Kind] = {  # argument of a pipeline call -> what it holds
     "mask_video": FRAMES,
     "class_labels": CLASS,
 }
-LEADING = ("image", "video", "control_video", "conditioning_frames", "class_labels")  # what a failing call may lack, though it has a default
+LEADING = ("image", "video", "control_video", "conditioning_frames", "class_labels")  # with a default, and yet what a call may fail without
 
 
 def per_clip(name: str, value: Any) -> list[Any]:

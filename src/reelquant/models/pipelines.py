@@ -114,7 +114,11 @@ def open_pipeline(
 
 
 def pipeline_class(model: Any) -> type:
-    """The class of a pipeline: bundled name, folder, hub id, or one in memory; ``DiffusionPipeline`` if that is not known before it is opened."""
+    """The class of a pipeline; ``DiffusionPipeline``, which says nothing of its call, if that is not known before the pipeline is opened.
+
+    Args:
+        model: bundled name, folder, hub id, or a pipeline in memory.
+    """
     import diffusers
 
     if not isinstance(model, str | Path):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, UnsupportedError, nearest
 from reelquant.models.blank import read_json
-from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, lacking, own_noise
+from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, check_texts, lacking, own_noise
 
 FEW = 4  # steps in which both experts of a pipeline are called
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def sample(
 
     Args:
         pipe: a diffusers pipeline.
-        prompts: one text per clip; where the pipeline takes none, only their number counts.
+        prompts: one text per clip; empty texts where the pipeline takes none.
         seed: seed of the first clip.
         seeds: one per clip instead.
         first: the number of the first clip among all that are made, which says where lists of conditions begin.
@@ -114,6 +114,7 @@ def sample(
 
     Raises:
         CalibrationError: if there is no prompt, or a condition is missing.
+        UnsupportedError: for a text or an argument that the pipeline does not take.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not prompts:
@@ -129,6 +130,7 @@ def sample(
     for name, value in arguments.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise CalibrationError(f"{name} is a finite number, got {value}")
+    check_texts(type(pipe), prompts)
     check_given(type(pipe), arguments)
     clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch)
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS}

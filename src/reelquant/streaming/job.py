@@ -21,8 +21,11 @@ from reelquant.engine.build import Context, GroupWork, build_layer
 from reelquant.engine.choice import Choice
 from reelquant.engine.components import plan_components
 from reelquant.engine.plan import Plan
+from reelquant.models.conditions import check_given, check_texts
 from reelquant.models.described import described
 from reelquant.models.lora import adapter_file
+from reelquant.models.pipelines import pipeline_class
+from reelquant.models.sampling import folder_notes
 from reelquant.recipes.recipe import Recipe
 from reelquant.sites import DenoiserMap
 from reelquant.stages import Rewrite, Specs
@@ -95,11 +98,16 @@ class Job:
         return cls(source, plans, prompts, call, budget, adapters or {})
 
     def check(self) -> None:
-        """Refuse stages that need the model in memory.
+        """Refuse stages that need the model in memory, and calls that lack something, before anything is written.
 
         Raises:
-            UnsupportedError: naming the recipe and the stage.
+            CalibrationError: for a missing condition.
+            UnsupportedError: naming the recipe and the stage; for texts that the pipeline does not take.
         """
+        if self.calibrates:
+            kind = pipeline_class(self.source.folder)
+            check_texts(kind, self.prompts or ())
+            check_given(kind, folder_notes(self.source.folder).get("call", {}) | dict(self.call))
         for plan in self.plans.values():
             for entry in plan.entries:
                 if entry.stage.in_memory is not None:
