@@ -14,6 +14,7 @@ import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
 from reelquant.models.sampling import sample
 from tests.tiny.conditioned import CASES, PROMPTLESS, made, picture, texts
+from tests.tiny.stock import realigned
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # schedulers of diffusers
 FEW = {"calibrate.prompts": 1, "search.prompts": 1}
@@ -135,13 +136,15 @@ def test_a_folder_without_its_condition_is_refused_before_anything_is_written(fo
 
 
 def test_from_disk_to_disk(tmp_path: Path) -> None:
-    made("dit").save_pretrained(tmp_path / "float")
+    made("wan_i2v").save_pretrained(tmp_path / "float")
     pipe = reelquant.open_pipeline(tmp_path / "float")
-    reelquant.save(pipe, tmp_path / "memory", reelquant.quantize(pipe, "minmax-w8a8", overrides=FEW, **call_of("dit")))
+    for part in (pipe.text_encoder, pipe.image_encoder, pipe.vae, pipe.transformer):
+        realigned(part)
+    reelquant.save(pipe, tmp_path / "memory", reelquant.quantize(pipe, "minmax-w8a8", overrides=FEW, **call_of("wan_i2v")))
     job = {"overrides": FEW, "max_memory": "64GB"}
-    reelquant.quantize_folder(tmp_path / "float", tmp_path / "disk", "minmax-w8a8", **job, **call_of("dit"))
+    reelquant.quantize_folder(tmp_path / "float", tmp_path / "disk", "minmax-w8a8", **job, **call_of("wan_i2v"))
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "disk" / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()
-    with pytest.raises(CalibrationError, match="needs 'class_labels'"):
-        reelquant.quantize_folder(tmp_path / "float", tmp_path / "none", "minmax-w8a8", **job, **CASES["dit"].settings)
+    with pytest.raises(CalibrationError, match="needs 'image'"):
+        reelquant.quantize_folder(tmp_path / "float", tmp_path / "none", "minmax-w8a8", **job, **CASES["wan_i2v"].settings)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["disk", "float", "memory"]
