@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
+from reelquant.cli import app
 from reelquant.models.sampling import sample
 from tests.tiny.conditioned import CASES, PROMPTLESS, made, picture, texts
 from tests.tiny.stock import realigned
@@ -148,3 +150,12 @@ def test_from_disk_to_disk(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="needs 'image'"):
         reelquant.quantize_folder(tmp_path / "float", tmp_path / "none", "minmax-w8a8", **job, **CASES["wan_i2v"].settings)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["disk", "float", "memory"]
+
+
+def test_generate_needs_no_prompt_where_the_pipeline_takes_none(tmp_path: Path) -> None:
+    made("ddpm").save_pretrained(tmp_path / "float")
+    options = ["--steps", "2", "--output", str(tmp_path / "out.png")]
+    done = CliRunner().invoke(app, ["generate", str(tmp_path / "float"), "-p", "", *options])
+    assert done.exit_code == 0 and [one.suffix for one in tmp_path.glob("out*")] == [".png"], done.output
+    refused = CliRunner().invoke(app, ["generate", "tiny-dit", "-p", " ", "--steps", "2", "--output", str(tmp_path / "none.gif")])
+    assert refused.exit_code != 0 and not (tmp_path / "none.gif").exists()

@@ -71,8 +71,8 @@ def evaluate(
         device: where the pipelines and networks run.
         resume, force: go on with the evaluation in ``output``, or replace it.
         progress: receives the progress of the run.
-        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions (``image`` ...), as in
-            :func:`quantize`.
+        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions (``image`` ...),
+            as in :func:`quantize`.
 
     Returns:
         Figures with intervals beside the noise floor, the verdict of the gate, everything as JSON.
