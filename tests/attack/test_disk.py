@@ -135,7 +135,7 @@ def test_the_source_is_never_replaced(copy: Path) -> None:
         reelquant.save(pipe, copy, force=True)
     assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
     again = reelquant.load(reelquant.save(pipe, inner / "out"))
-    reelquant.save(again, inner / "out", force=True)  # a quantized folder may be written anew
+    reelquant.save(again, inner / "out", force=True)  # a quantized folder may be replaced
     with pytest.raises(CheckpointError, match="is read"):
         reelquant.export(inner / "out", "torchao", inner / "out", force=True)
 

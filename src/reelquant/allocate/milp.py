@@ -111,7 +111,7 @@ class Milp(Stage):
 
     def _measured(self, work: ModelWork, options: Options) -> np.ndarray:
         """Damage of every format in every layer, ``[layers, formats]``."""
-        with torch.no_grad():  # outputs anew: what was recorded may hold results that a reuse kept
+        with torch.no_grad():  # outputs are computed again: what was recorded may hold results that a reuse kept
             calls = [replace(call, output=work.output(call)) for call in _spread(work.calls, self.calls)]
         with work.timed("measure formats", len(options) * len(self.formats)):
             return np.array([[_damage(work, name, one, calls) for one in row] for name, row in options.items()])

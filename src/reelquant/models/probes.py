@@ -1,4 +1,4 @@
-"""Texts that nobody would write: random words of a pipeline's own vocabulary.
+"""Texts of random words of a pipeline's own vocabulary.
 
 What a text changes inside a denoiser is bounded by what its words can do. Calibration texts hold few of them, so a model that was
 calibrated on one subject, language or style meets values beyond its ranges on another. Random words of the tokenizer reach far more of

@@ -57,7 +57,7 @@ def parse_value(text: str) -> Any:
     """One value as a recipe would read it: ``10``, ``true``, ``int4``, ``[0.5, 1.0]``, ``null``.
 
     Raises:
-        RecipeError: if it is no YAML, or no value of a recipe.
+        RecipeError: if it is not YAML, or holds what recipes cannot hold.
     """
     return _load(text, f"'{text:.60}'")
 
