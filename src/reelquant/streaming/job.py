@@ -104,16 +104,16 @@ class Job:
             CalibrationError: for a missing condition.
             UnsupportedError: naming the recipe and the stage; for texts that the pipeline does not take.
         """
-        if self.calibrates:
-            kind = pipeline_class(self.source.folder)
-            check_texts(kind, self.prompts or ())
-            check_given(kind, folder_notes(self.source.folder).get("call", {}) | dict(self.call))
         for plan in self.plans.values():
             for entry in plan.entries:
                 if entry.stage.in_memory is not None:
                     raise UnsupportedError(
                         f"recipe '{plan.recipe.name}' needs the model in memory, because {entry.stage.in_memory}; or allow more memory"
                     )
+        if self.calibrates:
+            kind = pipeline_class(self.source.folder)
+            check_texts(kind, self.prompts or ())
+            check_given(kind, folder_notes(self.source.folder).get("call", {}) | dict(self.call))
 
     @property
     def calibrates(self) -> bool:
