@@ -20,25 +20,10 @@ from reelquant import CalibrationError, CheckpointError
 from reelquant.checkpoint import beside, folder, new_folder
 from reelquant.checkpoint.export import write
 from reelquant.cli import app
-from reelquant.models.sampling import write_notes
 from tests.attack.damage import within
 from tests.grids import ALL
-from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("source") / "wan"
-    wan_pipeline().save_pretrained(made)
-    write_notes(made, CALL, PROMPTS)
-    return made
-
-
-@pytest.fixture
-def copy(source: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(source, tmp_path / "wan"))
 
 
 def invoke(*words: object) -> Any:

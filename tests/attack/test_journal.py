@@ -12,11 +12,9 @@ import pytest
 import reelquant
 from reelquant import CheckpointError
 from reelquant.models.manifest import REPORT
-from reelquant.models.sampling import write_notes
 from reelquant.streaming import run
 from tests.attack.damage import DAMAGES, files_of
 from tests.grids import ALL
-from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
 RECIPE = {
     "name": "test",
@@ -34,14 +32,6 @@ RECIPE = {
 
 class Stopped(BaseException):
     """In the place of a kill."""
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("source") / "wan"
-    wan_pipeline().save_pretrained(folder)
-    write_notes(folder, CALL, PROMPTS)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import reelquant
 from reelquant import CalibrationError, CheckpointError
 from reelquant.evidence.media import read_pictures
-from reelquant.models.sampling import sample, write_notes
+from reelquant.models.sampling import sample
 from tests.attack.damage import within
 from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
@@ -25,19 +24,6 @@ RECIPE = {
     "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": {"format": "uint8"}},
     "calibrate": {"prompts": 1, "steps": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("source") / "wan"
-    wan_pipeline().save_pretrained(made)
-    write_notes(made, CALL, PROMPTS)
-    return made
-
-
-@pytest.fixture
-def copy(source: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(source, tmp_path / "wan"))
 
 
 POISONED = {

@@ -20,20 +20,10 @@ from reelquant._errors import printable
 from reelquant.cli import app, console, signals
 from reelquant.cli.tables import facts, table
 from reelquant.evidence.report.markdown import summary
-from reelquant.models.sampling import write_notes
 from tests.grids import ALL
-from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = ["[/bold]", "[link=file:///etc]x", "[red", "\x1b[2J\x1b]0;title\x07", "\u202egnp.exe", "\x9b31m", "<script>alert(1)</script>"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("source") / "wan"
-    wan_pipeline().save_pretrained(made)
-    write_notes(made, CALL, PROMPTS)
-    return made
 
 
 def invoke(*words: object) -> Any:

@@ -1,0 +1,26 @@
+"""A tiny float pipeline on disk, as stock diffusers writes it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from reelquant.models.sampling import write_notes
+from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed: the tests of a file share it."""
+    made = tmp_path_factory.mktemp("source") / "wan"
+    wan_pipeline().save_pretrained(made)
+    write_notes(made, CALL, PROMPTS)
+    return made
+
+
+@pytest.fixture
+def copy(source: Path, tmp_path: Path) -> Path:
+    """One that a test may damage."""
+    return Path(shutil.copytree(source, tmp_path / "wan"))
