@@ -19,6 +19,7 @@ from reelquant.models.blank import QUANTIZATION, check_names, read_config
 from reelquant.models.manifest import REPORT, write_manifest
 from reelquant.models.sampling import NOTES_FILE
 from reelquant.nn import quantized_layers
+from reelquant.nn.refusals import refuses_saving
 
 REPORT_FILE = REPORT
 _PATH_KEYS = ("_name_or_path", "name_or_path")
@@ -85,7 +86,8 @@ def _describe(pipe: Any) -> None:
     for name, part in _modules(pipe).items():
         if quantized_layers(part):
             adopt(part)
-        check_names(name, part)
+        if not refuses_saving(part):
+            check_names(name, part)
 
 
 def _refuse_original(pipe: Any, folder: str | Path) -> None:

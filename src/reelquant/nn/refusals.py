@@ -45,5 +45,10 @@ def refuse_saving(model: nn.Module, homeless: Sequence[str]) -> None:
     object.__setattr__(model, "save_pretrained", functools.partial(_refused, sentence))
 
 
+def refuses_saving(model: nn.Module) -> bool:
+    """Whether :func:`refuse_saving` was called for the model; its sentence says more than a look at the names of tensors."""
+    return "save_pretrained" in vars(model)
+
+
 def _refused(sentence: str, *args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedError(sentence)
