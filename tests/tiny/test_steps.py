@@ -42,16 +42,19 @@ from tests.tiny.pipelines import FakePipeline, call
 from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
 
 TEXTS = ["a red circle", "a blue square", "a green star", "a cat", "held out"]
-MAPS: dict[str, Any] = {}
+MAPS: dict[Any, Any] = {}
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler and UniPC, numpy 2
 
 
 @pytest.fixture(autouse=True)
 def mapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Discovery has tests of its own: look at each class once."""
+    """Discovery has tests of its own: look at each model once. Models of one class may have other layers."""
 
     def cached(denoiser: Any) -> Any:
-        return MAPS.setdefault(type(denoiser).__name__, MAPS.get(type(denoiser).__name__) or discover(denoiser))
+        key = type(denoiser), tuple(name for name, _ in denoiser.named_modules())
+        if key not in MAPS:
+            MAPS[key] = discover(denoiser)
+        return MAPS[key]
 
     monkeypatch.setattr(components, "discover", cached)
 
