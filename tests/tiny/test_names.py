@@ -31,6 +31,9 @@ def test_fused_projections_are_refused_before_quantizing_and_before_writing(name
     assert not list(tmp_path.iterdir())
     model.unfuse_qkv_projections()
     reelquant.quantize(pipe, "w8a16")
+    assert not [key for key in model.state_dict() if "to_qkv" in key or "to_kv" in key]
+    reelquant.save(pipe, tmp_path / "q")
+    reelquant.load(tmp_path / "q")
 
 
 @pytest.mark.parametrize("name", NAMES[:1])

@@ -16,6 +16,7 @@ from reelquant.checkpoint.folder import INDEX, check_target, new_folder, refuse_
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
 from reelquant.models.blank import QUANTIZATION, check_names, read_config
+from reelquant.models.fused import drop_unused_projections
 from reelquant.models.manifest import REPORT, write_manifest
 from reelquant.models.sampling import NOTES_FILE
 from reelquant.nn import quantized_layers
@@ -87,6 +88,7 @@ def _describe(pipe: Any) -> None:
         if quantized_layers(part):
             adopt(part)
         if not refuses_saving(part):
+            drop_unused_projections(part)
             check_names(name, part)
 
 

@@ -23,6 +23,7 @@ from reelquant.discover import (
 from reelquant.engine.plan import Plan, make_plan
 from reelquant.engine.undisturbed import undisturbed
 from reelquant.models.blank import check_names
+from reelquant.models.fused import drop_unused_projections
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import first_call
@@ -179,6 +180,7 @@ def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str
     map_of = map_of or mapping(pipe)
     parts = {name: plain(component_of(pipe, name)) for name in recipes}
     for name, part in parts.items():
+        drop_unused_projections(part)
         check_names(name, part)
         check_finite(name, part)
     with undisturbed(modules_of(pipe).values()):
