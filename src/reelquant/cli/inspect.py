@@ -156,8 +156,7 @@ def _clipping(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[
     with Bars() as bars, seen.counting(denoiser_of(pipe)[1]):
         bars.phase("sample", len(prompts) * call["num_inference_steps"])
         sample(pipe, prompts, batch=1, output="latent", on_step=bars.advance, **call)
-    steps = [{"step": step, "share": found.share, "excess": found.excess} for step, found in seen.by_step.items()]
-    return {"saturation": seen.facts(most=len(seen.layers)) | {"steps": steps, "warning": seen.sentence()}}
+    return {"saturation": seen.facts(most=len(seen.layers)) | {"warning": seen.sentence()}}
 
 
 def _observe(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[str, Any]) -> Calibration:

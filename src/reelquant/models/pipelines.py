@@ -222,9 +222,13 @@ def calibration_prompts(pipe: Any, count: int) -> list[str]:
     """
     if not takes_prompt(type(pipe)):
         return no_texts(count)
-    own = notes(pipe).get("prompts")
-    texts = own or resources.files("reelquant.models").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
+    texts = notes(pipe).get("prompts") or general_prompts()
     return [texts[i % len(texts)] for i in range(count)]
+
+
+def general_prompts() -> list[str]:
+    """The video prompts that come with the library, for pipelines whose folder names none."""
+    return resources.files("reelquant.models").joinpath("prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def shuffled(texts: list[str], seed: int) -> list[str]:

@@ -128,10 +128,12 @@ class Saturation:
                 own.setdefault(int(step), Clipped()).add(Clipped(int(numbers[0]), int(numbers[1]), *numbers[2:]))
 
     def facts(self, most: int = 8) -> dict[str, Any]:
-        """For reports, as plain data: shares and noise of all layers together, and of the layers whose clipping costs most."""
+        """For reports, as plain data: all layers together, every step that was counted, and the layers whose clipping costs most."""
         layers = list(self.by_layer.items())
         whole = _together(one for _, one in layers)
-        return {"share": whole.share, "reach": whole.reach, "excess": self.excess, "layers": [_row(*layer) for layer in layers[:most]]}
+        steps = [{"step": step, "share": one.share, "excess": one.excess} for step, one in self.by_step.items()]
+        found = [_row(*layer) for layer in layers[:most]]
+        return {"share": whole.share, "reach": whole.reach, "excess": self.excess, "steps": steps, "layers": found}
 
     def sentence(self) -> str | None:
         """A warning if inputs leave the calibrated ranges by far, else None."""

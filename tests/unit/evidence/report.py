@@ -63,6 +63,16 @@ def sample(clips: int = 3, frames: int = 8) -> dict[str, Any]:
             steps=[1, 2], test=dict(mean=[0.1, 0.2], low=[0.05, 0.1], high=[0.2, 0.3]), floor=dict(bf16=dict(mean=[0.01, 0.02]))
         ),
         "grain_growth": dict(steps=[5, 20], reference=[2.0, 1.0], test=[2.5, 1.5]),
+        "saturation": dict(
+            share=0.0002,
+            reach=1.4,
+            excess=0.08,
+            steps=[dict(step=0, share=0.0001, excess=0.01), dict(step=4, share=0.0003, excess=0.3)],
+            layers=[
+                dict(name="blocks.1.ffn.net.2", share=0.004, reach=1.4, noise=1e-5, rounding=1e-5, excess=1.0),
+                dict(name="blocks.0.attn1.to_q", share=0.0, reach=0.9, noise=0.0, rounding=1e-5, excess=0.0),
+            ],
+        ),
         "bias": dict(metric="fvd", sizes=[16, 32], values=[30.0, 20.0], sd=[2.0, 1.0], extrapolated=9.0),
         "near_lossless": dict(holds=False, failed=["psnr"], why="bf16 is closer"),
         "gate": dict(

@@ -266,3 +266,21 @@ def test_data_are_typed_and_numbers_keep_their_kind() -> None:
 
 def test_summary_shows_markup_as_text() -> None:
     assert "&lt;img&gt;" in summary({"test": {"name": "<img>"}}) and "a\\|b" in summary({"warnings": ["a|b"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------- clipping
+
+
+def test_clipped_inputs_are_a_table_and_a_curve() -> None:
+    page = render(sample(), panels())
+    card = page[page.index('id="clipping"') : page.index("All layers")]
+    assert "0.0200 % of the rounded inputs were clipped, at 0.0800 times the noise of rounding." in card
+    assert card.count("<tr><td>") == 1 and "blocks.1.ffn.net.2" in card and "blocks.0.attn1.to_q" not in card
+    assert "Clipping, step by step" in card and "<svg" in card
+    assert "0.0200 % of the rounded inputs" in summary(sample())
+
+
+def test_nothing_is_said_of_clipping_that_was_not_counted() -> None:
+    data = sample() | {"saturation": None}
+    assert 'id="clipping"' not in render(data, panels()) and "clipped" not in summary(data)
+    assert "No input left the calibrated ranges." in summary(sample() | {"saturation": dict(share=0.0, excess=0.0, layers=[])})

@@ -253,6 +253,33 @@ class QuantizationData(_Part):
         return sum(len(names) for names in self.skipped.values())
 
 
+class ClippedLayerData(_Part):
+    """A layer whose inputs were clipped: share of values, farthest value over the range, noise of clipping over noise of rounding."""
+
+    name: str | None = None
+    share: Number = None
+    reach: Number = None
+    excess: Number = None
+
+
+class ClippedStepData(_Part):
+    """A denoising step, all layers together."""
+
+    step: Number = None
+    share: Number = None
+    excess: Number = None
+
+
+class SaturationData(_Part):
+    """What the quantized pipeline clipped while it made the clips: :meth:`reelquant.nn.Saturation.facts`."""
+
+    share: Number = None
+    reach: Number = None
+    excess: Number = None
+    steps: tuple[ClippedStepData, ...] = ()
+    layers: tuple[ClippedLayerData, ...] = ()
+
+
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
@@ -275,6 +302,7 @@ class ReportData(_Part):
     trajectory: TrajectoryData | None = None
     grain_growth: GrainData | None = None
     bias: BiasData | None = None
+    saturation: SaturationData | None = None
     near_lossless: NearLosslessData | None = None
     gate: GateData | None = None
     defects: tuple[DefectData, ...] = ()

@@ -19,7 +19,7 @@ from reelquant._errors import MeasurementError
 from reelquant.evidence.media import FPS
 from reelquant.evidence.report import clip_cards, metric_table, numbers, plots, proof, sentences
 from reelquant.evidence.report.clip_cards import ClipCard
-from reelquant.evidence.report.data import QuantizationData, ReportData
+from reelquant.evidence.report.data import QuantizationData, ReportData, SaturationData
 from reelquant.evidence.report.panels import Panel, best_gain, embed_within, worst_first
 from reelquant.evidence.store import write_text
 
@@ -87,6 +87,7 @@ def render(
         **_words(found),
         **_metrics(found),
         **_quantization(found.quantization or QuantizationData()),
+        **_saturation(found),
     )
 
 
@@ -177,6 +178,15 @@ def _quantization(quantization: QuantizationData) -> dict[str, Any]:
         "columns": proof.LAYER_COLUMNS,
         "layers": proof.layer_rows(quantization),
         "trials": proof.trial_rows(quantization),
+    }
+
+
+def _saturation(data: ReportData) -> dict[str, Any]:
+    found = data.saturation or SaturationData()
+    return {
+        "clipping": sentences.clipping(data),
+        "clipped_layers": proof.clipped_rows(found),
+        "clipped_steps": plots.saturation_chart(found),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from reelquant._errors import printable
 from reelquant.evidence.report.data import MetricData, QuantizationData, ReportData, ValueRange
 from reelquant.evidence.report.numbers import count, figure, size
-from reelquant.evidence.report.sentences import BETTER, WITHIN, failure_line, headline, sides, verdict
+from reelquant.evidence.report.sentences import BETTER, WITHIN, clipping, failure_line, headline, sides, verdict
 
 MARKS = {"good": "\u2705", "bad": "\u274c", "unknown": "\u2754"}
 
@@ -39,6 +39,8 @@ def summary(data: Mapping[str, Any]) -> str:
             lines += [f"**{name}**", "", *(f"- {escaped(item)}" for item in items), ""]
     if found.quantization is not None:
         lines += [quantization_line(found.quantization), ""]
+    if words := clipping(found):
+        lines += [f"{words}.", ""]
     environment = environment_line(found)
     lines += [f"<sub>{environment}</sub>"] if environment else []
     return "\n".join(lines).rstrip() + "\n"

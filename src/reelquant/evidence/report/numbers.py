@@ -49,6 +49,16 @@ def significant(value: float) -> int:
     return max(0, (2 if exponent >= -2 else 1) - exponent)
 
 
+def percent(share: Any) -> str:
+    """A share for people.
+
+    Example:
+        >>> percent(0.0123), percent(0.0000071)
+        ('1.23 %', '0.00071 %')
+    """
+    return figure(100 * share, "%") if is_number(share) else NOTHING
+
+
 def size(count: Any) -> str:
     """Bytes for people.
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from reelquant.evidence.report import cell_charts, charts
 from reelquant.evidence.report.charts import Chart, Dot, Line
-from reelquant.evidence.report.data import LayerData, MetricData, QuantizationData, ReportData
+from reelquant.evidence.report.data import LayerData, MetricData, QuantizationData, ReportData, SaturationData
 from reelquant.evidence.report.numbers import figure, is_number
 from reelquant.evidence.report.sentences import BETTER, capitalised, sides
 
@@ -89,6 +89,18 @@ def _strip(data: ReportData, name: str, metric: MetricData) -> Chart | None:
         (float(v), f"{entry.name}: {figure(v, metric.unit)} \u2013 {entry.prompt or 'no prompt'}") for entry, v in values if v is not None
     ]
     return charts.strip_chart(data.title(name), metric.about, dots, metric.unit) if dots else None
+
+
+def saturation_chart(found: SaturationData) -> Chart:
+    """Noise of clipping over noise of rounding, step by step."""
+    title, about = (
+        "Clipping, step by step",
+        "Noise of clipped inputs over noise of rounding; above 1, clips left the calibrated ranges by far.",
+    )
+    if not found.steps:
+        return Chart(title, about, missing="steps were not recorded")
+    x, y = ([getattr(one, field) for one in found.steps] for field in ("step", "excess"))
+    return charts.line_chart(title, about, [Line("clipping over rounding", "s-test", x, y)], "step", "ratio", marks=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

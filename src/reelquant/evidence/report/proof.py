@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from reelquant.evidence.report import cell_charts
-from reelquant.evidence.report.data import LayerData, QuantizationData, ReportData
-from reelquant.evidence.report.numbers import NOTHING, count, figure, plain, ranges, size
+from reelquant.evidence.report.data import ClippedLayerData, LayerData, QuantizationData, ReportData, SaturationData
+from reelquant.evidence.report.numbers import NOTHING, count, figure, percent, plain, ranges, size
 
 LAYER_COLUMNS: tuple[tuple[str, str, str], ...] = (  # field, title, kind
     ("name", "Layer", "text"),
@@ -35,6 +35,18 @@ def layer_rows(quantization: QuantizationData) -> list[list[tuple[str, Any]]]:
 def _cell(layer: LayerData, field: str, kind: str) -> tuple[str, Any]:
     value = getattr(layer, field)
     return SHOW[kind](value), "" if value is None else value
+
+
+def clipped_rows(found: SaturationData) -> list[tuple[str, str, str, str, Markup]]:
+    """Layer, share of clipped values, farthest value, clipping over rounding and its bar; layers that clip nothing are left out."""
+    layers = [one for one in found.layers if one.share]
+    most = max((one.excess or 0.0 for one in layers), default=0.0) or 1.0
+    return [_clipped_row(one, (one.excess or 0.0) / most) for one in layers]
+
+
+def _clipped_row(one: ClippedLayerData, part: float) -> tuple[str, str, str, str, Markup]:
+    name, excess = one.name or "unnamed", figure(one.excess)
+    return name, percent(one.share), figure(one.reach), excess, cell_charts.bar(part, "s-test", f"{name} {excess}")
 
 
 def facts(quantization: QuantizationData) -> list[tuple[str, str]]:

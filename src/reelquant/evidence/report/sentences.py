@@ -7,7 +7,7 @@ import shlex
 from typing import Literal
 
 from reelquant.evidence.report.data import AttentionData, FailureData, GateData, ReportData
-from reelquant.evidence.report.numbers import NOTHING, count, figure
+from reelquant.evidence.report.numbers import NOTHING, count, figure, percent
 
 Tone = Literal["good", "bad", "unknown"]
 
@@ -105,6 +105,16 @@ def attended(attention: AttentionData) -> str:
         return f"attention with {attention.asked} was asked for and not used: {attention.refused}"
     honest = "simulated in float" if attention.simulated else "real"
     return f"attention with {attention.asked}, {honest} (kernel {attention.kernel})"
+
+
+def clipping(data: ReportData) -> str | None:
+    """What was clipped while the clips were made; None if it was not counted."""
+    found = data.saturation
+    if found is None or found.share is None:
+        return None
+    if not found.share:
+        return "No input left the calibrated ranges"
+    return f"{percent(found.share)} of the rounded inputs were clipped, at {figure(found.excess)} times the noise of rounding"
 
 
 def verdict(data: ReportData) -> tuple[Tone, list[str]]:

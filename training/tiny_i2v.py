@@ -1,0 +1,199 @@
+"""Train ``tiny-i2v``, a variant of ``tiny-dit`` that continues a given first frame: a stock WanImageToVideoPipeline of Wan 2.2's 5B kind.
+
+Only the transformer is trained, from that of ``tiny-dit`` on; every other part is tiny-dit's own. The first latent frame is that of the
+picture and has the timestep 0, the others are noisy as before (``expand_timesteps``). Stages, in this order (one core)::
+
+    PYTHONPATH=src python training/tiny_i2v.py train --minutes 15
+    PYTHONPATH=src python training/tiny_i2v.py export              # the transformer, to training/weights/tiny-i2v
+    PYTHONPATH=src python training/tiny_i2v.py build --output runs/tiny-i2v/pipeline   # a whole pipeline folder
+    PYTHONPATH=src python training/tiny_i2v.py evaluate --count 100
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    CURVES,
+    ROOT,
+    RUNS,
+    TEST_SEED,
+    Clock,
+    Curve,
+    Ema,
+    Muon,
+    clip_pool,
+    contact_sheet,
+    linear_decay,
+    save_atomically,
+    say,
+    set_lr,
+)
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
+from PIL import Image
+from plot import draw
+from scipy.optimize import linear_sum_assignment
+from tiny_dit import CALL, FRAMES, TextToLatents, encode_whole, rounded, split_parameters, to_model, tokenize, use_whole_sequences
+from torch import Tensor, nn
+
+from reelquant.models.judge import accuracy
+from reelquant.models.pipelines import locate
+from reelquant.models.sampling import sample, write_notes
+from reelquant.models.shapes import covering_captions, random_caption, random_clip
+
+RUN, TRAINED = RUNS / "tiny-i2v", ROOT / "training" / "weights" / "tiny-i2v"
+POOL, HELD_OUT = 4000, 64
+
+
+class Data:
+    """Normalized latents of tiny-dit's training clips, encoded once by its autoencoder."""
+
+    def __init__(self, pipe: Any, seed: int):
+        file = RUN / "latents.pt"
+        if not file.is_file():
+            save_atomically(encode_pool(pipe), file)
+        self.latents, clips_seeds = torch.load(file)["latents"], range(POOL)
+        self.scenes = [random_clip(clip_seed, frames=1)[2] for clip_seed in clips_seeds]
+        self.tokenizer, self.generator = pipe.tokenizer, torch.Generator().manual_seed(seed)
+
+    def batch(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents, noise, levels and tokens, drawn as for tiny-dit; noise goes to the latents that it is closest to."""
+        g = self.generator
+        index = torch.randint(POOL - HELD_OUT, (n,), generator=g)
+        latents = self.latents[index].float()
+        noise = torch.randn(latents.shape, generator=g)
+        noise = noise[linear_sum_assignment(torch.cdist(latents.flatten(1), noise.flatten(1)).numpy())[1]]
+        sigma = torch.sigmoid(torch.randn(n, generator=g))
+        sigma = torch.where(torch.rand(n, generator=g) < 0.1, torch.rand(n, generator=g), sigma)
+        captions = [random_caption(self.scenes[i], g) for i in index.tolist()]
+        captions = ["" if empty else caption for caption, empty in zip(captions, torch.rand(n, generator=g) < 0.1, strict=True)]
+        return latents, noise, sigma, tokenize(self.tokenizer, captions)
+
+
+@torch.no_grad()
+def encode_pool(pipe: Any) -> dict[str, Tensor]:
+    """The clips of the seeds 0 to ``POOL``."""
+    vae = use_whole_sequences(pipe.vae)
+    mean, std = (torch.tensor(getattr(vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    latents: list[Tensor] = []
+    for start in range(0, POOL, 100):
+        for part in clip_pool(range(start, start + 100), FRAMES)[0].split(10):
+            with torch.autocast("cpu", torch.bfloat16):
+                latents.append(((encode_whole(vae, to_model(part))[0].float() - mean) / std).half())
+    return {"latents": torch.cat(latents)}
+
+
+def levels(sigma: Tensor, latents: Tensor) -> Tensor:
+    """Noise level of every latent frame, ``[n, 1, frames, 1, 1]``: 0 for the first, which is the picture."""
+    level = sigma.view(-1, 1, 1, 1, 1).repeat(1, 1, latents.shape[2], 1, 1)
+    level[:, :, 0] = 0
+    return level
+
+
+def flow_loss(model: TextToLatents, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """Mean squared error of the velocity in all frames but the first."""
+    latents, noise, sigma, tokens = batch
+    level = levels(sigma, latents)
+    tokens_a_frame = latents.shape[3] // 2 * (latents.shape[4] // 2)
+    each = level[:, 0, :, 0, 0].repeat_interleave(tokens_a_frame, 1)  # a level for every token
+    with torch.autocast("cpu", torch.bfloat16):
+        velocity = model(latents * (1 - level) + noise * level, each, tokens)
+    return (velocity - (noise - latents))[:, :, 1:].square().mean()
+
+
+def train(minutes: float, seed: int = 0, micro: int = 16) -> None:
+    """Train the transformer; its average is saved every 100 steps."""
+    torch.manual_seed(seed)
+    pipe = DiffusionPipeline.from_pretrained(locate("tiny-dit"), torch_dtype=torch.float32)
+    data, model = Data(pipe, seed), TextToLatents()
+    model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    model.text_encoder.requires_grad_(False)
+    model.transformer.load_state_dict(pipe.transformer.state_dict())
+    for block in model.transformer.blocks:
+        block.compile(dynamic=False)
+    transformer = model.transformer
+    ema = Ema(transformer, 0.995)
+    matrices, rest = split_parameters(transformer, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
+    optimizers = [Muon(matrices, lr=7e-4), torch.optim.AdamW(rest, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)]
+    curve, clock, step, running = Curve(RUN / "train.csv"), Clock(minutes, RUN / "train-minutes.txt"), 0, 0.6
+    while (progress := clock.progress()) < 1:
+        set_lr(optimizers, min(1.0, (step + 1) / 40) * linear_decay(progress, decay=0.6))
+        for part in zip(*(x.split(micro) for x in data.batch(32)), strict=True):
+            loss = flow_loss(model, part) * len(part[0]) / 32
+            loss.backward()
+            running += 0.02 * (loss.item() - running * len(part[0]) / 32)
+        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        ema.update(transformer)
+        step += 1
+        if step % 25 == 0:
+            curve.add(seconds=clock.elapsed(), step=step, loss=running)
+        if step % 100 == 0 or clock.progress() >= 1:
+            save_atomically(ema.shadow, RUN / "ema.pt")
+
+
+def export() -> None:
+    """Write the transformer in float16, and the curve."""
+    transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(locate("tiny-dit"), subfolder="transformer"))
+    transformer.load_state_dict(torch.load(RUN / "ema.pt"))
+    transformer.to(torch.float16).save_pretrained(TRAINED / "transformer", safe_serialization=True)
+    (CURVES / "tiny-i2v.csv").write_text((RUN / "train.csv").read_text())
+    draw(CURVES / "tiny-i2v.csv")
+
+
+def build(output: Path) -> WanImageToVideoPipeline:
+    """A whole pipeline folder: the trained transformer, everything else from ``tiny-dit``."""
+    base = DiffusionPipeline.from_pretrained(locate("tiny-dit"), torch_dtype=torch.float16)
+    names = ("tokenizer", "text_encoder", "vae", "scheduler")
+    transformer = WanTransformer3DModel.from_pretrained(TRAINED / "transformer", torch_dtype=torch.float16)
+    parts = {name: getattr(base, name) for name in names} | {"transformer": transformer, "image_encoder": None, "image_processor": None}
+    pipe = WanImageToVideoPipeline(**parts, expand_timesteps=True)
+    pipe.save_pretrained(output)
+    write_notes(output, CALL, covering_captions(24))
+    return pipe
+
+
+def first_frames(seeds: range) -> tuple[list[str], list[Image.Image]]:
+    """Captions, and the first frame of the clip that each describes."""
+    drawn = [random_clip(seed, frames=FRAMES)[:2] for seed in seeds]
+    pictures = [Image.fromarray((clip[0].permute(1, 2, 0) * 255).round().byte().numpy()) for clip, _ in drawn]
+    return [caption for _, caption in drawn], pictures
+
+
+def evaluate(count: int) -> None:
+    """The judge on generated clips of unseen seeds, how close the first frame is to the picture, and a contact sheet."""
+    pipe = build(RUN / "pipeline").to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    captions, pictures = first_frames(range(TEST_SEED + 10_000, TEST_SEED + 10_000 + count))
+    start = time.perf_counter()
+    clips = sample(pipe, captions, seed=0, image=pictures, **CALL).float()
+    say(f"n={count} {(time.perf_counter() - start) / count:.2f} s a clip:", rounded(accuracy(clips, captions)))
+    contact_sheet(clips[:12], RUN / "sheet.png", captions[:12])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("train", "export", "build", "evaluate"))
+    parser.add_argument("--minutes", type=float, default=15.0, help="planned length; may be changed in runs/tiny-i2v/train-minutes.txt")
+    parser.add_argument("--count", type=int, default=100, help="clips to evaluate on")
+    parser.add_argument("--output", type=Path, default=RUN / "pipeline", help="folder of the whole pipeline")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    stages = {
+        "train": lambda: train(args.minutes),
+        "export": export,
+        "build": lambda: build(args.output),
+        "evaluate": lambda: evaluate(args.count),
+    }
+    stages[args.stage]()
+
+
+if __name__ == "__main__":
+    main()
