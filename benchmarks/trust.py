@@ -74,7 +74,8 @@ def few_words() -> list[str]:
 
 
 SIZES = {"tiny-dit": {"height": 96, "width": 48}, "tiny-unet": {"height": 96, "width": 48}}
-FRAMES = {"tiny-dit": {"num_frames": 5}, "tiny-unet": {"num_frames": 4}}
+FEWER = {"tiny-dit": {"num_frames": 9}, "tiny-unet": {"num_frames": 6}}
+FEW = {"tiny-dit": {"num_frames": 5}, "tiny-unet": {"num_frames": 4}}
 SCHEDULERS = {
     "tiny-dit": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
     "tiny-unet": ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace", "use_karras_sigmas": True}),
@@ -86,7 +87,8 @@ CALIBRATIONS: dict[str, Calibration] = {
     "few words": Calibration(texts=few_words),
     "4 prompts": Calibration(prompts=4),
     "another size": Calibration(call=SIZES),
-    "other frames": Calibration(call=FRAMES),
+    "fewer frames": Calibration(call=FEWER),
+    "far fewer frames": Calibration(call=FEW),
     "8 steps": Calibration(call={name: {"num_inference_steps": 8} for name in SIZES}),
     "50 steps": Calibration(call={name: {"num_inference_steps": 50} for name in SIZES}),
     "another scheduler": Calibration(scheduler=SCHEDULERS),
