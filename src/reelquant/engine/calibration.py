@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from reelquant.clock import ANY, BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.engine.texts import Texts
+from reelquant.models.condition import Condition, Prompts
 from reelquant.models.conditions import at_once
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
@@ -46,7 +47,7 @@ class Calibration:
     Attributes:
         steps: timesteps seen and an example of the denoiser's arguments.
         inputs: statistics by layer name; layers that share input and geometry share the object.
-        prompts: the texts that were sampled.
+        prompts: what was sampled.
         calls: recorded calls of the denoiser.
         installed: the stages that changed what the sampler computed, by their parameters.
         references: final latents of the float pipeline on held-out prompts, by what they were sampled with.
@@ -54,7 +55,7 @@ class Calibration:
 
     steps: Steps
     inputs: Mapping[str, InputStatistics]
-    prompts: tuple[str, ...]
+    prompts: tuple[str | Condition, ...]
     calls: Recording = field(default_factory=Recording)
     installed: tuple[str, ...] = ()
     references: dict[str, Tensor] = field(default_factory=dict)
@@ -115,7 +116,7 @@ def calibrate(
     pipe: Any,
     denoiser: nn.Module,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
     seed: int,
     arguments: dict[str, Any],
@@ -147,7 +148,7 @@ def calibrate_together(
         CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
     """
     recipe = parts[0].plan.recipe
-    batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4)
+    batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4, texts.written)
     gathered: list[Calibration] = []
     course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
     options = {"batch": batch, "output": "latent", "on_step": on_step} | arguments
@@ -172,13 +173,13 @@ class Course:
     Attributes:
         expected: how much sampling its written texts take.
         seed: of the first clip, and of the choice of rows.
-        texts: all of them.
+        texts: all that is sampled.
         probing: whether the texts that are being sampled are probes.
     """
 
     expected: Expected
     seed: int
-    texts: tuple[str, ...]
+    texts: tuple[str | Condition, ...]
     probing: bool = False
 
 

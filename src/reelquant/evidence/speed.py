@@ -29,8 +29,10 @@ from reelquant.discover.components import denoisers_of, plain
 from reelquant.evidence.machine import machine, versions
 from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import native_float
+from reelquant.models.condition import Condition, as_condition, fitted
 from reelquant.models.described import described, packed, unpacked
-from reelquant.models.pipelines import calibration_prompts, open_pipeline
+from reelquant.models.media import opened
+from reelquant.models.pipelines import calibration_prompts, open_pipeline, pipeline_class
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import AttentionFacts, KernelFacts, attention_facts, kernels_of, quantized_layers
 
@@ -113,7 +115,7 @@ def benchmark(
     compiled: bool = False,
     runtime: str = "torch",
     memory: bool = True,
-    prompt: str | None = None,
+    prompt: str | Condition | None = None,
     progress: Progress | None = None,
     **call: Any,
 ) -> Benchmark:
@@ -128,7 +130,7 @@ def benchmark(
         compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
         runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.
         memory: also measure peak memory, which opens each pipeline once more.
-        prompt: the text; by default one of the pipeline's own.
+        prompt: the text, or a condition with whatever else the clip is made from; by default one of the pipeline's own texts.
         progress: receives the progress.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -137,6 +139,9 @@ def benchmark(
         CheckpointError: if a pipeline cannot be opened.
     """
     progress, dtype = progress or Silent(), dtype or native_float(torch.device(device).type)
+    if isinstance(prompt, Condition):
+        (whole,) = map(as_condition, fitted(pipeline_class(reference), [prompt]))
+        prompt, call = whole.text or None, call | {name: opened(value) for name, value in whole.inputs.items()}
     task = _Task(test, reference, rounds, dtype, device, compiled, runtime, prompt, call)
     timed = _timed(task, progress)
     peaks, failure = _peaks(task, timed.prompt, progress) if memory else ({}, None)

@@ -75,7 +75,7 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
         stores.append(DiskStore(job, name, place / name, journal, stores))
     sessions = [Session(pipe, store.component, store.disk.model, store.plan, store, progress) for store in stores]
     recipes = {name: plan.recipe for name, plan in job.plans.items()}
-    texts = job.prompts or (default_texts(pipe, recipes) if job.calibrates else [])
+    texts = job.prompts or (default_texts(pipe, recipes, job.call) if job.calibrates else [])
     with merging(job, pipe):
         try:
             reports = run_all(sessions, {}, texts, dict(job.call))
