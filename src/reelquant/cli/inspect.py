@@ -102,8 +102,17 @@ def inspect(
     data, map_ = _structure(pipe)
     if run:
         look = _clipping if data["quantized_layers"] else _activations
-        data |= look(pipe, map_, texts, call_options(steps=steps or STEPS, frames=frames, height=height, width=width))
+        data |= look(pipe, map_, texts, _call(pipe, texts, steps=steps or STEPS, frames=frames, height=height, width=width))
     _show(data, None if everything else ROWS, json)
+
+
+def _call(pipe: Any, texts: list[Condition] | None, **given: Any) -> dict[str, Any]:
+    """Arguments of the pipeline call, with bundled pictures where it needs some."""
+    from reelquant.models.condition import fitted
+    from reelquant.models.defaults import missing
+
+    call = call_options(**given)
+    return call | missing(pipe, fitted(type(pipe), texts or []), call)
 
 
 def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:

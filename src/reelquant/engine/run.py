@@ -23,8 +23,9 @@ from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
 from reelquant.engine.undisturbed import undisturbed
 from reelquant.formats.criteria import latent_psnrs
-from reelquant.models.condition import Prompts, as_condition, texts_of
+from reelquant.models.condition import Prompts, as_condition, fitted, texts_of
 from reelquant.models.conditions import CONDITIONS, at_once
+from reelquant.models.defaults import missing, notice
 from reelquant.models.described import described
 from reelquant.models.sampling import check_call
 from reelquant.nn import Saturation, check_finite, get_module, start_clock, start_runtime, stop_clock
@@ -94,10 +95,14 @@ def quantize_components(
     for name, part in modules_of(pipe).items():  # broken ones beside those that are quantized would break the clips just as well
         if name not in modules:
             check_finite(name, part)
-    plans = plan_components(pipe, recipes, skip, mapping(pipe, prompts or (), inputs, overrides))
+    prompts = fitted(type(pipe), prompts or ())
+    with undisturbed(modules_of(pipe).values()):
+        bundled = missing(pipe, prompts, overrides) if any(recipe.calibrate is not None for recipe in recipes.values()) else {}
+    overrides |= bundled
+    plans = plan_components(pipe, recipes, skip, mapping(pipe, prompts, inputs, overrides))
     sessions = [Session(pipe, name, module, plans[name], Memory(module), progress or Silent()) for name, module in modules.items()]
     with undisturbed(modules_of(pipe).values()):
-        reports = run_all(sessions, calibrations or {}, prompts or (), overrides)
+        reports = run_all(sessions, calibrations or {}, prompts, overrides, [notice(type(pipe), bundled)])
     for session in sessions:
         session.commit()
         start_runtime(session.denoiser)
@@ -105,9 +110,14 @@ def quantize_components(
 
 
 def run_all(
-    sessions: Sequence[Session], known: Mapping[str, Calibration], prompts: Prompts, overrides: dict[str, Any]
+    sessions: Sequence[Session],
+    known: Mapping[str, Calibration],
+    prompts: Prompts,
+    overrides: dict[str, Any],
+    warnings: Sequence[str | None] = (),
 ) -> dict[str, Report]:
-    """:func:`run`, and every component as it was if that fails."""
+    """:func:`run`, and every component as it was if that fails. Warnings go into the first report."""
+    sessions[0].warnings += filter(None, warnings)
     try:
         for session in sessions:
             session.begin(prompts, overrides)

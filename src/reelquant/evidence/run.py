@@ -24,6 +24,7 @@ from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
 from reelquant.evidence.store import Store
 from reelquant.models.condition import Condition, Prompts, as_condition, fitted, texts_of
 from reelquant.models.conditions import at_once, check_given, check_texts, no_texts, reads_texts, takes_prompt
+from reelquant.models.defaults import missing, notice, required, undecided
 from reelquant.models.described import described
 from reelquant.models.pipelines import locate, pipeline_class
 from reelquant.models.prompts import bundled_prompts
@@ -59,11 +60,13 @@ def evaluate(
     drawn = _drawn(prompts, own, clips, kind, call)
     texts = texts_of(drawn)
     seeds = [seed + i if one.seed is None else one.seed for i, one in enumerate(drawn)]
+    bundled = _bundled(ClipSource(reference, dtype, options.device), kind, drawn, call)
+    call |= bundled
     batch = at_once(kind, call, batch or (4 if own else 1), drawn)
     check_given(kind, call, drawn)
     if grain_steps and not any(texts):
         raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
-    causes = differences(reference, test)
+    causes = [*differences(reference, test), *filter(None, [notice(kind, bundled)])]
     variants, proof = _variants(test, reference, floor, dtype, options), _proof(test)
     number = str(dtype).removeprefix("torch.")
     with _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
@@ -78,6 +81,12 @@ def evaluate(
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
+
+
+def _bundled(source: ClipSource, kind: type, drawn: list[Condition], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Pictures and clips that come with the library, where the pipeline needs some and none were given; it is opened only to find out."""
+    found = required(kind, drawn, call)
+    return missing(source.open(), drawn, call) if undecided(kind, drawn, dict(call) | found) else found
 
 
 def _variants(

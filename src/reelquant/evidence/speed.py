@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,7 @@ from reelquant.evidence.machine import machine, versions
 from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import native_float
 from reelquant.models.condition import Condition, as_condition, fitted
+from reelquant.models.defaults import missing
 from reelquant.models.described import described, packed, unpacked
 from reelquant.models.media import opened
 from reelquant.models.pipelines import calibration_prompts, open_pipeline, pipeline_class
@@ -144,6 +145,7 @@ def benchmark(
         prompt, call = whole.text or None, call | {name: opened(value) for name, value in whole.inputs.items()}
     task = _Task(test, reference, rounds, dtype, device, compiled, runtime, prompt, call)
     timed = _timed(task, progress)
+    task = replace(task, call=task.call | timed.bundled)
     peaks, failure = _peaks(task, timed.prompt, progress) if memory else ({}, None)
     return _benchmark(task, timed, peaks, failure)
 
@@ -173,6 +175,7 @@ class _Timed:
         kernels, attention: what computed the quantized denoiser.
         prompt: the text of the clips.
         arguments: of the pipeline call.
+        bundled: a picture or clip that comes with the library, where the pipeline needs one and none was given.
     """
 
     seconds: dict[str, list[float]]
@@ -182,6 +185,7 @@ class _Timed:
     attention: AttentionFacts | None
     prompt: str
     arguments: dict[str, Any]
+    bundled: dict[str, Any]
 
 
 def _timed(task: _Task, progress: Progress) -> _Timed:
@@ -198,8 +202,10 @@ def _timed(task: _Task, progress: Progress) -> _Timed:
         for variant, (component, module) in denoisers.items():
             setattr(pipes[variant], component, torch.compile(module, fullgraph=True))
     prompt = task.prompt or calibration_prompts(pipes["reference"], 1)[0]
-    times = _in_turns(pipes, prompt, task.rounds, task.device, progress, task.call)
-    arguments = described(call_arguments(pipes["test"], **task.call))
+    bundled = {name: values[0] for name, values in missing(pipes["reference"], [prompt], task.call).items()}
+    call = task.call | bundled
+    times = _in_turns(pipes, prompt, task.rounds, task.device, progress, call)
+    arguments = described(call_arguments(pipes["test"], **call))
     quantized = plain(denoisers["test"][1])
     return _Timed(
         seconds={variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS},
@@ -209,6 +215,7 @@ def _timed(task: _Task, progress: Progress) -> _Timed:
         attention=attention_facts(quantized),
         prompt=prompt,
         arguments={key: value for key, value in arguments.items() if isinstance(value, int | float | str)},
+        bundled=bundled,
     )
 
 

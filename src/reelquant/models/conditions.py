@@ -91,7 +91,14 @@ CONDITIONS: dict[str, Kind] = {  # argument of a pipeline call -> what it holds
 }
 EMBEDS = "prompt_embeds"  # stands in the place of the prompt
 BATCHED = ("negative_prompt",)  # what a pipeline that takes a list of prompts takes a list of, too
-LEADING = ("image", "video", "control_video", "conditioning_frames", "class_labels")  # with a default, and yet what a call may fail without
+LEADING = (
+    "image",
+    "control_image",
+    "video",
+    "control_video",
+    "conditioning_frames",
+    "class_labels",
+)  # with a default, and yet what a call may fail without
 
 
 def per_clip(name: str, value: Any) -> list[Any]:
@@ -126,6 +133,18 @@ def named_arguments(kind: type) -> list[str]:
     """The arguments of a call that have a name."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [name for name, parameter in _parameters(kind).items() if parameter.kind in named and name != "self"]
+
+
+def argument_default(kind: type, name: str) -> Any:
+    """The default of an argument of a call; None if it has none, or if the call does not take it."""
+    parameter = _parameters(kind).get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def needed_arguments(kind: type) -> list[str]:
+    """The arguments without a default, but for those that whoever samples gives."""
+    own = ("prompt", "generator", "output_type")
+    return [name for name in named_arguments(kind) if name not in own and _parameters(kind)[name].default is inspect.Parameter.empty]
 
 
 def reads_texts(kind: type, call: Mapping[str, Any], prompts: Sequence[Any] = ()) -> bool:
@@ -185,12 +204,8 @@ def check_given(kind: type, call: Mapping[str, Any], prompts: Sequence[Any] = ()
     Raises:
         CalibrationError: naming the argument and what to pass.
     """
-    own = ("self", "prompt", "generator", "output_type")  # given by whoever samples
-    for name, parameter in _parameters(kind).items():
-        named = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        if not named or parameter.default is not inspect.Parameter.empty or name in own or call.get(name) is not None:
-            continue
-        if not prompts or any(_inputs(one).get(name) is None for one in prompts):
+    for name in needed_arguments(kind):
+        if call.get(name) is None and (not prompts or any(_inputs(one).get(name) is None for one in prompts)):
             raise CalibrationError(f"{kind.__name__} needs '{name}' for every clip and got none; pass {_how(name)}")
 
 

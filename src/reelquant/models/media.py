@@ -5,7 +5,7 @@ Files are opened as they are or not at all: what a pipeline would not see (a sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,11 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), "") if name.isdecimal() else (-1, name)
 
 
-READERS: Mapping[str, Callable[[Path], tuple[str, Any]]] = (
-    dict.fromkeys(PICTURES, _picture) | dict.fromkeys(CLIPS, _clip) | dict.fromkeys(TENSORS, _tensor)
-)
+READERS: dict[str, Callable[[Path], tuple[str, Any]]] = {
+    **dict.fromkeys(PICTURES, _picture),
+    **dict.fromkeys(CLIPS, _clip),
+    **dict.fromkeys(TENSORS, _tensor),
+}
 
 
 def holds(value: Any) -> Sequence[str]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
 from reelquant.models.blank import CLASS, read_json
+from reelquant.models.compat import bridged
 from reelquant.models.complete import complete
 from reelquant.models.conditions import no_texts, takes_prompt
 from reelquant.models.manifest import check_manifest
@@ -110,7 +111,7 @@ def open_pipeline(
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(name, part)
-    return pipe.to(device)
+    return bridged(pipe).to(device)
 
 
 def pipeline_class(model: Any) -> type:

@@ -23,6 +23,7 @@ from reelquant.engine.components import plan_components
 from reelquant.engine.plan import Plan
 from reelquant.models.condition import Prompts, fitted, texts_of
 from reelquant.models.conditions import check_given, check_texts
+from reelquant.models.defaults import required
 from reelquant.models.described import described
 from reelquant.models.lora import adapter_file
 from reelquant.models.pipelines import pipeline_class
@@ -115,7 +116,8 @@ class Job:
             kind = pipeline_class(self.source.folder)
             check_texts(kind, texts_of(self.prompts or ()))
             call = folder_notes(self.source.folder).get("call", {}) | dict(self.call)
-            check_given(kind, call, fitted(kind, self.prompts or ()))
+            prompts = fitted(kind, self.prompts or ())
+            check_given(kind, call | required(kind, prompts, call), prompts)
 
     @property
     def calibrates(self) -> bool:

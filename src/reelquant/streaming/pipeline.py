@@ -15,6 +15,7 @@ from torch import nn
 from reelquant._errors import ReelQuantError, UnsupportedError
 from reelquant.checkpoint import Workspace
 from reelquant.models.blank import CLASS
+from reelquant.models.compat import bridged
 from reelquant.models.complete import complete
 from reelquant.models.lora import LoraFiles
 from reelquant.models.pipelines import cannot_open
@@ -78,7 +79,7 @@ def _open(job: Job, work: Workspace) -> Any:
             part.to(source.device)
     here = property(lambda self: torch.device(source.device))  # else the pipeline reads it off parameters, which are on the meta device
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": here, "_execution_device": here})
-    return pipe
+    return bridged(pipe)
 
 
 def _text_encoder(source: Source, name: str, cls: str, offload: Path) -> nn.Module:
