@@ -140,10 +140,25 @@ def sample(
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
     with quiet(pipe):
-        made = torch.cat(list(_made(pipe, clips, size, settings)))
+        made = _together(list(_made(pipe, clips, size, settings)), type(pipe).__name__)
     if output == "frames":
         _tell_sizes(type(pipe).__name__, made, overrides)
     return made
+
+
+def _together(parts: Sequence[Tensor], pipeline: str) -> Tensor:
+    """All clips as one tensor.
+
+    Raises:
+        CalibrationError: if they are not equal in size; conditions can decide on it.
+    """
+    other = next((part for part in parts if part.shape[1:] != parts[0].shape[1:]), None)
+    if other is not None:
+        sizes = " and ".join(str(list(part.shape[1:])) for part in (parts[0], other))
+        raise CalibrationError(
+            f"{pipeline} made clips or latents of {sizes} from the conditions of one run; give conditions of one kind and size together"
+        )
+    return torch.cat(list(parts))
 
 
 def _made(pipe: Any, clips: Clips, size: int, settings: Mapping[str, Any]) -> Iterator[Tensor]:
