@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from reelquant._errors import UnsupportedError
 from reelquant.clock import ANY, BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
+from reelquant.discover import takes_timestep
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.engine.texts import Texts
 from reelquant.models.condition import Condition, Prompts
 from reelquant.models.conditions import at_once
+from reelquant.models.defaults import own_pictures
+from reelquant.models.parts import seen
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
-from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe
+from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, time_of
 
 STEPS = 50
 """Denoising steps of pipelines that are not told how many to take."""
@@ -158,12 +163,22 @@ def calibrate_together(
             gathered.insert(0, _observed(rest[0], course, lambda: run(rest[1:])))
             return
         sample(pipe, texts.written, seed=seed, **options)
+        course.probing = True
+        if recipe.calibrate is not None and recipe.calibrate.probe_count:
+            _show_pictures([part.denoiser for part in parts])
         if texts.probes:
-            course.probing = True
             sample(pipe, texts.probes, seed=seed + len(texts.written), first=len(texts.written), **options)
 
     run(parts)
     return gathered
+
+
+def _show_pictures(modules: Sequence[nn.Module]) -> None:
+    """Encoders of pictures look at the bundled ones, too: few pictures calibrate, and others come later."""
+    for module in modules:
+        if not takes_timestep(module):
+            with suppress(UnsupportedError):  # one that takes pictures of another form keeps the ranges of those that calibrated
+                seen(module, own_pictures())
 
 
 @dataclass
@@ -190,7 +205,7 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     generator = torch.Generator().manual_seed(seed)
     make = functools.partial(templates, plan, denoiser, generator, expected)
     watched, inputs = make() if keeper is None else keeper.keep(make, generator)
-    reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
+    reader = _timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
     looks = {"half_of": _half_reader(denoiser, plan)} if _reads_half(inputs) else {}
     # a reader of its own: it knows the second call of a pair by the one that it read before
     own = {"half_of": _half_reader(denoiser, plan)} if looks else {}
@@ -198,6 +213,12 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     with recorder.watching(denoiser, lambda: not course.probing):
         steps = observe(denoiser, reader, watched, run, **looks, probing=lambda: course.probing)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
+
+
+def _timestep_reader(module: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """Reads the timestep of a call; None for an encoder of pictures, which is called without."""
+    timed = argument in inspect.signature(module.forward).parameters
+    return timestep_reader(module, argument) if timed else lambda args, kwargs: None
 
 
 def _reads_half(inputs: Mapping[str, InputStatistics]) -> bool:
@@ -265,8 +286,7 @@ class Recorder:
         half = self.half_of(args, kwargs)
         if place != int(self.stride * (part * GOLDEN % 1)):
             return
-        timestep = torch.as_tensor(self.timestep_of(args, kwargs)).float().amax()
-        self._timesteps.append(float(timestep))
+        self._timesteps.append(time_of(self.timestep_of(args, kwargs)))
         self._recording.append(RecordedCall(args, kwargs, output, half=half))
         if len(self._recording) >= 2 * self.wanted:
             self._thin()

@@ -26,8 +26,9 @@ from reelquant.engine.undisturbed import undisturbed
 from reelquant.models.blank import check_names
 from reelquant.models.condition import Prompts
 from reelquant.models.conditions import no_texts, reads_texts
+from reelquant.models.defaults import own_pictures
 from reelquant.models.fused import drop_unused_projections
-from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
+from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip, seen
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import first_call
 from reelquant.nn import check_finite
@@ -37,6 +38,7 @@ from reelquant.sites import DenoiserMap, select
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 SAFE = "w8a16"  # of encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
+SEEN = (*TIMED, "image encoder")  # components whose inputs are seen while a pipeline samples latents
 TEXTS = 8  # prompts whose embeddings are compared
 
 
@@ -70,7 +72,7 @@ def assign(
             found[name] = load_recipe(recipe, overrides and dict(overrides))  # type: ignore[arg-type]
         else:
             raise RecipeError(f"component '{name}' has no recipe; the mapping names {', '.join(given)}")
-        if kinds[name] not in TIMED and not found[name].data_free:
+        if kinds[name] not in SEEN and not found[name].data_free:
             raise RecipeError(
                 f"recipe '{found[name].name}' calibrates over denoising steps, and component '{name}' ({kinds[name]}) has none; "
                 "give it one that needs no data: w8a16 or w4a16"
@@ -99,10 +101,11 @@ def start_measuring(pipe: Any, name: str, part: nn.Module, prompts: Sequence[str
     """Run a float component, and return what compares it, quantized, with that.
 
     Figures: ``prompt_cosine`` and ``prompt_cosine_min`` over the tokens of the prompts; ``round_trip_psnr`` in dB of a small moving clip
-    through the VAE; none for denoisers and ControlNets, which sampled clips are for, and none for encoders of pictures.
+    through the VAE; ``picture_cosine`` and ``picture_cosine_min`` over what an encoder gives for the bundled pictures; none for denoisers
+    and ControlNets, which sampled clips are for.
 
     Raises:
-        UnsupportedError: if the pipeline cannot be asked for embeddings.
+        UnsupportedError: if the pipeline or the encoder cannot be asked for embeddings.
     """
     kind = kind_of_component(name, part)
     if kind == "vae":
@@ -111,13 +114,17 @@ def start_measuring(pipe: Any, name: str, part: nn.Module, prompts: Sequence[str
         return lambda: {"round_trip_psnr": decibels(before, round_trip(part, clip))}
     if kind == "text encoder":
         known = embed(pipe, prompts[:TEXTS])
-        return lambda: _cosines(known, embed(pipe, prompts[:TEXTS]))
+        return lambda: _cosines("prompt", known, embed(pipe, prompts[:TEXTS]))
+    if kind == "image encoder":
+        pictures = own_pictures()
+        before = seen(part, pictures)
+        return lambda: _cosines("picture", before, seen(part, pictures))
     return dict
 
 
-def _cosines(known: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
+def _cosines(what: str, known: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
     values = cosines(known, now)
-    return {"prompt_cosine": float(values.mean()), "prompt_cosine_min": float(values.min())}
+    return {f"{what}_cosine": float(values.mean()), f"{what}_cosine_min": float(values.min())}
 
 
 def default_texts(pipe: Any, recipes: Mapping[str, Recipe], call: Mapping[str, Any] | None = None) -> list[str]:

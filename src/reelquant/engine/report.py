@@ -38,8 +38,8 @@ class Report:
         prompts, held_out: texts of calibration, and of the final check.
         conditions: what their clips were made from beside texts: ``every`` (the same for all, or in turn), ``calibration`` and
             ``held_out``, by the names of the pipeline call; pictures and tensors as size and SHA-256. Empty where it was texts alone.
-        figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min`` (unitless),
-            ``round_trip_psnr`` (dB).
+        figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min``, ``picture_cosine``,
+            ``picture_cosine_min`` (unitless), ``round_trip_psnr`` (dB).
         protected: slots (indices into ``timesteps``) whose activations are more precise.
         reuse: by mechanism, how often a part was computed in the final check, and how often an earlier result stood for it.
         steps: what each step's rounding costs, if that decided it.

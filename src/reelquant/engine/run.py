@@ -189,11 +189,12 @@ def _observe_together(together: Sequence[Session]) -> None:
     runs = sum(-(-len(texts) // size) for texts in first.texts)
     with first.timed("calibrate", first.steps * runs), first.store.sampling("calibrate"):
         calibrations = calibrate_together(first.pipe, parts, first.texts, seed=first.seed, arguments=first.arguments, on_step=first.advance)
-    times = {timestep for calibration in calibrations for timestep in calibration.steps.timesteps}
+    timed = [calibration for session, calibration in zip(together, calibrations, strict=True) if session.denoises]
+    times = {timestep for calibration in timed for timestep in calibration.steps.timesteps}
     for session, calibration in zip(together, calibrations, strict=True):
         session.store.observed()
         session.calibration, calibration.references = calibration, session.references
-        session.sampled = calibration.steps.timesteps if len(together) == 1 else sorted(times, reverse=True)
+        session.sampled = calibration.steps.timesteps if len(together) == 1 or not session.denoises else sorted(times, reverse=True)
 
 
 def _finish(session: Session) -> Report:
