@@ -22,6 +22,7 @@ FEW = {"calibrate.prompts": 2, "search.prompts": 1, "search.steps": 1}
 PER_STEP = {
     "name": "per-step",
     "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": {"format": "int8", "slots": "per_step"}},
+    "rules": [{"on": "role:entry | role:exit", "skip": True}],
     "calibrate": {"prompts": 2, "probes": 1},
 }
 
