@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CalibrationError, CheckpointError, RecipeError, UnsupportedError
+from reelquant.api import folder_job
 from reelquant.cli import app
 from reelquant.models.condition import Condition
 from reelquant.models.described import described
@@ -211,6 +212,18 @@ def test_from_disk_to_disk(given: str, tmp_path: Path) -> None:
     assert same.conditions == report.conditions != {} and same.warnings == report.warnings
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "disk" / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()
+
+
+def test_interrupted_work_goes_on_only_with_the_same_pictures(tmp_path: Path) -> None:
+    made("svd").save_pretrained(tmp_path / "float")
+
+    def prompts_of(red: int) -> Any:
+        picture(red).save(tmp_path / "a.png")
+        prompts = reelquant.read_conditions(tmp_path / "a.png")
+        given = dict(components=None, skip=(), overrides=FEW, lora=(), dtype=None, device="cpu", max_memory="64GB", call={})
+        return folder_job(tmp_path / "float", "minmax-w8a8", prompts, **given).identity()["prompts"]
+
+    assert prompts_of(10) == prompts_of(10) != prompts_of(11)
 
 
 def test_from_disk_without_its_condition_is_refused_before_anything_is_written(tmp_path: Path) -> None:

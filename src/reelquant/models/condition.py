@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from reelquant._errors import CalibrationError, UnsupportedError, nearest
+from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant.models.conditions import CLASS, CONDITIONS, FRAMES, PICTURE, Kind, named_arguments
 from reelquant.models.media import KINDS, Stored, holds
 
@@ -125,8 +126,9 @@ def _argument(kind: type, name: str, where: str) -> str:
         if argument in taken and not (controls and CONTROLLED not in taken):
             return argument
     own = [one for one in taken if one not in SHARED]
-    hint = f"; {nearest(name, own)}" if own else ""
-    raise UnsupportedError(f"{where}{kind.__name__} takes no '{name}' for a clip{hint}. What it takes: {', '.join(own) or 'nothing'}")
+    near = difflib.get_close_matches(name, own, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    raise UnsupportedError(f"{where}{kind.__name__} takes no '{name}' for a clip{hint} it takes {', '.join(own) or 'nothing'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- values from files

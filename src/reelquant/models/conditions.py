@@ -213,7 +213,7 @@ def _how(name: str) -> str:
     if name not in CONDITIONS:
         return f"{name}=... as an argument of the pipeline call"
     words = f"{name}=..., {CONDITIONS[name].words}; one stands for every clip, a list gives one per clip"
-    return f"{words}; or a file of conditions with the field {name}"
+    return f"{words}; or a file of conditions (--conditions) with the field {name}"
 
 
 def lacking(kind: type, call: Mapping[str, Any], error: Exception, *, refused: bool) -> CalibrationError | None:

@@ -221,7 +221,7 @@ WRONG: dict[str, tuple[type, dict[str, Any], str]] = {
     "unknown": (
         ImageToVideo,
         {"imag": "a.png"},
-        r"takes no 'imag' for a clip; did you mean 'image'\?.* What it takes: image, negative_prompt, last_image$",
+        r"takes no 'imag' for a clip; did you mean 'image'\? it takes image, negative_prompt, last_image$",
     ),
     "of another kind": (VideoToVideo, {"image": "a.png"}, "VideoToVideo takes no 'image' for a clip"),
     "no ControlNet": (ImageToVideo, {"control_image": "a.png"}, "takes no 'control_image'"),
