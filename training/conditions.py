@@ -1,6 +1,6 @@
 """Draw the pictures and clips that come with the library, for pipelines that need some and are given none.
 
-    python -m training.conditions
+    PYTHONPATH=src python -m training.conditions
 
 Everything is drawn from the seeds below: landscapes with a sun, hills and grain, and objects of :mod:`reelquant.models.shapes` in front.
 Calibration needs what photographs have: smooth and rough areas, hard edges, dark and bright parts, strong and weak colours.

@@ -189,6 +189,16 @@ def test_an_evaluation_keeps_a_digest_of_its_pictures_and_goes_on(folders: tuple
         reelquant.evaluate(*folders, **options, resume=True, **call_of("svd", image=picture(20)))
 
 
+def test_an_evaluation_with_conditions_does_not_go_on_without(tmp_path: Path) -> None:
+    pipe = made("wan_vace")
+    options = {"metrics": "psnr", "floor": ["none"], "output": tmp_path / "proof", **CASES["wan_vace"].settings}
+    unlike = [Condition("a ball", inputs={"negative": text}) for text in ("a box", "a red box")]
+    reelquant.evaluate(pipe, pipe, unlike[:1], clips=1, **options)
+    assert len(reelquant.evaluate(pipe, pipe, unlike, clips=2, resume=True, **options).data["conditions"]) == 2
+    with pytest.raises(CheckpointError, match="conditions was .*, is None"):
+        reelquant.evaluate(pipe, pipe, ["a ball"], clips=2, resume=True, **options)
+
+
 def test_a_folder_without_its_condition_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     made("dit").save_pretrained(tmp_path / "float")
     folders = (tmp_path / "float", tmp_path / "float")

@@ -115,7 +115,7 @@ def _settings(
     sides = {name: variants[name].source.identity for name in ("reference", "test")}
     sampling = {"dtype": dtype, "prompts": texts_of(drawn), "seeds": seeds, "call": described(call), "batch": batch}
     own = [described(dict(one.inputs)) for one in drawn]
-    sampling |= {"conditions": own} if any(own) else {}
+    sampling |= {"conditions": own if any(own) else None}  # also where there are none: the run before may have had some
     return {"kind": "evaluate", **sides, **sampling}
 
 

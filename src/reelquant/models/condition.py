@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from reelquant._errors import CalibrationError, UnsupportedError
@@ -139,8 +140,10 @@ def _checked(argument: str, value: Any, where: str) -> Any:
     kind, found = CONDITIONS.get(argument), holds(value)
     if kind is CLASS and not (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
         raise CalibrationError(f"{where} is {CLASS.words}, got {value!r:.60}")
-    if isinstance(value, str) and (kind is not None or "prompt" not in argument):
-        raise CalibrationError(f"{where}: '{value:.80}' is a text, and {argument} takes {kind.words if kind else 'none'}; give {KINDS}")
+    if isinstance(value, str) and (kind is not None or ("prompt" not in argument and Path(value).suffix)):
+        raise CalibrationError(
+            f"{where}: '{value:.80}' is a text, and {argument} takes {kind.words if kind else 'no file of this kind'}; give {KINDS}"
+        )
     if "prompt" in argument and kind is None and not isinstance(value, str):
         raise CalibrationError(f"{where} is a text, got {value!r:.60}")
     if (kind is PICTURE and "frames" in found) or (kind is PICTURE and isinstance(value, list)):
