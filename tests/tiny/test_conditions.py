@@ -195,7 +195,7 @@ def test_an_evaluation_with_conditions_does_not_go_on_without(tmp_path: Path) ->
     unlike = [Condition("a ball", inputs={"negative": text}) for text in ("a box", "a red box")]
     reelquant.evaluate(pipe, pipe, unlike[:1], clips=1, **options)
     assert len(reelquant.evaluate(pipe, pipe, unlike, clips=2, resume=True, **options).data["conditions"]) == 2
-    with pytest.raises(CheckpointError, match=r"conditions was .*, is None"):
+    with pytest.raises(CheckpointError, match=r"conditions was .*, is null"):
         reelquant.evaluate(pipe, pipe, ["a ball"], clips=2, resume=True, **options)
 
 
