@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
+    CogVideoXVideoToVideoPipeline,
     ConsisIDPipeline,
     ControlNetModel,
     DDIMScheduler,
@@ -166,6 +167,14 @@ def cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
     )  # fmt: skip
 
 
+def cogvideox_v2v() -> CogVideoXVideoToVideoPipeline:
+    """Frames beside the text; fails in a raw error without."""
+    parts = dict(cogvideox_i2v().components)
+    config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
+    parts["transformer"] = build("CogVideoXTransformer3DModel", **config | {"in_channels": 4})
+    return CogVideoXVideoToVideoPipeline(**parts)
+
+
 def consisid() -> ConsisIDPipeline:
     """A picture and what a face model says of it beside the text."""
     parts = dict(cogvideox_i2v().components)
@@ -290,6 +299,9 @@ CASES: dict[str, Case] = {
     "wan_i2v": Case(wan_i2v, SMALL | {"num_frames": 5}, {"image": picture()}),
     "wan_vace": Case(wan_vace, SMALL | {"num_frames": 5, "max_sequence_length": 8}, {}),
     "cogvideox_i2v": Case(cogvideox_i2v, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
+    "cogvideox_v2v": Case(
+        cogvideox_v2v, SMALL | {"num_inference_steps": 4, "max_sequence_length": 8}, {"video": [picture(20 * i) for i in range(9)]}
+    ),
     "ltx_i2v": Case(ltx_i2v, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
     "ltx_condition": Case(ltx_condition, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
     "dit": Case(dit, {"num_inference_steps": 2}, {"class_labels": 3}),

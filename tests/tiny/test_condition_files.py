@@ -48,6 +48,7 @@ TABLE = {
     "ltx_i2v": Case(PICTURES, "image"),
     "ltx_condition": Case([{"prompt": "a ball", "video": "frames0"}, {"prompt": "a box", "video": "frames1"}], "video"),
     "cogvideox_i2v": Case(PICTURES, "image"),
+    "cogvideox_v2v": Case([{"prompt": "a ball", "video": "nine"}, {"prompt": "a box", "video": "nine", "strength": 0.9}], "video"),
     "consisid": Case([{"prompt": "a red ball"} | FACES, {"prompt": "a box"} | FACES], "id_cond"),
     "wan_vace": Case([{"prompt": "a ball"} | FRAMES, {"prompt": "a box"} | FRAMES], "video"),
     "animatediff_controlnet": Case(
@@ -72,7 +73,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("media")
     for i, red in enumerate((200, 20, 120)):
         picture(red).save(folder / f"p{i}.png")
-    for name, count, red in (("frames0", 3, 50), ("frames1", 3, 90), ("five", 5, 30)):
+    for name, count, red in (("frames0", 3, 50), ("frames1", 3, 90), ("five", 5, 30), ("nine", 9, 10)):
         (folder / name).mkdir()
         for i in range(count):
             picture(red + 20 * i).save(folder / name / f"{i}.png")

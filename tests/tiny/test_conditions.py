@@ -78,6 +78,7 @@ MISSING = {
     "svd": "StableVideoDiffusionPipeline needs 'image' for every clip and got none; pass image=..., a PIL image",
     "wan_i2v": "WanImageToVideoPipeline needs 'image'",
     "ltx_i2v": "LTXImageToVideoPipeline got no 'image' and failed .*; pass image=..., a PIL image",
+    "cogvideox_v2v": "CogVideoXVideoToVideoPipeline got no 'video' and failed .*; pass video=..., a list of PIL images",
     "i2vgen": "I2VGenXLPipeline got no 'image' and failed .*; pass image=..., a PIL image",
     "dit": "DiTPipeline needs 'class_labels' for every clip and got none; pass class_labels=..., the number of a class",
 }
@@ -89,9 +90,9 @@ def test_a_missing_condition_is_named(name: str) -> None:
         sample(made(name), texts(name, 1), **CASES[name].settings)
 
 
-@pytest.mark.parametrize("name", ["svd", "i2vgen", "ltx_i2v", "animatediff_controlnet"])
+@pytest.mark.parametrize("name", ["svd", "i2vgen", "ltx_i2v", "cogvideox_v2v", "animatediff_controlnet"])
 def test_what_a_pipeline_needs_comes_with_the_library(name: str) -> None:
-    argument = "conditioning_frames" if "conditioning_frames" in CASES[name].conditions else "image"
+    (argument,) = CASES[name].conditions
     report = reelquant.quantize(made(name), "minmax-w8a8", overrides=FEW, **CASES[name].settings)
     assert report.latent_psnr is not None and report.latent_psnr > 25
     assert [text for text in report.warnings if f"was given no {argument}, so those that come with reelquant were taken" in text]
