@@ -119,3 +119,18 @@ def test_a_changed_picture_is_another_evaluation(media: Path, tmp_path: Path) ->
     picture(20).save(folder / "a.png")
     refused = CliRunner().invoke(app, [*map(str, words), "--resume"])
     assert refused.exit_code == 1 and "conditions was" in refused.output, refused.output
+
+
+def test_generate_joins_a_text_and_a_picture_and_asks_for_what_is_missing(media: Path, tmp_path: Path) -> None:
+    model, file = stored("wan_i2v", tmp_path), media / "texts.jsonl"
+    file.write_text(json.dumps(PICTURES[0]))
+    words = ("generate", model, "-o", tmp_path / "clip.gif")
+    made = invoke(*words, "-p", "a red ball", "--conditions", media / "p1.png")
+    assert made["prompt"] == "a red ball" and list(made["conditions"]) == ["image"] and (tmp_path / "clip.gif").is_file()
+    for more, message in (
+        (("-p", "a red ball"), "needs 'image' for every clip and got none"),
+        (("-p", "a red ball", "--conditions", file), "text of its own"),
+        (("--conditions", media / "p1.png"), "already exists"),
+    ):
+        refused = CliRunner().invoke(app, [*map(str, words), *map(str, more)])
+        assert refused.exit_code in (1, 2) and message in " ".join(refused.output.replace("│", " ").split()), refused.output
