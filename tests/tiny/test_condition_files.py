@@ -134,3 +134,23 @@ def test_generate_joins_a_text_and_a_picture_and_asks_for_what_is_missing(media:
     ):
         refused = CliRunner().invoke(app, [*map(str, words), *map(str, more)])
         assert refused.exit_code in (1, 2) and message in " ".join(refused.output.replace("│", " ").split()), refused.output
+
+
+def test_a_folder_without_its_text_encoder_works_on_embeddings_in_files(tmp_path: Path) -> None:
+    pipe = made("wan_vace")
+    text, nothing = pipe.encode_prompt(["a red ball"], negative_prompt=[""], max_sequence_length=8)
+    save_file({"x": text[0].contiguous()}, tmp_path / "text.safetensors")
+    save_file({"x": nothing.contiguous()}, tmp_path / "nothing.safetensors")
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    pipe.save_pretrained(tmp_path / "float")
+    write_notes(tmp_path / "float", CASES["wan_vace"].settings, [])
+    file = tmp_path / "clips.jsonl"
+    row = {"prompt": "a red ball", "prompt_embeds": "text.safetensors", "negative_prompt_embeds": "nothing.safetensors"}
+    file.write_text(json.dumps(row))
+    found = [
+        invoke("quantize", tmp_path / "float", "-r", "minmax-w8a8", "-o", tmp_path / name, "--conditions", file, *FEW, *more)
+        for name, more in (("memory", ()), ("disk", ("--resume",)))
+    ]
+    assert found[0]["latent_psnr"] == found[1]["latent_psnr"] > 25 and found[0]["prompts"] == ["a red ball"]
+    clip = invoke("generate", tmp_path / "memory", "--conditions", file, "-o", tmp_path / "clip.gif")
+    assert clip["conditions"].keys() == {"prompt_embeds", "negative_prompt_embeds"}

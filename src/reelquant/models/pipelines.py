@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from importlib import resources
@@ -103,7 +104,7 @@ def open_pipeline(
         check_folder(Path(folder), variant, verify=verify)
     try:
         with complete(model):
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant, **dropped(folder))
     except ReelQuantError:
         raise
     except Exception as error:
@@ -129,6 +130,14 @@ def pipeline_class(model: Any) -> type:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     known = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
     return found if known else diffusers.DiffusionPipeline
+
+
+def dropped(folder: str | Path) -> dict[str, None]:
+    """Text encoders and tokenizers that a folder was saved without: diffusers opens it only if it is told so."""
+    file, kind = Path(folder) / INDEX, pipeline_class(folder)
+    index = read_json(file) if file.is_file() else None
+    wanted = [name for name in inspect.signature(kind.__init__).parameters if name.startswith(("text_encoder", "tokenizer"))]
+    return {} if index is None else dict.fromkeys(name for name in wanted if (index.get(name) or [None])[0] is None)
 
 
 def cannot_open(model: str | Path, error: Exception) -> CheckpointError:
