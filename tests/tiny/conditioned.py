@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
+    AnimateDiffControlNetPipeline,
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLLTXVideo,
@@ -15,6 +15,9 @@ from diffusers import (
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXImageToVideoPipeline,
+    CogVideoXVideoToVideoPipeline,
+    ConsisIDPipeline,
+    ControlNetModel,
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
@@ -24,6 +27,8 @@ from diffusers import (
     I2VGenXLPipeline,
     LTXConditionPipeline,
     LTXImageToVideoPipeline,
+    MotionAdapter,
+    StableDiffusionControlNetPipeline,
     StableVideoDiffusionPipeline,
     WanImageToVideoPipeline,
     WanVACEPipeline,
@@ -44,6 +49,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from reelquant.models.compat import bridged
 from tests.tiny.configs import build
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "ball", "box"]
@@ -104,22 +110,15 @@ def vae2d() -> AutoencoderKL:
 
 def i2vgen() -> I2VGenXLPipeline:
     """A picture beside the text; refuses a call without one."""
-    text = CLIPTextConfig(
-        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8,
-        eos_token_id=1, bos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
-    encoder = CLIPTextModel(text).eval()
-    if not hasattr(encoder, "text_model"):  # the pipeline of diffusers asks for what transformers dropped
-        encoder.text_model = SimpleNamespace(final_layer_norm=encoder.final_layer_norm)
-    return I2VGenXLPipeline(
-        vae=vae2d(), text_encoder=encoder, tokenizer=tokenizer(), feature_extractor=eyes(),
+    return bridged(I2VGenXLPipeline(
+        vae=vae2d(), text_encoder=clip_text(), tokenizer=tokenizer(), feature_extractor=eyes(),
         image_encoder=CLIPVisionModelWithProjection(vision()).eval(), scheduler=DDIMScheduler(clip_sample=False),
         unet=build(
             "I2VGenXLUNet", block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
             down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
             num_attention_heads=None, attention_head_dim=8,
         ),
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def vae_wan() -> AutoencoderKLWan:
@@ -165,6 +164,77 @@ def cogvideox_i2v() -> CogVideoXImageToVideoPipeline:
             text_embed_dim=16, num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=8,
             use_rotary_positional_embeddings=True,
         ),
+    )  # fmt: skip
+
+
+def cogvideox_v2v() -> CogVideoXVideoToVideoPipeline:
+    """Frames beside the text; fails in a raw error without."""
+    parts = dict(cogvideox_i2v().components)
+    config = {name: value for name, value in parts["transformer"].config.items() if not name.startswith("_")}
+    parts["transformer"] = build("CogVideoXTransformer3DModel", **config | {"in_channels": 4})
+    return CogVideoXVideoToVideoPipeline(**parts)
+
+
+def consisid() -> ConsisIDPipeline:
+    """A picture and what a face model says of it beside the text."""
+    parts = dict(cogvideox_i2v().components)
+    parts["transformer"] = build(
+        "ConsisIDTransformer3DModel", num_attention_heads=3, attention_head_dim=16, in_channels=8, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16, num_layers=2, sample_width=4, sample_height=4, sample_frames=9, max_text_seq_length=8,
+        use_rotary_positional_embeddings=True, is_train_face=True, cross_attn_interval=1, cross_attn_dim_head=8, cross_attn_num_heads=2,
+        LFE_id_dim=FACE, LFE_vit_dim=FACE, LFE_depth=2, LFE_dim_head=8, LFE_num_heads=2, LFE_num_id_token=2, LFE_num_querie=4,
+        LFE_output_dim=32, LFE_ff_mult=1, LFE_num_scale=2,
+    )  # fmt: skip
+    return ConsisIDPipeline(**parts)
+
+
+FACE = 24  # width of what a face model gives
+
+
+def clip_text() -> CLIPTextModel:
+    text = CLIPTextConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8,
+        eos_token_id=1, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    return CLIPTextModel(text).eval()
+
+
+UNET = {
+    "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 16, "sample_size": 16,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+}  # fmt: skip
+
+
+def controlnet() -> ControlNetModel:
+    """With zero convolutions as after training: not all zero."""
+    unet = build("UNet2DConditionModel", up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=8, **UNET)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05, generator=generator)
+    return net
+
+
+def animatediff_controlnet() -> AnimateDiffControlNetPipeline:
+    """Frames that control beside the text, one for each frame of the clip."""
+    return AnimateDiffControlNetPipeline(
+        vae=vae2d(), text_encoder=clip_text(), tokenizer=tokenizer(), scheduler=DDIMScheduler(clip_sample=False), controlnet=controlnet(),
+        unet=build("UNet2DConditionModel", up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=8, **UNET),
+        motion_adapter=MotionAdapter(
+            block_out_channels=(16, 32), motion_layers_per_block=1, motion_num_attention_heads=2, motion_norm_num_groups=4,
+            use_motion_mid_block=False,
+        ).eval(),
+    )  # fmt: skip
+
+
+def sd_controlnet() -> StableDiffusionControlNetPipeline:
+    """A picture that controls beside the text; the call names it 'image'."""
+    return StableDiffusionControlNetPipeline(
+        vae=vae2d(), text_encoder=clip_text(), tokenizer=tokenizer(), scheduler=DDIMScheduler(clip_sample=False), controlnet=controlnet(),
+        unet=build("UNet2DConditionModel", up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=8, **UNET),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
@@ -229,9 +299,25 @@ CASES: dict[str, Case] = {
     "wan_i2v": Case(wan_i2v, SMALL | {"num_frames": 5}, {"image": picture()}),
     "wan_vace": Case(wan_vace, SMALL | {"num_frames": 5, "max_sequence_length": 8}, {}),
     "cogvideox_i2v": Case(cogvideox_i2v, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
+    "cogvideox_v2v": Case(
+        cogvideox_v2v, SMALL | {"num_inference_steps": 4, "max_sequence_length": 8}, {"video": [picture(20 * i) for i in range(9)]}
+    ),
     "ltx_i2v": Case(ltx_i2v, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
     "ltx_condition": Case(ltx_condition, SMALL | {"num_frames": 9, "max_sequence_length": 8}, {"image": picture()}),
     "dit": Case(dit, {"num_inference_steps": 2}, {"class_labels": 3}),
+    "consisid": Case(
+        consisid,
+        SMALL | {"num_frames": 9, "max_sequence_length": 8},
+        {
+            "image": picture(),
+            "id_cond": torch.linspace(-1, 1, FACE)[None],
+            "id_vit_hidden": [torch.ones(1, 3, FACE) / (i + 1) for i in range(2)],
+        },
+    ),
+    "animatediff_controlnet": Case(
+        animatediff_controlnet, SMALL | {"num_frames": 3}, {"conditioning_frames": [picture(50 + 50 * i) for i in range(3)]}
+    ),
+    "sd_controlnet": Case(sd_controlnet, SMALL, {"image": picture()}),
     "ddpm": Case(ddpm, {"num_inference_steps": 2}, {}),
 }
 PROMPTLESS = ("svd", "dit", "ddpm")

@@ -2,7 +2,7 @@
 
 from reelquant.api.folders import configure, export, load, open_pipeline, save, verify
 from reelquant.api.measuring import benchmark, compare, evaluate, saturation
-from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder
+from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder, read_conditions
 
 __all__ = [
     "benchmark",
@@ -17,6 +17,7 @@ __all__ = [
     "plans",
     "quantize",
     "quantize_folder",
+    "read_conditions",
     "saturation",
     "save",
     "verify",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.run import Options
     from reelquant.evidence.speed import Benchmark
+    from reelquant.models.condition import Prompts
     from reelquant.nn import Saturation
 
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def evaluate(
     test: Any,
     reference: Any,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     *,
     clips: int = 16,
     metrics: Sequence[str] | str = "default",
@@ -51,7 +52,8 @@ def evaluate(
     Args:
         test: the quantized pipeline: a folder, or a pipeline in memory.
         reference: the float pipeline: bundled name, folder, hub id, or a pipeline in memory.
-        prompts: one text per clip, repeated to fill; by default captions of their world for bundled pipelines, else bundled video prompts.
+        prompts: one text or condition (:func:`reelquant.read_conditions`) per clip, repeated to fill; by default captions of their world
+            for bundled pipelines, else bundled video prompts.
         clips: how many are sampled of each variant; 256 and more for FVD, FID and KID.
         metrics: names or groups (``quick``, ``default``, ``all``); docs/metrics.md defines them.
         floor: float runs that show the noise floor: ``bf16``, ``float32``, ``compiled``, ``reseed``; ``["none"]`` for none. By default the

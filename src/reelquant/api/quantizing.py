@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reelquant.engine.components import RecipeSource
     from reelquant.engine.plan import Plan
     from reelquant.engine.report import Report
+    from reelquant.models.condition import Condition, Prompts
     from reelquant.models.lora import Adapters
     from reelquant.streaming import Job
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def quantize(
     pipe: Any,
     recipe: RecipeSource,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     *,
     components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
@@ -40,7 +41,8 @@ def quantize(
         pipe: any diffusers pipeline with a transformer or UNet, in float.
         recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`; or one of these by component:
             ``{"transformer": "qvd-w8a8", "transformer_2": "qvd-w4a8"}``.
-        prompts: calibration texts, or one text; by default the pipeline's own or general video prompts; none where it takes none.
+        prompts: calibration texts, or one text, or conditions (:func:`reelquant.read_conditions`); by default the pipeline's own or general
+            video prompts; none where it takes none.
         components: names of the components to quantize. Text encoders and VAEs get ``w8a16`` unless ``recipe`` says otherwise.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
@@ -71,7 +73,7 @@ def quantize(
     recipes = assign(pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters
     if prompts is None:
-        prompts = default_texts(pipe, recipes)
+        prompts = default_texts(pipe, recipes, call)
     refuse_loaded(pipe)
     with merging(pipe, lora) if lora else nullcontext():
         report = quantize_components(pipe, recipes, prompts, skip=skip, inputs=inputs, progress=progress, **call)[0]
@@ -87,7 +89,7 @@ def quantize_folder(
     source: str | Path,
     output: str | Path,
     recipe: RecipeSource,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     *,
     components: Sequence[str] | None = None,
     skip: Sequence[str] = (),
@@ -110,7 +112,7 @@ def quantize_folder(
         source: bundled name, folder or hub id of a float pipeline.
         output: the folder to write; it appears complete or not at all.
         recipe: as in :func:`quantize`, one for all denoisers or one by component.
-        prompts: calibration texts; by default the pipeline's own or general video prompts.
+        prompts: calibration texts or conditions; by default the pipeline's own or general video prompts.
         components: denoisers to quantize, by name; by default all.
         skip: patterns of layers that stay float, on top of the recipe's.
         overrides: dotted changes to the recipe.
@@ -143,7 +145,7 @@ def quantize_folder(
 def folder_job(
     source: str | Path,
     recipe: RecipeSource,
-    prompts: Sequence[str] | None,
+    prompts: Prompts | None,
     components: Sequence[str] | None,
     skip: Sequence[str],
     overrides: dict[str, Any] | None,
@@ -167,6 +169,17 @@ def folder_job(
     recipes = assign(opened.pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts
     return Job.of(opened, recipes, prompts, skip, call, budget, parse_adapters(lora))
+
+
+def read_conditions(path: str | Path) -> list[Condition]:
+    """What a file or folder says clips are made from, for ``prompts`` of all verbs; see :func:`reelquant.models.prompts.load_conditions`.
+
+    Example:
+        >>> reelquant.quantize(pipe, "qvd-w8a8", reelquant.read_conditions("clips.jsonl"))
+    """
+    from reelquant.models.prompts import load_conditions
+
+    return load_conditions(path)
 
 
 def plan(

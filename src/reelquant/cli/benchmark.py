@@ -13,6 +13,7 @@ from reelquant.cli.options import (
     Guidance,
     Height,
     Json,
+    Prompts,
     QuantizedFolder,
     Reference,
     Runtime,
@@ -20,6 +21,7 @@ from reelquant.cli.options import (
     Width,
     call_options,
     check_device,
+    conditions,
     more_help,
     torch_dtype,
 )
@@ -58,6 +60,7 @@ Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure
     [cyan]reelquant benchmark out -r tiny-dit --steps 10 --rounds 9 --threads 1[/cyan]
     [cyan]reelquant benchmark out -r my-folder --dtype float32 --compile --json[/cyan]
     [cyan]reelquant benchmark out -r tiny-dit --runtime openvino[/cyan]
+    [cyan]reelquant benchmark out -r svd --conditions first.png[/cyan]      the first condition of a file is the clip that is made
 
     Both make the same clip A B, B A, A B ...; a speed-up is a ratio of two times of one round, and the table shows its
     median and quartiles. 2x means half the time. Other work on the machine changes times much and ratios little.
@@ -67,6 +70,7 @@ def benchmark(
     reference: Reference,
     rounds: Rounds = 5,
     prompt: Prompt = None,
+    prompts: Prompts = None,
     steps: Steps = None,
     frames: Frames = None,
     height: Height = None,
@@ -83,6 +87,9 @@ def benchmark(
     """Time a quantized pipeline against the float one, in turns, on this machine."""
     from reelquant.models.pipelines import locate
 
+    first = (conditions(prompts) or [None])[0]
+    if first is not None and prompt is not None:
+        raise typer.BadParameter("give the text in the file, or no file", param_hint="--prompt")
     kind = None if dtype is None else torch_dtype(dtype)
     for name in (model, reference):
         locate(name)
@@ -95,7 +102,7 @@ def benchmark(
         compiled=compiled,
         runtime=runtime,
         memory=memory,
-        prompt=prompt,
+        prompt=prompt if first is None else first,
     )
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     made = _measure(model, reference, threads, **how, **call)

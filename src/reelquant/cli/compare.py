@@ -25,7 +25,7 @@ from reelquant.cli.options import Device, Force, Json, more_help
 
 Texts = Annotated[
     Path | None,
-    typer.Option("--prompts", help="Texts of the clips, a line per name.", show_default=False),
+    typer.Option("--prompts", "--conditions", help="Texts of the clips, in the order of their names.", show_default=False),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for report.html, report.json, summary.md.")]
 

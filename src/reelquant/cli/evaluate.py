@@ -25,6 +25,7 @@ from reelquant.cli.options import (
     Width,
     call_options,
     check_device,
+    conditions,
     more_help,
     torch_dtype,
 )
@@ -93,6 +94,7 @@ Reuse = Annotated[
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]
     [cyan]reelquant evaluate out -r tiny-dit -n 64 --gate default -o proof[/cyan]
     [cyan]reelquant evaluate out -r Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts texts.txt --dtype bfloat16 --device cuda[/cyan]
+    [cyan]reelquant evaluate out -r wan-i2v --conditions clips.jsonl -n 8[/cyan]      pictures and texts, see [cyan]quantize[/cyan]
     [cyan]reelquant evaluate out -r tiny-dit -m fvd,psnr --data real-clips --weights weights[/cyan]
     [cyan]reelquant evaluate out -r tiny-dit --fail-under psnr=30 --fail-under motion_deviation=0.1[/cyan]
 
@@ -202,10 +204,8 @@ def _clips(file: Path | None, count: int | None) -> dict[str, Any]:
     """Texts and number of clips; by default one clip per text of the file."""
     if file is None:
         return {"prompts": None, "clips": count or 16}
-    from reelquant.models.prompts import load_prompts
-
-    texts = load_prompts(file)
-    return {"prompts": texts, "clips": count or len(texts)}
+    found = conditions(file)
+    return {"prompts": found, "clips": count or len(found or ())}
 
 
 def finish(made: Any, json: bool | None) -> None:

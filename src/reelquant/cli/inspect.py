@@ -7,13 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reelquant.cli.options import Device, Dtype, Json, Model, Prompts, Steps, call_options, opened
+from reelquant.cli.options import (
+    Device,
+    Dtype,
+    Frames,
+    Height,
+    Json,
+    Model,
+    Prompts,
+    Steps,
+    Width,
+    call_options,
+    conditions,
+    opened,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
     from reelquant.engine.calibration import Calibration
+    from reelquant.models.condition import Condition
     from reelquant.observe import InputStatistics
     from reelquant.sites import DenoiserMap
 
@@ -64,6 +78,9 @@ def inspect(
     everything: Annotated[bool, typer.Option("--all", help="Print every group, not only the hardest.")] = False,
     prompts: Prompts = None,
     steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     json: Json = False,
@@ -80,15 +97,22 @@ def inspect(
     scale) repair that. Temporal features are skewed; where the TDScore of a uniform grid falls below 1, denoising steps
     begin to look alike.
     """
-    from reelquant.models.prompts import read_prompts
-
-    texts = read_prompts(prompts) if prompts else None
+    texts = conditions(prompts)
     pipe = opened(model, device, dtype)
     data, map_ = _structure(pipe)
     if run:
         look = _clipping if data["quantized_layers"] else _activations
-        data |= look(pipe, map_, texts, call_options(steps=steps or STEPS))
+        data |= look(pipe, map_, texts, _call(pipe, texts, steps=steps or STEPS, frames=frames, height=height, width=width))
     _show(data, None if everything else ROWS, json)
+
+
+def _call(pipe: Any, texts: list[Condition] | None, **given: Any) -> dict[str, Any]:
+    """Arguments of the pipeline call, with bundled pictures where it needs some."""
+    from reelquant.models.condition import fitted
+    from reelquant.models.defaults import missing
+
+    call = call_options(**given)
+    return call | missing(pipe, fitted(type(pipe), texts or []), call)
 
 
 def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
@@ -132,7 +156,7 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
     }, map_
 
 
-def _activations(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
+def _activations(pipe: Any, map_: DenoiserMap, texts: list[Condition] | None, call: dict[str, Any]) -> dict[str, Any]:
     calibration = _observe(pipe, map_, texts, call)
     firsts = {group.name: (group.name, group.layers, group.role) for group in map_.groups if group.name in calibration.inputs}
     groups = [_group_facts(name, len(layers), role, calibration.inputs[name]) for name, layers, role in firsts.values()]
@@ -144,7 +168,7 @@ def _activations(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: di
     }
 
 
-def _clipping(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[str, Any]) -> dict[str, Any]:
+def _clipping(pipe: Any, map_: DenoiserMap, texts: list[Condition] | None, call: dict[str, Any]) -> dict[str, Any]:
     """What the layers of a quantized model clip of their inputs."""
     from reelquant.cli.console import Bars
     from reelquant.discover import denoiser_of
@@ -159,7 +183,7 @@ def _clipping(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[
     return {"saturation": seen.facts(most=len(seen.layers)) | {"warning": seen.sentence()}}
 
 
-def _observe(pipe: Any, map_: DenoiserMap, texts: list[str] | None, call: dict[str, Any]) -> Calibration:
+def _observe(pipe: Any, map_: DenoiserMap, texts: list[Condition] | None, call: dict[str, Any]) -> Calibration:
     from reelquant.cli.console import Bars
     from reelquant.discover import denoiser_of
     from reelquant.engine.calibration import calibrate

@@ -6,11 +6,14 @@ import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from reelquant._errors import RecipeError, UnsupportedError, nearest
+
+if TYPE_CHECKING:
+    from reelquant.models.condition import Condition
 
 MODEL = typer.Argument(
     help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).",
@@ -39,7 +42,13 @@ Width = Annotated[int | None, typer.Option("--width", min=1, help="Pixels.")]
 Guidance = Annotated[float | None, typer.Option("--guidance", help="Guidance scale; 1 switches guidance off.")]
 Prompts = Annotated[
     Path | None,
-    typer.Option("--prompts", help="File with one text per line; # starts a comment.", show_default=False),
+    typer.Option(
+        "--prompts",
+        "--conditions",
+        help="What clips are made from: a text per line; .jsonl, .json, .yaml, .csv or .tsv with prompt, image, last_image, video, mask, "
+        "class_labels ...; or a folder of pictures, each with its .txt.",
+        show_default=False,
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")]
 
@@ -129,6 +138,19 @@ def check_device(device: str) -> None:
     ]
     if device.split(":")[0] not in here:
         raise UnsupportedError(f"no device '{device}' on this machine; it has {', '.join(here)}")
+
+
+def conditions(file: Path | None) -> list[Condition] | None:
+    """What a file of conditions holds; None without one.
+
+    Raises:
+        CalibrationError: if it cannot be read.
+    """
+    if file is None:
+        return None
+    from reelquant.models.prompts import load_conditions
+
+    return load_conditions(file)
 
 
 def call_options(**given: Any) -> dict[str, Any]:

@@ -8,7 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reelquant.cli.options import SEEDS, Device, Dtype, Force, Json, Model, Prompts, Steps, call_options, more_help, settings
+from reelquant.cli.options import (
+    SEEDS,
+    Device,
+    Dtype,
+    Force,
+    Frames,
+    Guidance,
+    Height,
+    Json,
+    Model,
+    Prompts,
+    Steps,
+    Width,
+    call_options,
+    conditions,
+    more_help,
+    settings,
+)
 from reelquant.cli.request import Request, stream
 from reelquant.sites import by_component
 
@@ -33,7 +50,13 @@ Output = Annotated[
 ]
 Components = Annotated[
     str | None,
-    typer.Option("--components", help="Which to quantize, with commas; by default all denoisers.", show_default=False),
+    typer.Option(
+        "--components",
+        "--component",
+        help="Which to quantize, with commas: transformer, transformer_2, controlnet, text_encoder, image_encoder, vae ... "
+        "By default all denoisers.",
+        show_default=False,
+    ),
 ]
 Seed = Annotated[
     int | None,
@@ -114,6 +137,8 @@ class Delivery:
     [cyan]reelquant quantize wan-a14b -r transformer=qvd-w8a8 -r transformer_2=qvd-w4a8 -o out[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --components transformer,text_encoder,vae -o out[/cyan]
     [cyan]reelquant quantize my-folder -r my.yaml -o out --prompts texts.txt[/cyan]
+    [cyan]reelquant quantize wan-i2v -r qvd-w8a8 -o out --conditions clips.jsonl[/cyan]      {"prompt": "a dog runs", "image": "dog.png"}
+    [cyan]reelquant quantize svd -r qvd-w8a8 -o out --conditions pictures/ --frames 14[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out --gate default[/cyan]
     [cyan]reelquant quantize my-folder -r w8a16 -o out --lora style.safetensors:0.8[/cyan]
     [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --skip down_blocks.0 --set search.scope=family[/cyan]
@@ -128,6 +153,10 @@ def quantize(
     components: Components = None,
     prompts: Prompts = None,
     steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
     seed: Seed = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -149,13 +178,13 @@ def quantize(
         model=model,
         recipe=_chosen(recipe, settings(change or []), seed),
         components=components.replace(" ", "").split(",") if components else None,
-        prompts=_texts(prompts),
+        prompts=conditions(prompts),
         skip=[*(skip or []), *(exclude or [])],
         lora=lora or [],
         dtype=dtype,
         device=device,
         max_memory=max_memory,
-        call=call_options(steps=steps),
+        call=call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance),
     )
     _run(request, delivery)
 
@@ -193,14 +222,6 @@ def _recipe(source: str, changes: dict[str, Any], seed: int | None) -> Recipe:
 
     recipe = load_recipe(source, changes)
     return recipe if seed is None or recipe.data_free else load_recipe(recipe, {"calibrate.seed": seed})
-
-
-def _texts(file: Path | None) -> list[str] | None:
-    if file is None:
-        return None
-    from reelquant.models.prompts import read_prompts
-
-    return read_prompts(file)
 
 
 def _run(request: Request, delivery: Delivery) -> None:

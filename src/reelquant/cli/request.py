@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from reelquant.engine.plan import Plan
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation
+    from reelquant.models.condition import Condition
     from reelquant.recipes.recipe import Recipe
     from reelquant.streaming import Job
 
@@ -26,7 +27,7 @@ class Request:
         model: bundled name, folder or hub id of the float pipeline.
         recipe: one recipe, or one by component.
         components: which to quantize; None for all denoisers.
-        prompts: calibration texts; None for the pipeline's own.
+        prompts: calibration texts and what goes with them; None for the pipeline's own.
         skip: patterns of layers that stay float.
         lora: adapters to merge first, ``FILE:SCALE``.
         dtype: of the float parts.
@@ -38,7 +39,7 @@ class Request:
     model: str
     recipe: Recipe | dict[str, Recipe]
     components: list[str] | None = None
-    prompts: list[str] | None = None
+    prompts: list[Condition] | None = None
     skip: list[str] = field(default_factory=list)
     lora: list[str] = field(default_factory=list)
     dtype: str = "float32"

@@ -22,7 +22,17 @@ from torch import nn
 from reelquant._errors import UnsupportedError
 from reelquant.discover.arguments import argument_of, bind, kinds
 from reelquant.discover.blocks import find_blocks
-from reelquant.discover.components import component_of, denoiser_of, denoisers_of, denoises, kind_of_component, modules_of, plain
+from reelquant.discover.components import (
+    TIMED,
+    component_of,
+    denoiser_of,
+    denoisers_of,
+    denoises,
+    kind_of_component,
+    modules_of,
+    plain,
+    takes_timestep,
+)
 from reelquant.discover.groups import find_groups
 from reelquant.discover.inputs import dummy_inputs
 from reelquant.discover.lineage import Trace, channel_axis, trace
@@ -33,6 +43,7 @@ from reelquant.discover.stand_in import stand_in
 from reelquant.sites import DenoiserMap, Layer, Role
 
 __all__ = [
+    "TIMED",
     "bind",
     "component_of",
     "denoiser_of",
@@ -45,6 +56,7 @@ __all__ = [
     "modules_of",
     "outline",
     "stand_in",
+    "takes_timestep",
 ]
 
 logger = logging.getLogger(__name__)

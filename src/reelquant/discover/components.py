@@ -11,7 +11,8 @@ from reelquant._errors import UnsupportedError, nearest
 from reelquant.discover.arguments import kind_of
 
 _FIRST = ("transformer", "transformer_2", "unet")
-Kind = Literal["denoiser", "text encoder", "vae"]
+Kind = Literal["denoiser", "controlnet", "text encoder", "image encoder", "vae"]
+TIMED: tuple[Kind, ...] = ("denoiser", "controlnet")  # called at every denoising step, with the timestep
 
 
 def modules_of(pipeline: Any) -> dict[str, nn.Module]:
@@ -36,18 +37,20 @@ def kind_of_component(name: str, part: nn.Module) -> Kind:
     """What a component does, by what it can be called with.
 
     Raises:
-        UnsupportedError: for components that are neither denoiser, text encoder nor VAE.
+        UnsupportedError: for components that are none of them.
     """
     names = set(inspect.signature(plain(part).forward).parameters)
-    if denoises(part):
-        return "denoiser"
+    if takes_timestep(part):
+        return "controlnet" if names & CONTROLS else "denoiser"
     if hasattr(part, "encode") and hasattr(part, "decode"):
         return "vae"
     if "input_ids" in names:
         return "text encoder"
+    if "pixel_values" in names:
+        return "image encoder"
     raise UnsupportedError(
-        f"component '{name}' ({type(part).__name__}) is neither a denoiser, a text encoder nor a VAE, so nothing is known of what it is "
-        "called with; leave it out"
+        f"component '{name}' ({type(part).__name__}) is neither a denoiser, a ControlNet, an encoder of texts or pictures nor a VAE, so "
+        "nothing is known of what it is called with; leave it out"
     )
 
 
@@ -77,8 +80,15 @@ def plain(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+CONTROLS = {"controlnet_cond", "controls_latents", "control_context"}  # arguments of ControlNets; what they give is added inside a denoiser
+
+
 def denoises(module: nn.Module) -> bool:
-    """Whether a model takes a latent and a timestep."""
-    names = inspect.signature(plain(module).forward).parameters
-    kinds = {kind_of((name,)) for name in names}
-    return {"latent", "timestep"} <= kinds and "controlnet_cond" not in names
+    """Whether a model takes a latent and a timestep, and is no ControlNet."""
+    return takes_timestep(module) and not CONTROLS & set(inspect.signature(plain(module).forward).parameters)
+
+
+def takes_timestep(module: nn.Module) -> bool:
+    """Whether a model is called at every denoising step: a denoiser or a ControlNet."""
+    kinds = {kind_of((name,)) for name in inspect.signature(plain(module).forward).parameters}
+    return {"latent", "timestep"} <= kinds

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from reelquant._errors import UnsupportedError
 from reelquant.clock import ANY, BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
+from reelquant.discover import takes_timestep
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.engine.texts import Texts
+from reelquant.models.condition import Condition, Prompts
 from reelquant.models.conditions import at_once
+from reelquant.models.defaults import own_pictures
+from reelquant.models.parts import seen
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module
-from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe
+from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, time_of
 
 STEPS = 50
 """Denoising steps of pipelines that are not told how many to take."""
@@ -46,7 +52,7 @@ class Calibration:
     Attributes:
         steps: timesteps seen and an example of the denoiser's arguments.
         inputs: statistics by layer name; layers that share input and geometry share the object.
-        prompts: the texts that were sampled.
+        prompts: what was sampled.
         calls: recorded calls of the denoiser.
         installed: the stages that changed what the sampler computed, by their parameters.
         references: final latents of the float pipeline on held-out prompts, by what they were sampled with.
@@ -54,7 +60,7 @@ class Calibration:
 
     steps: Steps
     inputs: Mapping[str, InputStatistics]
-    prompts: tuple[str, ...]
+    prompts: tuple[str | Condition, ...]
     calls: Recording = field(default_factory=Recording)
     installed: tuple[str, ...] = ()
     references: dict[str, Tensor] = field(default_factory=dict)
@@ -115,7 +121,7 @@ def calibrate(
     pipe: Any,
     denoiser: nn.Module,
     plan: Plan,
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
     seed: int,
     arguments: dict[str, Any],
@@ -147,7 +153,7 @@ def calibrate_together(
         CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
     """
     recipe = parts[0].plan.recipe
-    batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4)
+    batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4, texts.written)
     gathered: list[Calibration] = []
     course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
     options = {"batch": batch, "output": "latent", "on_step": on_step} | arguments
@@ -157,12 +163,22 @@ def calibrate_together(
             gathered.insert(0, _observed(rest[0], course, lambda: run(rest[1:])))
             return
         sample(pipe, texts.written, seed=seed, **options)
+        course.probing = True
+        if recipe.calibrate is not None and recipe.calibrate.probe_count:
+            _show_pictures([part.denoiser for part in parts])
         if texts.probes:
-            course.probing = True
             sample(pipe, texts.probes, seed=seed + len(texts.written), first=len(texts.written), **options)
 
     run(parts)
     return gathered
+
+
+def _show_pictures(modules: Sequence[nn.Module]) -> None:
+    """Encoders of pictures look at the bundled ones, too: few pictures calibrate, and others come later."""
+    for module in modules:
+        if not takes_timestep(module):
+            with suppress(UnsupportedError):  # one that takes pictures of another form keeps the ranges of those that calibrated
+                seen(module, own_pictures())
 
 
 @dataclass
@@ -172,13 +188,13 @@ class Course:
     Attributes:
         expected: how much sampling its written texts take.
         seed: of the first clip, and of the choice of rows.
-        texts: all of them.
+        texts: all that is sampled.
         probing: whether the texts that are being sampled are probes.
     """
 
     expected: Expected
     seed: int
-    texts: tuple[str, ...]
+    texts: tuple[str | Condition, ...]
     probing: bool = False
 
 
@@ -189,7 +205,7 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     generator = torch.Generator().manual_seed(seed)
     make = functools.partial(templates, plan, denoiser, generator, expected)
     watched, inputs = make() if keeper is None else keeper.keep(make, generator)
-    reader = timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
+    reader = _timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
     looks = {"half_of": _half_reader(denoiser, plan)} if _reads_half(inputs) else {}
     # a reader of its own: it knows the second call of a pair by the one that it read before
     own = {"half_of": _half_reader(denoiser, plan)} if looks else {}
@@ -197,6 +213,12 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     with recorder.watching(denoiser, lambda: not course.probing):
         steps = observe(denoiser, reader, watched, run, **looks, probing=lambda: course.probing)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
+
+
+def _timestep_reader(module: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+    """Reads the timestep of a call; None for an encoder of pictures, which is called without."""
+    timed = argument in inspect.signature(module.forward).parameters
+    return timestep_reader(module, argument) if timed else lambda args, kwargs: None
 
 
 def _reads_half(inputs: Mapping[str, InputStatistics]) -> bool:
@@ -264,8 +286,7 @@ class Recorder:
         half = self.half_of(args, kwargs)
         if place != int(self.stride * (part * GOLDEN % 1)):
             return
-        timestep = torch.as_tensor(self.timestep_of(args, kwargs)).float().amax()
-        self._timesteps.append(float(timestep))
+        self._timesteps.append(time_of(self.timestep_of(args, kwargs)))
         self._recording.append(RecordedCall(args, kwargs, output, half=half))
         if len(self._recording) >= 2 * self.wanted:
             self._thin()

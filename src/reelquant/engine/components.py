@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import RecipeError, UnsupportedError, nearest
 from reelquant.discover import (
+    TIMED,
     bind,
     component_of,
     denoisers_of,
@@ -23,8 +24,11 @@ from reelquant.discover import (
 from reelquant.engine.plan import Plan, make_plan
 from reelquant.engine.undisturbed import undisturbed
 from reelquant.models.blank import check_names
+from reelquant.models.condition import Prompts
+from reelquant.models.conditions import no_texts, reads_texts
+from reelquant.models.defaults import own_pictures
 from reelquant.models.fused import drop_unused_projections
-from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip
+from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip, seen
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import first_call
 from reelquant.nn import check_finite
@@ -33,7 +37,8 @@ from reelquant.recipes.text import EXTENDS
 from reelquant.sites import DenoiserMap, select
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
-SAFE = "w8a16"  # of text encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
+SAFE = "w8a16"  # of encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
+SEEN = (*TIMED, "image encoder")  # components whose inputs are seen while a pipeline samples latents
 TEXTS = 8  # prompts whose embeddings are compared
 
 
@@ -44,9 +49,9 @@ def assign(
 
     Args:
         pipe: a pipeline.
-        recipe: one for all denoisers, or a mapping from component to recipe.
-        components: which to quantize; all denoisers by default, and those that the mapping names. Text encoders and VAEs that the mapping
-            does not name get :data:`SAFE`.
+        recipe: one for all denoisers and ControlNets, or a mapping from component to recipe.
+        components: which to quantize; all denoisers by default, and those that the mapping names. Encoders and VAEs that the mapping does
+            not name get :data:`SAFE`.
         overrides: dotted changes to the recipes that were given.
 
     Raises:
@@ -58,16 +63,16 @@ def assign(
     wanted = dict.fromkeys([*given, *(components or ([] if given else denoisers_of(pipe)))])
     kinds = {name: kind_of_component(name, component_of(pipe, name)) for name in wanted}
     found: dict[str, Recipe] = {}
-    for name in sorted(wanted, key=lambda name: kinds[name] != "denoiser"):
+    for name in sorted(wanted, key=lambda name: TIMED.index(kinds[name]) if kinds[name] in TIMED else len(TIMED)):
         if name in given:
             found[name] = given[name]
-        elif kinds[name] != "denoiser":
+        elif kinds[name] not in TIMED:
             found[name] = load_recipe(SAFE)
         elif table is None:
             found[name] = load_recipe(recipe, overrides and dict(overrides))  # type: ignore[arg-type]
         else:
             raise RecipeError(f"component '{name}' has no recipe; the mapping names {', '.join(given)}")
-        if kinds[name] != "denoiser" and not found[name].data_free:
+        if kinds[name] not in SEEN and not found[name].data_free:
             raise RecipeError(
                 f"recipe '{found[name].name}' calibrates over denoising steps, and component '{name}' ({kinds[name]}) has none; "
                 "give it one that needs no data: w8a16 or w4a16"
@@ -96,10 +101,11 @@ def start_measuring(pipe: Any, name: str, part: nn.Module, prompts: Sequence[str
     """Run a float component, and return what compares it, quantized, with that.
 
     Figures: ``prompt_cosine`` and ``prompt_cosine_min`` over the tokens of the prompts; ``round_trip_psnr`` in dB of a small moving clip
-    through the VAE; none for denoisers, which sampled clips are for.
+    through the VAE; ``picture_cosine`` and ``picture_cosine_min`` over what an encoder gives for the bundled pictures; none for denoisers
+    and ControlNets, which sampled clips are for.
 
     Raises:
-        UnsupportedError: if the pipeline cannot be asked for embeddings.
+        UnsupportedError: if the pipeline or the encoder cannot be asked for embeddings.
     """
     kind = kind_of_component(name, part)
     if kind == "vae":
@@ -108,26 +114,31 @@ def start_measuring(pipe: Any, name: str, part: nn.Module, prompts: Sequence[str
         return lambda: {"round_trip_psnr": decibels(before, round_trip(part, clip))}
     if kind == "text encoder":
         known = embed(pipe, prompts[:TEXTS])
-        return lambda: _cosines(known, embed(pipe, prompts[:TEXTS]))
+        return lambda: _cosines("prompt", known, embed(pipe, prompts[:TEXTS]))
+    if kind == "image encoder":
+        pictures = own_pictures()
+        before = seen(part, pictures)
+        return lambda: _cosines("picture", before, seen(part, pictures))
     return dict
 
 
-def _cosines(known: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
+def _cosines(what: str, known: Sequence[Tensor], now: Sequence[Tensor]) -> dict[str, float]:
     values = cosines(known, now)
-    return {"prompt_cosine": float(values.mean()), "prompt_cosine_min": float(values.min())}
+    return {f"{what}_cosine": float(values.mean()), f"{what}_cosine_min": float(values.min())}
 
 
-def default_texts(pipe: Any, recipes: Mapping[str, Recipe]) -> list[str]:
+def default_texts(pipe: Any, recipes: Mapping[str, Recipe], call: Mapping[str, Any] | None = None) -> list[str]:
     """As many texts as the recipes calibrate and check with, where the user gives none."""
     wanted = [one.calibrate.prompts + one.search.prompts for one in recipes.values() if one.calibrate is not None]
-    return calibration_prompts(pipe, max([*wanted, TEXTS]))
+    count = max([*wanted, TEXTS])
+    return calibration_prompts(pipe, count) if reads_texts(type(pipe), call or {}) else no_texts(count)
 
 
 Inputs = Mapping[str, Any]
 MapOf = Callable[[str, nn.Module, Recipe], DenoiserMap]
 
 
-def mapping(pipe: Any, prompts: Sequence[str] = (), inputs: Inputs | None = None, call: Mapping[str, Any] | None = None) -> MapOf:
+def mapping(pipe: Any, prompts: Prompts = (), inputs: Inputs | None = None, call: Mapping[str, Any] | None = None) -> MapOf:
     """How the components of a pipeline in memory are mapped.
 
     A denoiser runs on tiny made-up inputs. One that takes none of them is outlined if its recipe needs no data; else it runs on the
@@ -141,7 +152,7 @@ def mapping(pipe: Any, prompts: Sequence[str] = (), inputs: Inputs | None = None
     """
 
     def map_of(name: str, part: nn.Module, recipe: Recipe) -> DenoiserMap:
-        if kind_of_component(name, part) != "denoiser":
+        if kind_of_component(name, part) not in TIMED:
             return outline(part)
         if inputs is not None:
             return discover(part, dict(inputs.get(name, inputs)))
@@ -155,7 +166,7 @@ def mapping(pipe: Any, prompts: Sequence[str] = (), inputs: Inputs | None = None
     return map_of
 
 
-def _first_call(refused: UnsupportedError, pipe: Any, part: nn.Module, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
+def _first_call(refused: UnsupportedError, pipe: Any, part: nn.Module, prompts: Prompts, call: Mapping[str, Any]) -> dict[str, Any]:
     """What a denoiser is called with first; the refusal of made-up inputs if its pipeline does not get that far."""
     try:
         found = first_call(pipe, plain(part), list(prompts[:1]) or calibration_prompts(pipe, 1), **call)

@@ -36,8 +36,10 @@ class Report:
         attention: what computes attention with few-bit operands, calls of the final check included; None if the recipe asks for none.
         latent_psnr, latent_psnr_worst: of the held-out clips' final latents against float, dB; None for data-free recipes.
         prompts, held_out: texts of calibration, and of the final check.
-        figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min`` (unitless),
-            ``round_trip_psnr`` (dB).
+        conditions: what their clips were made from beside texts: ``every`` (the same for all, or in turn), ``calibration`` and
+            ``held_out``, by the names of the pipeline call; pictures and tensors as size and SHA-256. Empty where it was texts alone.
+        figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min``, ``picture_cosine``,
+            ``picture_cosine_min`` (unitless), ``round_trip_psnr`` (dB).
         protected: slots (indices into ``timesteps``) whose activations are more precise.
         reuse: by mechanism, how often a part was computed in the final check, and how often an earlier result stood for it.
         steps: what each step's rounding costs, if that decided it.
@@ -68,6 +70,7 @@ class Report:
     timesteps: list[float] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     held_out: list[str] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -123,6 +126,7 @@ def total(reports: Mapping[str, Report]) -> Report:
         found.warnings += [f"{component}: {text}" for text in part.warnings]
         found.figures |= {f"{component}.{name}": value for name, value in part.figures.items()}
         found.prompts = found.prompts or part.prompts
+        found.conditions = found.conditions or part.conditions
         for reason, names in part.skipped.items():
             found.skipped.setdefault(reason, []).extend(f"{component}.{name}" for name in names)
         if part.latent_psnr is not None:  # the last one: all denoisers quantized

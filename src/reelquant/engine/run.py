@@ -23,7 +23,9 @@ from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
 from reelquant.engine.undisturbed import undisturbed
 from reelquant.formats.criteria import latent_psnrs
-from reelquant.models.conditions import at_once
+from reelquant.models.condition import Prompts, as_condition, fitted, texts_of
+from reelquant.models.conditions import CONDITIONS, at_once
+from reelquant.models.defaults import missing, notice
 from reelquant.models.described import described
 from reelquant.models.sampling import check_call
 from reelquant.nn import Saturation, check_finite, get_module, start_clock, start_runtime, stop_clock
@@ -33,7 +35,7 @@ from reelquant.recipes.recipe import Recipe
 def quantize_pipeline(
     pipe: Any,
     recipe: Recipe,
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     *,
     skip: Sequence[str] = (),
     progress: Progress | None = None,
@@ -59,7 +61,7 @@ def quantize_pipeline(
 def quantize_components(
     pipe: Any,
     recipes: Mapping[str, Recipe],
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     *,
     skip: Sequence[str] = (),
     progress: Progress | None = None,
@@ -93,10 +95,14 @@ def quantize_components(
     for name, part in modules_of(pipe).items():  # broken ones beside those that are quantized would break the clips just as well
         if name not in modules:
             check_finite(name, part)
-    plans = plan_components(pipe, recipes, skip, mapping(pipe, prompts or (), inputs, overrides))
+    prompts = fitted(type(pipe), prompts or ())
+    with undisturbed(modules_of(pipe).values()):
+        bundled = missing(pipe, prompts, overrides) if any(recipe.calibrate is not None for recipe in recipes.values()) else {}
+    overrides |= bundled
+    plans = plan_components(pipe, recipes, skip, mapping(pipe, prompts, inputs, overrides))
     sessions = [Session(pipe, name, module, plans[name], Memory(module), progress or Silent()) for name, module in modules.items()]
     with undisturbed(modules_of(pipe).values()):
-        reports = run_all(sessions, calibrations or {}, prompts or (), overrides)
+        reports = run_all(sessions, calibrations or {}, prompts, overrides, [notice(type(pipe), bundled)])
     for session in sessions:
         session.commit()
         start_runtime(session.denoiser)
@@ -104,9 +110,14 @@ def quantize_components(
 
 
 def run_all(
-    sessions: Sequence[Session], known: Mapping[str, Calibration], prompts: Sequence[str], overrides: dict[str, Any]
+    sessions: Sequence[Session],
+    known: Mapping[str, Calibration],
+    prompts: Prompts,
+    overrides: dict[str, Any],
+    warnings: Sequence[str | None] = (),
 ) -> dict[str, Report]:
-    """:func:`run`, and every component as it was if that fails."""
+    """:func:`run`, and every component as it was if that fails. Warnings go into the first report."""
+    sessions[0].warnings += filter(None, warnings)
     try:
         for session in sessions:
             session.begin(prompts, overrides)
@@ -149,7 +160,7 @@ def _reference(session: Session, known: Calibration | None) -> None:
                 session.float_latents(**session.trial_arguments)
     if not session.denoises:
         try:
-            session.measure = start_measuring(session.pipe, session.component, session.denoiser, session.texts.written)
+            session.measure = start_measuring(session.pipe, session.component, session.denoiser, texts_of(session.texts.written))
         except UnsupportedError as error:
             session.warnings.append(f"what quantization does to its outputs is not measured: {error}")
 
@@ -174,15 +185,16 @@ def _observe_together(together: Sequence[Session]) -> None:
     wanted = first.recipe.calibrate
     assert wanted is not None
     parts = [Part(session.denoiser, session.plan, session.store.keeper) for session in together]
-    size = at_once(type(first.pipe), first.arguments, wanted.batch)
+    size = at_once(type(first.pipe), first.arguments, wanted.batch, first.texts.written)
     runs = sum(-(-len(texts) // size) for texts in first.texts)
     with first.timed("calibrate", first.steps * runs), first.store.sampling("calibrate"):
         calibrations = calibrate_together(first.pipe, parts, first.texts, seed=first.seed, arguments=first.arguments, on_step=first.advance)
-    times = {timestep for calibration in calibrations for timestep in calibration.steps.timesteps}
+    timed = [calibration for session, calibration in zip(together, calibrations, strict=True) if session.denoises]
+    times = {timestep for calibration in timed for timestep in calibration.steps.timesteps}
     for session, calibration in zip(together, calibrations, strict=True):
         session.store.observed()
         session.calibration, calibration.references = calibration, session.references
-        session.sampled = calibration.steps.timesteps if len(together) == 1 else sorted(times, reverse=True)
+        session.sampled = calibration.steps.timesteps if len(together) == 1 or not session.denoises else sorted(times, reverse=True)
 
 
 def _finish(session: Session) -> Report:
@@ -258,9 +270,20 @@ def _check(session: Session, report: Report) -> None:
         report.warnings += [sentence] if (sentence := seen.sentence()) else []
         psnrs = latent_psnrs(reference, latents)
         report.latent_psnr, report.latent_psnr_worst = float(psnrs.mean()), float(psnrs.amin())
-        report.prompts, report.held_out = list(session.calibration.prompts), list(session.held_out)
+        report.prompts, report.held_out = texts_of(session.calibration.prompts), texts_of(session.held_out)
+        report.conditions = conditions_of(session)
     for entry in session.plan.acting("after_check"):
         entry.stage.after_check(session)
+
+
+def conditions_of(session: Session) -> dict[str, Any]:
+    """What clips were made from beside their texts, pictures as sizes and sums; empty where it was texts alone."""
+    assert session.calibration is not None
+    named = {name: value for name, value in session.arguments.items() if name in CONDITIONS and value is not None}
+    uses = {"calibration": session.calibration.prompts, "held_out": session.held_out}
+    own = {use: [dict(as_condition(one).inputs) for one in prompts] for use, prompts in uses.items()}
+    found = {"every": named} | {use: inputs for use, inputs in own.items() if any(inputs)}
+    return described({use: values for use, values in found.items() if values})
 
 
 def _refuse_broken(latents: Tensor, report: Report) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reelquant._progress import Progress
 from reelquant.clock import Clock, Pairs
-from reelquant.discover import kind_of_component
+from reelquant.discover import TIMED, kind_of_component
 from reelquant.engine.build import BuiltGroup, Context, build_group, folded
 from reelquant.engine.calibration import STEPS, Calibration
 from reelquant.engine.choice import Choice
@@ -25,6 +25,7 @@ from reelquant.engine.search import Assignment, family, trial_count
 from reelquant.engine.store import Store
 from reelquant.engine.texts import HELD_OUT_SEED, Texts, divided
 from reelquant.formats.criteria import mean_and_worst
+from reelquant.models.condition import Condition, Prompts
 from reelquant.models.conditions import check_given
 from reelquant.models.described import described
 from reelquant.models.sampling import call_arguments, sample
@@ -60,7 +61,7 @@ class Session:
     arguments: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     texts: Texts = field(default_factory=lambda: Texts([], []))
-    held_out: list[str] = field(default_factory=list)
+    held_out: list[str | Condition] = field(default_factory=list)
     measure: Measure = dict
     calibration: Calibration | None = None
     references: dict[str, Tensor] = field(default_factory=dict)
@@ -87,8 +88,8 @@ class Session:
 
     @property
     def denoises(self) -> bool:
-        """Whether the component is called with a timestep; a text encoder or VAE is not."""
-        return kind_of_component(self.component, self.denoiser) == "denoiser"
+        """Whether the component is called with a timestep; an encoder or VAE is not."""
+        return kind_of_component(self.component, self.denoiser) in TIMED
 
     @property
     def groups(self) -> list[Group]:
@@ -173,16 +174,16 @@ class Session:
         """One unit of progress."""
         self.progress.advance()
 
-    def begin(self, prompts: Sequence[str], overrides: dict[str, Any]) -> None:
+    def begin(self, prompts: Prompts, overrides: dict[str, Any]) -> None:
         """Divide the texts, and settle the pipeline call: its own arguments, then the recipe's steps, then ``overrides``."""
         wanted = self.recipe.calibrate
         if wanted is None:
             self.texts = Texts(list(prompts), [])
             return
         self.arguments = call_arguments(self.pipe, **overrides)
-        check_given(type(self.pipe), self.arguments)
         self.seed = wanted.seed
-        self.texts, self.held_out = divided(self.pipe, prompts, wanted, self.recipe.search.prompts)
+        self.texts, self.held_out = divided(self.pipe, prompts, wanted, self.recipe.search.prompts, self.arguments)
+        check_given(type(self.pipe), self.arguments, [*self.texts.written, *self.held_out])
         if wanted.steps is not None and overrides.get("num_inference_steps") is None:
             self.arguments["num_inference_steps"] = wanted.steps
 
@@ -202,7 +203,7 @@ class Session:
     def float_latents(self, **overrides: Any) -> Tensor:
         """The same by the float pipeline; sampled once for all recipes that share a calibration, before anything is changed."""
         steps = overrides.get("num_inference_steps")
-        key = repr((self.held_out, self.seed, sorted(described(self.arguments).items()), steps))
+        key = repr((described(self.held_out), self.seed, sorted(described(self.arguments).items()), steps))
         if key not in self.references:
             self.references[key] = self.held_out_latents(**overrides)
         return self.references[key]

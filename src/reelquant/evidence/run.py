@@ -22,10 +22,12 @@ from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
 from reelquant.evidence.store import Store
-from reelquant.models.conditions import at_once, check_given, check_texts, no_texts, takes_prompt
+from reelquant.models.condition import Condition, Prompts, as_condition, fitted, texts_of
+from reelquant.models.conditions import at_once, check_given, check_texts, no_texts, reads_texts, takes_prompt
+from reelquant.models.defaults import missing, notice, required, undecided
 from reelquant.models.described import described
 from reelquant.models.pipelines import locate, pipeline_class
-from reelquant.models.prompts import Prompt, bundled_prompts
+from reelquant.models.prompts import bundled_prompts
 from reelquant.models.sampling import folder_notes, notes
 from reelquant.models.shapes import evaluation_prompts, flat_captions, understood
 
@@ -38,7 +40,7 @@ SEED = 50_000  # noise of the first clip
 def evaluate(
     test: Any,
     reference: Any,
-    prompts: Sequence[str | Prompt] | None = None,
+    prompts: Prompts | None = None,
     *,
     clips: int = 16,
     seed: int = SEED,
@@ -54,20 +56,22 @@ def evaluate(
     if clips < 1:
         raise RecipeError(f"clips: got {clips}; evaluate at least 1")
     own, kind = _notes(reference), pipeline_class(reference)
-    drawn = _texts(prompts, own, clips, kind)
-    texts = [text.text for text in drawn]
-    seeds = [seed + i if text.seed is None else text.seed for i, text in enumerate(drawn)]
     call = own.get("call", {}) | {key: value for key, value in call.items() if value is not None}
-    batch = at_once(kind, call, batch or (4 if own else 1))
-    check_given(kind, call)
+    drawn = _drawn(prompts, own, clips, kind, call)
+    texts = texts_of(drawn)
+    seeds = [seed + i if one.seed is None else one.seed for i, one in enumerate(drawn)]
+    bundled = _bundled(ClipSource(reference, dtype, options.device), kind, drawn, call)
+    call |= bundled
+    batch = at_once(kind, call, batch or (4 if own else 1), drawn)
+    check_given(kind, call, drawn)
     if grain_steps and not any(texts):
         raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
-    causes = differences(reference, test)
+    causes = [*differences(reference, test), *filter(None, [notice(kind, bundled)])]
     variants, proof = _variants(test, reference, floor, dtype, options), _proof(test)
     number = str(dtype).removeprefix("torch.")
-    with _store(options, _settings(variants, number, texts, seeds, call, batch)) as store:
+    with _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
         times = Times()
-        job = SamplingJob(store, texts, seeds, call, batch, options.progress)
+        job = SamplingJob(store, drawn, seeds, call, batch, options.progress)
         for name, variant in variants.items():
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
@@ -77,6 +81,12 @@ def evaluate(
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
+
+
+def _bundled(source: ClipSource, kind: type, drawn: list[Condition], call: Mapping[str, Any]) -> dict[str, Any]:
+    """Pictures and clips that come with the library, where the pipeline needs some and none were given; it is opened only to find out."""
+    found = required(kind, drawn, call)
+    return missing(source.open(), drawn, call) if undecided(kind, drawn, dict(call) | found) else found
 
 
 def _variants(
@@ -96,14 +106,16 @@ def _variants(
 def _settings(
     variants: Mapping[str, Variant],
     dtype: str,
-    texts: list[str],
+    drawn: list[Condition],
     seeds: list[int],
     call: Mapping[str, Any],
     batch: int,
 ) -> dict[str, Any]:
     """What a run that is resumed must have in common with this one."""
     sides = {name: variants[name].source.identity for name in ("reference", "test")}
-    sampling = {"dtype": dtype, "prompts": texts, "seeds": seeds, "call": described(call), "batch": batch}
+    sampling = {"dtype": dtype, "prompts": texts_of(drawn), "seeds": seeds, "call": described(call), "batch": batch}
+    own = [described(dict(one.inputs)) for one in drawn]
+    sampling |= {"conditions": own if any(own) else None}  # also where there are none: the run before may have had some
     return {"kind": "evaluate", **sides, **sampling}
 
 
@@ -119,7 +131,8 @@ def _origin(
         "kind": "evaluate",
         "reference": {"name": variants["reference"].source.name, "dtype": dtype},
         "test": {"name": variants["test"].source.name, "recipe": (quantization or {}).get("recipe")},
-        "prompts": job.prompts if any(job.prompts) else [],
+        "prompts": texts if any(texts := texts_of(job.prompts)) else [],
+        "conditions": own if any(own := [described(dict(as_condition(one).inputs)) for one in job.prompts]) else [],
         "seeds": job.seeds,
         "call": described(job.call),
         "quantization": quantization,
@@ -146,24 +159,23 @@ def _notes(model: Any) -> dict[str, Any]:
     return folder_notes(locate(model)) if isinstance(model, str | Path) else notes(model)
 
 
-def _texts(prompts: Sequence[str | Prompt] | None, own: Mapping[str, Any], clips: int, kind: type) -> list[Prompt]:
-    """One text per clip: those given, captions for the bundled pipelines, or the bundled prompts; repeated to fill.
+def _drawn(prompts: Prompts | None, own: Mapping[str, Any], clips: int, kind: type, call: Mapping[str, Any]) -> list[Condition]:
+    """One condition per clip: those given, captions for the bundled pipelines, or the bundled prompts; repeated to fill.
 
-    Texts are empty for a class of pipelines that takes none.
+    Texts are empty where clips are made from none.
     """
+    given: Prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
     if not takes_prompt(kind):
-        check_texts(kind, [text if isinstance(text, str) else text.text for text in prompts or ()])
-        return [Prompt(text) for text in no_texts(clips)]
-    if prompts is not None:
-        given: Sequence[str | Prompt] = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not given:
-            raise CalibrationError("no prompts: give at least one text")
-    elif understood(own.get("prompts", ())):
-        given = evaluation_prompts(clips)
-    else:
-        given = bundled_prompts()
-    whole = [text if isinstance(text, Prompt) else Prompt(text) for text in given]
-    again = [replace(text, seed=None) for text in whole]  # a seed of the file serves the first clip of its text only
+        check_texts(kind, texts_of(given))
+    given = fitted(kind, given)
+    if not reads_texts(kind, call, given):
+        given = [one for one in given if as_condition(one).inputs] or no_texts(clips)
+    elif prompts is None:
+        given = evaluation_prompts(clips) if understood(own.get("prompts", ())) else bundled_prompts()
+    if not given:
+        raise CalibrationError("no prompts: give at least one text")
+    whole = [as_condition(one) for one in given]
+    again = [replace(one, seed=None) for one in whole]  # a seed of the file serves the first clip of its text only
     return [(whole if i < len(given) else again)[i % len(given)] for i in range(clips)]
 
 

@@ -21,6 +21,7 @@ from reelquant.evidence.media import FPS, read_video
 from reelquant.evidence.store import Store
 from reelquant.evidence.temporal import BROKEN
 from reelquant.evidence.tripwires import check_frames, check_latents, find_in_frames
+from reelquant.models.condition import Prompts, as_condition
 from reelquant.models.pipelines import locate, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import Saturation
@@ -135,7 +136,7 @@ class SamplingJob:
 
     Attributes:
         store: where they go.
-        prompts: one text per clip; empty where the pipeline takes none.
+        prompts: one text or condition per clip; texts are empty where the pipeline takes none.
         seeds: noise of each clip.
         call: arguments of the pipeline call, conditions among them.
         batch: clips per call; a resumed run cuts the clips in the same places.
@@ -143,7 +144,7 @@ class SamplingJob:
     """
 
     store: Store
-    prompts: Sequence[str]
+    prompts: Prompts
     seeds: Sequence[int]
     call: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 4
@@ -194,7 +195,8 @@ class SamplingJob:
             ).float()
         for row, i in enumerate(chunk):
             clip = frames[row] if frames.ndim == 5 else frames[row][None]
-            self._stop_if_broken(clip, name, i, f"{i} of {words}" + (f" ('{self.prompts[i]}')" if self.prompts[i] else ""))
+            text = as_condition(self.prompts[i]).text
+            self._stop_if_broken(clip, name, i, f"{i} of {words}" + (f" ('{text}')" if text else ""))
             if course and course[0].shape[0] == len(chunk) and course[0][0].numel() * len(course) * 4 * KEPT_LATENTS <= LATENT_BYTES:
                 self.store.put("latents", name, self.names[i], torch.stack([latents[row] for latents in course]))
             self.store.put_clip(name, self.names[i], clip.cpu(), FPS)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -29,8 +29,11 @@ from reelquant.discover.components import denoisers_of, plain
 from reelquant.evidence.machine import machine, versions
 from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import native_float
+from reelquant.models.condition import Condition, as_condition, fitted
+from reelquant.models.defaults import missing
 from reelquant.models.described import described, packed, unpacked
-from reelquant.models.pipelines import calibration_prompts, open_pipeline
+from reelquant.models.media import opened
+from reelquant.models.pipelines import calibration_prompts, open_pipeline, pipeline_class
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import AttentionFacts, KernelFacts, attention_facts, kernels_of, quantized_layers
 
@@ -113,7 +116,7 @@ def benchmark(
     compiled: bool = False,
     runtime: str = "torch",
     memory: bool = True,
-    prompt: str | None = None,
+    prompt: str | Condition | None = None,
     progress: Progress | None = None,
     **call: Any,
 ) -> Benchmark:
@@ -128,7 +131,7 @@ def benchmark(
         compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
         runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.
         memory: also measure peak memory, which opens each pipeline once more.
-        prompt: the text; by default one of the pipeline's own.
+        prompt: the text, or a condition with whatever else the clip is made from; by default one of the pipeline's own texts.
         progress: receives the progress.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -137,8 +140,12 @@ def benchmark(
         CheckpointError: if a pipeline cannot be opened.
     """
     progress, dtype = progress or Silent(), dtype or native_float(torch.device(device).type)
+    if isinstance(prompt, Condition):
+        (whole,) = map(as_condition, fitted(pipeline_class(reference), [prompt]))
+        prompt, call = whole.text or None, call | {name: opened(value) for name, value in whole.inputs.items()}
     task = _Task(test, reference, rounds, dtype, device, compiled, runtime, prompt, call)
     timed = _timed(task, progress)
+    task = replace(task, call=task.call | timed.bundled)
     peaks, failure = _peaks(task, timed.prompt, progress) if memory else ({}, None)
     return _benchmark(task, timed, peaks, failure)
 
@@ -168,6 +175,7 @@ class _Timed:
         kernels, attention: what computed the quantized denoiser.
         prompt: the text of the clips.
         arguments: of the pipeline call.
+        bundled: a picture or clip that comes with the library, where the pipeline needs one and none was given.
     """
 
     seconds: dict[str, list[float]]
@@ -177,6 +185,7 @@ class _Timed:
     attention: AttentionFacts | None
     prompt: str
     arguments: dict[str, Any]
+    bundled: dict[str, Any]
 
 
 def _timed(task: _Task, progress: Progress) -> _Timed:
@@ -193,8 +202,10 @@ def _timed(task: _Task, progress: Progress) -> _Timed:
         for variant, (component, module) in denoisers.items():
             setattr(pipes[variant], component, torch.compile(module, fullgraph=True))
     prompt = task.prompt or calibration_prompts(pipes["reference"], 1)[0]
-    times = _in_turns(pipes, prompt, task.rounds, task.device, progress, task.call)
-    arguments = described(call_arguments(pipes["test"], **task.call))
+    bundled = {name: values[0] for name, values in missing(pipes["reference"], [prompt], task.call).items()}
+    call = task.call | bundled
+    times = _in_turns(pipes, prompt, task.rounds, task.device, progress, call)
+    arguments = described(call_arguments(pipes["test"], **call))
     quantized = plain(denoisers["test"][1])
     return _Timed(
         seconds={variant: [seconds for seconds, _ in times[variant]] for variant in VARIANTS},
@@ -204,6 +215,7 @@ def _timed(task: _Task, progress: Progress) -> _Timed:
         attention=attention_facts(quantized),
         prompt=prompt,
         arguments={key: value for key, value in arguments.items() if isinstance(value, int | float | str)},
+        bundled=bundled,
     )
 
 

@@ -208,7 +208,7 @@ def _row(line: str, kinds: Mapping[str, type]) -> dict[str, Any] | None:
 
 def _continues(key: str, before: Any, now: Any) -> bool:
     """Whether a setting is unchanged; more or fewer clips than before are fine if the first ones are the same."""
-    if key in ("prompts", "seeds") and isinstance(before, list):
+    if key in ("prompts", "seeds", "conditions") and isinstance(before, list) and isinstance(now, list):
         return all(a == b for a, b in zip(before, now, strict=False))
     return before == now
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, CheckpointError, SiteError, UnsupportedError
 from reelquant.checkpoint import Stored, verify
-from reelquant.discover import denoises, discover_or_outline, outline, stand_in
+from reelquant.discover import discover_or_outline, outline, stand_in, takes_timestep
 from reelquant.engine.build import Context, build_group
 from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan, make_plan
@@ -69,7 +69,7 @@ def _tell_skipped(plan: Plan, config: ReelQuantConfig) -> None:
 
 
 def _map(model: nn.Module) -> DenoiserMap:
-    return discover_or_outline(model, stand_in) if denoises(model) else outline(model)
+    return discover_or_outline(model, stand_in) if takes_timestep(model) else outline(model)
 
 
 def start_loaded(model: nn.Module, stored: Stored, *, covered: bool) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import CalibrationError, UnsupportedError
+from reelquant.models.media import opened
 
 # --------------------------------------------------------------------------------------------------------- what conditions look like
 
@@ -29,11 +30,13 @@ class Kind(NamedTuple):
         words: what one of them is, for messages.
         several: whether a value holds one condition per clip.
         listed: whether the pipeline wants a list even of one.
+        axes: of a tensor that is one condition and wants an axis of clips in front; 0 for none.
     """
 
     words: str
     several: Callable[[Any], bool]
     listed: bool = False
+    axes: int = 0
 
 
 def _axes(value: Any) -> int:
@@ -48,9 +51,15 @@ def _holds_clips(value: Any) -> bool:
     return _axes(value) > 4
 
 
-PICTURE = Kind("a PIL image or a tensor [3, height, width]", lambda value: isinstance(value, list | tuple) or _axes(value) > 3)
+def _more_axes_than(axes: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) or _axes(value) > axes
+
+
+PICTURE = Kind("a PIL image or a tensor [3, height, width]", _more_axes_than(3), axes=3)
 FRAMES = Kind("a list of PIL images, one for each frame", _holds_clips)
-CLASS = Kind("the number of a class", lambda value: isinstance(value, list | tuple) or _axes(value) > 0, listed=True)
+CLASS = Kind("the number of a class", _more_axes_than(0), listed=True)
+TOKENS = Kind("a tensor [tokens, width]", _more_axes_than(2), axes=2)
+VECTOR = Kind("a tensor with one axis", _more_axes_than(1), axes=1)
 
 CONDITIONS: dict[str, Kind] = {  # argument of a pipeline call -> what it holds
     "image": PICTURE,
@@ -69,8 +78,27 @@ CONDITIONS: dict[str, Kind] = {  # argument of a pipeline call -> what it holds
     "background_video": FRAMES,
     "mask_video": FRAMES,
     "class_labels": CLASS,
+    "prompt_embeds": TOKENS,
+    "prompt_embeds_2": TOKENS,
+    "negative_prompt_embeds": TOKENS,
+    "negative_prompt_embeds_2": TOKENS,
+    "pooled_prompt_embeds": VECTOR,
+    "negative_pooled_prompt_embeds": VECTOR,
+    "prompt_attention_mask": VECTOR,
+    "negative_prompt_attention_mask": VECTOR,
+    "prompt_embeds_mask": VECTOR,
+    "negative_prompt_embeds_mask": VECTOR,
 }
-LEADING = ("image", "video", "control_video", "conditioning_frames", "class_labels")  # with a default, and yet what a call may fail without
+EMBEDS = "prompt_embeds"  # stands in the place of the prompt
+BATCHED = ("negative_prompt",)  # what a pipeline that takes a list of prompts takes a list of, too
+LEADING = (
+    "image",
+    "control_image",
+    "video",
+    "control_video",
+    "conditioning_frames",
+    "class_labels",
+)  # with a default, and yet what a call may fail without
 
 
 def per_clip(name: str, value: Any) -> list[Any]:
@@ -101,9 +129,48 @@ def takes_prompt(kind: type) -> bool:
     return "prompt" in parameters or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
 
-def at_once(kind: type, call: Mapping[str, Any], batch: int) -> int:
-    """How many clips one call makes, of at most ``batch``."""
-    return 1 if takes_prompt(kind) and any(name in CONDITIONS for name, value in call.items() if value is not None) else batch
+def named_arguments(kind: type) -> list[str]:
+    """The arguments of a call that have a name."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [name for name, parameter in _parameters(kind).items() if parameter.kind in named and name != "self"]
+
+
+def argument_default(kind: type, name: str) -> Any:
+    """The default of an argument of a call; None if it has none, or if the call does not take it."""
+    parameter = _parameters(kind).get(name)
+    return None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
+
+
+def needed_arguments(kind: type) -> list[str]:
+    """The arguments without a default, but for those that whoever samples gives."""
+    own = ("prompt", "generator", "output_type")
+    return [name for name in named_arguments(kind) if name not in own and _parameters(kind)[name].default is inspect.Parameter.empty]
+
+
+def reads_texts(kind: type, call: Mapping[str, Any], prompts: Sequence[Any] = ()) -> bool:
+    """Whether clips are made from texts: the pipeline takes some, and is not given their embeddings instead."""
+    return takes_prompt(kind) and call.get(EMBEDS) is None and not any(EMBEDS in _inputs(one) for one in prompts)
+
+
+def _inputs(prompt: Any) -> Mapping[str, Any]:
+    """What a :class:`~reelquant.models.condition.Condition` gives beside its text; nothing for a text."""
+    return getattr(prompt, "inputs", {})
+
+
+def at_once(kind: type, call: Mapping[str, Any], batch: int, prompts: Sequence[Any] = ()) -> int:
+    """How many clips one call makes, of at most ``batch``.
+
+    Args:
+        kind: a class of pipelines.
+        call: arguments of its call.
+        batch: clips that were asked for.
+        prompts: texts and conditions of the clips, by the names of the call.
+    """
+    own = [set(_inputs(one)) for one in prompts]
+    every = set[str]().union(*own)
+    given = every | {name for name, value in call.items() if name in CONDITIONS and value is not None}
+    together = given <= set(BATCHED if takes_prompt(kind) else CONDITIONS)
+    return batch if together and all(names == every for names in own) else 1
 
 
 def no_texts(count: int) -> list[str]:
@@ -126,27 +193,27 @@ def _instead(kind: type) -> str:
     return f", but {' and '.join(names)}" if names else ""
 
 
-def check_given(kind: type, call: Mapping[str, Any]) -> None:
+def check_given(kind: type, call: Mapping[str, Any], prompts: Sequence[Any] = ()) -> None:
     """Refuse a call without what the pipeline cannot do without.
 
     Args:
         kind: a class of pipelines.
         call: arguments of its call.
+        prompts: texts and conditions of the clips, by the names of the call.
 
     Raises:
         CalibrationError: naming the argument and what to pass.
     """
-    own = ("self", "prompt", "generator", "output_type")  # given by whoever samples
-    for name, parameter in _parameters(kind).items():
-        named = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        if named and parameter.default is inspect.Parameter.empty and name not in own and call.get(name) is None:
+    for name in needed_arguments(kind):
+        if call.get(name) is None and (not prompts or any(_inputs(one).get(name) is None for one in prompts)):
             raise CalibrationError(f"{kind.__name__} needs '{name}' for every clip and got none; pass {_how(name)}")
 
 
 def _how(name: str) -> str:
     if name not in CONDITIONS:
         return f"{name}=... as an argument of the pipeline call"
-    return f"{name}=..., {CONDITIONS[name].words}; one stands for every clip, a list gives one per clip"
+    words = f"{name}=..., {CONDITIONS[name].words}; one stands for every clip, a list gives one per clip"
+    return f"{words}; or a file of conditions (--conditions) with the field {name}"
 
 
 def lacking(kind: type, call: Mapping[str, Any], error: Exception, *, refused: bool) -> CalibrationError | None:
@@ -159,7 +226,7 @@ def lacking(kind: type, call: Mapping[str, Any], error: Exception, *, refused: b
         refused: whether the pipeline itself raised it; then it counts only if it names the condition.
     """
     names = [name for name in LEADING if name in _parameters(kind)]
-    if refused:
+    if refused and "NoneType" not in str(error):  # that is no refusal: the pipeline used what is not there
         names = [name for name in names if re.search(rf"\b{name}\b", str(error))]
     if not names or any(call.get(name) is not None for name in CONDITIONS):
         return None
@@ -169,28 +236,52 @@ def lacking(kind: type, call: Mapping[str, Any], error: Exception, *, refused: b
     )
 
 
+def unspoken(pipe: Any, call: Mapping[str, Any], error: Exception) -> CalibrationError | None:
+    """The error for a call that failed because the pipeline has no text encoder; None if it has one, or none by nature.
+
+    Args:
+        pipe: the pipeline.
+        call: conditions of the call.
+        error: what was raised.
+    """
+    needed = [name for name in (EMBEDS, f"negative_{EMBEDS}") if name in _parameters(type(pipe)) and call.get(name) is None]
+    if not needed or getattr(pipe, "text_encoder", pipe) is not None or "None" not in str(error):
+        return None
+    return CalibrationError(
+        f"{type(pipe).__name__} has no text encoder and failed ({type(error).__name__}: {error}); pass {' and '.join(map(_how, needed))}"
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------ clips of a call
 
 
 class Clips(NamedTuple):
-    """What clips are made from: equally many texts, seeds and conditions of each name."""
+    """What clips are made from: equally many texts, seeds and conditions of each name; None where a clip has none of that name."""
 
     texts: Sequence[str]
     seeds: Sequence[int]
     conditions: Mapping[str, Sequence[Any]]
 
     @classmethod
-    def of(cls, texts: Sequence[str], seeds: Sequence[int], call: Mapping[str, Any], first: int = 0) -> Clips:
-        """Every clip with its conditions.
+    def of(cls, prompts: Sequence[Any], seeds: Sequence[int], call: Mapping[str, Any], first: int = 0) -> Clips:
+        """Every clip with its conditions; its own come before those of the call.
 
         Args:
-            texts, seeds: one per clip.
+            prompts: texts and conditions, by the names of the call, one per clip.
+            seeds: one per clip.
             call: arguments of the pipeline call.
             first: the number of the first clip, which says where lists of conditions begin.
         """
+        own, numbers = [_inputs(one) for one in prompts], range(first, first + len(prompts))
         given = {name: per_clip(name, value) for name, value in call.items() if name in CONDITIONS}
-        numbers = range(first, first + len(texts))
-        return cls(texts, seeds, {name: [values[i % len(values)] for i in numbers] for name, values in given.items()})
+        names = dict.fromkeys([*given, *(name for one in own for name in one)])
+        every = {name: given.get(name, [call.get(name)]) for name in names}
+        texts = [getattr(one, "text", one) for one in prompts]
+        return cls(
+            texts,
+            seeds,
+            {name: [one.get(name, vs[i % len(vs)]) for i, one in zip(numbers, own, strict=True)] for name, vs in every.items()},
+        )
 
     def cut(self, size: int) -> Iterator[Clips]:
         """So many clips at a time."""
@@ -207,12 +298,15 @@ class Clips(NamedTuple):
         """
         noise = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         found: dict[str, Any] = {"generator": noise[0] if alone else noise}
-        if takes_prompt(kind):
+        conditions = {name: [opened(value) for value in values] for name, values in self.conditions.items() if values[0] is not None}
+        if EMBEDS in conditions:
+            found["prompt"] = None
+        elif takes_prompt(kind):
             found["prompt"] = self.texts[0] if alone else list(self.texts)
         elif "batch_size" in _parameters(kind):
             found["batch_size"] = len(self.texts)
-        for name, values in self.conditions.items():
-            found[name] = _as_one(name, values[0]) if alone else _together(values)
+        for name, values in conditions.items():
+            found[name] = _as_one(name, values[0]) if alone else _together(name, values)
         return found
 
 
@@ -232,13 +326,17 @@ def own_noise(clips: Clips) -> Iterator[None]:
 
 
 def _as_one(name: str, value: Any) -> Any:
-    if CONDITIONS[name].listed:
-        return [value]
-    return value[None] if CONDITIONS[name] is PICTURE and isinstance(value, Tensor) and value.ndim == 3 else value
+    kind = CONDITIONS.get(name)
+    return [value] if kind is not None and kind.listed else _with_clips(kind, value)
 
 
-def _together(values: Sequence[Any]) -> Any:
+def _with_clips(kind: Kind | None, value: Any) -> Any:
+    """A tensor that is one condition, with an axis of clips in front."""
+    return value[None] if kind is not None and kind.axes and isinstance(value, Tensor) and value.ndim == kind.axes else value
+
+
+def _together(name: str, values: Sequence[Any]) -> Any:
     """Conditions of several clips: tensors as one tensor, anything else as a list."""
     if not all(isinstance(value, Tensor) for value in values):
         return list(values)
-    return torch.cat([value[None] if value.ndim == 3 else value for value in values])
+    return torch.cat([_with_clips(CONDITIONS.get(name), value) for value in values])

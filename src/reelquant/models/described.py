@@ -6,7 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,17 @@ MARK = "reelquant:"  # of the keys that stand for a picture or tensor
 def described(value: Any) -> Any:
     """The same as JSON: pictures, tensors and arrays as their size and the start of their SHA-256.
 
-    Equal content gives equal words, in every process. What is neither data nor one of these is described by its ``repr``: it may hold
-    an address, and then a run with it is not resumed.
+    Equal content gives equal words, in every process. Objects may describe themselves by a method ``__described__``. What is neither
+    data nor one of these is described by its ``repr``: it may hold an address, and then a run with it is not resumed.
     """
     if isinstance(value, Mapping):
         return {str(key): described(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [described(item) for item in value]
+        return _clip(value) if len(value) > 1 and all(isinstance(item, Image.Image) for item in value) else [described(x) for x in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if hasattr(value, "__described__"):
+        return described(value.__described__())
     if isinstance(value, Image.Image):
         return f"picture {value.width}x{value.height} {value.mode}, sha256 {_sum(value.tobytes())}"
     if isinstance(value, Tensor | np.ndarray):
@@ -37,6 +39,16 @@ def described(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: described(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return repr(value)
+
+
+def _clip(frames: Sequence[Image.Image]) -> str:
+    """Many pictures in one sentence."""
+    sizes = dict.fromkeys(f"{frame.width}x{frame.height} {frame.mode}" for frame in frames)
+    return f"{len(frames)} pictures {', '.join(sizes)}, sha256 {_sum(b''.join(map(_digest, frames)))}"
+
+
+def _digest(frame: Image.Image) -> bytes:
+    return hashlib.sha256(f"{frame.size} {frame.mode}".encode() + frame.tobytes()).digest()
 
 
 def _sum(data: bytes) -> str:

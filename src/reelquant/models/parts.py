@@ -1,4 +1,4 @@
-"""The parts of a pipeline that do not denoise: run a text encoder on prompts, a VAE on a clip."""
+"""The parts of a pipeline that do not denoise: run a text encoder on prompts, an encoder of pictures on pictures, a VAE on a clip."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,27 @@ def embed(pipe: Any, prompts: Sequence[str]) -> list[Tensor]:
     result = pipe.encode_prompt(prompt=list(prompts), **given)
     parts = result if isinstance(result, list | tuple) else [result]
     return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point()]
+
+
+@torch.no_grad()
+def seen(encoder: nn.Module, pictures: Sequence[Any]) -> list[Tensor]:
+    """What an encoder of pictures gives for these PIL images: every float tensor of its output, ``[pictures, ..., width]``.
+
+    Raises:
+        UnsupportedError: if its config names no size of pictures, or it takes none of that size; with its own words.
+    """
+    size = getattr(getattr(encoder, "config", None), "image_size", None)
+    if not isinstance(size, int):
+        raise UnsupportedError(f"the config of {type(encoder).__name__} names no image_size")
+    parameter = next(encoder.parameters())
+    arrays = [torch.from_numpy(np.array(picture.convert("RGB").resize((size, size)))) for picture in pictures]
+    x = (torch.stack(arrays).movedim(-1, 1).float() / 255 - 0.5) / 0.27  # about the mean and spread that encoders are trained with
+    try:
+        result = encoder(pixel_values=x.to(parameter.device, parameter.dtype))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedError(f"{type(encoder).__name__} takes no pictures {tuple(x.shape)}: {error}") from error
+    parts = result.values() if isinstance(result, dict) else result
+    return [part for part in parts if isinstance(part, Tensor) and part.is_floating_point() and part.ndim > 1]
 
 
 def cosines(reference: Sequence[Tensor], test: Sequence[Tensor]) -> Tensor:

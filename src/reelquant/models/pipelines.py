@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 from importlib import resources
@@ -13,6 +14,7 @@ from torch import nn
 
 from reelquant._errors import CheckpointError, ReelQuantError, nearest
 from reelquant.models.blank import CLASS, read_json
+from reelquant.models.compat import bridged
 from reelquant.models.complete import complete
 from reelquant.models.conditions import no_texts, takes_prompt
 from reelquant.models.manifest import check_manifest
@@ -102,7 +104,7 @@ def open_pipeline(
         check_folder(Path(folder), variant, verify=verify)
     try:
         with complete(model):
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant)
+            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant, **dropped(folder))
     except ReelQuantError:
         raise
     except Exception as error:
@@ -110,7 +112,7 @@ def open_pipeline(
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(name, part)
-    return pipe.to(device)
+    return bridged(pipe).to(device)
 
 
 def pipeline_class(model: Any) -> type:
@@ -128,6 +130,14 @@ def pipeline_class(model: Any) -> type:
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     known = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
     return found if known else diffusers.DiffusionPipeline
+
+
+def dropped(folder: str | Path) -> dict[str, None]:
+    """Text encoders and tokenizers that a folder was saved without: diffusers opens it only if it is told so."""
+    file, kind = Path(folder) / INDEX, pipeline_class(folder)
+    index = read_json(file) if file.is_file() else None
+    wanted = [name for name in inspect.signature(kind.__init__).parameters if name.startswith(("text_encoder", "tokenizer"))]
+    return {} if index is None else dict.fromkeys(name for name in wanted if (index.get(name) or [None])[0] is None)
 
 
 def cannot_open(model: str | Path, error: Exception) -> CheckpointError:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, UnsupportedError, nearest
 from reelquant.models.blank import read_json
-from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, check_texts, lacking, own_noise
+from reelquant.models.condition import Prompts, fitted, texts_of
+from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, check_texts, lacking, own_noise, reads_texts, unspoken
 
 FEW = 4  # steps in which both experts of a pipeline are called
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 @torch.no_grad()
 def sample(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Prompts,
     *,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
@@ -100,7 +101,7 @@ def sample(
 
     Args:
         pipe: a diffusers pipeline.
-        prompts: one text per clip; empty texts where the pipeline takes none.
+        prompts: one text per clip, or one :class:`~reelquant.models.condition.Condition`; empty texts where the pipeline takes none.
         seed: seed of the first clip.
         seeds: one per clip instead.
         first: the number of the first clip among all that are made, which says where lists of conditions begin.
@@ -130,16 +131,34 @@ def sample(
     for name, value in arguments.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise CalibrationError(f"{name} is a finite number, got {value}")
-    check_texts(type(pipe), prompts)
-    check_given(type(pipe), arguments)
-    clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch)
-    settings = {name: value for name, value in arguments.items() if name not in CONDITIONS}
+    check_texts(type(pipe), texts_of(prompts))
+    prompts = fitted(type(pipe), prompts)
+    check_given(type(pipe), arguments, prompts)
+    if reads_texts(type(pipe), arguments, prompts) and any(not text for text in texts_of(prompts)):
+        _tell_wordless(type(pipe).__name__)
+    clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch, prompts)
+    settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
     with quiet(pipe):
-        made = torch.cat(list(_made(pipe, clips, size, settings)))
+        made = _together(list(_made(pipe, clips, size, settings)), type(pipe).__name__)
     if output == "frames":
         _tell_sizes(type(pipe).__name__, made, overrides)
     return made
+
+
+def _together(parts: Sequence[Tensor], pipeline: str) -> Tensor:
+    """All clips as one tensor.
+
+    Raises:
+        CalibrationError: if they are not equal in size; conditions can decide on it.
+    """
+    other = next((part for part in parts if part.shape[1:] != parts[0].shape[1:]), None)
+    if other is not None:
+        sizes = " and ".join(str(list(part.shape[1:])) for part in (parts[0], other))
+        raise CalibrationError(
+            f"{pipeline} made clips or latents of {sizes} from the conditions of one run; give conditions of one kind and size together"
+        )
+    return torch.cat(list(parts))
 
 
 def _made(pipe: Any, clips: Clips, size: int, settings: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -167,7 +186,8 @@ def _called(pipe: Any, clips: Clips, settings: Mapping[str, Any], *, alone: bool
         with own_noise(clips):
             return _tensor(pipe(**clips.call(type(pipe), alone=alone), **settings))
     except (ValueError, TypeError, AttributeError, LookupError) as error:
-        better = lacking(type(pipe), clips.conditions, error, refused=_refused_in(pipe, error) is not None)
+        better = unspoken(pipe, clips.conditions, error)
+        better = better or lacking(type(pipe), clips.conditions, error, refused=_refused_in(pipe, error) is not None)
         if isinstance(error, ReelQuantError) or better is None:
             raise
         raise better from error
@@ -197,11 +217,17 @@ def _tell_rounded(pipeline: str, name: str, wanted: int, made: int) -> None:
     logger.warning("%s was asked for %s=%s and made %s: its VAE takes certain sizes only", pipeline, name, wanted, made)
 
 
+@functools.cache
+def _tell_wordless(pipeline: str) -> None:
+    """Once for a class of pipelines."""
+    logger.warning("%s takes a prompt; clips whose condition has none are made from an empty one", pipeline)
+
+
 class _Called(Exception):  # noqa: N818
     """The component was called: no error, but the way out of a pipeline."""
 
 
-def first_call(pipe: Any, module: torch.nn.Module, prompts: Sequence[str], **overrides: Any) -> tuple[tuple, dict[str, Any]] | None:
+def first_call(pipe: Any, module: torch.nn.Module, prompts: Prompts, **overrides: Any) -> tuple[tuple, dict[str, Any]] | None:
     """Positional and keyword arguments of the first call of a component while the pipeline samples; None if it is not called.
 
     Args:

@@ -155,7 +155,7 @@ class _Watch:
 
     def __call__(self, layer: QuantLayer, x: Tensor, moment: Moment) -> None:
         step = int(moment.slot)
-        if self.due(step):
+        if self.due(step) and x.numel():
             self.counts.setdefault(step, Clipped()).add(clipped(layer, x, moment))
 
 

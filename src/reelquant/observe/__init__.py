@@ -2,7 +2,7 @@
 
 from reelquant.observe.call import Call
 from reelquant.observe.channel_range import ChannelRange
-from reelquant.observe.collect import Steps, observe
+from reelquant.observe.collect import Steps, observe, time_of
 from reelquant.observe.features import Features
 from reelquant.observe.geometry import Geometry
 from reelquant.observe.gram import Gram
@@ -36,4 +36,5 @@ __all__ = [
     "inverse_factor",
     "observe",
     "register_statistic",
+    "time_of",
 ]

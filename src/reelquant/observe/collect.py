@@ -17,6 +17,11 @@ from reelquant.observe.call import Call
 from reelquant.observe.input_statistics import InputStatistics
 
 
+def time_of(timestep: Tensor | float | None) -> float:
+    """The timestep of a call as a number; of several, the largest; 0 of a call without."""
+    return 0.0 if timestep is None else float(torch.as_tensor(timestep).float().amax())
+
+
 @dataclass
 class Steps:
     """Where the sampler is.
@@ -37,13 +42,17 @@ class Steps:
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     halves: Counter[int] = field(default_factory=Counter)
 
-    def see(self, timestep: Tensor | float) -> None:
-        """Count a call of the denoiser with this timestep; of several timesteps, with the largest."""
-        value = float(torch.as_tensor(timestep).float().amax())
+    def see(self, timestep: Tensor | float | None) -> None:
+        """Count a call of the denoiser with this timestep; of several timesteps, with the largest.
+
+        Without one, as encoders of pictures are called, every call is a run of its own.
+        """
+        value = time_of(timestep)
         if value not in self.timesteps:
             self.timesteps.append(value)
         index = self.timesteps.index(value)
-        self.part += index < self.current  # back to an earlier step: the sampler started again
+        again = self.calls > 0 if timestep is None else index < self.current
+        self.part += again  # back to an earlier step: the sampler started again
         self.current = index
         self.calls += 1
 
@@ -93,7 +102,9 @@ def observe(
 
     def watch(statistics: InputStatistics) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            statistics.update(args[0] if args else kwargs["input"], Call(steps.current, steps.part, half[0], probing()))
+            x = args[0] if args else kwargs["input"]
+            if x.numel():  # pipelines call layers on no tokens at all where something optional was not given
+                statistics.update(x, Call(steps.current, steps.part, half[0], probing()))
 
         return hook
 

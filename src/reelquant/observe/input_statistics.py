@@ -120,7 +120,9 @@ class InputStatistics:
             CalibrationError: with the layer, and the step.
         """
         if not self.range.seen:
-            raise CalibrationError(f"layer '{self.name}' never ran while sampling, so its input is unknown; skip it")
+            raise CalibrationError(
+                f"layer '{self.name}' never ran while sampling (or only on empty inputs), so its input is unknown; skip it"
+            )
         step = self.bad_from()
         if step < len(timesteps):
             raise CalibrationError(

@@ -21,7 +21,9 @@ from reelquant.engine.build import Context, GroupWork, build_layer
 from reelquant.engine.choice import Choice
 from reelquant.engine.components import plan_components
 from reelquant.engine.plan import Plan
+from reelquant.models.condition import Prompts, fitted, texts_of
 from reelquant.models.conditions import check_given, check_texts
+from reelquant.models.defaults import required
 from reelquant.models.described import described
 from reelquant.models.lora import adapter_file
 from reelquant.models.pipelines import pipeline_class
@@ -63,7 +65,7 @@ class Job:
     Attributes:
         source: the float pipeline.
         plans: what happens to each component, by its name.
-        prompts: calibration texts; None for the pipeline's own.
+        prompts: calibration texts and conditions; None for the pipeline's own.
         call: arguments of the pipeline call during calibration.
         budget: bytes of memory that may be used.
         adapters: file -> scale of what is merged into the float weights first; see :mod:`reelquant.models.lora`.
@@ -71,7 +73,7 @@ class Job:
 
     source: Source
     plans: Mapping[str, Plan]
-    prompts: Sequence[str] | None
+    prompts: Prompts | None
     call: Mapping[str, Any]
     budget: int
     adapters: Mapping[str, float] = field(default_factory=dict)
@@ -81,7 +83,7 @@ class Job:
         cls,
         source: Source,
         recipes: Mapping[str, Recipe],
-        prompts: Sequence[str] | None,
+        prompts: Prompts | None,
         skip: Sequence[str],
         call: Mapping[str, Any],
         budget: int,
@@ -112,8 +114,10 @@ class Job:
                     )
         if self.calibrates:
             kind = pipeline_class(self.source.folder)
-            check_texts(kind, self.prompts or ())
-            check_given(kind, folder_notes(self.source.folder).get("call", {}) | dict(self.call))
+            check_texts(kind, texts_of(self.prompts or ()))
+            call = folder_notes(self.source.folder).get("call", {}) | dict(self.call)
+            prompts = fitted(kind, self.prompts or ())
+            check_given(kind, call | required(kind, prompts, call), prompts)
 
     @property
     def calibrates(self) -> bool:
@@ -148,7 +152,7 @@ class Job:
             "layers": digest(skipped),
             "dtype": str(self.source.dtype),
             "device": self.source.device,
-            "prompts": digest(self.prompts),
+            "prompts": digest(described(self.prompts)),
             "call": digest(described(self.call)),
             "adapters": {source: [scale, *_stamp(adapter_file(source)[1])] for source, scale in self.adapters.items()},
             "source": {name: _stamp(file) for name, file in self.source.files().items()},

@@ -307,7 +307,9 @@ class Known(Mapping[str, InputStatistics]):
             own = InputStatistics(empty.name, empty.geometry, {key: copy.copy(one) for key, one in empty.members.items()})
             self._journal.read(number, own)
             if not own.range.seen:
-                raise CalibrationError(f"layer '{name}' never ran while sampling, so nothing is known of its input; skip it")
+                raise CalibrationError(
+                    f"layer '{name}' never ran while sampling (or only on empty inputs), so nothing is known of its input; skip it"
+                )
             self._last = number, own
         return self._last[1]
 

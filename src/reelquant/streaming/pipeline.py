@@ -15,9 +15,10 @@ from torch import nn
 from reelquant._errors import ReelQuantError, UnsupportedError
 from reelquant.checkpoint import Workspace
 from reelquant.models.blank import CLASS
+from reelquant.models.compat import bridged
 from reelquant.models.complete import complete
 from reelquant.models.lora import LoraFiles
-from reelquant.models.pipelines import cannot_open
+from reelquant.models.pipelines import cannot_open, dropped
 from reelquant.models.weight_files import sole_variant, variants
 from reelquant.streaming.job import Job
 from reelquant.streaming.offload import keep
@@ -69,7 +70,7 @@ def _open(job: Job, work: Workspace) -> Any:
     source = job.source
     # Not DiffusionPipeline: it takes no note of components given to it that are optional for the real class, and loads them itself.
     kind = getattr(diffusers, str(source.index.get(CLASS)), diffusers.DiffusionPipeline)
-    parts = {name: disk.model for name, disk in source.disks.items()}
+    parts = {name: disk.model for name, disk in source.disks.items()} | dropped(source.folder)
     for name in job.offloaded:
         parts[name] = _text_encoder(source, name, source.modules[name][1], work.folder / "work" / "offload")
     pipe = kind.from_pretrained(source.folder, dtype=source.dtype, use_safetensors=True, variant=sole_variant(source.folder), **parts)
@@ -78,7 +79,7 @@ def _open(job: Job, work: Workspace) -> Any:
             part.to(source.device)
     here = property(lambda self: torch.device(source.device))  # else the pipeline reads it off parameters, which are on the meta device
     pipe.__class__ = type(type(pipe).__name__, (type(pipe),), {"device": here, "_execution_device": here})
-    return pipe
+    return bridged(pipe)
 
 
 def _text_encoder(source: Source, name: str, cls: str, offload: Path) -> nn.Module:

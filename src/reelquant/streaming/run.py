@@ -19,6 +19,8 @@ from reelquant.engine.components import default_texts
 from reelquant.engine.report import Report, total
 from reelquant.engine.run import run_all
 from reelquant.engine.session import Session
+from reelquant.models.condition import fitted
+from reelquant.models.defaults import missing, notice
 from reelquant.models.lora import short_names
 from reelquant.models.manifest import write_manifest
 from reelquant.nn import check_finite, check_tensors, stop_clock
@@ -75,10 +77,11 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
         stores.append(DiskStore(job, name, place / name, journal, stores))
     sessions = [Session(pipe, store.component, store.disk.model, store.plan, store, progress) for store in stores]
     recipes = {name: plan.recipe for name, plan in job.plans.items()}
-    texts = job.prompts or (default_texts(pipe, recipes) if job.calibrates else [])
+    texts = job.prompts or (default_texts(pipe, recipes, job.call) if job.calibrates else [])
     with merging(job, pipe):
+        bundled = missing(pipe, fitted(type(pipe), texts), job.call) if job.calibrates else {}
         try:
-            reports = run_all(sessions, {}, texts, dict(job.call))
+            reports = run_all(sessions, {}, texts, dict(job.call) | bundled, [notice(type(pipe), bundled)])
             for session in sessions:
                 with session.timed("write", 1):
                     write_component(session, work)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from reelquant import CalibrationError
-from reelquant.models.prompts import STRESSES, Prompt, bundled_prompts, load_prompts, read_prompts
+from reelquant.models.condition import Condition
+from reelquant.models.prompts import STRESSES, bundled_prompts, load_conditions, read_prompts
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:
@@ -33,24 +34,24 @@ def test_a_text_that_starts_with_a_bracket_is_a_prompt(tmp_path: Path):
 @pytest.mark.parametrize("name", ["p.jsonl", "p.txt", "p"])
 def test_json_lines_are_known_by_ending_or_content(tmp_path: Path, name: str):
     lines = ['{"prompt": "a dog", "seed": 3, "name": "d", "dimension": "motion"}', "", '{"prompt_en": "a cat", "dimension": ["x", "y"]}']
-    assert load_prompts(written(tmp_path, name, "\n".join(lines))) == [
-        Prompt("a dog", 3, "d", ("motion",)),
-        Prompt("a cat", None, None, ("x", "y")),
+    assert load_conditions(written(tmp_path, name, "\n".join(lines))) == [
+        Condition("a dog", 3, "d", ("motion",)),
+        Condition("a cat", None, None, ("x", "y")),
     ]
 
 
 @pytest.mark.parametrize("name", ["p.json", "p.txt"])
 def test_a_json_list_may_hold_texts_and_objects(tmp_path: Path, name: str):
     content = json.dumps([{"prompt_en": "a toilet, frozen in time", "dimension": ["temporal_flickering"], "auxiliary_info": {}}, "a dog"])
-    assert load_prompts(written(tmp_path, name, content)) == [
-        Prompt("a toilet, frozen in time", dimensions=("temporal_flickering",)),
-        Prompt("a dog"),
+    assert load_conditions(written(tmp_path, name, content)) == [
+        Condition("a toilet, frozen in time", dimensions=("temporal_flickering",)),
+        Condition("a dog"),
     ]
 
 
 def test_tab_separated_prompts_keep_their_quotes_and_category(tmp_path: Path):
     file = written(tmp_path, "p.tsv", 'Prompt\tCategory\tChallenge\tNote\na sign saying "yes"\tText\tBasic\t\nbond\tAbstract\tBasic\tx\n')
-    assert load_prompts(file) == [Prompt('a sign saying "yes"', dimensions=("Text",)), Prompt("bond", dimensions=("Abstract",))]
+    assert load_conditions(file) == [Condition('a sign saying "yes"', dimensions=("Text",)), Condition("bond", dimensions=("Abstract",))]
 
 
 BROKEN: dict[str, tuple[str, str | bytes, str]] = {
@@ -82,15 +83,15 @@ BROKEN: dict[str, tuple[str, str | bytes, str]] = {
 def test_a_broken_file_is_refused_with_its_line(tmp_path: Path, case: str):
     name, content, message = BROKEN[case]
     with pytest.raises(CalibrationError, match=message):
-        load_prompts(written(tmp_path, name, content))
+        load_conditions(written(tmp_path, name, content))
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.yaml", "p.yml"])
 def test_commas_stay_in_columns_and_lists(tmp_path: Path, name: str):
     table = 'id,Prompt,seed\n1,"a red circle, moving left",3\n2,"two\nlines",\n'
     listed = '- {prompt: "a red circle, moving left", seed: 3}\n- "two\\nlines"\n'
-    found = load_prompts(written(tmp_path, name, table if name.endswith("csv") else listed))
-    assert found == [Prompt("a red circle, moving left", 3), Prompt("two\nlines")]
+    found = load_conditions(written(tmp_path, name, table if name.endswith("csv") else listed))
+    assert found == [Condition("a red circle, moving left", 3), Condition("two\nlines")]
 
 
 def test_only_line_feeds_end_a_prompt(tmp_path: Path):
@@ -113,13 +114,13 @@ NOT_PROMPTS = {
 def test_what_cannot_be_read_as_prompts_is_refused(tmp_path: Path, case: str):
     name, content, message = NOT_PROMPTS[case]
     with pytest.raises(CalibrationError, match=message):
-        load_prompts(written(tmp_path, name, content))
+        load_conditions(written(tmp_path, name, content))
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path: Path):
     with pytest.raises(CalibrationError, match="does not exist"):
         read_prompts(tmp_path / "no.txt")
-    with pytest.raises(CalibrationError, match="is a folder"):
+    with pytest.raises(CalibrationError, match="holds no picture or clip"):
         read_prompts(tmp_path)
 
 
@@ -140,12 +141,12 @@ def test_an_unknown_stress_is_told_the_nearest():
 @pytest.mark.parametrize(
     ("name", "count", "first"),
     [
-        ("VBench_all_dimension.txt", 946, Prompt("In a still frame, a stop sign")),
-        ("VBench_full_info.json", 946, Prompt("In a still frame, a stop sign", dimensions=("temporal_flickering",))),
-        ("VBench2_full_text.txt", 1013, Prompt("A wooden toy is placed gently on the surface of a small bowl of water.")),
-        ("PartiPrompts.tsv", 1632, Prompt("bond", dimensions=("Abstract",))),
+        ("VBench_all_dimension.txt", 946, Condition("In a still frame, a stop sign")),
+        ("VBench_full_info.json", 946, Condition("In a still frame, a stop sign", dimensions=("temporal_flickering",))),
+        ("VBench2_full_text.txt", 1013, Condition("A wooden toy is placed gently on the surface of a small bowl of water.")),
+        ("PartiPrompts.tsv", 1632, Condition("bond", dimensions=("Abstract",))),
     ],
 )
-def test_published_lists_are_read_whole(material: Path, name: str, count: int, first: Prompt):
-    prompts = load_prompts(material / "prompts" / name)
+def test_published_lists_are_read_whole(material: Path, name: str, count: int, first: Condition):
+    prompts = load_conditions(material / "prompts" / name)
     assert len(prompts) == count and prompts[0] == first

@@ -1,0 +1,20 @@
+"""What pipelines of diffusers ask of models of transformers that newer versions of it no longer have."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+
+def bridged(pipe: Any) -> Any:
+    """The pipeline, with text encoders that answer by their old attributes.
+
+    I2VGen-XL, and Stable Diffusion with ``clip_skip``, read ``text_encoder.text_model.final_layer_norm``; since version 5 of transformers,
+    the norm is an attribute of the encoder itself.
+    """
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and hasattr(part, "final_layer_norm") and not hasattr(part, "text_model"):
+            part.text_model = SimpleNamespace(final_layer_norm=part.final_layer_norm)
+    return pipe
