@@ -1,6 +1,7 @@
-# make demo | make test | make test-all | make lint | make clean: each needs Python 3.11 or later, make and a package index.
+# make demo | make test | make test-all | make attack | make lint | make clean: each needs Python 3.11 or later, make and a package index.
 #
 # `make test` samples the large grids of cases and takes at most ten minutes on two cores; `make test-all` runs every case.
+# `make attack` takes about an hour: 1,000 fuzzed recipes, 500 damaged folders, 50 kills, full disks, damaged work (docs/integrity.md).
 #
 # TORCH is installed first, by its plain name, so that you choose the build: `make demo TORCH=torch` takes the newest one,
 # `make demo TORCH=torch==2.9.1` another release, and an index of your own (pip's configuration) another accelerator.
@@ -14,7 +15,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all attack lint format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +25,10 @@ test test-all: export OMP_NUM_THREADS = 1  # WORKERS processes share the cores
 test-all: export REELQUANT_TEST_ALL = 1  # read by tests/grids.py
 test test-all: lint
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+attack: export OMP_NUM_THREADS = 1
+attack: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.attack.long
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from reelquant.models.sampling import write_notes
-from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
+from tests.attack.sources import float_pipeline
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Not to be changed: the tests of a file share it."""
-    made = tmp_path_factory.mktemp("source") / "wan"
-    wan_pipeline().save_pretrained(made)
-    write_notes(made, CALL, PROMPTS)
-    return made
+    return float_pipeline(tmp_path_factory.mktemp("source") / "wan")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,11 @@ from reelquant import CalibrationError, CheckpointError
 from reelquant.checkpoint import beside, folder, new_folder
 from reelquant.checkpoint.export import write
 from reelquant.cli import app
+from tests.attack import disks
 from tests.attack.damage import within
+from tests.attack.kills import Killer
+from tests.attack.outcomes import observed
+from tests.attack.sources import quantized_pipeline
 from tests.grids import ALL
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +85,21 @@ def test_links_that_lead_out_of_a_source_are_not_followed(copy: Path, tmp_path: 
     (copy / name).symlink_to(secret)
     with pytest.raises(CheckpointError, match="outside of the pipeline's folder"):
         reelquant.quantize_folder(copy, tmp_path / "out", "w8a16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["vae", "tokenizer", "transformer", "text_encoder/more"])
+def test_folders_that_lead_out_of_a_source_are_not_followed(copy: Path, tmp_path: Path, name: str) -> None:
+    if (copy / name).is_dir():
+        (copy / name).rename(tmp_path / "elsewhere")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "config.json").write_text("{}")  # as of another program, with its secrets
+    (copy / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=rf"'{copy / name}' is a link to '.*elsewhere', outside of the pipeline's folder"):
+        reelquant.quantize_folder(copy, tmp_path / "out", "w8a16")
+    with pytest.raises(CheckpointError, match="outside of the pipeline's folder"):
+        reelquant.open_pipeline(copy)
     assert not (tmp_path / "out").exists()
 
 
@@ -183,26 +201,26 @@ def test_a_killed_export_leaves_nothing_for_good(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("seed", range(50 if ALL else 1))
-def test_kills_at_random_moments(source: Path, tmp_path: Path, seed: int) -> None:
+def test_kills_at_random_moments(source: Path, tmp_path: Path) -> None:
     """Whatever is there after a kill is whole, and the next run ends with the right bytes and nothing beside them."""
-    words = [sys.executable, "-m", "reelquant", "quantize", str(source), "-r", "w8a16", "-o", str(tmp_path / "out"), "--force", "--json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while process.poll() is None and not list(tmp_path.iterdir()) and time.monotonic() < until:
-        time.sleep(0.002)
-    time.sleep(seed * 0.004)
-    process.kill()
-    process.wait()
-    if (tmp_path / "out").exists():
-        assert reelquant.verify(tmp_path / "out").files
-    assert subprocess.run(words, env=environment, capture_output=True, check=False).returncode == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
-    assert reelquant.verify(tmp_path / "out").files
+    (tmp_path / "whole").mkdir()
+    killer = Killer.prepared(source, source, tmp_path / "whole", ("quantize",))
+    for seed in range(3):
+        (tmp_path / str(seed)).mkdir()
+        assert observed(f"kill {seed}", lambda seed=seed: killer.killed(seed, tmp_path / str(seed)), source) == []
 
 
 # --------------------------------------------------------------------------------------------------- full disks, names, permissions
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return quantized_pipeline(tmp_path_factory.mktemp("quantized") / "out", ["transformer"])
+
+
+@pytest.mark.parametrize("case", disks.CASES[:: 7 if ALL else 12], ids=" ".join)
+def test_wrong_places(source: Path, quantized: Path, tmp_path: Path, case: tuple[str, str, str]) -> None:
+    assert observed(" ".join(case), lambda: disks.attack(case, source, quantized, tmp_path), source) == []
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")

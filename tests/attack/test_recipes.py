@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import random
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import reelquant
-from reelquant import RecipeError, ReelQuantError, SiteError
-from reelquant.discover import discover
+from reelquant import RecipeError, SiteError
 from reelquant.engine.plan import make_plan
-from reelquant.recipes.recipe import load_recipe, names, parse_value
-from reelquant.recipes.text import read_text
+from reelquant.recipes.recipe import load_recipe, parse_value
+from tests.attack import fuzz
 from tests.attack.damage import within
+from tests.attack.outcomes import observed
 from tests.grids import ALL
 from tests.tiny.configs import TINY
 from tests.tiny.pipelines import FakePipeline
 
-JUNK: list[Any] = [
-    None, True, -1, 0, 1, 10**9, 10**18, 10**400, -(10**18), 0.5, -0.5, 1e308, float("nan"), float("inf"), "", " ", "x" * 5000, "\x00",
-    "\x1b[31m", "[bold]", "<script>", "int8", "int4", "group-64", "group-0", "group-1000000000000000000", "frame-1000000000", "token",
-    "per_step", "role:main", "role:foo", "re:(a+)+b", "re:[", "re:" + "(" * 400,
-    "!" * 3000, "a|", "&", "*" * 500, "maybe:*", "../../etc/passwd",
-    [], [[]], [None], ["int8", "int4"], [1, 2, 3], list(range(2000)), {}, {"name": "mse"}, {"name": "mse", "candidates": 10**9},
-    {"name": "percentile", "percentile": float("nan")}, {"a": {"b": {"c": 1}}}, [0.5] * 11, {1: 2}, "2020-01-01", "on", "yes", "null",
-]  # fmt: skip
 TEXTS = [
     "a: !!int abc", "a: 2020-99-99", "a: !!timestamp x", "a: !!float x", "a: !!binary '*'",
     "a: !!python/object:os.system x", "? [1, 2]\n: 3",
@@ -49,66 +37,13 @@ def bomb(levels: int, wide: int, merge: bool = False) -> str:
 
 
 @pytest.fixture(scope="module")
-def map_and_model() -> tuple[Any, torch.nn.Module]:
-    model = TINY["WanTransformer3DModel"]()
-    return discover(model), model
+def map_and_model() -> fuzz.Target:
+    return fuzz.target()
 
 
-def places(node: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
-    return [here, *(place for key in keys for place in places(node[key], (*here, key)))]
-
-
-def mutated(data: Any, dice: random.Random) -> Any:
-    """One to three values replaced, removed, added or renamed."""
-    data = copy.deepcopy(data)
-    for _ in range(dice.randint(1, 3)):
-        place = dice.choice(places(data)[1:] or [()])
-        if not place:
-            return dice.choice(JUNK)
-        node = data
-        for key in place[:-1]:
-            node = node[key]
-        how = dice.random()
-        if how < 0.6:
-            node[place[-1]] = copy.deepcopy(dice.choice(JUNK))
-        elif how < 0.75:
-            del node[place[-1]]
-        elif isinstance(node, dict):
-            node[dice.choice(["weight", "format", "on", "range", "transform", "solve", "x", 3, "cap", "extends"])] = dice.choice(JUNK)
-        else:
-            node.append(copy.deepcopy(dice.choice(node)))
-    return data
-
-
-def answer(source: Any, map_and_model: tuple[Any, torch.nn.Module]) -> str:
-    """``planned``, or the name of the error; anything but a ReelQuantError passes through."""
-    start = time.process_time()
-    try:
-        make_plan(load_recipe(source), *map_and_model)
-        return "planned"
-    except ReelQuantError as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        assert time.process_time() - start < 2
-
-
-@pytest.mark.parametrize("seed", range(1000 if ALL else 40))
-def test_fuzzed(seed: int, map_and_model: tuple[Any, torch.nn.Module], tmp_path: Path) -> None:
-    dice = random.Random(seed)
-    data = mutated(read_text(dice.choice(names())), dice)
-    if seed % 2 and isinstance(data, dict):
-        assert answer(data, map_and_model)
-        return
-    text = yaml.safe_dump(data, sort_keys=False)
-    if seed % 4 == 0:
-        letters = list(text)
-        for _ in range(dice.randint(1, 4)):
-            letters[dice.randrange(len(letters))] = dice.choice("{}[]&*!|>%@`:,-?#'\"\n\t\x00aé")
-        text = "".join(letters)
-    file = tmp_path / "recipe.yaml"
-    file.write_bytes(text.encode("utf-8", "surrogatepass"))
-    assert answer(file, map_and_model)
+@pytest.mark.parametrize("seed", range(60 if ALL else 40))
+def test_fuzzed(seed: int, map_and_model: fuzz.Target, tmp_path: Path) -> None:
+    assert observed(f"recipe {seed}", lambda: fuzz.planned(fuzz.fuzzed(seed, tmp_path), map_and_model), seconds=2) == []
 
 
 @pytest.mark.parametrize("text", [*TEXTS, bomb(9, 9), bomb(9, 9, merge=True), bomb(30, 2)], ids=lambda text: ascii(text[:12]))
@@ -164,7 +99,7 @@ def test_a_group_wider_than_a_row_costs_no_memory() -> None:
 
 
 @pytest.mark.parametrize("pattern", [r"re:(a+)+b", r"re:(a|ab)*b", r"re:(a?){30}a{30}", r"re:.*.*.*.*.*b", "re:" + "(" * 900, "re:["])
-def test_patterns_that_backtrack_are_refused(pattern: str, map_and_model: tuple[Any, torch.nn.Module]) -> None:
+def test_patterns_that_backtrack_are_refused(pattern: str, map_and_model: fuzz.Target) -> None:
     with within(1), pytest.raises(SiteError, match=r"cannot be used|not a regular expression"):
         make_plan(load_recipe(base(rules=[{"on": pattern, "skip": True}])), *map_and_model)
 

@@ -1,7 +1,7 @@
 """Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece. How codes are
 computed does not belong here."""
 
-from reelquant.checkpoint.folder import INDEX, check_target, new_folder, refuse_source
+from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
 from reelquant.checkpoint.shards import Shards, Spec, write_tensors
 from reelquant.checkpoint.stored import FORMAT_VERSION, METHOD, Slots, Stored, adopt, describe
@@ -18,6 +18,7 @@ __all__ = [
     "Spec",
     "Stored",
     "Workspace",
+    "absolute",
     "adopt",
     "check_target",
     "describe",

@@ -9,6 +9,7 @@ from typing import Any
 from reelquant._errors import CheckpointError
 from reelquant._sums import OWN, json_sum
 from reelquant.checkpoint.export.source import ExportSource, component_folders
+from reelquant.checkpoint.folder import absolute
 from reelquant.checkpoint.stored import METHOD
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.manifest import REPORT, check_manifest, summed, write_manifest
@@ -47,7 +48,7 @@ def verify_folder(folder: str | Path, *, renew: bool = False) -> Verified:
     Raises:
         CheckpointError: naming the first file or layer that is not what was written.
     """
-    root = Path(locate(folder)).expanduser().resolve()
+    root = absolute(locate(folder))
     if not root.is_dir():
         raise CheckpointError(f"'{folder}' is not a folder here; verify reads files on this machine")
     check_folder(root, verify=False)

@@ -14,13 +14,25 @@ from reelquant.checkpoint.beside import ASIDE, beside, exchange, held, tidy
 INDEX = "model_index.json"
 
 
+def absolute(path: str | Path) -> Path:
+    """The absolute path of something, links on the way followed.
+
+    Raises:
+        CheckpointError: for links that lead in a circle, and for names that no disk takes.
+    """
+    try:
+        return Path(path).expanduser().resolve()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' cannot be followed ({error}); remove the link, or choose another place") from None
+
+
 def check_target(target: str | Path, *, force: bool) -> Path:
     """The absolute path of a folder that may be written.
 
     Raises:
         CheckpointError: if it exists and ``force`` is not given, or if it is not a pipeline folder: other folders are never deleted.
     """
-    path = Path(target).expanduser().resolve()
+    path = absolute(target)
     if not os.path.lexists(path):  # false also for names that a disk refuses
         return path
     if not force:
@@ -36,7 +48,7 @@ def refuse_source(target: str | Path, source: str | Path) -> None:
     Raises:
         CheckpointError: if the target is the source, or holds it.
     """
-    path, read = Path(target).expanduser().resolve(), Path(source).expanduser().resolve()
+    path, read = absolute(target), absolute(source)
     if read.is_relative_to(path) and read.is_dir():
         raise CheckpointError(f"'{path}' is, or holds, the pipeline that is read ('{read}') and is not replaced; choose another folder")
 
@@ -53,7 +65,7 @@ def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     """
     from safetensors import SafetensorError
 
-    tidy(Path(target).expanduser().resolve())
+    tidy(absolute(target))
     path = check_target(target, force=force)
     temporary, created = beside(path), [parent for parent in path.parents if not parent.exists()]
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.checkpoint.folder import INDEX, check_target, new_folder, refuse_source
+from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
 from reelquant.models.blank import QUANTIZATION, check_names, read_config
@@ -74,7 +74,7 @@ def save(
         _copy_notes(pipe, temporary)
         write_manifest(temporary)
         _share(temporary)
-    return Path(folder).expanduser().resolve()
+    return absolute(folder)
 
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:

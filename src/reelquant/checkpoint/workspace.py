@@ -15,7 +15,7 @@ from typing import Any
 
 from reelquant._errors import CheckpointError, printable
 from reelquant.checkpoint.beside import tidy
-from reelquant.checkpoint.folder import check_target, take_place
+from reelquant.checkpoint.folder import absolute, check_target, take_place
 from reelquant.models.blank import read_json
 
 LOCK, IDENTITY, RESULT, WRITING = "lock", "work.json", "result", ".writing"
@@ -62,7 +62,7 @@ def workspace(target: str | Path, identity: Mapping[str, Any], *, resume: bool =
     """
     from safetensors import SafetensorError
 
-    tidy(Path(target).expanduser().resolve())
+    tidy(absolute(target))
     path = check_target(target, force=force)
     work = Workspace(path, work_folder(path))
     with _locked(work):
@@ -100,8 +100,11 @@ def _locked(work: Workspace) -> Iterator[None]:
         except OSError:
             other = printable(os.read(handle, 20).decode("ascii", "replace")) or "unknown"
             raise CheckpointError(f"process {other} is writing '{work.target}'; wait for it, or choose another folder") from None
-        os.ftruncate(handle, 0)
-        os.write(handle, str(os.getpid()).encode())
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, str(os.getpid()).encode())
+        except OSError as error:
+            raise CheckpointError(f"cannot write '{work.folder / LOCK}': {error.strerror}; free space or choose another folder") from error
         yield
     finally:
         os.close(handle)

@@ -91,7 +91,9 @@ def demo(
 
 def _target(output: Path) -> Path:
     """Refuse anything but a new or empty folder or one that an earlier demo wrote."""
-    path = output.expanduser().resolve()
+    from reelquant.checkpoint import absolute
+
+    path = absolute(output)
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_demo(path))):
         raise CheckpointError(f"'{path}' exists and was not written by reelquant demo; choose another --output")
     return path

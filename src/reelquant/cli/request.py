@@ -132,11 +132,11 @@ class Request:
 
 def stream(job: Job, output: Path, *, resume: bool, force: bool) -> tuple[Report, Path]:
     """Quantize from disk to disk."""
-    from reelquant.checkpoint import work_folder
+    from reelquant.checkpoint import absolute, work_folder
     from reelquant.cli import console
     from reelquant.cli.signals import left_in
     from reelquant.streaming import quantize_folder
 
-    path = Path(output).expanduser().resolve()
+    path = absolute(output)
     with left_in(work_folder(path)), console.Bars() as bars:
         return quantize_folder(job, path, resume=resume, force=force, progress=bars), path

@@ -216,13 +216,17 @@ def check_folder(folder: Path, variant: str | None = None, *, verify: bool = Tru
 
 
 def _check_link(folder: Path, file: Path) -> None:
-    """Refuse a link that leads elsewhere, unless to weights or into the cache of the hub: what is copied with a folder belongs to it."""
-    if not file.is_symlink() or file.suffix == ".safetensors":
+    """Refuse a link that leads elsewhere, unless to weights or into the cache of the hub: what is copied with a folder belongs to it.
+
+    So is a file in a folder that is such a link.
+    """
+    link = next((path for path in (file, *file.parents) if path.is_symlink() and folder in path.parents), None)
+    if link is None or file.suffix == ".safetensors" or not file.exists():
         return
     target, root = file.resolve(), folder.resolve()
     blobs = root.parent.parent / "blobs"  # models--owner--name/snapshots/REVISION
-    if file.exists() and not (target.is_relative_to(root) or target.is_relative_to(blobs)):
-        raise CheckpointError(f"'{file}' is a link to '{target}', outside of the pipeline's folder; put a copy in its place")
+    if not (target.is_relative_to(root) or target.is_relative_to(blobs)):
+        raise CheckpointError(f"'{link}' is a link to '{link.resolve()}', outside of the pipeline's folder; put a copy in its place")
 
 
 def calibration_prompts(pipe: Any, count: int) -> list[str]:

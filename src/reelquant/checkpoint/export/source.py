@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CheckpointError, UnsupportedError, nearest
+from reelquant.checkpoint.folder import absolute
 from reelquant.checkpoint.stored import METHOD, Stored
 from reelquant.checkpoint.verify import verify_layer
 from reelquant.models.blank import CLASS, QUANTIZATION, blank_model, read_config
@@ -212,7 +213,7 @@ def quantized_components(folder: str | Path) -> dict[str, Path]:
     Raises:
         CheckpointError: if the folder is not a pipeline, or nothing in it is quantized by reelquant.
     """
-    root = Path(locate(folder)).expanduser().resolve()
+    root = absolute(locate(folder))
     if not root.is_dir():
         raise CheckpointError(
             f"'{folder}' is not a folder here; export reads what reelquant.save (reelquant quantize --output) has written"

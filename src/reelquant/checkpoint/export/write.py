@@ -18,6 +18,7 @@ from reelquant._errors import CheckpointError
 from reelquant._progress import Progress
 from reelquant.checkpoint.beside import beside, held, tidy
 from reelquant.checkpoint.export.source import DTYPES
+from reelquant.checkpoint.folder import absolute
 
 Form = TypeVar("Form")
 Shape = tuple[int, ...]
@@ -44,7 +45,7 @@ def check_file(target: str | Path, suffix: str, *, force: bool) -> Path:
     Raises:
         CheckpointError: if it exists and ``force`` is not given, is a folder, or ends otherwise than its readers want.
     """
-    path = Path(target).expanduser().resolve()
+    path = absolute(target)
     if path.suffix != suffix:
         raise CheckpointError(f"'{target}' must end with {suffix}: readers tell formats by the ending")
     if os.path.isdir(path):
