@@ -14,7 +14,6 @@ from torch import nn
 import reelquant
 from reelquant import UnsupportedError
 from reelquant.nn import quantized_layers
-from reelquant.recipes.recipe import load_recipe
 from tests.tiny.bundled import PROMPT, denoiser, opened, quiet
 
 CALL: dict[str, Any] = dict(num_frames=4, height=64, width=64, num_inference_steps=2, output_type="latent")
@@ -102,14 +101,28 @@ def test_layers_that_follow_the_step_do_not_enter_a_model_that_would_not_tell_it
     assert type(alone) is nn.Linear and torch.equal(alone.weight, before), name
 
 
-def test_a_state_dict_of_a_quantized_model_turns_a_float_model_into_it() -> None:
-    unet, x = picture_unet(), torch.randn(1, 8, 8, 8)
-    pipe = StableDiffusionPipeline(
-        unet=picture_unet(), safety_checker=None, feature_extractor=None, requires_safety_checker=False, **parts()
-    )
-    reelquant.quantize(pipe, load_recipe("w4a16"))
-    unet.load_state_dict(pipe.unet.state_dict())
-    assert quantized_layers(unet).keys() == quantized_layers(pipe.unet).keys()
+def given(unet: Any) -> torch.Tensor:
+    torch.manual_seed(2)
     with torch.no_grad():
-        given = dict(timestep=1, encoder_hidden_states=torch.randn(1, 4, 64), return_dict=False)
-        assert torch.allclose(unet(x, **given)[0], pipe.unet(x, **given)[0], atol=1e-5)
+        return unet(torch.randn(1, 8, 8, 8), timestep=1, encoder_hidden_states=torch.randn(1, 4, 64), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("copied", [lambda state: state, dict, lambda state: {key: value.detach() for key, value in state.items()}])
+def test_a_state_dict_of_a_quantized_model_turns_a_float_model_into_it(copied: Any) -> None:
+    """Also a copy of the dict, which lacks the descriptions that the state dict carries."""
+    source = quantized_unet()
+    unet = picture_unet()
+    unet.load_state_dict(copied(source.state_dict()))
+    assert quantized_layers(unet).keys() == quantized_layers(source).keys()
+    assert torch.allclose(given(unet), given(source), atol=1e-5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_codes_that_nothing_describes_are_refused_before_anything_changes(strict: bool) -> None:
+    source, unet = quantized_unet(), picture_unet()
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    with pytest.raises(UnsupportedError, match="in a plain dict, which does not say how to read them"):
+        unet.load_state_dict({name: value.clone() for name, value in source.state_dict().items()}, strict=strict)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+    assert not quantized_layers(unet)
+    source.load_state_dict({name: value.clone() for name, value in source.state_dict().items()})  # quantized already: as ever

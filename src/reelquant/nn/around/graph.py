@@ -44,6 +44,11 @@ def is_alive(handle: int) -> bool:
     return handle in _modules
 
 
+def alive() -> list[Any]:
+    """All objects with a handle."""
+    return list(_modules.values())
+
+
 _tracing: ContextVar[Tensor | None] = ContextVar("reelquant_tracing", default=None)
 
 
