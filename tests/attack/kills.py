@@ -86,8 +86,8 @@ class Killer:
         self._run(kind, folder, kill=lambda _: False)
         if left := sorted(path.name for path in folder.iterdir() if path.name not in ("out", "said.txt")):
             raise SilentError(f"{kind} killed after {moment:.3f} s: {left[0]} is left")
-        if _result(folder / "out") != self.whole[kind]:
-            raise SilentError(f"{kind} killed after {moment:.3f} s: another result")
+        if differs := sorted(_result(folder / "out").items() ^ self.whole[kind].items()):
+            raise SilentError(f"{kind} killed after {moment:.3f} s: another {differs[0][0]}")
         if kind in ("quantize", "calibrate"):
             reelquant.verify(folder / "out")
 

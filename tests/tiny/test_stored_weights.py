@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from diffusers import AutoModel, DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForTextEncoding
+from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CheckpointError, ReelQuantConfig
+from reelquant.cli import app
 from reelquant.nn import quantized_layers
 from tests.tiny.bundled import CALL, PROMPT, RECIPE, denoiser, latents, quiet
 
@@ -110,6 +113,31 @@ def test_several_variants_are_one_sentence_and_one_of_them_can_be_chosen(folder:
     with pytest.raises(CheckpointError, match=r"variants 'ema', 'fp16' only, .*open_pipeline\(folder, variant='ema'\)"):
         reelquant.open_pipeline(folder)
     assert reelquant.open_pipeline(folder, variant="ema").transformer is not None
+
+
+def test_the_command_line_takes_the_name_of_a_variant(folder: Path, tmp_path: Path) -> None:
+    as_variant(folder, "fp16", "ema")
+    words = ["quantize", str(folder), "-r", "w8a16", "-o", str(tmp_path / "out")]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 1 and "--variant ema" in said.stderr
+    assert CliRunner().invoke(app, [*words, "--variant", "fp16"]).exit_code == 0
+    assert CliRunner().invoke(app, ["inspect", str(folder), "--no-run", "--variant", "ema"]).exit_code == 0
+    assert reelquant.verify(tmp_path / "out").layers
+    said = CliRunner().invoke(app, [*words, "--force", "--variant", "fp16", "--resume"])
+    assert said.exit_code == 1 and "--variant needs the model in memory" in said.stderr
+
+
+def test_a_hub_id_with_a_variant_only(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the cache, as it is without a network."""
+    as_variant(folder, "fp16")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    home = tmp_path / "hub" / "models--owner--name"
+    shutil.copytree(folder, home / "snapshots" / "abc")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    with pytest.raises(CheckpointError, match=r"name it: variant='fp16' \(--variant fp16\)"):
+        reelquant.open_pipeline("owner/name")
+    assert reelquant.open_pipeline("owner/name", variant="fp16").transformer is not None
 
 
 @pytest.mark.parametrize(

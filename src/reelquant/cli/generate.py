@@ -22,6 +22,7 @@ from reelquant.cli.options import (
     Prompts,
     Runtime,
     Steps,
+    Variant,
     Width,
     call_options,
     conditions,
@@ -69,6 +70,7 @@ def generate(
     fps: Fps = 8,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     runtime: Runtime = "torch",
     force: Force = False,
     json: Json = False,
@@ -83,7 +85,7 @@ def generate(
     for one in outputs:
         if not force and (taken := _taken(one, frame_paths(one, 1)[0])):
             raise CheckpointError(f"'{taken}' already exists; choose another name or pass --force to replace it")
-    pipe = run_by(opened(model, device, dtype), runtime)
+    pipe = run_by(opened(model, device, dtype, variant), runtime)
     made = [_make(pipe, one, seed + i, call, path, fps) for i, (one, path) in enumerate(zip(wanted, outputs, strict=True))]
     _tell(made, json)
 

@@ -16,6 +16,7 @@ from reelquant.cli.options import (
     Model,
     Prompts,
     Steps,
+    Variant,
     Width,
     call_options,
     conditions,
@@ -83,6 +84,7 @@ def inspect(
     width: Width = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     json: Json = False,
 ) -> None:
     """Roles, groups and sizes of the denoiser's layers, ranges and coverage of their inputs, temporal features.
@@ -98,7 +100,7 @@ def inspect(
     begin to look alike.
     """
     texts = conditions(prompts)
-    pipe = opened(model, device, dtype)
+    pipe = opened(model, device, dtype, variant)
     data, map_ = _structure(pipe)
     if run:
         look = _clipping if data["quantized_layers"] else _activations

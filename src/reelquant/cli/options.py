@@ -27,6 +27,10 @@ Reference = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.")]
+Variant = Annotated[
+    str | None,
+    typer.Option("--variant", help="Which weight files, for example fp16, if a folder or hub id has several kinds.", show_default=False),
+]
 Runtime = Annotated[
     str,
     typer.Option("--runtime", help="What runs quantized denoisers: torch, or openvino (one graph, on processors)."),
@@ -74,7 +78,7 @@ def more_help(text: str) -> Callable[[Verb], Verb]:
     return append
 
 
-def opened(model: str, device: str = "cpu", dtype: str = "float32") -> Any:
+def opened(model: str, device: str = "cpu", dtype: str = "float32", variant: str | None = None) -> Any:
     """Open a pipeline where and how the options say.
 
     Raises:
@@ -90,7 +94,7 @@ def opened(model: str, device: str = "cpu", dtype: str = "float32") -> Any:
 
     check_device(device)
     quiet_loading()
-    return open_pipeline(model, dtype=torch_dtype(dtype), device=device)
+    return open_pipeline(model, dtype=torch_dtype(dtype), device=device, variant=variant)
 
 
 def run_by(pipe: Any, runtime: str) -> Any:

@@ -31,6 +31,7 @@ class Request:
         skip: patterns of layers that stay float.
         lora: adapters to merge first, ``FILE:SCALE``.
         dtype: of the float parts.
+        variant: of the weight files.
         device: where to compute.
         max_memory: budget, for example ``8GB``; None for what is free.
         call: arguments of the pipeline call, by the names of diffusers.
@@ -43,18 +44,19 @@ class Request:
     skip: list[str] = field(default_factory=list)
     lora: list[str] = field(default_factory=list)
     dtype: str = "float32"
+    variant: str | None = None
     device: str = "cpu"
     max_memory: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
 
     def open(self) -> Any:
         """The float pipeline, in memory."""
-        return opened(self.model, self.device, self.dtype)
+        return opened(self.model, self.device, self.dtype, self.variant)
 
     def job(self, *, streaming: bool = False) -> Job | None:
         """The work planned from file headers alone; None if it can only be done in memory.
 
-        Text encoders, VAEs and checkpoints that diffusers converts cannot be planned that way.
+        Text encoders, VAEs, variants and checkpoints that diffusers converts cannot be planned that way.
 
         Args:
             streaming: the user asked for it, so raise the reason instead of returning None.
@@ -67,6 +69,12 @@ class Request:
         from reelquant._errors import CheckpointError, UnsupportedError
         from reelquant.api import folder_job
 
+        if self.variant is not None:
+            if streaming or self.max_memory is not None:
+                raise UnsupportedError(
+                    "--variant needs the model in memory; leave out --max-memory and --resume, or give a folder with that variant only"
+                )
+            return None
         try:
             return folder_job(
                 self.model,

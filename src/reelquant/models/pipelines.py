@@ -76,7 +76,7 @@ def local_folder(model: str | Path) -> Path:
         return Path(DiffusionPipeline.download(folder, use_safetensors=True))
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise CheckpointError(f"cannot download pipeline '{model}': {type(error).__name__}: {reason}") from error
+        raise CheckpointError(f"cannot download pipeline '{model}': {type(error).__name__}: {reason}{_variant_hint(error)}") from error
 
 
 def open_pipeline(
@@ -108,7 +108,7 @@ def open_pipeline(
     except ReelQuantError:
         raise
     except Exception as error:
-        raise cannot_open(model, error) from error
+        raise cannot_open(model, error, maybe_variant=variant is None and not Path(folder).is_dir()) from error
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
             check_finite(name, part)
@@ -140,10 +140,17 @@ def dropped(folder: str | Path) -> dict[str, None]:
     return {} if index is None else dict.fromkeys(name for name in wanted if (index.get(name) or [None])[0] is None)
 
 
-def cannot_open(model: str | Path, error: Exception) -> CheckpointError:
+def cannot_open(model: str | Path, error: Exception, *, maybe_variant: bool = False) -> CheckpointError:
     """The error to raise if a library cannot open a pipeline: the model and the reason, in one line."""
     reason = (str(error).splitlines() or ["no reason given"])[0]
-    return CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {reason}")
+    hint = _variant_hint(error) if maybe_variant else ""
+    return CheckpointError(f"cannot open pipeline '{model}': {type(error).__name__}: {reason}{hint}")
+
+
+def _variant_hint(error: Exception) -> str:
+    """What helps if a hub id has no weights under their plain names: which variants it has is not known here."""
+    lacks = any(words in str(error) for words in ("no file named", "no modeling files", "does not appear to have"))
+    return " If it holds its weights as a variant only, name it: variant='fp16' (--variant fp16)" if lacks else ""
 
 
 def mark_quantized(model: Any, description: dict[str, Any]) -> None:

@@ -99,6 +99,6 @@ def _variant_of(name: str) -> str | None:
 
 def _several(component: Path, names: list[str]) -> str:
     return (
-        f"'{component}' holds its weights in the variants {', '.join(map(repr, names))} only, and one has to be chosen: open it with "
-        f"reelquant.open_pipeline(folder, variant='{names[0]}') and save that, or delete the others"
+        f"'{component}' holds its weights in the variants {', '.join(map(repr, names))} only, and one has to be chosen: "
+        f"reelquant.open_pipeline(folder, variant='{names[0]}') (quantize, generate, inspect --variant {names[0]}), or delete the others"
     )
