@@ -37,7 +37,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "export": ("export", "QUANTIZED", "-f", "torchao", "-o", "OUT", "--force"),
 }
 """Each can be given again after a kill."""
-VARIES = ("report.json", "report.html", "summary.md", "reelquant-checksums.json")  # hold timings, or sums of what does
+VARIES = ("report.json", "report.html", "summary.md", "reelquant-checksums.json", "SHA256SUMS")
+"""Hold timings, or sums of what does; a list of sums has a line more after a kill."""
 
 
 @dataclass(frozen=True)

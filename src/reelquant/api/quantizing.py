@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reelquant._remarks import remarks
 from reelquant._torch_state import stock_torch
 
 if TYPE_CHECKING:
@@ -75,8 +76,9 @@ def quantize(
     if prompts is None:
         prompts = default_texts(pipe, recipes, call)
     refuse_loaded(pipe)
-    with merging(pipe, lora) if lora else nullcontext():
+    with remarks() as told, merging(pipe, lora) if lora else nullcontext():
         report = quantize_components(pipe, recipes, prompts, skip=skip, inputs=inputs, progress=progress, **call)[0]
+    report.warnings += told
     report.adapters = short_names(parse_adapters(lora))
     for name, chosen in recipes.items():
         if hasattr(part := plain(pipe.components[name]), "save_pretrained"):

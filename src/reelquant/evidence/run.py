@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from reelquant._errors import CalibrationError, CheckpointError, MeasurementError, RecipeError
+from reelquant._remarks import remarks
 from reelquant.evidence import evaluation
 from reelquant.evidence.causes import differences
 from reelquant.evidence.clips import Clip, find_clips, unpaired
@@ -69,7 +70,7 @@ def evaluate(
     causes = [*differences(reference, test), *filter(None, [notice(kind, bundled)])]
     variants, proof = _variants(test, reference, floor, dtype, options), _proof(test)
     number = str(dtype).removeprefix("torch.")
-    with _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
+    with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
         times = Times()
         job = SamplingJob(store, drawn, seeds, call, batch, options.progress)
         for name, variant in variants.items():
@@ -79,7 +80,7 @@ def evaluate(
         seen = job.saturation("test")
         origin = _origin(variants, number, job, proof, grain) | {"saturation": seen.facts() if seen.layers else None}
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
-        warnings = [*causes, *([sentence] if (sentence := seen.sentence()) else [])]
+        warnings = [*causes, *told, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
 
 

@@ -8,7 +8,6 @@ float weight of that layer only.
 from __future__ import annotations
 
 import copy
-import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError, nearest
+from reelquant._remarks import remark
 from reelquant.sites import by_component
 
-logger = logging.getLogger(__name__)
 EXPERT = "transformer_2"  # Wan 2.2: the second denoiser, for which diffusers wants to be told that a file is meant
 Adapters = Mapping[str, float] | Mapping[Path, float] | Sequence[str | Path] | str | Path
 """File -> scale, or texts as the command line takes them: ``FILE``, ``FILE:SCALE``, ``transformer_2=FILE:SCALE``."""
@@ -242,13 +241,8 @@ def _load(host: Any, source: str, adapter: str, parts: Mapping[str, nn.Module]) 
         raise CheckpointError(f"adapter '{path}' fits no layer of {type(host).__name__} ({', '.join(parts)}); it is for another model")
     stored = _pairs(host, path)
     if used < stored:
-        logger.warning(
-            "adapter '%s': %d of %d pairs are used, the others fit no layer of %s (%s)",
-            path,
-            used,
-            stored,
-            type(host).__name__,
-            ", ".join(parts),
+        remark(
+            f"adapter '{path}': {used} of {stored} pairs are used, the others fit no layer of {type(host).__name__} ({', '.join(parts)})"
         )
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +16,12 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import CalibrationError, CheckpointError, ReelQuantError, UnsupportedError, nearest
+from reelquant._remarks import remark
 from reelquant.models.blank import read_json
 from reelquant.models.condition import Prompts, fitted, texts_of
 from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, check_texts, lacking, own_noise, reads_texts, unspoken
 
 FEW = 4  # steps in which both experts of a pipeline are called
-logger = logging.getLogger(__name__)
 MOST = {"num_frames": 10_000, "height": 2**14, "width": 2**14, "num_inference_steps": 10_000, "fps": 10_000}  # of a call
 NOTES_FILE = "reelquant.json"  # beside model_index.json: {"call": {recommended arguments}, "prompts": [calibration texts]}
 
@@ -135,11 +134,11 @@ def sample(
     prompts = fitted(type(pipe), prompts)
     check_given(type(pipe), arguments, prompts)
     if reads_texts(type(pipe), arguments, prompts) and any(not text for text in texts_of(prompts)):
-        _tell_wordless(type(pipe).__name__)
+        remark(f"{type(pipe).__name__} takes a prompt; clips whose condition has none are made from an empty one")
     clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch, prompts)
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
-    with quiet(pipe):
+    with quiet(pipe), _listening(pipe) if output == "latent" else nullcontext():
         made = _together(list(_made(pipe, clips, size, settings)), type(pipe).__name__)
     if output == "frames":
         _tell_sizes(type(pipe).__name__, made, overrides)
@@ -205,22 +204,45 @@ def _tell_sizes(pipeline: str, made: Tensor, wanted: Mapping[str, Any]) -> None:
     """Warn of sizes that the pipeline rounded to others."""
     for name, axis in _AXES.items():
         if made.ndim + axis >= 0 and wanted.get(name) not in (None, made.shape[axis]):
-            _tell_rounded(pipeline, name, wanted[name], made.shape[axis])
+            made_, sizes = made.shape[axis], "its VAE takes certain sizes only"
+            remark(f"{pipeline} was asked for {name}={wanted[name]} and made {made_}: {sizes}")
 
 
 _AXES = {"num_frames": -4, "height": -2, "width": -1}  # argument of a call -> axis of the clips that it makes
 
 
-@functools.cache
-def _tell_rounded(pipeline: str, name: str, wanted: int, made: int) -> None:
-    """Once for the same sizes."""
-    logger.warning("%s was asked for %s=%s and made %s: its VAE takes certain sizes only", pipeline, name, wanted, made)
+class _Heard(logging.Handler):
+    """What a pipeline says of the call, as a remark of ours."""
+
+    def __init__(self, pipeline: str) -> None:
+        super().__init__(logging.WARNING)
+        self.pipeline = pipeline
+
+    def emit(self, record: logging.LogRecord) -> None:
+        remark(f"{self.pipeline}: {' '.join(record.getMessage().split()):.300}")
 
 
-@functools.cache
-def _tell_wordless(pipeline: str) -> None:
-    """Once for a class of pipelines."""
-    logger.warning("%s takes a prompt; clips whose condition has none are made from an empty one", pipeline)
+@contextmanager
+def _listening(pipe: Any) -> Iterator[None]:
+    """Pass on what a pipeline logs about the call, such as sizes that it rounds: of latents nobody can tell the size of the clip.
+
+    diffusers' own level is set aside, which the command line raises, and so is its way to the screen: it is said once.
+    """
+    heard = _Heard(type(pipe).__name__)
+    names = {kind.__module__ for kind in type(pipe).__mro__ if kind.__module__.startswith("diffusers.")}
+    loggers = [logging.getLogger(name) for name in sorted(names)]
+    before = [(one, one.level, one.propagate) for one in loggers]
+    for one in loggers:
+        one.addHandler(heard)
+        one.setLevel(logging.WARNING)
+        one.propagate = False
+    try:
+        yield
+    finally:
+        for one, level, propagate in before:
+            one.removeHandler(heard)
+            one.setLevel(level)
+            one.propagate = propagate
 
 
 class _Called(Exception):  # noqa: N818

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reelquant._progress import Progress, Silent
+from reelquant._remarks import remarks
 from reelquant.checkpoint import REPORT_FILE, Shards, Workspace, refuse_source, workspace
 from reelquant.discover import modules_of
 from reelquant.engine.components import default_texts
@@ -78,7 +79,7 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
     sessions = [Session(pipe, store.component, store.disk.model, store.plan, store, progress) for store in stores]
     recipes = {name: plan.recipe for name, plan in job.plans.items()}
     texts = job.prompts or (default_texts(pipe, recipes, job.call) if job.calibrates else [])
-    with merging(job, pipe):
+    with remarks() as told, merging(job, pipe):
         bundled = missing(pipe, fitted(type(pipe), texts), job.call) if job.calibrates else {}
         try:
             reports = run_all(sessions, {}, texts, dict(job.call) | bundled, [notice(type(pipe), bundled)])
@@ -90,5 +91,6 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
                 stop_clock(session.denoiser)
                 session.roll_back()
     report = total(reports)
+    report.warnings += told
     report.adapters = short_names(job.adapters)
     return report
