@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from peft import LoraConfig
 
 import reelquant
+from reelquant.evidence import causes
 from reelquant.evidence.causes import differences
 
 NAME = "tiny-dit"
@@ -30,7 +31,7 @@ def quantized() -> Path:
 
 
 def changed(pipe: Any, part: str, tensor: str) -> None:
-    pipe.components[part].get_parameter(tensor).data.view(-1)[0] += 1
+    pipe.components[part].get_parameter(tensor).data.view(-1)[-1] += 1
 
 
 def adapted(pipe: Any) -> None:
@@ -65,6 +66,20 @@ def test_a_difference_is_named(change: str) -> None:
     before, sentence = CHANGES[change]
     before(pipe)
     assert sentence in differences(pipe, quantized())
+
+
+@pytest.mark.parametrize("slab", [1000, 10**9])
+def test_the_last_number_of_a_stored_tensor_counts(slab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text encoder that was trained further, say."""
+    monkeypatch.setattr(causes, "SLAB", slab)
+    pipe = reelquant.open_pipeline(NAME)
+    pipe.save_pretrained(tmp_path / "same")
+    assert differences(tmp_path / "same", quantized()) == []
+    tensor = list(pipe.text_encoder.state_dict())[-1]
+    changed(pipe, "text_encoder", tensor)
+    pipe.save_pretrained(tmp_path / "other")
+    (sentence,) = differences(tmp_path / "other", quantized())
+    assert sentence.startswith("'text_encoder' of the test has other float weights") and tensor in sentence
 
 
 def test_quantization_alone_is_no_difference() -> None:
