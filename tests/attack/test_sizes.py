@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import reelquant
 from reelquant import CalibrationError, CheckpointError
-from reelquant.evidence.media import read_pictures
+from reelquant.evidence.reading import read_pictures
 from reelquant.models.sampling import sample
 from tests.attack.damage import within
 from tests.tiny.stock import CALL, PROMPTS, wan_pipeline

@@ -58,7 +58,7 @@ def compare(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Measure a folder of clips against another, made by any program: mp4, gif, webm, or PNG frames."""
+    """Measure a folder of clips against another, made by any program: mp4, gif, webm, or numbered pictures."""
     figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames)
     folders = dict(output=output, weights=weights, data=data)
     options = make_options(device=device, resume=resume, force=force, shown=shown, **folders, **figures)

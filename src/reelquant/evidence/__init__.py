@@ -8,6 +8,7 @@ clips.
 """
 
 from reelquant.evidence.fidelity import Interval, bootstrap, psnr
-from reelquant.evidence.media import contact_sheet, read_video, side_by_side, write_video
+from reelquant.evidence.media import contact_sheet, side_by_side, write_video
+from reelquant.evidence.reading import read_video
 
 __all__ = ["Interval", "bootstrap", "contact_sheet", "psnr", "read_video", "side_by_side", "write_video"]

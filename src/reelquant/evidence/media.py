@@ -1,4 +1,4 @@
-"""Clips as files a person can open: MP4, GIF and PNG, contact sheets, and clips side by side.
+"""Clips as files a person can open: MP4, GIF and PNG, contact sheets, and clips side by side. :mod:`reelquant.evidence.reading` reads.
 
 Clips are ``[frames, 3, height, width]`` in [0, 1] everywhere; values outside are clamped.
 """
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant._errors import CheckpointError, nearest
+from reelquant._errors import CheckpointError
+from reelquant._remarks import remark
 
 FPS = 8
-PIXELS = 2**26  # of a picture; 8K has half as many
 GAP = 4  # pixels between pictures
 PAPER, INK, QUIET = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
@@ -92,6 +92,10 @@ def frame_paths(path: Path, frames: int) -> list[Path]:
 
 
 def _write_mp4(frames: Tensor, files: list[Path], fps: float) -> None:
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:  # also by other programs: H.264 players want even sides
+        made = f"{width + width % 2}x{height + height % 2}"
+        remark(f"clips of {width}x{height} pixels are {made} in MP4 files, which have even sides: the last row or column is there twice")
     padded = F.pad(
         frames.permute(0, 3, 1, 2).float(),
         (0, frames.shape[2] % 2, 0, frames.shape[1] % 2),
@@ -146,51 +150,6 @@ WRITERS: dict[str, Callable[[Tensor, list[Path], float], None]] = {
     ".gif": _write_gif,
     ".png": _write_png,
 }
-
-
-def read_video(path: str | Path) -> Tensor:
-    """Every frame of an MP4, GIF or other video file: ``[frames, 3, height, width]`` in [0, 1].
-
-    Raises:
-        CheckpointError: if the file does not exist or cannot be decoded.
-    """
-    import av
-
-    if not Path(path).is_file():
-        siblings = [file.name for file in Path(path).parent.glob("*")] if Path(path).parent.is_dir() else []
-        raise CheckpointError(f"no video at '{path}'; {nearest(Path(path).name, siblings)}")
-    try:
-        with av.open(str(path)) as container:
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
-    except (av.error.FFmpegError, IndexError) as error:
-        raise CheckpointError(f"cannot read '{path}' as a video: {error}") from error
-    if not frames:
-        raise CheckpointError(f"'{path}' holds no frame; it may be cut short: write it again")
-    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255
-
-
-def read_pictures(files: Sequence[Path]) -> Tensor:
-    """Pictures as the frames of one clip, in the order given: ``[frames, 3, height, width]`` in [0, 1].
-
-    Raises:
-        CheckpointError: if one cannot be read or they differ in size.
-    """
-    import numpy as np
-    from PIL import Image
-
-    frames = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                if opened.width * opened.height > PIXELS:
-                    raise ValueError(f"it has {opened.width} x {opened.height} pixels, and a frame has at most {PIXELS}")
-                frames.append(torch.from_numpy(np.array(opened.convert("RGB"))))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as error:
-            raise CheckpointError(f"cannot read '{file}' as a picture: {error}") from error
-        if frames[-1].shape != frames[0].shape:
-            sizes = " and ".join(f"{frame.shape[1]}x{frame.shape[0]}" for frame in (frames[0], frames[-1]))
-            raise CheckpointError(f"'{file}' has another size than '{files[0].name}' ({sizes}); frames of a clip must be equal in size")
-    return torch.stack(frames).permute(0, 3, 1, 2).float() / 255
 
 
 # ------------------------------------------------------------------------------------------------------- pages of clips

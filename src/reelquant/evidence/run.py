@@ -15,7 +15,7 @@ from reelquant._errors import CalibrationError, CheckpointError, MeasurementErro
 from reelquant._remarks import remarks
 from reelquant.evidence import evaluation
 from reelquant.evidence.causes import differences
-from reelquant.evidence.clips import Clip, find_clips, unpaired
+from reelquant.evidence.clips import Clip, find_clips, unequal_rates, unpaired
 from reelquant.evidence.evaluation import Evaluation
 from reelquant.evidence.grain import FLAT, growth
 from reelquant.evidence.judging import Options, Subject, Times, judge
@@ -215,7 +215,8 @@ def compare(
 ) -> Evaluation:
     """Measure a folder of clips against another; see :func:`reelquant.api.compare`."""
     options = options or Options()
-    sets = {"reference": find_clips(reference), "test": find_clips(test)}
+    with remarks() as told:
+        sets = {"reference": find_clips(reference), "test": find_clips(test)}
     alone = unpaired(**sets)
     pairs = [name for name in sets["test"] if name in sets["reference"]]
     of_sets = [METRICS[name].kind == "distribution" for name in options.wanted]
@@ -232,7 +233,7 @@ def compare(
         sets,
         _folders(reference, test, prompts or {}),
         dict(prompts or {}),
-        warnings=[] if whole else _left_out(alone),
+        warnings=[*told, *([] if whole else _left_out(alone)), *unequal_rates(**sets)],
         paired=not alone if whole else bool(pairs),
     )
     with _store(options, settings) as store:

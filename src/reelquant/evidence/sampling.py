@@ -17,7 +17,8 @@ from reelquant._errors import CalibrationError, RecipeError, UnsupportedError, n
 from reelquant._progress import Progress, Silent
 from reelquant.discover import denoiser_of
 from reelquant.evidence.clips import Clip
-from reelquant.evidence.media import FPS, read_video
+from reelquant.evidence.media import FPS
+from reelquant.evidence.reading import read_video
 from reelquant.evidence.store import Store
 from reelquant.evidence.temporal import BROKEN
 from reelquant.evidence.tripwires import check_frames, check_latents, find_in_frames

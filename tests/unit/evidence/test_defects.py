@@ -12,7 +12,8 @@ from torch import Tensor
 
 from reelquant._errors import MeasurementError
 from reelquant.evidence.defects import CALLED, OVER_TIME, PLANT, RULES, diagnose, figures
-from reelquant.evidence.media import read_video, write_video
+from reelquant.evidence.media import write_video
+from reelquant.evidence.reading import read_video
 from reelquant.models.shapes import Scene, random_clip, render
 
 REAL = ("natural_174", "natural_209", "natural_239", "generated_030", "generated_100", "generated_090")

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from reelquant._errors import MeasurementError, UnsupportedError
 from reelquant.evidence.distribution import frechet
-from reelquant.evidence.media import read_video
 from reelquant.evidence.networks import I3D, LPIPS, RAFT, Inception, i3d, inception, published, weights
+from reelquant.evidence.reading import read_video
 
 
 def synthetic(kind: int, frames: int = 9, side: int = 48) -> Tensor:
