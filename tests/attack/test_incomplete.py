@@ -93,9 +93,15 @@ def test_a_streamed_run_needs_all_tensors_of_other_components(folder: Path, comp
 
 
 def test_a_setting_that_the_class_does_not_know_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    change_config(folder / "transformer" / "config.json", future_option=1)
+    change_config(folder / "transformer" / "config.json", future_option=1, _diffusers_version="99.0")
     reelquant.open_pipeline(folder)
     assert "future_option" in caplog.text
+
+
+def test_a_setting_that_the_class_would_not_have_written_is_refused(folder: Path) -> None:
+    change_config(folder / "vae" / "config.json", z_dims=4)
+    with pytest.raises(CheckpointError, match=r"vae/config.json' says that diffusers .* wrote it, and has settings .*z_dims"):
+        reelquant.open_pipeline(folder)
 
 
 def change_config(file: Path, **changes: Any) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import reelquant
 from reelquant import CheckpointError, UnsupportedError
+from reelquant._remarks import remarks
 from reelquant.clock import NAME
 from reelquant.discover import dummy_inputs
 from reelquant.integrations.diffusers import ReelQuantConfig
@@ -373,6 +374,7 @@ def _drop(config: dict[str, Any]) -> None:
         (lambda c: c.pop("format_version"), "lacks 'format_version'"),
         (lambda c: c.pop("checksums"), "lacks 'checksums'"),
         (lambda c: c.update(format_version=2), "format_version 2, this reelquant reads 1"),
+        (lambda c: c.update(novel=1), "settings novel, .* written by this version: it is damaged"),
         (lambda c: c.update(ignore="proj_out"), "ignore must be a list"),
         (lambda c: c["checksums"].pop(TO_Q), f"no checksum for layer '{TO_Q}'"),
         (lambda c: c["config_groups"]["group_0"].pop("weights"), "group_0 is damaged: KeyError"),
@@ -393,8 +395,10 @@ def test_damaged_configs_are_found(wan_folder: Path, tmp_path: Path, edit: Edit,
 
 
 def test_what_a_newer_version_adds_to_the_config_is_kept(wan_folder: Path, tmp_path: Path) -> None:
-    folder = damage(wan_folder, tmp_path / "newer", config=lambda c: c.update(novel={"a": 1}))
-    loaded = WanTransformer3DModel.from_pretrained(folder)
+    folder = damage(wan_folder, tmp_path / "newer", config=lambda c: c.update(novel={"a": 1}, tool_version="99.0"))
+    with remarks() as told:
+        loaded = WanTransformer3DModel.from_pretrained(folder)
+    assert "has the settings novel, which" in told[0] and "reelquant 99.0" in told[0]
     assert loaded.hf_quantizer.quantization_config.to_dict()["novel"] == {"a": 1}
 
 

@@ -179,6 +179,24 @@ def test_a_clip_of_one_colour_stops_the_run_when_the_reference_shows_something()
         reelquant.evaluate(pipe, "tiny-dit", clips=1, metrics="quick", floor=["none"], batch=1, **CALL)
 
 
+@pytest.mark.parametrize("how", ["gone", "damaged", "file"])
+def test_counts_of_what_is_clipped_that_are_lost_are_made_again(tmp_path: Path, how: str) -> None:
+    pipe = reelquant.open_pipeline("tiny-dit")
+    reelquant.quantize(
+        pipe, "minmax-w8a8", ["a red circle"], num_inference_steps=1, overrides={"calibrate.steps": 1, "calibrate.prompts": 1}
+    )
+    folder = reelquant.save(pipe, tmp_path / "q")
+    options: dict[str, Any] = dict(clips=2, metrics="psnr", floor=["none"], batch=1, output=tmp_path / "o", **CALL)
+    before = reelquant.evaluate(folder, "tiny-dit", **options).data["saturation"]
+    rows = tmp_path / "o" / "saturation" / "test.jsonl"
+    first, second = rows.read_text().splitlines(keepends=True)
+    if how == "file":
+        rows.unlink()
+    else:
+        rows.write_text(first + (second.replace("1", "2") if how == "damaged" else ""))
+    assert before["layers"] and reelquant.evaluate(folder, "tiny-dit", resume=True, **options).data["saturation"] == before
+
+
 @pytest.mark.full
 def test_grain_is_measured_against_steps(quantized: Path) -> None:
     made = reelquant.evaluate(quantized, "tiny-dit", clips=1, metrics="psnr", floor=["none"], grain_steps=(1, 2), num_frames=5)

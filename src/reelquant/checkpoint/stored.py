@@ -9,6 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
+from reelquant._remarks import remark
 from reelquant._version import __version__
 from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
@@ -22,6 +23,8 @@ FORMAT_VERSION = 1
 OPTIONAL: dict[str, type] = {"recipe": dict, "recipe_digest": str, "tool_version": str, "slots": dict, "sums": dict, "reuse": dict}
 TEXTS = ("ignore", "checksums", "sums")  # hold texts and nothing else
 REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
+WISHES = ("modules_to_not_convert", "modules_dtype_dict", "group_size")  # of a model that was quantized while loading
+KNOWN = {"quant_method", "attention", *WISHES, *OPTIONAL, *REQUIRED}
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,12 @@ def _check_keys(data: Mapping[str, Any]) -> None:
     for key, kind in OPTIONAL.items():
         if data.get(key) is not None:
             _check_kind(key, data[key], kind)
+    if unknown := sorted(str(key) for key in data.keys() - KNOWN):
+        written = data.get("tool_version")
+        what = f"quantization_config has the settings {', '.join(unknown)[:200]}, which reelquant {__version__} does not know"
+        if written == __version__:
+            raise CheckpointError(f"{what}, and which says that it was written by this version: it is damaged; download or save it again")
+        remark(f"{what}; they are kept, and change nothing (written by reelquant {written!s:.40})")
 
 
 def _check_kind(key: str, value: Any, kind: type) -> None:

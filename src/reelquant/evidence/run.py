@@ -100,7 +100,7 @@ def _variants(
     """Both pipelines, and the float runs that show the noise floor."""
     float_, quantized = (ClipSource(model, dtype, options.device) for model in (reference, test))
     asked = _default_floor(options, dtype) if floor is None else [name for name in floor if name != "none"]
-    both = {"reference": Variant(float_, words="float"), "test": Variant(quantized, words="quantized")}
+    both = {"reference": Variant(float_, words="float"), "test": Variant(quantized, words="quantized", counted=True)}
     return both | floors(asked, float_)
 
 

@@ -95,11 +95,13 @@ class Variant:
         source: the pipeline.
         shift: added to every seed.
         words: for progress bars.
+        counted: whether what its layers clip is asked for: a call without its row is made again.
     """
 
     source: ClipSource
     shift: int = 0
     words: str = ""
+    counted: bool = False
 
 
 FLOORS: dict[str, Callable[[ClipSource], Variant]] = {
@@ -163,7 +165,12 @@ class SamplingJob:
     def make(self, name: str, variant: Variant) -> None:
         """Make what is missing of a variant's clips."""
         chunks = [range(start, min(start + self.batch, len(self.prompts))) for start in range(0, len(self.prompts), self.batch)]
-        left = [chunk for chunk in chunks if not all(self.store.has_clip(name, self.names[i]) for i in chunk)]
+        counted = self.store.counts(name)
+        left = [
+            chunk
+            for chunk in chunks
+            if not all(self.store.has_clip(name, self.names[i]) for i in chunk) or (variant.counted and chunk[0] not in counted)
+        ]
         if not left:
             return
         pipe = variant.source.open()
@@ -183,7 +190,7 @@ class SamplingJob:
             if chunk[0] < KEPT_LATENTS:
                 course.append(latents.detach().float().cpu())
 
-        with self._counting(pipe, name, chunk):
+        with self._counting(pipe, name, variant, chunk):
             frames = sample(
                 pipe,
                 [self.prompts[i] for i in chunk],
@@ -203,12 +210,12 @@ class SamplingJob:
             self.store.put_clip(name, self.names[i], clip.cpu(), FPS)
 
     @contextmanager
-    def _counting(self, pipe: Any, name: str, chunk: range) -> Iterator[None]:
+    def _counting(self, pipe: Any, name: str, variant: Variant, chunk: range) -> Iterator[None]:
         """Count what a quantized denoiser clips in some of the steps: others for every chunk."""
         seen, turn = Saturation(), chunk[0] // self.batch % COUNTED
         with seen.counting(denoiser_of(pipe)[1], lambda step: step % COUNTED == turn):
             yield
-        if seen.layers:
+        if seen.layers or variant.counted:
             self.store.add_counts(name, {"first": chunk[0], "layers": seen.counts()})
 
     def saturation(self, name: str) -> Saturation:

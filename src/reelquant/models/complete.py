@@ -11,8 +11,11 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from reelquant._errors import CheckpointError, ReelQuantError
+from reelquant._remarks import remark
+from reelquant.models.blank import CLASS, CONFIG, read_json
 
 SETTINGS = "diffusers.configuration_utils"
 LOGGERS = (SETTINGS, "diffusers.models.modeling_utils", "transformers.modeling_utils")
@@ -23,7 +26,7 @@ PROBLEMS = {  # words of their messages -> what is wrong
 IGNORED = re.compile(r"not expected and will be ignored")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _NAME = re.compile(r"(?:[A-Za-z_]\w*\.)+(?:\w+|\{[^}]*\})(?:\.\w+)*")
-logger = logging.getLogger(__name__)
+_TO = re.compile(r"were passed to (\w+)")
 
 
 class _Listener(logging.Filter):
@@ -49,7 +52,7 @@ class _Listener(logging.Filter):
 def complete(model: object) -> Iterator[None]:
     """Inside, a checkpoint that lacks tensors of its model, or has some too many, is refused when the block ends.
 
-    Settings that a class does not know are told as warnings.
+    Settings that a class does not know are remarked, or an error where the class has written them itself.
 
     Args:
         model: what error messages call it.
@@ -80,10 +83,31 @@ def complete(model: object) -> Iterator[None]:
 def _raise_heard(model: object, listeners: list[tuple[logging.Logger, int, _Listener]]) -> None:
     for *_, listener in listeners:
         for text in listener.heard:
-            if IGNORED.search(text):  # another version wrote it: the tensors decide
-                logger.warning("%s: %.300s", model, " ".join(text.split()))
+            if IGNORED.search(text):
+                _unknown_settings(model, text)
                 continue
             raise CheckpointError(f"cannot open pipeline '{model}': {_sentence(text)}") from None
+
+
+def _unknown_settings(model: object, text: str) -> None:
+    """Settings come and go with versions of diffusers, and then the tensors decide. This version knows what it writes, but for schedulers,
+    which keep settings of others.
+
+    Raises:
+        CheckpointError: for a model whose config says that this version wrote it.
+    """
+    import diffusers
+
+    kind = found[1] if (found := _TO.search(text)) else ""
+    configs = Path(str(model)).glob(f"*/{CONFIG}") if isinstance(model, str | Path) else ()
+    for config in configs:
+        told = read_json(config)
+        if told.get(CLASS) == kind and told.get("_diffusers_version") == diffusers.__version__:
+            raise CheckpointError(
+                f"'{config}' says that diffusers {diffusers.__version__} wrote it, and has settings that its {kind} does not know: "
+                f"{' '.join(text.split()):.200}; download or save it again, or remove them"
+            )
+    remark(f"{model}: {' '.join(text.split()):.300}")
 
 
 def _sentence(text: str) -> str:
