@@ -79,7 +79,27 @@ def differences(reference: Any, test: Any) -> list[str]:
         found += _between(name, before[name], after[name])
     for names, has, lacks in ((before.keys() - after.keys(), "reference", "test"), (after.keys() - before.keys(), "test", "reference")):
         found += [f"the {has} has the component '{name}' and the {lacks} does not: {TOO}" for name in names]
-    return sorted(found) + _adapters(reference, "reference") + _adapters(test, "test")
+    return sorted(found) + _vocabularies(reference, test) + _adapters(reference, "reference") + _adapters(test, "test")
+
+
+def _vocabularies(reference: Any, test: Any) -> list[str]:
+    before, after = _words_of(reference), _words_of(test)
+    other = [name for name in sorted(before.keys() & after.keys()) if before[name] != after[name]]
+    return [f"'{name}' of the test has another vocabulary than that of the reference: {TOO}" for name in other]
+
+
+def _words_of(model: Any) -> dict[str, Any]:
+    """The vocabularies of tokenizers that keep them as the library of that name does, by component."""
+    found = {}
+    if isinstance(model, str | Path):
+        for folder in component_folders(Path(locate(model))):
+            if (file := folder / "tokenizer.json").is_file():
+                found[folder.name] = read_json(file).get("model")
+    else:
+        for name, part in model.components.items():
+            if (backend := getattr(part, "backend_tokenizer", None)) is not None:
+                found[name] = json.loads(backend.to_str()).get("model")
+    return {name: content.get("vocab") for name, content in found.items() if isinstance(content, Mapping)}
 
 
 def parts(model: Any) -> dict[str, Part] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from peft import LoraConfig
+from tokenizers import Tokenizer
 
 import reelquant
 from reelquant.evidence import causes
@@ -58,6 +60,20 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "adapter": (adapted, "adapter 'style' is loaded into the reference: figures show that, too, unless the other one has it"),
 }
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_another_vocabulary_is_named(stored: bool, tmp_path: Path) -> None:
+    pipe = reelquant.open_pipeline(NAME)
+    backend = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
+    words = backend["model"]["vocab"]
+    one, other = list(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+    pipe.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    if stored:
+        pipe.save_pretrained(tmp_path / "other")
+    found = differences(tmp_path / "other" if stored else pipe, quantized())
+    assert found == ["'tokenizer' of the test has another vocabulary than that of the reference: figures show that, too"]
 
 
 @pytest.mark.parametrize("change", CHANGES)
