@@ -138,11 +138,26 @@ def sample(
     clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch, prompts)
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
-    with quiet(pipe), _listening(pipe) if output == "latent" else nullcontext():
+    with quiet(pipe), _failing(pipe, arguments), _listening(pipe) if output == "latent" else nullcontext():
         made = _together(list(_made(pipe, clips, size, settings)), type(pipe).__name__)
     if output == "frames":
         _tell_sizes(type(pipe).__name__, made, overrides)
     return made
+
+
+@contextmanager
+def _failing(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, what torch says when a pipeline is called with sizes that do not fit it names the call."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # ours, out of memory, not implemented, dynamo's
+            raise
+        given = ", ".join(f"{name}={value}" for name, value in arguments.items() if isinstance(value, int | float)) or "its own defaults"
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise CalibrationError(
+            f"{type(pipe).__name__} fails when it is called with {given}: {reason:.300}; other sizes or frames may fit it"
+        ) from error
 
 
 def _together(parts: Sequence[Tensor], pipeline: str) -> Tensor:

@@ -77,6 +77,16 @@ def test_sizes_that_the_pipeline_rounds_are_told_once(caplog: pytest.LogCaptureF
     assert record.getMessage() == "Rounding was asked for num_frames=14 and made 13: its VAE takes certain sizes only"
 
 
+@pytest.mark.parametrize(("call", "words"), [({"num_frames": 3}, "num_frames=3"), ({}, "its own defaults")])
+def test_a_pipeline_that_fails_names_the_call(call: dict[str, int], words: str) -> None:
+    class Failing(Pipe):
+        def __call__(self, prompt: list[str], generator: Any, output_type: str, num_frames: int = 9) -> Any:
+            return torch.zeros(num_frames).view(7, -1)
+
+    with pytest.raises(CalibrationError, match=rf"^Failing fails when it is called with {words}: shape .* is invalid"):
+        sample(Failing(), ["a"], **call)
+
+
 def test_the_progress_bar_comes_back_after_a_failure() -> None:
     pipe = Pipe()
     with pytest.raises(TypeError):
