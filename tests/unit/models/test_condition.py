@@ -277,10 +277,11 @@ def test_bundled_pictures_and_clips_are_small_and_unlike_each_other() -> None:
 
 
 def test_conditions_without_a_text_are_told_where_the_pipeline_takes_one(caplog: pytest.LogCaptureFixture) -> None:
-    from reelquant.models.sampling import _tell_wordless, sample
+    from reelquant import _remarks
+    from reelquant.models.sampling import sample
     from tests.tiny.conditioned import CASES, made
 
-    _tell_wordless.cache_clear()  # it is told once in a process
-    with caplog.at_level(logging.WARNING, "reelquant.models.sampling"):
+    _remarks._logged.clear()  # it is told once in a process
+    with caplog.at_level(logging.WARNING, "reelquant"):
         sample(made("ltx_i2v"), [Condition(inputs={"image": picture()})], **CASES["ltx_i2v"].settings)
     assert "LTXImageToVideoPipeline takes a prompt; clips whose condition has none are made from an empty one" in caplog.text
