@@ -21,7 +21,7 @@ from torch import nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.discover.arguments import argument_of, bind, kinds
-from reelquant.discover.blocks import find_blocks
+from reelquant.discover.blocks import called_apart, find_blocks
 from reelquant.discover.components import (
     TIMED,
     component_of,
@@ -83,15 +83,17 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
         main = {name for name, its in depends.items() if "latent" in its}
         traced = trace(denoiser, inputs, main)
     layers = _layers(denoiser, depends, traced)
+    blocks = find_blocks(denoiser, layers)
     return DenoiserMap(
         cls=type(denoiser).__name__,
         layers=layers,
         groups=find_groups(denoiser, layers, traced),
-        blocks=find_blocks(denoiser, layers),
+        blocks=blocks,
         timestep_argument=argument_of(found, "timestep"),
         latent_argument=argument_of(found, "latent"),
         prompt_argument=argument_of(found, "prompt"),
         notes=_notes(layers),
+        apart=called_apart(blocks, traced.callers),
     )
 
 
