@@ -162,7 +162,7 @@ def mapping(pipe: Any, prompts: Prompts = (), inputs: Inputs | None = None, call
     """How the components of a pipeline in memory are mapped.
 
     A denoiser runs on tiny made-up inputs. One that takes none of them is outlined if its recipe needs no data; else it runs on the
-    arguments of the first call that its pipeline makes.
+    arguments of the first call that its pipeline makes. Those of a :class:`reelquant.models.denoiser.Denoiser` always do.
 
     Args:
         pipe: the pipeline.
@@ -176,6 +176,8 @@ def mapping(pipe: Any, prompts: Prompts = (), inputs: Inputs | None = None, call
             return outline(part)
         if inputs is not None:
             return discover(part, dict(inputs.get(name, inputs)))
+        if hasattr(pipe, "learn"):
+            return discover(plain(part), pipe.learn(prompts, call or {}))
         if recipe.data_free:
             return discover_or_outline(plain(part))
         try:
