@@ -35,11 +35,14 @@ from reelquant.api import (
     verify,
 )
 from reelquant.integrations.config import ReelQuantConfig
+from reelquant.integrations.own_module import load_denoiser
 from reelquant.integrations.register import install as _install
+from reelquant.models.denoiser import Denoiser
 
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "Denoiser",
     "MeasurementError",
     "RecipeError",
     "ReelQuantConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "load_denoiser",
     "open_pipeline",
     "plan",
     "quantize",

@@ -99,6 +99,7 @@ class DenoiserMap:
         layers: every linear and convolution by name, in execution order.
         groups: a partition of the layers that ran.
         blocks: module paths in execution order (reconstruction, caching, streaming work block by block).
+        apart: modules inside of blocks that are called from outside of them (DiT asks the first block's norm for the embedding of all).
         timestep_argument, latent_argument, prompt_argument: names of the denoiser's forward arguments, or None.
     """
 
@@ -110,6 +111,7 @@ class DenoiserMap:
     latent_argument: str | None = "hidden_states"
     prompt_argument: str | None = "encoder_hidden_states"
     notes: tuple[str, ...] = field(default=())
+    apart: tuple[str, ...] = ()
 
     def group_of(self, layer: str) -> Group:
         """The group a layer belongs to."""

@@ -28,6 +28,12 @@ from tests.tiny.stock import CALL, PROMPTS, realigned, wan_pipeline
 SMALL = {"calibrate.prompts": 2, "search.prompts": 1, "search.steps": 3}
 STEPS = CALL | {"num_inference_steps": 4}
 TEXTS = [*PROMPTS, "a red box", "a ball"]
+CHOICE: dict[str, Any] = {
+    "name": "choice",
+    "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": {"format": "uint8"}},
+    "calibrate": {"prompts": 1},
+    "steps": [{"transform": "range_integrate", "power": [0.5, 1.0], "on": "role:main"}],
+}
 PARTS = ("transformer", "transformer_2", "text_encoder", "vae")
 
 
@@ -179,7 +185,19 @@ def test_patterns_of_the_user_count_in_the_component_that_has_them() -> None:
     [
         ({"transformer": "w8a16", "unet": "w8a16"}, None, RecipeError, "'unet' is not a component of WanPipeline"),
         ({"transformer": "w8a16"}, ["transformer_2"], RecipeError, "component 'transformer_2' has no recipe"),
-        ({"vae": "qvd-w8a8"}, None, RecipeError, "component 'vae' \\(vae\\) has none; give it one that needs no data"),
+        ({"text_encoder": "qvd-w8a8"}, None, RecipeError, "component 'text_encoder' .* has none; give it one that needs no data"),
+        (
+            {"vae": "brecq-w4a8"},
+            None,
+            RecipeError,
+            "'brecq-w4a8' does not suit component 'vae' .*'adaround' of it works on calls of a denoiser",
+        ),
+        (
+            {"vae": CHOICE},
+            None,
+            RecipeError,
+            "'choice' does not suit component 'vae' .*'range_integrate' of it is chosen by sampling latents",
+        ),
         ("w8a16", ["tokenizer"], UnsupportedError, "no component 'tokenizer'"),
         ("w8a16", ["ve"], UnsupportedError, "did you mean 'vae'"),
     ],
@@ -272,15 +290,19 @@ def test_embeddings_are_compared_without_padding() -> None:
     assert decibels(torch.zeros(4), torch.full((4,), 0.2)) == pytest.approx(20.0) and decibels(torch.ones(3), torch.ones(3)) == 200
 
 
-def test_convolutions_that_change_their_input_stay_float_where_it_would_be_calibrated() -> None:
+def test_of_convolutions_that_change_their_input_calibration_sees_what_they_multiply() -> None:
     pipe = wan_pipeline()
     stem = pipe.transformer.patch_embedding
 
     class Causal(type(stem)):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(nn.functional.pad(x, (0, 0, 0, 0, 0, 0)))
+            return super().forward(10 * x)
 
+    with torch.no_grad():
+        stem.weight /= 10
     stem.__class__ = Causal
-    keys = {"rules": []}
-    kept = {name: reelquant.plan(pipe, name, overrides=keys).layers["patch_embedding"].skipped for name in ("minmax-w8a8", "w8a16")}
-    assert "calibration does not see" in str(kept["minmax-w8a8"]) and kept["w8a16"] != kept["minmax-w8a8"]
+    overrides = SMALL | {"rules": []}
+    report = reelquant.quantize(pipe, "minmax-w8a8", TEXTS, overrides=overrides, skip=["!patch_embedding"], **STEPS)
+    assert [record.name for record in report.layers] == ["patch_embedding"] and isinstance(pipe.transformer.patch_embedding, Causal)
+    assert report.latent_psnr is not None and report.latent_psnr > 50
+    assert "_conv_forward" not in vars(pipe.transformer.patch_embedding)

@@ -76,8 +76,8 @@ def test_encoders_get_what_needs_no_data_unless_they_are_named() -> None:
 
 
 def test_what_is_not_seen_while_sampling_is_refused_in_a_sentence() -> None:
-    with pytest.raises(RecipeError, match=r"component 'vae' \(vae\) has none; give it one that needs no data: w8a16 or w4a16$"):
-        reelquant.quantize(made("svd"), {"vae": "minmax-w8a8"}, **call_of("svd"))
+    with pytest.raises(RecipeError, match=r"component 'text_encoder' .* has none; give it one that needs no data: w8a16 or w4a16$"):
+        reelquant.quantize(made("wan_i2v"), {"text_encoder": "minmax-w8a8"}, **call_of("wan_i2v"))
     with pytest.raises(UnsupportedError, match=r"component 'adapter' \(Linear\) is neither a denoiser, a ControlNet, an encoder"):
         kind_of_component("adapter", nn.Linear(2, 2))
 

@@ -41,6 +41,7 @@ from reelquant.streaming.estimate import parse_bytes
 from reelquant.streaming.journal import Journal
 from reelquant.streaming.offload import OnDisk, hollow
 from tests import processes
+from tests.tiny.conditioned import made
 from tests.tiny.configs import TINY
 from tests.tiny.stock import MIXED, contents, frames, quantized_in_memory, realigned, room, stored_pipeline, wan_pipeline
 
@@ -800,3 +801,19 @@ def test_what_the_libraries_cannot_open_is_told_as_such(folder: Path, tmp_path: 
     (folder / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"cannot open pipeline '.*wan': "):
         reelquant.quantize_folder(folder, tmp_path / "out", MIXED)
+
+
+@pytest.mark.parametrize("skip", [[], ["transformer_blocks.*.norm1.*"]])
+def test_a_part_of_a_block_that_is_called_from_outside_stays_in_memory(skip: list[str], tmp_path: Path) -> None:
+    """DiT asks the norm of its first block for the embedding that all blocks share."""
+    made("dit").save_pretrained(tmp_path / "float")
+    settings: dict[str, Any] = {"overrides": {"calibrate.prompts": 1, "search.prompts": 1, "rules": []}, "skip": skip}
+    call: dict[str, Any] = {"class_labels": 3, "num_inference_steps": 2}
+    reelquant.quantize_folder(tmp_path / "float", tmp_path / "disk", "minmax-w8a8", max_memory="64GB", **settings, **call)
+    pipe = reelquant.open_pipeline(tmp_path / "float")
+    realigned(pipe.transformer), realigned(pipe.vae)
+    plan = reelquant.plan(pipe, "minmax-w8a8")
+    assert plan.map.apart == ("transformer_blocks.0.norm1.emb",)
+    reelquant.save(pipe, tmp_path / "memory", reelquant.quantize(pipe, "minmax-w8a8", **settings, **call))
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "disk" / weights).read_bytes() == (tmp_path / "memory" / weights).read_bytes()

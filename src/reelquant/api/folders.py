@@ -24,9 +24,15 @@ def open_pipeline(model: str | Path, **options: Any) -> Any:
 
 @stock_torch()
 def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: bool = False, **options: Any) -> Path:
-    """Write a pipeline as a stock diffusers folder, complete or not at all; see :func:`reelquant.checkpoint.save`."""
-    from reelquant.checkpoint import save as written
+    """Write a pipeline as a stock diffusers folder, complete or not at all; see :func:`reelquant.checkpoint.save`.
 
+    A :class:`reelquant.Denoiser` becomes a folder for :func:`reelquant.load_denoiser`.
+    """
+    from reelquant.checkpoint import save as saved
+    from reelquant.checkpoint import save_module
+    from reelquant.models.denoiser import Denoiser
+
+    written = save_module if isinstance(pipe, Denoiser) else saved
     return written(pipe, folder, report, force=force, **options)
 
 

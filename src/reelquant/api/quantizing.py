@@ -39,7 +39,7 @@ def quantize(
     """Quantize components of a diffusers pipeline in place; all its denoisers, if nothing else is said.
 
     Args:
-        pipe: any diffusers pipeline with a transformer or UNet, in float.
+        pipe: any diffusers pipeline with a transformer or UNet, in float, or a :class:`reelquant.Denoiser`.
         recipe: a name from ``reelquant recipes``, a YAML file, a mapping or a :class:`Recipe`; or one of these by component:
             ``{"transformer": "qvd-w8a8", "transformer_2": "qvd-w4a8"}``.
         prompts: calibration texts, or one text, or conditions (:func:`reelquant.read_conditions`); by default the pipeline's own or general
@@ -65,7 +65,7 @@ def quantize(
         >>> report = reelquant.quantize(pipe, "qvd-w8a8", components=["transformer", "text_encoder", "vae"])
         >>> reelquant.save(pipe, "out", report)
     """
-    from reelquant.checkpoint import adopt
+    from reelquant.checkpoint import adopt, adopt_module
     from reelquant.discover.components import plain
     from reelquant.engine.components import assign, default_texts
     from reelquant.engine.run import quantize_components
@@ -81,8 +81,11 @@ def quantize(
     report.warnings += told
     report.adapters = short_names(parse_adapters(lora))
     for name, chosen in recipes.items():
-        if hasattr(part := plain(pipe.components[name]), "save_pretrained"):
+        part = plain(pipe.components[name])
+        if hasattr(part, "save_pretrained"):
             adopt(part, chosen)
+        else:
+            adopt_module(part, chosen)
     return report
 
 
@@ -191,12 +194,13 @@ def plan(
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
+    **call: Any,
 ) -> Plan:
-    """What a recipe would do to the (first) denoiser of a pipeline: a row per layer, nothing is changed."""
+    """What a recipe would do to the (first) denoiser of a pipeline: a row per layer. Nothing is changed."""
     from reelquant.discover import denoiser_of
 
     name = denoiser_of(pipe)[0]
-    return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides, inputs=inputs)[name]
+    return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides, inputs=inputs, **call)[name]
 
 
 @stock_torch()
@@ -208,8 +212,9 @@ def plans(
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
+    **call: Any,
 ) -> dict[str, Plan]:
     """The plan of every component that :func:`quantize` would quantize with these arguments, by name."""
     from reelquant.engine.components import assign, mapping, plan_components
 
-    return plan_components(pipe, assign(pipe, recipe, components, overrides), skip, mapping(pipe, inputs=inputs))
+    return plan_components(pipe, assign(pipe, recipe, components, overrides), skip, mapping(pipe, inputs=inputs, call=call))

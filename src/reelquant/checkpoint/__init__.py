@@ -2,6 +2,7 @@
 computed does not belong here."""
 
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
+from reelquant.checkpoint.own_module import OwnModule, adopt_module, save_module
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
 from reelquant.checkpoint.shards import Shards, Spec, write_tensors
 from reelquant.checkpoint.stored import FORMAT_VERSION, METHOD, Slots, Stored, adopt, describe
@@ -13,6 +14,7 @@ __all__ = [
     "INDEX",
     "METHOD",
     "REPORT_FILE",
+    "OwnModule",
     "Shards",
     "Slots",
     "Spec",
@@ -20,6 +22,7 @@ __all__ = [
     "Workspace",
     "absolute",
     "adopt",
+    "adopt_module",
     "check_target",
     "describe",
     "forget_paths",
@@ -27,6 +30,7 @@ __all__ = [
     "new_folder",
     "refuse_source",
     "save",
+    "save_module",
     "tile_checksum",
     "verify",
     "whole_file",

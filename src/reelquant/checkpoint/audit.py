@@ -9,7 +9,8 @@ from typing import Any
 from reelquant._errors import CheckpointError
 from reelquant._sums import OWN, json_sum
 from reelquant.checkpoint.export.source import ExportSource, component_folders
-from reelquant.checkpoint.folder import absolute
+from reelquant.checkpoint.folder import OWN_INDEX, absolute
+from reelquant.checkpoint.own_module import OwnModule
 from reelquant.checkpoint.stored import METHOD
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.manifest import REPORT, check_manifest, summed, write_manifest
@@ -42,12 +43,14 @@ def verify_folder(folder: str | Path, *, renew: bool = False) -> Verified:
     """Compare every file of a pipeline's folder with its sum, and every quantized layer with its own.
 
     Args:
-        folder: of a pipeline.
+        folder: of a pipeline, or of a module without one.
         renew: first take the files as they are: for folders that were changed on purpose, or that have no sums yet.
 
     Raises:
         CheckpointError: naming the first file or layer that is not what was written.
     """
+    if (own := absolute(folder) / OWN_INDEX).is_file():
+        return _verify_module(own.parent, renew=renew)
     root = absolute(locate(folder))
     if not root.is_dir():
         raise CheckpointError(f"'{folder}' is not a folder here; verify reads files on this machine")
@@ -60,6 +63,16 @@ def verify_folder(folder: str | Path, *, renew: bool = False) -> Verified:
         _renew(root)
     files, size = summed(root)
     return Verified(root, files, size, layers, renew)
+
+
+def _verify_module(root: Path, *, renew: bool) -> Verified:
+    """The same for the folder of a module without a pipeline; its files' sums cover every layer."""
+    if renew:
+        _renew(root)
+    else:
+        _check_report(root / REPORT)
+    layers = len(OwnModule.open(root).stored.layers)
+    return Verified(root, *summed(root), layers, renew)
 
 
 def _renew(root: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 from reelquant._errors import CheckpointError
 from reelquant.checkpoint.beside import ASIDE, beside, exchange, held, tidy
 
-INDEX = "model_index.json"
+INDEX, OWN_INDEX = "model_index.json", "denoiser.json"
+_KINDS = {INDEX: "a pipeline folder", OWN_INDEX: "the folder of a module"}
 
 
 def absolute(path: str | Path) -> Path:
@@ -26,8 +27,13 @@ def absolute(path: str | Path) -> Path:
         raise CheckpointError(f"'{path}' cannot be followed ({error}); remove the link, or choose another place") from None
 
 
-def check_target(target: str | Path, *, force: bool) -> Path:
+def check_target(target: str | Path, *, force: bool, index: str = INDEX) -> Path:
     """The absolute path of a folder that may be written.
+
+    Args:
+        target: the folder.
+        force: whether an existing one may be replaced.
+        index: the file by which a folder is known that we may have written.
 
     Raises:
         CheckpointError: if it exists and ``force`` is not given, or if it is not a pipeline folder: other folders are never deleted.
@@ -37,8 +43,8 @@ def check_target(target: str | Path, *, force: bool) -> Path:
         return path
     if not force:
         raise CheckpointError(f"'{path}' already exists; choose another folder or pass force=True (--force) to replace it")
-    if not path.is_dir() or (any(path.iterdir()) and not (path / INDEX).is_file()):
-        raise CheckpointError(f"'{path}' is not a pipeline folder (no {INDEX}) and is not replaced even with force; delete it yourself")
+    if not path.is_dir() or (any(path.iterdir()) and not (path / index).is_file()):
+        raise CheckpointError(f"'{path}' is not {_KINDS[index]} (no {index}) and is not replaced even with force; delete it yourself")
     return path
 
 
@@ -54,7 +60,7 @@ def refuse_source(target: str | Path, source: str | Path) -> None:
 
 
 @contextmanager
-def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
+def new_folder(target: str | Path, *, force: bool = False, index: str = INDEX) -> Iterator[Path]:
     """Write into a temporary folder beside ``target`` that takes its name when the block ends.
 
     Whatever stops the block, nothing of it is left and an existing folder is as it was; with ``force`` it goes only after the new one
@@ -66,13 +72,13 @@ def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
     from safetensors import SafetensorError
 
     tidy(absolute(target))
-    path = check_target(target, force=force)
+    path = check_target(target, force=force, index=index)
     temporary, created = beside(path), [parent for parent in path.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
         with held(temporary):
             yield temporary
-            take_place(temporary, path, force=force)
+            take_place(temporary, path, force=force, index=index)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in created:  # innermost first
@@ -83,14 +89,14 @@ def new_folder(target: str | Path, *, force: bool = False) -> Iterator[Path]:
         raise
 
 
-def take_place(temporary: Path, path: Path, *, force: bool) -> None:
+def take_place(temporary: Path, path: Path, *, force: bool, index: str = INDEX) -> None:
     """Rename into place. An existing folder changes places with the new one in one step where the system can, and goes then; elsewhere it
     steps aside first, and :func:`tidy` brings it back if the process is killed in between.
 
     Raises:
         CheckpointError: if :func:`check_target` refuses what has appeared there in the meantime.
     """
-    check_target(path, force=force)
+    check_target(path, force=force, index=index)
     if not path.exists():
         temporary.rename(path)
         return

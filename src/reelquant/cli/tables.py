@@ -233,7 +233,7 @@ def summary(report: Report) -> Table:
 
 
 def _figure(name: str, value: float) -> str:
-    return f"{value:.1f} dB to float" if name.endswith("psnr") else f"{value:.5f}"
+    return f"{value:.1f} dB to float" if "psnr" in name else f"{value:.5f}"
 
 
 def clipped(saturation: Mapping[str, Any]) -> list[tuple[str, str]]:

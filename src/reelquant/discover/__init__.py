@@ -6,9 +6,9 @@
     map = discover(denoiser)
 
 Nothing is listed by layer name or by model class (see ``docs/design.md``, "discover, don't hand-write"). One file per question:
-``arguments`` (what an argument means), ``inputs`` (tiny inputs), ``probe`` (runs that leave no trace), ``roles``, ``lineage`` (which
-tensor came from where), ``groups``, ``blocks``, ``components`` (the denoiser of a pipeline), ``stand_in`` (a model to run before its
-weights are there), ``outline`` (the map of a model that cannot be run).
+``arguments`` (what an argument means), ``learned`` (what calls tell of it where its name does not), ``inputs`` (tiny inputs), ``probe``
+(runs that leave no trace), ``roles``, ``lineage`` (which tensor came from where), ``groups``, ``blocks``, ``components`` (the denoiser of a
+pipeline), ``stand_in`` (a model to run before its weights are there), ``outline`` (the map of a model that cannot be run).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 from torch import nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.discover.arguments import argument_of, bind, kinds
-from reelquant.discover.blocks import find_blocks
+from reelquant.discover.arguments import argument_of, bind, kinds, own_kinds
+from reelquant.discover.blocks import called_apart, find_blocks
 from reelquant.discover.components import (
     TIMED,
     component_of,
@@ -77,21 +77,23 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
     """
     denoiser = plain(denoiser)
     inputs = dummy_inputs(denoiser) if inputs is None else bind(denoiser, (), inputs)
-    found = kinds(inputs)
+    found = kinds(inputs, own_kinds(denoiser))
     with steady(denoiser):
         depends = dependencies(denoiser, inputs, found)
         main = {name for name, its in depends.items() if "latent" in its}
         traced = trace(denoiser, inputs, main)
     layers = _layers(denoiser, depends, traced)
+    blocks = find_blocks(denoiser, layers)
     return DenoiserMap(
         cls=type(denoiser).__name__,
         layers=layers,
         groups=find_groups(denoiser, layers, traced),
-        blocks=find_blocks(denoiser, layers),
+        blocks=blocks,
         timestep_argument=argument_of(found, "timestep"),
         latent_argument=argument_of(found, "latent"),
         prompt_argument=argument_of(found, "prompt"),
         notes=_notes(layers),
+        apart=called_apart(blocks, traced.callers),
     )
 
 

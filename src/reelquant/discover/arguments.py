@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ Path = tuple[str | int, ...]
 # First match wins, so the narrow ones come first: `img_ids` is a position, `encoder_hidden_states_image` a picture.
 _NAMES: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("other", re.compile(r"ids$|rotary|rope|coords|indicator|guidance|fps|resolution|aspect|crop|timestep_cond|scale")),
-    ("timestep", re.compile(r"^(audio_)?(timesteps?|timestep_r|r_timestep|sigmas?|t)$")),
+    ("timestep", re.compile(r"^(audio_)?(timesteps?|time_steps?|timestep_r|r_timestep|sigmas?|time|t)$")),
     ("image", re.compile(r"image|img|control|vace|pose|face|vit_|siglip")),
     ("prompt", re.compile(r"encoder_hidden_states|encoder_attention_mask|prompt|text|txt|caption|cap_|pooled|context|class_labels")),
     ("latent", re.compile(r"^(audio_)?(hidden_states|sample|latents?|x)$")),
@@ -40,6 +40,14 @@ def kind_of(path: Path) -> Kind:
     return "other"
 
 
+OWN = "reelquant_arguments"  # attribute of a module that came without a pipeline: kind by the name of an argument of its forward
+
+
+def own_kinds(module: nn.Module) -> dict[str, Kind] | None:
+    """What is known of the arguments of a module that came without a pipeline, beside their names; None for other modules."""
+    return vars(module).get(OWN)
+
+
 def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     """Every tensor and number in nested arguments with its path."""
     if isinstance(value, dict):
@@ -52,14 +60,19 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
-def kinds(inputs: dict[str, Any]) -> dict[Path, Kind]:
+def kinds(inputs: dict[str, Any], own: Mapping[str, Kind] | None = None) -> dict[Path, Kind]:
     """Kind of every leaf that can be perturbed: all tensors, and a timestep given as a plain number.
+
+    Args:
+        inputs: the arguments of a call by name.
+        own: kinds of arguments that their names do not tell; see :func:`own_kinds`.
 
     Raises:
         UnsupportedError: if no argument can be the latent.
     """
     values = dict(leaves(inputs))
-    found: dict[Path, Kind] = {path: kind_of(path) for path in values}
+    known = own or {}
+    found: dict[Path, Kind] = {path: known.get(str(path[0])) or kind_of(path) for path in values}
     found = {path: kind for path, kind in found.items() if isinstance(values[path], Tensor) or kind == "timestep"}
     if "latent" not in found.values():
         found[_latent_by_shape(values, found)] = "latent"

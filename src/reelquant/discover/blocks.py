@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+
 from torch import nn
 
 from reelquant.sites import Layer
@@ -17,6 +20,17 @@ def find_blocks(denoiser: nn.Module, layers: dict[str, Layer]) -> tuple[str, ...
     following = {layer.name: layer.order for layer in layers.values() if "latent" in layer.depends}
     found = _blocks_below(denoiser, "", following)
     return tuple(sorted(found, key=lambda name: min(order for layer, order in following.items() if layer.startswith(name + "."))))
+
+
+def called_apart(blocks: Iterable[str], callers: Mapping[str, AbstractSet[str]]) -> tuple[str, ...]:
+    """Modules inside of blocks that are called while their block does not run.
+
+    Args:
+        blocks: module paths.
+        callers: the modules inside of which each module ran.
+    """
+    inside = {name: block for block in blocks for name in callers if name.startswith(f"{block}.")}
+    return tuple(name for name, block in inside.items() if any(not f"{caller}.".startswith(f"{block}.") for caller in callers[name]))
 
 
 def _blocks_below(module: nn.Module, path: str, following: dict[str, int]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from reelquant._errors import UnsupportedError, nearest
-from reelquant.discover.arguments import kind_of
+from reelquant.discover.arguments import kind_of, own_kinds
 
 _FIRST = ("transformer", "transformer_2", "unet")
 Kind = Literal["denoiser", "controlnet", "text encoder", "image encoder", "vae"]
@@ -89,6 +89,8 @@ def denoises(module: nn.Module) -> bool:
 
 
 def takes_timestep(module: nn.Module) -> bool:
-    """Whether a model is called at every denoising step: a denoiser or a ControlNet."""
+    """Whether a model is called at every denoising step: a denoiser or a ControlNet. What came without a pipeline is."""
+    if own_kinds(plain(module)) is not None:
+        return True
     kinds = {kind_of((name,)) for name in inspect.signature(plain(module).forward).parameters}
     return {"latent", "timestep"} <= kinds

@@ -88,6 +88,7 @@ class Trace:
         readers: how often something that is not a layer used the values of a tensor, by its root.
         calls: how often each module ran.
         last: position of the last main layer that reached each output tensor of the denoiser.
+        callers: the modules inside of which each module ran, innermost only; an empty name is the denoiser.
     """
 
     reads: dict[str, list[Read]] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class Trace:
     readers: Counter[Key] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     last: tuple[int, ...] = ()
+    callers: dict[str, set[str]] = field(default_factory=dict)
 
 
 class _Watch(TorchFunctionMode):
@@ -189,17 +191,28 @@ def trace(denoiser: nn.Module, inputs: dict[str, Any], main: AbstractSet[str]) -
     found = Trace()
     watch = _Watch(found.readers)
     layers = quantizable(denoiser)
+    running = [""]
     with contextlib.ExitStack() as stack:
         for name, module in denoiser.named_modules():
             if name in layers:
                 stack.callback(module.register_forward_pre_hook(_on_read(found, watch, name), with_kwargs=True).remove)
             if name:
+                stack.callback(module.register_forward_pre_hook(_on_call(found, running, name)).remove)
+                stack.callback(module.register_forward_hook(lambda *_: (running.pop(), None)[1]).remove)
                 order = _on_layer_done(found, watch, name in main) if name in layers else None
                 stack.callback(module.register_forward_hook(_on_write(found, watch, name, order), with_kwargs=True).remove)
         with watch:
             output = run(denoiser, inputs)
         found.last = tuple(watch.after.get(watch.key(x), -1) for x in tensors_in(output) if x.is_floating_point())
     return found
+
+
+def _on_call(found: Trace, running: list[str], name: str):
+    def hook(*_: Any) -> None:
+        found.callers.setdefault(name, set()).add(running[-1])
+        running.append(name)
+
+    return hook
 
 
 def _on_read(found: Trace, watch: _Watch, name: str):

@@ -21,10 +21,10 @@ from reelquant.engine.texts import Texts
 from reelquant.models.condition import Condition, Prompts
 from reelquant.models.conditions import at_once
 from reelquant.models.defaults import own_pictures
-from reelquant.models.parts import seen
+from reelquant.models.parts import METHODS, encode, seen
 from reelquant.models.sampling import sample
-from reelquant.nn import get_module
-from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, time_of
+from reelquant.nn import get_module, prepares_input
+from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, observe_methods, time_of
 
 STEPS = 50
 """Denoising steps of pipelines that are not told how many to take."""
@@ -96,11 +96,16 @@ def recorded_calls(plan: Plan) -> int:
 
 
 class Part(NamedTuple):
-    """A denoiser that is observed, its plan, and what keeps its statistics; None for memory."""
+    """A denoiser or VAE that is observed, its plan, and what keeps its statistics; None for memory."""
 
     denoiser: nn.Module
     plan: Plan
     keeper: Keeper | None = None
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a VAE, which is called without a timestep."""
+        return all(hasattr(self.denoiser, name) for name in METHODS)
 
 
 class Expected(NamedTuple):
@@ -147,6 +152,8 @@ def calibrate_together(
 ) -> list[Calibration]:
     """The same for several denoisers of one pipeline in one sampling pass: each sees its own part of the trajectory.
 
+    VAEs see the decoding of all clips, what else the pipeline has for them, and then the encoding of these clips.
+
     Probes are sampled after the other texts, in runs of their own.
 
     Raises:
@@ -156,18 +163,24 @@ def calibrate_together(
     batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4, texts.written)
     gathered: list[Calibration] = []
     course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
-    options = {"batch": batch, "output": "latent", "on_step": on_step} | arguments
+    vaes = [part.denoiser for part in parts if part.decodes]
+    options = {"batch": batch, "output": "frames" if vaes else "latent", "on_step": on_step} | arguments
+
+    def sampled(texts: Sequence[str], first: int) -> None:
+        made = sample(pipe, texts, seed=seed + first, first=first, **options)
+        for vae in vaes:
+            encode(vae, made)
 
     def run(rest: Sequence[Part]) -> None:
         if rest:
             gathered.insert(0, _observed(rest[0], course, lambda: run(rest[1:])))
             return
-        sample(pipe, texts.written, seed=seed, **options)
+        sampled(texts.written, 0)
         course.probing = True
         if recipe.calibrate is not None and recipe.calibrate.probe_count:
             _show_pictures([part.denoiser for part in parts])
         if texts.probes:
-            sample(pipe, texts.probes, seed=seed + len(texts.written), first=len(texts.written), **options)
+            sampled(texts.probes, len(texts.written))
 
     run(parts)
     return gathered
@@ -201,17 +214,20 @@ class Course:
 def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibration:
     """One denoiser's statistics while ``run`` samples."""
     denoiser, plan, keeper = part
-    expected, seed = course.expected, course.seed
+    expected, seed = course.expected._replace(steps=1) if part.decodes else course.expected, course.seed
     generator = torch.Generator().manual_seed(seed)
     make = functools.partial(templates, plan, denoiser, generator, expected)
     watched, inputs = make() if keeper is None else keeper.keep(make, generator)
+    how = {"probing": lambda: course.probing, "prepared": {name for name in watched if prepares_input(get_module(denoiser, name))}}
+    if part.decodes:
+        return Calibration(observe_methods(denoiser, METHODS, watched, run, **how), inputs, course.texts)
     reader = _timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
     looks = {"half_of": _half_reader(denoiser, plan)} if _reads_half(inputs) else {}
     # a reader of its own: it knows the second call of a pair by the one that it read before
     own = {"half_of": _half_reader(denoiser, plan)} if looks else {}
     recorder = Recorder(recorded_calls(plan), expected.calls, reader, **own)
     with recorder.watching(denoiser, lambda: not course.probing):
-        steps = observe(denoiser, reader, watched, run, **looks, probing=lambda: course.probing)
+        steps = observe(denoiser, reader, watched, run, **looks, **how)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
 
 

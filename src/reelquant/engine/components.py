@@ -32,9 +32,11 @@ from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import first_call
 from reelquant.nn import check_finite
+from reelquant.recipes.entry import Entry
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.recipes.text import EXTENDS
 from reelquant.sites import DenoiserMap, select
+from reelquant.stages import HOOKS
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
 SAFE = "w8a16"  # of encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
@@ -55,7 +57,7 @@ def assign(
         overrides: dotted changes to the recipes that were given.
 
     Raises:
-        RecipeError: a denoiser without a recipe, or a recipe that calibrates for a component without timesteps.
+        RecipeError: a denoiser without a recipe, or a recipe for a component without timesteps that cannot do without them.
         UnsupportedError: for a component that is not there, or of which nothing is known.
     """
     table = recipe if _by_component(pipe, recipe) else None
@@ -72,12 +74,30 @@ def assign(
             found[name] = load_recipe(recipe, overrides and dict(overrides))  # type: ignore[arg-type]
         else:
             raise RecipeError(f"component '{name}' has no recipe; the mapping names {', '.join(given)}")
-        if kinds[name] not in SEEN and not found[name].data_free:
-            raise RecipeError(
-                f"recipe '{found[name].name}' calibrates over denoising steps, and component '{name}' ({kinds[name]}) has none; "
-                "give it one that needs no data: w8a16 or w4a16"
-            )
+        if kinds[name] not in SEEN:
+            _check_stepless(found[name], name, kinds[name])
     return found
+
+
+def _check_stepless(recipe: Recipe, name: str, kind: str) -> None:
+    """Refuse recipes that cannot be followed without denoising steps. VAEs are calibrated by what they encode and decode."""
+    if recipe.data_free:
+        return
+    if kind != "vae":
+        raise RecipeError(
+            f"recipe '{recipe.name}' calibrates over denoising steps, and component '{name}' ({kind}) has none; "
+            "give it one that needs no data: w8a16 or w4a16"
+        )
+    stages = {entry.name: entry for entry in recipe.entries}
+    whole = next((word for word, entry in stages.items() if _of_steps(entry)), None)
+    several = next((word for word, entry in stages.items() if len(entry.alternatives) > 1), None)
+    if whole or several:
+        why = f"'{whole}' of it works on calls of a denoiser" if whole else f"'{several}' of it is chosen by sampling latents"
+        raise RecipeError(f"recipe '{recipe.name}' does not suit component '{name}' ({kind}): {why}; give it minmax-w8a8 or w8a16")
+
+
+def _of_steps(entry: Entry) -> bool:
+    return entry.stage.records > 0 or any(HOOKS[hook].scope in ("model", "block") for hook in entry.stage.hooks())
 
 
 def _by_component(pipe: Any, recipe: RecipeSource) -> bool:
@@ -142,7 +162,7 @@ def mapping(pipe: Any, prompts: Prompts = (), inputs: Inputs | None = None, call
     """How the components of a pipeline in memory are mapped.
 
     A denoiser runs on tiny made-up inputs. One that takes none of them is outlined if its recipe needs no data; else it runs on the
-    arguments of the first call that its pipeline makes.
+    arguments of the first call that its pipeline makes. Those of a :class:`reelquant.models.denoiser.Denoiser` always do.
 
     Args:
         pipe: the pipeline.
@@ -156,6 +176,8 @@ def mapping(pipe: Any, prompts: Prompts = (), inputs: Inputs | None = None, call
             return outline(part)
         if inputs is not None:
             return discover(part, dict(inputs.get(name, inputs)))
+        if hasattr(pipe, "learn"):
+            return discover(plain(part), pipe.learn(prompts, call or {}))
         if recipe.data_free:
             return discover_or_outline(plain(part))
         try:

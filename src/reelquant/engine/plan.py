@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.engine.checks import input_problem, weight_problem
 from reelquant.formats import QuantSpec
-from reelquant.nn import get_module, prepares_input, quantized_class
+from reelquant.nn import get_module, quantized_class
 from reelquant.recipes.entry import Entry
 from reelquant.recipes.recipe import Recipe, Rule, TensorRecipe
 from reelquant.sites import DenoiserMap, Layer, matches, select
@@ -118,6 +118,14 @@ class Plan:
         """The parts of the denoiser that a stage works on: those that hold a layer which it touches."""
         return [part for part in entry.stage.units(self.map) if self.touched(entry, part)]
 
+    def without(self, names: Container[str], reason: str) -> Plan:
+        """The plan with some more layers that stay float."""
+        rows = {
+            name: LayerPlan(row.layer, reason, bytes_before=row.bytes_before, bytes_after=row.bytes_before) if name in names else row
+            for name, row in self.layers.items()
+        }
+        return replace(self, layers=rows)
+
     def with_specs(self, specs: Mapping[str, Specs]) -> Plan:
         """The plan with other numbers for some layers.
 
@@ -189,8 +197,6 @@ def _row(
 ) -> LayerPlan:
     before = sum(p.numel() * 4 for p in module.parameters(recurse=False))
     reason = _skip_reason(recipe.rules, layer, module, skip, own)
-    if reason is None and not recipe.data_free and prepares_input(module):
-        reason = "it changes its input before it multiplies, so calibration does not see what would be rounded"
     if reason is not None:
         return LayerPlan(layer, reason, bytes_before=before, bytes_after=before)
     weight, inputs = recipe.defaults.weight, recipe.defaults.input

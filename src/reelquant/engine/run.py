@@ -16,6 +16,7 @@ from reelquant.engine.blocks import solve_blocks
 from reelquant.engine.build import BuiltGroup
 from reelquant.engine.calibration import Calibration, Part, calibrate_together
 from reelquant.engine.components import Inputs, mapping, plan_components, start_measuring
+from reelquant.engine.decoding import start_decoding
 from reelquant.engine.quality import layer_bytes, model_bytes
 from reelquant.engine.report import Report, total
 from reelquant.engine.search import Assignment, Trial, choose, family
@@ -155,9 +156,12 @@ def _reference(session: Session, known: Calibration | None) -> None:
                 f"recipe '{session.recipe.name}' calibrates on {wanted.prompts} prompts and got none; pass prompts=[...]"
             )
         with session.timed("float reference", session.steps):
-            session.float_latents()
-            if session.trials:
-                session.float_latents(**session.trial_arguments)
+            if session.decodes:
+                session.decode = start_decoding(session.denoiser, session.held_out_frames)
+            else:
+                session.float_latents()
+                if session.trials:
+                    session.float_latents(**session.trial_arguments)
     if not session.denoises:
         try:
             session.measure = start_measuring(session.pipe, session.component, session.denoiser, texts_of(session.texts.written))
@@ -195,6 +199,9 @@ def _observe_together(together: Sequence[Session]) -> None:
         session.store.observed()
         session.calibration, calibration.references = calibration, session.references
         session.sampled = calibration.steps.timesteps if len(together) == 1 or not session.denoises else sorted(times, reverse=True)
+        if session.decodes:
+            unseen = {name for name, seen in calibration.inputs.items() if not seen.range.seen}
+            session.plan = session.plan.without(unseen, "never called by the sampler")
 
 
 def _finish(session: Session) -> Report:
@@ -255,25 +262,32 @@ def _build(session: Session, assignment: Assignment) -> list[BuiltGroup]:
 
 def _check(session: Session, report: Report) -> None:
     """Sample the held-out prompts end to end: finite, and how far from float. Components that do not denoise are called alone."""
-    report.figures = session.measure()
+    seen = Saturation()
+    with seen.counting(session.denoiser):
+        report.figures = session.decode()
+    report.figures |= session.measure()
     if broken := [name for name, value in report.figures.items() if value != value]:
         raise CalibrationError(f"the quantized {session.component} ({report.recipe}) gives NaN ({broken[0]}); try more bits")
     if session.calibration is not None:
         for entry in session.plan.acting("before_check"):
             entry.stage.before_check(session)
-        reference = session.float_latents()
-        seen = Saturation()
-        with session.timed("check", session.steps), seen.counting(session.denoiser):
-            latents = session.held_out_latents()
-        _refuse_broken(latents, report)
+        if not session.decodes:
+            _check_latents(session, report, seen)
         report.saturation = seen.facts()
         report.warnings += [sentence] if (sentence := seen.sentence()) else []
-        psnrs = latent_psnrs(reference, latents)
-        report.latent_psnr, report.latent_psnr_worst = float(psnrs.mean()), float(psnrs.amin())
         report.prompts, report.held_out = texts_of(session.calibration.prompts), texts_of(session.held_out)
         report.conditions = conditions_of(session)
     for entry in session.plan.acting("after_check"):
         entry.stage.after_check(session)
+
+
+def _check_latents(session: Session, report: Report, seen: Saturation) -> None:
+    reference = session.float_latents()
+    with session.timed("check", session.steps), seen.counting(session.denoiser):
+        latents = session.held_out_latents()
+    _refuse_broken(latents, report)
+    psnrs = latent_psnrs(reference, latents)
+    report.latent_psnr, report.latent_psnr_worst = float(psnrs.mean()), float(psnrs.amin())
 
 
 def conditions_of(session: Session) -> dict[str, Any]:

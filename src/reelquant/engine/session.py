@@ -49,6 +49,7 @@ class Session:
         texts: those of calibration; for components that do not denoise, those that they are measured on.
         held_out: the texts that choices and the final check are made on, see :func:`reelquant.engine.texts.divided`.
         sampled: timesteps of the whole sampler, of which a denoiser may see a part.
+        measure, decode: figures of a component that does not denoise, once it is quantized: of made-up inputs, and of the held-out clips.
         undos: what a failed run has to undo, first done first.
     """
 
@@ -63,6 +64,7 @@ class Session:
     texts: Texts = field(default_factory=lambda: Texts([], []))
     held_out: list[str | Condition] = field(default_factory=list)
     measure: Measure = dict
+    decode: Measure = dict
     calibration: Calibration | None = None
     references: dict[str, Tensor] = field(default_factory=dict)
     clock: Clock | None = None
@@ -90,6 +92,11 @@ class Session:
     def denoises(self) -> bool:
         """Whether the component is called with a timestep; an encoder or VAE is not."""
         return kind_of_component(self.component, self.denoiser) in TIMED
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the component is a VAE: what it makes of latents is compared, and not the latents."""
+        return kind_of_component(self.component, self.denoiser) == "vae"
 
     @property
     def groups(self) -> list[Group]:
@@ -191,6 +198,12 @@ class Session:
     def steps(self) -> int:
         """Denoising steps of a full run."""
         return self.arguments.get("num_inference_steps") or STEPS
+
+    def held_out_frames(self) -> Tensor:
+        """The held-out clips by the pipeline as it is now, decoded."""
+        first = len(self.texts.written) + len(self.texts.probes)
+        options = {"on_step": self.progress.advance} | self.arguments
+        return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, first=first, **options)
 
     def held_out_latents(self, **overrides: Any) -> Tensor:
         """Final latents of the held-out clips by the pipeline as it is now."""

@@ -166,6 +166,7 @@ def at_once(kind: type, call: Mapping[str, Any], batch: int, prompts: Sequence[A
         batch: clips that were asked for.
         prompts: texts and conditions of the clips, by the names of the call.
     """
+    batch = min(batch, getattr(kind, "CLIPS_AT_ONCE", batch))
     own = [set(_inputs(one)) for one in prompts]
     every = set[str]().union(*own)
     given = every | {name for name, value in call.items() if name in CONDITIONS and value is not None}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from reelquant._errors import UnsupportedError
 
 CLIP_SIZES = [(frames, 64) for frames in (9, 17, 13, 5, 1)]  # frames, pixels a side: some VAEs take 4k + 1 frames, some 8k + 1 or 6k + 1
+METHODS = ("encode", "decode")  # by which pipelines call VAEs
 _USUAL = {"num_images_per_prompt": 1, "num_videos_per_prompt": 1, "do_classifier_free_guidance": False}
 
 
@@ -80,6 +81,30 @@ def moving_clip(frames: int, size: int) -> Tensor:
         ground = torch.stack([x / size, y / size, 0.5 + 0.3 * torch.sin(x / 3)])
         pictures.append(torch.where(disc, torch.tensor([0.9, 0.2, 0.1])[:, None, None], ground))
     return torch.stack(pictures, 1)[None] * 2 - 1
+
+
+@torch.no_grad()
+def encode(vae: nn.Module, clips: Tensor) -> int:
+    """Run the encoder on clips, one at a time; a VAE for pictures gets their frames as a batch.
+
+    Args:
+        vae: an autoencoder.
+        clips: ``[clips, frames, 3, height, width]`` or pictures ``[clips, 3, height, width]``, in [0, 1].
+
+    Returns:
+        How many it took: it may take certain sizes only.
+    """
+    parameter, taken = next(vae.parameters()), 0
+    for clip in clips if clips.ndim == 5 else clips[:, None]:
+        frames = (clip.float() * 2 - 1).to(parameter.device, parameter.dtype)
+        for x in (frames.movedim(1, 0)[None], frames):
+            try:
+                vae.encode(x)  # pyright: ignore[reportCallIssue]
+            except Exception:  # what a VAE cannot take, it refuses in many ways
+                continue
+            taken += 1
+            break
+    return taken
 
 
 @torch.no_grad()

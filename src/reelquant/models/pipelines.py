@@ -125,11 +125,24 @@ def pipeline_class(model: Any) -> type:
 
     if not isinstance(model, str | Path):
         return type(model)
-    file = Path(locate(model)) / INDEX
-    name = read_json(file).get(CLASS) if file.is_file() else None
+    file = _index(locate(model))
+    name = read_json(file).get(CLASS) if file is not None else None
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     known = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
     return found if known else diffusers.DiffusionPipeline
+
+
+def _index(model: str) -> Path | None:
+    """``model_index.json`` of a folder, or of a hub id: from its cache, or downloaded. None if there is none; opening it will say why."""
+    from huggingface_hub import hf_hub_download
+
+    file = Path(model) / INDEX
+    if Path(model).is_dir():
+        return file if file.is_file() else None
+    try:
+        return Path(hf_hub_download(model, INDEX))
+    except Exception:
+        return None
 
 
 def dropped(folder: str | Path) -> dict[str, None]:

@@ -2,7 +2,7 @@
 
 from reelquant.observe.call import Call
 from reelquant.observe.channel_range import ChannelRange
-from reelquant.observe.collect import Steps, observe, time_of
+from reelquant.observe.collect import Steps, exchanged, observe, observe_methods, time_of
 from reelquant.observe.features import Features
 from reelquant.observe.geometry import Geometry
 from reelquant.observe.gram import Gram
@@ -33,8 +33,10 @@ __all__ = [
     "Statistic",
     "Steps",
     "Watched",
+    "exchanged",
     "inverse_factor",
     "observe",
+    "observe_methods",
     "register_statistic",
     "time_of",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from reelquant._errors import CalibrationError
 from reelquant.clock import ANY
@@ -76,6 +77,7 @@ def observe(
     on_call: Callable[[int], None] = lambda calls: None,
     half_of: Callable[[tuple[Any, ...], dict[str, Any]], int] = lambda args, kwargs: ANY,
     probing: Callable[[], bool] = lambda: False,
+    prepared: Container[str] = (),
 ) -> Steps:
     """Run the pipeline once and fill the statistics.
 
@@ -87,6 +89,7 @@ def observe(
         on_call: gets the number of denoiser calls so far, for progress.
         half_of: which half of a guidance pair a denoiser call computes, as :mod:`reelquant.clock` numbers them.
         probing: whether the run that is going on samples probes.
+        prepared: layers that change their input before they multiply; what they multiply is looked at.
 
     Raises:
         CalibrationError: if the denoiser was never called, or an input was NaN or infinite.
@@ -100,18 +103,9 @@ def observe(
         steps.halves[half[0]] += 1
         on_call(steps.calls)
 
-    def watch(statistics: InputStatistics) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            if x.numel():  # pipelines call layers on no tokens at all where something optional was not given
-                statistics.update(x, Call(steps.current, steps.part, half[0], probing()))
-
-        return hook
-
     with _hooks() as handles:
         handles.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
-        for name, statistics in watched.items():
-            handles.append(denoiser.get_submodule(name).register_forward_pre_hook(watch(statistics), with_kwargs=True))
+        handles += _looks(denoiser, watched, prepared, lambda: Call(steps.current, steps.part, half[0], probing()))
         run()
     if not steps.calls:
         raise CalibrationError(f"sampling never called the denoiser ({type(denoiser).__name__}): is it the pipeline's own module?")
@@ -119,3 +113,101 @@ def observe(
     for statistics in sorted(watched.values(), key=lambda statistics: statistics.bad_from()):
         statistics.check(steps.timesteps)
     return steps
+
+
+def observe_methods(
+    model: nn.Module,
+    methods: Iterable[str],
+    watched: Mapping[str, InputStatistics],
+    run: Callable[[], None],
+    probing: Callable[[], bool] = lambda: False,
+    prepared: Container[str] = (),
+) -> Steps:
+    """The same of a model without timesteps that is called by its methods: every call of one is a part, and all are of one step.
+
+    Layers that never run have empty statistics.
+
+    Args:
+        model: for example an autoencoder.
+        methods: names of those that it has are counted, ``decode`` for example.
+        watched, run, probing, prepared: as in :func:`observe`.
+
+    Raises:
+        CalibrationError: if nothing ran, or an input was NaN or infinite.
+    """
+    steps = Steps([0.0], 0, -1)
+
+    def counted(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            steps.part, steps.calls = steps.part + 1, steps.calls + 1
+            return method(*args, **kwargs)
+
+        return call
+
+    with _hooks() as handles:
+        handles += [_Exchanged(model, name, counted(getattr(model, name))) for name in methods if hasattr(model, name)]
+        handles += _looks(model, watched, prepared, lambda: Call(0, max(steps.part, 0), ANY, probing()))
+        run()
+    seen = [statistics for statistics in watched.values() if statistics.range.seen]
+    if not seen:
+        raise CalibrationError(f"sampling never called {type(model).__name__}: is it the pipeline's own module?")
+    for statistics in seen:
+        statistics.check(steps.timesteps)
+    return steps
+
+
+def _looks(
+    model: nn.Module, watched: Mapping[str, InputStatistics], prepared: Container[str], call: Callable[[], Call]
+) -> list[RemovableHandle | _Exchanged]:
+    """Have the statistics updated by every input of their layers."""
+    handles: list[RemovableHandle | _Exchanged] = []
+    for name, statistics in watched.items():
+        layer: Any = model.get_submodule(name)
+        if name in prepared:  # its stock forward, which it calls in its own, ends in this
+            handles.append(_Exchanged(layer, "_conv_forward", _seeing(layer._conv_forward, statistics, call)))
+        else:
+            handles.append(layer.register_forward_pre_hook(_before(statistics, call), with_kwargs=True))
+    return handles
+
+
+def _before(statistics: InputStatistics, call: Callable[[], Call]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        if x.numel():  # pipelines call layers on no tokens at all where something optional was not given
+            statistics.update(x, call())
+
+    return hook
+
+
+def _seeing(inner: Callable[..., Tensor], statistics: InputStatistics, call: Callable[[], Call]) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any) -> Tensor:
+        if x.numel():
+            statistics.update(x, call())
+        return inner(x, *args)
+
+    return forward
+
+
+class _Exchanged:
+    """A method of one module that another function stands for, until :meth:`remove`."""
+
+    def __init__(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        self.module, self.name, self.before = module, name, vars(module).get(name)
+        object.__setattr__(module, name, function)
+
+    def remove(self) -> None:
+        """Put the method back."""
+        if self.before is None:
+            del vars(self.module)[self.name]
+        else:
+            object.__setattr__(self.module, self.name, self.before)
+
+
+@contextmanager
+def exchanged(module: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, this function stands for a method of one module."""
+    handle = _Exchanged(module, name, function)
+    try:
+        yield
+    finally:
+        handle.remove()

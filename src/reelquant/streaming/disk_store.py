@@ -87,7 +87,7 @@ class DiskStore:
 
     def running(self) -> AbstractContextManager[None]:
         """Inside, the denoiser runs block by block."""
-        return self.disk.running(self.disk.present(self.plan.map.blocks))
+        return self.disk.running(self.disk.present(self.plan.map.blocks), self.plan.map.apart)
 
     @contextmanager
     def sampling(self, phase: str, *content: Any) -> Iterator[None]:
@@ -96,7 +96,7 @@ class DiskStore:
         with ExitStack() as stack:
             for name, disk in self.job.source.disks.items():
                 plan = self.job.plans.get(name, self.plan)
-                stack.enter_context(disk.running(disk.present(plan.map.blocks)))
+                stack.enter_context(disk.running(disk.present(plan.map.blocks), disk.present(plan.map.apart)))
             for peer in self.peers:
                 stack.enter_context(peer.keeper.remembering(peer.disk.model, self._phase))
             yield

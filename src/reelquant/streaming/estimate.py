@@ -121,6 +121,7 @@ def estimate(
     floats = sum(model_bytes(disk.model) for disk in disks.values()) + sum(size for name, size in stored.items() if name not in disks)
     first = next(iter(plans.values()))  # says where the blocks of a denoiser without a plan are
     outside = sum(model_bytes(disk.model) - sum(_blocks(plans.get(name, first), disk)) for name, disk in disks.items())
+    outside += sum(_apart(plans.get(name, first), disk) for name, disk in disks.items())
     parts = [_component(plan, disks[name], call, outside) for name, plan in plans.items()]
     base = psutil.Process().memory_info().rss
     memory, largest = max((part.memory, part.largest) for part in parts)
@@ -141,6 +142,11 @@ def estimate(
 
 def _blocks(plan: Plan, disk: OnDisk) -> list[int]:
     return [model_bytes(get_module(disk.model, name)) for name in disk.present(plan.map.blocks)]
+
+
+def _apart(plan: Plan, disk: OnDisk) -> int:
+    """Bytes of what stays in memory although it lies in blocks."""
+    return sum(model_bytes(get_module(disk.model, name)) for name in disk.present(plan.map.apart))
 
 
 @dataclass(frozen=True)

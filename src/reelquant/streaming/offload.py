@@ -51,6 +51,11 @@ def _put(put: Put, members: dict[str, Any], values: dict[str, Tensor]) -> None:
         members[key] = value
 
 
+def _within(name: str, parts: Sequence[str]) -> bool:
+    """Whether a module is one of these, or a part of one."""
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
+
+
 def _take_back(put: Put) -> None:
     for members, key, before in reversed(put):
         members[key] = before
@@ -150,31 +155,38 @@ class OnDisk:
                 layer.residency.forget()
 
     @contextmanager
-    def running(self, blocks: Sequence[str]) -> Iterator[None]:
-        """Inside, the model can be called: a block is loaded before it runs and let go afterwards, all else is in memory throughout."""
+    def running(self, blocks: Sequence[str], apart: Sequence[str] = ()) -> Iterator[None]:
+        """Inside, the model can be called: a block is loaded before it runs and let go afterwards, all else is in memory throughout.
+
+        Args:
+            blocks: module paths.
+            apart: modules inside of blocks that are called while their block does not run; they stay in memory, too.
+        """
         resident: Put = []
         with ExitStack() as stack:
             stack.callback(_take_back, resident)
             for name, module in self.model.named_modules():
-                if not any(name == block or name.startswith(f"{block}.") for block in blocks):
+                if not _within(name, blocks) or _within(name, apart):
                     self._fill(resident, module, name, recurse=False)
             for block in blocks:
-                for handle in self._hooks(block):
+                for handle in self._hooks(block, apart):
                     stack.callback(handle.remove)
             yield
         for layer in (part for part in self.model.modules() if isinstance(part, QuantLayer)):
             layer.residency.forget()
 
-    def _hooks(self, block: str) -> list[Any]:
+    def _hooks(self, block: str, apart: Sequence[str]) -> list[Any]:
         put: Put = []
         module = get_module(self.model, block)
+        own = {path: part for path, part in module.named_modules() if not _within(f"{block}.{path}", apart)}
 
         def before(*_: Any) -> None:
-            self._fill(put, module, block, recurse=True)
+            for path, part in own.items():
+                self._fill(put, part, f"{block}.{path}" if path else block, recurse=False)
 
         def after(*_: Any) -> None:
             _take_back(put)
-            for layer in (part for part in module.modules() if isinstance(part, QuantLayer)):
+            for layer in (part for part in own.values() if isinstance(part, QuantLayer)):
                 layer.residency.forget()
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
