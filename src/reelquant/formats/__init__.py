@@ -11,6 +11,7 @@ from reelquant.formats.number import LEVEL_DTYPE, Criterion, Int, LevelFormat, L
 from reelquant.formats.packing import pack, packed_width, unpack
 from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit
 from reelquant.formats.ranges import CRITERIA, RANGES, ByCriterion, MinMax, Mse, Percentile, RangeRule
+from reelquant.formats.scales import SCALES, read_scales, scale_tensors
 from reelquant.formats.skewed import Log2, LogUniform, Power
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FORMATS",
     "LEVEL_DTYPE",
     "RANGES",
+    "SCALES",
     "ByCriterion",
     "Criterion",
     "Granularity",
@@ -42,7 +44,9 @@ __all__ = [
     "packed_width",
     "parse_format",
     "parse_granularity",
+    "read_scales",
     "register_format",
+    "scale_tensors",
     "unpack",
 ]
 
