@@ -41,6 +41,8 @@ def test_the_reference_computes_what_no_kernel_takes(case: str) -> None:
     kernel, refused = found.selected
     assert kernel.name == "reference" and found.simulated == (CASES[case][1] is not None)
     assert {name for name, why in refused.items() if CASES[case][2] in why} == {one.name for one in KERNELS["cpu"]()}
+    for other in KERNELS["cuda"]():
+        assert CASES[case][2] in (other.declines(found.operands) or "")
 
 
 @pytest.mark.parametrize("case", CASES)
