@@ -16,6 +16,7 @@ from reelquant.formats import (
     FORMATS,
     LEVEL_DTYPE,
     RANGES,
+    SCALES,
     ByCriterion,
     Granularity,
     MinMax,
@@ -30,6 +31,8 @@ from reelquant.formats import (
     pack,
     packed_width,
     parse_format,
+    read_scales,
+    scale_tensors,
     unpack,
 )
 from reelquant.formats.granularity import KINDS
@@ -191,6 +194,8 @@ def grained(draw: st.DrawFn) -> tuple[Granularity, tuple[int, ...], int]:
         return Granularity(kind), shape, 1
     if kind == "group":
         size = draw(st.integers(1, 9))
+        if axis := draw(st.integers(0, len(shape) - 1)):
+            return Granularity(kind, size, axis), shape, torch.Size(shape).numel() // shape[axis] * -(-shape[axis] // size)
         return Granularity(kind, size), shape, shape[0] * -(-torch.Size(shape[1:]).numel() // size)
     if kind == "frame":
         frames = draw(st.integers(1, 4))
@@ -218,6 +223,8 @@ def test_blocks_and_unblock_are_inverse(case: tuple[Granularity, tuple[int, ...]
         (Granularity("channel", axis=-1), (0, 4), 4),
         (Granularity("group", 4), (3, 0), 0),
         (Granularity("group", 4), (0, 6), 0),
+        (Granularity("group", 4, -1), (2, 0, 6), 0),
+        (Granularity("group", 4, 1), (2, 0, 6), 0),
         (Granularity("token", axis=-1), (2, 0, 4), 0),
         (Granularity("frame", 2), (0, 5, 4), 2),
         (Granularity("frame", 2), (4, 0), 2),
@@ -372,7 +379,8 @@ def test_rows_of_another_width_are_refused(bits: int) -> None:
 
 # ---------------------------------------------------------------- the quantizer
 
-GRAINS = [*WEIGHT_GRAINS, Granularity("channel", axis=-1), Granularity("token", axis=-1), Granularity("frame", 2)]
+GROUPS = [Granularity("group", 2, axis=-1), Granularity("group", 2, axis=1)]  # of channels of an input
+GRAINS = [*WEIGHT_GRAINS, *GROUPS, Granularity("channel", axis=-1), Granularity("token", axis=-1), Granularity("frame", 2)]
 
 
 @every_format
@@ -498,3 +506,59 @@ def test_a_quantizer_is_built_of_plain_tensors() -> None:
     assert quantizer.scale.dtype == torch.float32
     assert quantizer.zero_point is not None
     assert torch.equal(quantizer.zero_point, quantizer.zero_point.round())
+
+
+# ---------------------------------------------------------------- scales of eight bits
+
+SYMMETRIC = [name for name, make in FORMATS.items() if not make().needs_zero_point]
+every_scale = pytest.mark.parametrize("scale", SCALES)
+every_symmetric = pytest.mark.parametrize("name", SYMMETRIC)
+
+
+@every_scale
+@every_symmetric
+@settings(max_examples=6)
+@given(seed=seeds, axis=st.sampled_from([0, 1, -1]))
+def test_stored_scales_are_those_that_rounded(name: str, scale: str, seed: int, axis: int) -> None:
+    x = normal(seed, 3, 5, 4)
+    quantizer = fit(QuantSpec(parse_format(name), Granularity("group", 3, axis, scale)), x)
+    stored, beside = scale_tensors(scale, quantizer.scale, quantizer.whole, quantizer.granularity.scale_dtype)
+    assert stored.dtype == torch.uint8 and stored.shape == quantizer.scale.shape
+    assert torch.equal(read_scales(scale, stored, beside.get("_2")), quantizer.scale)
+    assert torch.equal(quantizer.dequantize(quantizer.codes(x)), quantizer(x))
+
+
+@every_scale
+@every_symmetric
+def test_zeros_stay_zeros_beside_other_groups_and_alone(name: str, scale: str) -> None:
+    grain = Granularity("group", 2, -1, scale)
+    spec = QuantSpec(parse_format(name), grain)
+    x = torch.tensor([[0.0, 0.0, 1.0, -2.0], [0.0, 0.0, 1e-42, 0.0]])
+    zeros = torch.zeros(2, 4)
+    for values in (x[:, :2], zeros):
+        assert torch.equal(fit(spec, values)(values), values)
+    assert not fit(spec, x)(x)[:, :2].any() or name.startswith("power")
+    assert bool(fit(spec, x)(x).isfinite().all())
+
+
+@every_scale
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0)])
+def test_empty_tensors_have_scales_of_eight_bits(scale: str, shape: tuple[int, ...]) -> None:
+    for axis in (0, -1):
+        quantizer = fit(QuantSpec(parse_format("e2m1"), Granularity("group", 2, axis, scale)), torch.zeros(shape))
+        assert quantizer(torch.zeros(shape)).shape == shape and not len(quantizer.scale)
+
+
+@every_scale
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_value_shows_with_scales_of_eight_bits(scale: str, broken: float) -> None:
+    x = torch.tensor([[1.0, 2.0, broken, 1.0]])
+    assert not fit(QuantSpec(parse_format("e2m1"), Granularity("group", 2, -1, scale)), x)(x)[0, 2:].isfinite().any()
+
+
+@every_scale
+def test_formats_with_zero_points_have_no_scales_of_eight_bits(scale: str) -> None:
+    with pytest.raises(RecipeError, match=f"uint4 has zero points, and scale: {scale} has none"):
+        fit(QuantSpec(parse_format("uint4"), Granularity("group", 2, 0, scale)), torch.ones(2, 4))
+    with pytest.raises(RecipeError, match=f"scale: {scale} belongs to groups"):
+        Granularity("channel", scale=scale)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from reelquant._errors import UnsupportedError
 from reelquant.clock import Clock
 from reelquant.engine.quality import layer_bytes
-from reelquant.formats import FORMATS, parse_format
+from reelquant.formats import FORMATS, SCALES, parse_format
 from reelquant.kernels import backend, hadamard
 from reelquant.nn import QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear, buffer_shapes, quantized_class, start_clock
 from reelquant.nn.spec import LayerLayout, TensorLayout
@@ -35,7 +35,8 @@ SHIFTED = [{"transform": "shift"}, {"transform": "range_integrate", "power": 0.5
 ROTATED = [{"transform": "rotate", "least": -100.0}, *SHIFTED]
 REWRITES: dict[str, list[dict[str, Any]]] = {"plain": [], "shifted": SHIFTED, "rotated": ROTATED}
 DESIGN_NAMES = {  # docs/design.md, section 8
-    "weight", "bias", "weight_scale", "weight_zero_point", "weight_levels", "input_scale", "input_zero_point", "input_levels",
+    "weight", "bias", "weight_scale", "weight_scale_2", "weight_zero_point", "weight_levels",
+    "input_scale", "input_zero_point", "input_levels",
     "pre_quant_shift", "pre_quant_scale", "output_table",
 }  # fmt: skip
 
@@ -100,7 +101,16 @@ def float_weight(layer: QuantLayer) -> Tensor:
     owner = torch.arange(shape[0])[:, None] * -(-width // size) + torch.arange(width) // size
     owner = torch.zeros_like(owner) if layout.granularity == "tensor" else owner
     zero = state["weight_zero_point"].double()[owner] if "weight_zero_point" in state else 0
-    return ((values - zero) * state["weight_scale"].double()[owner]).reshape(shape)
+    return ((values - zero) * scales_of(layer)[owner]).reshape(shape)
+
+
+def scales_of(layer: QuantLayer) -> Tensor:
+    """Scales of a weight, float64; those of eight bits as torch reads the bytes."""
+    state, kind = layer.state_dict(), layer.layout.weight.scale
+    stored = state["weight_scale"]
+    if kind == "e4m3":
+        return stored.view(torch.float8_e4m3fn).double() * state["weight_scale_2"].double()
+    return stored.view(torch.float8_e8m0fnu).double() if kind == "e8m0" else stored.double()
 
 
 def along(values: Tensor, grain: str, x: Tensor, axis: int) -> Tensor:
@@ -135,7 +145,7 @@ def expected_output(module: nn.Module, layer: QuantLayer, x: Tensor, slot: int =
     if "pre_quant_scale" in state:
         x = x / along(state["pre_quant_scale"].float(), "channel", x, axis)
     if layout is not None and layout.dynamic:
-        x = dynamically(x, layout.format, layout.granularity)
+        x = in_groups(x, layout, axis) if "group" in layout.granularity else dynamically(x, layout.format, layout.granularity)
     elif layout is not None:
         scale = along(state["input_scale"][slot], layout.granularity, x, axis)
         zero = along(state["input_zero_point"][slot], layout.granularity, x, axis) if "input_zero_point" in state else 0.0
@@ -155,6 +165,25 @@ def dynamically(x: Tensor, name: str, grain: str) -> Tensor:
         scale = (high - low) / 255
         return rounded(x, name, None, scale, (-low / scale).round())
     return rounded(x, name, None, torch.maximum(high / 127, low / -128), 0.0)
+
+
+def in_groups(x: Tensor, layout: TensorLayout, axis: int) -> Tensor:
+    """Groups of channels at every position, with scales of the largest magnitude as the three formats define them."""
+    size, fmt = int(layout.granularity.partition("-")[2]), parse_format(layout.format)
+    moved = x.movedim(axis, -1)
+    size = min(size, moved.shape[-1])
+    groups = F.pad(moved, (0, -moved.shape[-1] % size)).unflatten(-1, (-1, size))
+    high, low = groups.amax(-1, keepdim=True).clamp(min=0), groups.amin(-1, keepdim=True).clamp(max=0)
+    wanted = torch.maximum(high / fmt.high, low / fmt.low)
+    if layout.scale == "e4m3":
+        whole = wanted.amax() / 448
+        scale = (wanted / whole).to(torch.float8_e4m3fn).float() * whole
+    elif layout.scale == "e8m0":
+        scale = torch.exp2(torch.maximum(high, -low).log2().floor() - np.floor(np.log2(fmt.high)))
+    else:
+        scale = wanted.bfloat16().float()
+    scale = torch.where(scale > 0, scale, 1.0)  # of zeros, as a border is
+    return rounded(groups, layout.format, None, scale, 0.0).flatten(-2)[..., : moved.shape[-1]].movedim(-1, axis)
 
 
 def close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
@@ -177,6 +206,22 @@ def test_weight_only_layers_compute_with_the_stored_weight(fmt: str, grain: str)
         close(layer(x), expected_output(module, layer, x))
         stored = float_weight(layer)
         torch.testing.assert_close(layer.dequantized_weight().double(), stored, rtol=1e-6, atol=1e-12)
+
+
+SYMMETRIC = [name for name in FORMATS if not parse_format(name).needs_zero_point]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("fmt", SYMMETRIC)
+def test_weights_with_scales_of_eight_bits_are_what_is_stored(fmt: str, scale: str) -> None:
+    for kind in ("Linear", "Conv2d"):
+        module, layer, (x,) = make(kind, {"format": fmt, "granularity": "group-4", "scale": scale})
+        assert layer.weight_scale.dtype == torch.uint8 and layer.layout.features == layer.features - {"window"} == {"scale_codes"}
+        close(layer(x), expected_output(module, layer, x))
+        torch.testing.assert_close(layer.dequantized_weight().double(), float_weight(layer), rtol=1e-6, atol=1e-12)
+        empty = quantized_class(module).like(module, LayerLayout.from_json(layer.layout.to_json()))
+        empty.load_state_dict(layer.state_dict())
+        assert torch.equal(empty(x), layer(x))
 
 
 @pytest.mark.parametrize("steps", [(), SHIFTED, ROTATED], ids=["plain", "shifted", "rotated"])
@@ -226,10 +271,13 @@ INPUTS: dict[str, tuple[dict[str, Any], int, int]] = {  # recipe, frames, calls
     "per step and channel": ({"format": "int8", "granularity": "channel", "slots": "per_step"}, 1, 3),
     "dynamic tensor": ({"format": "uint8", "dynamic": True}, 1, 1),
     "dynamic symmetric": ({"format": "int8", "dynamic": True}, 1, 1),
+    "groups": ({"format": "int4", "granularity": "group-4", "dynamic": True}, 1, 1),
+    "groups of e4m3 scales": ({"format": "e2m1", "granularity": "group-4", "scale": "e4m3", "dynamic": True}, 1, 1),
+    "groups of e8m0 scales": ({"format": "e4m3", "granularity": "group-3", "scale": "e8m0", "dynamic": True}, 1, 1),
 }
 
 
-@pytest.mark.parametrize(("kind", "name", "rewrite"), sampled(itertools.product(KINDS, INPUTS, REWRITES), 72))
+@pytest.mark.parametrize(("kind", "name", "rewrite"), sampled(itertools.product(KINDS, INPUTS, REWRITES), 90))
 def test_inputs_are_padded_shifted_and_rounded_like_this(kind: str, name: str, rewrite: str) -> None:
     recipe, frames, calls = INPUTS[name]
     steps = REWRITES[rewrite]
@@ -441,7 +489,7 @@ def test_subclasses_with_a_forward_of_their_own_stay_float() -> None:
     assert quantized_class(layer) is None  # quantized already
 
 
-@pytest.mark.parametrize("name", ["per step", "int8 tensor", "uint6 channel", "dynamic tensor"])
+@pytest.mark.parametrize("name", ["per step", "int8 tensor", "uint6 channel", "dynamic tensor", "groups"])
 @torch.no_grad()
 def test_the_reported_error_is_that_of_the_layer_at_every_step(name: str) -> None:
     recipe, _, calls = INPUTS[name]

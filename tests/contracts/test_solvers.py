@@ -11,15 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from reelquant import formats
 from reelquant._errors import CalibrationError, UnsupportedError
-from reelquant.formats import RANGES, Granularity, Int, MinMax, QuantSpec, fit, parse_format, parse_granularity
+from reelquant.formats import RANGES, SCALES, Granularity, Int, MiniFloat, MinMax, QuantSpec, fit, parse_format, parse_granularity
 from reelquant.observe import inverse_factor
 from reelquant.sites import Layer
 from reelquant.solvers import SOLVERS, Problem, Solution, Solver
 from reelquant.stages import Specs, StageSite
 from tests.single import one_group, plan_of
 
-FORMATS = ("int2", "int4", "int8", "uint3", "uint8", "e2m1", "e4m3", "e5m2", "log2_4", "log_uniform_4", "power_4", "power_8")
+SMALL_FLOATS = tuple(name for name in formats.FORMATS if isinstance(parse_format(name), MiniFloat))
+FORMATS = ("int2", "int4", "int8", "uint3", "uint8", *SMALL_FLOATS, "log2_4", "log_uniform_4", "power_4", "power_8")
 GRAINS = ("tensor", "channel", "group-8")
 
 
@@ -60,6 +62,13 @@ def test_solutions_are_valid_and_never_worse_than_nearest(name: str, fmt: str, g
     assert solver.supports(site(spec)) is None
     solution = check(Problem(weight, spec, correlated(20)), solver)
     assert solution.quantizer.scale.shape == ({"tensor": 1, "channel": 6, "group-8": 18}[grain],)
+
+
+@pytest.mark.parametrize(("name", "fmt", "scale"), list(itertools.product(SOLVERS, ("int4", "e2m1", "e4m3"), SCALES)))
+def test_solutions_with_scales_of_eight_bits_are_valid_too(name: str, fmt: str, scale: str) -> None:
+    spec = QuantSpec(parse_format(fmt), parse_granularity("group-8", scale=scale))
+    solution = check(Problem(torch.randn(6, 20), spec, correlated(20)), SOLVERS[name]())
+    assert solution.quantizer.granularity.scale == scale and (solution.quantizer.whole is not None) == SCALES[scale].two_levels
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -96,6 +96,7 @@ def facts(report: Any) -> dict[str, Any]:
 
 SAME_BYTES: list[Any] = [  # both experts of a pipeline are calibrated in float32 with GPTQ below
     ("w4a16", torch.float32),
+    ("nvfp4-w4a4", torch.bfloat16),
     (MIXED, torch.float32),
     (GPTQ, torch.bfloat16),
     (LOWRANK, torch.bfloat16),

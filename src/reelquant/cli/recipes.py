@@ -105,6 +105,7 @@ def _tensor(recipe: TensorRecipe | None) -> str:
     formats = [recipe.format] if isinstance(recipe.format, str) else recipe.format
     found = recipe.range if isinstance(recipe.range, str) else " ".join(str(value) for value in recipe.range.values())
     shared = "a scale per " + recipe.granularity if recipe.granularity != "tensor" else "one scale"
+    shared += "" if recipe.scale == "float" else f" ({recipe.scale})"
     when = ", found at run time" if recipe.dynamic else ""
     slots = ", per denoising step" if recipe.slots == "per_step" else ""
     return f"{' or '.join(formats)}, {shared}, range by {found}{when}{slots}"

@@ -18,10 +18,8 @@ def weight_problem(spec: QuantSpec) -> str | None:
 def input_problem(spec: QuantSpec, layer: Layer) -> str | None:
     """Why an input cannot have these numbers, or None."""
     kind, sampled = spec.granularity.kind, spec.range.needs_samples or bool(spec.alternatives)
-    if kind == "group":
-        return "inputs cannot be scaled by group; use tensor, channel, token or frame-n"
-    if kind == "token" and not spec.dynamic:
-        return "per-token scales are found at run time; add dynamic: true"
+    if kind in ("token", "group") and not spec.dynamic:
+        return f"scales per {kind} of an input are found at run time; add dynamic: true"
     if spec.dynamic and spec.slots != "shared":
         return "dynamic scales follow every call by themselves; drop 'slots'"
     if spec.dynamic and (spec.alternatives or spec.range != type(spec.range)()):

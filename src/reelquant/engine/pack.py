@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.engine.plan import LayerPlan
-from reelquant.formats import LEVEL_DTYPE, Quantizer, pack
+from reelquant.formats import LEVEL_DTYPE, Quantizer, pack, scale_tensors
 from reelquant.nn import SHIFT_DTYPE, LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class
 from reelquant.stages import LayerWork
 
@@ -66,7 +66,8 @@ def _tensors(work: LayerWork, layout: LayerLayout, bias: Tensor | None, *, folds
         extra |= {f"pre_quant_{name}": vector.to(SHIFT_DTYPE) for name, vector in vectors if vector is not None}
     for _, tensors in work.branches:  # laid out as a file gives them: products of columns sum in another order
         extra |= {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
-    return LayerTensors(codes, quantizer.scale.to(quantizer.granularity.scale_dtype), bias, extra)
+    scale, beside = scale_tensors(quantizer.granularity.scale, quantizer.scale, quantizer.whole, quantizer.granularity.scale_dtype)
+    return LayerTensors(codes, scale, bias, extra | {f"weight_scale{name}": value for name, value in beside.items()})
 
 
 def _input_tensors(rows: list[Quantizer]) -> dict[str, Tensor]:

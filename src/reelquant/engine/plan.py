@@ -266,5 +266,5 @@ def estimated_bytes(spec: QuantSpec, shape: tuple[int, ...], *, bias: bool) -> i
     """Storage of a packed weight with its scales and a float32 bias."""
     width = math.prod(shape[1:])
     units = {"tensor": 1, "channel": shape[0], "group": shape[0] * -(-width // max(spec.granularity.size, 1))}
-    scales = units[spec.granularity.kind] * spec.granularity.scale_dtype.itemsize
+    scales = units[spec.granularity.kind] * spec.granularity.scale_dtype.itemsize + 4 * spec.granularity.two_levels
     return shape[0] * -(-width * spec.format.bits // 8) + scales + 4 * shape[0] * bias

@@ -146,7 +146,8 @@ def _rounding(work: LayerWork, seen: InputStatistics) -> Rounding | None:
     if spec is None:
         return lambda rows: rows
     if spec.dynamic:
-        return (lambda rows: dynamic(spec, rows)(rows)) if spec.granularity.kind in ("tensor", "token") else None
+        told = ("tensor", "token") if work.taps > 1 else ("tensor", "token", "group")
+        return (lambda rows: dynamic(spec, rows)(rows)) if spec.granularity.kind in told else None
     whole = spec.granularity.kind == "tensor" or (spec.granularity.kind == "channel" and work.taps == 1)
     if not inputs or not whole or seen.rows is None:
         return None

@@ -11,6 +11,7 @@ from reelquant.formats.number import LEVEL_DTYPE, Criterion, Int, LevelFormat, L
 from reelquant.formats.packing import pack, packed_width, unpack
 from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit
 from reelquant.formats.ranges import CRITERIA, RANGES, ByCriterion, MinMax, Mse, Percentile, RangeRule
+from reelquant.formats.scales import SCALES, read_scales, scale_tensors
 from reelquant.formats.skewed import Log2, LogUniform, Power
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FORMATS",
     "LEVEL_DTYPE",
     "RANGES",
+    "SCALES",
     "ByCriterion",
     "Criterion",
     "Granularity",
@@ -42,7 +44,9 @@ __all__ = [
     "packed_width",
     "parse_format",
     "parse_granularity",
+    "read_scales",
     "register_format",
+    "scale_tensors",
     "unpack",
 ]
 
@@ -52,7 +56,12 @@ FORMATS: dict[str, Callable[[], NumberFormat]] = {
     **{f"uint{bits}": (lambda bits=bits: Int(bits, signed=False)) for bits in range(2, 9)},
     "e4m3": lambda: MiniFloat(4, 3, reserved=1),
     "e5m2": lambda: MiniFloat(5, 2, reserved=4),
+    "e3m4": lambda: MiniFloat(3, 4, reserved=16),
+    "e3m2": lambda: MiniFloat(3, 2),
+    "e2m3": lambda: MiniFloat(2, 3),
     "e2m1": lambda: MiniFloat(2, 1),
+    "e3m0": lambda: MiniFloat(3, 0),
+    "e1m2": lambda: MiniFloat(1, 2),
     **{f"log2_{bits}": (lambda bits=bits: Log2(bits)) for bits in range(2, 9)},
     **{f"log_uniform_{bits}": (lambda bits=bits: LogUniform(bits)) for bits in range(3, 9)},
     **{f"power_{bits}": (lambda bits=bits: Power(bits)) for bits in range(2, 9)},

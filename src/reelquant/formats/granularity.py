@@ -4,7 +4,7 @@
 |---|---|---|
 | tensor | 1 | 1 |
 | channel | 64 (output channels) | 96 (input channels) |
-| group-n | 64 * ceil(864 / n) | not used |
+| group-n | 64 * ceil(864 / n) | 32 * ceil(96 / n): n channels of a position |
 | token | not used | 32 (every position) |
 | frame-n | not used | n, the leading axis being ``batch * frames`` |
 """
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant._errors import RecipeError, nearest
+from reelquant.formats.scales import FLOAT, SCALES, check_scales
 
 Kind = Literal["tensor", "channel", "group", "token", "frame"]
 FRAMES = 100_000
@@ -36,11 +37,13 @@ class Granularity:
         kind: one of :data:`KINDS`.
         size: members of a group, or number of frames; 0 where it has no meaning.
         axis: the channel axis: 0 for weights, -1 or 1 for inputs of linear layers or convolutions.
+        scale: which numbers the scales are, ``float`` or a name of :data:`reelquant.formats.scales.SCALES`.
     """
 
     kind: Kind = "tensor"
     size: int = 0
     axis: int = 0
+    scale: str = FLOAT
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -51,14 +54,25 @@ class Granularity:
             raise RecipeError(f"granularity '{self}' is of clips of at most {FRAMES} frames")
         if self.kind not in ("group", "frame") and self.size:
             raise RecipeError(f"granularity '{self.kind}' takes no size, got '{self}'; sizes belong to group-n and frame-n")
+        check_scales(self.scale, self.kind)
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.size}" if self.size else self.kind
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """What scales are rounded to before codes are chosen: bfloat16 where there are many (groups, channels), float32 otherwise."""
+        """Of stored scales, which are rounded before codes are chosen: bfloat16 where there are many (groups, channels), else float32.
+
+        Scales of eight bits are stored as bytes.
+        """
+        if self.scale != FLOAT:
+            return torch.uint8
         return torch.bfloat16 if self.kind in ("group", "channel") else torch.float32
+
+    @property
+    def two_levels(self) -> bool:
+        """Whether a float32 number for the whole tensor multiplies all scales."""
+        return self.scale != FLOAT and SCALES[self.scale].two_levels
 
     def units(self, shape: tuple[int, ...]) -> int:
         """Number of scales of a weight ``[out, ...]``; of an input of ``(channels,)`` with static scales.
@@ -80,20 +94,20 @@ class Granularity:
         return _FROM_BLOCKS[self.kind](blocks, self, shape)
 
 
-def parse_granularity(text: str, axis: int = 0) -> Granularity:
-    """Read ``tensor``, ``channel``, ``group-64``, ``token`` or ``frame-16``.
+def parse_granularity(text: str, axis: int = 0, scale: str = FLOAT) -> Granularity:
+    """Read ``tensor``, ``channel``, ``group-64``, ``token`` or ``frame-16``; ``scale`` says which numbers the scales are.
 
     Raises:
-        RecipeError: if the text is none of these.
+        RecipeError: if the text is none of these, or scales of eight bits are asked for where there are no groups.
     """
     match = re.fullmatch(r"([a-z]+)(?:-(\d{1,9}))?", text)
     if match is None:
         raise RecipeError(f"cannot read granularity '{text}'; known: tensor, channel, group-64, token, frame-16")
-    return Granularity(match[1], int(match[2] or 0), axis)  # pyright: ignore[reportArgumentType]  (checked there)
+    return Granularity(match[1], int(match[2] or 0), axis, scale)  # pyright: ignore[reportArgumentType]  (checked there)
 
 
 def _group_blocks(x: Tensor, g: Granularity) -> Tensor:
-    rows = x.flatten(1)
+    rows = x.flatten(1) if g.axis == 0 else _positions(x, g)
     size = _group_size(g, rows.shape[1])
     short = -rows.shape[1] % size
     return (F.pad(rows, (0, short)) if short else rows).reshape(-1, size)
@@ -105,8 +119,16 @@ def _group_size(g: Granularity, width: int) -> int:
 
 
 def _group_unblock(blocks: Tensor, g: Granularity, shape: tuple[int, ...]) -> Tensor:
-    width = math.prod(shape[1:])
-    return blocks.reshape(shape[0], width + -width % _group_size(g, width))[:, :width].reshape(shape)
+    moved = list(shape) if g.axis == 0 else _moved(shape, g.axis, -1)
+    count, width = (shape[0], math.prod(shape[1:])) if g.axis == 0 else (math.prod(moved[:-1]), moved[-1])
+    rows = blocks.reshape(count, width + -width % _group_size(g, width))[:, :width].reshape(moved)
+    return rows if g.axis == 0 else rows.movedim(-1, g.axis)
+
+
+def _positions(x: Tensor, g: Granularity) -> Tensor:
+    """``[positions, channels]``."""
+    moved = x.movedim(g.axis, -1)
+    return moved.reshape(math.prod(moved.shape[:-1]), moved.shape[-1])
 
 
 def _frame_blocks(x: Tensor, g: Granularity) -> Tensor:
@@ -129,7 +151,7 @@ _TO_BLOCKS: dict[Kind, Callable[[Tensor, Granularity], Tensor]] = {
     "tensor": lambda x, g: x.reshape(1, -1),
     "channel": lambda x, g: x.movedim(g.axis, 0).reshape(x.shape[g.axis], -1),
     "group": _group_blocks,
-    "token": lambda x, g: x.movedim(g.axis, -1).reshape(-1, x.shape[g.axis]),
+    "token": _positions,
     "frame": _frame_blocks,
 }
 _FROM_BLOCKS: dict[Kind, Callable[[Tensor, Granularity, tuple[int, ...]], Tensor]] = {

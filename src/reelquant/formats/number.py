@@ -116,15 +116,26 @@ class Int(NumberFormat):
 
 @dataclass(frozen=True)
 class MiniFloat(NumberFormat):
-    """A float of ``1 + exponent + mantissa`` bits with subnormals and without infinities: e4m3, e5m2, e2m1.
+    """A float of ``1 + exponent + mantissa`` bits with subnormals and without infinities.
 
-    Round to nearest, ties to even, saturating: the conversion of current hardware. e4m3 and e5m2 drop the codes that the OCP formats
-    reserve (e4m3: NaN; e5m2: inf and NaN), so their largest numbers are 448 and 57344.
+    | name | bits | largest | smallest above 0 | source |
+    |---|---|---|---|---|
+    | e4m3 | 8 | 448 | 2^-9 | OCP 8-bit floating point; without NaN |
+    | e5m2 | 8 | 57344 | 2^-16 | OCP 8-bit floating point; without infinity and NaN |
+    | e3m4 | 8 | 15.5 | 2^-6 | ``float8_e3m4`` of ml_dtypes, IEEE 754 in small; without infinity and NaN |
+    | e3m2 | 6 | 28 | 2^-4 | OCP Microscaling 1.0; every code is a number |
+    | e2m3 | 6 | 7.5 | 2^-3 | OCP Microscaling 1.0; every code is a number |
+    | e2m1 | 4 | 6 | 2^-1 | OCP Microscaling 1.0; every code is a number |
+    | e3m0 | 4 | 16 | 2^-2 | ours: zero and powers of two |
+    | e1m2 | 4 | 3.5 | 2^-1 | ours: evenly spaced, sign and magnitude |
+
+    Round to nearest, ties to even, saturating: the conversion of current hardware. Between powers of two (e3m0) ties go away from zero.
+    Codes are the bit patterns of the hardware, the sign on top.
     """
 
     exponent: int
     mantissa: int
-    reserved: int = 0  # how many of the largest magnitudes are not numbers
+    reserved: int = 0  # codes of the largest magnitudes that mean infinity or NaN in the source: never given
 
     @property
     def bits(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -13,10 +13,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.formats.granularity import Granularity
 from reelquant.formats.number import Int, NumberFormat
 from reelquant.formats.ranges import MinMax, RangeRule, scale_and_zero_point
+from reelquant.formats.scales import FLOAT, SCALES
 
 Slots = Literal["shared", "per_step"]
 # Values whose ranges and codes are chosen at a time: a pass over more than the cache holds costs as much as all the arithmetic.
@@ -34,6 +35,9 @@ class QuantSpec:
         slots: ``shared`` by all denoising steps, or one set of scales ``per_step``.
         dynamic: find the range in the forward instead of at calibration (inputs only).
         alternatives: further formats of the same bits; :func:`fit` keeps the one that the range rule's criterion prefers.
+
+    Raises:
+        RecipeError: for scales of eight bits of a format with zero points.
     """
 
     format: NumberFormat = field(default_factory=lambda: Int(8))
@@ -43,9 +47,16 @@ class QuantSpec:
     dynamic: bool = False
     alternatives: tuple[NumberFormat, ...] = ()
 
+    def __post_init__(self) -> None:
+        affine = next((fmt.name for fmt in (self.format, *self.alternatives) if fmt.needs_zero_point), None)
+        if affine and (scale := self.granularity.scale) != FLOAT:
+            raise RecipeError(f"{affine} has zero points, and scale: {scale} has none; use a signed format, as int4 or e2m1")
+
     def __str__(self) -> str:
         names = "|".join(f.name for f in (self.format, *self.alternatives))
-        notes = [str(self.granularity), *(["dynamic"] if self.dynamic else []), *(["per step"] if self.slots == "per_step" else [])]
+        grain, per_step = self.granularity, self.slots == "per_step"
+        told = {f"{grain.scale} scales": grain.scale != FLOAT, "dynamic": self.dynamic, "per step": per_step}
+        notes = [str(grain), *(note for note, holds in told.items() if holds)]
         return f"{names} {' '.join(notes)}"
 
 
@@ -58,12 +69,14 @@ class Quantizer:
         granularity: who shares a scale.
         scale: ``[units]`` float32.
         zero_point: ``[units]`` float32 integers, affine formats only.
+        whole: ``[1]`` float32, a factor of every scale that is stored once; see :mod:`reelquant.formats.scales`.
     """
 
     format: NumberFormat
     granularity: Granularity
     scale: Tensor
     zero_point: Tensor | None = None
+    whole: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize; keeps shape and dtype."""
@@ -130,7 +143,10 @@ class Quantizer:
 
 
 def bind(fmt: NumberFormat, granularity: Granularity, low: Tensor, high: Tensor) -> Quantizer:
-    """The quantizer that covers ``[low, high]`` (each ``[units]``)."""
+    """The quantizer that covers ``[low, high]`` (each ``[units]``), as far as its scales allow (:mod:`reelquant.formats.scales`)."""
+    if granularity.scale != FLOAT:
+        scale, whole = SCALES[granularity.scale].round(low.float(), high.float(), fmt)
+        return Quantizer(fmt, granularity, scale, whole=whole)
     scale, zero = scale_and_zero_point(low, high, fmt, granularity.scale_dtype)
     return Quantizer(fmt, granularity, scale, zero)
 
@@ -162,7 +178,7 @@ def _fit_one(spec: QuantSpec, values: Tensor) -> Quantizer:
 def _parts(spec: QuantSpec, values: Tensor) -> tuple[Tensor, ...]:
     """Rows whose ranges can be found apart from those of other rows, as many as stay in the cache."""
     grain = spec.granularity
-    if spec.range.joint or grain.kind not in ("channel", "group") or grain.axis != 0 or not values.numel():
+    if spec.range.joint or grain.two_levels or grain.kind not in ("channel", "group") or grain.axis != 0 or not values.numel():
         return (values,)
     return values.split(max(VALUES_AT_ONCE * len(values) // values.numel(), 1))
 

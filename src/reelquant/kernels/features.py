@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from reelquant.formats import Granularity
+
 WORDS = {
     "input": "rounded inputs",
     "shift": "a shift of the input",
@@ -21,6 +23,8 @@ WORDS = {
     "slots": "input scales per denoising step",
     "table": "a table of outputs",
     "unused": "an output that is never needed",
+    "input_groups": "inputs with a scale per group of channels",
+    "scale_codes": "scales of eight bits",
     "cfg_halves": "input scales for each half of guidance",
 }
 """How messages call the features that are known; others are called by their name."""
@@ -35,6 +39,13 @@ def features_in_use(data: Any, plain: Collection[str]) -> frozenset[str]:
     """
     fields = (field for field in dataclasses.fields(data) if field.name not in plain)
     return frozenset(field.name for field in fields if not _holds_default(field, getattr(data, field.name)))
+
+
+def grain_features(weight: Granularity, input: Granularity | None) -> frozenset[str]:
+    """Features of who shares a scale, and of the numbers that scales are."""
+    groups = input is not None and input.kind == "group"
+    codes = any(grain is not None and grain.scale != "float" for grain in (weight, input))
+    return frozenset(name for name, used in (("input_groups", groups), ("scale_codes", codes)) if used)
 
 
 def _holds_default(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.formats import Granularity, Int, NumberFormat, Quantizer, QuantSpec, dynamic, unpack
-from reelquant.kernels.features import features_in_use
+from reelquant.kernels.features import features_in_use, grain_features
 from reelquant.kernels.hadamard import hadamard
 
 PLAIN = frozenset({"weight", "bias"})  # fields of Operands that every kernel takes
@@ -28,7 +28,7 @@ class PackedWeight:
         codes: ``[out, bytes]`` uint8, or int8 ``[out, in]`` for symmetric 8-bit integers.
         quantizer: format and scales of the codes.
         shape: shape of the float weight.
-        stored: the very scales that the layer stores, if it does: a kernel that reads these keeps no copy of them.
+        stored: the very scales that the layer stores, if it stores floats: a kernel that reads these keeps no copy of them.
     """
 
     codes: Tensor
@@ -149,8 +149,9 @@ class Operands:
 
     @property
     def features(self) -> frozenset[str]:
-        """Names of the fields in use beside weight and bias: what a kernel must take to compute this layer."""
-        return features_in_use(self, PLAIN)
+        """Names of the fields in use beside weight and bias, and of scales of a kind: what a kernel must take to compute this layer."""
+        grains = grain_features(self.weight.quantizer.granularity, None if self.input is None else self.input.granularity)
+        return features_in_use(self, PLAIN) | grains
 
     @property
     def channel_axis(self) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from reelquant._errors import UnsupportedError
 from reelquant.branches import Branch, branch_name
 from reelquant.clock import Clock, Moment, keeping_dtype
-from reelquant.formats import Quantizer
+from reelquant.formats import Quantizer, read_scales
 from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Window, hadamard
 from reelquant.nn.around.graph import call, handle_of, is_tracing, trace_opaque
 from reelquant.nn.residency import Prepared, Residency
@@ -131,11 +131,11 @@ class QuantLayer(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The stored weight with its quantizer."""
-        layout = self.layout.weight
-        zero = getattr(self, "weight_zero_point", None)
+        layout, zero = self.layout.weight, getattr(self, "weight_zero_point", None)
         fmt = number_format(layout, getattr(self, "weight_levels", None))
-        quantizer = Quantizer(fmt, layout.grain(), self.weight_scale.float(), None if zero is None else zero.float())
-        return PackedWeight(self.codes, quantizer, self.weight_shape, self.weight_scale)
+        scale = read_scales(layout.scale, self.weight_scale, getattr(self, "weight_scale_2", None))
+        quantizer = Quantizer(fmt, layout.grain(), scale, None if zero is None else zero.float())
+        return PackedWeight(self.codes, quantizer, self.weight_shape, self.weight_scale if layout.scale == "float" else None)
 
     @property
     def codes(self) -> Tensor:

@@ -22,7 +22,7 @@ from reelquant.formats import (
     parse_format,
     parse_granularity,
 )
-from reelquant.kernels.features import features_in_use
+from reelquant.kernels.features import features_in_use, grain_features
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class TensorLayout:
         levels: length of the stored level table, 0 for formats that the name describes completely.
         dynamic: the range is found in the forward (inputs).
         range: name of the range rule that runs in the forward when dynamic.
+        scale: which numbers the scales are, a name of :mod:`reelquant.formats.scales`.
     """
 
     format: str
@@ -42,13 +43,15 @@ class TensorLayout:
     levels: int = 0
     dynamic: bool = False
     range: str = "minmax"
+    scale: str = "float"
 
     @classmethod
     def of(cls, spec: QuantSpec, fmt: NumberFormat) -> TensorLayout:
         """The layout of a spec whose format has been fitted to ``fmt``."""
         rule = next(name for name, kind in RANGES.items() if type(spec.range) is kind)
         levels = 0 if fmt.table is None else len(fmt.table)
-        return cls(fmt.name, str(spec.granularity), levels, spec.dynamic, rule if spec.dynamic else "minmax")
+        grain = spec.granularity
+        return cls(fmt.name, str(grain), levels, spec.dynamic, rule if spec.dynamic else "minmax", grain.scale)
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, but always with format and granularity."""
@@ -62,7 +65,7 @@ class TensorLayout:
 
     def grain(self, axis: int = 0) -> Granularity:
         """The granularity, parsed."""
-        return parse_granularity(self.granularity, axis)
+        return parse_granularity(self.granularity, axis, self.scale)
 
 
 SHIFT_DTYPE = torch.bfloat16
@@ -120,7 +123,8 @@ class LayerLayout:
     @property
     def features(self) -> frozenset[str]:
         """Names of what the layer uses beside a weight and a bias. Graphs and exporters refuse layers with a name they do not know."""
-        return features_in_use(self, PLAIN) | {branch_feature(branch) for branch in self.branches}
+        grains = grain_features(self.weight.grain(), None if self.input is None else self.input.grain(-1))
+        return features_in_use(self, PLAIN) | grains | {branch_feature(branch) for branch in self.branches}
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, in the wording of ``config.json``."""
@@ -187,6 +191,8 @@ def _weight_buffers(shape: tuple[int, ...], layout: TensorLayout) -> dict[str, t
     grain = layout.grain()
     units = _units(grain, shape, WEIGHT_GRAINS)
     buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight_scale": ((units,), grain.scale_dtype)}
+    if grain.two_levels:
+        buffers["weight_scale_2"] = ((1,), torch.float32)
     if parse_format(layout.format).needs_zero_point:
         buffers["weight_zero_point"] = ((units,), torch.uint8)
     if layout.levels:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
@@ -33,7 +33,7 @@ class TensorRecipe(_Strict):
     """Numbers of one tensor: ``{format: int8, granularity: channel, range: mse}``.
 
     A list of formats is a choice that the range's criterion makes. ``range`` is a name, or a mapping with ``name`` and its
-    parameters.
+    parameters. ``scale`` says which numbers the scales of groups are: ``float``, ``e4m3`` (NVFP4) or ``e8m0`` (MX).
     """
 
     format: str | list[str]
@@ -41,18 +41,24 @@ class TensorRecipe(_Strict):
     range: str | dict[str, Any] = "minmax"
     slots: Literal["shared", "per_step"] = "shared"
     dynamic: bool = False
+    scale: Literal["float", "e4m3", "e8m0"] = "float"
 
     @model_validator(mode="after")
     def _names_exist(self) -> TensorRecipe:
         self.spec()
         return self
 
+    @model_serializer(mode="wrap")
+    def _plain(self, content: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``scale: float``: recipes that do not use the key keep the digest that earlier versions gave them."""
+        return {key: value for key, value in content(self).items() if (key, value) != ("scale", "float")}
+
     def spec(self, axis: int = 0) -> QuantSpec:
         """The specification these words mean; ``axis`` is the channel axis."""
         first, *others = [self.format] if isinstance(self.format, str) else self.format
         return QuantSpec(
             parse_format(first),
-            parse_granularity(self.granularity, axis),
+            parse_granularity(self.granularity, axis, self.scale),
             self._range(),
             self.slots,
             self.dynamic,

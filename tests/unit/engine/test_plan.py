@@ -91,7 +91,7 @@ def test_quantizing_nothing_is_an_error_that_says_why() -> None:
 
 
 INPUTS = {  # what is wrong -> an input, and the message
-    "groups": ({"format": "int8", "granularity": "group-8"}, "inputs cannot be scaled by group"),
+    "groups": ({"format": "int8", "granularity": "group-8"}, "scales per group of an input are found at run time; add dynamic: true"),
     "static tokens": ({"format": "int8", "granularity": "token"}, "add dynamic: true"),
     "dynamic steps": ({"format": "int8", "dynamic": True, "slots": "per_step"}, "drop 'slots'"),
     "dynamic parameters": ({"format": "int8", "dynamic": True, "range": {"name": "mse", "p": 2.0}}, "own parameters"),

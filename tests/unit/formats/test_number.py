@@ -21,7 +21,12 @@ from reelquant.formats import skewed as skewed_module
         ("uint8", 0, 255),
         ("e4m3", -448, 448),
         ("e5m2", -57344, 57344),
+        ("e3m4", -15.5, 15.5),
+        ("e3m2", -28, 28),
+        ("e2m3", -7.5, 7.5),
         ("e2m1", -6, 6),
+        ("e3m0", -16, 16),
+        ("e1m2", -3.5, 3.5),
         ("log2_4", -1, 1),
         ("log_uniform_4", -0.25, 1),
         ("power_4", -1, 1),
@@ -45,6 +50,42 @@ def test_integers_round_ties_to_even() -> None:
 def test_integers_have_two_to_eight_bits(bits: int) -> None:
     with pytest.raises(RecipeError, match=f"2 to 8 bits, got {bits}"):
         Int(bits)
+
+
+QUARTERS, EIGHTHS = [1, 1.25, 1.5, 1.75], [1 + k / 8 for k in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "magnitudes"),
+    [
+        ("e3m0", [0, 0.25, 0.5, 1, 2, 4, 8, 16]),
+        ("e1m2", [0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]),
+        ("e3m2", [0, 1 / 16, 2 / 16, 3 / 16] + [size * one for size in (0.25, 0.5, 1, 2, 4, 8, 16) for one in QUARTERS]),
+        ("e2m3", [k / 8 for k in range(8)] + [size * one for size in (1, 2, 4) for one in EIGHTHS]),
+        ("e3m4", [k / 64 for k in range(16)] + [size * (1 + k / 16) for size in (0.25, 0.5, 1, 2, 4, 8) for k in range(16)]),
+    ],
+)
+def test_small_floats_have_these_numbers(name: str, magnitudes: list[float]) -> None:
+    """The tables of the OCP Microscaling specification, and of ml_dtypes for e3m4, written out."""
+    fmt, count = parse_format(name), len(magnitudes)
+    codes = torch.arange(count, dtype=torch.uint8)
+    assert fmt.decode(codes).tolist() == magnitudes
+    assert fmt.decode(codes + 2 ** (fmt.bits - 1)).tolist() == [-value for value in magnitudes]
+    assert torch.equal(fmt.encode(torch.tensor(magnitudes)), codes)
+    assert count == 2 ** (fmt.bits - 1) - (16 if name == "e3m4" else 0)
+
+
+@pytest.mark.parametrize("name", ["e3m4", "e3m2", "e2m3", "e2m1"])
+def test_small_floats_are_those_of_ml_dtypes(name: str) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    fmt, kind = parse_format(name), getattr(ml_dtypes, f"float8_{name}" if name == "e3m4" else f"float{parse_format(name).bits}_{name}fn")
+    levels = fmt.levels()
+    points = torch.cat([levels, (levels[1:] + levels[:-1]) / 2])
+    assert fmt.round(points).tolist() == points.numpy().astype(kind).astype("float32").tolist()
+
+
+def test_between_powers_of_two_ties_go_away_from_zero() -> None:
+    assert parse_format("e3m0").round(torch.tensor([0.125, 0.375, 0.75, 1.5, 3, -3, 12])).tolist() == [0, 0.5, 1, 2, 4, -4, 16]
 
 
 def test_e2m1_has_these_eight_magnitudes() -> None:

@@ -40,6 +40,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         recipe(defaults={"weight": {"format": "int8", "granularity": "group"}}),
         "'group' needs a size, as in 'group-64'",
     ),
+    "scales of eight bits without groups": (
+        recipe(defaults={"weight": {"format": "int4", "granularity": "channel", "scale": "e8m0"}}),
+        "scale: e8m0 belongs to groups, as in granularity: group-32; got granularity 'channel'",
+    ),
+    "scales of eight bits beside zero points": (
+        recipe(defaults={"weight": {"format": "uint4", "granularity": "group-32", "scale": "e4m3"}}),
+        "uint4 has zero points, and scale: e4m3 has none",
+    ),
     "unknown range": (recipe(defaults={"weight": {"format": "int8", "range": "minmx"}}), "unknown range 'minmx'; did you mean 'minmax'?"),
     "unknown range parameter": (
         recipe(defaults={"weight": {"format": "int8", "range": {"name": "mse", "q": 2}}}),
@@ -172,3 +180,11 @@ def test_a_recipe_is_immutable_and_its_digest_follows_its_content() -> None:
 
 def test_runs_of_the_sampler_are_small_enough_to_compare() -> None:
     assert [load_recipe(recipe(calibrate={"prompts": n})).calibrate.batch for n in (1, 3, 4, 8, 16, 64)] == [1, 1, 1, 2, 4, 4]
+
+
+def test_a_key_that_is_not_used_leaves_the_digest_of_earlier_versions_alone() -> None:
+    assert load_recipe("w4a16").digest() == "c01d4a1b11cc1951"
+    grouped = recipe(defaults={"weight": {"format": "int4", "granularity": "group-32", "scale": "e8m0"}})
+    found = load_recipe(grouped)
+    assert found.model_dump()["defaults"]["weight"]["scale"] == "e8m0" and load_recipe(found) == found
+    assert found.digest() != load_recipe(grouped, {"defaults.weight.scale": "float"}).digest()
