@@ -22,6 +22,7 @@ from reelquant.solvers import Nearest
 from reelquant.stages import GroupView, LayerWork, Rewrite, bound
 
 LayerOf = Callable[[str], nn.Module]
+COMPARED = 256  # rows that are compared with each other, at most: as many as a run has different timesteps, by far
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,4 +237,14 @@ def _sampled(work: LayerWork, seen: InputStatistics) -> Tensor:
             f"range rules that look at samples work per tensor with shared slots, got {spec} for '{work.site.layer.name}'"
         )
     rows = seen.rows.rows.to(work.weight.device)
-    return work.rewrite.per_tap(work.taps).input(rows)
+    return work.rewrite.per_tap(work.taps).input(distinct(rows) if spec.range.joint else rows)
+
+
+def distinct(rows: Tensor) -> Tensor:
+    """Rows ``[rows, channels]`` that differ, :data:`COMPARED` at most, evenly from their sorted order.
+
+    Rules that compare every row with every other one ask how far timesteps lie apart. Where each token has a timestep of its own, samples
+    hold few different rows many times over: equal rows have no distance, and thousands of them take hours.
+    """
+    found = rows.unique(dim=0)
+    return found if len(found) <= COMPARED else found[torch.linspace(0, len(found) - 1, COMPARED).round().long().to(found.device)]
