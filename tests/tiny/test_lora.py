@@ -419,7 +419,7 @@ def test_pairs_that_fit_no_layer_are_counted(tmp_path: Path, caplog: pytest.LogC
     LoraFiles(stock("tiny-dit"), {str(written(tmp_path / "half.safetensors", "tiny-dit", good | more)): 1.0})
     (record,) = [record for record in caplog.records if record.name.startswith("reelquant")]
     assert f"{len(good) // 2} of {len(good)} pairs are used, the others fit no layer of WanPipeline" in record.getMessage()
-    report = reelquant.quantize(stock("tiny-dit"), "w8a16", lora={str(tmp_path / "half.safetensors"): 1.0})
+    report = reelquant.quantize(reelquant.open_pipeline("tiny-dit"), "w8a16", lora={str(tmp_path / "half.safetensors"): 1.0})
     assert report.warnings == [record.getMessage()]  # logged once in a process, and in every report
     reelquant.open_pipeline("tiny-dit").save_pretrained(tmp_path / "float")
     report = reelquant.quantize_folder(tmp_path / "float", tmp_path / "out", "w8a16", lora={str(tmp_path / "half.safetensors"): 1.0})
