@@ -84,7 +84,7 @@ CONTROLS = {"controlnet_cond", "controls_latents", "control_context"}  # argumen
 
 
 def denoises(module: nn.Module) -> bool:
-    """Whether a model takes a latent and a timestep, and is no ControlNet."""
+    """Whether a model takes a latent and a timestep and is not a ControlNet."""
     return takes_timestep(module) and not CONTROLS & set(inspect.signature(plain(module).forward).parameters)
 
 

@@ -15,7 +15,7 @@ from reelquant.observe import exchanged
 
 
 class Decoded(NamedTuple):
-    """One call of ``decode``: its arguments, and what came of it in half precision."""
+    """One call of ``decode``: its arguments, and its output in half precision."""
 
     args: Any
     kwargs: Any

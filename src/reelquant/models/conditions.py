@@ -227,7 +227,7 @@ def lacking(kind: type, call: Mapping[str, Any], error: Exception, *, refused: b
         refused: whether the pipeline itself raised it; then it counts only if it names the condition.
     """
     names = [name for name in LEADING if name in _parameters(kind)]
-    if refused and "NoneType" not in str(error):  # that is no refusal: the pipeline used what is not there
+    if refused and "NoneType" not in str(error):  # not a refusal: the pipeline used a value that is missing
         names = [name for name in names if re.search(rf"\b{name}\b", str(error))]
     if not names or any(call.get(name) is not None for name in CONDITIONS):
         return None

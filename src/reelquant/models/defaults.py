@@ -40,7 +40,7 @@ def _lasting(clip: list[Any], frames: int) -> list[Any]:
 
 
 def required(kind: type, prompts: Prompts, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Bundled values of the pictures and frames without which a call of this class cannot be written down, and which nobody gave.
+    """Bundled values for the pictures and frames that a call of this class requires and that were not given.
 
     Args:
         kind: a class of pipelines.
@@ -71,7 +71,7 @@ def missing(pipe: Any, prompts: Prompts, call: Mapping[str, Any]) -> dict[str, A
 
 
 def undecided(kind: type, prompts: Prompts, call: Mapping[str, Any]) -> list[str]:
-    """Arguments that have a default, that nobody gave, and without which only trying shows whether the pipeline works."""
+    """Arguments with a default that were not given. Only a trial shows whether the pipeline works without them."""
     return [name for name in LEADING if name in named_arguments(kind) and _lacks(name, prompts, call)]
 
 

@@ -152,7 +152,7 @@ def _folder(path: Path) -> list[Image.Image]:
     for file in files:
         kind, value = _picture(file) if file.suffix.lower() in PICTURES else ("", None)
         if kind != "picture":
-            raise CalibrationError(f"folder '{path}' is read as the frames of a clip, and '{file.name}' is no single picture")
+            raise CalibrationError(f"folder '{path}' is read as the frames of a clip, and '{file.name}' is not a single picture")
         frames.append(value)
     if len({frame.size for frame in frames}) > 1:
         raise CalibrationError(f"the pictures of folder '{path}' are not equal in size; frames of a clip must be")

@@ -66,7 +66,7 @@ def load_conditions(path: str | Path) -> list[Condition]:
     if os.path.isdir(file):  # false also for names that a disk refuses, where Path.is_dir() raises
         return _read_folder(file)
     if not os.path.isfile(file):
-        what = "is no plain file" if os.path.exists(file) else "does not exist"
+        what = "is not a plain file" if os.path.exists(file) else "does not exist"
         raise CalibrationError(f"prompt file '{path}' {what}; give {FORMS}")
     suffix = file.suffix.lower()
     if suffix in MEDIA:
@@ -260,7 +260,7 @@ KNOWN = {*ARGUMENTS, *CONDITIONS}  # what a clip can be made from without a text
 
 
 def _beside(key: str) -> bool:
-    """Whether a field is no input of the pipeline."""
+    """Whether a field says something else than an input of the pipeline."""
     return key in (*TEXT_KEYS, *GROUP_KEYS, *BESIDE) or key.startswith("_")
 
 

@@ -239,7 +239,7 @@ class _Heard(logging.Handler):
 
 @contextmanager
 def _listening(pipe: Any) -> Iterator[None]:
-    """Pass on what a pipeline logs about the call, such as sizes that it rounds: of latents nobody can tell the size of the clip.
+    """Pass on what a pipeline logs about the call, such as sizes that it rounds: latents do not tell the size of their clip.
 
     diffusers' own level is set aside, which the command line raises, and so is its way to the screen: it is said once.
     """

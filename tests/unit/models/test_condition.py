@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "no clip": (lambda path: path.write_bytes(b"hello"), "x.mp4", "as a clip"),
     "missing": (lambda path: None, "x.png", "no file at"),
     "empty folder": (lambda path: path.mkdir(), "x", "holds no frame"),
-    "nested": (lambda path: (path / "deeper").mkdir(parents=True), "x", "'deeper' is no single picture"),
+    "nested": (lambda path: (path / "deeper").mkdir(parents=True), "x", "'deeper' is not a single picture"),
     "no tensors": (lambda path: path.write_bytes(b"hello"), "x.safetensors", "cannot read tensors"),
 }
 
