@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from reelquant.kernels.cpu.hadamard import rotate
 from reelquant.kernels.cpu.loops import read
-from reelquant.kernels.cpu.options import EXACT, FAST
+from reelquant.kernels.cpu.options import EXACT, FAST, compiled
 
 ROWS = 2048  # numbers of a tile of rows that is rotated at a time: it stays in the first-level cache
 TILE = 64  # positions of a plane that are rotated at a time
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def rotated_rows(start: int, stop: int, x: Any, block: int, low: Any, high: Any, total: Any) -> None:
     """Extremes and sums of rotated rows, without the factor ``1 / sqrt(block)``.
 
@@ -45,7 +44,7 @@ def rotated_rows(start: int, stop: int, x: Any, block: int, low: Any, high: Any,
                 total[share, frame] += added
 
 
-@numba.njit(**FAST)
+@compiled(**FAST)
 def _include(rows: Any, low: Any, high: Any, added: Any) -> None:
     """Extend extremes and sums by several rows."""
     for i in range(rows.shape[0]):
@@ -56,7 +55,7 @@ def _include(rows: Any, low: Any, high: Any, added: Any) -> None:
             added[j] += value
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def rotated_planes(start: int, stop: int, x: Any, block: int, low: Any, high: Any, total: Any) -> None:
     """The same of ``x`` with channels before positions: ``[clips, frames, channels, positions]``.
 
@@ -86,7 +85,7 @@ def rotated_planes(start: int, stop: int, x: Any, block: int, low: Any, high: An
             high[share, frame, channel] = max(high[share, frame, channel], most[channel].max())
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _mix(buffer: Any) -> None:
     """Hadamard transform along the first axis, in place, without its factor."""
     apart = 1
@@ -99,7 +98,7 @@ def _mix(buffer: Any) -> None:
         apart *= 2
 
 
-@numba.njit(**FAST)
+@compiled(**FAST)
 def _include_tile(values: Any, width: int, least: Any, most: Any, added: Any) -> None:
     """Extend extremes and sums of every place of a tile ``[channels, TILE]``, of which ``width`` places are filled."""
     for channel in range(values.shape[0]):

@@ -17,14 +17,13 @@ import itertools
 import math
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from reelquant.kernels.cpu import loops
 from reelquant.kernels.cpu.int16_madd import available
-from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.options import EXACT, compiled
 from reelquant.kernels.cpu.powers import times_power
 from reelquant.kernels.cpu.softmax import LOWEST as SMALLEST
 from reelquant.kernels.cpu.softmax import POWER
@@ -101,7 +100,7 @@ def _attend(q: Any, k: Any, v: Any, out: Any, factor: np.float32) -> bool:
 # --- keys and values in panels --------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _largest(row: Any) -> Any:
     top = np.float32(0)
     for j in range(row.shape[0]):
@@ -109,7 +108,7 @@ def _largest(row: Any) -> Any:
     return top
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _token_codes(buffer: Any, codes: Any) -> Any:
     """Codes of a token, its scale, and whether it may hold NaN or infinities."""
     scale = max(_largest(buffer) / TOKEN, np.finfo(np.float32).tiny)
@@ -119,7 +118,7 @@ def _token_codes(buffer: Any, codes: Any) -> Any:
     return scale, loops._strange(buffer)
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def key_codes(start, stop, k, panels, scales):  # type: ignore[no-untyped-def]
     """Keys as panels of columns: ``[heads, panels, pairs, COLUMNS]``, two codes in 32 bits; ``scales`` ``[heads, keys]``."""
     buffer, codes = np.empty(k.shape[3], np.float32), np.empty(k.shape[3], np.int16)
@@ -138,7 +137,7 @@ def key_codes(start, stop, k, panels, scales):  # type: ignore[no-untyped-def]
     return strange
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def value_tops(start, stop, v, tops):  # type: ignore[no-untyped-def]
     """The scale of every channel: ``[heads, channels]``."""
     buffer, strange = np.empty(v.shape[3], np.float32), False
@@ -154,7 +153,7 @@ def value_tops(start, stop, v, tops):  # type: ignore[no-untyped-def]
     return strange
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def value_codes(start, stop, v, tops, values):  # type: ignore[no-untyped-def]
     """Values as panels of columns, a block of keys at a time: ``[heads, blocks, panels, KEYS / 2, COLUMNS]``, two keys in 32 bits."""
     width = v.shape[3]
@@ -174,7 +173,7 @@ def value_codes(start, stop, v, tops, values):  # type: ignore[no-untyped-def]
 # --- queries --------------------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def attend(start, stop, q, panels, scales, values, tops, keys, factor, out):  # type: ignore[no-untyped-def]
     """Blocks of queries against all keys, :data:`KEYS` at a time.
 
@@ -223,7 +222,7 @@ def attend(start, stop, q, panels, scales, values, tops, keys, factor, out):  # 
     return strange
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _tiles(codes: Any, count: int, panels: Any, pairs: int, sums: Any) -> None:
     """``sums[r, n] = codes[r] . column n`` for the first ``count`` rows and ``pairs`` pairs of panels ``[panels, pairs, COLUMNS]``."""
     addresses, offset = np.empty(ROWS_AT_ONCE, np.int64), np.zeros(1, np.int64)
@@ -235,7 +234,7 @@ def _tiles(codes: Any, count: int, panels: Any, pairs: int, sums: Any) -> None:
             _tile(addresses.ctypes.data + 8 * r, offset.ctypes.data, 1, pairs, panels.ctypes.data + p * panels.strides[0], target, 1)
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _scores(total: Any, r: int, scale: Any, key_scale: Any, line: Any) -> Any:
     """Scores of a row as floats, and the largest."""
     for j in range(line.shape[0]):
@@ -246,7 +245,7 @@ def _scores(total: Any, r: int, scale: Any, key_scale: Any, line: Any) -> Any:
     return largest
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _shares(line: Any, largest: Any, codes: Any, r: int) -> Any:
     """Codes of the weights ``2^(score - largest)`` of some keys, and their sum."""
     share = np.float32(0)
@@ -261,7 +260,7 @@ def _shares(line: Any, largest: Any, codes: Any, r: int) -> Any:
     return share
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _gather(total: Any, count: int, state: Any, result: Any) -> None:
     for r in range(count):
         old, new = state[2, r], state[3, r]
@@ -269,7 +268,7 @@ def _gather(total: Any, count: int, state: Any, result: Any) -> None:
             result[r, c] = result[r, c] * old + np.float32(total[r, c]) * new
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _scaled(result: Any, tops: Any, factor: Any, line: Any) -> None:
     for c in range(result.shape[0]):
         line[c] = result[c] * (tops[c] * factor)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from reelquant.kernels.cpu import loops
+from reelquant.kernels.cpu.options import compiled
 from reelquant.kernels.cpu.powers import ACTIVATION_CODES, activate
 
 
@@ -31,7 +31,7 @@ def gate(x: Tensor, activation: str, first: bool) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-@numba.njit(**loops.EXACT)
+@compiled(**loops.EXACT)
 def gate_rows(start, stop, x, which, first, out):  # type: ignore[no-untyped-def]
     """:func:`gate` of rows ``[rows, 2 * channels]``."""
     channels = out.shape[1]

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.options import EXACT, compiled
 
 LANES = 8  # float32 numbers in a register
 INSIDE = 64  # numbers that are mixed without leaving registers: eight of them
@@ -62,7 +61,7 @@ def _turning(count: int) -> Any:
 _one, _two, _four, _eight = (_turning(count) for count in (1, 2, 4, 8))
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def rotate(buffer: Any, block: int) -> None:
     """Hadamard transform of every block of the buffer, in place, without its factor ``1 / sqrt(block)``.
 
@@ -92,7 +91,7 @@ def rotate(buffer: Any, block: int) -> None:
         width *= 2
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _butterflies(x: Any) -> None:
     """Over axes of a reshaped array: with sums as indices numba would look for negative ones, and nothing would be vectorised."""
     for i in range(x.shape[0]):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from reelquant.formats.number import LevelFormat
 from reelquant.kernels.cpu import loops
-from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.options import EXACT, compiled
 from reelquant.kernels.operands import Operands
 
 HALVES = (128, 64, 32, 16, 8, 4, 2, 1)
@@ -49,7 +48,7 @@ class LevelInputs:
         return out
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def to_levels(start, stop, x, shift, scale, unit, zero, middles, levels, out):  # type: ignore[no-untyped-def]
     """``out = (level nearest to (x - shift) / scale / unit + zero, less zero) * unit``; NaN stays NaN.
 

@@ -19,7 +19,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from reelquant.kernels.cpu.hadamard import rotate
-from reelquant.kernels.cpu.options import EXACT, FAST, SUMS
+from reelquant.kernels.cpu.options import EXACT, FAST, SUMS, compiled
 
 SMALL = 1 << 16  # elements below which a second thread costs more than it saves
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
@@ -95,21 +95,21 @@ def _write_of(buffer: Any, row: Any) -> Any:
     return to_float32
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _affine(buffer: Any, multiply: Any, add: Any) -> None:
     if multiply.shape[0]:
         for j in range(buffer.shape[0]):
             buffer[j] = buffer[j] * multiply[j] + add[j]
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _encode(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: Any) -> None:
     for j in range(buffer.shape[0]):
         value = np.rint(buffer[j] * inverse + zero)
         codes[j] = np.int32(min(max(value, low), high))
 
 
-@numba.njit(**SUMS)
+@compiled(**SUMS)
 def _strange(buffer: Any) -> bool:
     """Whether a row may hold NaN or infinities: codes cannot, so the caller has to look. Its sum is finite if it does not."""
     total = np.float32(0)
@@ -121,7 +121,7 @@ def _strange(buffer: Any) -> bool:
 # --- inputs: floats to codes ----------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high, codes):  # type: ignore[no-untyped-def]
     """``codes[i, j] = clamp(round((rotate(x[i])[j] * multiply[j] + add[j]) * inverse + zero), low, high)``.
 
@@ -146,7 +146,7 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
     return strange
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def quantize_tokens(start, stop, x, block, multiply, add, zero, levels, codes, scales):  # type: ignore[no-untyped-def]
     """The same with a symmetric scale for every row, found from its own values.
 
@@ -173,7 +173,7 @@ def quantize_tokens(start, stop, x, block, multiply, add, zero, levels, codes, s
     return strange
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """Channels first to channels last, into the inside of a padded tensor.
 
@@ -206,7 +206,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
     return strange
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """The same from channels last, several pixels of a line joined.
 
@@ -233,7 +233,7 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
 # --- products of rows -----------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def finish_tokens(start, stop, x, scales, bias, out):  # type: ignore[no-untyped-def]
     """``out[i] = x[i] * scales[i] + bias``: what is left of a product whose input had a scale per row. ``bias`` may be empty."""
     buffer = np.empty(x.shape[1], np.float32)
@@ -250,7 +250,7 @@ def finish_tokens(start, stop, x, scales, bias, out):  # type: ignore[no-untyped
 # --- weights: codes to floats, codes to wider codes -----------------------------------------------------------------------------------
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def widen_rows(start, stop, codes, scale, out):  # type: ignore[no-untyped-def]
     """``out[i, j] = codes[i, j] * scale[i]`` for int8 codes."""
     buffer = np.empty(codes.shape[1], np.float32)
@@ -260,7 +260,7 @@ def widen_rows(start, stop, codes, scale, out):  # type: ignore[no-untyped-def]
         write(buffer, out[i])
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def widen_nibbles(start, stop, packed, scale, size, zero, out):  # type: ignore[no-untyped-def]
     """The same for packed 4-bit codes with a scale per group of ``size`` (even) columns: ``[rows, groups]``."""
     columns = out.shape[1]
@@ -270,7 +270,7 @@ def widen_nibbles(start, stop, packed, scale, size, zero, out):  # type: ignore[
         write(buffer[:columns], out[i])
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def fill_tiles(start, stop, nibbles, scales, step, size, codes, sums):  # type: ignore[no-untyped-def]
     """Packed 4-bit codes with group scales to int8 codes with one scale a row, and minus the sum of every row.
 
@@ -310,7 +310,7 @@ def fill_tiles(start, stop, nibbles, scales, step, size, codes, sums):  # type: 
             sums[i, j] = -(total[4 * j] + total[4 * j + 1] + total[4 * j + 2] + total[4 * j + 3])
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _nibbles(packed: Any, scale: Any, size: int, zero: Any, columns: int, buffer: Any) -> None:
     half = size // 2
     for g in range(scale.shape[0]):
@@ -320,7 +320,7 @@ def _nibbles(packed: Any, scale: Any, size: int, zero: Any, columns: int, buffer
             buffer[2 * b + 1] = np.float32((byte >> 4) - zero) * scale[g]
 
 
-@numba.njit(**FAST)
+@compiled(**FAST)
 def dot_rows(start, stop, codes, scale, x, bias, out):  # type: ignore[no-untyped-def]
     """A few input rows times int8 weights, reading the weights once: ``out[m, i] = scale[i] * codes[i] . x[m] + bias[i]``.
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.options import EXACT, compiled
 
 VECTOR: dict[str, Any] = EXACT | {"fastmath": EXACT["fastmath"] | {"nnan"}, "error_model": "numpy"}
 """There is no vector instruction for a minimum that propagates NaN, nor for a division that checks for zero."""
@@ -42,7 +41,7 @@ def times_power(typing: Any, number: Any, power: Any) -> Any:
     return types.float32(types.float32, types.int32), code
 
 
-@numba.njit(**VECTOR)
+@compiled(**VECTOR)
 def power(x: Any) -> Any:
     """``2^x`` of a float32 between the exponents of normal numbers; beyond them that of the nearest one."""
     x = min(max(x, LOWEST), HIGHEST)
@@ -52,12 +51,12 @@ def power(x: Any) -> Any:
     return times_power(series * f + SERIES[0], np.int32(whole))
 
 
-@numba.njit(**VECTOR)
+@compiled(**VECTOR)
 def _logistic(x: Any) -> Any:
     return np.float32(1) / (np.float32(1) + power(-x * LOG2_E))
 
 
-@numba.njit(**VECTOR)
+@compiled(**VECTOR)
 def _normal(x: Any) -> Any:
     """The normal distribution function, by formula 7.1.26 of Abramowitz and Stegun: off by 8e-8 at most."""
     z = abs(x) * HALF_ROOT
@@ -66,7 +65,7 @@ def _normal(x: Any) -> Any:
     return np.float32(1) - tail if x > 0 else tail
 
 
-@numba.njit(**VECTOR)
+@compiled(**VECTOR)
 def activate(line: Any, which: int) -> None:
     """Apply an activation of :data:`ACTIVATION_CODES` to every number of a float32 vector, in place."""
     if which == 1:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from torch import Tensor
 
 from reelquant.kernels.cpu import loops
+from reelquant.kernels.cpu.options import compiled
 
 POWER = tuple(np.float32(c) for c in (0.9999993, 0.6931218, 0.24024744, 0.05591786, 0.0095701))
 """``2^f`` for ``-0.5 <= f <= 0.5`` by rising powers of f; off by less than 3e-6, bfloat16 by 4e-3."""
@@ -39,7 +39,7 @@ def softmax_(scores: Tensor, scale: float) -> Tensor:
     return scores
 
 
-@numba.njit(**loops.EXACT)
+@compiled(**loops.EXACT)
 def softmax_rows(start, stop, scores, scale):  # type: ignore[no-untyped-def]
     """Rows of ``2^(scale * x)`` divided by their sums; ``scores`` are bfloat16 as int16."""
     buffer, exponents = np.empty(scores.shape[1], np.float32), np.empty(scores.shape[1], np.int32)
@@ -55,7 +55,7 @@ def softmax_rows(start, stop, scores, scale):  # type: ignore[no-untyped-def]
         loops.write(buffer, scores[i])
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _largest(row: Any) -> Any:
     """The largest number, as the bits that order bfloat16 like integers, and the largest magnitude."""
     top, largest = np.int16(-32768), np.int16(0)
@@ -66,7 +66,7 @@ def _largest(row: Any) -> Any:
     return top, largest
 
 
-@numba.njit(**loops.EXACT)
+@compiled(**loops.EXACT)
 def _as_float(ordered: Any) -> Any:
     bits, number = np.empty(1, np.int16), np.empty(1, np.float32)
     bits[0] = ordered ^ ((ordered >> np.int16(15)) & MAGNITUDE)
@@ -74,7 +74,7 @@ def _as_float(ordered: Any) -> Any:
     return number[0]
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _powers(buffer: Any, exponents: Any, scale: Any, top: Any) -> None:
     """Fractional parts of ``2^(scale * x - top)`` and the integer parts beside them."""
     for j in range(buffer.shape[0]):
@@ -85,13 +85,13 @@ def _powers(buffer: Any, exponents: Any, scale: Any, top: Any) -> None:
         exponents[j] = np.int32(whole)
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _raise(bits: Any, exponents: Any) -> None:
     for j in range(bits.shape[0]):
         bits[j] += exponents[j] << np.int32(23)
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _total(buffer: Any) -> Any:
     total = np.float32(0)
     for j in range(buffer.shape[0]):
@@ -99,14 +99,14 @@ def _total(buffer: Any) -> Any:
     return total
 
 
-@numba.njit(**_finite)
+@compiled(**_finite)
 def _divide(buffer: Any, total: Any) -> None:
     share = np.float32(1) / total
     for j in range(buffer.shape[0]):
         buffer[j] *= share
 
 
-@numba.njit(**loops.EXACT)
+@compiled(**loops.EXACT)
 def _softmax_of_strange(buffer: Any, scale: Any) -> None:
     """The same one number at a time, for rows that hold infinities or NaN: minus infinity is a score, the others make all NaN."""
     top, total = np.float32(-np.inf), np.float32(0)

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 from reelquant.kernels.cpu.loops import read, write
-from reelquant.kernels.cpu.options import EXACT
+from reelquant.kernels.cpu.options import EXACT, compiled
 from reelquant.kernels.cpu.powers import activate
 
 ROWS, COLUMNS = 6, 16  # of a tile: twelve registers of sums, two of weights, one of inputs, one of products
@@ -200,7 +199,7 @@ def _widen_of(panel: Any, fold: Any, group: Any, first: Any, out: Any) -> Any:
     return nibbles
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def add_up(start, stop, panels, scales, step, group, out):  # type: ignore[no-untyped-def]
     """Sums of the widened weights of every column: ``[panels, COLUMNS]`` int32."""
     wide, fold = np.empty((panels.shape[2], COLUMNS), np.int32), np.empty((scales.shape[1], COLUMNS), np.float32)
@@ -219,7 +218,7 @@ def add_up(start, stop, panels, scales, step, group, out):  # type: ignore[no-un
 # --- products -------------------------------------------------------------------------------------------------------------------------
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sums, bias, zero, factor, tokens, which, out):  # type: ignore[no-untyped-def]
     """``out[m, n] = (codes of row m . weights of column n - zero * sums[n]) * scale[n] * factor + bias[n]``.
 
@@ -270,7 +269,7 @@ def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sum
             write(line[: right - left], out[m, left:right])
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _pieces(taps: int, pairs: int) -> Any:
     """First and last tap and pair of the pieces that a row is multiplied in, and the pairs of the longest."""
     found = []
@@ -284,13 +283,13 @@ def _pieces(taps: int, pairs: int) -> Any:
     return found, min(some, taps) * pairs
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _less(total: Any, sums: Any, zero: Any) -> None:
     for j in range(sums.shape[0]):
         total[j] = np.int32(total[j] - np.int32(zero * sums[j]))
 
 
-@numba.njit(**EXACT)
+@compiled(**EXACT)
 def _finish(total: Any, scale: Any, factor: Any, bias: Any, line: Any) -> None:
     for j in range(scale.shape[0]):
         line[j] = np.float32(total[j]) * (scale[j] * factor) + bias[j]
