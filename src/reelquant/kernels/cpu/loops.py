@@ -19,7 +19,7 @@ from numba.extending import overload
 from torch import Tensor
 
 from reelquant.kernels.cpu.hadamard import rotate
-from reelquant.kernels.cpu.options import EXACT, FAST, SUMS, compiled
+from reelquant.kernels.cpu.options import EXACT, FAST, PART, SUMS, compiled
 
 SMALL = 1 << 16  # elements below which a second thread costs more than it saves
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
@@ -55,7 +55,7 @@ def read(row: Any, buffer: Any) -> None:
     """Copy a row into a float32 buffer."""
 
 
-@overload(read, jit_options=EXACT)
+@overload(read, jit_options=PART)
 def _read_of(row: Any, buffer: Any) -> Any:
     if row.dtype == numba.types.int16:
 
@@ -77,7 +77,7 @@ def write(buffer: Any, row: Any) -> None:
     """Copy a float32 buffer into a row, rounded to nearest even if it is narrower."""
 
 
-@overload(write, jit_options=EXACT)
+@overload(write, jit_options=PART)
 def _write_of(buffer: Any, row: Any) -> Any:
     if row.dtype == numba.types.int16:
 

@@ -11,6 +11,9 @@ import numba
 EXACT: dict[str, Any] = {"nogil": True, "cache": True, "fastmath": {"contract", "nsz"}}
 """Sums are added in the order they are written in; the interpreter is free meanwhile, and machine code stays on disk."""
 
+PART: dict[str, Any] = EXACT | {"cache": False}
+"""Of overloads, whose machine code is kept as a part of the loops that call them."""
+
 SUMS: dict[str, Any] = EXACT | {"fastmath": {"contract", "nsz", "reassoc"}}
 """Sums are added in any order, so they vectorise; NaN and infinities show in them."""
 

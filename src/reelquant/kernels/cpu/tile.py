@@ -18,7 +18,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, overload
 
 from reelquant.kernels.cpu.loops import read, write
-from reelquant.kernels.cpu.options import EXACT, compiled
+from reelquant.kernels.cpu.options import EXACT, PART, compiled
 from reelquant.kernels.cpu.powers import activate
 
 ROWS, COLUMNS = 6, 16  # of a tile: twelve registers of sums, two of weights, one of inputs, one of products
@@ -144,7 +144,7 @@ def factors(panels: Any, p: Any, scales: Any, step: Any, first: Any, last: Any, 
     """
 
 
-@overload(factors, jit_options=EXACT)
+@overload(factors, jit_options=PART)
 def _factors_of(panels: Any, p: Any, scales: Any, step: Any, first: Any, last: Any, out: Any) -> Any:
     if panels.ndim == 5:
 
@@ -176,7 +176,7 @@ def widen(panel: Any, fold: Any, group: Any, first: Any, out: Any) -> None:
     """
 
 
-@overload(widen, jit_options=EXACT)
+@overload(widen, jit_options=PART)
 def _widen_of(panel: Any, fold: Any, group: Any, first: Any, out: Any) -> Any:
     if panel.ndim == 3:
 
