@@ -113,9 +113,9 @@ class IntegerLinear:
         return self._multiply(codes, scale, zero, self.bias, dtype, activation)
 
     def _scaled(self, codes: Tensor, scales: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-        """A scale per row: the product is float32, and one more pass scales it, adds the bias and rounds it."""
+        """A scale per row: the product is float32, and one more pass scales it, adds the bias and rounds it; float32 in its own memory."""
         product = self._multiply(codes, 1.0, inputs.OFFSET, None, torch.float32)
-        out = torch.empty(product.shape, dtype=dtype)
+        out = product if dtype == torch.float32 else torch.empty(product.shape, dtype=dtype)
         bias = loops.NONE if self.bias is None else self.bias.numpy()
         loops.spread(loops.finish_tokens, len(out), out.numel(), product.numpy(), scales, bias, loops.view(out))
         return out
