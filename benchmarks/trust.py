@@ -44,12 +44,14 @@ class Calibration:
     Attributes:
         texts: prompts; None for the pipeline's own.
         prompts: how many of them calibrate; None for as many as the recipe says.
+        seed: of the noise that calibration starts from; None for the recipe's.
         call: arguments of the pipeline call by pipeline, on top of the pipeline's own.
         scheduler: put into the pipeline while it is calibrated, by pipeline: class of diffusers and settings.
     """
 
     texts: Callable[[], list[str]] | None = None
     prompts: int | None = None
+    seed: int | None = None
     call: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scheduler: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -83,6 +85,7 @@ SCHEDULERS = {
 }
 CALIBRATIONS: dict[str, Calibration] = {
     "as usual": Calibration(),
+    **{f"as usual, seed {seed}": Calibration(seed=seed) for seed in (2000, 3000, 4000, 5000)},  # what chance alone does to the worst clip
     "general prompts": Calibration(texts=general_prompts),
     "half of the words": Calibration(texts=half_of_the_words),
     "few words": Calibration(texts=few_words),
@@ -102,7 +105,7 @@ CALIBRATIONS: dict[str, Calibration] = {
 def digest(clips: Clips, recipe: str, label: str) -> str:
     """Changes with the clips, the recipe and what it is calibrated on."""
     how = CALIBRATIONS[label]
-    on = [how.texts and how.texts(), how.prompts, how.call.get(clips.name), how.scheduler.get(clips.name)]
+    on = [how.texts and how.texts(), how.prompts, how.call.get(clips.name), how.scheduler.get(clips.name), *filter(None, [how.seed])]
     return f"{clips.digest}-{load_recipe(recipe).digest()}-{hashlib.sha256(json.dumps(on).encode()).hexdigest()[:8]}"
 
 
@@ -123,7 +126,8 @@ def other_scheduler(pipe: Any, wanted: tuple[str, Mapping[str, Any]] | None) -> 
 def row(clips: Clips, reference: Tensor, recipe: str, how: Calibration) -> dict[str, Any]:
     """Calibrate on something else, sample as usual, and hold the clips against float."""
     pipe = clips.open()
-    overrides = {} if how.prompts is None else {"calibrate.prompts": how.prompts}
+    wanted = {"calibrate.prompts": how.prompts, "calibrate.seed": how.seed}
+    overrides = {key: value for key, value in wanted.items() if value is not None}
     texts = None if how.texts is None else how.texts()
     with other_scheduler(pipe, how.scheduler.get(clips.name)):
         report = reelquant.quantize(pipe, recipe, texts, overrides=overrides, **clips.call | dict(how.call.get(clips.name, {})))

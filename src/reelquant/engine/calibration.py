@@ -22,6 +22,7 @@ from reelquant.models.condition import Condition, Prompts
 from reelquant.models.conditions import at_once
 from reelquant.models.defaults import own_pictures
 from reelquant.models.parts import METHODS, encode, seen
+from reelquant.models.probes import own_size
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module, prepares_input
 from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, observe_methods, time_of
@@ -154,7 +155,7 @@ def calibrate_together(
 
     VAEs see the decoding of all clips, what else the pipeline has for them, and then the encoding of these clips.
 
-    Probes are sampled after the other texts, in runs of their own.
+    Probes are sampled after the other texts, in runs of their own, and some of them in the pipeline's own size if that is another one.
 
     Raises:
         CalibrationError: as :func:`calibrate`; also if one of the denoisers is never called.
@@ -166,10 +167,11 @@ def calibrate_together(
     vaes = [part.denoiser for part in parts if part.decodes]
     options = {"batch": batch, "output": "frames" if vaes else "latent", "on_step": on_step} | arguments
 
-    def sampled(texts: Sequence[str], first: int) -> None:
-        made = sample(pipe, texts, seed=seed + first, first=first, **options)
-        for vae in vaes:
-            encode(vae, made)
+    def sampled(texts: Prompts, first: int, **size: int) -> None:
+        if texts:
+            made = sample(pipe, texts, seed=seed + first, first=first, **options | size)
+            for vae in vaes:
+                encode(vae, made)
 
     def run(rest: Sequence[Part]) -> None:
         if rest:
@@ -179,11 +181,21 @@ def calibrate_together(
         course.probing = True
         if recipe.calibrate is not None and recipe.calibrate.probe_count:
             _show_pictures([part.denoiser for part in parts])
-        if texts.probes:
-            sampled(texts.probes, len(texts.written))
+        some, size = _in_own_size(pipe, parts, texts.probes, arguments)
+        sampled(texts.probes[some:], len(texts.written) + some)
+        sampled(texts.probes[:some], len(texts.written), **size)
 
     run(parts)
     return gathered
+
+
+def _in_own_size(pipe: Any, parts: Sequence[Part], probes: Prompts, arguments: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+    """How many probes are made in the pipeline's own size, and that size. Scales per frame fit one number of frames only."""
+    rows = [row for part in parts for row in part.plan.quantized]
+    given = any(isinstance(one, Condition) for one in probes)  # pictures and frames have a size already
+    framed = any(row.specs.input is not None and row.specs.input.granularity.kind == "frame" for row in rows)
+    size = None if not probes or given or framed else own_size(pipe, arguments)
+    return (0, {}) if size is None else (size.count(len(probes)), size.call)
 
 
 def _show_pictures(modules: Sequence[nn.Module]) -> None:

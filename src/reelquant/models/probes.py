@@ -3,14 +3,24 @@
 What a text changes inside a denoiser is bounded by what its words can do. Calibration texts hold few of them, so a model that was
 calibrated on one subject, language or style meets values beyond its ranges on another. Random words of the tokenizer reach far more of
 them in a handful of clips.
+
+The same holds for sizes: values grow with the number of tokens and at places that a short clip does not have. So where calibration makes
+clips of another size than the pipeline's own, probes are made in the pipeline's own.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from reelquant.models.conditions import CONDITIONS
+from reelquant.models.sampling import call_arguments, notes
+
+SIZES = ("num_frames", "height", "width")  # arguments of a pipeline call
+LARGER = 4.0  # times the numbers of calibration's clips: beyond that a clip of the pipeline's own size may not fit into memory
 SHORTEST, LONGEST = 3, 16  # words of a probe
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -44,3 +54,42 @@ def _words(tokenizer: Any) -> dict[str, int]:
 
 def _probe(words: Mapping[str, int], draw: random.Random) -> str:
     return " ".join(draw.choices(list(words), list(words.values()), k=draw.randint(SHORTEST, LONGEST))) if words else ""
+
+
+class OwnSize(NamedTuple):
+    """Sizes of a pipeline's own clips.
+
+    Attributes:
+        call: arguments of the pipeline call.
+        cost: numbers of such a clip over those of the clips that calibrate.
+    """
+
+    call: dict[str, int]
+    cost: float
+
+    def count(self, probes: int) -> int:
+        """How many probes take this size: together they cost no more than all would in the size of calibration, and one is taken anyway."""
+        return min(probes, max(1, int(probes / self.cost)))
+
+
+def own_size(pipe: Any, arguments: Mapping[str, Any]) -> OwnSize | None:
+    """The size of a pipeline's own clips: that of its notes, or the default of its call.
+
+    Args:
+        pipe: a diffusers pipeline.
+        arguments: of the calls that calibrate.
+
+    Returns:
+        None if calibration makes clips of that size; if it is not known; if it is :data:`LARGER` than theirs; or if pictures or frames
+        are given for all clips, which have a size already.
+    """
+    given = call_arguments(pipe, **arguments)
+    if any(name in CONDITIONS for name in given):
+        return None
+    taken, own = inspect.signature(type(pipe).__call__).parameters, notes(pipe).get("call", {})
+    usual = {name: own.get(name, taken[name].default) for name in SIZES if name in taken}
+    changed = [name for name, size in usual.items() if given.get(name, size) != size]
+    if not changed or not all(isinstance(usual[name], int) for name in changed):
+        return None
+    cost = math.prod(usual[name] / given[name] for name in changed)
+    return OwnSize({name: usual[name] for name in changed}, cost) if cost <= LARGER else None
