@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,24 @@ def test_the_command_line_takes_the_name_of_a_variant(folder: Path, tmp_path: Pa
     assert reelquant.verify(tmp_path / "out").layers
     said = CliRunner().invoke(app, [*words, "--force", "--variant", "fp16", "--resume"])
     assert said.exit_code == 1 and "--variant needs the model in memory" in said.stderr
+
+
+def test_the_float_side_of_an_evaluation_and_of_a_benchmark_may_be_a_variant(folder: Path, tmp_path: Path) -> None:
+    as_variant(folder, "fp16", "ema")
+    pipe = reelquant.open_pipeline(folder, variant="ema")
+    reelquant.quantize(pipe, "w8a16")
+    reelquant.save(pipe, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="--variant ema of the command"):
+        reelquant.evaluate(tmp_path / "out", folder, PROMPT, clips=1, metrics="psnr", floor=["none"], **CALL)
+    size = "--variant ema --frames 5 --height 32 --width 32 --steps 2".split()
+    words = [str(tmp_path / "out"), "-r", str(folder), *size]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a ball\n")
+    evaluated = ["evaluate", *words, "-m", "psnr", "--floor", "bf16", "--prompts", str(prompts), "-o", str(tmp_path / "proof")]
+    said = CliRunner().invoke(app, evaluated)
+    assert said.exit_code == 0, said.stderr
+    said = CliRunner().invoke(app, ["benchmark", *words, "--rounds", "1", "--json", "--no-memory"])
+    assert said.exit_code == 0 and json.loads(said.stdout)["seconds"], said.stderr
 
 
 def test_a_hub_id_with_a_variant_only(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

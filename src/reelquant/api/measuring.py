@@ -41,6 +41,7 @@ def evaluate(
     seed: int = 50_000,
     batch: int | None = None,
     dtype: torch.dtype | None = None,
+    variant: str | None = None,
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
@@ -70,6 +71,7 @@ def evaluate(
         seed: noise of the first clip; clip ``i`` starts from ``seed + i``.
         batch: clips per pipeline call.
         dtype: of the float parts, float32 by default.
+        variant: of the reference's weight files, ``fp16``, if it has several.
         device: where the pipelines and networks run.
         resume, force: go on with the evaluation in ``output``, or replace it.
         progress: receives the progress of the run.
@@ -103,6 +105,7 @@ def evaluate(
         grain_steps=grain_steps,
         batch=batch,
         dtype=dtype or torch.float32,
+        files=variant,
         options=options,
         **call,
     )

@@ -18,6 +18,7 @@ from reelquant.cli.options import (
     Reference,
     Runtime,
     Steps,
+    Variant,
     Width,
     call_options,
     check_device,
@@ -78,6 +79,7 @@ def benchmark(
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: BothDtype = None,
+    variant: Variant = None,
     runtime: Runtime = "torch",
     threads: Threads = None,
     compiled: Compiled = False,
@@ -102,6 +104,7 @@ def benchmark(
         compiled=compiled,
         runtime=runtime,
         memory=memory,
+        variant=variant,
         prompt=prompt if first is None else first,
     )
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)

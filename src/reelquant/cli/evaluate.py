@@ -22,6 +22,7 @@ from reelquant.cli.options import (
     QuantizedFolder,
     Reference,
     Steps,
+    Variant,
     Width,
     call_options,
     check_device,
@@ -125,6 +126,7 @@ def evaluate(
     guidance: Guidance = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    variant: Variant = None,
     clip_model: ClipModel = None,
     shown: Shown = 12,
     reuse: Reuse = None,
@@ -142,7 +144,7 @@ def evaluate(
     figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames)
     options = make_options(device=device, resume=resume, force=force, shown=shown, **folders, **figures)
     check_device(device)
-    clip = dict(seed=seed, batch=batch, dtype=torch_dtype(dtype)) | _clips(prompts, clips)
+    clip = dict(seed=seed, batch=batch, dtype=torch_dtype(dtype), files=variant) | _clips(prompts, clips)
     floors = dict(floor=None if floor is None else floor.split(","), grain_steps=_steps(grain_steps))
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     from reelquant.evidence.run import evaluate as run

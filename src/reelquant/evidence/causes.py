@@ -63,13 +63,14 @@ class Part:
     tensors: Mapping[str, Whole]
 
 
-def differences(reference: Any, test: Any) -> list[str]:
+def differences(reference: Any, test: Any, files: str | None = None) -> list[str]:
     """A sentence for everything that the two differ in beside quantization, or for their being no pair of float and quantized.
 
     Args:
         reference, test: bundled name, folder, hub id, or a pipeline in memory; of a hub id nothing is known.
+        files: variant of the reference's weight files.
     """
-    before, after = parts(reference), parts(test)
+    before, after = parts(reference, files), parts(test)
     if before is None or after is None:
         return []
     if _same(reference, test):
@@ -102,14 +103,14 @@ def _words_of(model: Any) -> dict[str, Any]:
     return {name: content.get("vocab") for name, content in found.items() if isinstance(content, Mapping)}
 
 
-def parts(model: Any) -> dict[str, Part] | None:
+def parts(model: Any, files: str | None = None) -> dict[str, Part] | None:
     """The components of a pipeline that have settings or weights; None if it is not on this machine."""
     if not isinstance(model, str | Path):
         return {name: _of_object(plain(part)) for name, part in model.components.items() if hasattr(part, "config")}
     folder = Path(locate(model))
     if not (folder / INDEX).is_file():
         return None
-    variant = sole_variant(folder)
+    variant = files or sole_variant(folder)
     index = read_json(folder / INDEX)
     described = [part for part in component_folders(folder) if any((part / name).is_file() for name in CONFIGS)]
     return {part.name: _of_folder(part, str(index[part.name][1]), variant) for part in described}

@@ -49,6 +49,7 @@ def evaluate(
     grain_steps: Sequence[int] = (),
     batch: int | None = None,
     dtype: torch.dtype = torch.float32,
+    files: str | None = None,
     options: Options | None = None,
     **call: Any,
 ) -> Evaluation:
@@ -61,14 +62,15 @@ def evaluate(
     drawn = _drawn(prompts, own, clips, kind, call)
     texts = texts_of(drawn)
     seeds = [seed + i if one.seed is None else one.seed for i, one in enumerate(drawn)]
-    bundled = _bundled(ClipSource(reference, dtype, options.device), kind, drawn, call)
+    float_ = ClipSource(reference, dtype, options.device, files=files)
+    bundled = _bundled(float_, kind, drawn, call)
     call |= bundled
     batch = at_once(kind, call, batch or (4 if own else 1), drawn)
     check_given(kind, call, drawn)
     if grain_steps and not any(texts):
         raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
-    causes = [*differences(reference, test), *filter(None, [notice(kind, bundled)])]
-    variants, proof = _variants(test, reference, floor, dtype, options), _proof(test)
+    causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
+    variants, proof = _variants(test, float_, floor, options), _proof(test)
     number = str(dtype).removeprefix("torch.")
     with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
         times = Times()
@@ -92,14 +94,13 @@ def _bundled(source: ClipSource, kind: type, drawn: list[Condition], call: Mappi
 
 def _variants(
     test: Any,
-    reference: Any,
+    float_: ClipSource,
     floor: Sequence[str] | None,
-    dtype: torch.dtype,
     options: Options,
 ) -> dict[str, Variant]:
     """Both pipelines, and the float runs that show the noise floor."""
-    float_, quantized = (ClipSource(model, dtype, options.device) for model in (reference, test))
-    asked = _default_floor(options, dtype) if floor is None else [name for name in floor if name != "none"]
+    quantized = ClipSource(test, float_.dtype, float_.device)
+    asked = _default_floor(options, float_.dtype) if floor is None else [name for name in floor if name != "none"]
     both = {"reference": Variant(float_, words="float"), "test": Variant(quantized, words="quantized", counted=True)}
     return both | floors(asked, float_)
 

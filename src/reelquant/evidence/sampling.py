@@ -6,7 +6,7 @@ import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ class ClipSource:
         dtype: of the float parts.
         device: where it runs.
         compiled: the denoiser goes through ``torch.compile``.
+        files: variant of the weight files of a folder or hub id, ``fp16``.
     """
 
     model: Any
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     compiled: bool = False
+    files: str | None = None
 
     @property
     def name(self) -> str:
@@ -68,7 +70,7 @@ class ClipSource:
     def open(self) -> Any:
         """The pipeline; one in memory is copied if it has to change."""
         if isinstance(self.model, str | Path):
-            pipe = open_pipeline(self.model, self.dtype, self.device)
+            pipe = open_pipeline(self.model, self.dtype, self.device, self.files)
         else:
             pipe = self.model if self._fits() else copy.deepcopy(self.model).to(self.dtype)
         if self.compiled:
@@ -105,12 +107,9 @@ class Variant:
 
 
 FLOORS: dict[str, Callable[[ClipSource], Variant]] = {
-    "bf16": lambda float_: Variant(ClipSource(float_.model, torch.bfloat16, float_.device), words="float in bf16"),
-    "float32": lambda float_: Variant(ClipSource(float_.model, torch.float32, float_.device), words="float in float32"),
-    "compiled": lambda float_: Variant(
-        ClipSource(float_.model, float_.dtype, float_.device, compiled=True),
-        words="float compiled",
-    ),
+    "bf16": lambda float_: Variant(replace(float_, dtype=torch.bfloat16), words="float in bf16"),
+    "float32": lambda float_: Variant(replace(float_, dtype=torch.float32), words="float in float32"),
+    "compiled": lambda float_: Variant(replace(float_, compiled=True), words="float compiled"),
     "reseed": lambda float_: Variant(float_, OTHER_NOISE, "float from other noise"),
 }
 

@@ -117,6 +117,7 @@ def benchmark(
     runtime: str = "torch",
     memory: bool = True,
     prompt: str | Condition | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
     **call: Any,
 ) -> Benchmark:
@@ -132,6 +133,7 @@ def benchmark(
         runtime: of the quantized denoisers, see :func:`reelquant.graphs.set_runtime`.
         memory: also measure peak memory, which opens each pipeline once more.
         prompt: the text, or a condition with whatever else the clip is made from; by default one of the pipeline's own texts.
+        variant: of the reference's weight files, ``fp16``, if it has several.
         progress: receives the progress.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -143,7 +145,7 @@ def benchmark(
     if isinstance(prompt, Condition):
         (whole,) = map(as_condition, fitted(pipeline_class(reference), [prompt]))
         prompt, call = whole.text or None, call | {name: opened(value) for name, value in whole.inputs.items()}
-    task = _Task(test, reference, rounds, dtype, device, compiled, runtime, prompt, call)
+    task = _Task(test, reference, rounds, dtype, device, compiled, runtime, prompt, call, variant)
     timed = _timed(task, progress)
     task = replace(task, call=task.call | timed.bundled)
     peaks, failure = _peaks(task, timed.prompt, progress) if memory else ({}, None)
@@ -163,6 +165,7 @@ class _Task:
     runtime: str
     prompt: str | None
     call: dict[str, Any]
+    files: str | None = None  # variant of the reference's weight files
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,8 @@ def _timed(task: _Task, progress: Progress) -> _Timed:
 def _opened(task: _Task, progress: Progress) -> dict[str, Any]:
     progress.phase("open", 2)
     pipes = {}
-    for variant, model in zip(VARIANTS, (task.reference, task.test), strict=True):
-        pipes[variant] = open_pipeline(model, task.dtype, task.device)
+    for variant, model, files in zip(VARIANTS, (task.reference, task.test), (task.files, None), strict=True):
+        pipes[variant] = open_pipeline(model, task.dtype, task.device, files)
         progress.advance()
     return pipes
 
@@ -325,10 +328,11 @@ def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int]
     except TypeError as error:
         return {}, str(error)
     peaks = {}
-    for variant, model, runtime in (("reference", task.reference, "torch"), ("test", task.test, task.runtime)):
+    sides = (("reference", task.reference, "torch", task.files), ("test", task.test, task.runtime, None))
+    for variant, model, runtime, files in sides:
         done = subprocess.run(
             [sys.executable, "-c", f"from {__name__} import _print_peak; _print_peak()"],
-            input=json.dumps(shared | {"model": model, "runtime": runtime}),
+            input=json.dumps(shared | {"model": model, "runtime": runtime, "files": files}),
             capture_output=True,
             text=True,
             check=False,
@@ -347,7 +351,7 @@ def _print_peak() -> None:
     device, call = task["device"], unpacked(task["call"]) | {"num_inference_steps": 2}  # memory does not grow with the steps
     open_pipeline("tiny-dit")  # what is imported and allocated for any pipeline at all
     before = _reset_peak(device)
-    pipe = open_pipeline(task["model"], getattr(torch, task["dtype"]), device)
+    pipe = open_pipeline(task["model"], getattr(torch, task["dtype"]), device, task["files"])
     _put(pipe, task["runtime"])
     sample(pipe, [task["text"]], seed=SEED, **call)
     sys.stdout.write(json.dumps({"peak": _peak(device) - before}) + "\n")

@@ -100,5 +100,5 @@ def _variant_of(name: str) -> str | None:
 def _several(component: Path, names: list[str]) -> str:
     return (
         f"'{component}' holds its weights in the variants {', '.join(map(repr, names))} only, and one has to be chosen: "
-        f"reelquant.open_pipeline(folder, variant='{names[0]}') (quantize, generate, inspect --variant {names[0]}), or delete the others"
+        f"reelquant.open_pipeline(folder, variant='{names[0]}') (--variant {names[0]} of the command), or delete the others"
     )
