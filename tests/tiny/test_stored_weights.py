@@ -135,7 +135,7 @@ def test_the_float_side_of_an_evaluation_and_of_a_benchmark_may_be_a_variant(fol
     reelquant.save(pipe, tmp_path / "out")
     with pytest.raises(CheckpointError, match="--variant ema of the command"):
         reelquant.evaluate(tmp_path / "out", folder, PROMPT, clips=1, metrics="psnr", floor=["none"], **CALL)
-    size = "--variant ema --frames 5 --height 32 --width 32 --steps 2".split()
+    size = ["--variant", "ema", "--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
     words = [str(tmp_path / "out"), "-r", str(folder), *size]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a ball\n")
