@@ -5,13 +5,34 @@ from __future__ import annotations
 
 import functools
 
+from reelquant.solvers.als import Als
+from reelquant.solvers.comq import Comq
 from reelquant.solvers.gptq import Gptq
 from reelquant.solvers.nearest import Nearest
 from reelquant.solvers.problem import Problem, problem_of
+from reelquant.solvers.sigma_delta import SigmaDelta
 from reelquant.solvers.solver import Solver
 from reelquant.stages import Solution, register
 
-SOLVERS: dict[str, type[Solver]] = {"nearest": Nearest, "gptq": Gptq}
+SOLVERS: dict[str, type[Solver]] = {
+    "nearest": Nearest,
+    "gptq": Gptq,
+    "comq": Comq,
+    "als": Als,
+    "sigma_delta": SigmaDelta,
+}
 register_solver = functools.partial(register, SOLVERS, "solver")
 
-__all__ = ["SOLVERS", "Gptq", "Nearest", "Problem", "Solution", "Solver", "problem_of", "register_solver"]
+__all__ = [
+    "SOLVERS",
+    "Als",
+    "Comq",
+    "Gptq",
+    "Nearest",
+    "Problem",
+    "SigmaDelta",
+    "Solution",
+    "Solver",
+    "problem_of",
+    "register_solver",
+]

@@ -13,7 +13,7 @@ from reelquant._errors import RecipeError
 from reelquant.formats import Quantizer, fit
 from reelquant.observe import inverse_factor
 from reelquant.solvers.problem import Problem
-from reelquant.solvers.solver import Solver
+from reelquant.solvers.solver import Solver, columns_problem
 from reelquant.stages import Solution, StageSite
 
 PER_MOMENT = 48
@@ -48,8 +48,7 @@ class Gptq(Solver):
             raise RecipeError(f"block counts columns that are solved together, 1 or more, got {self.block}")
 
     def supports(self, site: StageSite) -> str | None:
-        grain, kinds = site.specs.weight.granularity, ("tensor", "channel", "group")
-        return None if grain.kind in kinds else f"gptq needs weight granularity {', '.join(kinds)}, got {grain}"
+        return columns_problem("gptq", site)
 
     def peak_bytes(self, rows: int, width: int) -> int:
         return PER_MOMENT * width**2

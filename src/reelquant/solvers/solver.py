@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from reelquant.solvers.problem import Problem, problem_of
-from reelquant.stages import LayerWork, Solution, Stage
+from reelquant.stages import LayerWork, Solution, Stage, StageSite
+
+COLUMNS = ("tensor", "channel", "group")
+"""Granularities with which a column of a weight has one scale per row (:meth:`reelquant.formats.Quantizer.round_columns`)."""
+
+
+def columns_problem(name: str, site: StageSite) -> str | None:
+    """Why a solver that works column by column cannot solve a layer, or None."""
+    grain = site.specs.weight.granularity
+    return None if grain.kind in COLUMNS else f"{name} needs weight granularity {', '.join(COLUMNS)}, got {grain}"
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,12 @@ class Solver(Stage):
 
     def checked(self, problem: Problem) -> Solution:
         """The solution, or rounding to nearest with its scales where the solver loses to that on its own objective."""
-        solution = replace(self.solve(problem), solver=type(self).__name__.lower())
+        solution = replace(self.solve(problem), solver=_name(type(self)))
         codes = solution.quantizer.codes(problem.weight)
         nearest = replace(solution, codes=codes, solver="nearest", replaced=solution.solver)
         return solution if problem.objective(solution.values) <= problem.objective(nearest.values) else nearest
+
+
+def _name(member: type[Solver]) -> str:
+    """How reports call a solver: the name of its class in the form of recipes, ``SigmaDelta`` as ``sigma_delta``."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", member.__name__).lower()
