@@ -23,11 +23,16 @@ from reelquant.stages import BlockWork, Solution, Stage
 from tests.tiny.stock import CALL, PROMPTS, contents, quantized_in_memory, stored_pipeline, wan_pipeline
 
 # parameters that make a member quick; a new member is tested with its defaults the moment it enters the table
-QUICK: dict[str, dict[str, Any]] = {"adaround": {"iterations": 30, "calls": 8, "rate": 0.2, "weight": 10.0}}
+QUICK: dict[str, dict[str, Any]] = {
+    "adaround": {"iterations": 30, "calls": 8, "rate": 0.2, "weight": 10.0},
+    "lsq": {"iterations": 20, "calls": 8, "input_rate": 0.02},
+    "straight_through": {"iterations": 30, "calls": 8, "rate": 0.02, "rank": 4, "input_rate": 0.01},
+}
 SCOPES: dict[str, dict[str, str]] = {
     "block": {"on": "role:main"},
     "layer": {"scope": "layer", "on": "blocks.0.ffn"},
     "temporal": {"scope": "temporal", "on": "role:temporal"},
+    "model": {"scope": "model", "on": "role:main"},
 }
 CASES = [(name, scope) for name in RECONSTRUCTIONS for scope in SCOPES]
 
@@ -36,10 +41,10 @@ def recipe(name: str | None, scope: str = "block") -> dict[str, Any]:
     steps = [{"reconstruct": name} | QUICK.get(name, {}) | SCOPES[scope]] if name else []
     return {
         "name": "test",
-        "defaults": {"weight": {"format": "int3", "granularity": "channel"}, "input": {"format": "uint8", "slots": "per_step"}},
+        "defaults": {"weight": {"format": "int3", "granularity": "channel"}, "input": {"format": "uint4", "slots": "per_step"}},
         "rules": [
             {"on": "role:entry | role:exit | role:prompt", "skip": True},
-            {"on": "role:temporal", "input": {"format": "int8"}},
+            {"on": "role:temporal", "input": {"format": "int4"}},
         ],
         "calibrate": {"prompts": 2, "steps": 3},
         "steps": [{"transform": "shift", "on": "role:main"}, {"solve": "nearest", "correct_bias": True, "on": "*"}, *steps],
@@ -92,8 +97,7 @@ def errors(block: BlockWork, solutions: Mapping[str, Solution]) -> tuple[float, 
     before = mean_error(block, calls, held_out)
     block, soft = soften(block)
     for path, solution in solutions.items():
-        layer = soft[path]
-        layer.low = layer.high = solution.values
+        soft[path].take(solution)
     return before, mean_error(block, calls, held_out)
 
 
@@ -117,12 +121,12 @@ def test_held_out_errors_fall_or_codes_stay(
 
 
 def _check_the_rest(found: dict[str, Tensor], report: Report, watching: Watching, before: dict[str, Tensor], plain: Report) -> None:
-    """Layers that have no better codes keep every byte and every figure; those that do keep all but codes and bias."""
-    changed = {f"{block.name}.{path}".rstrip(".") for block, solutions in watching.seen for path in solutions}
+    """Layers that have no better codes keep every byte and every figure; those that do keep all but codes, bias and scales of inputs."""
+    changed = {f"{block.name}.{path}".strip(".") for block, solutions in watching.seen for path in solutions}
     assert changed, "a recipe of 3 bits leaves something to gain"
     for key, value in before.items():
         layer, _, part = key.rpartition(".")
-        if layer not in changed or part not in ("weight", "bias"):
+        if layer not in changed or part not in ("weight", "bias", "input_scale"):
             assert torch.equal(found[key], value), key
     for one, other in zip(report.layers, plain.layers, strict=True):
         assert one.solver != "nearest" if one.name in changed else one == other, one.name
@@ -132,6 +136,18 @@ def _check_the_rest(found: dict[str, Tensor], report: Report, watching: Watching
 def test_two_runs_give_the_same_bytes(name: str) -> None:
     first, second = (tensors(quantized(name)[0]) for _ in range(2))
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_a_later_stage_keeps_the_scales_that_an_earlier_one_learned() -> None:
+    first = recipe("lsq")
+    both = first | {"steps": [*first["steps"], *recipe("adaround")["steps"][-1:]]}
+    alone, together = (wan_pipeline() for _ in range(2))
+    reelquant.quantize(alone, first, PROMPTS, **CALL)
+    reelquant.quantize(together, both, PROMPTS, **CALL)
+    alone, together = tensors(alone), tensors(together)
+    scales = [name for name in alone if name.endswith("input_scale")]
+    assert scales and all(torch.equal(alone[name], together[name]) for name in scales)
+    assert any(not torch.equal(alone[name], together[name]) for name in alone if name.endswith(".weight"))
 
 
 # ------------------------------------------------------------------------------------------------------------- from disk to disk

@@ -6,14 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import nn
+
 from reelquant.engine.build import BuiltGroup, GroupWork, build_layer, finish_layer, prepare_group
 from reelquant.engine.choice import Choice
 from reelquant.engine.recorded import replay
 from reelquant.engine.search import Assignment, family
 from reelquant.engine.session import Session
-from reelquant.nn import QuantLayer
+from reelquant.nn import QuantLayer, get_module
 from reelquant.observe import RecordedCall
 from reelquant.recipes.entry import Entry
+from reelquant.reuse import all_computed
 from reelquant.stages import BlockWork, LayerWork, Solution
 
 NAMED = 3
@@ -38,7 +41,7 @@ def solve_blocks(session: Session, assignment: Assignment, groups: Sequence[Buil
         with session.timed(f"{entry.axis}: {entry.name}", len(units)):
             for unit in units:
                 for sentence in _solve_unit(session, entry, unit, assignment, groups):
-                    told.setdefault(sentence, []).append(unit)
+                    told.setdefault(sentence, []).append(unit or "the denoiser")
                 session.advance()
         session.warnings += [_summary(sentence, those, len(units)) for sentence, those in told.items()]
 
@@ -58,13 +61,14 @@ def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignmen
     if (done := session.store.known(key, groups)) is not None:
         return done["warnings"]
     told: list[str] = []
-    layers = _layers(session, assignment, groups, names)
     with session.having(groups):
         module = session.store.copy(unit)
+    layers = _layers(session, assignment, groups, names)
+    layers = {name: _as_it_is(layer, get_module(module, _inside(unit, name))) for name, layer in layers.items()}
     block = BlockWork(
         unit,
         module,
-        {name.removeprefix(unit).removeprefix("."): layer.work for name, layer in layers.items()},
+        {_inside(unit, name): layer.work for name, layer in layers.items()},
         _calls(session, unit, groups),
         session.clock,
         session.seed,
@@ -73,12 +77,24 @@ def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignmen
     for part in module.modules():
         if isinstance(part, QuantLayer):
             part.clock = () if session.clock is None else (session.clock,)
-    solutions = entry.stage.solve_block(block)
+    with all_computed(module):
+        solutions = entry.stage.solve_block(block)
     for path, solution in solutions.items():
-        name = f"{unit}.{path}".rstrip(".")
+        name = ".".join(part for part in (unit, path) if part)
         _take(session, name, layers[name], solution, key)
     session.store.remember(key, {"warnings": told})
     return told
+
+
+def _inside(unit: str, name: str) -> str:
+    """The path of a layer inside of a unit."""
+    return name.removeprefix(unit).removeprefix(".")
+
+
+def _as_it_is(layer: _Layer, module: nn.Module) -> _Layer:
+    """The layer with the scales of its input that an earlier stage may have changed."""
+    scale = getattr(module, "input_scale", None)
+    return replace(layer, work=layer.work.with_input_scale(scale))
 
 
 def _layers(session: Session, assignment: Assignment, groups: Sequence[BuiltGroup], names: Sequence[str]) -> dict[str, _Layer]:
@@ -133,6 +149,6 @@ class _Paired(Sequence[RecordedCall]):
 def _take(session: Session, name: str, layer: _Layer, solution: Solution, key: Any) -> None:
     """Pack a layer with its better codes."""
     row, module = session.plan.layers[name], session.float_layer(name)
-    work = replace(layer.work, solution=solution)
+    work = replace(layer.work.with_input_scale(solution.input_scale), solution=solution)
     built = finish_layer(layer.shared, row, work, layer.choice, module)
     session.store.improved(layer.built, name, built, key)

@@ -133,8 +133,9 @@ class QuantLayer(nn.Module):
         """The stored weight with its quantizer."""
         layout, zero = self.layout.weight, getattr(self, "weight_zero_point", None)
         fmt = number_format(layout, getattr(self, "weight_levels", None))
-        scale = read_scales(layout.scale, self.weight_scale, getattr(self, "weight_scale_2", None))
-        quantizer = Quantizer(fmt, layout.grain(), scale, None if zero is None else zero.float())
+        whole = getattr(self, "weight_scale_2", None)
+        scale = read_scales(layout.scale, self.weight_scale, whole)
+        quantizer = Quantizer(fmt, layout.grain(), scale, None if zero is None else zero.float(), whole)
         return PackedWeight(self.codes, quantizer, self.weight_shape, self.weight_scale if layout.scale == "float" else None)
 
     @property

@@ -6,9 +6,11 @@ from __future__ import annotations
 import functools
 
 from reelquant.reconstruct.adaround import AdaRound
+from reelquant.reconstruct.lsq import Lsq
+from reelquant.reconstruct.straight_through import StraightThrough
 from reelquant.stages import Stage, register
 
-RECONSTRUCTIONS: dict[str, type[Stage]] = {"adaround": AdaRound}
+RECONSTRUCTIONS: dict[str, type[Stage]] = {"adaround": AdaRound, "lsq": Lsq, "straight_through": StraightThrough}
 register_reconstruction = functools.partial(register, RECONSTRUCTIONS, "reconstruction")
 
-__all__ = ["RECONSTRUCTIONS", "AdaRound", "register_reconstruction"]
+__all__ = ["RECONSTRUCTIONS", "AdaRound", "Lsq", "StraightThrough", "register_reconstruction"]

@@ -17,6 +17,12 @@ def blocks(map_: DenoiserMap) -> Sequence[str]:
     return map_.blocks
 
 
+def whole(map_: DenoiserMap) -> Sequence[str]:
+    """The denoiser itself."""
+    del map_
+    return [""]
+
+
 def temporal_modules(map_: DenoiserMap) -> Sequence[str]:
     """The largest modules all of whose layers follow the timestep alone. The denoiser itself does not count."""
     layers = list(map_.layers.values())
@@ -34,5 +40,11 @@ def _temporal_above(name: str, layers: Sequence[Layer]) -> str:
     return name
 
 
-SCOPES: dict[str, Callable[[DenoiserMap], Sequence[str]]] = {"layer": each_layer, "block": blocks, "temporal": temporal_modules}
+WHOLE = "model"
+SCOPES: dict[str, Callable[[DenoiserMap], Sequence[str]]] = {
+    "layer": each_layer,
+    "block": blocks,
+    "temporal": temporal_modules,
+    WHOLE: whole,
+}
 """Name in recipes -> the parts."""

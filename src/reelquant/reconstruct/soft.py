@@ -1,56 +1,78 @@
-"""Quantized layers whose weights lie between two neighbouring levels, so that gradients can choose one of them."""
+"""Quantized layers that can be trained: their weight and the scales of their input are parameters until they are hardened."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from reelquant.clock import Moment
-from reelquant.formats import NumberFormat, Quantizer
 from reelquant.kernels import InputQuant
 from reelquant.nn import QuantLayer, get_module, set_module
 from reelquant.nn.runners.branch import with_branches
 from reelquant.nn.runners.guidance import GuidanceHalves
+from reelquant.reconstruct.drop import Drop
+from reelquant.reconstruct.input_scales import InputScales
 from reelquant.stages import BlockWork, LayerWork, Solution
 
-STRETCH = 0.1
-"""The sigmoid reaches from ``-STRETCH`` to ``1 + STRETCH`` and is clipped to ``[0, 1]``, so that both levels can be
-reached."""
-MARGIN = 0.4
-"""How far the initial share of the upper level is at least from one half, on the side of the starting code. Measured with 300 steps:
-a block of a small transformer, rounded to nearest, has an error of 3.1e-3 in calls of unseen captions. It falls to 1.0e-3 from here,
-with 0.4 % of the weights undecided in the end (regularizer 300); from the float weight it falls to 2.3e-3, with 2 % undecided, although
-the regularizer was stronger (1000). Two small layers that started with gptq gained a tenth from here, and lost from the float weight."""
+
+class SoftWeight(nn.Module):
+    """A weight that is a function of parameters. It starts as the weight of the layer's codes."""
+
+    @abstractmethod
+    def values(self, *, hard: bool) -> Tensor:
+        """``[out, channels * taps]`` float32: with gradients, or ``hard``: the very values of :meth:`solution`."""
+
+    @abstractmethod
+    def solution(self) -> Solution:
+        """The codes that the parameters stand for."""
+
+
+class Fixed(SoftWeight):
+    """A weight that does not change: that of given codes, or of the layer's own."""
+
+    def __init__(self, solution: Solution) -> None:
+        super().__init__()
+        self._solution, self._values = solution, solution.values
+
+    @classmethod
+    def of(cls, layer: QuantLayer, work: LayerWork) -> Fixed:
+        """The weight that a layer stores."""
+        del work
+        return cls(Solution(layer.packed.quantizer, layer.packed.unpacked()))
+
+    def values(self, *, hard: bool) -> Tensor:
+        del hard
+        return self._values
+
+    def solution(self) -> Solution:
+        return self._solution
 
 
 class SoftLayer(nn.Module):
-    """Stands for a quantized layer, with a weight ``low + h(v) * (high - low)`` per element.
+    """Stands for a quantized layer, with a weight and scales of its input that gradients can change.
 
     Everything else is that of the layer: the rewrite of its input (none if a norm has taken it over), the rounding of
     its input at the current denoising step, branches. The bias follows the weight by
-    :meth:`reelquant.stages.LayerWork.bias_for`. Rounding of the input has the gradient of the identity.
+    :meth:`reelquant.stages.LayerWork.bias_for`. Where the scales of the input are not learned, rounding has the gradient of the identity.
 
     Attributes:
         layer: the quantized layer.
         work: what it was made of.
-        lower: codes of the lower level of every element, ``[out, channels * taps]`` uint8.
-        low, high: values of the two levels, same shape, float32.
-        v: the trained parameter, same shape; zero is the border between the levels.
-        hard: whether every element takes the level that it is nearer to; then the output is that of the reference
-            kernel.
+        weight: the trained weight.
+        scales: the trained scales of the input, or None.
+        drop: leaves some of the rounded inputs float while the layer is soft; or None.
+        hard: whether the layer is the one that its :meth:`solution` gives; then the output is that of the reference kernel.
     """
 
-    def __init__(self, layer: QuantLayer, work: LayerWork) -> None:
+    def __init__(self, layer: QuantLayer, work: LayerWork, weight: SoftWeight, scales: InputScales | None = None) -> None:
         super().__init__()
         self.layer, self.work, self.hard = layer, work, True
-        packed = layer.packed
-        self.quantizer, start = packed.quantizer, packed.unpacked()
-        self.lower = lower_codes(self.quantizer, work.matrix, start)
-        self.low, self.high = (self.quantizer.dequantize(self.lower + above) for above in (0, 1))
-        self.v = nn.Parameter(_initial(work.matrix, self.low, self.high, start > self.lower))
+        self.weight, self.scales = weight, scales
+        self.drop: Drop | None = None
+        self._given: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         clock = self.layer.clock
@@ -62,83 +84,83 @@ class SoftLayer(nn.Module):
     def _product(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
         """Product of the rounded input with the weight as it is now; ``activation`` is always empty here."""
         operands = self.layer.operands
-        rewritten, inputs = operands.rewritten_input(operands.padded(x)), self._input_quant(moment)
-        if inputs is not None:
-            value, row = rewritten.detach(), moment.slot if moment.row is None else moment.row
-            rewritten = inputs.quantizer(value, row)(value) + (rewritten - value)
-        values = self.values()
+        rewritten = self._rounded(operands.rewritten_input(operands.padded(x)), moment)
+        values = self.weight.values(hard=self.hard)
         return operands.product(rewritten, values.reshape(self.layer.weight_shape), self._bias(values)).to(x.dtype)
+
+    def _rounded(self, x: Tensor, moment: Moment) -> Tensor:
+        """The rewritten input as this step rounds it."""
+        inputs = self._input_quant(moment)
+        if inputs is None:
+            return x
+        quantizer = inputs.quantizer(x.detach(), moment.slot if moment.row is None else moment.row)
+        learned = None if self.hard else self.scales
+        found = quantizer(x.detach()) + (x - x.detach()) if learned is None else learned.rounded(quantizer, x)
+        return found if self.hard or self.drop is None else self.drop(found, x)
 
     def _input_quant(self, moment: Moment) -> InputQuant | None:
         """How the input is rounded at this step; protected steps round more finely or not at all."""
         inputs = self.layer.operands.input
-        if inputs is None or not moment.protected:
-            return inputs
-        return None if self.layer.clock[0].inputs == "float" else inputs.widened()
+        if inputs is None or (moment.protected and self.layer.clock[0].inputs == "float"):
+            return None
+        if self._given is not None:
+            inputs = replace(inputs, scale=self._given)
+        inputs = inputs if self.scales is None else self.scales.of(inputs)
+        return inputs.widened() if moment.protected else inputs
 
     def _bias(self, values: Tensor) -> Tensor | None:
         """The bias as the layer would store it, float32."""
         bias, stored = self.work.bias_for(values), self.layer.bias
         return None if bias is None or stored is None else bias.to(stored.dtype).float()
 
+    def take(self, solution: Solution) -> None:
+        """Become the layer that has these codes and scales."""
+        self.weight, self.scales, self._given = Fixed(solution), None, solution.input_scale
+
+    def solution(self) -> Solution:
+        """What the layer has learned."""
+        found = self.weight.solution()
+        return found if self.scales is None else replace(found, input_scale=self.scales.scale().detach())
+
     @property
-    def share(self) -> Tensor:
-        """Share of the upper level in every element, in ``[0, 1]``."""
-        return (torch.sigmoid(self.v) * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
-
-    def values(self) -> Tensor:
-        """The weight as it is now, ``[out, channels * taps]`` float32."""
-        if self.hard:
-            return torch.where(self.v.detach() >= 0, self.high, self.low)
-        return self.low + self.share * (self.high - self.low)
-
-    def harden(self) -> Solution:
-        """The codes of the nearer levels."""
-        return Solution(self.quantizer, self.lower + (self.v.detach() >= 0).to(torch.uint8))
+    def learns(self) -> bool:
+        """Whether anything of the layer can be trained."""
+        return any(True for part in (self.weight, self.scales) if part is not None for _ in part.parameters())
 
 
-def ordered(number_format: NumberFormat) -> bool:
-    """Whether larger codes of a format are larger numbers, so that the next code is the neighbouring level."""
-    values = number_format.decode(torch.arange(2**number_format.bits, dtype=torch.uint8))
-    return bool((values.diff() >= 0).all())
+WeightOf = Callable[[QuantLayer, LayerWork], SoftWeight]
+ScalesOf = Callable[[Tensor, LayerWork], InputScales]
 
 
-def lower_codes(quantizer: Quantizer, target: Tensor, start: Tensor) -> Tensor:
-    """Codes of the lower of the two levels that each element may take, uint8.
-
-    They are the two around the target, unless the starting code is further away: then it and its neighbour towards
-    the target. A target beyond the last level gets the last two levels.
-
-    Args:
-        target: ``[out, in]`` float32.
-        start: codes ``[out, in]`` uint8.
-    """
-    nearest, start = quantizer.codes(target).short(), start.short()
-    low = nearest - (quantizer.dequantize(nearest.to(torch.uint8)) > target).short()
-    low = low.minimum(start).maximum(start - 1)
-    return low.clamp(0, len(quantizer.format.levels()) - 2).to(torch.uint8)
-
-
-def _initial(target: Tensor, low: Tensor, high: Tensor, upper: Tensor) -> Tensor:
-    """``v`` whose soft weight is the target, moved towards the starting code until it is :data:`MARGIN` on its side."""
-    share = ((target - low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)).clamp(0, 1)
-    share = torch.where(upper, share.clamp(min=0.5 + MARGIN), share.clamp(max=0.5 - MARGIN))
-    return torch.logit((share + STRETCH) / (1 + 2 * STRETCH))
-
-
-def soften(block: BlockWork) -> tuple[BlockWork, Mapping[str, SoftLayer]]:
+def soften(block: BlockWork, weight: WeightOf = Fixed.of, scales: ScalesOf | None = None) -> tuple[BlockWork, Mapping[str, SoftLayer]]:
     """The block with soft layers in the places of the layers that may change, and these by path. Only they can be
     trained.
 
     The module of ``block`` is changed, except where it is the layer itself.
+
+    Args:
+        weight: makes the trained weight of a layer; that of its codes by default, which does not change.
+        scales: makes trained scales of its static input; None: they do not change.
     """
     block.module.requires_grad_(False)
-    soft = {path: SoftLayer(_layer(block.module, path), work) for path, work in block.layers.items()}
+    soft = {path: _soft(_layer(block.module, path), work, weight, scales) for path, work in block.layers.items()}
     if "" in soft:
         return replace(block, module=soft[""]), soft
     for path, layer in soft.items():
         set_module(block.module, path, layer)
     return block, soft
+
+
+def _soft(layer: QuantLayer, work: LayerWork, weight: WeightOf, scales: ScalesOf | None) -> SoftLayer:
+    inputs = layer.operands.input
+    learned = None if scales is None or inputs is None or inputs.scale is None else scales(inputs.scale, work)
+    return SoftLayer(layer, work, weight(layer, work), learned)
+
+
+def harden(soft: Sequence[SoftLayer], hard: bool) -> None:
+    """Let layers be what their solutions give, or trainable again."""
+    for layer in soft:
+        layer.hard = hard
 
 
 def _layer(module: nn.Module, path: str) -> QuantLayer:

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from reelquant.formats import Quantizer, read_scales, scale_tensors
+from reelquant.formats import Quantizer
 from reelquant.solvers.comq import STARTS, check_descent, descend
 from reelquant.solvers.gptq import PER_MOMENT
 from reelquant.solvers.problem import Problem
 from reelquant.solvers.solver import Solver, columns_problem
-from reelquant.stages import Solution, StageSite
+from reelquant.stages import Solution, StageSite, storable
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,7 @@ def _columns(quantizer: Quantizer, width: int) -> list[slice]:
 
 def _better(quantizer: Quantizer, group: int, table: Tensor, best: Tensor) -> Tensor:
     """Storable scales of a group of columns, nearer to the best ones than the old scales; else these."""
-    old, grain = table[:, group], quantizer.granularity
+    old = table[:, group]
     wanted = torch.where((best > 0) & best.isfinite(), best, old)
-    stored, _ = scale_tensors(grain.scale, wanted, quantizer.whole, grain.scale_dtype)
-    new = read_scales(grain.scale, stored, quantizer.whole)
+    new = storable(quantizer, wanted)
     return torch.where((new > 0) & new.isfinite() & ((new - wanted).abs() < (old - wanted).abs()), new, old)

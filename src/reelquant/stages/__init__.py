@@ -7,6 +7,7 @@ from reelquant.stages.layer import LayerWork, Solution, Specs, StageSite
 from reelquant.stages.model import ModelWork
 from reelquant.stages.ranges import Ranges, bound
 from reelquant.stages.rewrite import Rewrite
+from reelquant.stages.scales import storable
 from reelquant.stages.stage import HOOKS, Hook, Stage, register
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "bound",
     "magnitude",
     "register",
+    "storable",
 ]

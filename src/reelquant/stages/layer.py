@@ -45,12 +45,15 @@ class Solution:
         codes: ``[out, in]`` uint8.
         solver: the name of what chose the codes.
         replaced: name of the solver that was given up for ``nearest``, or None.
+        input_scale: ``[rows, units]`` float32, other scales of the layer's static input, in the order in which it stores them; None if
+            they stay.
     """
 
     quantizer: Quantizer
     codes: Tensor
     solver: str = "nearest"
     replaced: str | None = None
+    input_scale: Tensor | None = None
 
     @property
     def values(self) -> Tensor:
@@ -123,6 +126,14 @@ class LayerWork:
             target: what is left to round, in the coordinates of the rewritten input.
         """
         return replace(self, target=target, branches=(*self.branches, (branch, tensors)))
+
+    def with_input_scale(self, scale: Tensor | None) -> LayerWork:
+        """The layer with other scales of its static input, ``[rows, units]`` as it stores them; None changes nothing."""
+        rows = self.stored_inputs or self.inputs
+        if scale is None or not rows:
+            return self
+        moved = [replace(row, scale=one) for row, one in zip(rows, scale.unbind(), strict=True)]
+        return replace(self, inputs=moved) if self.stored_inputs is None else replace(self, stored_inputs=moved)
 
     def branch_weight(self) -> Tensor | float:
         """What all branches together multiply with the input that the layer reads, ``[out, channels, *kernel]``; 0 for nothing."""

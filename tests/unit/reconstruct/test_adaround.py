@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,41 +12,20 @@ from torch import Tensor, nn
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.branches import BRANCHES, Branch, TensorSpec
 from reelquant.clock import Clock
-from reelquant.engine.build import Built, Context, build_layer, finish_layer, prepare_group
-from reelquant.engine.choice import Choice
-from reelquant.formats import Granularity, Int, Quantizer, parse_format
+from reelquant.formats import Granularity, Int, MiniFloat, Quantizer
 from reelquant.kernels import backend
 from reelquant.nn import QuantLayer
 from reelquant.reconstruct import AdaRound
 from reelquant.reconstruct.adaround import undecided
+from reelquant.reconstruct.between import Between, neighbours
 from reelquant.reconstruct.error import mean_error, output_error, split
-from reelquant.reconstruct.soft import SoftLayer, lower_codes, ordered, soften
+from reelquant.reconstruct.soft import Fixed, SoftLayer, soften
 from reelquant.sites import DenoiserMap, Layer, Role
 from reelquant.stages import BlockWork, LayerWork, RecordedCall
-from tests.single import one_group, plan_of, statistics
+from tests.single import one_group, plan_of
+from tests.unit.reconstruct.pieces import INT4, Pieces, block
 
-INT4 = {"format": "int4", "granularity": "channel"}
 GPTQ = {"solve": "gptq", "correct_bias": True}
-
-
-class Pieces:
-    """One layer of a model of one layer, and what it takes to build it again with other codes."""
-
-    def __init__(
-        self, module: nn.Module, calls: Sequence[Tensor], weight: Any, input: Any, steps: Sequence[dict[str, Any]], role: Role = "main"
-    ) -> None:
-        self.module, model = module, nn.Sequential(module)
-        map_ = one_group(model, ["0"], role)
-        plan = plan_of(model, map_, weight, input, steps)
-        seen = {"0": statistics(module, calls)}
-        context = Context(plan, model, seen, [float(step) for step in range(len(calls))], model.get_submodule)
-        self.row, self.choice = plan.layers["0"], Choice.first(plan.entries)
-        self.shared = prepare_group(context, map_.groups[0], self.choice)
-        self.built = build_layer(context, self.shared, self.row, self.choice)
-
-    def with_codes(self, work: LayerWork) -> Built:
-        """What the engine makes of a layer with other codes."""
-        return finish_layer(self.shared, self.row, work, self.choice, self.module)
 
 
 # ------------------------------------------------------------------------------------------------------------ candidates and start
@@ -58,24 +36,33 @@ def test_candidates_by_hand() -> None:
     target = torch.tensor([[0.2, -0.2, 0.5, 9.0, -9.0, 0.2, 0.2]])
     start = torch.tensor([[4, 4, 5, 7, 0, 7, 1]], dtype=torch.uint8)
     # around the target: 0 and 0.5; -0.5 and 0; exactly 0.5; the last two levels; the first two; starts at 1.5 and -1.5, far away
-    assert lower_codes(quantizer, target, start).tolist() == [[4, 3, 5, 6, 0, 6, 1]]
+    lower, upper = neighbours(quantizer, target, start)
+    assert lower.tolist() == [[4, 3, 5, 6, 0, 6, 1]] and torch.equal(upper, lower + 1)
 
 
-@pytest.mark.parametrize("weight", ["int4", "uint4", "power_4", "int2"])
+def test_candidates_on_a_grid_of_floats_by_hand() -> None:
+    quantizer = Quantizer(MiniFloat(2, 1), Granularity("channel"), torch.tensor([1.0]))  # 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
+    target = torch.tensor([[0.2, -0.2, 2.6, -5.0, 9.0]])
+    lower, upper = neighbours(quantizer, target, quantizer.codes(target))
+    assert quantizer.dequantize(lower).tolist() == [[0.0, -0.5, 2.0, -6.0, 4.0]]
+    assert quantizer.dequantize(upper).tolist() == [[0.5, 0.0, 3.0, -4.0, 6.0]]
+
+
+@pytest.mark.parametrize("weight", ["int4", "uint4", "power_4", "int2", "e2m1", "e4m3"])
 def test_without_training_the_starting_codes_come_back(weight: str) -> None:
     torch.manual_seed(0)
     for grain in ("channel", "group-8"):
         spec = {"format": weight, "granularity": grain}
         pieces = Pieces(nn.Linear(24, 16), [torch.randn(60, 24) @ torch.randn(24, 24)], spec, None, [GPTQ])
-        layer = SoftLayer(pieces.built.layer, pieces.built.work)
+        layer = Between(pieces.built.layer, pieces.built.work)
         assert pieces.built.work.solution is not None
-        assert torch.equal(layer.harden().codes, pieces.built.work.solution.codes), grain
+        assert torch.equal(layer.solution().values, pieces.built.work.solution.values), grain
         assert bool(((layer.share >= 0) & (layer.share <= 1)).all())
 
 
 def test_the_soft_weight_starts_on_the_side_of_its_code() -> None:
     pieces = Pieces(nn.Linear(24, 16), [torch.randn(60, 24)], INT4, None, [{"solve": "nearest"}])
-    layer = SoftLayer(pieces.built.layer, pieces.built.work)
+    layer = Between(pieces.built.layer, pieces.built.work)
     target = (pieces.built.work.matrix - layer.low) / (layer.high - layer.low)
     expected = torch.where(target > 0.5, target.clamp(min=0.9), target.clamp(max=0.1)).clamp(0, 1)
     torch.testing.assert_close(layer.share.detach(), expected, atol=1e-5, rtol=0)
@@ -128,9 +115,10 @@ def test_hardened_layers_give_the_bits_of_the_reference_kernel(case: str, bias: 
     pieces = Pieces(kind(*shape, bias=bias), calls, weight, inputs, steps)
     clock = Clock([0.0, 1.0, 2.0])
     pieces.built.layer.clock = (clock,)
-    soft = SoftLayer(pieces.built.layer, pieces.built.work)
-    soft.v.data = torch.randn(soft.v.shape)  # codes that no solver chose
-    layer = pieces.with_codes(replace(pieces.built.work, solution=soft.harden())).layer
+    weight = Between(pieces.built.layer, pieces.built.work)
+    weight.v.data = torch.randn(weight.v.shape)  # codes that no solver chose
+    soft = SoftLayer(pieces.built.layer, pieces.built.work, weight)
+    layer = pieces.with_codes(replace(pieces.built.work, solution=soft.solution())).layer
     layer.clock = (clock,)
     for step, x in enumerate(calls):
         clock.tick(float(step))
@@ -140,10 +128,10 @@ def test_hardened_layers_give_the_bits_of_the_reference_kernel(case: str, bias: 
 
 def test_the_input_gets_the_gradient_of_a_float_layer() -> None:
     pieces = Pieces(nn.Linear(6, 4), [torch.randn(9, 6)], INT4, {"format": "int8"}, [{"solve": "nearest"}])
-    soft = SoftLayer(pieces.built.layer, pieces.built.work)
+    soft = SoftLayer(pieces.built.layer, pieces.built.work, Fixed.of(pieces.built.layer, pieces.built.work))
     x = torch.randn(3, 6, requires_grad=True)
     soft(x).sum().backward()
-    torch.testing.assert_close(x.grad, soft.values().sum(0).expand(3, 6))
+    torch.testing.assert_close(x.grad, soft.weight.values(hard=True).sum(0).expand(3, 6))
 
 
 # ------------------------------------------------------------------------------------------------------------------- loss and parts
@@ -162,14 +150,15 @@ def test_every_fourth_call_is_held_out() -> None:
 
 def test_the_regularizer_by_hand() -> None:
     pieces = Pieces(nn.Linear(2, 2), [torch.randn(9, 2)], INT4, None, [{"solve": "nearest"}])
-    layer = SoftLayer(pieces.built.layer, pieces.built.work)
+    layer = Between(pieces.built.layer, pieces.built.work)
     layer.v.data = torch.tensor([[0.0, 9.0], [-9.0, float(torch.logit(torch.tensor((0.75 + 0.1) / 1.2)))]])  # h: 0.5, 1, 0, 0.75
-    assert float(undecided([layer], 2.0).detach()) == pytest.approx((1 + 0.75) / 4)
+    soft = SoftLayer(pieces.built.layer, pieces.built.work, layer)
+    assert float(undecided([soft], 2.0).detach()) == pytest.approx((1 + 0.75) / 4)
 
 
 def test_the_exponent_falls_after_the_warm_up() -> None:
     stage = AdaRound(iterations=10, warmup=0.2)
-    assert [stage._beta(iteration) for iteration in (0, 1, 2, 6)] == [None, None, 20.0, 11.0]
+    assert [stage.beta(iteration / 10) for iteration in (0, 1, 2, 6)] == [None, None, 20.0, 11.0]
 
 
 def temporal_map(**roles: Role) -> DenoiserMap:
@@ -187,42 +176,12 @@ def test_scopes() -> None:
 # ------------------------------------------------------------------------------------------------------------------------ training
 
 
-class Two(nn.Module):
-    """Two layers with a nonlinearity."""
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, x: Tensor, *, shift: float) -> tuple[Tensor, float]:
-        return self.second(torch.relu(self.first(x + shift))), shift
-
-
-def block(bits: int = 3, count: int = 12, warn: Any = lambda sentence: None) -> BlockWork:
-    """Correlated inputs and few bits, rounded to nearest: much to gain."""
-    torch.manual_seed(0)
-    first, second, mix = nn.Linear(32, 32), nn.Linear(32, 16), torch.randn(6, 32)
-    inputs = [torch.randn(40, 6) @ mix for _ in range(count)]
-    floats = Two(first, second)
-    with torch.no_grad():
-        calls = [RecordedCall((x,), {"shift": 0.5}, floats(x, shift=0.5), 0) for x in inputs]
-        hidden = [torch.relu(first(x + 0.5)) for x in inputs]
-    spec, steps = {"format": f"int{bits}", "granularity": "channel"}, [{"solve": "nearest"}]
-    pieces = {
-        "first": Pieces(first, [x + 0.5 for x in inputs], spec, {"format": "uint8"}, steps),
-        "second": Pieces(second, hidden, spec, {"format": "uint8"}, steps),
-    }
-    module = Two(*(one.built.layer for one in pieces.values()))
-    works = {name: one.built.work for name, one in pieces.items()}
-    return BlockWork("block", module, works, lambda quantized: calls, seed=3, warn=warn)
-
-
 def test_training_lowers_the_error_on_held_out_calls() -> None:
     stage, start = AdaRound(iterations=100, calls=12), block()
     calls = start.calls(True)
     before = mean_error(start, calls, split(12)[1])
-    trained, soft = soften(start)
-    stage._train(trained, list(soft.values()), calls, split(12)[0])
+    trained, soft = soften(start, Between)
+    stage.train(trained, list(soft.values()), calls, split(12)[0])
     assert mean_error(trained, calls, split(12)[1]) < 0.7 * before
     assert float(undecided(list(soft.values()), 2.0).detach()) < 0.1
 
@@ -266,6 +225,10 @@ def test_a_part_may_be_a_layer() -> None:
         ({"iterations": 0}, "iterations of adaround is at least 1"),
         ({"rate": 0.0}, "rate > 0"),
         ({"warmup": 1.0}, "warmup in"),
+        ({"drop": 1.0}, "drop of adaround is a share in"),
+        ({"inputs": "mixed"}, "write drop: 0.5"),
+        ({"follow": "step", "input_rate": 0.1}, "unknown follow 'step'"),
+        ({"gradient": "clip"}, "unknown gradient 'clip'"),
     ],
 )
 def test_wrong_parameters(options: dict[str, Any], message: str) -> None:
@@ -276,7 +239,6 @@ def test_wrong_parameters(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("weight", "options", "message"),
     [
-        ({"format": "e2m1", "granularity": "channel"}, {}, "weight codes in the order of their numbers .* got e2m1"),
         (INT4, {"scope": "temporal"}, "trains layers with role temporal, not 'main'; write on: role:temporal"),
     ],
 )
@@ -284,8 +246,3 @@ def test_layers_are_refused_when_planning(weight: Any, options: dict[str, Any], 
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UnsupportedError, match=message):
         plan_of(model, one_group(model, ["0"]), weight, None, [{"reconstruct": "adaround", **options}])
-
-
-def test_codes_of_levels_are_ordered_and_those_of_small_floats_are_not() -> None:
-    assert all(ordered(parse_format(name)) for name in ("int2", "uint8", "log2_4", "log_uniform_5", "power_8"))
-    assert not ordered(parse_format("e4m3"))
