@@ -90,9 +90,12 @@ def digest(clips: Clips, recipe: Mapping[str, Any]) -> str:
     return f"{clips.digest}-{load_recipe(dict(recipe)).digest()}"
 
 
-def run(clips: Clips, records: Records, reference: Tensor) -> None:
+Rows = Mapping[str, Mapping[str, Any]]  # label -> recipe
+
+
+def run(clips: Clips, records: Records, reference: Tensor, rows: Rows) -> None:
     """Measure the rows that are missing."""
-    missing = [recipe for recipe in recipes().values() if not records.done(recipe["name"], digest(clips, recipe))]
+    missing = [recipe for recipe in rows.values() if not records.done(recipe["name"], digest(clips, recipe))]
     if not missing:
         return
     pipe = clips.open()
@@ -115,12 +118,12 @@ def row(comparison: Comparison, blocks: Blocks, reference: Tensor, recipe: Mappi
     return facts | {"block_error": error} | measure(frames, reference, comparison.captions)
 
 
-def table(clips: Clips, records: Records) -> str:
+def table(clips: Clips, records: Records, rows: Rows, about: str) -> str:
     """The rows of these clips and of today's recipes, as far as they are measured."""
     known = {(row["name"], row["digest"]): row for row in records.load()}
-    keys = {label: (recipe["name"], digest(clips, recipe)) for label, recipe in recipes().items()}
+    keys = {label: (recipe["name"], digest(clips, recipe)) for label, recipe in rows.items()}
     found = {label: known[key] for label, key in keys.items() if key in known}
-    title = f"{clips.name}, {clips.count} clips, 4-bit weights in groups of 64, static 8-bit inputs\n\n"
+    title = f"{clips.name}, {clips.count} clips, {about}\n\n"
     return title + markdown(HEADINGS, [_line(label, row) for label, row in found.items()])
 
 
@@ -135,8 +138,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     clips, records = Clips(args.pipeline, args.clips, dict(args.set), args.batch), Records(args.output / "rows.jsonl")
     if not args.table:
-        run(clips, records, clips.float_frames(args.output))
-    (args.output / f"rounding-{clips.name}.md").write_text(text := table(clips, records))
+        run(clips, records, clips.float_frames(args.output), recipes())
+    about = "4-bit weights in groups of 64, static 8-bit inputs"
+    (args.output / f"rounding-{clips.name}.md").write_text(text := table(clips, records, recipes(), about))
     print(text)
 
 
