@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 
 from reelquant.stages import GroupView, Rewrite, register
+from reelquant.transforms.permute import Permute
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rotate import Rotate
 from reelquant.transforms.scale import Scale
@@ -17,12 +18,14 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "range_integrate": RangeIntegrate,
     "scale": Scale,
     "rotate": Rotate,
+    "permute": Permute,
 }
 register_transform = functools.partial(register, TRANSFORMS, "transform")
 
 __all__ = [
     "TRANSFORMS",
     "GroupView",
+    "Permute",
     "RangeIntegrate",
     "Rewrite",
     "Rotate",

@@ -31,7 +31,8 @@ from tests.tiny.stock import realigned, wan_pipeline
 INT4 = {"format": "int4", "granularity": "group-8"}
 INT8 = {"format": "int8", "granularity": "channel"}
 STEP = {"branch": "lowrank", "rank": 2}
-REWRITES = {"none": [], "shifted": SHIFTED, "rotated": ROTATED}
+MIXED = [{"transform": "scale"}, {"transform": "rotate", "always": True, "signs": True}, {"transform": "permute", "clusters": 2}, *SHIFTED]
+REWRITES = {"none": [], "shifted": SHIFTED, "rotated": ROTATED, "mixed": MIXED}
 
 
 def layer_of(weight: Tensor, rewrite: Rewrite | None = None) -> LayerWork:
