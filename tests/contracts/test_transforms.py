@@ -295,6 +295,7 @@ def test_ranges_stay_where_they_are_when_nothing_is_rounded() -> None:
 STEPS = {
     "shift": {"transform": "shift"},
     "scale": {"transform": "scale"},
+    "scale_search": {"transform": "scale_search", "grid": 2},
     "range_integrate": {"transform": "range_integrate", "power": 0.5},
     "rotate": {"transform": "rotate", "always": True},
     "signs": {"transform": "rotate", "always": True, "signs": True, "block": 4},

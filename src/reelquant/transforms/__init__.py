@@ -10,6 +10,7 @@ from reelquant.transforms.permute import Permute
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rotate import Rotate
 from reelquant.transforms.scale import Scale
+from reelquant.transforms.scale_search import ScaleSearch
 from reelquant.transforms.shift import Shift
 from reelquant.transforms.transform import Transform
 
@@ -17,6 +18,7 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "shift": Shift,
     "range_integrate": RangeIntegrate,
     "scale": Scale,
+    "scale_search": ScaleSearch,
     "rotate": Rotate,
     "permute": Permute,
 }
@@ -30,6 +32,7 @@ __all__ = [
     "Rewrite",
     "Rotate",
     "Scale",
+    "ScaleSearch",
     "Shift",
     "Transform",
     "register_transform",
