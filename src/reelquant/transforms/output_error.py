@@ -30,25 +30,15 @@ def output_error(group: GroupView, rewrite: Rewrite, rank: Rank = lambda shape: 
     zero = rewrite.per_tap(taps).input(torch.zeros_like(before[:1]))  # what a shift makes of zero: biases take it back exactly
     error = 0.0
     for site, weight, rewritten in zip(group.sites, group.weights, after.weights, strict=True):
-        matrix = rewritten.flatten(1)
-        kept = _directions(matrix, rank(tuple(weight.shape)))
-        rest = matrix - kept
+        rest, wanted, size = rewritten.flatten(1), before @ weight.flatten(1).T, rank(tuple(weight.shape))
+        if size:
+            up, down = largest_directions(rest, size)
+            rest = rest - up @ down
+            wanted = wanted - before @ rewrite.undone(down.view(size, *weight.shape[1:])).flatten(1).T @ up.T
         rounded = fit(replace(site.specs.weight, range=MinMax()), rest)(rest)
-        found = _input(site.specs.input, rows, taps, group) @ rounded.T - zero @ rest.T + before @ _back(rewrite, kept, weight).T
-        error += float((found - before @ weight.flatten(1).T).square().sum())
+        found = _input(site.specs.input, rows, taps, group) @ rounded.T - zero @ rest.T
+        error += float((found - wanted).square().sum())
     return error
-
-
-def _directions(matrix: Tensor, rank: int) -> Tensor:
-    if not rank:
-        return torch.zeros_like(matrix)
-    up, down = largest_directions(matrix, rank)
-    return up @ down
-
-
-def _back(rewrite: Rewrite, kept: Tensor, weight: Tensor) -> Tensor:
-    """The same directions for the input before the rewrite."""
-    return rewrite.undone(kept.view(weight.shape)).flatten(1)
 
 
 def _input(spec: QuantSpec | None, rows: Tensor, taps: int, group: GroupView) -> Tensor:

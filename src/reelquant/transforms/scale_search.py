@@ -9,10 +9,14 @@ from torch import Tensor
 
 from reelquant._errors import RecipeError
 from reelquant.branches.lowrank import Lowrank
+from reelquant.observe.rows import ROWS
 from reelquant.stages import GroupView, Rewrite, magnitude
 from reelquant.transforms.output_error import output_error
 from reelquant.transforms.scale import largest_weights, normalised
 from reelquant.transforms.transform import Transform
+
+COPIES = 4
+"""Of one weight and of what sampled rows become, at the peak of an error. An assumption, not measured."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class ScaleSearch(Transform):
         if not 1 <= self.grid <= 1000:
             raise RecipeError(f"grid counts intervals of the exponents, 1 to 1000, got {self.grid}")
         Lowrank(self.rank, self.share)
+
+    def peak_bytes(self, rows: int, width: int) -> int:
+        return COPIES * 4 * (rows * width + ROWS * (rows + 2 * width))
 
     def plan(self, group: GroupView) -> Rewrite:
         if group.rows is None or not group.sites:

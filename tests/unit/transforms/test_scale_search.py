@@ -14,6 +14,7 @@ from reelquant.clock import Clock
 from reelquant.formats import Int, QuantSpec, parse_granularity
 from reelquant.sites import Layer
 from reelquant.stages import GroupView, Rewrite, Specs, StageSite
+from reelquant.streaming.estimate import _transforming
 from reelquant.transforms import ScaleSearch
 from reelquant.transforms.output_error import output_error
 from tests.single import build, one_group, plan_of
@@ -124,6 +125,14 @@ def test_the_first_step_alone_may_say_how_channels_differ() -> None:
     assert scales["first"] == pytest.approx(8, rel=0.01)
     assert scales["all"] == pytest.approx(0.5, rel=0.01)  # 8 over 16
     assert scales["mean"] == pytest.approx((8 + 2) / (1 + 16), rel=0.01)
+
+
+def test_the_memory_of_a_search_is_in_the_estimate() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(64, 32)})
+    map_, weight = one_group(model, ("layer",)), {"format": "int4", "granularity": "channel"}
+    plans = [plan_of(model, map_, weight, None, [step]) for step in ({"transform": "scale"}, {"transform": "scale_search"})]
+    plain, searched = (next(iter(_transforming(plan).values())) for plan in plans)
+    assert searched - plain == 4 * 4 * (32 * 64 + 1024 * (32 + 2 * 64))  # four copies of the weight, of rows in and out, float32
 
 
 def test_ranges_of_single_steps_are_asked_for_where_they_are_known() -> None:
