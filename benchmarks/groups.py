@@ -65,11 +65,11 @@ def run(rows: Rows, clips: Clips, records: Records, reference: Tensor) -> None:
         print(f"{clips.name}: {label}", flush=True)
 
 
-def table(rows: Rows, clips: Clips, records: Records) -> str:
+def table(rows: Rows, clips: Clips, records: Records, against: str) -> str:
     """The rows of these clips and of today's recipes, as far as they are measured."""
     known = {(row["name"], row["digest"]): row for row in records.load()}
     found = {label: known[at] for label, (source, _, _) in rows.items() if (at := key(clips, load_recipe(source))) in known}
-    title = f"{clips.name}, {clips.count} clips; differences are to the row of the same bytes above\n\n"
+    title = f"{clips.name}, {clips.count} clips; differences are {against}\n\n"
     return title + markdown(HEADINGS, [_line(rows, label, row, found) for label, row in found.items()])
 
 
@@ -80,22 +80,22 @@ def _line(rows: Rows, label: str, row: Mapping[str, Any], found: Mapping[str, Ma
     if other in found:
         apart = bootstrap([a - b for a, b in zip(row["psnr"], found[other]["psnr"], strict=True)])
         gain = f"{apart.mean:+.1f} ({apart.low:+.1f} to {apart.high:+.1f})"
-    return [label, f"{bits:g}", f"{row['bytes'] / 1e6:.2f}", mean, f"{min(row['psnr']):.1f}", gain]
+    return [label, f"{bits:.4g}", f"{row['bytes'] / 1e6:.2f}", mean, f"{min(row['psnr']):.1f}", gain]
 
 
 def main() -> None:
     """Parse the command line, measure what is missing, write the table."""
-    compare("groups", ROWS, __doc__)
+    compare("groups", ROWS, __doc__, "to the row of the same bytes above")
 
 
-def compare(name: str, rows: Rows, purpose: str | None) -> None:
-    """The command line of a benchmark that measures rows and writes ``NAME-PIPELINE.md``."""
+def compare(name: str, rows: Rows, purpose: str, against: str) -> None:
+    """The command line of a benchmark that measures rows and writes ``NAME-PIPELINE.md``; ``against`` says what differences are to."""
     args = parser(purpose).parse_args()
     torch.set_num_threads(args.threads)
     clips, records = Clips(args.pipeline, args.clips, dict(args.set), args.batch), Records(args.output / "rows.jsonl")
     if not args.table:
         run(rows, clips, records, clips.float_frames(args.output))
-    (args.output / f"{name}-{clips.name}.md").write_text(text := table(rows, clips, records))
+    (args.output / f"{name}-{clips.name}.md").write_text(text := table(rows, clips, records, against))
     print(text)
 
 
