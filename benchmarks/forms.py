@@ -70,8 +70,8 @@ ROWS: Rows = {
     "bct-w8a8": ("bct-w8a8", 8.25, "int8, inputs int8 per tensor"),
 }
 AGAINST = (
-    "to int4 in groups of 32 for rows of 4-bit inputs, but those of `svdquant-w4a4` to plain int4 of its bytes and its input groups (groups of "
-    "10, inputs in groups of 64), and with NVFP4 numbers to int4 in groups of 10 on both sides; else to the plain row above"
+    "to int4 in groups of 32 for rows of 4-bit inputs, but those of `svdquant-w4a4` to plain int4 of its bytes and its input groups "
+    "(groups of 10, inputs in groups of 64), and with NVFP4 numbers to int4 in groups of 10 on both sides; else to the plain row above"
 )
 
 
