@@ -32,7 +32,8 @@ def integers(fmt: str, granularity: str, scale: str = "float", rule: Any = MSE) 
     return {"extends": "nvfp4-w4a4", "name": f"{fmt} {granularity} {scale}", "defaults": defaults}
 
 
-ROWS: dict[str, tuple[Any, float, str]] = {  # label -> recipe, bits per weight with scales, the row it is compared with
+Rows = Mapping[str, tuple[Any, float, str]]  # label -> recipe, bits per weight with scales, the row it is compared with
+ROWS: Rows = {
     "int4, groups of 32": (integers("int4", "group-32"), 4.5, ""),
     "nvfp4-w4a4": ("nvfp4-w4a4", 4.5, "int4, groups of 32"),
     "int4, groups of 16, e4m3 scales": (integers("int4", "group-16", "e4m3"), 4.5, "int4, groups of 32"),
@@ -49,9 +50,9 @@ def key(clips: Clips, recipe: Recipe) -> tuple[str, str]:
     return f"groups {recipe.name}", f"{clips.digest}-{recipe.digest()}"
 
 
-def run(clips: Clips, records: Records, reference: Tensor) -> None:
+def run(rows: Rows, clips: Clips, records: Records, reference: Tensor) -> None:
     """Measure the rows that are missing."""
-    for label, (source, _, _) in ROWS.items():
+    for label, (source, _, _) in rows.items():
         recipe = load_recipe(source)
         name, digest = key(clips, recipe)
         if records.done(name, digest):
@@ -64,32 +65,37 @@ def run(clips: Clips, records: Records, reference: Tensor) -> None:
         print(f"{clips.name}: {label}", flush=True)
 
 
-def table(clips: Clips, records: Records) -> str:
+def table(rows: Rows, clips: Clips, records: Records, against: str) -> str:
     """The rows of these clips and of today's recipes, as far as they are measured."""
     known = {(row["name"], row["digest"]): row for row in records.load()}
-    found = {label: known[at] for label, (source, _, _) in ROWS.items() if (at := key(clips, load_recipe(source))) in known}
-    title = f"{clips.name}, {clips.count} clips; differences are to the row of the same bytes above\n\n"
-    return title + markdown(HEADINGS, [_line(label, row, found) for label, row in found.items()])
+    found = {label: known[at] for label, (source, _, _) in rows.items() if (at := key(clips, load_recipe(source))) in known}
+    title = f"{clips.name}, {clips.count} clips; differences are {against}\n\n"
+    return title + markdown(HEADINGS, [_line(rows, label, row, found) for label, row in found.items()])
 
 
-def _line(label: str, row: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    _, bits, other = ROWS[label]
+def _line(rows: Rows, label: str, row: Mapping[str, Any], found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    _, bits, other = rows[label]
     mean = f"{row['psnr_mean']:.1f} ({row['psnr_low']:.1f} to {row['psnr_high']:.1f})"
     gain = "-"
     if other in found:
         apart = bootstrap([a - b for a, b in zip(row["psnr"], found[other]["psnr"], strict=True)])
         gain = f"{apart.mean:+.1f} ({apart.low:+.1f} to {apart.high:+.1f})"
-    return [label, f"{bits:g}", f"{row['bytes'] / 1e6:.2f}", mean, f"{min(row['psnr']):.1f}", gain]
+    return [label, f"{bits:.4g}", f"{row['bytes'] / 1e6:.2f}", mean, f"{min(row['psnr']):.1f}", gain]
 
 
 def main() -> None:
     """Parse the command line, measure what is missing, write the table."""
-    args = parser(__doc__).parse_args()
+    compare("groups", ROWS, __doc__, "to the row of the same bytes above")
+
+
+def compare(name: str, rows: Rows, purpose: str, against: str) -> None:
+    """The command line of a benchmark that measures rows and writes ``NAME-PIPELINE.md``; ``against`` says what differences are to."""
+    args = parser(purpose).parse_args()
     torch.set_num_threads(args.threads)
     clips, records = Clips(args.pipeline, args.clips, dict(args.set), args.batch), Records(args.output / "rows.jsonl")
     if not args.table:
-        run(clips, records, clips.float_frames(args.output))
-    (args.output / f"groups-{clips.name}.md").write_text(text := table(clips, records))
+        run(rows, clips, records, clips.float_frames(args.output))
+    (args.output / f"{name}-{clips.name}.md").write_text(text := table(rows, clips, records, against))
     print(text)
 
 

@@ -21,10 +21,11 @@ INPUTS: dict[str, TensorLayout | None] = {
     "float": None,
 }
 REACH = {"uint8": 128, "int6": 32, "uint6": 32, "e4m3": 448}  # codes between zero and the end of a range
-REWRITES: dict[str, dict[str, bool]] = {
+REWRITES: dict[str, dict[str, Any]] = {
     "": {},
     "shift and scale": {"shift": True, "scale": True},
     "rotate": {"rotate": True, "scale": True},
+    "mix": {"mix": ("scale", "rotate", "permute"), "rotate": True, "shift": True},
 }
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(96, 70), (3, 11, 96)),
@@ -39,7 +40,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots: int = 1, **rewrite: bool) -> tuple[QuantLayer, Tensor]:
+def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots: int = 1, **rewrite: Any) -> tuple[QuantLayer, Tensor]:
     """A layer of random numbers, and an input whose values reach the ends of its range."""
     torch.manual_seed(0)
     module, shape = LAYERS[name][0](), LAYERS[name][1]
@@ -58,6 +59,8 @@ def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots
         extra["pre_quant_shift"] = torch.randn(channels).bfloat16() / 2
     if layout.scale:
         extra["pre_quant_scale"] = (torch.rand(channels) + 0.5).bfloat16()
+    if layout.mix:
+        extra |= {"pre_quant_mix_0": (torch.rand(channels) + 0.5).bfloat16(), "pre_quant_mix_2": torch.randperm(channels).int()}
     bias = None if module.bias is None else module.bias.data
     layer.fill(LayerTensors(stored, quantizer.scale.to(layer.weight_scale.dtype), bias, extra))
     return layer, torch.randn(shape)

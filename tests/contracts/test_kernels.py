@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reelquant._errors import RecipeError
 from reelquant.clock import Clock
 from reelquant.formats import fit, pack
-from reelquant.kernels import KERNELS, Kernel, backend, current_backend, select
+from reelquant.kernels import KERNELS, Kernel, Reference, backend, current_backend, select
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, int16_madd, loops, nibbles
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
@@ -59,6 +59,20 @@ def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any
         assert float(error.max()) <= rounding + folded + (0 if numbers == "float" else 2 * one_code(here)), kernel.name
         if numbers != "float":  # codes that go the other way are rare, so most outputs agree to rounding
             assert float(error.median()) <= rounding + folded / 4, kernel.name
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv2d"])
+def test_protected_steps_mix_channels_too(name: str) -> None:
+    """A kernel that rounds protected steps from the same repacked weight gets an input that is mixed once, not twice."""
+    layer, x = make(name, ("int8", "channel"), INPUTS["int6"], **REWRITES["mix"])
+    operands = layer.operands
+    finer = replace(operands, input=operands.input.widened())
+    runner = layer.kernel.prepare(operands)
+    if not hasattr(runner, "rounding"):
+        pytest.skip(f"{layer.kernel.name} prepares protected steps anew")
+    found, expected = runner.rounding(finer)(x, 0), Reference(finer)(x)
+    assert float((found - expected).abs().max()) <= one_code(layer) and float((found - expected).abs().median()) < 1e-4
+    assert torch.equal(runner.codes(), layer.codes) if getattr(runner, "codes", None) else True
 
 
 def kernels_of(name: str, weight: Any, numbers: str, rewrite: str = "") -> tuple[str, dict[str, str]]:

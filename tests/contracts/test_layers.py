@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.clock import Clock
 from reelquant.engine.quality import layer_bytes
 from reelquant.formats import FORMATS, SCALES, parse_format
@@ -33,11 +34,17 @@ KINDS: dict[str, tuple[type[nn.Module], Any, tuple[int, ...]]] = {
 }
 SHIFTED = [{"transform": "shift"}, {"transform": "range_integrate", "power": 0.5}]
 ROTATED = [{"transform": "rotate", "least": -100.0}, *SHIFTED]
-REWRITES: dict[str, list[dict[str, Any]]] = {"plain": [], "shifted": SHIFTED, "rotated": ROTATED}
+MIXED = [
+    {"transform": "scale"},
+    {"transform": "rotate", "always": True, "signs": True, "block": 2},
+    {"transform": "permute", "clusters": 2},
+    *SHIFTED,
+]
+REWRITES: dict[str, list[dict[str, Any]]] = {"plain": [], "shifted": SHIFTED, "rotated": ROTATED, "mixed": MIXED}
 DESIGN_NAMES = {  # docs/design.md, section 8
     "weight", "bias", "weight_scale", "weight_scale_2", "weight_zero_point", "weight_levels",
     "input_scale", "input_zero_point", "input_levels",
-    "pre_quant_shift", "pre_quant_scale", "output_table",
+    "pre_quant_shift", "pre_quant_scale", "output_table", "pre_quant_mix_0", "pre_quant_mix_2",
 }  # fmt: skip
 
 
@@ -138,6 +145,8 @@ def expected_output(module: nn.Module, layer: QuantLayer, x: Tensor, slot: int =
     if not isinstance(module, nn.Linear):
         widths = module._reversed_padding_repeated_twice
         x = F.pad(x, list(widths))
+    for place, name in enumerate(layer.layout.mix):
+        x = mixed(x, name, state.get(f"pre_quant_mix_{place}"), axis)
     if layer.layout.rotate:  # with the same additions: another order would move values over rounding borders
         x = hadamard(x, axis)
     if "pre_quant_shift" in state:
@@ -155,6 +164,18 @@ def expected_output(module: nn.Module, layer: QuantLayer, x: Tensor, slot: int =
         return F.linear(x.double(), float_weight(layer), bias)
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[x.ndim - 2]
     return convolve(x.double(), float_weight(layer), bias, stride=module.stride, dilation=module.dilation)
+
+
+def mixed(x: Tensor, name: str, vector: Tensor | None, axis: int) -> Tensor:
+    """One operation on channels; a rotation with the additions of the layer, for values on rounding borders."""
+    if name == "scale":
+        assert vector is not None
+        return x / along(vector.float(), "channel", x, axis)
+    if name == "permute":
+        assert vector is not None
+        return torch.stack([x.select(axis, int(channel)) for channel in vector], axis)
+    size = int(name.partition("-")[2] or 0) or x.shape[axis] & -x.shape[axis]
+    return torch.cat([hadamard(part, axis) for part in x.split(size, axis)], axis)
 
 
 def dynamically(x: Tensor, name: str, grain: str) -> Tensor:
@@ -224,7 +245,7 @@ def test_weights_with_scales_of_eight_bits_are_what_is_stored(fmt: str, scale: s
         assert torch.equal(empty(x), layer(x))
 
 
-@pytest.mark.parametrize("steps", [(), SHIFTED, ROTATED], ids=["plain", "shifted", "rotated"])
+@pytest.mark.parametrize("steps", [(), SHIFTED, ROTATED, MIXED], ids=["plain", "shifted", "rotated", "mixed"])
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_dequantized_layer_is_the_float_layer_but_for_rounding(kind: str, steps: Any) -> None:
@@ -277,7 +298,11 @@ INPUTS: dict[str, tuple[dict[str, Any], int, int]] = {  # recipe, frames, calls
 }
 
 
-@pytest.mark.parametrize(("kind", "name", "rewrite"), sampled(itertools.product(KINDS, INPUTS, REWRITES), 90))
+PER_TENSOR = {name for name, (recipe, _, _) in INPUTS.items() if recipe.get("dynamic") or not {"slots", "granularity"} & recipe.keys()}
+CASES = [case for case in itertools.product(KINDS, INPUTS, REWRITES) if case[1] in PER_TENSOR or case[2] != "mixed"]
+
+
+@pytest.mark.parametrize(("kind", "name", "rewrite"), sampled(CASES, 110))
 def test_inputs_are_padded_shifted_and_rounded_like_this(kind: str, name: str, rewrite: str) -> None:
     recipe, frames, calls = INPUTS[name]
     steps = REWRITES[rewrite]
@@ -368,6 +393,27 @@ def test_tensors_are_those_the_layout_announces(name: str, fmt: str) -> None:
     x = torch.randn(4, 6, 6, 7)
     empty.clock = layer.clock = (Clock([0.0] * calls),)
     assert torch.equal(empty(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_operations_on_channels_are_stored_and_read_back(kind: str) -> None:
+    numbers = {"format": "int4", "granularity": "group-4", "dynamic": True}
+    module, layer, (x,) = make(kind, {"format": "int8", "granularity": "channel"}, numbers, MIXED)
+    described = json.loads(json.dumps(layer.layout.to_json()))
+    assert described["mix"] == [*layer.layout.mix] and layer.layout.mix[0] == "scale" and "mix" in layer.features
+    announced = buffer_shapes(tuple(module.weight.shape), layer.layout, layer._channels())
+    assert {key: (tuple(value.shape), value.dtype) for key, value in layer.named_buffers()} == announced
+    assert set(announced) <= DESIGN_NAMES
+    empty = quantized_class(module).like(module, LayerLayout.from_json(described))
+    empty.load_state_dict(layer.state_dict())
+    assert torch.equal(empty(x), layer(x))
+
+
+@pytest.mark.parametrize("name", ["rotate-3", "rotate-16", "turn", "permute-4"])
+def test_operations_that_this_version_does_not_know_are_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"mixes channels by|rotates 10 channels in blocks of"):
+        QuantLinear(10, 4, True, LayerLayout(TensorLayout("int8", "channel"), mix=(name,)))
 
 
 def test_tensor_names_of_an_affine_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from reelquant._errors import RecipeError
+from reelquant._errors import UnsupportedError
 from reelquant._progress import Silent
 from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
-from reelquant.kernels import block_size, hadamard
+from reelquant.kernels import Permutation, Rotation, Scaling, backend, block_size, hadamard
 from reelquant.observe import Geometry
 from reelquant.transforms import TRANSFORMS, GroupView, Rewrite, Transform
 from tests.single import build, one_group, plan_of, statistics, unrounded
@@ -26,7 +27,8 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
     "shift": [{"center": "mean"}],
     "range_integrate": [{"power": 0.5}, {"power": 0.0}, {"cap": 0.3}],
     "scale": [{"alpha": 0.0}, {"alpha": 1.0}],
-    "rotate": [{"least": -100.0}],
+    "rotate": [{"least": -100.0}, {"always": True, "signs": True}, {"always": True, "block": 2}],
+    "permute": [{"clusters": 2}, {"clusters": 1}],
 }
 MEMBERS = [(name, options) for name in TRANSFORMS for options in ({}, *FURTHER.get(name, []))]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -46,7 +48,11 @@ def skewed(generator: torch.Generator, *shape: int, axis: int = -1) -> Tensor:
 
 def view(x: Tensor, weights: list[Tensor], axis: int = -1, padded: bool = False) -> GroupView:
     rows = x.movedim(axis, -1).flatten(0, -2)
-    return GroupView(*reach(rows, padded), weights, reach(hadamard(rows), padded))
+    taps = weights[0][0, 0].numel()
+    sampled = rows.repeat_interleave(taps, -1)  # patches of one value: the ends of their channels are those of the rows
+    if padded:
+        sampled = torch.cat([sampled, torch.zeros_like(sampled[:1])])
+    return GroupView(*reach(rows, padded), weights, reach(hadamard(rows), padded), rows=sampled)
 
 
 def reach(rows: Tensor, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,12 +74,13 @@ def compensation(rewrite: Rewrite, weight: Tensor) -> Tensor:
     if rewrite.shift is None:
         return torch.zeros(len(weight), dtype=torch.float64)
     shift = rewrite.shift.double().view(1, -1, *[1] * (weight.ndim - 2))
-    return ((hadamard(weight.double(), 1) if rewrite.rotated else weight.double()) * shift).flatten(1).sum(1)
+    return (Rewrite(mixes=rewrite.mixes).weight(weight.double()) * shift).flatten(1).sum(1)
 
 
 def double(rewrite: Rewrite) -> Rewrite:
     shift, scale = (None if v is None else v.double() for v in (rewrite.shift, rewrite.scale))
-    return replace(rewrite, shift=shift, scale=scale)
+    mixes = tuple(Scaling(mix.scale.double()) if isinstance(mix, Scaling) else mix for mix in rewrite.mixes)
+    return replace(rewrite, shift=shift, scale=scale, mixes=mixes)
 
 
 def assert_same(found: Tensor, expected: Tensor, terms: Tensor) -> None:
@@ -131,18 +138,20 @@ def test_then_is_one_after_the_other(seed: int, first: Any, second: Any) -> None
     group = view(x, [weight])
     one = plan(first, group)
     two = plan(second, group.rewritten(one))
-    if two.rotated and not one.identity:
-        with pytest.raises(RecipeError, match="put 'transform: rotate' before them"):
-            one.then(two)
-        return
     both = one.then(two)
     # float32 vectors: a few roundings of the operands, whose size the shift may dwarf the result with
-    torch.testing.assert_close(
-        double(both).input(x.double()), double(two).input(double(one).input(x.double())), rtol=1e-5,
-        atol=1e-6 * float(double(one).input(x.double()).abs().amax() / (1 if two.scale is None else two.scale.amin())) + 1e-12,
-    )  # fmt: skip
-    torch.testing.assert_close(both.weight(weight), two.weight(one.weight(weight)), rtol=1e-6, atol=0)
-    torch.testing.assert_close(group.rewritten(both).low, group.rewritten(one).rewritten(two).low, rtol=1e-3, atol=1e-2)
+    steps = [double(one).input(x.double())]
+    steps.append(double(two).input(steps[0]))
+    divisors = [two.scale, *(mix.vector for mix in two.mixes if isinstance(mix, Scaling))]
+    smallest = min((float(one.abs().amin()) for one in divisors if one is not None), default=1.0)
+    slack = 1e-6 * float(steps[0].abs().amax()) / smallest + 1e-12
+    torch.testing.assert_close(double(both).input(x.double()), steps[1], rtol=1e-5, atol=slack)
+    scaled = max(float(two.weight(one.weight(weight)).abs().amax()), 1e-12)
+    torch.testing.assert_close(both.weight(weight), two.weight(one.weight(weight)), rtol=1e-6, atol=1e-6 * scaled)
+    exact = double(both)
+    torch.testing.assert_close(exact.undone(exact.weight(weight.double())), weight.double(), rtol=0, atol=1e-6)  # scales over six decades
+    if not any(isinstance(mix, Rotation) for mix in both.mixes):
+        torch.testing.assert_close(group.rewritten(both).low, group.rewritten(one).rewritten(two).low, rtol=1e-3, atol=1e-2)
 
 
 def test_the_identity_is_neutral_and_knows_itself() -> None:
@@ -279,3 +288,88 @@ def test_ranges_stay_where_they_are_when_nothing_is_rounded() -> None:
     for name in ("shift", "range_integrate", "rotate"):
         assert TRANSFORMS[name]().plan(group).identity, name
     assert not TRANSFORMS["scale"]().plan(group).identity  # smoothing also serves weights
+
+
+# --- every ordered pair, through the engine -------------------------------------------------------------------------------------
+
+STEPS = {
+    "shift": {"transform": "shift"},
+    "scale": {"transform": "scale"},
+    "scale_search": {"transform": "scale_search", "grid": 2},
+    "range_integrate": {"transform": "range_integrate", "power": 0.5},
+    "rotate": {"transform": "rotate", "always": True},
+    "signs": {"transform": "rotate", "always": True, "signs": True, "block": 4},
+    "permute": {"transform": "permute", "clusters": 3},
+}
+KINDS = {
+    "Linear": (lambda: nn.Linear(24, 6), (40, 24), -1),
+    "Conv2d": (lambda: nn.Conv2d(8, 5, 3, padding=(2, 1), stride=(1, 2)), (2, 8, 6, 7), 1),
+}
+
+
+def test_every_member_is_among_the_pairs() -> None:
+    assert {step["transform"] for step in STEPS.values()} == set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("second", STEPS)
+@pytest.mark.parametrize("first", STEPS)
+@torch.no_grad()
+def test_every_ordered_pair_keeps_the_float_output(first: str, second: str, kind: str) -> None:
+    """Weights in 8 bits with and without the pair round alike to half a step; and the layer without rounding is the float layer."""
+    torch.manual_seed(0)
+    make, shape, axis = KINDS[kind]
+    module = make()
+    x = torch.randn(shape).movedim(axis, -1) * (0.5 + torch.arange(shape[axis]) % 5) + torch.linspace(-2, 3, shape[axis])
+    x, steps = x.movedim(-1, axis).contiguous(), [STEPS[first], STEPS[second]]
+    built = build(nn.ModuleDict({"layer": module}), ["layer"], [x], {"format": "int8", "granularity": "channel"}, {"format": "int8"}, steps)
+    layer = built.layers["layer"]
+    with backend("reference"):
+        rounded = layer(x)
+    float_layer = copy.deepcopy(module)
+    float_layer.weight.copy_(layer.dequantized_weight())
+    float_layer.bias.copy_(layer.float_bias())
+    exact = unrounded(built).layers["layer"]
+    for name in ("reference", "auto"):
+        with backend(name):
+            exact.release()
+            found = exact(x)
+        # 1e-5 of the largest output: float32, and the layer whose weight undoes the chain is the layer that computes it
+        torch.testing.assert_close(found, float_layer(x), rtol=0, atol=1e-5 * float(found.abs().amax()))
+    expected = module(x)
+    assert float((exact(x) - expected).std() / expected.std()) < 0.02  # 8-bit weights
+    assert float((rounded - expected).std() / expected.std()) < 0.1  # and 8-bit inputs with ranges that fit the rewritten input
+
+
+@torch.no_grad()
+def test_a_scale_folds_into_the_norm_and_the_rotation_after_it_stays() -> None:
+    model = Normed(nn.LayerNorm(8), conv=False)
+    nn.init.uniform_(model.norm.weight, 0.2, 3.0)
+    x = torch.randn(30, 8)
+    steps = [{"transform": "scale"}, {"transform": "rotate", "always": True}]
+    weight, group = {"format": "int8", "granularity": "channel"}, {"producer": "norm", "producer_kind": "LayerNorm", "foldable": True}
+    built = unrounded(build(model, ("a", "b"), [model.norm(x)], weight, {"format": "int8"}, steps, fold_shift=True, **group))
+    assert built.fold is not None and not built.fold.mixes and built.fold.shift is None
+    for name, layer in built.layers.items():
+        assert layer.layout.rotate and not layer.layout.mix and not layer.layout.scale
+        found, expected = layer(built.fold.input(model.norm(x))), model.get_submodule(name)(model.norm(x))
+        assert float((found - expected).std() / expected.std()) < 0.02
+
+
+def test_permute_by_hand() -> None:
+    high = torch.tensor([[9.0, 1.0, 10.0, 2.0]])
+    group = GroupView(-high, high, torch.zeros(1, 4), [torch.ones(2, 4)])
+    (mix,) = TRANSFORMS["permute"](clusters=2).plan(group).mixes
+    assert isinstance(mix, Permutation) and mix.order.tolist() == [1, 3, 0, 2]
+    assert mix(torch.tensor([10.0, 20.0, 30.0, 40.0])).tolist() == [20.0, 40.0, 10.0, 30.0]
+
+
+def test_ranges_that_nobody_observed_are_refused_before_sampling() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(8, 4)})
+    map_ = one_group(model, ("layer",))
+    weight, steps = {"format": "int8", "granularity": "channel"}, [STEPS["scale"], STEPS["rotate"]]
+    plan_of(model, map_, weight, {"format": "int8"}, steps)
+    plan_of(model, map_, weight, {"format": "int8", "granularity": "token", "dynamic": True}, steps)
+    for grain in ({"slots": "per_step"}, {"granularity": "channel"}):
+        with pytest.raises(UnsupportedError, match=r"a rotation after other rewrites.*put 'transform: rotate' first, or set dynamic: true"):
+            plan_of(model, map_, weight, {"format": "int8"} | grain, steps)

@@ -466,6 +466,16 @@ def test_recorded_calls_are_made_again_as_the_half_that_they_were(
     assert met == halves
 
 
+def test_inputs_whose_ranges_come_from_samples_share_them_between_halves() -> None:
+    """Nobody observed the halves of an input that is rotated after a scale."""
+    steps = [{"transform": "scale"}, {"transform": "rotate", "always": True, "on": "re:.*to_q"}]
+    pipe = FakePipeline(TINY["WanTransformer3DModel"](), guided=True)
+    quantize_pipeline(pipe, recipe("minmax-w8a8", guidance="apart", steps=steps), TEXTS, num_inference_steps=4)
+    layers = quantized_layers(pipe.denoiser)
+    assert {layer.layout.cfg_halves for layer in layers.values()} == {False, True}
+    assert not any(layer.layout.cfg_halves for layer in layers.values() if layer.layout.rotate)
+
+
 def test_without_guidance_there_are_no_halves() -> None:
     pipe = FakePipeline(TINY["WanTransformer3DModel"]())
     with pytest.raises(CalibrationError, match="samples without classifier-free guidance"):

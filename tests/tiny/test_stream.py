@@ -67,6 +67,21 @@ LOWRANK = GPTQ | {
         {"solve": "gptq", "correct_bias": True, "on": "role:main | role:temporal | role:prompt"},
     ],
 }
+FORMS = LOWRANK | {
+    "name": "forms",
+    "defaults": {
+        "weight": {"format": "int4", "granularity": "group-16"},
+        "input": {"format": "int4", "granularity": "group-16", "dynamic": True},
+    },
+    "steps": [
+        {"transform": "scale_search", "grid": 3, "lone": True, "rank": 2, "on": "role:main"},
+        {"transform": "permute", "clusters": [1, 4], "on": "role:main"},
+        {"transform": "rotate", "always": True, "signs": True, "block": 4, "on": "role:main"},
+        {"branch": "lowrank", "rank": 2, "on": "role:main"},
+        {"solve": "gptq", "correct_bias": True, "on": "role:main | role:temporal | role:prompt"},
+    ],
+}
+"""Chains of operations on channels, planned from samples, a choice among them."""
 LEARNED = LOWRANK | {
     "name": "learned",
     "guidance": "separate",
@@ -100,6 +115,7 @@ SAME_BYTES: list[Any] = [  # both experts of a pipeline are calibrated in float3
     (MIXED, torch.float32),
     (GPTQ, torch.bfloat16),
     (LOWRANK, torch.bfloat16),
+    (FORMS, torch.float32),
     (LEARNED, torch.float32),
 ]
 IN_THE_OTHER_DTYPE = [
@@ -107,6 +123,7 @@ IN_THE_OTHER_DTYPE = [
     (MIXED, torch.bfloat16),
     (GPTQ, torch.float32),
     (LOWRANK, torch.float32),
+    (FORMS, torch.bfloat16),
     (LEARNED, torch.bfloat16),
 ]
 SAME_BYTES += [pytest.param(*case, marks=pytest.mark.full) for case in IN_THE_OTHER_DTYPE]

@@ -14,8 +14,8 @@ from torch import Tensor
 from reelquant._errors import RecipeError
 from reelquant.branches.branch import Branch, Inner, TensorSpec
 from reelquant.clock import Moment
-from reelquant.kernels import Window, hadamard
-from reelquant.stages import LayerWork, Rewrite, StageSite
+from reelquant.kernels import Window
+from reelquant.stages import LayerWork, StageSite
 
 DTYPE = torch.bfloat16
 """Of the stored factors. Its range holds factors that are divided by the scale of a channel with a tiny range."""
@@ -32,7 +32,7 @@ class Lowrank(Branch):
     ``x'`` and ``W'`` are the input and the weight after the recipe's rewrites, and ``U V`` is the product of the ``rank`` largest
     singular directions of ``W'``; the weight of a convolution counts as a matrix ``[out, channels * taps]``. Outliers that a rewrite
     moved from the input into the weight are in these directions. The branch reads the input ``x`` of the layer before the rewrite, so
-    the rewrite is undone in the first factor: ``V_x = (V / scale) H``. The codes stand for ``W'`` less the product of the factors as
+    the rewrite is undone in the first factor: ``V_x = (V / scale) M``. The codes stand for ``W'`` less the product of the factors as
     they are stored, so storing them adds no error.
 
     Attributes:
@@ -81,8 +81,8 @@ class Lowrank(Branch):
         rank = self.rank_of(shape)
         if not rank:
             return layer
-        up, down = _largest(layer.matrix, rank)
-        down = _before(layer.inside, down.unflatten(1, shape[1:]))
+        up, down = largest_directions(layer.matrix, rank)
+        down = layer.inside.undone(down.unflatten(1, shape[1:]))
         tensors = {"svd_down": down.to(DTYPE), "svd_up": up.to(DTYPE)}
         taken = layer.inside.weight(self.weight(tensors, shape))
         return layer.with_branch(self, tensors, layer.target - taken)
@@ -101,13 +101,7 @@ class Lowrank(Branch):
         return (tensors["svd_up"].float() @ tensors["svd_down"].float().flatten(1)).view(shape)
 
 
-def _before(rewrite: Rewrite, weight: Tensor) -> Tensor:
-    """The weight for the input before a rewrite, from the weight ``[rows, channels, *kernel]`` for the input after it."""
-    weight = weight if rewrite.scale is None else weight / rewrite.scale.view(1, -1, *[1] * (weight.ndim - 2))
-    return hadamard(weight, 1) if rewrite.rotated else weight
-
-
-def _largest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def largest_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors ``[out, rank]`` and ``[rank, in]`` of the largest singular directions, each with the root of the singular values.
 
     Subspace iteration (Halko et al., arXiv 0909.4061, algorithm 4.4): a full decomposition costs far more for wide layers. The random

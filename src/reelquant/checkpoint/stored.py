@@ -234,13 +234,17 @@ def _check_kind(key: str, value: Any, kind: type) -> None:
         raise CheckpointError(f"quantization_config.{key} must be a {kind.__name__}, got {value!r:.60}")
 
 
+WIDTH = 1 << 20
+"""Of a layer that stands for all of a group while its layout is read: blocks of channels of any width divide it."""
+
+
 def _layouts(groups: Mapping[str, Any]) -> dict[str, LayerLayout]:
     found: dict[str, LayerLayout] = {}
     for group, content in groups.items():
         try:
             layout = LayerLayout.from_json({key: value for key, value in content.items() if key != "targets"})
             names = [str(name) for name in content["targets"]]
-            buffer_shapes((1, 1), layout, 1)  # reads every word of the layout
+            buffer_shapes((1, WIDTH), layout, WIDTH)  # reads every word of the layout
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"quantization_config.config_groups.{group} is damaged: {type(error).__name__}: {error}") from None
         if twice := sorted(set(names) & set(found)):

@@ -19,7 +19,7 @@ from reelquant.observe import ChannelRange, InputStatistics
 from reelquant.recipes.entry import Entry
 from reelquant.sites import Group
 from reelquant.solvers import Nearest
-from reelquant.stages import GroupView, LayerWork, Rewrite, bound
+from reelquant.stages import GroupView, LayerWork, Rewrite, bound, follows
 
 LayerOf = Callable[[str], nn.Module]
 COMPARED = 256  # rows that are compared with each other, at most: as many as a run has different timesteps, by far
@@ -81,18 +81,18 @@ class GroupWork:
 
     Attributes:
         rows: the layers to build.
-        rewrite: of their input.
-        folds: whether the rewrite moves into the producing norm.
+        outside: the part of their input's rewrite that moves into the producing norm.
+        inside: the rest, which each layer does itself.
     """
 
     rows: list[LayerPlan]
-    rewrite: Rewrite
-    folds: bool
+    outside: Rewrite = field(default_factory=Rewrite)
+    inside: Rewrite = field(default_factory=Rewrite)
 
     @property
     def fold(self) -> Rewrite | None:
         """The rewrite that moves into the producing norm, or None."""
-        return self.rewrite if self.folds else None
+        return None if self.outside.identity else self.outside
 
 
 def build_group(context: Context, group: Group, choice: Choice, *, keep_works: bool = False) -> BuiltGroup:
@@ -113,9 +113,12 @@ def prepare_group(context: Context, group: Group, choice: Choice) -> GroupWork:
     plan = context.plan
     rows = [plan.layers[name] for name in group.layers if plan.layers[name].skipped is None]
     rewrite = _rewrite(context, rows, choice)
-    whole = len(rows) == len(group.layers) and not rewrite.identity and context.folding
-    folds = whole and _folds(group, context.denoiser, rewrite)
-    return GroupWork(rows, rewrite if folds else rewrite.stored(SHIFT_DTYPE), folds)
+    outside, inside = Rewrite(), rewrite
+    first, rest = rewrite.first()
+    whole = len(rows) == len(group.layers) and not first.identity and context.folding
+    if whole and _folds(group, context.denoiser, first):
+        outside, inside = first, rest
+    return GroupWork(rows, outside, inside.stored(SHIFT_DTYPE))
 
 
 def shared_rewrites(rows: Sequence[LayerPlan]) -> list[Entry]:
@@ -142,7 +145,8 @@ def _view(context: Context, rows: Sequence[LayerPlan]) -> GroupView:
     weights = [_weight(context.layer_of(row.layer.name)) for row in rows]
     rounded = any(row.input for row in rows)
     sites = tuple(row.site for row in rows)
-    return GroupView(*ranges[0], weights, ranges[1], rounded, sites=sites, statistics=seen)
+    rows_seen = None if seen.rows is None else seen.rows.rows.to(weights[0].device)
+    return GroupView(*ranges[0], weights, ranges[1], rounded, sites=sites, statistics=seen, rows=rows_seen, unseen=unseen)
 
 
 def _reach(seen: ChannelRange, *, unseen: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +173,7 @@ def folded(norm: Mapping[str, Tensor], rewrite: Rewrite) -> dict[str, Tensor]:
 
 def _folds(group: Group, denoiser: nn.Module, rewrite: Rewrite) -> bool:
     """Can the rewrite move into the producing norm without loss? A norm in half precision would round it."""
-    if not group.foldable or group.producer is None or rewrite.rotated:
+    if not group.foldable or group.producer is None:
         return False
     if rewrite.shift is not None and not group.fold_shift:
         return False
@@ -193,8 +197,8 @@ def finish_layer(shared: GroupWork, row: LayerPlan, work: LayerWork, choice: Cho
     work = work if work.solution is not None else Nearest(correct_bias=work.correct_bias).solve_layer(work)
     assert work.solution is not None
     work = replace(work, stored_bias=work.bias_for(work.solution.values))
-    layer = packed(row, work, module, folds=shared.folds)
-    return Built(layer, work, None if draft else record_of(row, work, choice, layer, folded=shared.folds))
+    layer = packed(row, work, module)
+    return Built(layer, work, None if draft else record_of(row, work, choice, layer, folded=shared.fold is not None))
 
 
 def _start(context: Context, shared: GroupWork, row: LayerPlan, module: nn.Module) -> LayerWork:
@@ -203,10 +207,10 @@ def _start(context: Context, shared: GroupWork, row: LayerPlan, module: nn.Modul
     work = LayerWork(
         site=row.site,
         weight=weight,
-        target=shared.rewrite.weight(weight),
+        target=shared.inside.weight(shared.outside.weight(weight)),
         bias=None if module.bias is None else module.bias.detach().float(),
-        rewrite=shared.rewrite,
-        folds=shared.folds,
+        inside=shared.inside,
+        outside=shared.outside,
         statistics=seen,
         timesteps=context.timesteps,
         unseen=context.plan.unseen,
@@ -223,7 +227,7 @@ def _input_quantizers(work: LayerWork) -> list[Quantizer] | None:
     fixed = features is not None and not features.varies and spec.slots == "shared" and spec.granularity.kind != "frame"
     if fixed:
         return [fit(spec, work.rewrite.input(features.features))]
-    if spec.range.needs_samples or spec.alternatives:
+    if spec.range.needs_samples or spec.alternatives or follows(work.rewrite, seen) is None:
         return [fit(spec, _sampled(work, seen))]
     return bound(spec, work.rewrite, seen, unseen=work.unseen, steps=len(work.timesteps))
 
@@ -234,7 +238,8 @@ def _sampled(work: LayerWork, seen: InputStatistics) -> Tensor:
     assert spec is not None
     if seen.rows is None or spec.granularity.kind != "tensor" or spec.slots != "shared":
         raise UnsupportedError(
-            f"range rules that look at samples work per tensor with shared slots, got {spec} for '{work.site.layer.name}'"
+            f"ranges from samples (of rules that compare values, of rotations after other rewrites) work per tensor with shared slots, got "
+            f"{spec} for '{work.site.layer.name}'"
         )
     rows = seen.rows.rows.to(work.weight.device)
     return work.rewrite.per_tap(work.taps).input(distinct(rows) if spec.range.joint else rows)

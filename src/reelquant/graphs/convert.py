@@ -26,7 +26,7 @@ from torch import Tensor
 from reelquant._errors import UnsupportedError
 from reelquant.formats import Int
 from reelquant.graphs.processor import PAIRS, integers_saturate
-from reelquant.kernels import InputQuant, Operands, block_size, hadamard
+from reelquant.kernels import InputQuant, Mix, Operands, Permutation, Rotation, Scaling, block_size, hadamard
 from reelquant.kernels.cpu import int8, nibbles
 from reelquant.nn import QuantLayer
 
@@ -170,12 +170,14 @@ class Emission:
         """:meth:`codes`, or those of a layer that read the same tensor with the same numbers."""
         numbers = self.operands.input
         assert numbers is not None
-        vectors = (self.operands.shift, self.operands.scale, numbers.scale, numbers.zero_point)
+        given, mix = self.operands, self.operands.mix
+        vectors = (given.shift, given.scale, numbers.scale, numbers.zero_point, *(one.vector for one in mix))
         digest = tuple(None if one is None else one.detach().float().numpy().tobytes() for one in vectors)
         source = x.get_node().get_name() if hasattr(x, "get_node") else x.get_name()
-        key = (source, x.get_index() if hasattr(x, "get_index") else 0, self.integers, self.operands.rotate, numbers.format, digest)
+        index, names = x.get_index() if hasattr(x, "get_index") else 0, tuple(one.name for one in mix)
+        key = (source, index, self.integers, given.rotate, names, numbers.format, digest)
         if key not in self.to.rounded:
-            self.to.rounded[key] = self.codes(self.rotated(x), numbers)
+            self.to.rounded[key] = self.codes(self.turned(x), numbers)
         return self.to.rounded[key]
 
     def codes(self, x: Node, numbers: InputQuant) -> Node:
@@ -205,14 +207,30 @@ class Emission:
         return multiply, zero - shift * multiply
 
     def rewritten_input(self, x: Node) -> Node:
-        """``(rotate(x) - shift) / scale``."""
-        x = self.rotated(x)
+        """``(rotate(mix(x)) - shift) / scale``."""
+        x = self.turned(x)
         x = x if self.operands.shift is None else ops.subtract(x, constant(self.along(self.operands.shift)))
         return x if self.operands.scale is None else ops.divide(x, constant(self.along(self.operands.scale)))
 
-    def rotated(self, x: Node) -> Node:
+    def turned(self, x: Node) -> Node:
+        """``rotate(mix(x))``."""
+        for mix in self.operands.mix:
+            x = self.mixed(x, mix)
+        return self.rotated(x, block_size(self.channels)) if self.operands.rotate else x
+
+    def mixed(self, x: Node, mix: Mix) -> Node:
+        """One operation on the channels."""
+        if isinstance(mix, Scaling):
+            return ops.divide(x, constant(self.along(mix.scale)))
+        if isinstance(mix, Permutation):
+            axis = ops.constant(np.int64(1 if self.dims else -1))
+            return ops.gather(x, ops.constant(mix.order.numpy().astype(np.int64)), axis)
+        assert isinstance(mix, Rotation)
+        return self.rotated(x, mix.block or block_size(self.channels))
+
+    def rotated(self, x: Node, width: int) -> Node:
         """Channels rotated in blocks (:func:`reelquant.kernels.hadamard`): one product with a small matrix, or two."""
-        if not self.operands.rotate or (width := block_size(self.channels)) == 1:
+        if width == 1:
             return x
         if self.dims:
             order = [0, *range(2, self.dims + 2), 1]

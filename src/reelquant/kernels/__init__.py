@@ -18,6 +18,8 @@ from reelquant._errors import RecipeError, UnsupportedError, nearest
 from reelquant.kernels.features import not_taken
 from reelquant.kernels.hadamard import block_size, hadamard
 from reelquant.kernels.kernel import Kernel
+from reelquant.kernels.mixed_input import mixing
+from reelquant.kernels.mixing import Mix, Permutation, Rotation, Scaling, mix_dtype, read_mix, unmixed
 from reelquant.kernels.operands import InputQuant, Operands, PackedWeight, Runner, Window, of_slot
 from reelquant.kernels.reference import Reference
 
@@ -28,14 +30,14 @@ REFERENCE = Kernel("reference", Reference.takes, Reference.refuses, Reference, l
 def _cpu() -> tuple[Kernel, ...]:
     from reelquant.kernels import cpu
 
-    return cpu.KERNELS
+    return tuple(map(mixing, cpu.KERNELS))
 
 
 @functools.cache
 def _cuda() -> tuple[Kernel, ...]:
     from reelquant.kernels.cuda import layers
 
-    return layers.KERNELS
+    return tuple(map(mixing, layers.KERNELS))
 
 
 KERNELS: dict[str, Callable[[], tuple[Kernel, ...]]] = {"cpu": _cpu, "cuda": _cuda}
@@ -107,18 +109,25 @@ __all__ = [
     "REFERENCE",
     "InputQuant",
     "Kernel",
+    "Mix",
     "Operands",
     "PackedWeight",
+    "Permutation",
     "Reference",
+    "Rotation",
     "Runner",
+    "Scaling",
     "Window",
     "backend",
     "block_size",
     "check_backend",
     "current_backend",
     "hadamard",
+    "mix_dtype",
     "native_float",
     "not_taken",
     "of_slot",
+    "read_mix",
     "select",
+    "unmixed",
 ]

@@ -19,6 +19,7 @@ WORDS = {
     "shift": "a shift of the input",
     "scale": "a scale of the input",
     "rotate": "rotated inputs",
+    "mix": "inputs whose channels are mixed first",
     "window": "a convolution",
     "slots": "input scales per denoising step",
     "table": "a table of outputs",

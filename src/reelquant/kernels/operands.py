@@ -15,6 +15,7 @@ from torch import Tensor
 from reelquant.formats import Granularity, Int, NumberFormat, Quantizer, QuantSpec, dynamic, unpack
 from reelquant.kernels.features import features_in_use, grain_features
 from reelquant.kernels.hadamard import hadamard
+from reelquant.kernels.mixing import Mix
 
 PLAIN = frozenset({"weight", "bias"})  # fields of Operands that every kernel takes
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -136,6 +137,7 @@ class Operands:
         input: how the input is rounded, or None for float inputs.
         shift, scale: ``[in]``, the input's rewrite ``(x - shift) / scale``; or None.
         rotate: whether a Hadamard rotation of the channels comes before it.
+        mix: what happens to the channels before that, in order (:mod:`reelquant.kernels.mixing`).
         window: of a convolution; None for a linear layer.
     """
 
@@ -146,6 +148,7 @@ class Operands:
     scale: Tensor | None = None
     rotate: bool = False
     window: Window | None = None
+    mix: tuple[Mix, ...] = ()
 
     @property
     def features(self) -> frozenset[str]:
@@ -161,7 +164,7 @@ class Operands:
     @property
     def rewritten(self) -> bool:
         """Whether anything happens to the input before it is rounded."""
-        return self.rotate or self.shift is not None or self.scale is not None
+        return bool(self.mix) or self.rotate or self.shift is not None or self.scale is not None
 
     @property
     def product(self) -> Callable[..., Tensor]:
@@ -172,9 +175,17 @@ class Operands:
         """The input with its zero border."""
         return F.pad(x, self.window.padding) if self.window is not None and any(self.window.padding) else x
 
+    def mixed(self, x: Tensor) -> Tensor:
+        """The input in float32 after :attr:`mix`."""
+        x = x.float()
+        for one in self.mix:
+            x = one(x, self.channel_axis)
+        return x
+
     def rewritten_input(self, x: Tensor) -> Tensor:
-        """``(rotate(x) - shift) / scale`` in float32."""
-        x = hadamard(x.float(), self.channel_axis) if self.rotate else x.float()
+        """``(rotate(mix(x)) - shift) / scale`` in float32."""
+        x = self.mixed(x)
+        x = hadamard(x, self.channel_axis) if self.rotate else x
         x = x if self.shift is None else x - self._along(self.shift, x.ndim)
         return x if self.scale is None else x / self._along(self.scale, x.ndim)
 

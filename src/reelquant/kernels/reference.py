@@ -15,7 +15,7 @@ class Reference:
     """``product(round(rewrite(x)), dequantized weight) + bias``; the weight is dequantized in every call."""
 
     operands: Operands
-    takes: ClassVar = frozenset({"input", "shift", "scale", "rotate", "window", "input_groups", "scale_codes"})
+    takes: ClassVar = frozenset({"input", "shift", "scale", "rotate", "mix", "window", "input_groups", "scale_codes"})
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.operands

@@ -8,7 +8,7 @@ from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, Q
 from reelquant.nn.narrow import is_narrow, widened, widened_layer
 from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
 from reelquant.nn.saturation import Clipped, Saturation
-from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, LayerTensors, TensorLayout, buffer_shapes
+from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, LayerTensors, TensorLayout, buffer_shapes, mix_name
 from reelquant.nn.swap import (
     KernelFacts,
     count_tensors,
@@ -53,6 +53,7 @@ __all__ = [
     "is_narrow",
     "kernels_of",
     "layer_facts",
+    "mix_name",
     "prepares_input",
     "quantized_class",
     "quantized_layers",

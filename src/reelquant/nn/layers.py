@@ -20,11 +20,11 @@ from reelquant._errors import UnsupportedError
 from reelquant.branches import Branch, branch_name
 from reelquant.clock import Clock, Moment, keeping_dtype
 from reelquant.formats import Quantizer, read_scales
-from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Window, hadamard
+from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Window, hadamard, unmixed
 from reelquant.nn.around.graph import call, handle_of, is_tracing, trace_opaque
 from reelquant.nn.residency import Prepared, Residency
 from reelquant.nn.runners import CallKind, Chain, Mode, assemble
-from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dtype, codes_shape, number_format
+from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dtype, codes_shape, mixes_of, number_format
 from reelquant.observe import Geometry
 
 CHAINED = ("layout", "clock", "keeps", "watch")  # attributes that decide which links a layer needs
@@ -107,7 +107,7 @@ class QuantLayer(nn.Module):
     def operands(self) -> Operands:
         """This layer as kernels see it."""
         shift, scale = (getattr(self, name, None) for name in ("pre_quant_shift", "pre_quant_scale"))
-        return Operands(self.packed, self.bias, self._input_quant(), shift, scale, self.layout.rotate, self.window)
+        return Operands(self.packed, self.bias, self._input_quant(), shift, scale, self.layout.rotate, self.window, mixes_of(self))
 
     @property
     def features(self) -> frozenset[str]:
@@ -158,7 +158,7 @@ class QuantLayer(nn.Module):
             UnsupportedError: if a branch is not a product with a weight.
         """
         weight = self._unscaled_weight()
-        weight = hadamard(weight, 1) if self.layout.rotate else weight
+        weight = unmixed(hadamard(weight, 1) if self.layout.rotate else weight, mixes_of(self))
         for branch in self.layout.branches:
             weight = weight + self._branch_weight(branch)
         return weight.to(dtype)
@@ -173,7 +173,7 @@ class QuantLayer(nn.Module):
         return share
 
     def _unscaled_weight(self) -> Tensor:
-        """The weight that meets the input after its rotation, the per-channel input scale divided out."""
+        """The weight that meets the input after it is mixed and rotated, the per-channel input scale divided out."""
         weight = self.packed.dequantize()
         return weight / self.pre_quant_scale.float().view(1, -1, *[1] * (weight.ndim - 2)) if self.layout.scale else weight
 

@@ -22,6 +22,7 @@ from reelquant.formats import (
     parse_format,
     parse_granularity,
 )
+from reelquant.kernels import Mix, mix_dtype, read_mix
 from reelquant.kernels.features import features_in_use, grain_features
 
 
@@ -87,6 +88,8 @@ class LayerLayout:
         input: layout of the input quantizer, or None for weight-only layers.
         slots: rows of the input scales: 1, or one per calibrated step; :data:`HALVES` times as many with ``cfg_halves``.
         rotate: whether the input's channels are rotated first (:func:`reelquant.kernels.hadamard`).
+        mix: what happens to the input's channels before that, in order: ``scale``, ``rotate``, ``rotate-32``, ``permute``
+            (:mod:`reelquant.kernels.mixing`); the vector of number i is stored as ``pre_quant_mix_i``.
         shift, scale: whether a per-channel ``pre_quant_shift`` / ``pre_quant_scale`` is stored.
         bias: whether the layer has a bias (a transform may have created one).
         table: rows of the stored output table of a temporal layer, 0 for none.
@@ -109,6 +112,7 @@ class LayerLayout:
     cfg_halves: bool = False
     step_invariant: bool = False
     branches: tuple[Branch, ...] = ()
+    mix: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -131,7 +135,7 @@ class LayerLayout:
         plain = {"weights": self.weight.to_json(), "input_activations": self.input and self.input.to_json()}
         in_use = features_in_use(self, ("weight", "input", "branches"))
         branches = {branch_name(branch): branch_to_json(branch) for branch in self.branches}
-        return plain | {name: getattr(self, name) for name in sorted(in_use)} | ({"branches": branches} if branches else {})
+        return plain | {name: _plain(getattr(self, name)) for name in sorted(in_use)} | ({"branches": branches} if branches else {})
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> LayerLayout:
@@ -149,8 +153,13 @@ class LayerLayout:
             weight=TensorLayout(**weight),
             input=TensorLayout(**inputs) if inputs else None,
             branches=_branches(values.pop("branches", {})),
+            mix=tuple(values.pop("mix", ())),
             **values,
         )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _branches(data: dict[str, dict[str, Any]]) -> tuple[Branch, ...]:
@@ -180,11 +189,23 @@ def buffer_shapes(shape: tuple[int, ...], layout: LayerLayout, channels: int) ->
     """
     buffers = _weight_buffers(shape, layout.weight) | _input_buffers(layout, channels)
     buffers |= {f"pre_quant_{name}": ((channels,), SHIFT_DTYPE) for name in ("shift", "scale") if getattr(layout, name)}
+    kinds = {mix_name(place): mix_dtype(name, channels) for place, name in enumerate(layout.mix)}
+    buffers |= {name: ((channels,), dtype) for name, dtype in kinds.items() if dtype is not None}
     if layout.table and not layout.unused:
         buffers["output_table"] = ((layout.table, shape[0]), torch.float32)
     for branch in layout.branches:
         buffers |= {name: (spec.shape, spec.dtype) for name, spec in branch.tensors(shape).items()}
     return buffers
+
+
+def mix_name(place: int) -> str:
+    """Name of the vector of an operation of :attr:`LayerLayout.mix`."""
+    return f"pre_quant_mix_{place}"
+
+
+def mixes_of(layer: Any) -> tuple[Mix, ...]:
+    """What happens to the channels of a layer's input, with the vectors that the layer stores."""
+    return tuple(read_mix(name, layer._buffers.get(mix_name(place))) for place, name in enumerate(layer.layout.mix))
 
 
 def _weight_buffers(shape: tuple[int, ...], layout: TensorLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from reelquant.kernels import hadamard
+from reelquant.kernels import Mix
 from reelquant.observe.call import Call
 from reelquant.observe.geometry import Geometry
 from reelquant.observe.inverse_factor import inverse_factor
@@ -50,6 +49,7 @@ class Gram(Statistic):
     _square: Tensor | None = None  # [width, width], of multiplied rows around the origin; below the diagonal blocks 0
     _waiting: Tensor | None = None  # [BUFFER, width], rows around the origin that are to be multiplied
     _factor: tuple[tuple[float, tuple[int, ...]], Tensor] | None = None
+    _mixed: tuple[tuple[Mix, ...], Gram] | None = None
 
     @classmethod
     def for_input(cls, of: Watched) -> Self:
@@ -120,24 +120,31 @@ class Gram(Statistic):
         mean = total / self.count
         return square.div_(self.count).addr_(mean, mean, alpha=-1)
 
-    @cached_property
-    def rotated(self) -> Gram:
-        """The same moments of the input after :func:`reelquant.kernels.hadamard` along its channels."""
+    def mixed(self, mixes: tuple[Mix, ...]) -> Gram:
+        """The same moments of the input after linear operations on its channels; the last answer is kept, for layers that share one."""
+        if self._mixed is None or not _same(self._mixed[0], mixes):
+            self._mixed = mixes, self._after(mixes)
+        return self._mixed[1]
+
+    def _after(self, mixes: tuple[Mix, ...]) -> Gram:
         assert self._origin is not None
         total, square = self._moments()
         found = Gram(self.geometry, self.generator)
         found.state = {
-            "origin": self._rotate(self._origin),
-            "sum": self._rotate(total),
-            "square": self._rotate(self._rotate(square).T),
+            "origin": self._mix(self._origin, mixes),
+            "sum": self._mix(total, mixes),
+            "square": self._mix(self._mix(square, mixes).T, mixes),
             "waiting": total.new_zeros(0, len(total)),
             "count": torch.tensor(self.count),
         }
         return found
 
-    def _rotate(self, rows: Tensor) -> Tensor:
-        """Rotate the channels of rows whose last axis is channels times taps."""
-        return hadamard(rows.unflatten(-1, (-1, self.geometry.taps)), -2).flatten(-2)
+    def _mix(self, rows: Tensor, mixes: tuple[Mix, ...]) -> Tensor:
+        """Mix the channels of rows whose last axis is channels times taps."""
+        rows = rows.unflatten(-1, (-1, self.geometry.taps))
+        for mix in mixes:
+            rows = mix(rows, -2)
+        return rows.flatten(-2)
 
     def inverse_factor(self, damping: float, order: Tensor) -> Tensor:
         """:func:`inverse_factor` of the covariance; the last one is kept, because layers that share an input ask for the same."""
@@ -157,6 +164,13 @@ class Gram(Statistic):
     def serves(self, of: Watched) -> bool:
         """Moments serve every wish for them."""
         return True
+
+
+def _same(first: tuple[Mix, ...], second: tuple[Mix, ...]) -> bool:
+    """Whether two chains of operations do the same."""
+    vectors = [[mix.vector for mix in chain if mix.vector is not None] for chain in (first, second)]
+    names = [[mix.name for mix in chain] for chain in (first, second)]
+    return names[0] == names[1] and all(map(torch.equal, *vectors))
 
 
 def _multiply(rows: Tensor, total: Tensor, square: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from reelquant._errors import CalibrationError, RecipeError
 from reelquant.formats import Quantizer
 from reelquant.observe import InputStatistics
-from reelquant.stages import LayerWork, ModelWork, Stage, StageSite, bound
+from reelquant.stages import LayerWork, ModelWork, Stage, StageSite, bound, follows
 
 WORDS = {"joint": None, "separate": {}, "apart": {}}
 """What recipes write under ``guidance``; ``apart`` is the older word for ``separate``."""
@@ -52,7 +52,7 @@ class SeparateGuidance(Stage):
         spec, seen = layer.site.specs.input, layer.statistics
         if spec is None or seen is None or layer.inputs is None or not _differ(seen):
             return layer
-        if spec.range.needs_samples or spec.alternatives:
+        if spec.range.needs_samples or spec.alternatives or follows(layer.rewrite, seen) is None:
             return layer
         assert seen.halves is not None
         steps = len(layer.timesteps)

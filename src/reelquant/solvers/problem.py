@@ -42,10 +42,11 @@ def problem_of(layer: LayerWork) -> Problem:
     gram = None if layer.statistics is None else layer.statistics.gram
     if gram is None:
         return Problem(layer.matrix, layer.site.specs.weight)
-    gram = gram.rotated if layer.rewrite.rotated else gram
-    if layer.rewrite.scale is None:
+    rewrite = layer.rewrite
+    gram = gram.mixed(rewrite.mixes) if rewrite.mixes else gram
+    if rewrite.scale is None:
         return Problem(layer.matrix, layer.site.specs.weight, gram.covariance, gram.inverse_factor)
-    scale = layer.rewrite.scale.repeat_interleave(layer.taps)
+    scale = rewrite.scale.repeat_interleave(layer.taps)
 
     def factor(damping: float, order: Tensor) -> Tensor:
         return gram.inverse_factor(damping, order) * scale[order]

@@ -5,8 +5,8 @@ from reelquant.stages.block import BlockWork
 from reelquant.stages.group import GroupView, magnitude
 from reelquant.stages.layer import LayerWork, Solution, Specs, StageSite
 from reelquant.stages.model import ModelWork
-from reelquant.stages.ranges import Ranges, bound
-from reelquant.stages.rewrite import Rewrite
+from reelquant.stages.ranges import Ranges, bound, follows
+from reelquant.stages.rewrite import Rewrite, is_plain
 from reelquant.stages.scales import storable
 from reelquant.stages.stage import HOOKS, Hook, Stage, register
 
@@ -25,6 +25,8 @@ __all__ = [
     "Stage",
     "StageSite",
     "bound",
+    "follows",
+    "is_plain",
     "magnitude",
     "register",
     "storable",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -70,8 +70,8 @@ class LayerWork:
         weight: the float weight ``[out, channels, *kernel]``, float32.
         target: what the codes have to stand for: the rewritten weight, less what branches took over. Same shape.
         bias: ``[out]`` float32 of the float layer, or None.
-        rewrite: of the input, complete.
-        folds: whether the norm before the layer does the rewrite, so that the layer reads a rewritten input.
+        inside: the rewrite that the layer does to what it reads. Branches do not see it.
+        outside: the rewrite that the norm before the layer does, so that the layer reads ``outside.input(x)``.
         statistics: of the raw input; None without calibration.
         timesteps: of calibration, in sampling order; slots of per-step scales.
         unseen: whether ranges are extended to what later clips may reach.
@@ -87,8 +87,8 @@ class LayerWork:
     weight: Tensor
     target: Tensor
     bias: Tensor | None
-    rewrite: Rewrite
-    folds: bool = False
+    inside: Rewrite
+    outside: Rewrite = field(default_factory=Rewrite)
     statistics: InputStatistics | None = None
     timesteps: Sequence[float] = ()
     unseen: bool = False
@@ -110,14 +110,9 @@ class LayerWork:
         return self.weight[0, 0].numel()
 
     @property
-    def outside(self) -> Rewrite:
-        """The part of :attr:`rewrite` that happens before the layer: the layer reads ``outside.input(x)``."""
-        return self.rewrite if self.folds else Rewrite()
-
-    @property
-    def inside(self) -> Rewrite:
-        """The part of :attr:`rewrite` that the layer does to what it reads. Branches do not see it."""
-        return Rewrite() if self.folds else self.rewrite
+    def rewrite(self) -> Rewrite:
+        """Of the raw input, complete."""
+        return self.outside.then(self.inside)
 
     def with_branch(self, branch: Any, tensors: Mapping[str, Tensor], target: Tensor) -> LayerWork:
         """The layer after a branch took a part of its weight over.

@@ -105,7 +105,7 @@ class Stage:
         return self
 
     def peak_bytes(self, rows: int, width: int) -> int:
-        """Memory at the peak of :meth:`solve_layer` for a weight ``[rows, width]``, beyond copies of the weight."""
+        """Memory at the peak of :meth:`solve_layer` or :meth:`rewrite` for a weight ``[rows, width]``, beyond copies of the weight."""
         del rows, width
         return 0
 

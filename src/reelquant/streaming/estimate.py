@@ -248,9 +248,11 @@ def _transforming(plan: Plan) -> dict[str, int]:
     need: dict[str, int] = {}
     for group in plan.map.groups:
         rows = [plan.layers[name] for name in group.layers if plan.layers[name].skipped is None]
-        if shared_rewrites(rows):
-            weights = sum(math.prod(row.layer.shape) for row in rows)
-            need[f"rewriting the input of '{rows[0].layer.name}' and {len(rows) - 1} more"] = PER_SHARED * weights
+        if stages := [entry.stage for entry in shared_rewrites(rows)]:
+            shapes = [(row.layer.shape[0], math.prod(row.layer.shape[1:])) for row in rows]
+            own = max(stage.peak_bytes(*shape) for stage in stages for shape in shapes)
+            weights = sum(map(math.prod, shapes))
+            need[f"rewriting the input of '{rows[0].layer.name}' and {len(rows) - 1} more"] = PER_SHARED * weights + own
     return need
 
 

@@ -30,7 +30,7 @@ from reelquant.models.pipelines import pipeline_class
 from reelquant.models.sampling import folder_notes
 from reelquant.recipes.recipe import Recipe
 from reelquant.sites import DenoiserMap
-from reelquant.stages import Rewrite, Specs
+from reelquant.stages import Specs
 from reelquant.streaming.estimate import Estimate, estimate
 from reelquant.streaming.log import digest
 from reelquant.streaming.source import Source
@@ -181,7 +181,7 @@ class Job:
         loaded = time.perf_counter()
         alone = replace(row, specs=Specs(row.site.specs.weight), entries=())  # neither data nor a solver
         context = Context(plan, disk.model, {}, (), lambda name: module, draft=True)
-        build_layer(context, GroupWork([alone], Rewrite(), False), alone, Choice.first(plan.entries))
+        build_layer(context, GroupWork([alone]), alone, Choice.first(plan.entries))
         built = time.perf_counter()
         weights = sum(math.prod(row.layer.shape) for plan in self.plans.values() for row in plan.quantized)
         size = sum(value.numel() * value.element_size() for value in module.parameters())

@@ -6,9 +6,11 @@ from __future__ import annotations
 import functools
 
 from reelquant.stages import GroupView, Rewrite, register
+from reelquant.transforms.permute import Permute
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rotate import Rotate
 from reelquant.transforms.scale import Scale
+from reelquant.transforms.scale_search import ScaleSearch
 from reelquant.transforms.shift import Shift
 from reelquant.transforms.transform import Transform
 
@@ -16,17 +18,21 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "shift": Shift,
     "range_integrate": RangeIntegrate,
     "scale": Scale,
+    "scale_search": ScaleSearch,
     "rotate": Rotate,
+    "permute": Permute,
 }
 register_transform = functools.partial(register, TRANSFORMS, "transform")
 
 __all__ = [
     "TRANSFORMS",
     "GroupView",
+    "Permute",
     "RangeIntegrate",
     "Rewrite",
     "Rotate",
     "Scale",
+    "ScaleSearch",
     "Shift",
     "Transform",
     "register_transform",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.branches import Lowrank
 from reelquant.engine.build import BuiltGroup, Context, build_group
 from reelquant.engine.choice import Choice
+from reelquant.engine.plan import estimated_bytes
 from reelquant.recipes.recipe import load_recipe
 from reelquant.sites import Layer
 from reelquant.stages import LayerWork, Rewrite, Specs, StageSite
+from reelquant.transforms import ScaleSearch
 from tests.contracts.test_branches import output
 from tests.contracts.test_layers import KINDS, ROTATED, SHIFTED, make
 from tests.contracts.test_transforms import Normed
@@ -31,7 +34,8 @@ from tests.tiny.stock import realigned, wan_pipeline
 INT4 = {"format": "int4", "granularity": "group-8"}
 INT8 = {"format": "int8", "granularity": "channel"}
 STEP = {"branch": "lowrank", "rank": 2}
-REWRITES = {"none": [], "shifted": SHIFTED, "rotated": ROTATED}
+MIXED = [{"transform": "scale"}, {"transform": "rotate", "always": True, "signs": True}, {"transform": "permute", "clusters": 2}, *SHIFTED]
+REWRITES = {"none": [], "shifted": SHIFTED, "rotated": ROTATED, "mixed": MIXED}
 
 
 def layer_of(weight: Tensor, rewrite: Rewrite | None = None) -> LayerWork:
@@ -169,6 +173,17 @@ def test_wrong_parameters_are_refused() -> None:
 def test_the_library_recipe_bounds_the_rank() -> None:
     (branch,) = [entry.stage for entry in load_recipe("lowrank-w4a8").entries if isinstance(entry.stage, Lowrank)]
     assert branch.rank_of((3072, 3072)) == 32 and branch.rank_of((192, 192)) == 19
+
+
+def test_a_branch_of_svdquant_takes_a_sixth_of_a_narrow_layer_and_a_twentieth_of_a_wide_one() -> None:
+    recipe = load_recipe("svdquant-w4a4")
+    (branch,) = [entry.stage for entry in recipe.entries if isinstance(entry.stage, Lowrank)]
+    (search,) = [entry.stage for entry in recipe.entries if isinstance(entry.stage, ScaleSearch)]
+    assert (search.rank, search.share) == (branch.rank, branch.share) and branch.rank_of((192, 768)) == 8
+    for width, share in ((1536, 0.16), (5120, 0.05)):
+        shape = (width, width)
+        added = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in branch.tensors(shape).values())
+        assert branch.rank_of(shape) == 32 and added / estimated_bytes(recipe.defaults.weight.spec(), shape, bias=True) < share
 
 
 # --- a layer of a pipeline ----------------------------------------------------------------------------------------------------------

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.checkpoint.export import assemble
-from reelquant.kernels import KERNELS, REFERENCE, Operands, select
+from reelquant.kernels import KERNELS, REFERENCE, Kernel, Operands, Scaling, select
+from reelquant.kernels.mixed_input import mixing
 from reelquant.nn import LayerLayout, QuantLinear, TensorLayout
 
 
@@ -90,3 +92,27 @@ def test_exporters_refuse_it(layer: QuantLinear) -> None:
     assemble.check_features(source(0.0))
     with pytest.raises(UnsupportedError, match="layer 'layer' has the feature 'bend'"):
         assemble.check_features(source(1.0))
+
+
+def test_layers_that_mix_one_tensor_alike_mix_it_once(layer: QuantLinear) -> None:
+    """And so they share its codes; a change in place, other operations or another tensor make another one."""
+    seen: list[Tensor] = []
+
+    def watched(operands: Operands) -> Any:
+        return lambda x, slot: seen.append(x) or x
+
+    kernel = mixing(Kernel("watched", frozenset({"input"}), lambda operands: None, watched))
+    first, second = (Scaling(torch.full((8,), value)) for value in (2.0, 4.0))
+    one, same, other = (kernel.prepare(replace(layer.operands, mix=(mix,))) for mix in (first, Scaling(torch.full((8,), 2.0)), second))
+    x = torch.ones(3, 8)
+    one(x, 0), same(x, 0), other(x, 0), other(x.clone(), 0)
+    assert seen[0] is seen[1] and seen[1] is not seen[2] and seen[2] is not seen[3]
+    one(x, 0)
+    x.mul_(2)
+    one(x, 0)
+    assert float(seen[-1][0, 0]) == 2 * float(seen[-2][0, 0]) == 1.0
+    kept = weakref.ref(seen[-1])
+    seen.clear()
+    assert kept() is not None
+    del x
+    assert kept() is None  # memory goes with the input

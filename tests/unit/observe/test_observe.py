@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError
 from reelquant.clock import BOTH
-from reelquant.kernels import hadamard
+from reelquant.kernels import Permutation, Rotation, Scaling, hadamard
 from reelquant.observe import (
     STATISTICS,
     Call,
@@ -101,6 +101,24 @@ def test_moments_of_data_with_a_large_mean() -> None:
     # inputs themselves are rounded to 2^-10 at 1e4, in both; what is left is the float32 of sums around an origin near the mean
     np.testing.assert_allclose(gram.covariance.numpy(), expected, atol=1e-4 * np.abs(expected).max())
     assert gram.count == 500
+
+
+def test_moments_after_operations_on_channels_are_those_of_the_changed_rows() -> None:
+    """Patches of a convolution: the operations act on channels, whatever the taps."""
+    geometry = Geometry(4, (2,), (1,), (0, 0), (1,))
+    rows = torch.randn(300, 4, 2, generator=generator()) * torch.tensor([1.0, 3.0, 0.2, 7.0])[:, None] + 1
+    gram = Gram(geometry, generator())
+    gram.absorb({"rows": rows.flatten(1)}, Call(0))
+    mixes = (Scaling(torch.tensor([1.0, -2.0, 0.5, 4.0])), Rotation(2), Permutation(torch.tensor([2, 0, 3, 1])))
+    changed = rows.double()
+    for mix in mixes:
+        changed = mix(changed, 1)
+    found, flat = gram.mixed(mixes), changed.flatten(1).numpy()
+    np.testing.assert_allclose(found.mean.numpy(), flat.mean(0), rtol=1e-5, atol=1e-5)
+    expected = np.cov(flat, rowvar=False, bias=True)
+    np.testing.assert_allclose(found.covariance.numpy(), expected, atol=1e-5 * np.abs(expected).max())
+    assert gram.mixed((Scaling(torch.tensor([1.0, -2.0, 0.5, 4.0])), *mixes[1:])) is found  # layers that share an input share the answer
+    assert gram.mixed(mixes[:2]) is not found
 
 
 def test_a_convolution_s_moments_are_those_of_its_patches() -> None:

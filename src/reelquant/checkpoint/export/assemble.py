@@ -19,7 +19,7 @@ from reelquant.checkpoint.export.write import Form, Part, Shape
 from reelquant.formats import Quantizer
 from reelquant.kernels import not_taken
 
-TAKES = frozenset({"input", "shift", "scale", "rotate", "slots", "table", "unused", "cfg_halves", "step_invariant"})
+TAKES = frozenset({"input", "shift", "scale", "rotate", "mix", "slots", "table", "unused", "cfg_halves", "step_invariant"})
 """Features of layouts that are folded into weight and bias, or left behind and listed (:func:`~.result.left_behind`)."""
 
 

@@ -66,7 +66,7 @@ class ComfyUI(SafetensorsDialect):
 def _description(facts: Facts, numbers: str) -> Tensor:
     """``comfy_quant``. Inputs are rounded where the recipe rounds them to integers as they come; ranges by row are then ComfyUI's."""
     layout = facts.layout
-    as_they_come = layout.input is not None and not (layout.rotate or layout.shift or layout.scale or layout.branches)
+    as_they_come = layout.input is not None and not (layout.rotate or layout.mix or layout.shift or layout.scale or layout.branches)
     data = {"format": FORMATS[numbers], "full_precision_matrix_mult": numbers != "int8" or not as_they_come}
     return torch.tensor(list(json.dumps(data).encode()), dtype=torch.uint8)
 

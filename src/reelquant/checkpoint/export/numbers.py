@@ -33,8 +33,8 @@ class NumberType:
     def refuses(self, facts: Facts) -> str | None:
         """Why the codes of a layer cannot be kept, or None if they can."""
         layout = facts.layout
-        if layout.rotate or layout.scale:
-            return f"the input's {'rotation' if layout.rotate else 'scale'} is folded into the weight"
+        if layout.rotate or layout.scale or layout.mix:
+            return f"the input's {'rotation' if layout.rotate else 'scale' if layout.scale else 'mixing'} is folded into the weight"
         if layout.branches:
             return f"the branch '{branch_name(layout.branches[0])}' is folded into the weight"
         if not self._holds(parse_format(layout.weight.format)) or layout.weight.levels:

@@ -66,11 +66,16 @@ def reach(layer: QuantLayer) -> float:
     return (8 / 448 if scale is None else float(scale.max())) * 32 * float(layer.packed.dequantize().abs().max())
 
 
-REWRITES: dict[str, dict[str, bool]] = {"plain": {}, "affine": {"shift": True, "scale": True}, "rotate": {"rotate": True}}
+REWRITES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "affine": {"shift": True, "scale": True},
+    "rotate": {"rotate": True},
+    "mix": {"mix": ("scale", "rotate", "permute"), "scale": True},
+}
 GRID = [(*case, rewrite) for case in CASES + PLAIN for rewrite in REWRITES]
 
 
-@pytest.mark.parametrize(("name", "weight", "numbers", "which", "rewritten"), sampled(GRID, 40))
+@pytest.mark.parametrize(("name", "weight", "numbers", "which", "rewritten"), sampled(GRID, 55))
 def test_layers_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, which: str, rewritten: str) -> None:
     rewrite, slots = REWRITES[rewritten], 1 if "token" in numbers else 3
     layer, x = make(name, weight, MORE[numbers], slots=slots, **rewrite)
