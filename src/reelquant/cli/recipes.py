@@ -83,7 +83,8 @@ def explain(recipe: Recipe) -> list[tuple[str, str]]:
     """A recipe as pairs of topic and explanation: weights, inputs, rules, steps in order, data."""
     from reelquant.cli.tables import stage_words
 
-    rows = [("summary", recipe.summary), *([("paper", recipe.paper)] if recipe.paper else [])]
+    told = {"summary": recipe.summary, "paper": recipe.paper, "ours": recipe.ours}
+    rows = [(topic, text) for topic, text in told.items() if text]
     rows += [("weights", _tensor(recipe.defaults.weight)), ("inputs", _tensor(recipe.defaults.input))]
     for rule in recipe.rules:
         rows.append(("except", f"{rule.on} {_fate(rule)}"))

@@ -190,6 +190,7 @@ class Recipe(_Strict):
 
     Attributes:
         name, summary, paper: for people.
+        ours: what differs from the paper, for people, too.
         defaults, rules: which numbers each layer gets.
         steps: the stages, in order.
         calibrate: how calibration samples; null for recipes that need no data.
@@ -200,6 +201,7 @@ class Recipe(_Strict):
     name: str
     summary: str = ""
     paper: str | None = None
+    ours: str = ""
     defaults: Defaults
     rules: tuple[Rule, ...] = ()
     steps: tuple[Step, ...] = ()
@@ -236,8 +238,8 @@ class Recipe(_Strict):
         return self.calibrate is None
 
     def digest(self) -> str:
-        """Hash of the content, stored with every result. Keys that switch nothing on do not count."""
-        content = self.model_dump(mode="json")
+        """Hash of the content, stored with every result. Keys that switch nothing on do not count, nor does what differs from the paper."""
+        content = self.model_dump(mode="json", exclude={"ours"})
         for key, value in (self.model_extra or {}).items():
             axis, name = keyed_stages()[key]
             if AXES[axis].members[name].parse_key(value) is None:
