@@ -23,12 +23,14 @@ PAGE, ROWS = Path("docs/methods.md"), Path("benchmarks/results/rows.jsonl")
 OTHER = ("trust", "first frame")  # rows of other calibrations and conditions; calibrated as usual counts
 START = """# Methods
 
-Every recipe of the library: the paper it comes from, its mechanisms, and its figures on pipelines of this repository. The recipes are YAML files in
-`src/reelquant/recipes/library/`; `reelquant recipes NAME` explains one. [adding-a-method.md](adding-a-method.md) says how to write another.
+Every recipe of the library: the paper it comes from, its mechanisms, and its figures on pipelines of this repository. The recipes are
+YAML files in `src/reelquant/recipes/library/`; `reelquant recipes NAME` explains one. [adding-a-method.md](adding-a-method.md) says how to
+write another.
 
-This page is written by `python -m benchmarks.methods`. Figures are mean PSNR to the float pipeline in dB, the worst clip, and how many clips: captions and
-noise that nothing was calibrated on. They were measured with the recipes as they are; a dash says that it was not measured. 16 clips tell rows apart that
-are 3 to 4 dB apart, 64 clips rows that are 1 to 2 dB apart. *simulated* means that no kernel multiplies these numbers: quality is real, speed is not.
+This page is written by `python -m benchmarks.methods`. Figures are mean PSNR to the float pipeline in dB, the worst clip, and how many
+clips: captions and noise that nothing was calibrated on. They were measured with the recipes as they are; a dash says that it was not
+measured. 16 clips tell rows apart that are 3 to 4 dB apart, 64 clips rows that are 1 to 2 dB apart. *simulated* means that no kernel
+multiplies these numbers: quality is real, speed is not.
 """
 
 
