@@ -54,14 +54,18 @@ class LayerPlan:
 
     @property
     def site(self) -> StageSite:
-        """The layer as stages see it."""
+        """The layer after all of its stages."""
+        return self.site_before(len(self.entries))
+
+    def site_before(self, number: int) -> StageSite:
+        """The layer as the stage of this number meets it."""
         assert self.specs is not None
-        return StageSite(self.layer, self.specs, tuple(entry.stage for entry in self.entries))
+        return StageSite(self.layer, self.specs, tuple(entry.stage for entry in self.entries[:number]))
 
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that have to be observed of its input."""
-        return ALWAYS.union(*(entry.stage.needs(self.site) for entry in self.entries))
+        return ALWAYS.union(*(entry.stage.needs(self.site_before(number)) for number, entry in enumerate(self.entries)))
 
     def with_specs(self, specs: Specs) -> LayerPlan:
         """The same layer with other numbers."""
@@ -252,7 +256,7 @@ def _check(row: LayerPlan) -> None:
     assert specs is not None
     problem = weight_problem(specs.weight) or (specs.input and input_problem(specs.input, row.layer))
     for number, entry in enumerate(row.entries):
-        site = replace(row.site, before=tuple(other.stage for other in row.entries[:number]))
+        site = row.site_before(number)
         problem = problem or next(filter(None, (stage.supports(site) for stage in entry.alternatives)), None)
     if problem:
         raise UnsupportedError(f"layer '{name}': {problem}")

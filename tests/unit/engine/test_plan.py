@@ -144,3 +144,12 @@ def test_steps_apply_where_on_says_and_axes_are_those_of_the_layer() -> None:
     positions = {name: [entry.position for entry in row.entries] for name, row in found.items()}
     assert positions["block.a"] == [0] and positions["block.b"] == [0, 1] and positions["time"] == []
     assert found["first"].input.granularity.axis == 1 and found["time"].input.granularity.axis == -1
+
+
+def test_a_stage_asks_for_statistics_by_what_comes_before_it_and_not_after() -> None:
+    """A rotation at the front is of the raw input, whose rotated ranges are observed; one behind a shift is not."""
+    needs = {}
+    for order in (("rotate", "shift"), ("shift", "rotate")):
+        rows = plan(steps=[{"transform": name, "on": "role:main"} for name in order]).layers
+        needs[order] = rows["block.a"].needs
+    assert "rotated" in needs["rotate", "shift"] and "rotated" not in needs["shift", "rotate"]
