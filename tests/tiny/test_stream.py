@@ -332,16 +332,19 @@ def test_a_model_on_disk_holds_one_block_at_a_time(model: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------------- killed, resumed
 
 
-def kill_when(process: BaseProcess, reached: Callable[[], bool], errors: Path) -> None:
-    """Kill -9 at a moment of the work; it must not have ended before."""
+def killed_when(process: BaseProcess, reached: Callable[[], bool], errors: Path) -> bool:
+    """Kill -9 at a moment of the work; False if it came to its end before that was seen, as on a machine with much other work."""
     until = time.monotonic() + 120
     while not reached():
-        assert process.is_alive(), errors.read_text()
+        if not process.is_alive():
+            assert process.exitcode == 0, errors.read_text()
+            return False
         assert time.monotonic() < until, "the moment never came"
         time.sleep(0.004)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    return True
 
 
 def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
@@ -357,7 +360,10 @@ def test_killed_at_every_stage_and_resumed_gives_the_same_bytes(model: Path, tmp
     }
     words, errors = ("quantize", model, "-r", recipe, "-o", tmp_path / "out", "--resume"), tmp_path / "errors.txt"
     for reached in moments.values():
-        kill_when(processes.reelquant(words, errors), reached, errors)
+        for _ in range(5):
+            if killed_when(processes.reelquant(words, errors), reached, errors):
+                break
+            shutil.rmtree(tmp_path / "out")  # missed: once more, from the start
         assert not (tmp_path / "out").exists()
     last = processes.reelquant(words, errors)
     last.join()
