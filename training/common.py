@@ -1,11 +1,12 @@
-"""What the training scripts share: Muon, an average of the weights, a schedule planned in wall time, logs and contact sheets."""
+"""What the training scripts share: Muon, an average of the weights, a schedule planned in wall time, the loop, logs, contact sheets."""
 
 from __future__ import annotations
 
 import csv
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -198,6 +199,66 @@ def save_atomically(state: object, path: Path) -> None:
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)
+
+
+@dataclass
+class Training:
+    """A training that can be interrupted: what moves, and how far it has come.
+
+    Attributes:
+        module: whose gradients are clipped to a norm of 1, and whose average is kept.
+        ema: the average.
+        optimizers: of the module's parameters.
+        file: everything needed to go on; the average is in it under ``ema``, ``shadow``.
+        clock: plan and progress in wall time.
+        step: steps done.
+    """
+
+    module: nn.Module
+    ema: Ema
+    optimizers: Sequence[torch.optim.Optimizer]
+    file: Path
+    clock: Clock
+    step: int = 0
+
+    def run(self, rate: Callable[[int, float], float], backward: Callable[[int], None], after: Callable[[int], None]) -> None:
+        """Train until the planned time is over.
+
+        Args:
+            rate: factor of the learning rates, from the steps done and the progress.
+            backward: adds up the gradients of one step, given the steps done.
+            after: notes and saves, given the steps done, after each.
+        """
+        while (progress := self.clock.progress()) < 1:
+            set_lr(self.optimizers, rate(self.step, progress))
+            backward(self.step)
+            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            self.ema.update(self.module)
+            self.step += 1
+            after(self.step)
+
+    def save(self) -> None:
+        """Write the whole state."""
+        state = {"model": self.module.state_dict(), "ema": self.ema.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        save_atomically({**state, "step": self.step, "spent": self.clock.elapsed()}, self.file)
+
+    def resume(self) -> None:
+        """Go on from what :meth:`save` wrote."""
+        state = torch.load(self.file)
+        self.module.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+        self.clock.start -= state["spent"]
+
+
+def averaged(file: Path) -> dict[str, Tensor]:
+    """The averaged parameters in what :meth:`Training.save` wrote."""
+    return torch.load(file, mmap=True)["ema"]["shadow"]
 
 
 def contact_sheet(clips: Tensor, path: Path, captions: Sequence[str] = (), every: int = 2) -> None:

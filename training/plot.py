@@ -26,6 +26,19 @@ def read(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     return stages
 
 
+def gather(stages: dict[str, Path], path: Path) -> Path:
+    """Write the figures of several trainings into one file, with a column that names the stage."""
+    rows = []
+    for stage, file in stages.items():
+        with file.open() as opened:
+            rows += [{"stage": stage, **row} for row in csv.DictReader(opened)]
+    with path.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
 def draw(path: Path) -> Path:
     """One panel per figure, in rows by stage."""
     panels = [(f"{stage}: {name}", points) for stage, figures in read(path).items() for name, points in figures.items()]

@@ -13,7 +13,6 @@ Stages, in this order (one core; each writes below ``runs/tiny-dit``)::
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import shutil
 import time
@@ -30,25 +29,25 @@ from common import (
     Curve,
     Ema,
     Muon,
+    Training,
+    averaged,
     clip_pool,
     contact_sheet,
-    linear_decay,
     psnr,
     save_atomically,
     say,
-    set_lr,
 )
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
-from plot import draw
-from scipy.optimize import linear_sum_assignment
+from flow import Plan, matched_noise, noise_levels, some_captions, train_flow
+from plot import draw, gather
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from reelquant.models.judge import accuracy
 from reelquant.models.sampling import write_notes
-from reelquant.models.shapes import Scene, covering_captions, random_caption, random_clip, vocabulary
+from reelquant.models.shapes import Scene, covering_captions, random_clip, vocabulary
 
 RUN = RUNS / "tiny-dit"
 FRAMES = 13
@@ -177,22 +176,25 @@ def train_vae(minutes: float, seed: int = 0, pool: int = 4000) -> None:
     held_out, _ = clip_pool(range(TEST_SEED, TEST_SEED + 32), FRAMES)
     matrices, rest = split_parameters(vae, lambda _, p: p.ndim >= 4)
     optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    curve, clock, step = Curve(RUN / "vae.csv"), Clock(minutes, RUN / "vae-minutes.txt"), 0
-    while (progress := clock.progress()) < 1:
-        set_lr(optimizers, min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))))
+    training = Training(vae, ema, optimizers, RUN / "vae.pt", Clock(minutes, RUN / "vae-minutes.txt"))
+    curve, figures = Curve(RUN / "vae.csv"), dict[str, float]()
+
+    def rate(step: int, progress: float) -> float:
+        return min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def backward(step: int) -> None:
         whole = step % 4 == 3
         batch = to_model(clips[torch.randint(pool, (4 if whole else 16,), generator=generator)])
-        loss, figures = vae_loss(vae, batch if whole else crop_objects(batch, generator))
+        loss, found = vae_loss(vae, batch if whole else crop_objects(batch, generator))
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update(vae)
-        step += 1
-        if step % 100 == 0 or clock.progress() >= 1:
-            save_atomically({**vae.state_dict(), **ema.shadow}, RUN / "vae.pt")
-            curve.add(seconds=clock.elapsed(), step=step, **figures, psnr=evaluate_vae(ema, held_out))
+        figures.update(found)
+
+    def after(step: int) -> None:
+        if step % 100 == 0 or training.clock.progress() >= 1:
+            training.save()
+            curve.add(seconds=training.clock.elapsed(), step=step, **figures, psnr=evaluate_vae(ema, held_out))
+
+    training.run(rate, backward, after)
 
 
 def vae_loss(vae: AutoencoderKLWan, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -221,7 +223,7 @@ def evaluate_vae(ema: Ema, held_out: Tensor) -> float:
 def make_latents(count: int = 10_000) -> None:
     """Encode clips of the seeds 0 to ``count`` and note the latents' mean and deviation per channel."""
     vae = use_whole_sequences(make_vae())
-    vae.load_state_dict(torch.load(RUN / "vae.pt"))
+    vae.load_state_dict(averaged(RUN / "vae.pt"))
     latents, scenes = [], []
     for start in range(0, count, 100):
         clips, part = clip_pool(range(start, start + 100), FRAMES)
@@ -367,12 +369,8 @@ class LatentData:
         g, total = self.generator, len(self.scenes)
         index = torch.arange(total - n, total) if held_out else torch.randint(total - 100, (n,), generator=g)
         latents = self.latents[index].float()
-        noise = torch.randn(latents.shape, generator=g)
-        noise = noise[linear_sum_assignment(torch.cdist(latents.flatten(1), noise.flatten(1)).numpy())[1]]
-        sigma = torch.sigmoid(torch.randn(n, generator=g))
-        sigma = torch.where(torch.rand(n, generator=g) < 0.1, torch.rand(n, generator=g), sigma)
-        captions = [random_caption(self.scenes[i], g) for i in index.tolist()]
-        captions = ["" if empty else caption for caption, empty in zip(captions, torch.rand(n, generator=g) < 0.1, strict=True)]
+        noise, sigma = matched_noise(latents, g), noise_levels(n, g)
+        captions = some_captions([self.scenes[i] for i in index.tolist()], g)
         return latents, noise, sigma, tokenize(self.tokenizer, captions)
 
 
@@ -385,54 +383,15 @@ def flow_loss(model: TextToLatents, batch: tuple[Tensor, Tensor, Tensor, Tensor]
     return (velocity - (noise - latents)).square().mean()
 
 
-def train_dit(minutes: float, seed: int = 0, micro: int = 16, resume: bool = False) -> None:
+def train_dit(minutes: float, seed: int = 0, resume: bool = False) -> None:
     """Train text encoder and transformer. Everything needed to go on is saved every 250 steps."""
     torch.manual_seed(seed)
     model, data = TextToLatents(), LatentData(seed)
     for block in model.transformer.blocks:  # a quarter faster
         block.compile(dynamic=False)
-    ema = Ema(model, 0.998)
     matrices, rest = split_parameters(model, lambda name, p: p.ndim == 2 and name.startswith("transformer.blocks."))
     optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    step, spent, running = 0, 0.0, 1.0
-    if resume:
-        step, spent = load_dit(model, ema, optimizers)
-    curve, clock = Curve(RUN / "dit.csv", append=resume), Clock(minutes, RUN / "dit-minutes.txt", spent)
-    while (progress := clock.progress()) < 1:
-        set_lr(optimizers, min(1.0, (step + 1) / 60) * linear_decay(progress, decay=0.45))
-        batch = data.batch(32)
-        for part in zip(*(x.split(micro) for x in batch), strict=True):
-            loss = flow_loss(model, part) * len(part[0]) / 32
-            loss.backward()
-            running += 0.02 * (loss.item() - running * len(part[0]) / 32)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update(model)
-        step += 1
-        if step % 50 == 0:
-            curve.add(seconds=clock.elapsed(), step=step, loss=running)
-        if step % 250 == 0:
-            save_dit(model, ema, optimizers, step, clock.elapsed())
-    save_dit(model, ema, optimizers, step, clock.elapsed())
-
-
-def save_dit(model: nn.Module, ema: Ema, optimizers: list[torch.optim.Optimizer], step: int, spent: float) -> None:
-    """Save the averaged weights by themselves (for export) and the whole state (for resuming)."""
-    save_atomically(ema.shadow, RUN / "dit-ema.pt")
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    save_atomically({**state, "step": step, "spent": spent}, RUN / "dit.pt")
-
-
-def load_dit(model: nn.Module, ema: Ema, optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:
-    """Load what :func:`save_dit` saved; steps done and seconds spent."""
-    state = torch.load(RUN / "dit.pt")
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["step"], state["spent"]
+    train_flow(model, optimizers, data.batch, lambda part: flow_loss(model, part), Plan(), RUN / "dit.pt", minutes, resume)
 
 
 # ------------------------------------------------------------------------------------------------------------- export and figures
@@ -443,9 +402,9 @@ def build_pipeline() -> WanPipeline:
     latents = torch.load(RUN / "latents.pt", mmap=True)
     statistics = {"latents_mean": latents["mean"].tolist(), "latents_std": latents["std"].tolist()}
     vae = AutoencoderKLWan(**{**VAE_CONFIG, **statistics})
-    vae.load_state_dict(torch.load(RUN / "vae.pt"))
+    vae.load_state_dict(averaged(RUN / "vae.pt"))
     text_encoder, transformer = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG)), WanTransformer3DModel(**DIT_CONFIG)
-    weights = torch.load(RUN / "dit-ema.pt")
+    weights = averaged(RUN / "dit.pt")
     for name, module in (("text_encoder", text_encoder), ("transformer", transformer)):
         own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
         missing, unexpected = module.load_state_dict(own, strict=False)
@@ -476,16 +435,7 @@ def export() -> None:
 
 def write_curve() -> None:
     """Gather the figures of both trainings in one file, and draw it."""
-    rows = []
-    for stage in ("vae", "dit"):
-        with (RUN / f"{stage}.csv").open() as file:
-            rows += [{"stage": stage, **row} for row in csv.DictReader(file)]
-    path = CURVES / "tiny-dit.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["stage", "seconds", "step", "loss", "kl", "psnr"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(path)
+    draw(gather({stage: RUN / f"{stage}.csv" for stage in ("vae", "dit")}, CURVES / "tiny-dit.csv"))
 
 
 def generate(pipe: WanPipeline, captions: list[str], *, guidance: float, steps: int, batch: int = 10) -> Tensor:

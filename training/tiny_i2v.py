@@ -17,36 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
-    CURVES,
-    ROOT,
-    RUNS,
-    TEST_SEED,
-    Clock,
-    Curve,
-    Ema,
-    Muon,
-    clip_pool,
-    contact_sheet,
-    linear_decay,
-    save_atomically,
-    say,
-    set_lr,
-)
+from common import CURVES, ROOT, RUNS, TEST_SEED, Muon, averaged, clip_pool, contact_sheet, save_atomically, say
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
+from flow import Plan, matched_noise, noise_levels, some_captions, train_flow
 from PIL import Image
 from plot import draw
-from scipy.optimize import linear_sum_assignment
 from tiny_dit import CALL, FRAMES, TextToLatents, encode_whole, rounded, split_parameters, to_model, tokenize, use_whole_sequences
-from torch import Tensor, nn
+from torch import Tensor
 
 from reelquant.models.judge import accuracy
 from reelquant.models.pipelines import locate
 from reelquant.models.sampling import sample, write_notes
-from reelquant.models.shapes import covering_captions, random_caption, random_clip
+from reelquant.models.shapes import covering_captions, random_clip
 
 RUN, TRAINED = RUNS / "tiny-i2v", ROOT / "training" / "weights" / "tiny-i2v"
 POOL, HELD_OUT = 4000, 64
+PLAN = Plan(average=0.995, warmup=40, decay=0.6, loss=0.6, note=25, save=100)
 
 
 class Data:
@@ -65,12 +51,8 @@ class Data:
         g = self.generator
         index = torch.randint(POOL - HELD_OUT, (n,), generator=g)
         latents = self.latents[index].float()
-        noise = torch.randn(latents.shape, generator=g)
-        noise = noise[linear_sum_assignment(torch.cdist(latents.flatten(1), noise.flatten(1)).numpy())[1]]
-        sigma = torch.sigmoid(torch.randn(n, generator=g))
-        sigma = torch.where(torch.rand(n, generator=g) < 0.1, torch.rand(n, generator=g), sigma)
-        captions = [random_caption(self.scenes[i], g) for i in index.tolist()]
-        captions = ["" if empty else caption for caption, empty in zip(captions, torch.rand(n, generator=g) < 0.1, strict=True)]
+        noise, sigma = matched_noise(latents, g), noise_levels(n, g)
+        captions = some_captions([self.scenes[i] for i in index.tolist()], g)
         return latents, noise, sigma, tokenize(self.tokenizer, captions)
 
 
@@ -105,8 +87,8 @@ def flow_loss(model: TextToLatents, batch: tuple[Tensor, Tensor, Tensor, Tensor]
     return (velocity - (noise - latents))[:, :, 1:].square().mean()
 
 
-def train(minutes: float, seed: int = 0, micro: int = 16) -> None:
-    """Train the transformer; its average is saved every 100 steps."""
+def train(minutes: float, seed: int = 0, resume: bool = False) -> None:
+    """Train the transformer. Everything needed to go on is saved every 100 steps."""
     torch.manual_seed(seed)
     pipe = DiffusionPipeline.from_pretrained(locate("tiny-dit"), torch_dtype=torch.float32)
     data, model = Data(pipe, seed), TextToLatents()
@@ -116,32 +98,15 @@ def train(minutes: float, seed: int = 0, micro: int = 16) -> None:
     for block in model.transformer.blocks:
         block.compile(dynamic=False)
     transformer = model.transformer
-    ema = Ema(transformer, 0.995)
     matrices, rest = split_parameters(transformer, lambda name, p: p.ndim == 2 and name.startswith("blocks."))
     optimizers = [Muon(matrices, lr=7e-4), torch.optim.AdamW(rest, lr=5e-4, betas=(0.9, 0.98), weight_decay=0.0)]
-    curve, clock, step, running = Curve(RUN / "train.csv"), Clock(minutes, RUN / "train-minutes.txt"), 0, 0.6
-    while (progress := clock.progress()) < 1:
-        set_lr(optimizers, min(1.0, (step + 1) / 40) * linear_decay(progress, decay=0.6))
-        for part in zip(*(x.split(micro) for x in data.batch(32)), strict=True):
-            loss = flow_loss(model, part) * len(part[0]) / 32
-            loss.backward()
-            running += 0.02 * (loss.item() - running * len(part[0]) / 32)
-        nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update(transformer)
-        step += 1
-        if step % 25 == 0:
-            curve.add(seconds=clock.elapsed(), step=step, loss=running)
-        if step % 100 == 0 or clock.progress() >= 1:
-            save_atomically(ema.shadow, RUN / "ema.pt")
+    train_flow(transformer, optimizers, data.batch, lambda part: flow_loss(model, part), PLAN, RUN / "train.pt", minutes, resume)
 
 
 def export() -> None:
     """Write the transformer in float16, and the curve."""
     transformer = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(locate("tiny-dit"), subfolder="transformer"))
-    transformer.load_state_dict(torch.load(RUN / "ema.pt"))
+    transformer.load_state_dict(averaged(RUN / "train.pt"))
     transformer.to(torch.float16).save_pretrained(TRAINED / "transformer", safe_serialization=True)
     (CURVES / "tiny-i2v.csv").write_text((RUN / "train.csv").read_text())
     draw(CURVES / "tiny-i2v.csv")
@@ -182,12 +147,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("train", "export", "build", "evaluate"))
     parser.add_argument("--minutes", type=float, default=15.0, help="planned length; may be changed in runs/tiny-i2v/train-minutes.txt")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
     parser.add_argument("--count", type=int, default=100, help="clips to evaluate on")
     parser.add_argument("--output", type=Path, default=RUN / "pipeline", help="folder of the whole pipeline")
     args = parser.parse_args()
     torch.set_num_threads(1)
     stages = {
-        "train": lambda: train(args.minutes),
+        "train": lambda: train(args.minutes, resume=args.resume),
         "export": export,
         "build": lambda: build(args.output),
         "evaluate": lambda: evaluate(args.count),
