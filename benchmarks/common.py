@@ -45,8 +45,9 @@ class Clips:
 
     @property
     def name(self) -> str:
-        """The bundled name, or that of the folder."""
-        return Path(self.pipeline).name
+        """The bundled name, or that of the folder; of the folder around it where it is called ``pipeline``, as those of training/ are."""
+        path = Path(self.pipeline)
+        return path.resolve().parent.name if path.name == "pipeline" else path.name
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -204,7 +205,7 @@ def number(text: str) -> tuple[str, float | int]:
 def parser(about: str) -> argparse.ArgumentParser:
     """The options that all benchmarks of quality share; ``about`` is the module's docstring."""
     made = argparse.ArgumentParser(description=about.splitlines()[0])
-    made.add_argument("--pipeline", required=True, help=f"{' or '.join(BUNDLED)}, or a folder whose name is one of these")
+    made.add_argument("--pipeline", required=True, help=f"{', '.join(BUNDLED)}, or a pipeline folder, NAME or NAME/pipeline")
     made.add_argument("--clips", type=int, default=64)
     made.add_argument("--output", type=Path, default=Path("runs/peers"))
     made.add_argument("--batch", type=int, default=4, help="clips per pipeline call")

@@ -51,6 +51,7 @@ os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")  # the same numbers without
 SKIPS = {
     # embedders and the output head: what SDNQ, ModelOpt and vLLM-Omni leave in float on Wan
     "WanTransformer3DModel": ("patch_embedding", "condition_embedder*", "proj_out"),
+    "LTXVideoTransformer3DModel": ("proj_in", "time_embed*", "caption_projection*", "proj_out"),  # the same layers
     # first, last, time and shortcut layers: what ModelOpt leaves in float on UNets
     "UNetMotionModel": ("conv_in", "conv_out", "time_embedding*", "*time_emb_proj", "*conv_shortcut"),
 }

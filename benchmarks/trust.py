@@ -4,6 +4,7 @@ Run it from the repository root::
 
     python -m benchmarks.trust --pipeline tiny-dit --output benchmarks/results
     python -m benchmarks.trust --pipeline tiny-unet --output benchmarks/results
+    python -m benchmarks.trust --pipeline runs/tiny-ltx/pipeline --only "as usual" --output runs/trust
 
 A row is a recipe and a calibration: other texts, fewer texts, another size, number of frames, number of steps or scheduler. All rows
 sample the same clips, evaluation captions with the pipeline's own settings, and are held against the float pipeline. *excess* is the
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,12 +77,18 @@ def few_words() -> list[str]:
     ] * 2
 
 
-SIZES = {"tiny-dit": {"height": 96, "width": 48}, "tiny-unet": {"height": 96, "width": 48}}
-FEWER = {"tiny-dit": {"num_frames": 9}, "tiny-unet": {"num_frames": 6}}
-FEW = {"tiny-dit": {"num_frames": 5}, "tiny-unet": {"num_frames": 4}}
+FLOW = ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0})
+SIZES = {
+    "tiny-dit": {"height": 96, "width": 48},
+    "tiny-unet": {"height": 96, "width": 48},
+    "tiny-ltx": {"height": 96, "width": 32},  # its pipeline takes multiples of 32
+}
+FEWER = {"tiny-dit": {"num_frames": 9}, "tiny-unet": {"num_frames": 6}, "tiny-ltx": {"num_frames": 9}}
+FEW = {"tiny-dit": {"num_frames": 5}, "tiny-unet": {"num_frames": 4}, "tiny-ltx": {"num_frames": 5}}
 SCHEDULERS = {
-    "tiny-dit": ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}),
+    "tiny-dit": FLOW,
     "tiny-unet": ("DPMSolverMultistepScheduler", {"timestep_spacing": "linspace", "use_karras_sigmas": True}),
+    "tiny-ltx": FLOW,
 }
 CALIBRATIONS: dict[str, Calibration] = {
     "as usual": Calibration(),
@@ -107,6 +114,21 @@ def digest(clips: Clips, recipe: str, label: str) -> str:
     how = CALIBRATIONS[label]
     on = [how.texts and how.texts(), how.prompts, how.call.get(clips.name), how.scheduler.get(clips.name), *filter(None, [how.seed])]
     return f"{clips.digest}-{load_recipe(recipe).digest()}-{hashlib.sha256(json.dumps(on).encode()).hexdigest()[:8]}"
+
+
+def check_known(pipeline: str, labels: Iterable[str]) -> None:
+    """Refuse calibrations that say nothing about this pipeline: they would be measured as the usual one, under another name.
+
+    Raises:
+        SystemExit: naming what is missing.
+    """
+    for label in labels:
+        for settings in filter(None, (CALIBRATIONS[label].call, CALIBRATIONS[label].scheduler)):
+            if pipeline not in settings:
+                known = ", ".join(settings)
+                raise SystemExit(
+                    f"'{label}' is not defined for '{pipeline}', only for {known}: leave it out with --only, or add it to trust.py"
+                )
 
 
 @contextmanager
@@ -179,6 +201,7 @@ def main() -> None:
     args = made.parse_args()
     torch.set_num_threads(args.threads)
     clips, records = Clips(args.pipeline, args.clips, dict(args.set), args.batch), Records(args.output / "rows.jsonl")
+    check_known(clips.name, args.only)
     rows = [(label, recipe) for label in args.only for recipe in args.recipes]
     if not args.table:
         run(clips, records, clips.float_frames(args.output), rows)
