@@ -257,6 +257,7 @@ class Data:
         index = torch.randint(len(self.scenes) - HELD_OUT, (n,), generator=g)
         latents = self.latents[index].float()
         noise, sigma = matched_noise(latents, g), noise_levels(n, g)
+        sigma = torch.where(torch.rand(n, generator=g) < 0.5, 0.6 + 0.4 * torch.rand(n, generator=g), sigma)  # where captions decide
         captions = some_captions([self.scenes[i] for i in index.tolist()], g)
         return latents, noise, sigma, *embed(self.pipe, captions)
 
