@@ -6,10 +6,10 @@ trained. Stages, in this order (one core)::
 
     PYTHONPATH=src python training/tiny_ltx.py vae --minutes 20
     PYTHONPATH=src python training/tiny_ltx.py latents
-    PYTHONPATH=src python training/tiny_ltx.py train --minutes 30
+    PYTHONPATH=src python training/tiny_ltx.py train --minutes 39
     PYTHONPATH=src python training/tiny_ltx.py export              # autoencoder and transformer, to training/weights/tiny-ltx
     PYTHONPATH=src python training/tiny_ltx.py build --output runs/tiny-ltx/pipeline   # a whole pipeline folder
-    PYTHONPATH=src python training/tiny_ltx.py evaluate --count 200
+    PYTHONPATH=src python training/tiny_ltx.py evaluate --count 64
 """
 
 from __future__ import annotations
