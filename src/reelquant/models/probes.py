@@ -14,6 +14,7 @@ import inspect
 import math
 import random
 from collections.abc import Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 from reelquant.models.conditions import CONDITIONS
@@ -36,24 +37,36 @@ def probe_texts(pipe: Any, count: int, seed: int, texts: Sequence[str] = ()) -> 
         texts: where the pipeline has no tokenizer, words of these are shuffled instead.
     """
     draw = random.Random(seed)
-    found = (getattr(pipe, name, None) for name in TOKENIZERS)
-    sources = [words for tokenizer in found if tokenizer is not None and (words := _words(tokenizer))]
-    sources = sources or [{word: 1 for text in texts for word in text.split()}]
-    return [_probe(sources[number % len(sources)], draw) for number in range(count)]
+    found = [tokenizer for name in TOKENIZERS if (tokenizer := getattr(pipe, name, None)) is not None]
+    sources = [(words, tokenizer) for tokenizer in found if (words := _words(tokenizer))]
+    sources = sources or [({word: 1 for text in texts for word in text.split()}, None)]
+    drawn = [(_draw(words, draw), tokenizer) for words, tokenizer in islice(cycle(sources), count)]
+    return [" ".join(words if tokenizer is None else _fitting(words, tokenizer)) for words, tokenizer in drawn]
 
 
 def _words(tokenizer: Any) -> dict[str, int]:
-    """Tokens that are text, with the number of their letters; empty for what is not a tokenizer of transformers."""
+    """Tokens that are text, with the number of their letters; empty for what is not a tokenizer of transformers.
+
+    Numbers without a token of their own decode to a special one in some tokenizers, so those are told by their text, too.
+    """
     try:
-        special = set(tokenizer.all_special_ids)
-        pieces = [tokenizer.decode([token]).strip() for token in range(len(tokenizer)) if token not in special]
+        special, marks = set(tokenizer.all_special_ids), set(tokenizer.all_special_tokens)
+        pieces = {tokenizer.decode([token]).strip() for token in range(len(tokenizer)) if token not in special}
     except (AttributeError, TypeError):
         return {}
-    return {piece: len(piece) for piece in pieces if piece}
+    return {piece: len(piece) for piece in sorted(pieces - marks) if piece}
 
 
-def _probe(words: Mapping[str, int], draw: random.Random) -> str:
-    return " ".join(draw.choices(list(words), list(words.values()), k=draw.randint(SHORTEST, LONGEST))) if words else ""
+def _draw(words: Mapping[str, int], draw: random.Random) -> list[str]:
+    return draw.choices(list(words), list(words.values()), k=draw.randint(SHORTEST, LONGEST)) if words else []
+
+
+def _fitting(words: list[str], tokenizer: Any) -> list[str]:
+    """The first words that the tokenizer does not cut off; one at least."""
+    most = getattr(tokenizer, "model_max_length", math.inf)
+    while len(words) > 1 and len(tokenizer(" ".join(words), verbose=False).input_ids) > most:
+        words = words[:-1]
+    return words
 
 
 class OwnSize(NamedTuple):

@@ -37,6 +37,14 @@ def test_probes_are_words_of_the_tokenizer(pipe: Any) -> None:
     assert len(words) > 30 and words <= known and not words & set(pipe.tokenizer.all_special_tokens)
 
 
+def test_probes_fit_the_tokenizer_and_hold_none_of_its_marks() -> None:
+    """CLIP's tokenizer cuts texts off, and decodes numbers without a token to its end mark."""
+    clip = open_pipeline("tiny-unet")
+    probes, tokenizer = probe_texts(clip, 40, 3), clip.tokenizer
+    assert max(len(tokenizer(text).input_ids) for text in probes) == tokenizer.model_max_length
+    assert all(len(text.split()) >= 1 for text in probes) and not any(mark in text for text in probes for mark in tokenizer.all_special_tokens)
+
+
 def test_equal_seeds_give_equal_probes(pipe: Any) -> None:
     assert probe_texts(pipe, 4, 3) == probe_texts(pipe, 4, 3) != probe_texts(pipe, 4, 4)
 
