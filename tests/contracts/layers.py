@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.formats import fit, pack
+from reelquant.formats.scales import scale_tensors
 from reelquant.kernels import backend
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class
 
@@ -40,12 +41,17 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots: int = 1, **rewrite: Any) -> tuple[QuantLayer, Tensor]:
-    """A layer of random numbers, and an input whose values reach the ends of its range."""
+def make(name: str, weight: tuple[str, ...], numbers: TensorLayout | None, slots: int = 1, **rewrite: Any) -> tuple[QuantLayer, Tensor]:
+    """A layer of random numbers, and an input whose values reach the ends of its range.
+
+    Args:
+        weight: format, granularity and, if it is not ``float``, which numbers the scales are.
+    """
     torch.manual_seed(0)
     module, shape = LAYERS[name][0](), LAYERS[name][1]
     kind: Any = quantized_class(module)
-    layout = LayerLayout(TensorLayout(*weight), numbers, slots=slots, bias=module.bias is not None, **rewrite)
+    stored_weight = TensorLayout(*weight[:2], scale=weight[2] if len(weight) > 2 else "float")
+    layout = LayerLayout(stored_weight, numbers, slots=slots, bias=module.bias is not None, **rewrite)
     layer: QuantLayer = kind.like(module, layout)
     quantizer = fit(layout.weight.spec(), module.weight.data)
     codes = quantizer.codes(module.weight.data).flatten(1)
@@ -62,7 +68,9 @@ def make(name: str, weight: tuple[str, str], numbers: TensorLayout | None, slots
     if layout.mix:
         extra |= {"pre_quant_mix_0": (torch.rand(channels) + 0.5).bfloat16(), "pre_quant_mix_2": torch.randperm(channels).int()}
     bias = None if module.bias is None else module.bias.data
-    layer.fill(LayerTensors(stored, quantizer.scale.to(layer.weight_scale.dtype), bias, extra))
+    scale, beside = scale_tensors(stored_weight.scale, quantizer.scale, quantizer.whole, layer.weight_scale.dtype)
+    extra |= {f"weight_scale{name}": tensor for name, tensor in beside.items()}
+    layer.fill(LayerTensors(stored, scale, bias, extra))
     return layer, torch.randn(shape)
 
 

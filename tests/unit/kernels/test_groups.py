@@ -1,4 +1,4 @@
-"""Inputs in groups and scales of eight bits: the reference computes them, everything else says that it does not."""
+"""Inputs in groups and scales of eight bits: one kernel of CPUs and the reference compute them, everything else says that it does not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from reelquant.checkpoint.export import assemble
 from reelquant.graphs import refusals
-from reelquant.kernels import KERNELS, not_taken
+from reelquant.kernels import KERNELS, backend, not_taken
+from reelquant.kernels.cpu import int16_groups
 from reelquant.nn import QuantLayer
 from tests.single import build
 
@@ -35,12 +36,22 @@ def layer(case: str) -> QuantLayer:
     return build(nn.ModuleDict({"layer": nn.Linear(16, 8)}), ["layer"], [torch.randn(6, 16)], weight, inputs).layers["layer"]
 
 
+@pytest.mark.skipif(int16_groups.available() is not None, reason=str(int16_groups.available()))
+@pytest.mark.parametrize("case", CASES)
+def test_one_kernel_takes_them(case: str) -> None:
+    found, groups = layer(case), "int16 groups"
+    kernel, refused = found.selected
+    rounded = CASES[case][1] is not None  # it multiplies integers, so inputs have to be rounded
+    assert kernel.name == (groups if rounded else "reference") and not found.simulated
+    assert {name for name, why in refused.items() if CASES[case][2] in why} == set(refused) - {groups}
+    assert rounded or refused[groups] == "the input stays float"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_reference_computes_what_no_kernel_takes(case: str) -> None:
     found = layer(case)
-    kernel, refused = found.selected
-    assert kernel.name == "reference" and found.simulated == (CASES[case][1] is not None)
-    assert {name for name, why in refused.items() if CASES[case][2] in why} == {one.name for one in KERNELS["cpu"]()}
+    with backend("reference"):
+        assert found.kernel.name == "reference" and found.simulated == (CASES[case][1] is not None)
     for other in KERNELS["cuda"]():
         assert CASES[case][2] in (other.declines(found.operands) or "")
 

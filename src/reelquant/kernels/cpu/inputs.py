@@ -68,7 +68,7 @@ class Inputs:
         assert numbers is not None and isinstance(numbers.format, Int)
         channels = operands.weight.shape[1]
         self.block = block_size(channels) if operands.rotate else 1
-        self.multiply, self.add = _folded(operands, channels, self.block**-0.5)
+        self.multiply, self.add = folded(operands, channels, self.block**-0.5)
         self.joined = 1 if self.block > 1 or numbers.scale is None else 1 << max(LINE // channels, 1).bit_length() - 1
         self.lines = np.tile(self.multiply, self.joined), np.tile(self.add, self.joined)
         self.dtype = np.dtype(dtype)
@@ -106,7 +106,7 @@ class Inputs:
     def _encode(self, x: Tensor, index: int) -> Codes:
         channels, data = x.shape[-1], loops.view(readable(x))
         rows = data.size // channels if channels else 0
-        codes = _scratch(data.size, self.dtype).reshape(rows, channels)
+        codes = scratch(data.size, self.dtype).reshape(rows, channels)
         if self.dynamic:
             common = (rows, data.size, data.reshape(rows, channels), self.block, self.multiply, self.add)
             scales = np.empty(rows, np.float32)
@@ -139,7 +139,7 @@ class Inputs:
         size = [b + s + a for b, s, a in zip(before, places, after, strict=True)]
         lead = [1] * (3 - dims)
         shape = (x.shape[0], *lead, *size, x.shape[1])
-        memory = _scratch(math.prod(shape), self.dtype).reshape(shape)
+        memory = scratch(math.prod(shape), self.dtype).reshape(shape)
         if any(border):
             memory[:] = self._zero_codes(index)
         way = self._from_last if x.movedim(1, -1).is_contiguous() else self._from_first
@@ -177,7 +177,7 @@ class Inputs:
         return digest.digest()
 
 
-def _scratch(size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+def scratch(size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Memory for codes. There is one for each thread, as large as the largest input so far: fresh pages for every layer cost more than
     the codes that are written to them. A code more may be read than there are, and is multiplied by zero."""
     forget()
@@ -192,7 +192,7 @@ def readable(x: Tensor) -> Tensor:
     return (x if x.dtype in (torch.bfloat16, torch.float32) else x.float()).contiguous()
 
 
-def _folded(operands: Operands, channels: int, factor: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def folded(operands: Operands, channels: int, factor: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """``(factor * x - shift) / scale`` as ``x * multiply + add``; empty vectors if nothing is done."""
     if not operands.rewritten:
         return loops.NONE, loops.NONE

@@ -70,7 +70,7 @@ class Int16Product:
         self.rows, self.channels, self.taps = self.shape[0], self.shape[1], math.prod(self.shape[2:])
         self.scales, self.group = NO_GROUPS, 1
         self._pack(operands.weight)
-        self.bias = _columns(torch.zeros(self.rows) if operands.bias is None else operands.bias.detach().float())
+        self.bias = columns_of(torch.zeros(self.rows) if operands.bias is None else operands.bias.detach().float())
         self.sums = np.zeros(len(self.panels) * COLUMNS, np.int32)
         if operands.input is not None and operands.input.zero_point is not None:
             weights = self.panels, self.scales, self.scale, self.group
@@ -87,7 +87,7 @@ class Int16Product:
         if kind == "group":
             codes, scale = nibbles.widened(weight)
             weight = PackedWeight(codes, Quantizer(Int(8), Granularity("channel"), scale), self.shape)
-        self.scale = _columns(weight.scales[:, 0])
+        self.scale = columns_of(weight.scales[:, 0])
         self.panels = self._panels(lambda some: self._pieces(signed(weight.rows(some))))
         self.codes = self._stored_bytes if kind != "group" and weight.codes.dtype == torch.int8 else None
 
@@ -172,10 +172,10 @@ def _folded(weight: PackedWeight) -> tuple[Any, Any, int]:
     for start in range(0, rows if scales.shape[1] > 1 else 0, step):
         some = slice(start, start + step)
         one[some] = nibbles.row_scale(unpack(weight.codes[some], 4, width), scales[some].float(), size, top_of(width))
-    return _columns(one), loops.view(readable(scales)), max(size // 2, 1)
+    return columns_of(one), loops.view(readable(scales)), max(size // 2, 1)
 
 
-def _columns(vector: Tensor) -> np.ndarray[Any, Any]:
+def columns_of(vector: Tensor) -> np.ndarray[Any, Any]:
     """``[rows]`` to ``[panels * COLUMNS]``."""
     return F.pad(vector.float(), (0, -len(vector) % COLUMNS)).numpy()
 

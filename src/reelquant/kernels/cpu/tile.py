@@ -32,7 +32,7 @@ I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 SUMS, CODES = ir.VectorType(I32, LANES), ir.VectorType(I16, 2 * LANES)
 
 
-def _at(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
+def at(builder: Any, address: Any, offset: Any, kind: Any) -> Any:
     return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
 
 
@@ -40,8 +40,8 @@ def _tile_code(builder: Any, rows: Any, taps: Any, count: Any, pairs: Any, weigh
     """Instructions of :func:`_tile`; three nested blocks, whose sums are handed from one to the next in registers."""
     number = lambda value: ir.Constant(I64, value)  # noqa: E731
     registers = [(row, part) for row in range(ROWS) for part in range(COLUMNS // LANES)]
-    places = [_at(builder, sums, number(4 * (row * WIDTH + part * LANES)), SUMS) for row, part in registers]
-    bases = [builder.load(_at(builder, rows, number(8 * row), I64)) for row in range(ROWS)]
+    places = [at(builder, sums, number(4 * (row * WIDTH + part * LANES)), SUMS) for row, part in registers]
+    bases = [builder.load(at(builder, rows, number(8 * row), I64)) for row in range(ROWS)]
     entry = builder.block
     going, outer, inner, after, done = (builder.append_basic_block(name) for name in ("going", "outer", "inner", "after", "done"))
     builder.cbranch(builder.icmp_signed("!=", begin, number(0)), outer, going)
@@ -59,14 +59,14 @@ def _tile_code(builder: Any, rows: Any, taps: Any, count: Any, pairs: Any, weigh
     for block in (entry, going):
         tap.add_incoming(number(0), block)
         weight.add_incoming(weights, block)
-    offset = builder.load(_at(builder, taps, builder.mul(tap, number(8)), I64))
+    offset = builder.load(at(builder, taps, builder.mul(tap, number(8)), I64))
     starts = [builder.add(base, offset) for base in bases]
     builder.branch(inner)
 
     builder.position_at_end(inner)
     pair, here = builder.phi(I64), builder.phi(I64)
     running = [builder.phi(SUMS) for _ in registers]
-    new, pair_next, here_next = _products(builder, registers, starts, pair, here, running)
+    new, pair_next, here_next = products(builder, registers, starts, pair, here, running)
     pair.add_incoming(number(0), outer)
     here.add_incoming(weight, outer)
     pair.add_incoming(pair_next, inner)
@@ -89,16 +89,16 @@ def _tile_code(builder: Any, rows: Any, taps: Any, count: Any, pairs: Any, weigh
         builder.store(value, place, align=4)
 
 
-def _products(builder: Any, registers: Any, starts: Any, pair: Any, here: Any, running: Any) -> tuple[Any, Any, Any]:
+def products(builder: Any, registers: Any, starts: Any, pair: Any, here: Any, running: Any) -> tuple[Any, Any, Any]:
     """One pair of every row times one pair of every column, added to the running sums."""
     number = lambda value: ir.Constant(I64, value)  # noqa: E731
     multiply = cgutils.get_or_insert_function(builder.module, ir.FunctionType(SUMS, [CODES, CODES]), "llvm.x86.avx2.pmadd.wd")
-    weights = [builder.load(_at(builder, here, number(4 * LANES * part), CODES), align=2) for part in range(COLUMNS // LANES)]
+    weights = [builder.load(at(builder, here, number(4 * LANES * part), CODES), align=2) for part in range(COLUMNS // LANES)]
     nothing, everywhere = ir.Constant(SUMS, ir.Undefined), ir.Constant(SUMS, [0] * LANES)
     step = builder.mul(pair, number(4))
     inputs = []
     for start in starts:
-        both = builder.load(_at(builder, start, step, I32), align=2)
+        both = builder.load(at(builder, start, step, I32), align=2)
         spread = builder.shuffle_vector(builder.insert_element(nothing, both, ir.Constant(I32, 0)), nothing, everywhere)
         inputs.append(builder.bitcast(spread, CODES))
     new = [
