@@ -87,6 +87,17 @@ def test_products_of_codes_that_fit_are_integer_ones_on_every_processor(name: st
     assert all(kernel.lower().endswith("i8") for kernel in arithmetic(compiled(layer, x)))
 
 
+@pytest.mark.parametrize("weight", SAFE, ids="-".join)
+@pytest.mark.parametrize("rewrite", REWRITES)
+def test_a_scale_per_token_leaves_products_integer(weight: Any, rewrite: str) -> None:
+    layer, x = make("Linear", weight, INPUTS["int8 token"], **REWRITES[rewrite])
+    assert convert.in_integers(layer.operands) is None
+    names = arithmetic(compiled(layer, x))
+    assert any(kernel.lower().endswith("i8") for kernel in names)
+    convolution, _ = make("Conv2d", weight, INPUTS["int8 token"])
+    assert convert.in_integers(convolution.operands) == "inputs are int8 per token and dynamic"
+
+
 def extreme(weight: tuple[str, str]) -> tuple[QuantLayer, Tensor]:
     """A layer whose products of codes are the largest there are, all of one sign."""
     layer, x = make("Linear without bias", weight, INPUTS["int8"])

@@ -76,7 +76,7 @@ def in_integers(operands: Operands) -> str | None:
     numbers, weight = operands.input, operands.weight.quantizer
     if numbers is None:
         return "the input stays float"
-    if not isinstance(numbers.format, Int) or numbers.rule is not None or numbers.granularity.kind != "tensor":
+    if not isinstance(numbers.format, Int) or not (_per_token(operands) or (numbers.rule is None and numbers.granularity.kind == "tensor")):
         return f"inputs are {numbers.format.name} per {numbers.granularity}{' and dynamic' if numbers.rule else ''}"
     if not isinstance(weight.format, Int) or not weight.format.signed:
         return f"weights are {weight.format.name}, not symmetric integers"
@@ -86,6 +86,14 @@ def in_integers(operands: Operands) -> str | None:
     if integers_saturate() and 2 * 255 * largest > PAIRS:
         return f"without VNNI instructions pairs of 8-bit products are cut off at {PAIRS}; codes of weights up to 64 are safe"
     return None
+
+
+def _per_token(operands: Operands) -> bool:
+    """Whether inputs of a linear layer are symmetric integers with a scale per token that is found in the forward."""
+    numbers = operands.input
+    if numbers is None or numbers.rule is None or operands.window is not None or numbers.granularity.kind != "token":
+        return False
+    return isinstance(numbers.format, Int) and numbers.format.signed and numbers.rule.range.covers_all
 
 
 def emit(layer: QuantLayer, x: Node, to: Conversion) -> Node:
@@ -124,10 +132,17 @@ class Emission:
 
     def product(self, x: Node) -> Node:
         """From the input as floats to the output."""
-        quantized, scale, zero = self.quantized_input(x)
+        tokens = None
+        if self.integers and _per_token(self.operands):
+            quantized, tokens = self.token_codes(x)
+            scale = zero = None
+        else:
+            quantized, scale, zero = self.quantized_input(x)
         weight = self.weight()
         out = self.multiplied(quantized, self.matrix(weight, scale))
         (out if hasattr(out, "set_friendly_name") else out.get_node()).set_friendly_name(self.name)
+        if tokens is not None:
+            out = ops.multiply(out, tokens)
         if scale is not None and len(scale) > 1:
             out = ops.multiply(out, self.to.of_slot(self.along(scale)))
         bias = self.bias(weight, scale, zero)
@@ -144,6 +159,19 @@ class Emission:
         if isinstance(numbers.format, Int) and numbers.rule is None and numbers.granularity.kind == "tensor":
             return self.shared(x), numbers.scale, numbers.zero_point if self.integers else None
         return self.levelled(self.rewritten_input(x), numbers), None, None
+
+    def token_codes(self, x: Node) -> tuple[Node, Node]:
+        """Codes of the input as floats, and the scale of every token, ``[..., 1]``.
+
+        Values are divided by their scale first: what is rounded then has one constant range, which the plugin makes bytes of.
+        """
+        numbers = self.operands.input
+        assert numbers is not None
+        x = self.rewritten_input(x)
+        scale, fmt = _token_scale(x, numbers), numbers.format
+        unit, wide = ops.divide(x, scale), (-128.0, 127.0)
+        ends = [ops.constant(np.float32(end)) for end in wide * 2]
+        return ops.fake_quantize(unit if (fmt.low, fmt.high) == wide else ops.clamp(unit, fmt.low, fmt.high), *ends, LEVELS), scale
 
     @property
     def pads_first(self) -> bool:
@@ -352,8 +380,13 @@ def _dynamic(x: Node, numbers: InputQuant) -> Node:
         raise UnsupportedError(
             f"OpenVINO graphs hold no dynamic {fmt.name} inputs per {numbers.granularity}; use runtime='torch', or static inputs"
         )
-    ends, channels = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)], ops.constant(np.array([numbers.granularity.axis], np.int64))
-    scales = [ops.divide(end(x, channels, True), ops.constant(np.float32(level))) for end, level in ends]
-    scale = ops.maximum(*scales)
-    scale = ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))
+    scale = _token_scale(x, numbers)
     return ops.multiply(ops.round(ops.clamp(ops.divide(x, scale), fmt.low, fmt.high), "half_to_even"), scale)
+
+
+def _token_scale(x: Node, numbers: InputQuant) -> Node:
+    """The smallest scale with which symmetric integers cover a token; 1 for a token of zeros."""
+    fmt, channels = numbers.format, ops.constant(np.array([numbers.granularity.axis], np.int64))
+    ends = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)]
+    scale = ops.maximum(*[ops.divide(end(x, channels, True), ops.constant(np.float32(level))) for end, level in ends])
+    return ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))

@@ -22,7 +22,7 @@ from reelquant.models.sampling import call_arguments, notes
 
 SIZES = ("num_frames", "height", "width")  # arguments of a pipeline call
 LARGER = 4.0  # times the numbers of calibration's clips: beyond that a clip of the pipeline's own size may not fit into memory
-SHORTEST, LONGEST = 3, 16  # words of a probe
+SHORTEST, LONGEST = 3, 8  # words of a probe; more of them say less each: ranges reached less far
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
