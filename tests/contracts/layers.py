@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelquant.formats import fit, pack
+from reelquant.formats import fit, pack, parse_format
 from reelquant.formats.scales import scale_tensors
 from reelquant.kernels import backend
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class
@@ -82,6 +82,7 @@ def oracle(layer: QuantLayer, x: Tensor) -> Tensor:
 
 def one_code(layer: QuantLayer) -> float:
     """The most that one input code more or less can move an output: a code at a border between two may go either way."""
-    scale = getattr(layer, "input_scale", None)
-    step = 4 / 127 if scale is None else float(scale.max())
+    scale, numbers = getattr(layer, "input_scale", None), layer.layout.input
+    assert numbers is None or scale is not None or numbers.dynamic
+    step = 4 / (parse_format(numbers.format).high if numbers else 127) if scale is None else float(scale.max())
     return step * float(layer.packed.dequantize().abs().max())

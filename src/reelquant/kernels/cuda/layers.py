@@ -88,7 +88,7 @@ class _Inputs:
     def _made(self, x: Tensor, slot: int | Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         x = hadamard(x.float()) if self.rotate else x
         if self.dynamic:
-            codes, scales = cuda.quantize_per_token(x, **self.pre, dtype=self.dtype)
+            codes, scales = cuda.quantize_per_token(x, **self.pre, dtype=self.dtype, **self.levels)
             return codes, {"input_scale": scales, "input_zero_point": None, "slot": None}
         table = self.table(slot)
         codes = cuda.quantize_static(x, **table, **self.pre, dtype=self.dtype, **self.levels)

@@ -25,7 +25,7 @@ from reelquant.kernels.cuda.launch import FP8, check_fp8, check_table, check_vec
 WIDEST = 65536  # a row is held in registers: 128 a thread at most
 TILE = 4096  # values per program for narrow rows: 16 bytes per thread and load
 LARGEST = {torch.int8: 127.0, FP8: 448.0}
-LEVELS = (-128.0, 127.0)  # smallest and largest static int8 code
+LEVELS = (-128.0, 127.0)  # smallest and largest int8 code
 
 
 @triton.jit
@@ -59,8 +59,8 @@ def _round(
         if pre_scale is not None:
             value = value / tl.load(pre_scale + column, mask=in_column, other=1.0).to(tl.float32)[None, :]
         value = tl.where(inside, value, 0.0)
-        if CODES == tl.int8:  # the range -128 .. 127 is not symmetric: each side has its own largest code
-            scale = tl.maximum(tl.max(value, 1) / 127.0, -tl.min(value, 1) / 128.0)
+        if CODES == tl.int8:  # the range (-128 .. 127 of 8 bits) is not symmetric: each side has its own largest code
+            scale = tl.maximum(tl.max(value, 1) / highest, tl.min(value, 1) / lowest)
         else:
             scale = tl.max(tl.abs(value), 1) / 448.0
         scale = tl.where(scale <= 1.1754943508222875e-38, 1.0, scale)  # a row of zeros keeps its zeros
@@ -167,7 +167,12 @@ def _fake_per_token(x: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Tensor, Te
 
 @launch.operation(_fake_per_token)
 def quantize_per_token(
-    x: Tensor, pre_shift: Tensor | None = None, pre_scale: Tensor | None = None, dtype: torch.dtype = torch.int8
+    x: Tensor,
+    pre_shift: Tensor | None = None,
+    pre_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
+    lowest: float = LEVELS[0],
+    highest: float = LEVELS[1],
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``x`` with one scale per row, found in the same pass: the smallest that saturates nothing.
 
@@ -175,6 +180,7 @@ def quantize_per_token(
         x: ``[..., width]`` float, any strides.
         pre_shift, pre_scale: ``[width]`` or None.
         dtype: ``torch.int8`` or ``torch.float8_e4m3fn``.
+        lowest, highest: the smallest and largest int8 code, for integers of fewer bits.
 
     Returns:
         ``[..., width]`` codes and ``[rows]`` float32 scales.
@@ -183,5 +189,5 @@ def quantize_per_token(
         UnsupportedError: on shapes or dtypes that the kernel does not know.
     """
     codes, scales = launch.new(x.shape, dtype, x.device), launch.new((x.shape[:-1].numel(),), torch.float32, x.device)
-    run(rows_of(x), rows_of(codes), pre_shift, pre_scale, scales=scales)
+    run(rows_of(x), rows_of(codes), pre_shift, pre_scale, scales=scales, levels=(lowest, highest))
     return codes, scales

@@ -31,8 +31,8 @@ def _input(operands: Operands) -> str | None:
         return "the input stays float"
     if not isinstance(numbers.format, Int):
         return f"inputs are {numbers.format.name}, not integers"
-    if numbers.rule is not None and (numbers.format.bits != 8 or not numbers.format.signed):
-        return f"dynamic inputs are {numbers.format.name}, not int8"
+    if numbers.rule is not None and not numbers.format.signed:
+        return f"dynamic inputs are {numbers.format.name}, not symmetric"
     return _grain(operands, numbers)
 
 

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(available() is not None, reason=str(available())
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MORE = INPUTS | {
     "uint6": TensorLayout("uint6", "tensor"),
+    "int6 token": TensorLayout("int6", "token", dynamic=True),
     "e4m3": TensorLayout("e4m3", "tensor"),
     "e4m3 token": TensorLayout("e4m3", "token", dynamic=True),
 }
@@ -28,6 +29,7 @@ CASES: list[tuple[str, Any, str, str]] = [
     ("Linear", ("int8", "tensor"), "uint8", "triton int8"),
     ("Linear without bias", ("int8", "channel"), "int8 token", "triton int8"),
     ("Linear", ("int6", "channel"), "int6", "triton int8"),
+    ("Linear", ("int6", "channel"), "int6 token", "triton int8"),
     ("Linear", ("int4", "channel"), "uint6", "triton int8"),
     ("Linear", ("int4", "group-64"), "int8", "triton int8 from int4"),
     ("Linear", ("int4", "group-64"), "uint8", "triton int8 from int4"),
