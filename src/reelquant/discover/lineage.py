@@ -123,7 +123,7 @@ class _Watch(TorchFunctionMode):
             serial = self.serials[x] = self.count
         return serial, version_of(x)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         sources = [(x, self.key(x)) for x in tensors_in((args, kwargs))]
