@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 import reelquant
 from reelquant._errors import RecipeError
 from reelquant.engine import blocks as engine
-from reelquant.reconstruct import RECONSTRUCTIONS
 from reelquant.recipes.recipe import load_recipe
+from reelquant.reconstruct import RECONSTRUCTIONS
 from tests.contracts.test_reconstruct import Stopped, Watching, denoiser, errors, recipe, tensors
 from tests.tiny.stock import CALL, PROMPTS, quantized_in_memory, stored_pipeline, wan_pipeline
 

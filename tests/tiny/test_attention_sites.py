@@ -18,7 +18,7 @@ from reelquant.checkpoint.stored import Stored
 from reelquant.clock import Clock
 from reelquant.discover import discover
 from reelquant.kernels.attention import REFERENCE, STOCK, AttentionQuant, parse_asked
-from reelquant.nn import asked_attention, attention_facts, placed, round_attention, start_clock
+from reelquant.nn import asked_attention, attention_facts, best, compare_attention, placed, round_attention, start_clock
 from reelquant.nn.around.attention import PROTECTED, SITE, UNROUNDED
 from reelquant.recipes.recipe import load_recipe
 from reelquant.sites import AttentionSite, select
@@ -266,3 +266,47 @@ def test_a_recipe_explains_its_rules_and_refuses_numbers_beside_them() -> None:
     assert load_recipe("w8a16", {"attention": []}).digest() == load_recipe("w8a16").digest() != recipe.digest()
     with pytest.raises(RecipeError, match="attention has rules, and scores: int4 beside them"):
         load_recipe("w8a16", {"steps": [{"policy": "attention", "scores": "int4", "rules": RULES}]})
+
+
+# --- choices ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_place_and_step_gets_the_numbers_with_the_least_error() -> None:
+    """Self attention of one block is made peaked: one weight of a query is nearly all, and even levels hold the rest badly."""
+    sites = ("blocks.0.attn1", "blocks.0.attn2")
+    candidates = (AttentionQuant("float", "uint8"), AttentionQuant("float", "log2_3"))
+    model = TINY["WanTransformer3DModel"]().eval()
+    before = call(model, 500.0)
+    errors = compare_attention(model, sites, candidates, [(slot, lambda: call(model, 500.0)) for slot in (0, 2, 2)])
+    assert torch.equal(call(model, 500.0), before) and attention_facts(model) is None
+    assert all(known.keys() == {0, 2} and known[2] == pytest.approx([2 * one for one in known[0]]) for known in errors.values())
+    assert best(errors, 4) == dict.fromkeys(sites, [0] * 4)  # eight even bits are finer than three of powers
+    by_hand: dict[str, Any] = {"a": {1: [2.0, 1.0], 3: [1.0, 2.0]}, "b": {}}
+    assert best(by_hand, 5) == {"a": [1, 1, 1, 0, 0], "b": [0] * 5}
+
+
+def test_choices_are_made_from_recorded_calls_and_stored() -> None:
+    rule = {"on": "role:self", "scores": "float", "values": ["log2_3", "uint8", "log2_4"]}
+    pipe = wan_pipeline()
+    report = reelquant.quantize(pipe, "minmax-w8a8", PROMPTS, overrides=BASE | {"attention": [rule]}, **CALL)
+    assert report.attention is not None and set(report.attention.rounded) == {"float scores, uint8 values"}
+    plan = asked_attention(pipe.transformer)
+    assert plan is not None and plan.to_json() == [{"sites": ["blocks.0.attn1", "blocks.1.attn1"], "scores": "float", "values": "uint8"}]
+    with pytest.raises(RecipeError, match="are a choice, which is made while a recipe that calibrates"):
+        reelquant.configure(pipe, attention=[rule])
+    with pytest.raises(RecipeError, match=r"attention.0: values that are a choice are two or more"):
+        parse_asked([rule | {"values": ["uint8"]}])
+
+
+def test_places_are_divided_by_the_slots_of_what_they_got() -> None:
+    sites = discover(TINY["WanTransformer3DModel"]()).attention
+    asked = parse_asked([{"on": "role:self", "scores": "float", "values": ["uint4", "log2_4"]}])
+    picks = {"blocks.0.attn1": [0, 1, 1], "blocks.1.attn1": [0, 0, 0]}
+    plan = placed(asked, sites, TIMES, choose=lambda names, candidates: picks)
+    assert plan is not None
+    assert [(one.numbers and one.numbers.values, one.sites, one.slots) for one in plan.placed] == [
+        ("uint4", ("blocks.0.attn1",), (0,)),
+        ("log2_4", ("blocks.0.attn1",), (1, 2)),
+        ("uint4", ("blocks.1.attn1",), None),
+    ]
+    assert str(plan) == "float scores, uint4 values (2 sites, at some steps); float scores, log2_4 values (1 sites, 2 steps)"

@@ -12,7 +12,7 @@ from torch import Tensor
 from reelquant._errors import RecipeError, nearest
 
 Scores = Literal["int8", "int4", "float"]  # of queries and keys
-Values = Literal["float", "e4m3", "uint8", "log2_3", "log2_4", "log2_5", "log2_6", "log2_7", "log2_8"]  # of weights and values
+Values = Literal["float", "e4m3", "uint8", "uint4", "log2_3", "log2_4", "log2_5", "log2_6", "log2_7", "log2_8"]  # of weights and values
 Smooth = Literal["auto", "keys", "both"]
 FirstKey = Literal["rounded", "float"]
 FLOAT = "float"  # the word for attention that rounds nothing
@@ -25,8 +25,8 @@ class AttentionQuant:
     Attributes:
         scores: queries and keys, with one scale per token; ``float`` leaves the first product as it is.
         values: numbers of the second product. ``float`` leaves it as it is; ``e4m3`` rounds the weights, and the values with one scale per
-            channel; ``uint8`` rounds the weights, and the values to int8 with one scale per channel; ``log2_4`` rounds the weights to
-            powers of two, ``2**-n`` of the largest one of a query, ``n`` in so many bits, and leaves the values float.
+            channel; ``uint8`` and ``uint4`` round the weights, and the values to int8 with one scale per channel; ``log2_4`` rounds the
+            weights to powers of two, ``2**-n`` of the largest one of a query, ``n`` in so many bits, and leaves the values float.
         smooth: what is subtracted before scores are rounded: the mean of the ``keys`` over all tokens, or of ``both``, then the mean of
             every 128 queries, whose exact scores are added again. ``auto``: ``both`` for int4.
         first_key: ``float`` leaves the weight of the first key unrounded, which is that of a text's start.
@@ -68,11 +68,18 @@ class AttentionRule:
         on: a pattern of :func:`reelquant.sites.matches`, over the modules that ask for attention.
         numbers: what is rounded there; None rounds nothing.
         steps: start and end of a part of the trajectory, as fractions of its steps; None for all of it.
+        others: numbers that may take the place of ``numbers``: every place and step gets those of all that suit it best.
     """
 
     on: str
     numbers: AttentionQuant | None
     steps: tuple[float, float] | None = None
+    others: tuple[AttentionQuant, ...] = ()
+
+    @property
+    def candidates(self) -> tuple[AttentionQuant, ...]:
+        """All that may be chosen."""
+        return self.others if self.numbers is None else (self.numbers, *self.others)
 
 
 Asked = AttentionQuant | tuple[AttentionRule, ...] | None
@@ -107,6 +114,8 @@ def parse_attention(value: Any) -> AttentionQuant | None:
 def parse_asked(value: Any) -> Asked:
     """:func:`parse_attention`, or a list of rules: the same mappings with ``on``, and ``steps`` if they do not hold for all.
 
+    A list of ``values`` is a choice, see :class:`AttentionRule`.
+
     Raises:
         RecipeError: naming the rule, the key or value, and what would work.
     """
@@ -121,8 +130,15 @@ def _rule(value: Any, where: str) -> AttentionRule:
     if not isinstance(value, Mapping) or not isinstance(value.get("on"), str):
         raise RecipeError(f"{where} is a rule like {{'on': 'role:cross', 'scores': 'int8'}}, got {value!r:.100}")
     numbers = {key: word for key, word in value.items() if key not in ("on", "steps")}
+    several = numbers.get("values") if isinstance(numbers.get("values"), list | tuple) else None
     try:
-        return AttentionRule(value["on"], parse_attention(numbers), _steps(value.get("steps")))
+        if several is None:
+            return AttentionRule(value["on"], parse_attention(numbers), _steps(value.get("steps")))
+        found = [parse_attention(numbers | {"values": word}) for word in several]
+        chosen = [one for one in found if one is not None]
+        if len(chosen) < 2 or len(chosen) != len(found):
+            raise RecipeError(f"values that are a choice are two or more that round something, got {several!r:.60}")
+        return AttentionRule(value["on"], chosen[0], _steps(value.get("steps")), tuple(chosen[1:]))
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
 

@@ -179,9 +179,10 @@ def _as_int8(value: Tensor) -> tuple[Tensor, Tensor]:
 WEIGHTS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
     "e4m3": (LARGEST["e4m3"], _e4m3),
     "uint8": (255.0, torch.round),
+    "uint4": (15.0, torch.round),
     **{f"log2_{bits}": (1.0, _powers(bits)) for bits in range(3, 9)},
 }
 """Word -> what a weight of one becomes before it is rounded, and how weights are rounded."""
 
-VALUES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | float]]] = {"e4m3": _as_e4m3, "uint8": _as_int8}
+VALUES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | float]]] = {"e4m3": _as_e4m3, "uint8": _as_int8, "uint4": _as_int8}
 """Word -> codes of the values ``[batch, heads, keys, head]`` and the scale of every channel; floats for words that are not here."""

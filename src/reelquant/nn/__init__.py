@@ -2,6 +2,7 @@
 here."""
 
 from reelquant.nn.around.attention import ask_attention, asked_attention, attention_facts, round_attention, stock_attention, stop_attention
+from reelquant.nn.around.attention_choice import best, compare_attention
 from reelquant.nn.around.attention_facts import AttentionFacts, expected_attention
 from reelquant.nn.around.attention_plan import AttentionPlan, placed
 from reelquant.nn.extended import prepares_input, quantized_class
@@ -45,10 +46,12 @@ __all__ = [
     "ask_attention",
     "asked_attention",
     "attention_facts",
+    "best",
     "broken",
     "buffer_shapes",
     "check_finite",
     "check_tensors",
+    "compare_attention",
     "count_tensors",
     "count_weights",
     "dequantized",

@@ -164,9 +164,15 @@ def round_attention(model: nn.Module, asked: AttentionPlan | AttentionQuant | No
     _unmark(model)
     if asked is not None:
         plan = AttentionPlan.everywhere(asked) if isinstance(asked, AttentionQuant) else asked
-        _mark(model, plan)
-        object.__setattr__(model, ROUNDED, RoundedAttention(plan, kernels))
-        start_attention(model)
+        install_attention(model, RoundedAttention(plan, kernels))
+
+
+def install_attention(model: nn.Module, rounded: RoundedAttention) -> None:
+    """Let an object of one's own compute a denoiser's attention, in the place of what :func:`round_attention` would make."""
+    _unmark(model)
+    _mark(model, rounded.plan)
+    object.__setattr__(model, ROUNDED, rounded)
+    start_attention(model)
 
 
 def ask_attention(model: nn.Module, plan: AttentionPlan | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -51,7 +51,10 @@ class AttentionPlan:
         return cls((Placed(numbers),))
 
     def __str__(self) -> str:
-        return "; ".join(str(one) for one in self.placed)
+        by_numbers: dict[AttentionQuant | None, list[Placed]] = {}
+        for one in self.placed:
+            by_numbers.setdefault(one.numbers, []).append(one)
+        return "; ".join(str(those[0]) if len(those) == 1 else _together(those) for those in by_numbers.values())
 
     @property
     def uniform(self) -> bool:
@@ -110,6 +113,12 @@ class AttentionPlan:
         return None if numbers is None else cls.everywhere(numbers)
 
 
+def _together(those: Sequence[Placed]) -> str:
+    """Several with the same numbers."""
+    sites = {site for one in those for site in one.sites or ()}
+    return f"{those[0].numbers or FLOAT} ({len(sites)} sites{', at some steps' if any(one.slots is not None for one in those) else ''})"
+
+
 def _placed(data: Any) -> Placed:
     sites = data.get("sites") if isinstance(data, Mapping) else None
     slots = data.get("slots") if isinstance(data, Mapping) else None
@@ -121,8 +130,16 @@ def _placed(data: Any) -> Placed:
     return Placed(numbers, tuple(sites), None if slots is None else tuple(slots))
 
 
+Choose = Callable[[Sequence[str], Sequence[AttentionQuant]], Mapping[str, Sequence[int]]]
+"""Of sites and candidates, which candidate each site gets at each slot."""
+
+
 def placed(
-    asked: Asked, sites: Iterable[AttentionSite], timesteps: Sequence[float] = (), sampled: Sequence[float] = ()
+    asked: Asked,
+    sites: Iterable[AttentionSite],
+    timesteps: Sequence[float] = (),
+    sampled: Sequence[float] = (),
+    choose: Choose | None = None,
 ) -> AttentionPlan | None:
     """What a recipe asks of a denoiser's attention, with its patterns and steps resolved; None if it asks for nothing.
 
@@ -130,6 +147,7 @@ def placed(
         sites: the modules that ask for attention, see :func:`reelquant.discover.discover`.
         timesteps: at which the denoiser was calibrated; the slots of its clock.
         sampled: those of the whole sampler, of which one of two experts sees a part; empty if it sees all.
+        choose: chooses where a rule has several numbers; None where nothing is known to choose by.
 
     Raises:
         RecipeError: if rules are asked of a denoiser whose sites are not known, or of steps of one that was not calibrated.
@@ -143,11 +161,28 @@ def placed(
             "rules of attention name modules, and nothing is known of those of this model: it was not run, or none of them calls "
             "scaled_dot_product_attention; give one mapping for all, like attention: {scores: int8}"
         )
-    found = [
-        Placed(rule.numbers, _named(number, rule, known), _slots(rule, timesteps, sampled or timesteps))
-        for number, rule in enumerate(asked)
-    ]
+    found: list[Placed] = []
+    for number, rule in enumerate(asked):
+        one = Placed(rule.numbers, _named(number, rule, known), _slots(rule, timesteps, sampled or timesteps))
+        found += _divided(one, rule.candidates, timesteps, choose) if rule.others else [one]
     return AttentionPlan(tuple(found)) if any(one.numbers is not None for one in found) else None
+
+
+def _divided(whole: Placed, candidates: Sequence[AttentionQuant], timesteps: Sequence[float], choose: Choose | None) -> list[Placed]:
+    """What several numbers become: each with the sites that get it at the same slots."""
+    if choose is None or not timesteps:
+        raise RecipeError(
+            f"attention.values {[one.values for one in candidates]} are a choice, which is made while a recipe that calibrates quantizes a "
+            "denoiser; give one word"
+        )
+    every = range(len(timesteps)) if whole.slots is None else whole.slots
+    alike: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for site, picks in choose(whole.sites or (), candidates).items():
+        for place in range(len(candidates)):
+            if slots := tuple(slot for slot in every if picks[slot] == place):
+                alike.setdefault((place, slots), []).append(site)
+    complete = tuple(range(len(timesteps)))
+    return [Placed(candidates[place], tuple(sites), None if slots == complete else slots) for (place, slots), sites in alike.items()]
 
 
 def _named(number: int, rule: AttentionRule, sites: Sequence[AttentionSite]) -> tuple[str, ...]:
