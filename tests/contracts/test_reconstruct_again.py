@@ -1,4 +1,4 @@
-"""Contract of RECONSTRUCTIONS that learn on calls of the quantized pipeline: whose calls they are, their targets, the same bytes every time."""
+"""Contract of RECONSTRUCTIONS that learn on calls of the quantized pipeline: whose calls, which targets, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny.stock import CALL, PROMPTS, quantized_in_memory, stored_pipeline
 
 
 def again(name: str, rounds: int = 1) -> dict[str, Any]:
-    """A recipe with so many rounds of a reconstruction, all but the first on the quantized pipeline's trajectories; one: only such a round."""
+    """A recipe with so many rounds of a reconstruction, the last one on the quantized pipeline's trajectories."""
     first = recipe(name)
     own = first["steps"][-1] | {"trajectory": "quantized"}
     return first | {"steps": [*first["steps"][:-1], *([first["steps"][-1]] * (rounds - 1)), own]}
