@@ -272,7 +272,6 @@ def test_a_recipe_explains_its_rules_and_refuses_numbers_beside_them() -> None:
 
 
 def test_every_place_and_step_gets_the_numbers_with_the_least_error() -> None:
-    """Self attention of one block is made peaked: one weight of a query is nearly all, and even levels hold the rest badly."""
     sites = ("blocks.0.attn1", "blocks.0.attn2")
     candidates = (AttentionQuant("float", "uint8"), AttentionQuant("float", "log2_3"))
     model = TINY["WanTransformer3DModel"]().eval()

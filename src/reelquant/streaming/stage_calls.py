@@ -35,9 +35,8 @@ class StageCalls:
     def of(cls, plan: Plan, entry: Entry, expected: Expected) -> StageCalls:
         """Those of a stage if calibration samples as much as expected."""
         stage = entry.stage
-        sampled = stage.held_out_runs(expected.steps) * expected.steps * held_out_batches(plan.recipe) + resampled_steps(
-            plan, entry, expected
-        )
+        held_out = stage.held_out_runs(expected.steps) * expected.steps * held_out_batches(plan.recipe)
+        sampled = held_out + resampled_steps(plan, entry, expected)
         wanted = stage.records if stage.resamples else recorded_calls(plan)
         recorded = min(2 * wanted, expected.calls * GUIDED)  # up to twice as many as wanted are kept
         parts = len(plan.parts(entry)) if entry.acts("solve_block") else 0

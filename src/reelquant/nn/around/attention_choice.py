@@ -29,9 +29,8 @@ class _Comparing(RoundedAttention):
         exact = fast.STOCK(query, key, value, mask, scale=scale)
         site = self.names.get(where.row)
         if site is not None and all(REFERENCE.refuses(query, key, value, one) is None for one in self.candidates):
-            self._note(
-                self.errors[site], exact.float(), [REFERENCE.attention(query, key, value, scale, one, mask) for one in self.candidates]
-            )
+            found = [REFERENCE.attention(query, key, value, scale, one, mask) for one in self.candidates]
+            self._note(self.errors[site], exact.float(), found)
         return exact
 
     def _note(self, errors: dict[int, list[float]], exact: Tensor, found: Sequence[Tensor]) -> None:
