@@ -98,11 +98,24 @@ def static() -> dict[str, Any]:
     return {name: base | {"steps": [*REWRITES, *steps]} for name, steps in rows.items()}
 
 
+def rounds() -> dict[str, Any]:
+    """``tcaq-w4a4`` with float attention, piece by piece: scales of channels, and rounds of learning on one trajectory or the other."""
+    scales = {f"scale, {peak}": [{"transform": "scale", "peak": peak, "on": "role:main"}] for peak in ("all", "mean", "weighted")}
+    start, learned = [*scales["scale, weighted"], solve("nearest")], learn("adaround", input_rate=0.003)
+    rows = {name: [*steps, solve("nearest")] for name, steps in ({"no scale": []} | scales).items()} | {
+        "one round": [*start, learned],
+        "two rounds, float trajectory": [*start, learned, learned],
+        "two rounds, the second on the quantized trajectory": [*start, learned, learned | {"trajectory": "quantized"}],
+    }
+    return {name: {"extends": "tcaq-w4a4", "steps": steps, "attention": None} for name, steps in rows.items()}
+
+
 SETS: dict[str, tuple[str, Rows]] = {
     "solvers-w4a8": ("4-bit weights in groups of 64, static 8-bit inputs", solvers(4)),
     "solvers-w3a8": ("3-bit weights in groups of 64, static 8-bit inputs", solvers(3)),
     "w4a8": ("qvd-w4a8 with power 0.5: 4-bit weights in groups of 64, static 8-bit inputs", qvd()),
     "w4a4": ("4-bit integers in groups of 16 with e4m3 scales, those of inputs found at run time", dynamic()),
+    "w4a4-rounds": ("tcaq-w4a4 with float attention: 4-bit weights in groups of 64, static 4-bit inputs for each step", rounds()),
     "w4a4-static": ("QVD's rewrites, 4-bit weights in groups of 64, static 4-bit inputs for each step", static()),
 }
 

@@ -9,7 +9,7 @@ import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 from reelquant._errors import SiteError, nearest
 from reelquant._regex import safe
@@ -17,12 +17,32 @@ from reelquant._regex import safe
 Role = Literal["main", "temporal", "prompt", "constant", "entry", "exit"]
 ROLES: tuple[Role, ...] = ("main", "temporal", "prompt", "constant", "entry", "exit")
 Part = Literal["weight", "input", "output"]
+AttentionRole = Literal["self", "cross"]
 
 
 def by_component(source: str) -> tuple[str, str]:
     """``"transformer_2=qvd-w4a8"`` as component and the rest; no component for ``"qvd-w4a8"`` and for files with ``=`` in their path."""
     name, equals, rest = source.partition("=")
     return (name, rest) if equals and name.isidentifier() and not Path(source).expanduser().is_file() else ("", source)
+
+
+class Addressed(Protocol):
+    """What a pattern can name.
+
+    Attributes:
+        roles: every role that things of this sort have.
+    """
+
+    roles: ClassVar[tuple[str, ...]]
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def role(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,7 @@ class Layer:
         order: position of the first call, -1 if it never ran.
     """
 
+    roles: ClassVar[tuple[str, ...]] = ROLES
     name: str
     kind: str
     role: Role
@@ -60,6 +81,23 @@ class Layer:
     channel_axis: int = -1
     calls: int = 1
     order: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A module that asks for attention, as discovery saw it.
+
+    Attributes:
+        name: dotted path of the innermost module that was running; empty for the denoiser itself.
+        kind: its class name.
+        role: ``cross`` if no layer that depends on the latent made the keys: a text, a picture, an embedding. ``self`` otherwise; joint
+            attention over text and latent is ``self``.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    name: str
+    kind: str
+    role: AttentionRole
 
 
 @dataclass(frozen=True)
@@ -101,6 +139,7 @@ class DenoiserMap:
         blocks: module paths in execution order (reconstruction, caching, streaming work block by block).
         apart: modules inside of blocks that are called from outside of them (DiT asks the first block's norm for the embedding of all).
         timestep_argument, latent_argument, prompt_argument: names of the denoiser's forward arguments, or None.
+        attention: the modules that ask for attention, in execution order.
     """
 
     cls: str
@@ -112,6 +151,7 @@ class DenoiserMap:
     prompt_argument: str | None = "encoder_hidden_states"
     notes: tuple[str, ...] = field(default=())
     apart: tuple[str, ...] = ()
+    attention: tuple[AttentionSite, ...] = ()
 
     def group_of(self, layer: str) -> Group:
         """The group a layer belongs to."""
@@ -125,13 +165,14 @@ class DenoiserMap:
         return tuple(layer.name for layer in self.layers.values() if layer.role == role)
 
 
-def matches(pattern: str, layer: Layer) -> bool:
-    r"""Does a pattern name this layer?
+def matches(pattern: str, layer: Addressed) -> bool:
+    r"""Does a pattern name this layer, or this place of attention?
 
     A pattern is alternatives separated by ``|``; each is one of: ``role:temporal``; ``class:Conv2d``; ``re:REGEX`` (full match on the
     name); a glob (``blocks.*.attn1.to_q``); an exact name, which also stands for everything below it (``blocks.0``); ``maybe:GLOB`` for
     layers that not every denoiser has. A leading ``!`` negates a term and binds tightest; terms joined by ``&`` must all hold. A regex
-    may hold ``|`` and ``&``, so it runs to the end of the pattern and comes last: ``role:main & re:blocks\.(0|1)\..*``.
+    may hold ``|`` and ``&``, so it runs to the end of the pattern and comes last: ``role:main & re:blocks\.(0|1)\..*``. Roles of
+    attention are ``self`` and ``cross``.
 
     Raises:
         SiteError: for an unknown role, an invalid regex or an empty term.
@@ -153,14 +194,14 @@ def _named(term: str, pattern: str) -> str:
     return term
 
 
-def _term(term: str, layer: Layer) -> bool:
+def _term(term: str, layer: Addressed) -> bool:
     positive = term.lstrip("! ")
     if positive != term:
         return _term(positive, layer) != (term[: len(term) - len(positive)].count("!") % 2 == 1)
     if term.startswith("role:"):
         role = term[5:].strip()
-        if role not in ROLES:
-            raise SiteError(f"unknown role in pattern '{term}'; {nearest(role, ROLES)}")
+        if role not in layer.roles:
+            raise SiteError(f"unknown role in pattern '{term}'; {nearest(role, layer.roles)}")
         return layer.role == role
     if term.startswith("class:"):
         return layer.kind == term[6:].strip()
@@ -177,8 +218,8 @@ def _fits(text: str, name: str) -> bool:
         raise SiteError(f"'re:{text:.200}' {error}") from None
 
 
-def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:
-    """Names of the layers that a pattern matches.
+def select(pattern: str, layers: Iterable[Addressed], noun: str = "layers") -> tuple[str, ...]:
+    """Names of the layers (or of what ``noun`` says) that a pattern matches.
 
     Raises:
         SiteError: if an alternative that names layers (not by role, class or ``maybe:``) matches none; the message gives the nearest name.
@@ -188,5 +229,5 @@ def select(pattern: str, layers: Iterable[Layer]) -> tuple[str, ...]:
         strict = not all(term.lstrip("! ").startswith(("role:", "class:", "maybe:")) for term in option)
         if strict and not any(all(_term(term, layer) for term in option) for layer in known):
             written = " & ".join(option)
-            raise SiteError(f"pattern '{written}' matches none of {len(known)} layers; {nearest(written, (x.name for x in known))}")
+            raise SiteError(f"pattern '{written}' matches none of {len(known)} {noun}; {nearest(written, (x.name for x in known))}")
     return tuple(layer.name for layer in known if matches(pattern, layer))

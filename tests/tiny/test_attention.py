@@ -203,9 +203,12 @@ def test_a_recipe_without_attention_keeps_its_digest_and_a_wrong_word_is_refused
     plain = load_recipe("minmax-w8a8")
     asked = load_recipe("minmax-w8a8", {"attention": INT8})
     assert load_recipe("minmax-w8a8", {"attention": None}).digest() == plain.digest() != asked.digest()
-    assert [entry.stage.numbers for entry in asked.entries if entry.name == "attention"] == [AttentionQuant()]
+    assert [entry.stage.asked for entry in asked.entries if entry.name == "attention"] == [AttentionQuant()]
     assert not [entry for entry in plain.entries if entry.name == "attention"]
-    for value, words in (({"score": "int8"}, "did you mean 'scores'"), ({"values": "fp8"}, "attention.values is one of float, e4m3")):
+    for value, words in (
+        ({"score": "int8"}, "did you mean 'scores'"),
+        ({"values": "fp8"}, "attention.values is one of float, e4m3, uint8"),
+    ):
         with pytest.raises(RecipeError, match=words):
             load_recipe("minmax-w8a8", {"attention": value})
 
@@ -245,7 +248,7 @@ def test_a_folder_asks_for_what_its_recipe_asked_for(made: tuple[Any, Any, Path]
 
 def test_a_damaged_or_newer_wish_is_refused(made: tuple[Any, Any, Path]) -> None:
     config = json.loads((made[2] / "transformer" / "config.json").read_text())["quantization_config"]
-    with pytest.raises(CheckpointError, match=r"attention\.scores is one of int8, got 'int2'; written by a newer version"):
+    with pytest.raises(CheckpointError, match=r"attention\.scores is one of int8, int4, float, got 'int2'; written by a newer version"):
         Stored.from_json(config | {"attention": {"scores": "int2"}})
     assert Stored.from_json({key: value for key, value in config.items() if key != "attention"}).attention is None
 
@@ -257,7 +260,7 @@ def test_configure_switches_it_and_stores_nothing(made: tuple[Any, Any, Path], t
     exact = frames(pipe)
     assert attention_facts(pipe.transformer) is None and not torch.equal(exact, rounded)
     reelquant.configure(pipe, attention={"values": "e4m3"})
-    assert str(rounded_attention(pipe.transformer).numbers) == "int8 scores, e4m3 values"  # type: ignore[union-attr]
+    assert str(rounded_attention(pipe.transformer).plan) == "int8 scores, e4m3 values"  # type: ignore[union-attr]
     saved = json.loads((reelquant.save(pipe, tmp_path / "out") / "transformer" / "config.json").read_text())["quantization_config"]
     assert saved["attention"] == {"scores": "int8", "values": "float"}
     reelquant.configure(pipe, attention=INT8)

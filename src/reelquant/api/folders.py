@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +75,7 @@ def configure(
     *,
     kernels: str | None = None,
     temporal_table: bool | None = None,
-    attention: str | Mapping[str, str] | None = None,
+    attention: str | Mapping[str, str] | Sequence[Mapping[str, Any]] | None = None,
     runtime: str | None = None,
 ) -> None:
     """Change how a quantized model is computed, after it was loaded or quantized. Checkpoints do not store these settings.
@@ -84,8 +84,9 @@ def configure(
         model: a quantized model, or a pipeline, which means all its quantized parts.
         kernels: ``reference`` for plain torch, the oracle of all kernels, or ``auto`` for the fastest.
         temporal_table: whether stored outputs of temporal layers are used where they fit, or every layer is computed.
-        attention: formats of the operands of attention, ``{"scores": "int8", "values": "float"}`` (or ``"e4m3"``). They are rounded
-            where a kernel takes the call, except at protected steps; ``"float"`` rounds none.
+        attention: formats of the operands of attention, ``{"scores": "int8", "values": "float"}`` (or ``"e4m3"``), as in a recipe. They
+            are rounded where a kernel takes the call, except at protected steps; ``"float"`` rounds none. A list of rules with ``on``
+            (and ``steps``) gives places numbers of their own; denoisers are run on tiny inputs to find them.
         runtime: ``openvino`` runs quantized denoisers as one graph each, on CPUs; ``torch`` goes back. Other parts stay in torch.
 
     Raises:

@@ -13,9 +13,8 @@ from reelquant._remarks import remark
 from reelquant._version import __version__
 from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
-from reelquant.kernels.attention import AttentionQuant, parse_attention
 from reelquant.models.pipelines import mark_quantized
-from reelquant.nn import LAYERS, LayerLayout, QuantLayer, buffer_shapes, quantized_layers
+from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers
 from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
@@ -72,7 +71,7 @@ class Stored:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     recipe_digest: str = ""
     tool_version: str = ""
-    attention: AttentionQuant | None = None
+    attention: AttentionPlan | None = None
     reuse: Mapping[str, Any] = field(default_factory=dict)
     sums: Mapping[str, str] = field(default_factory=dict)
 
@@ -120,7 +119,7 @@ class Stored:
             data.get("recipe") or {},
             data.get("recipe_digest", ""),
             data.get("tool_version", ""),
-            _attention(data, CheckpointError),
+            _attention(data),
             data.get("reuse") or {},
             data.get("sums") or {},
         )
@@ -158,15 +157,15 @@ def describe(
     sums = {name: layer_sum(layer) if sums is None else sums[name] for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
     reuse = stored_reuse(model)
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, _attention(recipe), reuse, sums)
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, asked_attention(model), reuse, sums)
 
 
-def _attention(data: Mapping[str, Any], raised: type[Exception] = RecipeError) -> AttentionQuant | None:
-    """What the key ``attention`` of a recipe or a checkpoint asks for."""
+def _attention(data: Mapping[str, Any]) -> AttentionPlan | None:
+    """What the key ``attention`` of a checkpoint says."""
     try:
-        return None if data.get("attention") is None else parse_attention(data["attention"])
+        return None if data.get("attention") is None else AttentionPlan.from_json(data["attention"])
     except RecipeError as error:
-        raise raised(f"quantization_config: {error}; written by a newer version?" if raised is CheckpointError else str(error)) from None
+        raise CheckpointError(f"quantization_config: {error}; written by a newer version?") from None
 
 
 def _check_unwrapped(model: nn.Module) -> None:

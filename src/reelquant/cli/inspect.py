@@ -145,6 +145,7 @@ def _structure(pipe: Any) -> tuple[dict[str, Any], DenoiserMap]:
         "attention": attention and asdict(attention),
         "bytes": sum(t.numel() * t.element_size() for t in (*denoiser.parameters(), *denoiser.buffers())),
         "blocks": list(map_.blocks),
+        "attention_sites": [asdict(site) for site in map_.attention],
         "arguments": {
             "latent": map_.latent_argument,
             "timestep": map_.timestep_argument,
@@ -303,10 +304,18 @@ def _head(data: dict[str, Any]) -> Table:
                 "groups",
                 f"{len(data['groups'])} inputs, {shared} shared; {foldable} can fold into a norm, {seams} join a skip connection",
             ),
+            *_attention(data["attention_sites"]),
             ("arguments", ", ".join(f"{kind} = {name}" for kind, name in data["arguments"].items() if name)),
             *(("note", note) for note in data["notes"]),
         ],
     )
+
+
+def _attention(sites: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """How many modules ask for attention, by role, and the first of each."""
+    roles = dict.fromkeys(site["role"] for site in sites)
+    names = {role: [site["name"] or "the denoiser itself" for site in sites if site["role"] == role] for role in roles}
+    return [("attention sites", "; ".join(f"{len(those)} {role} ({those[0]} ...)" for role, those in names.items()))] if names else []
 
 
 ROLE_WORDS = {

@@ -40,7 +40,8 @@ from reelquant.discover.outline import outline
 from reelquant.discover.probe import quantizable, steady
 from reelquant.discover.roles import dependencies, role_of
 from reelquant.discover.stand_in import stand_in
-from reelquant.sites import DenoiserMap, Layer, Role
+from reelquant.nn import get_module
+from reelquant.sites import AttentionSite, DenoiserMap, Layer, Role
 
 __all__ = [
     "TIMED",
@@ -94,6 +95,7 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
         prompt_argument=argument_of(found, "prompt"),
         notes=_notes(layers),
         apart=called_apart(blocks, traced.callers),
+        attention=_attention(denoiser, traced),
     )
 
 
@@ -108,6 +110,13 @@ def discover_or_outline(denoiser: nn.Module, like: Callable[[nn.Module], nn.Modu
     except UnsupportedError as error:
         logger.warning("roles of the layers of %s are told by their names only: %s", type(denoiser).__name__, error)
         return outline(denoiser)
+
+
+def _attention(denoiser: nn.Module, traced: Trace) -> tuple[AttentionSite, ...]:
+    """Modules that ask for attention, and whose keys they ask with."""
+    return tuple(
+        AttentionSite(name, type(get_module(denoiser, name)).__name__, "self" if own else "cross") for name, own in traced.attention.items()
+    )
 
 
 def _layers(denoiser: nn.Module, depends: dict[str, frozenset[str]], traced: Trace) -> dict[str, Layer]:

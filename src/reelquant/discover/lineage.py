@@ -89,6 +89,7 @@ class Trace:
         calls: how often each module ran.
         last: position of the last main layer that reached each output tensor of the denoiser.
         callers: the modules inside of which each module ran, innermost only; an empty name is the denoiser.
+        attention: for every module that asked for attention itself, whether a main layer had a part in the keys of any of its calls.
     """
 
     reads: dict[str, list[Read]] = field(default_factory=dict)
@@ -97,12 +98,13 @@ class Trace:
     calls: Counter[str] = field(default_factory=Counter)
     last: tuple[int, ...] = ()
     callers: dict[str, set[str]] = field(default_factory=dict)
+    attention: dict[str, bool] = field(default_factory=dict)
 
 
 class _Watch(TorchFunctionMode):
     """Notes every torch function: what it made, of what, and what that says about seams and histories."""
 
-    def __init__(self, readers: Counter[Key]) -> None:
+    def __init__(self, found: Trace) -> None:
         super().__init__()
         self.serials: Any = WeakTensorKeyDictionary()
         self.count = 0
@@ -110,7 +112,8 @@ class _Watch(TorchFunctionMode):
         self.root: dict[Key, Key] = {}
         self.seam: dict[Key, tuple[int, int]] = {}
         self.after: dict[Key, int] = {}
-        self.readers = readers
+        self.readers, self.attention = found.readers, found.attention
+        self.running = [""]  # modules, the innermost last
         self.in_layer = False
 
     def key(self, x: Tensor) -> Key:
@@ -120,10 +123,12 @@ class _Watch(TorchFunctionMode):
             serial = self.serials[x] = self.count
         return serial, version_of(x)
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         sources = [(x, self.key(x)) for x in tensors_in((args, kwargs))]
+        if name == "scaled_dot_product_attention":
+            self._note_attention(args[1] if len(args) > 1 else kwargs["key"])
         result = func(*args, **kwargs)
         products = list(tensors_in(result)) or ([args[0]] if name == "__setitem__" else [])
         if sources and (products or name not in _METADATA):
@@ -146,6 +151,10 @@ class _Watch(TorchFunctionMode):
             self._note_cat(args, kwargs, fresh[0])
         elif len(fresh) == 1 and name in _SAME | _POINTWISE:
             self._pass_seam(sources, fresh[0])
+
+    def _note_attention(self, keys: Tensor) -> None:
+        where = self.running[-1]
+        self.attention[where] = self.attention.get(where, False) or self.after.get(self.key(keys), -1) >= 0
 
     def _note_alias(self, name: str, source: Key, product: Key) -> None:
         self.root[product] = self.root.get(source, source)
@@ -189,9 +198,9 @@ def channel_axis(module: nn.Module) -> int:
 def trace(denoiser: nn.Module, inputs: dict[str, Any], main: AbstractSet[str]) -> Trace:
     """Run once with everything watched. ``main`` names the layers that depend on the latent. Call inside ``steady``."""
     found = Trace()
-    watch = _Watch(found.readers)
+    watch = _Watch(found)
     layers = quantizable(denoiser)
-    running = [""]
+    running = watch.running
     with contextlib.ExitStack() as stack:
         for name, module in denoiser.named_modules():
             if name in layers:

@@ -11,9 +11,10 @@ from torch import nn
 from reelquant.engine.build import BuiltGroup, GroupWork, build_layer, finish_layer, prepare_group
 from reelquant.engine.choice import Choice
 from reelquant.engine.recorded import replay
+from reelquant.engine.resampled import record_again
 from reelquant.engine.search import Assignment, family
 from reelquant.engine.session import Session
-from reelquant.nn import QuantLayer, get_module
+from reelquant.nn import QuantLayer, get_module, stock_attention
 from reelquant.observe import RecordedCall
 from reelquant.recipes.entry import Entry
 from reelquant.reuse import all_computed
@@ -37,10 +38,11 @@ def solve_blocks(session: Session, assignment: Assignment, groups: Sequence[Buil
     """Let every stage that works on blocks improve the codes of ``groups``, unit by unit in execution order."""
     for entry in session.plan.acting("solve_block"):
         units = session.plan.parts(entry)
+        calls = record_again(session, entry, groups) if entry.stage.resamples else session.calls
         told: dict[str, list[str]] = {}
         with session.timed(f"{entry.axis}: {entry.name}", len(units)):
             for unit in units:
-                for sentence in _solve_unit(session, entry, unit, assignment, groups):
+                for sentence in _solve_unit(session, entry, unit, assignment, groups, calls):
                     told.setdefault(sentence, []).append(unit or "the denoiser")
                 session.advance()
         session.warnings += [_summary(sentence, those, len(units)) for sentence, those in told.items()]
@@ -52,7 +54,9 @@ def _summary(sentence: str, units: Sequence[str], total: int) -> str:
     return f"{len(units)} of {total} parts: {sentence} ({', '.join(units[:NAMED])}{more})"
 
 
-def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignment, groups: Sequence[BuiltGroup]) -> Sequence[str]:
+def _solve_unit(
+    session: Session, entry: Entry, unit: str, assignment: Assignment, groups: Sequence[BuiltGroup], calls: Sequence[RecordedCall]
+) -> Sequence[str]:
     """Let a stage improve the codes of one unit: the warnings that it gave."""
     names = session.plan.touched(entry, unit)
     rows = session.plan.quantized
@@ -69,7 +73,7 @@ def _solve_unit(session: Session, entry: Entry, unit: str, assignment: Assignmen
         unit,
         module,
         {_inside(unit, name): layer.work for name, layer in layers.items()},
-        _calls(session, unit, groups),
+        _calls(session, unit, groups, calls),
         session.clock,
         session.seed,
         told.append,
@@ -112,17 +116,19 @@ def _layers(session: Session, assignment: Assignment, groups: Sequence[BuiltGrou
     return layers
 
 
-def _calls(session: Session, unit: str, groups: Sequence[BuiltGroup]) -> Callable[[bool], Sequence[RecordedCall]]:
+def _calls(
+    session: Session, unit: str, groups: Sequence[BuiltGroup], recorded: Sequence[RecordedCall]
+) -> Callable[[bool], Sequence[RecordedCall]]:
     """The calls of a unit, replayed when a stage asks for them."""
     known: dict[bool, Sequence[RecordedCall]] = {}
 
     def floats() -> Sequence[RecordedCall]:
-        with session.store.running():
-            return replay(session.denoiser, unit, session.calls, outputs=True)
+        with session.store.running(), stock_attention(session.denoiser):
+            return replay(session.denoiser, unit, recorded, outputs=True)
 
     def quantized() -> Sequence[RecordedCall]:
         with session.having(groups), session.store.running():
-            reached = replay(session.denoiser, unit, session.calls, outputs=False)
+            reached = replay(session.denoiser, unit, recorded, outputs=False)
         return _Paired(reached, calls(False))
 
     def calls(after_quantized: bool) -> Sequence[RecordedCall]:

@@ -92,8 +92,8 @@ def installed(plan: Plan) -> tuple[str, ...]:
 
 
 def recorded_calls(plan: Plan) -> int:
-    """How many calls of the denoiser the stages want recorded."""
-    return max((entry.stage.records for entry in plan.entries), default=0)
+    """How many calls of the float denoiser the stages want recorded."""
+    return max((entry.stage.records for entry in plan.entries if not entry.stage.resamples), default=0)
 
 
 class Part(NamedTuple):
@@ -234,10 +234,9 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     if part.decodes:
         return Calibration(observe_methods(denoiser, METHODS, watched, run, **how), inputs, course.texts)
     reader = _timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
-    looks = {"half_of": _half_reader(denoiser, plan)} if _reads_half(inputs) else {}
-    # a reader of its own: it knows the second call of a pair by the one that it read before
-    own = {"half_of": _half_reader(denoiser, plan)} if looks else {}
-    recorder = Recorder(recorded_calls(plan), expected.calls, reader, **own)
+    halves = _reads_half(inputs)
+    looks = {"half_of": _half_reader(denoiser, plan)} if halves else {}
+    recorder = Recorder.of(denoiser, plan, recorded_calls(plan), expected.calls, halves=halves)
     with recorder.watching(denoiser, lambda: not course.probing):
         steps = observe(denoiser, reader, watched, run, **looks, **how)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
@@ -293,6 +292,12 @@ class Recorder:
         self.stride, self.calls = max(expected // max(wanted, 1), 1), 0
         self._recording = Recording()
         self._timesteps: list[float] = []
+
+    @classmethod
+    def of(cls, denoiser: nn.Module, plan: Plan, wanted: int, expected: int, *, halves: bool) -> Recorder:
+        """A recorder of this denoiser's calls that reads the halves of guidance itself: it knows a second call by the one before."""
+        own = {"half_of": _half_reader(denoiser, plan)} if halves else {}
+        return cls(wanted, expected, _timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), **own)
 
     @contextmanager
     def watching(self, denoiser: nn.Module, due: Callable[[], bool] = lambda: True) -> Iterator[None]:

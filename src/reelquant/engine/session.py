@@ -115,6 +115,11 @@ class Session:
         return self.calibration.pairs if self.calibration else None
 
     @property
+    def halves(self) -> bool:
+        """Whether calibration told the halves of guidance apart."""
+        return self.calibration is not None and any(self.calibration.steps.halves)
+
+    @property
     def device(self) -> str | None:
         """Type of device where the sampler runs."""
         return self.store.device

@@ -10,11 +10,12 @@ from torch import nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.clock import NAME
+from reelquant.discover import discover
 from reelquant.discover.components import denoises, plain
 from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import check_backend
-from reelquant.kernels.attention import parse_attention
-from reelquant.nn import quantized_layers, set_attention, set_kernels
+from reelquant.kernels.attention import Asked, parse_asked
+from reelquant.nn import placed, quantized_layers, set_attention, set_kernels, stock_attention
 
 
 def _any(model: nn.Module) -> bool:
@@ -27,6 +28,18 @@ def _has_table(model: nn.Module) -> bool:
 
 def _set_tables(model: nn.Module, wanted: bool) -> None:
     getattr(model, NAME).tables = wanted
+
+
+def _set_attention(model: nn.Module, asked: Asked) -> None:
+    """Rules are for denoisers, whose places of attention are looked for here; other parts are left as they are."""
+    if not isinstance(asked, tuple):
+        return set_attention(model, placed(asked, ()))
+    if not denoises(model):
+        return None
+    with stock_attention(model):
+        sites = discover(model).attention
+    clock = getattr(model, NAME, None)
+    return set_attention(model, placed(asked, sites, [] if clock is None else clock.timesteps.tolist()))
 
 
 def _parse_runtime(name: str) -> str:
@@ -53,7 +66,7 @@ class Setting:
 
 SETTINGS: dict[str, Setting] = {
     "kernels": Setting(check_backend, set_kernels),
-    "attention": Setting(parse_attention, set_attention),
+    "attention": Setting(parse_asked, _set_attention),
     "temporal_table": Setting(
         bool,
         _set_tables,

@@ -24,6 +24,7 @@ def refuse_model(model: nn.Module) -> None:
     Raises:
         UnsupportedError: naming what is in the way.
     """
+    _refuse_attention(model)
     for name, layer in quantized_layers(model).items():
         if unknown := not_taken(layer.features, TAKES):
             _refuse(model, f"'{name}' has {unknown}", "use runtime='torch', or a recipe without that")
@@ -40,7 +41,6 @@ def refuse_model(model: nn.Module) -> None:
     if devices != {"cpu"}:
         _refuse(model, f"it lies on {', '.join(sorted(devices))}", "move it with model.to('cpu') first")
     _refuse_adapters(model)
-    _refuse_attention(model)
 
 
 def refuse_call(model: nn.Module, args: Any, kwargs: Any) -> None:
@@ -74,7 +74,7 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 def _refuse_attention(model: nn.Module) -> None:
     if rounded := rounded_attention(model):
-        _refuse(model, f"its attention is asked for with {rounded.numbers}", "call reelquant.configure(pipe, attention='float') first")
+        _refuse(model, f"its attention is asked for with {rounded.plan}", "call reelquant.configure(pipe, attention='float') first")
 
 
 def _refuse(model: nn.Module, why: str, instead: str) -> NoReturn:

@@ -21,6 +21,7 @@ from reelquant.integrations.config import OPTIONS, ReelQuantConfig, data_free
 from reelquant.integrations.options import SKIPPED, pattern_of, with_options
 from reelquant.nn import (
     QuantLayer,
+    ask_attention,
     attention_facts,
     broken,
     count_tensors,
@@ -40,6 +41,7 @@ from reelquant.nn import (
 )
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.refusals import refuse_saving
+from reelquant.policies.attention import RoundAttention
 from reelquant.reuse import install_stored, remove_reuse
 from reelquant.sites import DenoiserMap, Group, matches
 
@@ -143,10 +145,11 @@ class OnTheFly:
         set_module(self.model, path, quantized)
 
     def finish(self) -> None:
-        """Nothing may be left.
+        """Nothing may be left; what the recipe asks of attention is noted.
 
         Raises:
             CheckpointError: naming the first tensor that the checkpoint lacks.
+            RecipeError: if rules of attention name places of a model that could not be run.
         """
         missing = [f"{path}.{tensor}" for path, tensors in self.waiting.items() for tensor in sorted(tensors)]
         if missing:
@@ -154,6 +157,9 @@ class OnTheFly:
                 f"the checkpoint of {type(self.model).__name__} lacks {len(missing)} tensors that were to be quantized: '{missing[0]}'"
                 f"{' ...' if len(missing) > 1 else ''}; download it again"
             )
+        for stage in (entry.stage for entry in self.plan.entries):
+            if isinstance(stage, RoundAttention):
+                ask_attention(self.model, stage.plan(self.plan.map))
 
 
 def put_empty_layers(model: nn.Module, stored: Stored) -> None:
@@ -200,6 +206,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
     stop_runtime(model)
     remove_reuse(model)
     round_attention(model, None)
+    ask_attention(model, None)
     count_tensors(model)
     if homeless:
         refuse_saving(model, homeless)

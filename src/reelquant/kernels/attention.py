@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.kernels import attention_reference, current_backend
-from reelquant.kernels.attention_quant import FLOAT, AttentionQuant, over_keys, parse_attention
+from reelquant.kernels.attention_quant import FLOAT, Asked, AttentionQuant, AttentionRule, over_keys, parse_asked, parse_attention
 
 STOCK = F.scaled_dot_product_attention
 
@@ -44,6 +44,7 @@ class RoundedKernel:
         attention: computes ``softmax(query key^T * scale) value``; a scale of None is ``head ** -0.5``. The last argument is None, or a
             mask for which :func:`over_keys` holds.
         low_bit: whether products of codes are products of codes; if not, they are only simulated.
+        takes: whether it was written for these numbers; the reference computes those that no kernel was written for.
     """
 
     name: str
@@ -51,6 +52,7 @@ class RoundedKernel:
     refuses: Callable[[Tensor, Tensor, Tensor, AttentionQuant], str | None]
     attention: Callable[[Tensor, Tensor, Tensor, float | None, AttentionQuant, Tensor | None], Tensor]
     low_bit: bool = True
+    takes: Callable[[AttentionQuant], bool] = lambda numbers: True
 
 
 REFERENCE = RoundedKernel("reference", lambda numbers: None, attention_reference.refuses, attention_reference.attention, low_bit=False)
@@ -60,12 +62,13 @@ REFERENCE = RoundedKernel("reference", lambda numbers: None, attention_reference
 def _triton() -> RoundedKernel:
     from reelquant.kernels.cuda import scores
 
-    return RoundedKernel("triton int8 attention", scores.missing, scores.refuses, scores.attention)
+    return RoundedKernel("triton int8 attention", scores.missing, scores.refuses, scores.attention, takes=scores.takes)
 
 
 ROUNDED: dict[str, Callable[[], RoundedKernel]] = {"cpu": lambda: REFERENCE, "cuda": _triton}
 """Device type -> what computes attention with rounded operands there. On CPUs the reference simulates it, so that a recipe can be judged
-without a GPU; nothing stands in for a kernel on devices that are there to be fast."""
+without a GPU. On other devices the reference stands in for numbers that no kernel was written for, and for nothing else: devices that are
+there to be fast compute in float what their kernel cannot."""
 
 
 def select(numbers: AttentionQuant, device: str, wanted: str = "auto") -> tuple[RoundedKernel | None, str | None]:
@@ -76,6 +79,8 @@ def select(numbers: AttentionQuant, device: str, wanted: str = "auto") -> tuple[
     if device not in ROUNDED:
         return None, f"there is no kernel for {device}"
     kernel = ROUNDED[device]()
+    if not kernel.takes(numbers):
+        return REFERENCE, None
     reason = kernel.missing(numbers)
     return (kernel, None) if reason is None else (None, reason)
 
@@ -125,10 +130,13 @@ __all__ = [
     "REFERENCE",
     "ROUNDED",
     "STOCK",
+    "Asked",
     "AttentionQuant",
+    "AttentionRule",
     "RoundedKernel",
     "attention",
     "over_keys",
+    "parse_asked",
     "parse_attention",
     "refuses",
     "select",

@@ -1,7 +1,10 @@
 """Layers: quantized replacements of linear and convolution layers, and how they enter a model. How products are computed does not belong
 here."""
 
-from reelquant.nn.around.attention import AttentionFacts, attention_facts, expected_attention, round_attention, stop_attention
+from reelquant.nn.around.attention import ask_attention, asked_attention, attention_facts, round_attention, stock_attention, stop_attention
+from reelquant.nn.around.attention_choice import best, compare_attention
+from reelquant.nn.around.attention_facts import AttentionFacts, expected_attention
+from reelquant.nn.around.attention_plan import AttentionPlan, placed
 from reelquant.nn.extended import prepares_input, quantized_class
 from reelquant.nn.finite import broken, check_finite, check_tensors, is_finite
 from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
@@ -28,6 +31,7 @@ __all__ = [
     "LAYERS",
     "SHIFT_DTYPE",
     "AttentionFacts",
+    "AttentionPlan",
     "Clipped",
     "KernelFacts",
     "LayerLayout",
@@ -39,11 +43,15 @@ __all__ = [
     "QuantLinear",
     "Saturation",
     "TensorLayout",
+    "ask_attention",
+    "asked_attention",
     "attention_facts",
+    "best",
     "broken",
     "buffer_shapes",
     "check_finite",
     "check_tensors",
+    "compare_attention",
     "count_tensors",
     "count_weights",
     "dequantized",
@@ -54,6 +62,7 @@ __all__ = [
     "kernels_of",
     "layer_facts",
     "mix_name",
+    "placed",
     "prepares_input",
     "quantized_class",
     "quantized_layers",
@@ -63,6 +72,7 @@ __all__ = [
     "set_module",
     "start_clock",
     "start_runtime",
+    "stock_attention",
     "stop_attention",
     "stop_clock",
     "stop_runtime",

@@ -8,7 +8,8 @@ from torch import nn
 
 from reelquant.kernels import check_backend, current_backend
 from reelquant.kernels.attention import AttentionQuant
-from reelquant.nn.around.attention import round_attention, rounded_attention, start_attention, stop_attention
+from reelquant.nn.around.attention import ask_attention, round_attention, rounded_attention, start_attention, stop_attention
+from reelquant.nn.around.attention_plan import AttentionPlan
 from reelquant.nn.around.fuse import fuse_activations, part_activations
 from reelquant.nn.around.tokenwise import block_tokens, unblock_tokens
 from reelquant.nn.casting import accept_own_dtype, refuse_own_dtype
@@ -18,18 +19,19 @@ from reelquant.nn.residency import many_at_once
 from reelquant.nn.swap import quantized_layers
 
 
-def start_runtime(model: nn.Module, attention: AttentionQuant | None = None) -> None:
+def start_runtime(model: nn.Module, attention: AttentionPlan | None = None) -> None:
     """Switch it on, twice is once; nothing is made faster if the reference was asked for.
 
     Args:
         model: a quantized model.
-        attention: what its attention rounds; None leaves that as it is.
+        attention: what its attention rounds, and checkpoints say that it does; None leaves that as it is.
     """
     refuse(model)
     accept_own_dtype(model)
     _at_first_call(model, True)
     if attention is not None:
         round_attention(model, attention)
+        ask_attention(model, attention)
     if current_backend() == "auto":
         start_attention(model)
         fuse_activations(model)
@@ -81,10 +83,10 @@ def _prepare_layers(model: nn.Module, args: object) -> None:
     trim_heap()
 
 
-def set_attention(model: nn.Module, numbers: AttentionQuant | None) -> None:
+def set_attention(model: nn.Module, plan: AttentionPlan | AttentionQuant | None) -> None:
     """Let one model's attention round its operands, from its next call on, or leave them in float."""
     layers = quantized_layers(model).values()
-    round_attention(model, numbers, next((layer.kernels for layer in layers), "auto"))
+    round_attention(model, plan, next((layer.kernels for layer in layers), "auto"))
 
 
 def set_kernels(model: nn.Module, name: str) -> None:
@@ -101,6 +103,6 @@ def set_kernels(model: nn.Module, name: str) -> None:
     refuse(model)
     accept_own_dtype(model)
     if (rounded := rounded_attention(model)) is not None:
-        round_attention(model, rounded.numbers, name)
+        round_attention(model, rounded.plan, name)
     if name == "auto":
         start_runtime(model)

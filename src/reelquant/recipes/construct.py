@@ -60,7 +60,12 @@ def combinations(member: Any, options: Mapping[str, Any]) -> list[dict[str, Any]
     return combined
 
 
-_ITEMS: dict[str, type | tuple[type, ...]] = {"float": (int, float), "int": int, "str": str}  # of parameters that take several values
+_ITEMS: dict[str, type | tuple[type, ...]] = {
+    "float": (int, float),
+    "int": int,
+    "str": str,
+    "Mapping": dict,
+}  # of parameters that take several values
 
 
 def _same_kind(value: Any, field: dataclasses.Field[Any]) -> bool:

@@ -25,6 +25,7 @@ from reelquant.sites import DenoiserMap
 from reelquant.stages import BlockWork, LayerWork, Solution, Stage, StageSite
 
 INPUTS = ("quantized", "float", "mixed")
+TRAJECTORIES = ("float", "quantized")
 PASSES = 3
 """An iteration goes forward and backward; the way back takes about twice as long."""
 
@@ -54,6 +55,8 @@ class Trained(Stage):
             outside of blocks keep their codes. ``temporal``: each largest module whose quantizable layers all follow
             the timestep alone. ``model``: the denoiser as a whole.
         calls: denoiser calls to record, evenly over calibration; at least 4.
+        trajectory: whose calls are recorded: those of calibration with the ``float`` pipeline, or those of the ``quantized`` one, which
+            samples the texts of calibration once more, as earlier stages left it. Targets are the float model's for the same arguments.
         iterations: steps of Adam for each part, one recorded call each.
         rate: its learning rate for what the stage trains.
         inputs: arguments that a part is trained on: those that the ``quantized`` parts before it give, those of the ``float`` model,
@@ -67,6 +70,7 @@ class Trained(Stage):
 
     scope: str = "block"
     calls: int = 32
+    trajectory: str = "float"
     iterations: int = 300
     rate: float = 0.05
     inputs: str = "quantized"
@@ -77,7 +81,9 @@ class Trained(Stage):
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        tables = (("scope", SCOPES), ("inputs", INPUTS), ("follow", FOLLOWS), ("gradient", GRADIENTS))
+        tables = (
+            ("scope", SCOPES), ("inputs", INPUTS), ("follow", FOLLOWS), ("gradient", GRADIENTS), ("trajectory", TRAJECTORIES)
+        )  # fmt: skip
         for name, known in tables:
             if (value := getattr(self, name)) not in known:
                 raise RecipeError(f"unknown {name} '{value}' of {self.name}; {nearest(value, known)}")
@@ -94,6 +100,10 @@ class Trained(Stage):
     @property
     def records(self) -> int:
         return self.calls
+
+    @property
+    def resamples(self) -> bool:
+        return self.trajectory == "quantized"
 
     @property
     def in_memory(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -26,7 +26,8 @@ class BlockWork:
         module: a copy of it with the quantized layers in place and rewrites folded into its norms.
         layers: the layers that may change, by path inside of ``module``; an empty path means that ``module`` is the layer.
         calls: recorded calls. With ``True`` their arguments are what the quantized parts before this one give, with ``False``
-            those of the float model. Outputs are those of the float model in both cases.
+            those of the float model. Outputs are those of the float model in both cases. The denoiser calls behind them are of the float
+            pipeline's trajectories, or of the quantized one's if the stage resamples.
         clock: of the layers in ``module``; None without calibrated timesteps.
         seed: for random choices.
         warn: adds a sentence to the warnings of the report. Blocks that say the same become one warning that counts and names them, so

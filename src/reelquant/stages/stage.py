@@ -69,8 +69,17 @@ class Stage:
 
     @property
     def records(self) -> int:
-        """How many calls of the float denoiser the stage wants recorded, arguments and outputs."""
+        """How many calls of the denoiser the stage wants recorded, arguments and outputs."""
         return 0
+
+    @property
+    def resamples(self) -> bool:
+        """Whether these calls are made by the pipeline as earlier stages leave it, sampled once more for them, instead of the float one.
+
+        For stages that act in :meth:`solve_block`. What the float model gives for such calls is still known, see
+        :attr:`reelquant.stages.BlockWork.calls`.
+        """
+        return False
 
     @classmethod
     def hooks(cls) -> tuple[str, ...]:

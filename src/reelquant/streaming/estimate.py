@@ -24,7 +24,7 @@ from reelquant.engine.search import candidates, trial_count
 from reelquant.nn import get_module
 from reelquant.observe import BUDGET, InputStatistics
 from reelquant.streaming.offload import OnDisk
-from reelquant.streaming.stage_calls import GUIDED, StageCalls, by_name, held_out_batches
+from reelquant.streaming.stage_calls import GUIDED, StageCalls, by_name, held_out_batches, resampled_steps
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 CGROUP = Path("/sys/fs/cgroup")
@@ -226,6 +226,7 @@ class _Sampling:
         held = held_out_batches(recipe)
         trials = trial_count(plan, plan.map.groups) if len(candidates(plan)) > 1 else 0
         further = sum(entry.stage.held_out_runs(expected.steps) for entry in plan.entries) * expected.steps * held
+        further += sum(resampled_steps(plan, entry, expected) for entry in plan.entries)
         always, trial = expected.calls + 2 * expected.steps * held, recipe.search.steps * held
         drafts = bool(trials) * (len(candidates(plan)) if recipe.search.scope == "family" else 1)
         remembered = always + further + 2 * bool(trials) * trial

@@ -21,7 +21,7 @@ class StageCalls:
 
     Attributes:
         name: what the recipe calls it.
-        sampled: to sample held-out texts.
+        sampled: to sample held-out texts, and those of calibration where the stage wants calls of the quantized pipeline.
         replayed: recorded calls that are made again for the parts it works on, in float and behind quantized parts.
         own: what it computes itself, in calls.
     """
@@ -35,15 +35,23 @@ class StageCalls:
     def of(cls, plan: Plan, entry: Entry, expected: Expected) -> StageCalls:
         """Those of a stage if calibration samples as much as expected."""
         stage = entry.stage
-        sampled = stage.held_out_runs(expected.steps) * expected.steps * held_out_batches(plan.recipe) * GUIDED
-        recorded = min(2 * recorded_calls(plan), expected.calls * GUIDED)  # up to twice as many as wanted are kept
+        held_out = stage.held_out_runs(expected.steps) * expected.steps * held_out_batches(plan.recipe)
+        sampled = held_out + resampled_steps(plan, entry, expected)
+        wanted = stage.records if stage.resamples else recorded_calls(plan)
+        recorded = min(2 * wanted, expected.calls * GUIDED)  # up to twice as many as wanted are kept
         parts = len(plan.parts(entry)) if entry.acts("solve_block") else 0
-        return cls(f"{entry.axis} {entry.name}", sampled, 2 * recorded * parts, stage.own_calls(len(plan.touched(entry))))
+        return cls(f"{entry.axis} {entry.name}", sampled * GUIDED, 2 * recorded * parts, stage.own_calls(len(plan.touched(entry))))
 
     @property
     def whole(self) -> int:
         """Calls of the denoiser where it is."""
         return self.sampled + self.replayed
+
+
+def resampled_steps(plan: Plan, entry: Entry, expected: Expected) -> int:
+    """Denoising steps of the second observation of a stage; 0 if it has none."""
+    wanted = plan.recipe.calibrate
+    return expected.steps * math.ceil(wanted.prompts / wanted.batch) if entry.stage.resamples and wanted else 0
 
 
 def held_out_batches(recipe: Recipe) -> int:

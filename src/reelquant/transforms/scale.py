@@ -19,12 +19,20 @@ def _by_step(group: GroupView) -> Tensor:
     return torch.maximum(high, -low)
 
 
+def _weighted(group: GroupView) -> Tensor:
+    """Mean of the steps' largest magnitudes, each step weighted by the range of all its channels together."""
+    low, high = group.by_step()
+    reach = high.amax(1) - low.amin(1)
+    return (torch.maximum(high, -low) * (reach / reach.sum().clamp_min(1e-30))[:, None]).sum(0)
+
+
 PEAKS: dict[str, Callable[[GroupView], Tensor]] = {
     "all": magnitude,
     "first": lambda group: _by_step(group)[0],
     "mean": lambda group: _by_step(group).mean(0),
+    "weighted": _weighted,
 }
-"""Largest magnitude of every channel ``[channels]``: over all steps, at the first one, or the mean of the steps'."""
+"""Largest magnitude of every channel ``[channels]``: over all steps, at the first one, or the mean of the steps', plain or weighted."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,11 @@ class Scale(Transform):
 
     Attributes:
         alpha: how much of the difference between channels moves.
-        peak: the steps that ``max|x|`` is of: ``all``, the ``first``, or the ``mean`` of the largest magnitudes of each step.
+        peak: the steps that ``max|x|`` is of: ``all``, the ``first``, or the ``mean`` of the largest magnitudes of each step; ``weighted``:
+            a mean to which steps with a wide range of activations count more.
 
-    Paper: SmoothQuant (arXiv 2211.10438), equation 4. The weights of all layers that share the input count together.
+    Papers: SmoothQuant (arXiv 2211.10438), equation 4; TCAQ-DM (arXiv 2412.16700) for ``weighted``, where the weight of a step is a
+    reconstruction of ours: its range over the sum of those of all steps. The weights of all layers that share the input count together.
     """
 
     alpha: float = 0.5

@@ -31,6 +31,7 @@ STAGES: dict[str, dict[str, Any]] = {
         "steps": [{"allocate": "milp", "bits": 6, "calls": 3, "formats": ["int4/channel", "int8/channel"], "on": "role:main"}]
     },
     "reconstruct adaround": {"steps": [{"reconstruct": "adaround", "calls": 4, "iterations": 10, "on": "role:main"}]},
+    "reconstruct lsq": {"steps": [{"reconstruct": "lsq", "trajectory": "quantized", "calls": 4, "iterations": 10, "on": "role:main"}]},
     "policy protect_steps": {"protect_steps": "auto"},
 }
 

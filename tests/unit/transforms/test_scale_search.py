@@ -117,7 +117,7 @@ def test_the_first_step_alone_may_say_how_channels_differ() -> None:
     calls = [first, first.flip(1) * 2]
     model = nn.ModuleDict({"layer": nn.Linear(2, 3)})
     scales = {}
-    for peak in ("all", "first", "mean"):
+    for peak in ("all", "first", "mean", "weighted"):
         steps = [{"transform": "scale", "alpha": 1.0, "peak": peak}]
         built = build(model, ["layer"], calls, {"format": "int8", "granularity": "channel"}, {"format": "int8"}, steps)
         scale = built.layers["layer"].pre_quant_scale.float()
@@ -125,6 +125,7 @@ def test_the_first_step_alone_may_say_how_channels_differ() -> None:
     assert scales["first"] == pytest.approx(8, rel=0.01)
     assert scales["all"] == pytest.approx(0.5, rel=0.01)  # 8 over 16
     assert scales["mean"] == pytest.approx((8 + 2) / (1 + 16), rel=0.01)
+    assert scales["weighted"] == pytest.approx((8 + 2 * 2) / (1 + 2 * 16), rel=0.01)  # the second range is twice as wide
 
 
 def test_the_memory_of_a_search_is_in_the_estimate() -> None:

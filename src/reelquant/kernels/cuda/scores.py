@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,14 @@ from reelquant.kernels.attention_quant import AttentionQuant
 
 FLOATS = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
+
+
+TAKES = frozenset({AttentionQuant(), AttentionQuant(values="e4m3")})
+
+
+def takes(numbers: AttentionQuant) -> bool:
+    """Whether the kernel was written for these numbers: int8 scores with smoothed keys, beside floats or e4m3."""
+    return replace(numbers, smooth="auto" if numbers.smooth == "keys" else numbers.smooth) in TAKES
 
 
 def missing(numbers: AttentionQuant) -> str | None:
