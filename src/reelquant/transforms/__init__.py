@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 
-from reelquant.stages import GroupView, Rewrite, register
+from reelquant.stages import GroupView, Rewrite, Stage, register
+from reelquant.transforms.equalize import Equalize
 from reelquant.transforms.permute import Permute
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rotate import Rotate
@@ -14,18 +15,20 @@ from reelquant.transforms.scale_search import ScaleSearch
 from reelquant.transforms.shift import Shift
 from reelquant.transforms.transform import Transform
 
-TRANSFORMS: dict[str, type[Transform]] = {
+TRANSFORMS: dict[str, type[Stage]] = {
     "shift": Shift,
     "range_integrate": RangeIntegrate,
     "scale": Scale,
     "scale_search": ScaleSearch,
     "rotate": Rotate,
     "permute": Permute,
+    "equalize": Equalize,
 }
 register_transform = functools.partial(register, TRANSFORMS, "transform")
 
 __all__ = [
     "TRANSFORMS",
+    "Equalize",
     "GroupView",
     "Permute",
     "RangeIntegrate",
