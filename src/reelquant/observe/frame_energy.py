@@ -33,8 +33,8 @@ class FrameEnergy(Statistic):
 
     @classmethod
     def for_input(cls, of: Watched) -> Self | None:
-        """Of an input that follows the latents: others have no frames."""
-        return cls(of.channel_axis, bool(of.geometry.kernel)) if of.role == "main" else None
+        """Of any input; one without frames adds nothing."""
+        return cls(of.channel_axis, bool(of.geometry.kernel))
 
     def look(self, x: Tensor, call: Call) -> dict[str, Tensor]:
         if call.part or call.probe or not 1 < call.frames <= FRAMES:

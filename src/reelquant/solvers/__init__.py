@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 
+from reelquant.solvers.adaround import Adaround
 from reelquant.solvers.als import Als
 from reelquant.solvers.comq import Comq
 from reelquant.solvers.gptq import Gptq
@@ -20,11 +21,13 @@ SOLVERS: dict[str, type[Solver]] = {
     "comq": Comq,
     "als": Als,
     "sigma_delta": SigmaDelta,
+    "adaround": Adaround,
 }
 register_solver = functools.partial(register, SOLVERS, "solver")
 
 __all__ = [
     "SOLVERS",
+    "Adaround",
     "Als",
     "Comq",
     "Gptq",
