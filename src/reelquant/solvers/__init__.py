@@ -13,6 +13,7 @@ from reelquant.solvers.nearest import Nearest
 from reelquant.solvers.problem import Problem, problem_of
 from reelquant.solvers.sigma_delta import SigmaDelta
 from reelquant.solvers.solver import Solver
+from reelquant.solvers.stored import Stored
 from reelquant.stages import Solution, register
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -22,6 +23,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "als": Als,
     "sigma_delta": SigmaDelta,
     "adaround": Adaround,
+    "stored": Stored,
 }
 register_solver = functools.partial(register, SOLVERS, "solver")
 
@@ -36,6 +38,7 @@ __all__ = [
     "SigmaDelta",
     "Solution",
     "Solver",
+    "Stored",
     "problem_of",
     "register_solver",
 ]
