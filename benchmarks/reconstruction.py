@@ -42,6 +42,7 @@ ADAROUND = learn("adaround")
 BOTH = {"drop": 0.5, "inputs": "mixed"}
 SOLVED: dict[str, list[Any]] = {
     "nearest": [solve("nearest")],
+    "adaround from nearest": [solve("adaround")],
     "gptq": [solve("gptq")],
     "comq from nearest": [solve("comq", start="nearest")],
     "comq from gptq": [solve("comq")],

@@ -112,6 +112,9 @@ class Group:
         foldable: True if a per-channel scale can move into the producer: it is an affine norm and only this group reads its output.
         fold_shift: True if a per-channel shift can move there too: it also has a bias.
         seam: channel at which a ``torch.cat`` joined a skip connection to this input (Q-Diffusion's split), or None.
+        source: layer whose output channels are the channels of this tensor: a factor there is a factor here. That holds for values,
+            because attention mixes tokens only, and for the ungated half of a feed-forward. Nobody else reads them. Or None.
+        source_row: the first output channel of the source that counts, if it has more than this tensor has.
     """
 
     layers: tuple[str, ...]
@@ -121,6 +124,8 @@ class Group:
     foldable: bool = False
     seam: int | None = None
     fold_shift: bool = False
+    source: str | None = None
+    source_row: int = 0
 
     @property
     def name(self) -> str:

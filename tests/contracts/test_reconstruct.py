@@ -26,6 +26,7 @@ from tests.tiny.stock import CALL, PROMPTS, contents, quantized_in_memory, store
 QUICK: dict[str, dict[str, Any]] = {
     "adaround": {"iterations": 30, "calls": 8, "rate": 0.2, "weight": 10.0},
     "lsq": {"iterations": 20, "calls": 8, "input_rate": 0.02},
+    "scales": {"iterations": 30, "calls": 8, "rate": 0.01},
     "straight_through": {"iterations": 30, "calls": 8, "rate": 0.02, "rank": 4, "input_rate": 0.01},
 }
 SCOPES: dict[str, dict[str, str]] = {
@@ -126,7 +127,7 @@ def _check_the_rest(found: dict[str, Tensor], report: Report, watching: Watching
     assert changed, "a recipe of 3 bits leaves something to gain"
     for key, value in before.items():
         layer, _, part = key.rpartition(".")
-        if layer not in changed or part not in ("weight", "bias", "input_scale"):
+        if layer not in changed or part not in ("weight", "weight_scale", "bias", "input_scale"):
             assert torch.equal(found[key], value), key
     for one, other in zip(report.layers, plain.layers, strict=True):
         assert one.solver != "nearest" if one.name in changed else one == other, one.name

@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant._progress import Silent
+from reelquant.discover import discover, dummy_inputs
+from reelquant.engine.plan import make_plan
 from reelquant.engine.session import Session
 from reelquant.engine.store import Memory
 from reelquant.kernels import Permutation, Rotation, Scaling, backend, block_size, hadamard
 from reelquant.observe import Geometry
+from reelquant.recipes.recipe import load_recipe
 from reelquant.transforms import TRANSFORMS, GroupView, Rewrite, Transform
 from tests.single import build, one_group, plan_of, statistics, unrounded
+from tests.tiny.configs import TINY
 
 # parameters beyond the defaults; a new member is tested with its defaults the moment it enters the table
 FURTHER: dict[str, list[dict[str, Any]]] = {
@@ -30,7 +34,10 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
     "rotate": [{"least": -100.0}, {"always": True, "signs": True}, {"always": True, "block": 2}],
     "permute": [{"clusters": 2}, {"clusters": 1}],
 }
-MEMBERS = [(name, options) for name in TRANSFORMS for options in ({}, *FURTHER.get(name, []))]
+PLANNED = [name for name, member in TRANSFORMS.items() if issubclass(member, Transform)]
+WHOLE = [name for name, member in TRANSFORMS.items() if "before_observing" in member.hooks()]
+"""Members that act on the float model before anything is observed."""
+MEMBERS = [(name, options) for name in PLANNED for options in ({}, *FURTHER.get(name, []))]
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAYER = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -52,7 +59,8 @@ def view(x: Tensor, weights: list[Tensor], axis: int = -1, padded: bool = False)
     sampled = rows.repeat_interleave(taps, -1)  # patches of one value: the ends of their channels are those of the rows
     if padded:
         sampled = torch.cat([sampled, torch.zeros_like(sampled[:1])])
-    return GroupView(*reach(rows, padded), weights, reach(hadamard(rows), padded), rows=sampled)
+    seam = rows.shape[1] // 2 or None
+    return GroupView(*reach(rows, padded), weights, reach(hadamard(rows), padded), rows=sampled, seam=seam)
 
 
 def reach(rows: Tensor, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,6 +308,7 @@ STEPS = {
     "rotate": {"transform": "rotate", "always": True},
     "signs": {"transform": "rotate", "always": True, "signs": True, "block": 4},
     "permute": {"transform": "permute", "clusters": 3},
+    "split": {"transform": "split"},
 }
 KINDS = {
     "Linear": (lambda: nn.Linear(24, 6), (40, 24), -1),
@@ -308,7 +317,7 @@ KINDS = {
 
 
 def test_every_member_is_among_the_pairs() -> None:
-    assert {step["transform"] for step in STEPS.values()} == set(TRANSFORMS)
+    assert {step["transform"] for step in STEPS.values()} == set(PLANNED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,7 +331,8 @@ def test_every_ordered_pair_keeps_the_float_output(first: str, second: str, kind
     module = make()
     x = torch.randn(shape).movedim(axis, -1) * (0.5 + torch.arange(shape[axis]) % 5) + torch.linspace(-2, 3, shape[axis])
     x, steps = x.movedim(-1, axis).contiguous(), [STEPS[first], STEPS[second]]
-    built = build(nn.ModuleDict({"layer": module}), ["layer"], [x], {"format": "int8", "granularity": "channel"}, {"format": "int8"}, steps)
+    weight, inputs = {"format": "int8", "granularity": "channel"}, {"format": "int8"}
+    built = build(nn.ModuleDict({"layer": module}), ["layer"], [x], weight, inputs, steps, seam=shape[axis] // 2)
     layer = built.layers["layer"]
     with backend("reference"):
         rounded = layer(x)
@@ -373,3 +383,28 @@ def test_ranges_that_nobody_observed_are_refused_before_sampling() -> None:
     for grain in ({"slots": "per_step"}, {"granularity": "channel"}):
         with pytest.raises(UnsupportedError, match=r"a rotation after other rewrites.*put 'transform: rotate' first, or set dynamic: true"):
             plan_of(model, map_, weight, {"format": "int8"} | grain, steps)
+
+
+# --- members that change the float model ------------------------------------------------------------------------------------------
+
+DENOISERS = ("WanTransformer3DModel", "UNetMotionModel", "LTXVideoTransformer3DModel")
+
+
+@pytest.mark.parametrize("cls", DENOISERS)
+@pytest.mark.parametrize("name", WHOLE)
+@torch.no_grad()
+def test_members_that_change_the_float_model_keep_its_output_and_can_be_undone(name: str, cls: str) -> None:
+    model = TINY[cls]()
+    for seed, parameter in enumerate(model.parameters()):  # norms with weights of many sizes, channels with different ranges
+        width = torch.rand(parameter.shape[-1:], generator=torch.Generator().manual_seed(seed))
+        parameter.mul_((4 * width - 2).exp())
+    before, inputs = {key: value.clone() for key, value in model.state_dict().items()}, dummy_inputs(model)
+    expected = model(**inputs)[0]
+    recipe = load_recipe({"name": "test", "defaults": {"weight": {"format": "int8"}}, "calibrate": None, "steps": [{"transform": name}]})
+    session = Session(None, "", model, make_plan(recipe, discover(model), model), Memory(model), Silent())
+    (entry,) = session.plan.entries
+    entry.stage.before_observing(session)
+    assert not session.warnings and any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().amax()))
+    session.roll_back()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -290,6 +290,44 @@ def test_norms_of_a_unet_transformer_block_fold() -> None:
     assert not map_.group_of("mid_block.attentions.0.transformer_blocks.0.attn2.to_k").foldable
 
 
+def test_sources_are_values_and_ungated_halves_and_nothing_behind_an_activation() -> None:
+    unet = found("UNetMotionModel")
+    block = "mid_block.attentions.0.transformer_blocks.0"
+    pairs = {(group.name, group.source, group.source_row) for group in unet.groups if group.name.startswith(block) and group.source}
+    expected = {(f"{block}.attn{i}.to_out.0", f"{block}.attn{i}.to_v", 0) for i in (1, 2)}
+    assert pairs == expected | {(f"{block}.ff.net.2", f"{block}.ff.net.0.proj", 0)}  # GEGLU: the second half is the gate
+    assert unet.group_of("mid_block.resnets.0.conv2").source is None
+    wan = found("WanTransformer3DModel")
+    assert wan.group_of("blocks.0.attn1.to_out.0").source == "blocks.0.attn1.to_v"
+    assert wan.group_of("blocks.0.ffn.net.2").source is None  # a GELU stands between
+    assert wan.group_of("blocks.1.attn1.to_q").source is None  # the stream of all blocks has many readers
+
+
+class Halves(nn.Module):
+    """A feed-forward whose first half is the gate; with a spy, something else reads the other half as well."""
+
+    def __init__(self, activation: nn.Module, spy: bool = False) -> None:
+        super().__init__()
+        self.start, self.up, self.down, self.activation, self.spy = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(6, 8), activation, spy
+        self.end = nn.Linear(8, 8)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        x = self.start(hidden_states)
+        gate, value = self.up(x).chunk(2, -1)
+        x = x + self.down(self.activation(gate) * value)
+        return self.end(x + value.sum() if self.spy else x)
+
+
+def test_a_source_may_be_a_part_of_a_layer_and_has_one_reader() -> None:
+    def source(model: nn.Module) -> tuple[str | None, int]:
+        group = discover(model, {"hidden_states": torch.randn(1, 3, 8)}).group_of("down")
+        return group.source, group.source_row
+
+    assert source(Halves(nn.GELU())) == ("up", 6)
+    assert source(Halves(nn.ReLU())) == ("up", 0)  # positively homogeneous: either half would do
+    assert source(Halves(nn.GELU(), spy=True)) == (None, 0)
+
+
 def test_modulated_norms_do_not_fold_but_the_plain_one_of_wan_does() -> None:
     map_ = found("WanTransformer3DModel")
     assert not map_.group_of("blocks.0.attn1.to_q").foldable

@@ -9,11 +9,13 @@ from typing import Any
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.branches.branch import Branch, Inner, TensorSpec
+from reelquant.branches.frame_rank_one import FrameRankOne
 from reelquant.branches.lowrank import Lowrank
 
 __all__ = [
     "BRANCHES",
     "Branch",
+    "FrameRankOne",
     "Inner",
     "Lowrank",
     "TensorSpec",
@@ -24,7 +26,7 @@ __all__ = [
     "register_branch",
 ]
 
-BRANCHES: dict[str, type[Branch]] = {"lowrank": Lowrank}
+BRANCHES: dict[str, type[Branch]] = {"lowrank": Lowrank, "frame_rank_one": FrameRankOne}
 """Name in recipes and checkpoints -> the branch."""
 
 

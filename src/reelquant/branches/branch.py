@@ -35,9 +35,11 @@ class Branch(Stage):
 
     Attributes:
         exports: None if exporters may add :meth:`weight` to the float weight and round the sum, else the sentence that they refuse with.
+        learns: names of the tensors that a reconstruction may train (``branch_rate``).
     """
 
     exports: ClassVar[str | None] = None
+    learns: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def tensors(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:

@@ -7,7 +7,8 @@
 
 Nothing is listed by layer name or by model class (see ``docs/design.md``, "discover, don't hand-write"). One file per question:
 ``arguments`` (what an argument means), ``learned`` (what calls tell of it where its name does not), ``inputs`` (tiny inputs), ``probe``
-(runs that leave no trace), ``roles``, ``lineage`` (which tensor came from where), ``groups``, ``blocks``, ``components`` (the denoiser of a
+(runs that leave no trace), ``roles``, ``lineage`` (which tensor came from where), ``groups``, ``sources``
+(whose channels a group reads), ``blocks``, ``components`` (the denoiser of a
 pipeline), ``stand_in`` (a model to run before its weights are there), ``outline`` (the map of a model that cannot be run).
 """
 
@@ -39,6 +40,7 @@ from reelquant.discover.lineage import Trace, channel_axis, trace
 from reelquant.discover.outline import outline
 from reelquant.discover.probe import quantizable, steady
 from reelquant.discover.roles import dependencies, role_of
+from reelquant.discover.sources import with_sources
 from reelquant.discover.stand_in import stand_in
 from reelquant.nn import get_module
 from reelquant.sites import AttentionSite, DenoiserMap, Layer, Role
@@ -66,7 +68,7 @@ logger = logging.getLogger(__name__)
 def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> DenoiserMap:
     """The map of a denoiser: roles, groups, blocks and the names of its arguments.
 
-    Runs the denoiser up to eight times. It is left exactly as it was: parameters, buffers, training flags, hooks and random state.
+    Runs the denoiser about a dozen times. It is left exactly as it was: parameters, buffers, training flags, hooks and random state.
 
     Args:
         denoiser: a diffusers denoiser, in float32, bfloat16 or float16, anywhere.
@@ -83,12 +85,13 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
         depends = dependencies(denoiser, inputs, found)
         main = {name for name, its in depends.items() if "latent" in its}
         traced = trace(denoiser, inputs, main)
-    layers = _layers(denoiser, depends, traced)
+        layers = _layers(denoiser, depends, traced)
+        groups = with_sources(denoiser, inputs, find_groups(denoiser, layers, traced), layers, traced)
     blocks = find_blocks(denoiser, layers)
     return DenoiserMap(
         cls=type(denoiser).__name__,
         layers=layers,
-        groups=find_groups(denoiser, layers, traced),
+        groups=groups,
         blocks=blocks,
         timestep_argument=argument_of(found, "timestep"),
         latent_argument=argument_of(found, "latent"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,7 @@ class Read:
         same: the tensor, seen through casts. Layers with equal ``same`` read the very same values.
         root: the tensor, seen through casts and changes of shape: what its producer wrote.
         after: position of the last main layer in its history, -1 if none: it is made of the latent alone.
+        made_of: the layers whose outputs it is made of, without another layer in between.
         seam: axis and channel of the concatenation it carries.
         low, high: smallest and largest value per channel, only where a norm wrote the tensor.
     """
@@ -65,6 +67,7 @@ class Read:
     after: int
     seam: tuple[int, int] | None
     shape: tuple[int, ...]
+    made_of: frozenset[str] = frozenset()
     low: Tensor | None = None
     high: Tensor | None = None
 
@@ -88,6 +91,7 @@ class Trace:
         readers: how often something that is not a layer used the values of a tensor, by its root.
         calls: how often each module ran.
         last: position of the last main layer that reached each output tensor of the denoiser.
+        shown: the layers whose outputs reach the denoiser's output without another layer in between.
         callers: the modules inside of which each module ran, innermost only; an empty name is the denoiser.
         attention: for every module that asked for attention itself, whether a main layer had a part in the keys of any of its calls.
     """
@@ -97,6 +101,7 @@ class Trace:
     readers: Counter[Key] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
     last: tuple[int, ...] = ()
+    shown: frozenset[str] = frozenset()
     callers: dict[str, set[str]] = field(default_factory=dict)
     attention: dict[str, bool] = field(default_factory=dict)
 
@@ -112,6 +117,7 @@ class _Watch(TorchFunctionMode):
         self.root: dict[Key, Key] = {}
         self.seam: dict[Key, tuple[int, int]] = {}
         self.after: dict[Key, int] = {}
+        self.made_of: dict[Key, frozenset[str]] = {}
         self.readers, self.attention = found.readers, found.attention
         self.running = [""]  # modules, the innermost last
         self.in_layer = False
@@ -143,6 +149,7 @@ class _Watch(TorchFunctionMode):
         alias = len(fresh) == 1 and sources[0][0].numel() == fresh[0].numel() and name in _SAME | _VIEWS
         for x in fresh:
             self.after[self.key(x)] = max(self.after.get(key, -1) for key in before)
+            self.made_of[self.key(x)] = self.layers_of(before)
         if alias:
             self._note_alias(name, sources[0][1], self.key(fresh[0]))
         elif not self.in_layer:
@@ -155,6 +162,10 @@ class _Watch(TorchFunctionMode):
     def _note_attention(self, keys: Tensor) -> None:
         where = self.running[-1]
         self.attention[where] = self.attention.get(where, False) or self.after.get(self.key(keys), -1) >= 0
+
+    def layers_of(self, keys: Iterable[Key]) -> frozenset[str]:
+        """The layers whose outputs reach one of these tensors without another layer in between."""
+        return frozenset().union(*(self.made_of.get(key, frozenset()) for key in keys))
 
     def _note_alias(self, name: str, source: Key, product: Key) -> None:
         self.root[product] = self.root.get(source, source)
@@ -212,7 +223,9 @@ def trace(denoiser: nn.Module, inputs: dict[str, Any], main: AbstractSet[str]) -
                 stack.callback(module.register_forward_hook(_on_write(found, watch, name, order), with_kwargs=True).remove)
         with watch:
             output = run(denoiser, inputs)
-        found.last = tuple(watch.after.get(watch.key(x), -1) for x in tensors_in(output) if x.is_floating_point())
+        outputs = [watch.key(x) for x in tensors_in(output) if x.is_floating_point()]
+        found.last = tuple(watch.after.get(key, -1) for key in outputs)
+        found.shown = watch.layers_of(outputs)
     return found
 
 
@@ -233,7 +246,9 @@ def _on_read(found: Trace, watch: _Watch, name: str):
         with torch._C.DisableTorchFunction():
             key = watch.key(x)
             root = watch.root.get(key, key)
-            read = Read(watch.same.get(key, key), root, watch.after.get(key, -1), watch.seam.get(key), tuple(x.shape))
+            read = Read(
+                watch.same.get(key, key), root, watch.after.get(key, -1), watch.seam.get(key), tuple(x.shape), watch.layers_of([key])
+            )
             writer = found.written.get(root)
             if writer is not None and writer.low is not None:
                 read.low, read.high = extremes(x, channel_axis(module))
@@ -245,6 +260,7 @@ def _on_read(found: Trace, watch: _Watch, name: str):
 def _on_layer_done(found: Trace, watch: _Watch, is_main: bool):
     def done(name: str, output: Tensor) -> None:
         watch.in_layer = False
+        watch.made_of[watch.key(output)] = frozenset({name})
         if is_main and name in found.reads:
             watch.after[watch.key(output)] = list(found.reads).index(name)
 
@@ -255,10 +271,12 @@ def _on_write(found: Trace, watch: _Watch, name: str, layer_done: Any):
     def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         with torch._C.DisableTorchFunction():
             found.calls[name] += 1
-            history = max((watch.after.get(watch.key(x), -1) for x in tensors_in((args, kwargs))), default=-1)
+            given = [watch.key(x) for x in tensors_in((args, kwargs))]
+            history, layers = max((watch.after.get(key, -1) for key in given), default=-1), watch.layers_of(given)
             for x in tensors_in(output):
                 key = watch.key(x)
                 watch.after.setdefault(key, history)  # made by something no torch function mode sees
+                watch.made_of.setdefault(key, layers)
                 if layer_done is not None:
                     layer_done(name, x)
                 root = watch.root.get(key, key)

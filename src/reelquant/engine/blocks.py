@@ -96,9 +96,10 @@ def _inside(unit: str, name: str) -> str:
 
 
 def _as_it_is(layer: _Layer, module: nn.Module) -> _Layer:
-    """The layer with the scales of its input that an earlier stage may have changed."""
-    scale = getattr(module, "input_scale", None)
-    return replace(layer, work=layer.work.with_input_scale(scale))
+    """The layer with the scales of its input and the tensors of its branches that an earlier stage may have changed."""
+    scale, names = getattr(module, "input_scale", None), [name for _, tensors in layer.work.branches for name in tensors]
+    known = {name: getattr(module, name) for name in names}
+    return replace(layer, work=layer.work.with_input_scale(scale).with_branch_tensors(known))
 
 
 def _layers(session: Session, assignment: Assignment, groups: Sequence[BuiltGroup], names: Sequence[str]) -> dict[str, _Layer]:
@@ -155,6 +156,7 @@ class _Paired(Sequence[RecordedCall]):
 def _take(session: Session, name: str, layer: _Layer, solution: Solution, key: Any) -> None:
     """Pack a layer with its better codes."""
     row, module = session.plan.layers[name], session.float_layer(name)
-    work = replace(layer.work.with_input_scale(solution.input_scale), solution=solution)
+    work = layer.work.with_input_scale(solution.input_scale).with_branch_tensors(solution.branches)
+    work = replace(work, solution=solution)
     built = finish_layer(layer.shared, row, work, layer.choice, module)
     session.store.improved(layer.built, name, built, key)

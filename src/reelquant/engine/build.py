@@ -112,7 +112,7 @@ def prepare_group(context: Context, group: Group, choice: Choice) -> GroupWork:
     """The rewrite of a group's input. Float layers are let go again."""
     plan = context.plan
     rows = [plan.layers[name] for name in group.layers if plan.layers[name].skipped is None]
-    rewrite = _rewrite(context, rows, choice)
+    rewrite = _rewrite(context, rows, choice, group.seam)
     outside, inside = Rewrite(), rewrite
     first, rest = rewrite.first()
     whole = len(rows) == len(group.layers) and not first.identity and context.folding
@@ -127,12 +127,12 @@ def shared_rewrites(rows: Sequence[LayerPlan]) -> list[Entry]:
     return [entry for entry in entries if entry.acts("rewrite") and all(entry in row.entries for row in rows)]
 
 
-def _rewrite(context: Context, rows: Sequence[LayerPlan], choice: Choice) -> Rewrite:
+def _rewrite(context: Context, rows: Sequence[LayerPlan], choice: Choice, seam: int | None) -> Rewrite:
     """All rewrites that apply to every layer of the group, in recipe order."""
     entries = shared_rewrites(rows)
     if not entries or rows[0].layer.name not in context.inputs:
         return Rewrite()
-    view = _view(context, rows)
+    view = replace(_view(context, rows), seam=seam)
     for entry in entries:
         view = choice.stage(entry).rewrite(view)
     return view.total

@@ -238,7 +238,7 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     looks = {"half_of": _half_reader(denoiser, plan)} if halves else {}
     recorder = Recorder.of(denoiser, plan, recorded_calls(plan), expected.calls, halves=halves)
     with recorder.watching(denoiser, lambda: not course.probing):
-        steps = observe(denoiser, reader, watched, run, **looks, **how)
+        steps = observe(denoiser, reader, watched, run, frames_of=_frames_reader(denoiser, plan), **looks, **how)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
 
 
@@ -269,6 +269,20 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
         return int(clock.which)
 
     return half_of
+
+
+def _frames_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
+    """The frames of a call's latents: ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``; of packed latents what the call says; else 1."""
+    read = timestep_reader(denoiser, plan.map.latent_argument or "hidden_states")
+    channels = getattr(getattr(denoiser, "config", None), "in_channels", None)
+
+    def frames_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        latent, told = read(args, kwargs), kwargs.get("num_frames")
+        if isinstance(latent, Tensor) and latent.ndim == 5:
+            return latent.shape[1] if latent.shape[2] == channels != latent.shape[1] else latent.shape[2]
+        return told if isinstance(told, int) else 1
+
+    return frames_of
 
 
 GOLDEN = (math.sqrt(5) - 1) / 2

@@ -46,6 +46,7 @@ def _layout(row: LayerPlan, work: LayerWork) -> LayerLayout:
         bias=work.stored_bias is not None,
         step_invariant=row.layer.role in ("prompt", "constant"),
         branches=tuple(branch for branch, _ in work.branches),
+        bands=() if work.bands is None else work.bands.stored,
     )
 
 

@@ -52,13 +52,25 @@ def plan_for(model: nn.Module, config: ReelQuantConfig) -> Plan:
     """What a wish makes of a model whose parameters are on the meta device.
 
     Raises:
-        ReelQuantError: if the recipe calibrates, an option names what the model has not, or nothing would be quantized.
+        ReelQuantError: if the recipe calibrates or needs the whole model at once, an option names what the model has not, or nothing would
+            be quantized.
     """
     found = _map(model)
     recipe = with_options(data_free(config.recipe), model, found.layers.values(), *(getattr(config, option) for option in OPTIONS))
     plan = make_plan(recipe, found, model)
+    _refuse_whole(plan)
     _tell_skipped(plan, config)
     return plan
+
+
+def _refuse_whole(plan: Plan) -> None:
+    for entry in plan.entries:
+        if entry.stage.in_memory is not None:
+            name = plan.recipe.name
+            raise UnsupportedError(
+                f"recipe '{name}' cannot be followed while weights are loaded, layer by layer, because {entry.stage.in_memory}; load the "
+                f"float pipeline, call reelquant.quantize(pipe, '{name}') and reelquant.save(pipe, folder), and open that folder instead"
+            )
 
 
 def _tell_skipped(plan: Plan, config: ReelQuantConfig) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from reelquant._errors import RecipeError, UnsupportedError, nearest
 from reelquant.kernels.features import not_taken
+from reelquant.kernels.frame_bands import FRAMES, Arrangement, FrameBands, haar
 from reelquant.kernels.hadamard import block_size, hadamard
 from reelquant.kernels.kernel import Kernel
 from reelquant.kernels.mixed_input import mixing
@@ -105,8 +106,11 @@ def select(operands: Operands, device: str, wanted: str = "auto") -> tuple[Kerne
 
 __all__ = [
     "BACKENDS",
+    "FRAMES",
     "KERNELS",
     "REFERENCE",
+    "Arrangement",
+    "FrameBands",
     "InputQuant",
     "Kernel",
     "Mix",
@@ -122,6 +126,7 @@ __all__ = [
     "block_size",
     "check_backend",
     "current_backend",
+    "haar",
     "hadamard",
     "mix_dtype",
     "native_float",

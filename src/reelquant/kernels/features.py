@@ -26,6 +26,7 @@ WORDS = {
     "unused": "an output that is never needed",
     "input_groups": "inputs with a scale per group of channels",
     "scale_codes": "scales of eight bits",
+    "bands": "inputs whose frames are mixed",
     "cfg_halves": "input scales for each half of guidance",
 }
 """How messages call the features that are known; others are called by their name."""

@@ -215,7 +215,7 @@ class QuantLayer(nn.Module):
     @property
     def simulated(self) -> bool:
         """Whether float arithmetic stands in for the low-bit arithmetic of the recipe."""
-        return self.layout.input is not None and not self.kernel.low_bit
+        return self.layout.input is not None and (bool(self.layout.bands) or not self.kernel.low_bit)
 
     def prepare(self) -> Prepared:
         """Choose a kernel and let it repack the weight; see :meth:`Residency.prepare`."""

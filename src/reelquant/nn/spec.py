@@ -22,7 +22,7 @@ from reelquant.formats import (
     parse_format,
     parse_granularity,
 )
-from reelquant.kernels import Mix, mix_dtype, read_mix
+from reelquant.kernels import FrameBands, Mix, mix_dtype, read_mix
 from reelquant.kernels.features import features_in_use, grain_features
 
 
@@ -98,6 +98,8 @@ class LayerLayout:
         step_invariant: the layer sees neither the latent nor the timestep, so its output is that of the step before
             (:mod:`reelquant.nn.output_cache`).
         branches: what the layer computes beside its product, outermost first; at most one of a kind.
+        bands: how the input's frames are mixed around the product, and the bits of each band, as
+            :attr:`reelquant.kernels.FrameBands.stored` has it; empty for no mix.
     """
 
     weight: TensorLayout
@@ -113,6 +115,7 @@ class LayerLayout:
     step_invariant: bool = False
     branches: tuple[Branch, ...] = ()
     mix: tuple[str, ...] = ()
+    bands: tuple[int, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -148,18 +151,29 @@ class LayerLayout:
         known = {JSON_NAMES.get(one.name, one.name) for one in fields(cls)}
         if unknown := set(values) - known:
             raise CheckpointError(f"quantization_config describes layers with unknown keys {sorted(unknown)}: written by a newer version?")
+        bands = _bands(values.pop("bands", ()))
         weight, inputs = values.pop("weights"), values.pop("input_activations", None)
         return cls(
             weight=TensorLayout(**weight),
             input=TensorLayout(**inputs) if inputs else None,
             branches=_branches(values.pop("branches", {})),
             mix=tuple(values.pop("mix", ())),
+            bands=bands,
             **values,
         )
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _bands(stored: Any) -> tuple[int, ...]:
+    try:
+        return FrameBands.read(stored).stored if stored else ()
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"quantization_config describes a layer whose frames are mixed in no known way, {stored!r:.80}: {error}"
+        ) from None
 
 
 def _branches(data: dict[str, dict[str, Any]]) -> tuple[Branch, ...]:

@@ -4,6 +4,7 @@ from reelquant.observe.call import Call
 from reelquant.observe.channel_range import ChannelRange
 from reelquant.observe.collect import Steps, exchanged, observe, observe_methods, time_of
 from reelquant.observe.features import Features
+from reelquant.observe.frame_energy import Arrangement, FrameEnergy
 from reelquant.observe.geometry import Geometry
 from reelquant.observe.gram import Gram
 from reelquant.observe.half_ranges import HalfRange, HalfRanges
@@ -18,9 +19,11 @@ from reelquant.observe.table import STATISTICS, register_statistic
 __all__ = [
     "BUDGET",
     "STATISTICS",
+    "Arrangement",
     "Call",
     "ChannelRange",
     "Features",
+    "FrameEnergy",
     "Geometry",
     "Gram",
     "HalfRange",

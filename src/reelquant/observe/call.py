@@ -16,9 +16,11 @@ class Call:
         part: number of the sampler run. Runs come one after the other, so this never decreases.
         half: which half of a guidance pair the call computes, as :mod:`reelquant.clock` numbers them.
         probe: whether its texts are random words: they widen ranges, and count for nothing else.
+        frames: of the latents; 1 if that is not known.
     """
 
     step: int
     part: int = 0
     half: int = ANY
     probe: bool = False
+    frames: int = 1

@@ -78,6 +78,7 @@ def observe(
     half_of: Callable[[tuple[Any, ...], dict[str, Any]], int] = lambda args, kwargs: ANY,
     probing: Callable[[], bool] = lambda: False,
     prepared: Container[str] = (),
+    frames_of: Callable[[tuple[Any, ...], dict[str, Any]], int] = lambda args, kwargs: 1,
 ) -> Steps:
     """Run the pipeline once and fill the statistics.
 
@@ -90,22 +91,23 @@ def observe(
         half_of: which half of a guidance pair a denoiser call computes, as :mod:`reelquant.clock` numbers them.
         probing: whether the run that is going on samples probes.
         prepared: layers that change their input before they multiply; what they multiply is looked at.
+        frames_of: how many frames the latents of a denoiser call have.
 
     Raises:
         CalibrationError: if the denoiser was never called, or an input was NaN or infinite.
     """
-    steps, half = Steps(), [ANY]
+    steps, half, frames = Steps(), [ANY], [1]
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         steps.see(timestep_of(args, kwargs))
         steps.example = steps.example or (args, kwargs)
-        half[0] = half_of(args, kwargs)
+        half[0], frames[0] = half_of(args, kwargs), frames_of(args, kwargs)
         steps.halves[half[0]] += 1
         on_call(steps.calls)
 
     with _hooks() as handles:
         handles.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
-        handles += _looks(denoiser, watched, prepared, lambda: Call(steps.current, steps.part, half[0], probing()))
+        handles += _looks(denoiser, watched, prepared, lambda: Call(steps.current, steps.part, half[0], probing(), frames[0]))
         run()
     if not steps.calls:
         raise CalibrationError(f"sampling never called the denoiser ({type(denoiser).__name__}): is it the pipeline's own module?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from reelquant._errors import RecipeError, nearest
 from reelquant.observe.channel_range import ChannelRange
 from reelquant.observe.features import Features
+from reelquant.observe.frame_energy import FrameEnergy
 from reelquant.observe.gram import Gram
 from reelquant.observe.half_ranges import HalfRanges
 from reelquant.observe.rotated_range import RotatedRange
@@ -18,6 +19,7 @@ STATISTICS: dict[str, type[Statistic]] = {
     "gram": Gram,
     "features": Features,
     "halves": HalfRanges,
+    "frames": FrameEnergy,
 }
 
 

@@ -7,10 +7,16 @@ import functools
 
 from reelquant.reconstruct.adaround import AdaRound
 from reelquant.reconstruct.lsq import Lsq
+from reelquant.reconstruct.scales import Scales
 from reelquant.reconstruct.straight_through import StraightThrough
 from reelquant.stages import Stage, register
 
-RECONSTRUCTIONS: dict[str, type[Stage]] = {"adaround": AdaRound, "lsq": Lsq, "straight_through": StraightThrough}
+RECONSTRUCTIONS: dict[str, type[Stage]] = {
+    "adaround": AdaRound,
+    "lsq": Lsq,
+    "scales": Scales,
+    "straight_through": StraightThrough,
+}
 register_reconstruction = functools.partial(register, RECONSTRUCTIONS, "reconstruction")
 
-__all__ = ["RECONSTRUCTIONS", "AdaRound", "Lsq", "StraightThrough", "register_reconstruction"]
+__all__ = ["RECONSTRUCTIONS", "AdaRound", "Lsq", "Scales", "StraightThrough", "register_reconstruction"]

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from reelquant.branches import Branch
 from reelquant.clock import Moment
-from reelquant.kernels import InputQuant
-from reelquant.nn import QuantLayer, get_module, set_module
+from reelquant.kernels import InputQuant, Window
+from reelquant.nn import LayerLayout, QuantLayer, get_module, set_module
 from reelquant.nn.runners.branch import with_branches
 from reelquant.nn.runners.guidance import GuidanceHalves
 from reelquant.reconstruct.drop import Drop
@@ -63,20 +64,45 @@ class SoftLayer(nn.Module):
         work: what it was made of.
         weight: the trained weight.
         scales: the trained scales of the input, or None.
+        tensors: the trained tensors of the layer's branches, by name.
         drop: leaves some of the rounded inputs float while the layer is soft; or None.
         hard: whether the layer is the one that its :meth:`solution` gives; then the output is that of the reference kernel.
     """
 
-    def __init__(self, layer: QuantLayer, work: LayerWork, weight: SoftWeight, scales: InputScales | None = None) -> None:
+    def __init__(
+        self, layer: QuantLayer, work: LayerWork, weight: SoftWeight, scales: InputScales | None = None, tensors: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.layer, self.work, self.hard = layer, work, True
         self.weight, self.scales = weight, scales
         self.drop: Drop | None = None
         self._given: Tensor | None = None
+        self._taken: Mapping[str, Tensor] = {}
+        self.tensors = nn.ParameterDict({name: nn.Parameter(layer._buffers[name].float()) for name in tensors})  # type: ignore[union-attr]
+
+    @property
+    def layout(self) -> LayerLayout:
+        """Of the layer."""
+        return self.layer.layout
+
+    @property
+    def window(self) -> Window | None:
+        """Of the layer."""
+        return self.layer.window
+
+    def branch_tensors(self, branch: Branch) -> dict[str, Tensor]:
+        """The tensors of one branch as they are now; while the layer is hard, as it would store them."""
+        known = self.layer.branch_tensors(branch)
+        return {name: self._tensor(name, value) for name, value in known.items()}
+
+    def _tensor(self, name: str, stored: Tensor) -> Tensor:
+        if name not in self.tensors:
+            return self._taken.get(name, stored)
+        return self.tensors[name].detach().to(stored.dtype) if self.hard else self.tensors[name]
 
     def forward(self, input: Tensor) -> Tensor:
         clock = self.layer.clock
-        chain = with_branches(self.layer, self._product)
+        chain = with_branches(self, self._product)
         if self.layer.layout.cfg_halves:
             chain = GuidanceHalves(self.layer, chain)
         return chain(input, clock[0].now() if clock else Moment(), "")
@@ -110,29 +136,41 @@ class SoftLayer(nn.Module):
 
     def _bias(self, values: Tensor) -> Tensor | None:
         """The bias as the layer would store it, float32."""
-        bias, stored = self.work.bias_for(values), self.layer.bias
+        bias, stored = self._work().bias_for(values), self.layer.bias
         return None if bias is None or stored is None else bias.to(stored.dtype).float()
+
+    def _work(self) -> LayerWork:
+        """What the layer was made of, with its branches as they are now."""
+        if not self.tensors and not self._taken:
+            return self.work
+        return self.work.with_branch_tensors(
+            {name: value for one in self.layout.branches for name, value in self.branch_tensors(one).items()}
+        )
 
     def take(self, solution: Solution) -> None:
         """Become the layer that has these codes and scales."""
         self.weight, self.scales, self._given = Fixed(solution), None, solution.input_scale
+        self.tensors, self._taken = nn.ParameterDict(), solution.branches
 
     def solution(self) -> Solution:
         """What the layer has learned."""
-        found = self.weight.solution()
+        learned = {name: value.detach().to(self.layer._buffers[name].dtype) for name, value in self.tensors.items()}  # type: ignore[union-attr]
+        found = replace(self.weight.solution(), branches=learned)
         return found if self.scales is None else replace(found, input_scale=self.scales.scale().detach())
 
     @property
     def learns(self) -> bool:
         """Whether anything of the layer can be trained."""
-        return any(True for part in (self.weight, self.scales) if part is not None for _ in part.parameters())
+        return any(True for part in (self.weight, self.scales, self.tensors) if part is not None for _ in part.parameters())
 
 
 WeightOf = Callable[[QuantLayer, LayerWork], SoftWeight]
 ScalesOf = Callable[[Tensor, LayerWork], InputScales]
 
 
-def soften(block: BlockWork, weight: WeightOf = Fixed.of, scales: ScalesOf | None = None) -> tuple[BlockWork, Mapping[str, SoftLayer]]:
+def soften(
+    block: BlockWork, weight: WeightOf = Fixed.of, scales: ScalesOf | None = None, *, branches: bool = False
+) -> tuple[BlockWork, Mapping[str, SoftLayer]]:
     """The block with soft layers in the places of the layers that may change, and these by path. Only they can be
     trained.
 
@@ -141,9 +179,10 @@ def soften(block: BlockWork, weight: WeightOf = Fixed.of, scales: ScalesOf | Non
     Args:
         weight: makes the trained weight of a layer; that of its codes by default, which does not change.
         scales: makes trained scales of its static input; None: they do not change.
+        branches: whether tensors of branches are trained that say so.
     """
     block.module.requires_grad_(False)
-    soft = {path: _soft(_layer(block.module, path), work, weight, scales) for path, work in block.layers.items()}
+    soft = {path: _soft(_layer(block.module, path), work, weight, scales, branches=branches) for path, work in block.layers.items()}
     if "" in soft:
         return replace(block, module=soft[""]), soft
     for path, layer in soft.items():
@@ -151,10 +190,11 @@ def soften(block: BlockWork, weight: WeightOf = Fixed.of, scales: ScalesOf | Non
     return block, soft
 
 
-def _soft(layer: QuantLayer, work: LayerWork, weight: WeightOf, scales: ScalesOf | None) -> SoftLayer:
+def _soft(layer: QuantLayer, work: LayerWork, weight: WeightOf, scales: ScalesOf | None, *, branches: bool) -> SoftLayer:
     inputs = layer.operands.input
     learned = None if scales is None or inputs is None or inputs.scale is None else scales(inputs.scale, work)
-    return SoftLayer(layer, work, weight(layer, work), learned)
+    names = [name for branch in layer.layout.branches for name in branch.learns] if branches else []
+    return SoftLayer(layer, work, weight(layer, work), learned, names)
 
 
 def harden(soft: Sequence[SoftLayer], hard: bool) -> None:

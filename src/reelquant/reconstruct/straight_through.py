@@ -13,10 +13,11 @@ from reelquant._errors import RecipeError
 from reelquant.formats import Quantizer
 from reelquant.nn import QuantLayer
 from reelquant.reconstruct.levels import within_cell
+from reelquant.reconstruct.scales import stored_scale
 from reelquant.reconstruct.soft import SoftLayer, SoftWeight
 from reelquant.reconstruct.through import rounded
 from reelquant.reconstruct.trained import Rated, Trained
-from reelquant.stages import LayerWork, Solution, storable
+from reelquant.stages import LayerWork, Solution
 
 REACH = 0.98
 """How near to the border of two numbers a weight may start, as a share: rounding must give the codes that are there."""
@@ -50,12 +51,7 @@ class Updated(SoftWeight):
         if self.logarithm is None:
             return self.quantizer
         scale = self.quantizer.scale * self.logarithm.exp()
-        return replace(self.quantizer, scale=self._stored(scale.detach()) if hard else scale)
-
-    def _stored(self, scale: Tensor) -> Tensor:
-        """Scales as the layer stores them; one that would round to zero or infinity stays as it was."""
-        found = storable(self.quantizer, scale)
-        return torch.where((found > 0) & found.isfinite(), found, self.quantizer.scale)
+        return replace(self.quantizer, scale=stored_scale(self.quantizer, scale.detach()) if hard else scale)
 
     def values(self, *, hard: bool) -> Tensor:
         if hard:

@@ -17,6 +17,7 @@ from reelquant.nn import QuantLayer
 from reelquant.observe import RecordedCall
 from reelquant.reconstruct.drop import Drop
 from reelquant.reconstruct.error import HELD_OUT, mean_error, output_error, split
+from reelquant.reconstruct.frame_relation import frame_axis, relation
 from reelquant.reconstruct.input_scales import FOLLOWS, InputScales
 from reelquant.reconstruct.parts import SCOPES, WHOLE
 from reelquant.reconstruct.soft import SoftLayer, SoftWeight, harden, soften
@@ -66,6 +67,8 @@ class Trained(Stage):
         follow: how these scales follow the denoising step, where a layer has a row of scales for each: ``each`` row by itself, ``all`` by
             the same factor, or ``fitted``: by a smooth function of the timestep, of which the layer stores the values.
         gradient: what moves them: the rounding ``step`` of every value (LSQ), or clipped values at the end of the ``range`` alone (PAMS).
+        branch_rate: learning rate of the tensors of branches that may be trained (:attr:`reelquant.branches.Branch.learns`); 0 leaves them.
+        relation: weight of the relations of frames beside the error (:mod:`reelquant.reconstruct.frame_relation`), with scope ``model``.
     """
 
     scope: str = "block"
@@ -78,6 +81,8 @@ class Trained(Stage):
     input_rate: float = 0.0
     follow: str = "each"
     gradient: str = "step"
+    branch_rate: float = 0.0
+    relation: float = 0.0
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -92,6 +97,11 @@ class Trained(Stage):
                 raise RecipeError(f"{name} of {self.name} is at least {least}, got {value}")
         if self.rate <= 0 or self.input_rate < 0:
             raise RecipeError(f"{self.name} needs rate > 0 and input_rate >= 0, got rate={self.rate}, input_rate={self.input_rate}")
+        if self.branch_rate < 0 or self.relation < 0 or (self.relation and self.scope != WHOLE):
+            raise RecipeError(
+                f"{self.name} needs branch_rate >= 0 and relation >= 0, the latter with scope: model, because frames are those of the "
+                f"denoiser's output; got branch_rate={self.branch_rate}, relation={self.relation}, scope={self.scope}"
+            )
         if not 0 <= self.drop < 1:
             raise RecipeError(f"drop of {self.name} is a share in [0, 1), got {self.drop}")
         if self.inputs == "mixed" and not self.drop:
@@ -119,6 +129,8 @@ class Trained(Stage):
 
     def supports(self, site: StageSite) -> str | None:
         role = site.layer.role
+        if reason := next(filter(None, (stage.untrainable for stage in site.before)), None):
+            return f"{self.name} cannot train a layer {reason}; leave such layers out of 'on', or drop that step"
         if self.scope == "temporal" and role != "temporal":
             return f"scope 'temporal' of {self.name} trains layers with role temporal, not '{role}'; write on: role:temporal"
         return None
@@ -142,7 +154,12 @@ class Trained(Stage):
         if not trained:
             block.warn(f"codes stay as they are, because fewer than 2 of {self.calls} wanted calls were recorded")
             return {}
-        block, soft = soften(block, functools.partial(self.weight_of, seed=block.seed), self._scales if self.input_rate else None)
+        block, soft = soften(
+            block,
+            functools.partial(self.weight_of, seed=block.seed),
+            self._scales if self.input_rate else None,
+            branches=self.branch_rate > 0,
+        )
         learning = {path: layer for path, layer in soft.items() if layer.learns}
         if not learning:
             block.warn(
@@ -162,7 +179,7 @@ class Trained(Stage):
     def train(self, block: BlockWork, soft: Sequence[SoftLayer], calls: Sequence[RecordedCall], numbers: Sequence[int]) -> None:
         """Train the soft layers on these calls; they are hard again afterwards."""
         start = max(mean_error(block, calls, numbers), torch.finfo(torch.float32).tiny)
-        groups = [group for group in (*self.rated(soft), self._rated_scales(soft)) if group.parameters]
+        groups = [group for group in (*self.rated(soft), self._rated_scales(soft), self._rated_branches(soft)) if group.parameters]
         optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in groups])
         generator = torch.Generator().manual_seed(block.seed)
         picks = torch.randint(len(numbers), (self.iterations,), generator=generator).tolist()
@@ -171,7 +188,7 @@ class Trained(Stage):
         with torch.enable_grad():
             for iteration, pick in enumerate(picks):
                 call, done = pick_call(numbers[pick]), iteration / self.iterations
-                loss = output_error(block.output(call), call.output) / start
+                loss = self._loss(block, call) / start
                 if (penalty := self.penalty(soft, done)) is not None:
                     loss = loss + penalty
                 for state, group in zip(optimizer.param_groups, groups, strict=True):
@@ -180,6 +197,16 @@ class Trained(Stage):
                 loss.backward()
                 optimizer.step()
         harden(soft, True)
+
+    def _loss(self, block: BlockWork, call: RecordedCall) -> Tensor:
+        """Of one call: the error of the output, and how far the relations of its frames are from those in float."""
+        found = block.output(call)
+        error = output_error(found, call.output)
+        axis = frame_axis(block.module, call.output) if self.relation else None
+        return error if axis is None else error + self.relation * relation(found, call.output, axis)
+
+    def _rated_branches(self, soft: Sequence[SoftLayer]) -> Rated:
+        return Rated([parameter for layer in soft for parameter in layer.tensors.values()], self.branch_rate)
 
     def _rated_scales(self, soft: Sequence[SoftLayer]) -> Rated:
         return Rated([p for layer in soft if layer.scales is not None for p in layer.scales.parameters()], self.input_rate)

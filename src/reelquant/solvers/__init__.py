@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 
+from reelquant.solvers.adaround import Adaround
 from reelquant.solvers.als import Als
 from reelquant.solvers.comq import Comq
 from reelquant.solvers.gptq import Gptq
@@ -12,6 +13,7 @@ from reelquant.solvers.nearest import Nearest
 from reelquant.solvers.problem import Problem, problem_of
 from reelquant.solvers.sigma_delta import SigmaDelta
 from reelquant.solvers.solver import Solver
+from reelquant.solvers.stored import Stored
 from reelquant.stages import Solution, register
 
 SOLVERS: dict[str, type[Solver]] = {
@@ -20,11 +22,14 @@ SOLVERS: dict[str, type[Solver]] = {
     "comq": Comq,
     "als": Als,
     "sigma_delta": SigmaDelta,
+    "adaround": Adaround,
+    "stored": Stored,
 }
 register_solver = functools.partial(register, SOLVERS, "solver")
 
 __all__ = [
     "SOLVERS",
+    "Adaround",
     "Als",
     "Comq",
     "Gptq",
@@ -33,6 +38,7 @@ __all__ = [
     "SigmaDelta",
     "Solution",
     "Solver",
+    "Stored",
     "problem_of",
     "register_solver",
 ]

@@ -32,6 +32,7 @@ class GroupView:
         total: the rewrites so far.
         rows: sampled rows of the raw input, ``[rows, channels * taps]``, or None; :attr:`samples` has them as earlier stages left them.
         unseen: whether ranges are extended to what later clips may reach.
+        seam: the first channel behind the place where a skip connection joins the raw input, or None.
     """
 
     low: Tensor
@@ -45,6 +46,7 @@ class GroupView:
     total: Rewrite = field(default_factory=Rewrite)
     rows: Tensor | None = None
     unseen: bool = False
+    seam: int | None = None
 
     @property
     def channels(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from reelquant.formats import Quantizer, QuantSpec
+from reelquant.kernels import FrameBands
 from reelquant.observe import InputStatistics
 from reelquant.sites import Layer
 from reelquant.stages.rewrite import Rewrite
@@ -47,6 +48,7 @@ class Solution:
         replaced: name of the solver that was given up for ``nearest``, or None.
         input_scale: ``[rows, units]`` float32, other scales of the layer's static input, in the order in which it stores them; None if
             they stay.
+        branches: other values of tensors of the layer's branches, by name, in the dtypes in which it stores them.
     """
 
     quantizer: Quantizer
@@ -54,6 +56,7 @@ class Solution:
     solver: str = "nearest"
     replaced: str | None = None
     input_scale: Tensor | None = None
+    branches: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def values(self) -> Tensor:
@@ -81,6 +84,7 @@ class LayerWork:
         solution: the codes.
         stored_bias: ``[out]`` float32, the bias of the quantized layer, once the codes are known.
         branches: (branch, its tensors by name), outermost first.
+        bands: how the frames of the input are mixed around the product; None for no mix.
     """
 
     site: StageSite
@@ -98,6 +102,7 @@ class LayerWork:
     solution: Solution | None = None
     stored_bias: Tensor | None = None
     branches: tuple[tuple[Any, Mapping[str, Tensor]], ...] = ()
+    bands: FrameBands | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -129,6 +134,13 @@ class LayerWork:
             return self
         moved = [replace(row, scale=one) for row, one in zip(rows, scale.unbind(), strict=True)]
         return replace(self, inputs=moved) if self.stored_inputs is None else replace(self, stored_inputs=moved)
+
+    def with_branch_tensors(self, tensors: Mapping[str, Tensor]) -> LayerWork:
+        """The layer with other values of some tensors of its branches."""
+        if not tensors:
+            return self
+        moved = tuple((branch, {name: tensors.get(name, value) for name, value in own.items()}) for branch, own in self.branches)
+        return replace(self, branches=moved)
 
     def branch_weight(self) -> Tensor | float:
         """What all branches together multiply with the input that the layer reads, ``[out, channels, *kernel]``; 0 for nothing."""

@@ -57,6 +57,7 @@ class Stage:
         default_on: the layers a step touches if it has no ``on``.
         takes_on: whether a step may have an ``on``; False for stages that act on the denoiser as a whole.
         in_memory: why the stage needs the whole model in memory, or None if it works from disk to disk as well.
+        untrainable: what the stage makes of a layer that gradients cannot follow, in words; None if they can.
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
@@ -66,6 +67,7 @@ class Stage:
     default_on: ClassVar[str] = "role:main | role:entry | role:exit"
     takes_on: ClassVar[bool] = True
     in_memory: ClassVar[str | None] = None
+    untrainable: ClassVar[str | None] = None
 
     @property
     def records(self) -> int:

@@ -5,28 +5,36 @@ from __future__ import annotations
 
 import functools
 
-from reelquant.stages import GroupView, Rewrite, register
+from reelquant.stages import GroupView, Rewrite, Stage, register
+from reelquant.transforms.equalize import Equalize
+from reelquant.transforms.mix_frames import MixFrames
 from reelquant.transforms.permute import Permute
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rotate import Rotate
 from reelquant.transforms.scale import Scale
 from reelquant.transforms.scale_search import ScaleSearch
 from reelquant.transforms.shift import Shift
+from reelquant.transforms.split import Split
 from reelquant.transforms.transform import Transform
 
-TRANSFORMS: dict[str, type[Transform]] = {
+TRANSFORMS: dict[str, type[Stage]] = {
     "shift": Shift,
     "range_integrate": RangeIntegrate,
     "scale": Scale,
     "scale_search": ScaleSearch,
     "rotate": Rotate,
     "permute": Permute,
+    "equalize": Equalize,
+    "mix_frames": MixFrames,
+    "split": Split,
 }
 register_transform = functools.partial(register, TRANSFORMS, "transform")
 
 __all__ = [
     "TRANSFORMS",
+    "Equalize",
     "GroupView",
+    "MixFrames",
     "Permute",
     "RangeIntegrate",
     "Rewrite",
@@ -34,6 +42,7 @@ __all__ = [
     "Scale",
     "ScaleSearch",
     "Shift",
+    "Split",
     "Transform",
     "register_transform",
 ]

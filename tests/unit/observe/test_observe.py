@@ -341,7 +341,7 @@ def test_a_copy_of_an_empty_statistic_is_independent_of_it(kind: str) -> None:
     wish = Watched("layer", Geometry(8), -1, 1, "temporal", 8, generator(), frozenset({"rotated"}), 4, 2)
     empty, fresh = (STATISTICS[kind].for_input(wish) for _ in range(2))
     assert empty is not None and fresh is not None
-    calls = [(torch.randn(2, 300, 8), Call(step, half=BOTH)) for step in range(4)]
+    calls = [(torch.randn(2, 300, 8), Call(step, half=BOTH, frames=2)) for step in range(4)]
     looks = [(empty.look(x, call), call) for x, call in calls]
     first, second = copy.copy(empty), copy.copy(empty)
     for filled in (first, second, fresh):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from reelquant.nn.layer_view import LayerView
 from reelquant.nn.runners.branch import Branched
 from reelquant.nn.runners.cached import CachedOutput
+from reelquant.nn.runners.frame_bands import MixedFrames
 from reelquant.nn.runners.guidance import GuidanceHalves
 from reelquant.nn.runners.kernel import KernelProduct
 from reelquant.nn.runners.link import CallKind, Chain, Link, Mode
@@ -16,7 +17,16 @@ from reelquant.nn.runners.training import StraightThrough
 
 __all__ = ["LINKS", "CallKind", "Chain", "Link", "Mode", "assemble"]
 
-LINKS: tuple[type[Link], ...] = (OutputTable, CachedOutput, StraightThrough, GuidanceHalves, CountClipped, ProtectedSteps, Branched)
+LINKS: tuple[type[Link], ...] = (
+    OutputTable,
+    CachedOutput,
+    StraightThrough,
+    GuidanceHalves,
+    CountClipped,
+    ProtectedSteps,
+    Branched,
+    MixedFrames,
+)
 """Outermost first. The last link of every chain is :class:`~reelquant.nn.runners.kernel.KernelProduct`."""
 
 
