@@ -50,10 +50,10 @@ def nearest(parent: str) -> dict[str, Any]:
     return without(parent, "gptq", steps=steps)
 
 
-def rows_of(parent: str, inputs: dict[str, Any], parts: list[str]) -> dict[str, tuple[Any, str]]:
-    """The recipe and what its parts bring; ``inputs`` are the plainer numbers that its inputs are held against."""
+def rows_of(parent: str, rival: str, inputs: dict[str, Any], parts: list[str]) -> dict[str, tuple[Any, str]]:
+    """The recipe beside its rival, and what its parts bring; ``inputs`` are the plainer numbers that its inputs are held against."""
     return {
-        parent: (parent, ""),
+        parent: (parent, rival),
         **{f"{parent}, no {part}": (lacking(parent, part), parent) for part in parts},
         f"{parent}, no gptq": (nearest(parent), parent),
         f"{parent}, plainer inputs": (without(parent, "its inputs", defaults={"input": inputs}), parent),
@@ -63,8 +63,11 @@ def rows_of(parent: str, inputs: dict[str, Any], parts: list[str]) -> dict[str, 
 
 ROWS: dict[str, tuple[Any, str]] = {  # label -> recipe, the row that it is held against
     "qvd-w6a6": ("qvd-w6a6", ""),
-    "reel-w6a6": ("reel-w6a6", "qvd-w6a6"),
-    **{label: row for label, row in rows_of("reel-w6a6", {"granularity": "tensor"}, ["rotate"]).items() if row[1]},
+    **rows_of("reel-w6a6", "qvd-w6a6", {"granularity": "tensor"}, ["rotate"]),
+    "qvd-w4a8": ("qvd-w4a8", ""),
+    **rows_of("reel-w4a8", "qvd-w4a8", {"granularity": "tensor"}, ["rotate", "milp"]),
+    "svdquant-w4a4": ("svdquant-w4a4", ""),
+    **rows_of("reel-w4a4", "svdquant-w4a4", {"format": "int4"}, ["rotate", "lowrank"]),
 }
 HEADINGS = ("recipe", "MB", "PSNR to float, dB (95 %)", "worst clip, dB", "held against", "clip by clip, dB (95 %)", "kernels")
 
