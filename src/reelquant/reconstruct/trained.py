@@ -16,9 +16,8 @@ from reelquant._errors import RecipeError, nearest
 from reelquant.nn import QuantLayer
 from reelquant.observe import RecordedCall
 from reelquant.reconstruct.drop import Drop
-from reelquant.reconstruct.error import HELD_OUT, split
+from reelquant.reconstruct.error import HELD_OUT, mean_error, output_error, split
 from reelquant.reconstruct.input_scales import FOLLOWS, InputScales
-from reelquant.reconstruct.objective import OBJECTIVES, Objective
 from reelquant.reconstruct.parts import SCOPES, WHOLE
 from reelquant.reconstruct.soft import SoftLayer, SoftWeight, harden, soften
 from reelquant.reconstruct.through import GRADIENTS
@@ -63,8 +62,6 @@ class Trained(Stage):
         input_rate: learning rate of the logarithms of static scales of inputs; 0 leaves them as they are.
         follow: how these scales follow the denoising step, where a layer has a row of scales for each: ``each`` row by itself, ``all`` by
             the same factor, or ``fitted``: by a smooth function of the timestep, of which the layer stores the values.
-        error: what is minimised: the error of every ``output``, or of the ``path``: how far the outputs of one run move its final latents
-            together (:class:`reelquant.reconstruct.objective.OfPaths`). Then ``calls`` must hold every call of at least two runs.
         gradient: what moves them: the rounding ``step`` of every value (LSQ), or clipped values at the end of the ``range`` alone (PAMS).
     """
 
@@ -77,19 +74,16 @@ class Trained(Stage):
     input_rate: float = 0.0
     follow: str = "each"
     gradient: str = "step"
-    error: str = "output"
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        tables = (("scope", SCOPES), ("inputs", INPUTS), ("follow", FOLLOWS), ("gradient", GRADIENTS), ("error", OBJECTIVES))
+        tables = (("scope", SCOPES), ("inputs", INPUTS), ("follow", FOLLOWS), ("gradient", GRADIENTS))
         for name, known in tables:
             if (value := getattr(self, name)) not in known:
                 raise RecipeError(f"unknown {name} '{value}' of {self.name}; {nearest(value, known)}")
         for name, least in (("calls", HELD_OUT), ("iterations", 1)):
             if (value := getattr(self, name)) < least:
                 raise RecipeError(f"{name} of {self.name} is at least {least}, got {value}")
-        if self.error == "path" and self.scope != WHOLE:
-            raise RecipeError(f"error 'path' of {self.name} is of the denoiser's output; write scope: model, or error: output")
         if self.rate <= 0 or self.input_rate < 0:
             raise RecipeError(f"{self.name} needs rate > 0 and input_rate >= 0, got rate={self.rate}, input_rate={self.input_rate}")
         if not 0 <= self.drop < 1:
@@ -134,7 +128,8 @@ class Trained(Stage):
 
     def solve_block(self, block: BlockWork) -> Mapping[str, Solution]:
         calls = block.calls(self.inputs != "float")
-        if not split(len(calls))[0]:
+        trained, held_out = split(len(calls))
+        if not trained:
             block.warn(f"codes stay as they are, because fewer than 2 of {self.calls} wanted calls were recorded")
             return {}
         block, soft = soften(block, functools.partial(self.weight_of, seed=block.seed), self._scales if self.input_rate else None)
@@ -144,10 +139,9 @@ class Trained(Stage):
                 f"codes stay as they are, because {self.name} has nothing to train there: inputs are float, or ranged in the forward"
             )
             return {}
-        objective = OBJECTIVES[self.error](block, calls)
-        before = objective.held_out_error()
-        self.train(block, list(soft.values()), calls, objective)
-        if not objective.held_out_error() < before:
+        before = mean_error(block, calls, held_out)
+        self.train(block, list(soft.values()), calls, trained)
+        if not mean_error(block, calls, held_out) < before:
             block.warn(f"codes stay as they are, because {self.name} does not lower the error on held-out calls")
             return {}
         return {path: dataclasses.replace(layer.solution(), solver=self.name) for path, layer in learning.items()}
@@ -155,19 +149,19 @@ class Trained(Stage):
     def _scales(self, scale: Tensor, work: LayerWork) -> InputScales:
         return InputScales(scale, work, self.follow, self.gradient)
 
-    def train(self, block: BlockWork, soft: Sequence[SoftLayer], calls: Sequence[RecordedCall], objective: Objective) -> None:
-        """Train the soft layers on calls of the objective; they are hard again afterwards."""
-        objective.begin()
+    def train(self, block: BlockWork, soft: Sequence[SoftLayer], calls: Sequence[RecordedCall], numbers: Sequence[int]) -> None:
+        """Train the soft layers on these calls; they are hard again afterwards."""
+        start = max(mean_error(block, calls, numbers), torch.finfo(torch.float32).tiny)
         groups = [group for group in (*self.rated(soft), self._rated_scales(soft)) if group.parameters]
         optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in groups])
         generator = torch.Generator().manual_seed(block.seed)
-        picks = torch.randint(len(objective.trained), (self.iterations,), generator=generator).tolist()
+        picks = torch.randint(len(numbers), (self.iterations,), generator=generator).tolist()
         pick_call = self._dropping(block, soft, calls)
         harden(soft, False)
         with torch.enable_grad():
             for iteration, pick in enumerate(picks):
-                number, done = objective.trained[pick], iteration / self.iterations
-                loss = objective.loss(number, block.output(pick_call(number)))
+                call, done = pick_call(numbers[pick]), iteration / self.iterations
+                loss = output_error(block.output(call), call.output) / start
                 if (penalty := self.penalty(soft, done)) is not None:
                     loss = loss + penalty
                 for state, group in zip(optimizer.param_groups, groups, strict=True):

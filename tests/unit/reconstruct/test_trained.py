@@ -18,7 +18,6 @@ from reelquant.reconstruct.drop import Drop
 from reelquant.reconstruct.error import mean_error, split
 from reelquant.reconstruct.input_scales import FOLLOWS, InputScales
 from reelquant.reconstruct.levels import within_cell
-from reelquant.reconstruct.objective import OfOutputs
 from reelquant.reconstruct.soft import Fixed, SoftLayer, soften
 from reelquant.reconstruct.straight_through import Updated
 from reelquant.reconstruct.through import clipped, rounded
@@ -116,13 +115,13 @@ def test_ranges_that_are_far_off_come_back(gradient: str, bits: int, factor: flo
     # only clipped values move an end by itself, so the range has to be too narrow there
     start = block(bits=8, inputs={"format": f"int{bits}"})
     stage = Lsq(iterations=150, calls=12, input_rate=0.02, gradient=gradient)
-    calls, (_, held_out) = start.calls(True), split(12)
+    calls, (trained, held_out) = start.calls(True), split(12)
     softened, soft = soften(start, scales=stage._scales)
     for layer in soft.values():
         assert layer.scales is not None
         layer.scales.stored *= factor
     before = mean_error(softened, calls, held_out)
-    stage.train(softened, list(soft.values()), calls, OfOutputs(softened, calls))
+    stage.train(softened, list(soft.values()), calls, trained)
     assert mean_error(softened, calls, held_out) < 0.8 * before
     for layer in soft.values():
         assert layer.scales is not None
