@@ -238,7 +238,7 @@ class Recipe(_Strict):
         return self.calibrate is None
 
     def digest(self) -> str:
-        """Hash of the content, stored with every result. Keys that switch nothing on do not count, nor does what is said about the recipe."""
+        """Hash of the content, stored with every result. Keys that switch nothing on do not count, nor do words about it."""
         content = self.model_dump(mode="json", exclude={"ours", "summary"})
         for key, value in (self.model_extra or {}).items():
             axis, name = keyed_stages()[key]
