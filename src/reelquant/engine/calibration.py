@@ -258,7 +258,10 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
 
     Both, if it holds its latents twice; the second, if the call before had the same latents; else the first.
     """
-    read = timestep_reader(denoiser, plan.map.latent_argument or "hidden_states")
+    argument = plan.map.latent_argument or "hidden_states"
+    if argument not in inspect.signature(denoiser.forward).parameters:  # an encoder of pictures
+        return lambda args, kwargs: 1
+    read = timestep_reader(denoiser, argument)
     clock = Clock([], pairs="sequential")
 
     def half_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -273,7 +276,10 @@ def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], 
 
 def _frames_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
     """The frames of a call's latents: ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``; of packed latents what the call says; else 1."""
-    read = timestep_reader(denoiser, plan.map.latent_argument or "hidden_states")
+    argument = plan.map.latent_argument or "hidden_states"
+    if argument not in inspect.signature(denoiser.forward).parameters:  # an encoder of pictures
+        return lambda args, kwargs: 1
+    read = timestep_reader(denoiser, argument)
     channels = getattr(getattr(denoiser, "config", None), "in_channels", None)
 
     def frames_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

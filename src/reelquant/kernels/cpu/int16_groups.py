@@ -94,8 +94,10 @@ class GroupProduct:
             return out.fill_(torch.nan).to(x.dtype)
         units = -(-len(codes) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
         weights = self.panels, self.table, self.scales, self.edges, self.groups, self.bias
-        target, scales = loops.view(out).reshape(len(codes), self.rows), np.pad(scales.T, ((0, 0), (0, ROWS)))
-        loops.spread(multiply, units, codes.size * self.rows, codes, scales, *weights, ACTIVATION_CODES[activation], target)
+        target = loops.view(out).reshape(len(codes), self.rows)
+        by_group = np.zeros((scales.shape[1], len(codes) + ROWS), np.float32)  # the last tile reads a few more
+        by_group[:, : len(codes)] = scales.T
+        loops.spread(multiply, units, codes.size * self.rows, codes, by_group, *weights, ACTIVATION_CODES[activation], target)
         return out if dtype == x.dtype else out.to(x.dtype)
 
 
