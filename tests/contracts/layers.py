@@ -19,6 +19,7 @@ INPUTS: dict[str, TensorLayout | None] = {
     "uint8": TensorLayout("uint8", "tensor"),
     "int6": TensorLayout("int6", "tensor"),
     "int8 token": TensorLayout("int8", "token", dynamic=True),
+    "int8 sample": TensorLayout("int8", "sample", dynamic=True),
     "float": None,
 }
 REACH = {"uint8": 128, "int6": 32, "uint6": 32, "e4m3": 448}  # codes between zero and the end of a range

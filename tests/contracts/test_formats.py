@@ -259,10 +259,11 @@ def test_frames_that_do_not_divide_the_leading_axis_are_an_error() -> None:
 # ---------------------------------------------------------------- ranges
 
 WEIGHT_GRAINS = [Granularity(), Granularity("channel"), Granularity("group", 4)]
+OF_INPUTS = [Granularity("token", axis=-1), Granularity("sample"), Granularity("frame", 2)]
 
 
 @pytest.mark.parametrize("rule", RANGES.values(), ids=RANGES.keys())
-@pytest.mark.parametrize("granularity", [*WEIGHT_GRAINS, Granularity("token", axis=-1), Granularity("frame", 2)], ids=str)
+@pytest.mark.parametrize("granularity", [*WEIGHT_GRAINS, *OF_INPUTS], ids=str)
 @settings(max_examples=6)
 @given(seed=seeds, offset=st.sampled_from([-100.0, 0.0, 100.0]))
 def test_every_range_includes_zero_and_stays_inside_the_values(rule: type, granularity: Granularity, seed: int, offset: float) -> None:
@@ -380,7 +381,7 @@ def test_rows_of_another_width_are_refused(bits: int) -> None:
 # ---------------------------------------------------------------- the quantizer
 
 GROUPS = [Granularity("group", 2, axis=-1), Granularity("group", 2, axis=1)]  # of channels of an input
-GRAINS = [*WEIGHT_GRAINS, *GROUPS, Granularity("channel", axis=-1), Granularity("token", axis=-1), Granularity("frame", 2)]
+GRAINS = [*WEIGHT_GRAINS, *GROUPS, Granularity("channel", axis=-1), *OF_INPUTS]
 
 
 @every_format
@@ -427,7 +428,7 @@ def test_columns_are_rounded_as_in_the_whole_matrix(name: str, granularity: Gran
     assert torch.equal(torch.cat(pieces, 1), quantizer(weight))
 
 
-@pytest.mark.parametrize("granularity", [Granularity("token", axis=-1), Granularity("frame", 2)], ids=str)
+@pytest.mark.parametrize("granularity", [Granularity("token", axis=-1), Granularity("sample", axis=-1), Granularity("frame", 2)], ids=str)
 def test_columns_cannot_have_the_granularity_of_an_input(granularity: Granularity) -> None:
     weight = normal(0, 4, 6)
     quantizer = fit(QuantSpec(parse_format("int8"), granularity), weight)

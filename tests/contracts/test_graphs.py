@@ -89,11 +89,18 @@ def test_products_of_codes_that_fit_are_integer_ones_on_every_processor(name: st
 
 @pytest.mark.parametrize("weight", SAFE, ids="-".join)
 @pytest.mark.parametrize("rewrite", REWRITES)
-def test_a_scale_per_token_leaves_products_integer(weight: Any, rewrite: str) -> None:
-    layer, x = make("Linear", weight, INPUTS["int8 token"], **REWRITES[rewrite])
+@pytest.mark.parametrize(
+    ("name", "numbers"), [("Linear", "int8 token"), ("Conv2d", "int8 sample"), ("Conv2d same", "int8 sample"), ("Conv3d", "int8 sample")]
+)
+def test_a_scale_found_at_run_time_leaves_products_integer(name: str, numbers: str, weight: Any, rewrite: str) -> None:
+    layer, x = make(name, weight, INPUTS[numbers], **REWRITES[rewrite])
     assert convert.in_integers(layer.operands) is None
     names = arithmetic(compiled(layer, x))
     assert any(kernel.lower().endswith("i8") for kernel in names)
+
+
+@pytest.mark.parametrize("weight", SAFE, ids="-".join)
+def test_convolutions_have_no_tokens(weight: Any) -> None:
     convolution, _ = make("Conv2d", weight, INPUTS["int8 token"])
     assert convert.in_integers(convolution.operands) == "inputs are int8 per token and dynamic"
 

@@ -32,8 +32,10 @@ FOLDED = {"onednn int8 from int4": 64, "int16 pairs": 64}
 
 
 GRID = [
-    case for case in itertools.product(LAYERS, WEIGHTS, INPUTS, REWRITES) if "Linear" in case[0] or "token" not in case[2]
-]  # a scale per token belongs to linear layers
+    case
+    for case in itertools.product(LAYERS, WEIGHTS, INPUTS, REWRITES)
+    if ("sample" if "Linear" in case[0] else "token") not in case[2]  # linear layers have tokens, convolutions samples
+]
 
 
 @pytest.mark.parametrize(

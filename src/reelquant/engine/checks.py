@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from reelquant.formats import QuantSpec
+from reelquant.formats import FOUND_AT_RUN_TIME, QuantSpec
 from reelquant.sites import Layer
 
 
 def weight_problem(spec: QuantSpec) -> str | None:
     """Why a weight cannot have these numbers, or None."""
-    if spec.granularity.kind in ("token", "frame"):
+    if spec.granularity.kind in (*FOUND_AT_RUN_TIME, "frame"):
         return f"a weight has no {spec.granularity.kind}s; use tensor, channel or group-n"
     if spec.dynamic or spec.slots != "shared":
         return "a weight is the same at every step and in every call; drop 'dynamic' and 'slots'"
@@ -18,7 +18,7 @@ def weight_problem(spec: QuantSpec) -> str | None:
 def input_problem(spec: QuantSpec, layer: Layer) -> str | None:
     """Why an input cannot have these numbers, or None."""
     kind, sampled = spec.granularity.kind, spec.range.needs_samples or bool(spec.alternatives)
-    if kind in ("token", "group") and not spec.dynamic:
+    if kind in (*FOUND_AT_RUN_TIME, "group") and not spec.dynamic:
         return f"scales per {kind} of an input are found at run time; add dynamic: true"
     if spec.dynamic and spec.slots != "shared":
         return "dynamic scales follow every call by themselves; drop 'slots'"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -146,6 +146,8 @@ def _rounding(work: LayerWork, seen: InputStatistics) -> Rounding | None:
     if spec is None:
         return lambda rows: rows
     if spec.dynamic:
+        if spec.granularity.kind == "sample":  # rows of many samples: the scale they share is no finer than that of a sample
+            spec = replace(spec, granularity=replace(spec.granularity, kind="tensor"))
         told = ("tensor", "token") if work.taps > 1 else ("tensor", "token", "group")
         return (lambda rows: dynamic(spec, rows)(rows)) if spec.granularity.kind in told else None
     whole = spec.granularity.kind == "tensor" or (spec.granularity.kind == "channel" and work.taps == 1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reelquant._errors import RecipeError, nearest
-from reelquant.formats.granularity import Granularity, parse_granularity
+from reelquant.formats.granularity import FOUND_AT_RUN_TIME, Granularity, parse_granularity
 from reelquant.formats.number import LEVEL_DTYPE, Criterion, Int, LevelFormat, Levels, MiniFloat, NumberFormat
 from reelquant.formats.packing import pack, packed_width, unpack
 from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit
@@ -17,6 +17,7 @@ from reelquant.formats.skewed import Log2, LogUniform, Power
 __all__ = [
     "CRITERIA",
     "FORMATS",
+    "FOUND_AT_RUN_TIME",
     "LEVEL_DTYPE",
     "RANGES",
     "SCALES",

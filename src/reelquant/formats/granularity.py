@@ -6,6 +6,7 @@
 | channel | 64 (output channels) | 96 (input channels) |
 | group-n | 64 * ceil(864 / n) | 32 * ceil(96 / n): n channels of a position |
 | token | not used | 32 (every position) |
+| sample | not used | 2 (every item of the leading axis: a picture of a 2-D convolution, a clip of a 3-D one) |
 | frame-n | not used | n, the leading axis being ``batch * frames`` |
 """
 
@@ -24,9 +25,10 @@ from torch import Tensor
 from reelquant._errors import RecipeError, nearest
 from reelquant.formats.scales import FLOAT, SCALES, check_scales
 
-Kind = Literal["tensor", "channel", "group", "token", "frame"]
+Kind = Literal["tensor", "channel", "group", "token", "sample", "frame"]
 FRAMES = 100_000
-KINDS: tuple[Kind, ...] = ("tensor", "channel", "group", "token", "frame")
+KINDS: tuple[Kind, ...] = ("tensor", "channel", "group", "token", "sample", "frame")
+FOUND_AT_RUN_TIME = ("token", "sample")  # kinds whose scales belong to the positions or items of one input, so no layer can store them
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ class Granularity:
         """Number of scales of a weight ``[out, ...]``; of an input of ``(channels,)`` with static scales.
 
         Raises:
-            RecipeError: for ``token``, whose scales depend on the positions of an input.
+            RecipeError: for kinds whose scales depend on the size of an input.
         """
-        if self.kind == "token":
-            raise RecipeError("granularity 'token' has a scale for every position of an input; a layer cannot store them")
+        if self.kind in FOUND_AT_RUN_TIME:
+            raise RecipeError(f"granularity '{self.kind}' has a scale for every {self.kind} of an input; a layer cannot store them")
         width = math.prod(shape[1:])
         return {"tensor": 1, "channel": shape[0], "group": shape[0] * -(-width // max(self.size, 1)), "frame": self.size}[self.kind]
 
@@ -95,14 +97,14 @@ class Granularity:
 
 
 def parse_granularity(text: str, axis: int = 0, scale: str = FLOAT) -> Granularity:
-    """Read ``tensor``, ``channel``, ``group-64``, ``token`` or ``frame-16``; ``scale`` says which numbers the scales are.
+    """Read ``tensor``, ``channel``, ``group-64``, ``token``, ``sample`` or ``frame-16``; ``scale`` says which numbers the scales are.
 
     Raises:
         RecipeError: if the text is none of these, or scales of eight bits are asked for where there are no groups.
     """
     match = re.fullmatch(r"([a-z]+)(?:-(\d{1,9}))?", text)
     if match is None:
-        raise RecipeError(f"cannot read granularity '{text}'; known: tensor, channel, group-64, token, frame-16")
+        raise RecipeError(f"cannot read granularity '{text}'; known: tensor, channel, group-64, token, sample, frame-16")
     return Granularity(match[1], int(match[2] or 0), axis, scale)  # pyright: ignore[reportArgumentType]  (checked there)
 
 
@@ -152,6 +154,7 @@ _TO_BLOCKS: dict[Kind, Callable[[Tensor, Granularity], Tensor]] = {
     "channel": lambda x, g: x.movedim(g.axis, 0).reshape(x.shape[g.axis], -1),
     "group": _group_blocks,
     "token": _positions,
+    "sample": lambda x, g: x.reshape(x.shape[0], math.prod(x.shape[1:])),
     "frame": _frame_blocks,
 }
 _FROM_BLOCKS: dict[Kind, Callable[[Tensor, Granularity, tuple[int, ...]], Tensor]] = {
@@ -159,5 +162,6 @@ _FROM_BLOCKS: dict[Kind, Callable[[Tensor, Granularity, tuple[int, ...]], Tensor
     "channel": lambda b, g, shape: b.reshape(_moved(shape, g.axis, 0)).movedim(0, g.axis),
     "group": _group_unblock,
     "token": lambda b, g, shape: b.reshape(_moved(shape, g.axis, -1)).movedim(-1, g.axis),
+    "sample": lambda b, g, shape: b.reshape(shape),
     "frame": _frame_unblock,
 }

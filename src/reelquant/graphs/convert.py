@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import UnsupportedError
-from reelquant.formats import Int
+from reelquant.formats import FOUND_AT_RUN_TIME, Int
 from reelquant.graphs.processor import PAIRS, integers_saturate
 from reelquant.kernels import InputQuant, Mix, Operands, Permutation, Rotation, Scaling, block_size, hadamard
 from reelquant.kernels.cpu import int8, nibbles
@@ -76,7 +76,8 @@ def in_integers(operands: Operands) -> str | None:
     numbers, weight = operands.input, operands.weight.quantizer
     if numbers is None:
         return "the input stays float"
-    if not isinstance(numbers.format, Int) or not (_per_token(operands) or (numbers.rule is None and numbers.granularity.kind == "tensor")):
+    static = numbers.rule is None and numbers.granularity.kind == "tensor"
+    if not isinstance(numbers.format, Int) or not (static or _found_at_run_time(operands)):
         return f"inputs are {numbers.format.name} per {numbers.granularity}{' and dynamic' if numbers.rule else ''}"
     if not isinstance(weight.format, Int) or not weight.format.signed:
         return f"weights are {weight.format.name}, not symmetric integers"
@@ -88,12 +89,17 @@ def in_integers(operands: Operands) -> str | None:
     return None
 
 
-def _per_token(operands: Operands) -> bool:
-    """Whether inputs of a linear layer are symmetric integers with a scale per token that is found in the forward."""
+def _found_at_run_time(operands: Operands) -> bool:
+    """Whether inputs are symmetric integers whose scale is found in the forward: per token, or per sample of a convolution."""
     numbers = operands.input
-    if numbers is None or numbers.rule is None or operands.window is not None or numbers.granularity.kind != "token":
+    if numbers is None or numbers.granularity.kind != ("token" if operands.window is None else "sample"):
         return False
-    return isinstance(numbers.format, Int) and numbers.format.signed and numbers.rule.range.covers_all
+    return _covers(numbers)
+
+
+def _covers(numbers: InputQuant) -> bool:
+    """Whether these are symmetric integers with dynamic scales that clip nothing."""
+    return isinstance(numbers.format, Int) and numbers.format.signed and numbers.rule is not None and numbers.rule.range.covers_all
 
 
 def emit(layer: QuantLayer, x: Node, to: Conversion) -> Node:
@@ -132,17 +138,17 @@ class Emission:
 
     def product(self, x: Node) -> Node:
         """From the input as floats to the output."""
-        tokens = None
-        if self.integers and _per_token(self.operands):
-            quantized, tokens = self.token_codes(x)
+        found = None
+        if self.integers and _found_at_run_time(self.operands):
+            quantized, found = self.found_codes(x)
             scale = zero = None
         else:
             quantized, scale, zero = self.quantized_input(x)
         weight = self.weight()
         out = self.multiplied(quantized, self.matrix(weight, scale))
         (out if hasattr(out, "set_friendly_name") else out.get_node()).set_friendly_name(self.name)
-        if tokens is not None:
-            out = ops.multiply(out, tokens)
+        if found is not None:
+            out = ops.multiply(out, found)
         if scale is not None and len(scale) > 1:
             out = ops.multiply(out, self.to.of_slot(self.along(scale)))
         bias = self.bias(weight, scale, zero)
@@ -160,15 +166,15 @@ class Emission:
             return self.shared(x), numbers.scale, numbers.zero_point if self.integers else None
         return self.levelled(self.rewritten_input(x), numbers), None, None
 
-    def token_codes(self, x: Node) -> tuple[Node, Node]:
-        """Codes of the input as floats, and the scale of every token, ``[..., 1]``.
+    def found_codes(self, x: Node) -> tuple[Node, Node]:
+        """Codes of the input as floats, and the scale of every token, ``[..., 1]``, or of every sample, ``[N, 1, ...]``.
 
         Values are divided by their scale first: what is rounded then has one constant range, which the plugin makes bytes of.
         """
         numbers = self.operands.input
         assert numbers is not None
-        x = self.rewritten_input(x)
-        scale, fmt = _token_scale(x, numbers), numbers.format
+        x = self.rewritten_input(self.padded(x) if self.pads_first else x)
+        scale, fmt = self.found_scale(x, numbers), numbers.format
         unit, wide = ops.divide(x, scale), (-128.0, 127.0)
         ends = [ops.constant(np.float32(end)) for end in wide * 2]
         return ops.fake_quantize(unit if (fmt.low, fmt.high) == wide else ops.clamp(unit, fmt.low, fmt.high), *ends, LEVELS), scale
@@ -270,7 +276,7 @@ class Emission:
     def levelled(self, x: Node, numbers: InputQuant) -> Node:
         """The input rounded to any format, as floats."""
         if numbers.rule is not None:
-            return _dynamic(x, numbers)
+            return self.dynamic(x, numbers)
         if numbers.granularity.kind not in ("tensor", "channel"):
             raise UnsupportedError(
                 f"OpenVINO graphs hold no input scales per {numbers.granularity}; use runtime='torch', or quantize inputs per tensor"
@@ -281,6 +287,25 @@ class Emission:
         zero = None if numbers.zero_point is None else self.to.of_slot(self.along(numbers.zero_point))
         rounded = _to_levels(unit if zero is None else ops.add(unit, zero), numbers)
         return ops.multiply(rounded if zero is None else ops.subtract(rounded, zero), scale)
+
+    def dynamic(self, x: Node, numbers: InputQuant) -> Node:
+        """Rounded with a scale per token or sample that is found in the forward."""
+        fmt = numbers.format
+        if numbers.granularity.kind not in FOUND_AT_RUN_TIME or not _covers(numbers):
+            raise UnsupportedError(
+                f"OpenVINO graphs hold no dynamic {fmt.name} inputs per {numbers.granularity}; use runtime='torch', or static inputs"
+            )
+        scale = self.found_scale(x, numbers)
+        return ops.multiply(ops.round(ops.clamp(ops.divide(x, scale), fmt.low, fmt.high), "half_to_even"), scale)
+
+    def found_scale(self, x: Node, numbers: InputQuant) -> Node:
+        """The smallest scale with which symmetric integers cover a token or sample; 1 where it is all zeros."""
+        fmt, grain = numbers.format, numbers.granularity
+        rank = _rank(x)
+        axes = ops.constant(np.array([grain.axis] if grain.kind == "token" else [*range(1, rank)], np.int64))
+        ends = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)]
+        scale = ops.maximum(*[ops.divide(end(x, axes, True), ops.constant(np.float32(level))) for end, level in ends])
+        return ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))
 
     # --- the weight ---------------------------------------------------------------------------------------------------------------
 
@@ -350,9 +375,14 @@ class Emission:
         return ops.convolution(x, weight, list(window.stride), before, after, list(window.dilation))
 
 
+def _rank(x: Node) -> int:
+    """Number of axes of an output."""
+    return len(x.get_partial_shape()) if hasattr(x, "get_partial_shape") else len(x.get_output_partial_shape(0))
+
+
 def _in_blocks(x: Node, channels: int, width: int) -> Node:
     """Rotate the last axis in blocks."""
-    rank = len(x.get_partial_shape()) if hasattr(x, "get_partial_shape") else len(x.get_output_partial_shape(0))
+    rank = _rank(x)
     inner = width if width <= WIDEST else 1 << (width.bit_length() // 2)
     sizes = [channels // width, width // inner, inner] if width > inner else [channels // inner, inner]
     apart = ops.reshape(x, ops.constant(np.array([0] * (rank - 1) + sizes, np.int64)), True)
@@ -370,23 +400,3 @@ def _to_levels(unit: Node, numbers: InputQuant) -> Node:
     middles = (levels[1:] + levels[:-1]) / 2
     index = ops.bucketize(unit, constant(middles), "i64", True)
     return ops.gather(constant(levels), index, ops.constant(np.int64(0)))
-
-
-def _dynamic(x: Node, numbers: InputQuant) -> Node:
-    """Rounded with a scale per token that is found in the forward."""
-    rule, fmt = numbers.rule, numbers.format
-    plain = numbers.granularity.kind == "token" and isinstance(fmt, Int) and fmt.signed
-    if rule is None or not plain or not rule.range.covers_all:
-        raise UnsupportedError(
-            f"OpenVINO graphs hold no dynamic {fmt.name} inputs per {numbers.granularity}; use runtime='torch', or static inputs"
-        )
-    scale = _token_scale(x, numbers)
-    return ops.multiply(ops.round(ops.clamp(ops.divide(x, scale), fmt.low, fmt.high), "half_to_even"), scale)
-
-
-def _token_scale(x: Node, numbers: InputQuant) -> Node:
-    """The smallest scale with which symmetric integers cover a token; 1 for a token of zeros."""
-    fmt, channels = numbers.format, ops.constant(np.array([numbers.granularity.axis], np.int64))
-    ends = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)]
-    scale = ops.maximum(*[ops.divide(end(x, channels, True), ops.constant(np.float32(level))) for end, level in ends])
-    return ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))

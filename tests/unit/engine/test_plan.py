@@ -93,6 +93,7 @@ def test_quantizing_nothing_is_an_error_that_says_why() -> None:
 INPUTS = {  # what is wrong -> an input, and the message
     "groups": ({"format": "int8", "granularity": "group-8"}, "scales per group of an input are found at run time; add dynamic: true"),
     "static tokens": ({"format": "int8", "granularity": "token"}, "add dynamic: true"),
+    "static samples": ({"format": "int8", "granularity": "sample"}, "scales per sample of an input are found at run time"),
     "dynamic steps": ({"format": "int8", "dynamic": True, "slots": "per_step"}, "drop 'slots'"),
     "dynamic parameters": ({"format": "int8", "dynamic": True, "range": {"name": "mse", "p": 2.0}}, "own parameters"),
     "dynamic choice": ({"format": ["int8", "power_8"], "dynamic": True}, "takes one format"),
@@ -101,6 +102,7 @@ INPUTS = {  # what is wrong -> an input, and the message
 }
 WEIGHTS = {
     "tokens": ({"format": "int8", "granularity": "token"}, "'first': a weight has no tokens"),
+    "samples": ({"format": "int8", "granularity": "sample"}, "'first': a weight has no samples"),
     "frames": ({"format": "int8", "granularity": "frame-4"}, "a weight has no frames"),
     "dynamic": (INT8 | {"dynamic": True}, "drop 'dynamic'"),
     "per step": (INT8 | {"slots": "per_step"}, "drop 'dynamic' and 'slots'"),

@@ -39,7 +39,7 @@ def test_specs_print_what_a_plan_shows(spec: QuantSpec, text: str) -> None:
     assert str(spec) == text
 
 
-@pytest.mark.parametrize("text", ["tensor", "channel", "group-64", "token", "frame-16"])
+@pytest.mark.parametrize("text", ["tensor", "channel", "group-64", "token", "sample", "frame-16"])
 def test_granularities_print_as_they_are_read(text: str) -> None:
     assert str(parse_granularity(text)) == text
 
@@ -64,14 +64,15 @@ def test_units_are_counted_without_the_tensor() -> None:
     weight = torch.zeros(64, 96, 3, 3)
     for text in ("tensor", "channel", "group-100", "group-2000"):
         assert parse_granularity(text).units(tuple(weight.shape)) == len(parse_granularity(text).blocks(weight))
-    with pytest.raises(RecipeError, match="'token' has a scale for every position"):
-        parse_granularity("token").units((64, 96))
+    for kind in ("token", "sample"):
+        with pytest.raises(RecipeError, match=f"'{kind}' has a scale for every {kind}"):
+            parse_granularity(kind).units((64, 96))
 
 
 def test_the_units_in_the_docstring_are_right() -> None:
     weight, x = torch.zeros(64, 96, 3, 3), torch.zeros(2, 16, 96)
     assert [len(parse_granularity(t).blocks(weight)) for t in ("tensor", "channel", "group-100")] == [1, 64, 64 * 9]
-    assert [len(parse_granularity(t, -1).blocks(x)) for t in ("tensor", "channel", "token", "frame-2")] == [1, 96, 32, 2]
+    assert [len(parse_granularity(t, -1).blocks(x)) for t in ("tensor", "channel", "token", "sample", "frame-2")] == [1, 96, 32, 2, 2]
 
 
 def test_a_symmetric_quantizer_by_hand() -> None:

@@ -18,6 +18,7 @@ from reelquant.kernels.input_code_cache import forget, recall, remember
 from reelquant.kernels.operands import InputQuant, Operands
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
+PARTS = 8  # in which a sample is searched for its extremes, where its places divide by it: threads share the work on a single clip
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
 _last = threading.local()  # memory of codes, per thread
 
@@ -30,9 +31,9 @@ def refuses(operands: Operands) -> str | None:
     if not isinstance(numbers.format, Int) or numbers.format.bits > 8:
         return f"inputs are {numbers.format.name}, not integers"
     if numbers.rule is not None:
-        plain = numbers.granularity.kind == "token" and numbers.format.signed and numbers.rule.range.covers_all
-        if not plain or operands.window is not None:
-            return "dynamic inputs are int with a scale per token, in linear layers"
+        kind = "token" if operands.window is None else "sample"
+        if numbers.granularity.kind != kind or not numbers.format.signed or not numbers.rule.range.covers_all:
+            return f"dynamic inputs of this layer are int with a scale per {kind}"
     elif numbers.granularity.kind != "tensor":
         return f"static inputs have one scale, not one per {numbers.granularity.kind}"
     if operands.rotate and operands.window is not None:
@@ -45,7 +46,7 @@ class Codes(NamedTuple):
 
     Attributes:
         codes: uint8 or int16; ``[rows, channels]`` of a linear layer, ``[N, *padded places, C]`` of a convolution.
-        scales: ``[rows]`` float32 of dynamic inputs.
+        scales: ``[rows]`` float32 of dynamic inputs; ``[N]`` of a convolution.
         poisoned: the input holds NaN, which no code stands for: the output must be NaN, so that it shows.
     """
 
@@ -69,7 +70,8 @@ class Inputs:
         channels = operands.weight.shape[1]
         self.block = block_size(channels) if operands.rotate else 1
         self.multiply, self.add = folded(operands, channels, self.block**-0.5)
-        self.joined = 1 if self.block > 1 or numbers.scale is None else 1 << max(LINE // channels, 1).bit_length() - 1
+        by_row = self.block > 1 or (numbers.rule is not None and operands.window is None)
+        self.joined = 1 if by_row else 1 << max(LINE // channels, 1).bit_length() - 1
         self.lines = np.tile(self.multiply, self.joined), np.tile(self.add, self.joined)
         self.dtype = np.dtype(dtype)
         offset = self.offset = OFFSET if numbers.format.signed and self.dtype == np.uint8 else 0
@@ -132,8 +134,8 @@ class Inputs:
         Returns:
             Codes ``[N, *padded places, C]``.
         """
-        index = 0 if len(self.scales) == 1 else int(slot)
-        numbers = self.rounds[index]
+        scales = self._of_samples(x, any(border)) if self.dynamic else None
+        numbers = self._numbers(len(x), slot, scales)
         places, dims = x.shape[2:], x.ndim - 2
         before, after = border[-2::-2] or (0,) * dims, border[::-2] or (0,) * dims
         size = [b + s + a for b, s, a in zip(before, places, after, strict=True)]
@@ -141,10 +143,44 @@ class Inputs:
         shape = (x.shape[0], *lead, *size, x.shape[1])
         memory = scratch(math.prod(shape), self.dtype).reshape(shape)
         if any(border):
-            memory[:] = self._zero_codes(index)
+            memory[:] = self._zero_codes(*numbers)
         way = self._from_last if x.movedim(1, -1).is_contiguous() else self._from_first
         strange = way(x, lead, [0] * (3 - dims) + list(before), numbers, memory)
-        return Codes(memory.reshape(x.shape[0], *size, x.shape[1]), None, strange and bool(x.isnan().any()))
+        bad = strange and bool(x.isnan().any() if scales is None else not x.isfinite().all())
+        return Codes(memory.reshape(x.shape[0], *size, x.shape[1]), scales, bad)
+
+    def _of_samples(self, x: Tensor, bordered: bool) -> np.ndarray[Any, Any]:
+        """``[N]``: the smallest scale with which symmetric codes cover a sample, its border included."""
+        lowest, highest = self._ends(x)
+        if self.multiply.size:
+            ends = lowest * self.multiply + self.add, highest * self.multiply + self.add
+            lowest, highest = np.minimum(*ends), np.maximum(*ends)
+            if bordered:
+                lowest, highest = np.minimum(lowest, self.add), np.maximum(highest, self.add)
+        scale = np.maximum(-lowest.min(1) / self.levels[0], highest.max(1) / self.levels[1])
+        return np.maximum(scale, np.finfo(np.float32).tiny)
+
+    def _ends(self, x: Tensor) -> np.ndarray[Any, Any]:
+        """``[2, N, C]``: the smallest and the largest value of every channel of every sample."""
+        last = x.movedim(1, -1)
+        if not last.is_contiguous():
+            planes = x.flatten(2)
+            return torch.stack([planes.amin(2), planes.amax(2)]).float().numpy()
+        samples, channels = x.shape[:2]
+        places = math.prod(x.shape[2:])
+        joined, parts = math.gcd(places, self.joined), math.gcd(places // math.gcd(places, self.joined), PARTS)
+        lines = loops.view(readable(last)).reshape(samples * parts, places // (joined * parts), joined * channels)
+        ends = np.empty((2, len(lines), joined * channels), np.float32)
+        loops.spread(loops.column_ends, len(lines), lines.size, lines, ends)
+        ends = ends.reshape(2, samples, parts * joined, channels)
+        return np.stack([ends[0].min(1), ends[1].max(1)])
+
+    def _numbers(self, samples: int, slot: Any, scales: np.ndarray[Any, Any] | None) -> tuple[Any, ...]:
+        """What rounds the samples of a convolution: a reciprocal of the scale each; zero point, smallest and largest code."""
+        if scales is not None:
+            return np.float32(1) / scales, np.float32(self.offset), self.low, self.high
+        inverse, *rest = self.rounds[0 if len(self.rounds) == 1 else int(slot)]
+        return np.full(samples, inverse), *rest
 
     def _from_last(self, x: Tensor, lead: list[int], inside: list[int], numbers: Any, memory: np.ndarray[Any, Any]) -> bool:
         """Codes of channels-last memory, a line of pixels at a time."""
@@ -164,11 +200,10 @@ class Inputs:
         vectors = (self.multiply, self.add)
         return loops.spread(loops.quantize_planes, planes, x.numel(), loops.view(data), *vectors, *numbers, offset, memory)
 
-    def _zero_codes(self, index: int) -> np.ndarray[Any, Any]:
-        """The code of zero, by channels where they differ."""
-        inverse, zero, low, high = self.rounds[index]
-        value = self.add * inverse if self.add.size else np.zeros(1, np.float32)
-        return np.clip(np.rint(value + zero), low, high).astype(self.dtype)
+    def _zero_codes(self, inverse: np.ndarray[Any, Any], zero: Any, low: Any, high: Any) -> np.ndarray[Any, Any]:
+        """The code of zero of every sample, ``[N, 1, 1, 1, C]``; one for all channels where they do not differ."""
+        value = inverse[:, None] * (self.add if self.add.size else np.zeros(1, np.float32))
+        return np.clip(np.rint(value + zero), low, high).astype(self.dtype)[:, None, None, None]
 
     def _digest(self) -> bytes:
         digest = hashlib.sha256(repr((self.block, self.scales, self.zeros, self.low, self.high, self.dtype)).encode())

@@ -138,13 +138,14 @@ class Int16Product:
             padded = F.pad(x, window.padding) if any(window.padding) else x
             return window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
         batched = x if x.ndim == len(self.shape) else x[None]
-        codes, _, poisoned = self.inputs.pixels(batched, slot, window.padding)
+        codes, scales, poisoned = self.inputs.pixels(batched, slot, window.padding)
         starts, taps, places = pixels_of(codes.shape, self.shape[2:], window)
         out = torch.empty(len(batched), *places, self.rows, dtype=dtype)
         if poisoned:
             out.fill_(torch.nan)
         else:
-            self._product(codes, starts, taps, slot, loops.NONE, which, out)
+            samples = loops.NONE if scales is None else np.repeat(scales, math.prod(places))
+            self._product(codes, starts, taps, slot, samples, which, out)
         out = out.movedim(-1, 1)
         return out if batched is x else out[0]
 

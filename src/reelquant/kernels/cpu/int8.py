@@ -7,6 +7,7 @@ repacked once; the repacked copy replaces the stored one, and :meth:`codes` give
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -113,18 +114,22 @@ class IntegerLinear:
         return self._multiply(codes, scale, zero, self.bias, dtype, activation)
 
     def _scaled(self, codes: Tensor, scales: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
-        """A scale per row: the product is float32, and one more pass scales it, adds the bias and rounds it; float32 in its own memory."""
-        product = self._multiply(codes, 1.0, inputs.OFFSET, None, torch.float32)
-        out = product if dtype == torch.float32 else torch.empty(product.shape, dtype=dtype)
-        bias = loops.NONE if self.bias is None else self.bias.numpy()
-        loops.spread(loops.finish_tokens, len(out), out.numel(), product.numpy(), scales, bias, loops.view(out))
-        return out
+        """A scale per row."""
+        return _finished(self._multiply(codes, 1.0, inputs.OFFSET, None, torch.float32), scales, self.bias, dtype)
 
     def _multiply(self, codes: Tensor, scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype, activation: str = "") -> Tensor:
         name, variant = POST[activation]
         return torch.ops.onednn.qlinear_pointwise.default(
             codes, scale, zero, self.packed, self.scale, self.zero, bias, 1.0, 0, dtype, name, [], variant
         )
+
+
+def _finished(product: Tensor, scales: np.ndarray[Any, Any], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``product * scales + bias``, row by row, in one pass; float32 in the memory of the product ``[rows, out]``."""
+    out = product if dtype == torch.float32 else torch.empty(product.shape, dtype=dtype)
+    added = loops.NONE if bias is None else bias.numpy()
+    loops.spread(loops.finish_tokens, len(out), out.numel(), product.numpy(), scales, added, loops.view(out))
+    return out
 
 
 class IntegerConvolution:
@@ -160,16 +165,26 @@ class IntegerConvolution:
         if not x.numel():
             padded = F.pad(x, self.window.padding) if any(self.window.padding) else x
             return self.window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
-        scale, zero = self.inputs.step(slot)
-        codes, _, poisoned = self.inputs.pixels(batched, slot, self.border)
-        out = torch.ops.onednn.qconv_pointwise.default(
+        codes, scales, poisoned = self.inputs.pixels(batched, slot, self.border)
+        if scales is None:
+            out = self._convolved(codes, *self.inputs.step(slot), self.bias, dtype)
+        else:
+            product = self._convolved(codes, 1.0, inputs.OFFSET, None, torch.float32).movedim(1, -1).contiguous()
+            places = math.prod(product.shape[1:-1])
+            out = _finished(product.view(-1, product.shape[-1]), np.repeat(scales, places), self.bias, dtype)
+            out = out.view(product.shape).movedim(-1, 1)
+        out = torch.full_like(out, torch.nan) if poisoned else out
+        return (out if batched is x else out[0]).to(x.dtype)
+
+    def _convolved(self, codes: np.ndarray[Any, Any], scale: float, zero: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return torch.ops.onednn.qconv_pointwise.default(
             torch.from_numpy(codes).movedim(-1, 1),
             scale,
             zero,
             self.packed,
             self.scale,
             self.zero,
-            self.bias,
+            bias,
             list(self.window.stride),
             self.padding,
             list(self.window.dilation),
@@ -181,8 +196,6 @@ class IntegerConvolution:
             [],
             "",
         )
-        out = torch.full_like(out, torch.nan) if poisoned else out
-        return (out if batched is x else out[0]).to(x.dtype)
 
 
 def _border(window: Window, written: bool) -> tuple[tuple[int, ...], list[int]]:

@@ -180,6 +180,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
     Args:
         start, stop: planes of ``N * D``.
         x: ``[N, C, D, H * W]``.
+        inverse: ``[N]``, of the scale of every sample.
         offset: ``[4]``, where the inside begins along depth, height and width, and the inside's width.
         codes: ``[N, D', H', W', C]`` uint8 or int16, written.
     """
@@ -196,7 +197,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
             for c in range(channels):
                 read(x[n, c, d, first : first + count], buffer[:count])
                 strange |= _strange(buffer[:count])
-                slope, level = (multiply[c] * inverse, add[c] * inverse + zero) if affine else (inverse, zero)
+                slope, level = (multiply[c] * inverse[n], add[c] * inverse[n] + zero) if affine else (inverse[n], zero)
                 _encode(buffer[:count], slope, level, low, high, lines[c])
             for p in range(count):
                 h, w = (first + p) // width, (first + p) % width
@@ -213,6 +214,7 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
     Args:
         x: ``[N, D, H, W / j, j * C]``.
         multiply, add: ``[j * C]``, the channels' numbers ``j`` times, or empty.
+        inverse: ``[N]``, of the scale of every sample.
         offset: ``[3]``, where the inside begins along depth, height and within a line.
         codes: ``[N, D', H', W' * C]`` uint8 or int16, written.
     """
@@ -226,8 +228,22 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
             _affine(buffer, multiply, add)
             strange |= _strange(buffer)
             first = offset[2] + piece * length
-            _encode(buffer, inverse, zero, low, high, line[first : first + length])
+            _encode(buffer, inverse[n], zero, low, high, line[first : first + length])
     return strange
+
+
+@compiled(**EXACT)
+def column_ends(start, stop, x, ends):  # type: ignore[no-untyped-def]
+    """The smallest and largest value of every column: of ``x`` ``[parts, rows, columns]`` into ``ends`` ``[2, parts, columns]``."""
+    buffer = np.empty(x.shape[2], np.float32)
+    for i in range(start, stop):
+        low, high = ends[0, i], ends[1, i]
+        low[:], high[:] = np.inf, -np.inf
+        for row in range(x.shape[1]):
+            read(x[i, row], buffer)
+            for j in range(buffer.shape[0]):
+                low[j] = min(low[j], buffer[j])
+                high[j] = max(high[j], buffer[j])
 
 
 # --- products of rows -----------------------------------------------------------------------------------------------------------------

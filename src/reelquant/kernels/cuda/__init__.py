@@ -33,6 +33,7 @@ import torch
 MODULES: dict[str, str] = {
     "quantize_static": "quantize",
     "quantize_per_token": "quantize",
+    "quantize_per_sample": "quantize",
     "linear_8bit": "gemm",
     "weight_sums": "gemm",
     "repack_4bit": "gemm_grouped",

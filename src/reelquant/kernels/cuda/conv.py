@@ -20,8 +20,8 @@ from torch import Tensor
 
 from reelquant.kernels.cuda import launch
 from reelquant.kernels.cuda.epilogue import ACTIVATION_KINDS, emit, place, scaled
-from reelquant.kernels.cuda.gemm import DEEPEST, check_affine, check_output
-from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_table, check_vector, choose, require, slots_of
+from reelquant.kernels.cuda.gemm import DEEPEST, check_affine, check_input_scale, check_output
+from reelquant.kernels.cuda.launch import FP8, Tile, check_fp8, check_vector, choose, require, slots_of
 
 DEPTH_TILES = (128, 64, 32)  # channels per step: the first that divides them, else the last that is not far too long
 
@@ -41,8 +41,8 @@ def _convolve(
     steps, stride_t, stride_h, stride_w, pad_t, pad_h, pad_w, dilation_t, dilation_h, dilation_w,
     batch_stride, channel_stride, frame_stride, row_stride, pixel_stride, weight_stride,
     input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias, padding,
-    ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
+    ACTIVATION: tl.constexpr, PER_SAMPLE: tl.constexpr, PER_CHANNEL: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = place(rows, columns, BLOCK_M, BLOCK_N, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     row, column, k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -83,7 +83,7 @@ def _convolve(
         else:
             product = tl.dot(tile, w, product, max_num_imprecise_acc=BLOCK_K)
     value = scaled(
-        product, row, column, rows, columns, input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, False, PER_CHANNEL
+        product, row, column, rows, columns, input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, PER_SAMPLE, PER_CHANNEL
     )
     if bias is not None:
         value += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
@@ -190,12 +190,12 @@ def convolution_8bit(
         codes: ``[batch, in, height, width]`` or ``[batch, in, frames, height, width]``, int8 or float8_e4m3fn; any strides, fast if
             channels-last.
         weight: what :func:`repack_convolution` returns.
-        input_scale: ``[slots, 1]`` float32.
+        input_scale: float32 table ``[slots, 1]``, or ``[batch]`` with one scale per sample.
         weight_scale: ``[out]`` or ``[1]``.
         stride, padding, dilation: one number per spatial axis.
         slot: 0-d int64 on the same device, for all tables.
         bias: ``[out]`` or None.
-        pad_codes: ``[slots, in]``, what :func:`padding_codes` returns; None where zero has the code 0.
+        pad_codes: ``[slots, in]``, what :func:`padding_codes` returns; None where zero has the code 0, and with scales per sample.
         activation: ``none | gelu | gelu_tanh | silu``.
         input_zero_point, weight_sums: of affine inputs, whose codes are int8 ``q - 128``; as in
             :func:`reelquant.kernels.cuda.gemm.linear_8bit`.
@@ -208,7 +208,8 @@ def convolution_8bit(
         UnsupportedError: on dtypes, shapes or names the kernel does not know.
     """
     flat = codes.ndim == 4
-    check_table(input_scale, slot, "input_scale")
+    per_sample = check_input_scale(input_scale, slot, codes.shape[0])
+    require(not per_sample or pad_codes is None, lambda: "with scales per sample zero has no code of its own; pad the input before")
     _check(codes, weight, padding, pad_codes, input_scale.shape[0])
     check_affine(input_zero_point, weight_sums, slot, weight.shape[0], codes.dtype)
     require(
@@ -223,15 +224,17 @@ def convolution_8bit(
     x, kernel = codes.unsqueeze(2) if flat else codes, weight.shape[1:4]
     sizes = out_shape(x.shape[2:], kernel, strides, pads, dilations)
     out = launch.new((x.shape[0], *sizes, weight.shape[0]), out_dtype, codes.device)
+    slots = slots_of(None if per_sample else input_scale, input_zero_point)
     if out.numel():
+        input_scale = input_scale.repeat_interleave(math.prod(sizes)) if per_sample else input_scale  # a scale for every output
         depth, rows = x.shape[1], x.shape[0] * math.prod(sizes)
         tile = next((tile for tile in DEPTH_TILES if depth % tile == 0), 128 if depth > 128 else 64 if depth > 32 else 32)
         tile = 32 if launch.INTERPRETED else tile
         _convolve[lambda tiles: (launch.tiles(rows, tiles["BLOCK_M"]) * launch.tiles(weight.shape[0], tiles["BLOCK_N"]),)](
             x, weight, out, rows, weight.shape[0], depth, launch.size_class(rows), *x.shape[2:], *sizes, *kernel[1:],
             math.prod(kernel) * launch.tiles(depth, tile), *strides, *pads, *dilations, *x.stride(), math.prod(weight.shape[1:]),
-            input_scale, input_zero_point, slot, slots_of(input_scale, input_zero_point), weight_scale, weight_sums, bias,
+            input_scale, input_zero_point, slot, slots, weight_scale, weight_sums, bias,
             pad_codes if any(pads) else None,
-            kind, weight_scale.numel() > 1, any(pads), depth % tile == 0, tile,
+            kind, per_sample, weight_scale.numel() > 1, any(pads), depth % tile == 0, tile,
         )  # fmt: skip
     return (out.squeeze(1) if flat else out).movedim(-1, 1)

@@ -79,9 +79,9 @@ def weight_sums(weight: Tensor) -> Tensor:
 
 
 def check_input_scale(scale: Tensor, slot: Tensor | None, rows: int) -> bool:
-    """Whether ``scale`` is per token ``[rows]`` (True) or a table ``[slots, 1]`` (False)."""
+    """Whether ``scale`` is per token or sample ``[rows]`` (True) or a table ``[slots, 1]`` (False)."""
     if scale.ndim == 1:
-        check_vector(scale, rows, "a per-token input_scale")
+        check_vector(scale, rows, "an input_scale that was found at run time")
         require(scale.dtype == torch.float32, lambda: f"input_scale is float32, got {scale.dtype}")
         return True
     check_table(scale, slot, "input_scale")

@@ -88,7 +88,8 @@ class _Inputs:
     def _made(self, x: Tensor, slot: int | Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         x = hadamard(x.float()) if self.rotate else x
         if self.dynamic:
-            codes, scales = cuda.quantize_per_token(x, **self.pre, dtype=self.dtype, **self.levels)
+            found = cuda.quantize_per_token if self.axis == -1 else cuda.quantize_per_sample
+            codes, scales = found(x, **self.pre, dtype=self.dtype, **self.levels)
             return codes, {"input_scale": scales, "input_zero_point": None, "slot": None}
         table = self.table(slot)
         codes = cuda.quantize_static(x, **table, **self.pre, dtype=self.dtype, **self.levels)
@@ -248,7 +249,11 @@ class Widened:
 
 
 class CodeConvolution:
-    """A convolution of 8-bit codes, int8 or e4m3, channels last."""
+    """A convolution of 8-bit codes, int8 or e4m3, channels last.
+
+    Attributes:
+        inside: whether the kernel makes the border itself: it is the same on both sides, and one code stands for zero in all samples.
+    """
 
     def __init__(self, operands: Operands) -> None:
         assert operands.window is not None
@@ -262,13 +267,13 @@ class CodeConvolution:
         self.stored = operands.weight.codes.dtype
         self.codes = self._codes if operands.weight.quantizer.format.bits == 8 else None  # widened ones lie beside the stored ones
         sides = list(zip(self.window.padding[-2::-2], self.window.padding[::-2], strict=True)) or [(0, 0)] * len(self.window.stride)
-        self.even = all(before == after for before, after in sides)
-        self.padding = [before if self.even else 0 for before, _ in sides]
+        even = all(before == after for before, after in sides)
+        self.inside = even and not (self.inputs.dynamic and operands.shift is not None)
+        self.padding = [before if self.inside else 0 for before, _ in sides]
 
     def _read(self, operands: Operands) -> None:
         self.inputs, self.zeros = _Inputs(operands), None
-        if self.inputs.zero_point is not None or operands.shift is not None:
-            assert self.inputs.scale is not None
+        if self.inputs.scale is not None and (self.inputs.zero_point is not None or operands.shift is not None):
             self.zeros = cuda.padding_codes(
                 self.inputs.scale, self.shape[1], operands.shift, operands.scale, self.inputs.zero_point, self.inputs.dtype,
                 **self.inputs.levels,
@@ -285,7 +290,7 @@ class CodeConvolution:
         return self.weight.permute(0, 4, 1, 2, 3).reshape(self.shape[0], -1).view(self.stored)
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
-        x = x if self.even else F.pad(x, self.window.padding)
+        x = x if self.inside else F.pad(x, self.window.padding)
         batched = x if x.ndim == len(self.shape) else x[None]
         codes, numbers = self.inputs.codes(batched.movedim(1, -1), slot)
         zeros = self.zeros

@@ -31,7 +31,7 @@ LEVELS = (-128.0, 127.0)  # smallest and largest int8 code
 @triton.jit
 def _quantize(
     x, codes, scales, rows, width, stride_row, stride_column,
-    pre_shift, pre_scale, input_scale, zero_point, slot, slots, lowest, highest,
+    pre_shift, pre_scale, input_scale, zero_point, slot, slots, sample, lowest, highest,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -43,7 +43,7 @@ def _quantize(
     if pre_shift is not None:
         value -= tl.load(pre_shift + column, mask=in_column, other=0.0).to(tl.float32)[None, :]
     value = _round(
-        value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, lowest, highest,
+        value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, sample, lowest, highest,
         codes.dtype.element_ty,
     )  # fmt: skip
     tl.store(codes + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=inside)
@@ -51,10 +51,11 @@ def _quantize(
 
 @triton.jit
 def _round(
-    value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, lowest, highest,
+    value, inside, row, in_row, column, in_column, scales, pre_scale, input_scale, zero_point, slot, slots, sample, lowest, highest,
     CODES: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one tile, with the step's static scale or (``scales`` given) with a scale per row, which is written too."""
+    """Codes of one tile: with the step's static scale, with one that is known for every ``sample`` rows, or (``scales`` given) with a
+    scale per row, which is written too."""
     if scales is not None:
         if pre_scale is not None:
             value = value / tl.load(pre_scale + column, mask=in_column, other=1.0).to(tl.float32)[None, :]
@@ -68,9 +69,12 @@ def _round(
         tl.store(scales + row, scale, mask=in_row)
         return to_codes(value * (1.0 / scale)[:, None], CODES)
     else:
-        scale = of_slot(input_scale, slot, slots)
+        if sample is not None:
+            scale = tl.load(input_scale + row // sample, mask=in_row, other=1.0)[:, None]
+        else:
+            scale = of_slot(input_scale, slot, slots)
         if pre_scale is not None:
-            value = value * (1.0 / (scale * tl.load(pre_scale + column, mask=in_column, other=1.0).to(tl.float32)))[None, :]
+            value = value * (1.0 / (scale * tl.load(pre_scale + column, mask=in_column, other=1.0).to(tl.float32)[None, :]))
         else:
             value = value * (1.0 / scale)
         if zero_point is not None:
@@ -100,9 +104,13 @@ def run(
     input_scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     slot: Tensor | None = None,
+    sample: int | None = None,
     levels: tuple[float, float] = LEVELS,
 ) -> None:
-    """Fill ``codes`` ``[rows, width]`` (and ``scales`` ``[rows]`` if given) from ``x`` ``[rows, width]``."""
+    """Fill ``codes`` ``[rows, width]`` (and ``scales`` ``[rows]`` if given) from ``x`` ``[rows, width]``.
+
+    With ``sample``, so many rows in turn have one scale of ``input_scale`` ``[rows / sample]``.
+    """
     rows, width = codes.shape
     _check(x, pre_shift, pre_scale, width, codes.dtype)
     if rows == 0 or width == 0:
@@ -113,7 +121,7 @@ def run(
     many = max(1, min(TILE // block, 32)) if not launch.INTERPRETED else 4
     _quantize[(launch.tiles(rows, many),)](
         x, codes, scales, rows, width, x.stride(0), x.stride(1),
-        pre_shift, pre_scale, input_scale, zero_point, slot, slots_of(input_scale, zero_point), *levels,
+        pre_shift, pre_scale, input_scale, zero_point, slot, slots_of(input_scale, zero_point), sample, *levels,
         many, block, num_warps=max(4, min(16, block // 1024)),
     )  # fmt: skip
 
@@ -190,4 +198,47 @@ def quantize_per_token(
     """
     codes, scales = launch.new(x.shape, dtype, x.device), launch.new((x.shape[:-1].numel(),), torch.float32, x.device)
     run(rows_of(x), rows_of(codes), pre_shift, pre_scale, scales=scales, levels=(lowest, highest))
+    return codes, scales
+
+
+def _fake_per_sample(x: Tensor, dtype: torch.dtype, **_: Any) -> tuple[Tensor, Tensor]:
+    return _fake_static(x, dtype), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@launch.operation(_fake_per_sample)
+def quantize_per_sample(
+    x: Tensor,
+    pre_shift: Tensor | None = None,
+    pre_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.int8,
+    lowest: float = LEVELS[0],
+    highest: float = LEVELS[1],
+) -> tuple[Tensor, Tensor]:
+    """Codes of ``x`` with one scale per item of the leading axis: the smallest that saturates nothing.
+
+    A sample does not fit into registers, so its extremes are found first, channel by channel, in a pass of torch's own.
+
+    Args:
+        x: ``[N, ..., width]`` float, any strides.
+        pre_shift, pre_scale, dtype, lowest, highest: as in :func:`quantize_per_token`.
+
+    Returns:
+        ``[N, ..., width]`` codes and ``[N]`` float32 scales. A sample with NaN has the scale NaN.
+
+    Raises:
+        UnsupportedError: on shapes or dtypes that the kernel does not know.
+    """
+    codes = launch.new(x.shape, dtype, x.device)
+    if not x.numel():
+        return codes, torch.ones(x.shape[0], device=x.device)
+    ends = [end(tuple(range(1, x.ndim - 1))).float() for end in (x.amin, x.amax)]  # [N, width]
+    low, high = ((value if pre_shift is None else value - pre_shift.float()) for value in ends)
+    low, high = ((value if pre_scale is None else value / pre_scale.float()) for value in (low, high))
+    if dtype == torch.int8:
+        scales = torch.maximum(high.amax(1) / highest, low.amin(1) / lowest)
+    else:
+        scales = torch.maximum(high.abs(), low.abs()).amax(1) / LARGEST[dtype]
+    scales = torch.where(scales <= torch.finfo(torch.float32).tiny, 1.0, scales)  # a sample of zeros keeps its zeros
+    sample = rows_of(x).shape[0] // x.shape[0]
+    run(rows_of(x), rows_of(codes), pre_shift, pre_scale, input_scale=scales, sample=sample, levels=(lowest, highest))
     return codes, scales

@@ -41,9 +41,10 @@ def _grain(operands: Operands, numbers: InputQuant) -> str | None:
     kind = numbers.granularity.kind
     if numbers.rule is None:
         return None if kind == "tensor" else f"static inputs have one scale, not one per {kind}"
-    if kind != "token" or not numbers.rule.range.covers_all:
-        return "dynamic inputs have a scale per token, of their largest magnitude"
-    return None if operands.window is None else "a convolution has no tokens to scale"
+    found = "token" if operands.window is None else "sample"
+    if kind != found or not numbers.rule.range.covers_all:
+        return f"dynamic inputs of this layer have a scale per {found}, of its largest magnitude"
+    return None
 
 
 def _float8(operands: Operands) -> str | None:

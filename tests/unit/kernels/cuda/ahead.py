@@ -86,12 +86,13 @@ def compile_instead(capability: int, tiles: int) -> None:
 def quantize(capability: int) -> None:
     """Static and dynamic, with and without the rewrite."""
     from reelquant.kernels.cuda.launch import FP8
-    from reelquant.kernels.cuda.quantize import quantize_per_token, quantize_static
+    from reelquant.kernels.cuda.quantize import quantize_per_sample, quantize_per_token, quantize_static
 
     x, one = torch.zeros(64, 1536, dtype=torch.bfloat16), torch.ones(1, 1)
     quantize_static(x, one)
     quantize_static(x, one.expand(4, 1).contiguous(), torch.tensor(1), pre_scale=torch.ones(1536))
     quantize_static(torch.zeros(64, 8960, dtype=torch.bfloat16), one, pre_shift=torch.zeros(8960))
+    quantize_per_sample(x.view(4, 16, 1536), pre_scale=torch.ones(1536))
     if capability >= 89:
         quantize_per_token(x, pre_shift=x[0], dtype=FP8)
 
@@ -140,6 +141,7 @@ def conv(capability: int) -> None:
     x, one, ones = torch.zeros(2, 8, 32, 32, 320, dtype=torch.int8).movedim(-1, 1), torch.ones(1, 1), [1, 1, 1]
     weight, zeros = torch.zeros(320, 1, 3, 3, 320, dtype=torch.int8), torch.zeros(1, 320, dtype=torch.int8)
     convolution_8bit(x, weight, one, torch.ones(320), ones, [0, 1, 1], ones, pad_codes=zeros)
+    convolution_8bit(x, weight, torch.ones(2), torch.ones(320), ones, [0, 1, 1], ones)
     if capability >= 89:
         convolution_8bit(x.to(FP8), weight[:, :, 1:2, 1:2].contiguous().to(FP8), one, torch.ones(320), ones, [0, 0, 0], ones)
 

@@ -104,7 +104,7 @@ def test_refusals() -> None:
         ("torch.float64", {"out_dtype": torch.float64}),
         ("both factors", {"up": half}),
         ("low-rank term is", {"up": half, "down": half}),
-        ("per-token input_scale needs 4", {"input_scale": one.expand(5, 1)[:, 0].contiguous()}),
+        ("an input_scale that was found at run time needs 4", {"input_scale": one.expand(5, 1)[:, 0].contiguous()}),
         ("weight_scale needs 6", {"weight_scale": torch.ones(5, device=DEVICE)}),
         ("bias needs 6", {"bias": torch.ones(12, device=DEVICE)[::2]}),
         ("no slot", {"input_scale": torch.ones(2, 1, device=DEVICE)}),

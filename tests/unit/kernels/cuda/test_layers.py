@@ -23,6 +23,8 @@ MORE = INPUTS | {
     "int6 token": TensorLayout("int6", "token", dynamic=True),
     "e4m3": TensorLayout("e4m3", "tensor"),
     "e4m3 token": TensorLayout("e4m3", "token", dynamic=True),
+    "int6 sample": TensorLayout("int6", "sample", dynamic=True),
+    "e4m3 sample": TensorLayout("e4m3", "sample", dynamic=True),
 }
 CASES: list[tuple[str, Any, str, str]] = [
     ("Linear", ("int8", "channel"), "int8", "triton int8"),
@@ -46,6 +48,11 @@ CASES: list[tuple[str, Any, str, str]] = [
     ("Conv2d", ("int4", "group-8"), "uint8", "triton int8 from groups"),
     ("Conv2d", ("e4m3", "channel"), "e4m3", "triton e4m3 convolution"),
     ("Conv3d", ("e4m3", "channel"), "e4m3", "triton e4m3 convolution"),
+    ("Conv2d", ("int8", "channel"), "int8 sample", "triton int8 convolution"),
+    ("Conv2d strided", ("int8", "tensor"), "int8 sample", "triton int8 convolution"),
+    ("Conv3d", ("int6", "channel"), "int6 sample", "triton int8 convolution"),
+    ("Conv3d", ("int4", "group-8"), "int8 sample", "triton int8 from groups"),
+    ("Conv2d same", ("e4m3", "channel"), "e4m3 sample", "triton e4m3 convolution"),
 ]
 PLAIN: list[tuple[str, Any, str, str]] = [
     ("Linear", ("int8", "channel"), "uint8", "torch int8"),
@@ -77,9 +84,9 @@ REWRITES: dict[str, dict[str, Any]] = {
 GRID = [(*case, rewrite) for case in CASES + PLAIN for rewrite in REWRITES]
 
 
-@pytest.mark.parametrize(("name", "weight", "numbers", "which", "rewritten"), sampled(GRID, 55))
+@pytest.mark.parametrize(("name", "weight", "numbers", "which", "rewritten"), sampled(GRID, 60))
 def test_layers_compute_what_the_reference_computes(name: str, weight: Any, numbers: str, which: str, rewritten: str) -> None:
-    rewrite, slots = REWRITES[rewritten], 1 if "token" in numbers else 3
+    rewrite, slots = REWRITES[rewritten], 1 if MORE[numbers].dynamic else 3
     layer, x = make(name, weight, MORE[numbers], slots=slots, **rewrite)
     layer, x = layer.to(DEVICE), x.to(DEVICE)
     operands = layer.operands

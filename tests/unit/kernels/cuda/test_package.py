@@ -52,6 +52,7 @@ def calls() -> dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     return {
         "quantize_static": (cuda.quantize_static, (x, one), {"pre_scale": x[0, 0]}),
         "quantize_per_token": (cuda.quantize_per_token, (x,), {"pre_shift": x[0, 0]}),
+        "quantize_per_sample": (cuda.quantize_per_sample, (x,), {"pre_shift": x[0, 0]}),
         "linear_8bit": (cuda.linear_8bit, (codes, weight, one, scale), {"activation": "silu", "out_dtype": torch.float16}),
         "linear_w4a8": (cuda.linear_w4a8, (codes, weight[:, :32].contiguous(), group_scale, one), {}),
         "linear_w4a16": (cuda.linear_w4a16, (x, weight[:, :32].contiguous(), group_scale), {"bias": scale}),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reelquant._errors import UnsupportedError
 from reelquant.kernels.cuda.launch import FP8
-from reelquant.kernels.cuda.quantize import quantize_per_token, quantize_static
+from reelquant.kernels.cuda.quantize import quantize_per_sample, quantize_per_token, quantize_static
 
 
 def units(x: Tensor, **rewrite: Tensor) -> Tensor:
@@ -113,3 +113,27 @@ def test_refusals(device: str) -> None:
             quantize_static(x, **arguments)
     with pytest.raises(UnsupportedError, match="reads"):
         quantize_static(x.double(), one)
+
+
+@pytest.mark.parametrize("names", REWRITES, ids=" ".join)
+@pytest.mark.parametrize("dtype", [torch.int8, FP8])
+def test_per_sample_scales_are_tight_and_codes_nearest(names: tuple[str, ...], dtype: torch.dtype, device: str) -> None:
+    rows, rewrite = make(3 * 10, 40, names, device)
+    x = rows.view(3, 2, 5, 40) * torch.tensor([1.0, 30.0, 0.1], device=device).view(3, 1, 1, 1)
+    codes, scales = quantize_per_sample(x, **rewrite, dtype=dtype)
+    unit = units(x, **rewrite)
+    low, high = (-128.0, 127.0) if dtype == torch.int8 else (-448.0, 448.0)
+    expected = torch.maximum(unit.amax((1, 2, 3)) / high, unit.amin((1, 2, 3)) / low)
+    torch.testing.assert_close(scales.double().cpu(), expected, rtol=1e-5, atol=0)
+    scaled = unit / scales.double().cpu().view(3, 1, 1, 1)
+    (assert_codes if dtype == torch.int8 else assert_fp8)(codes, scaled)
+
+
+def test_samples_of_zeros_nan_and_nothing(device: str) -> None:
+    x = torch.randn(3, 4, 5, 8, device=device)
+    x[0], x[2, 1, 1, 1] = 0, torch.nan
+    codes, scales = quantize_per_sample(x)
+    assert scales[0] == 1 and not codes[0].any() and scales[1].isfinite() and scales[2].isnan()
+    for shape in ((0, 4, 8), (2, 0, 8), (2, 4, 0)):
+        codes, scales = quantize_per_sample(torch.zeros(shape, device=device))
+        assert codes.shape == shape and scales.shape == shape[:1] and scales.isfinite().all()
