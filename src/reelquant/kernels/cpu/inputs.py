@@ -36,8 +36,6 @@ def refuses(operands: Operands) -> str | None:
             return f"dynamic inputs of this layer are int with a scale per {kind}"
     elif numbers.granularity.kind != "tensor":
         return f"static inputs have one scale, not one per {numbers.granularity.kind}"
-    if operands.rotate and operands.window is not None:
-        return "the input of a convolution is rotated"
     return None
 
 
@@ -70,7 +68,7 @@ class Inputs:
         channels = operands.weight.shape[1]
         self.block = block_size(channels) if operands.rotate else 1
         self.multiply, self.add = folded(operands, channels, self.block**-0.5)
-        by_row = self.block > 1 or (numbers.rule is not None and operands.window is None)
+        by_row = operands.window is None and (self.block > 1 or numbers.rule is not None)
         self.joined = 1 if by_row else 1 << max(LINE // channels, 1).bit_length() - 1
         self.lines = np.tile(self.multiply, self.joined), np.tile(self.add, self.joined)
         self.dtype = np.dtype(dtype)
@@ -144,7 +142,7 @@ class Inputs:
         memory = scratch(math.prod(shape), self.dtype).reshape(shape)
         if any(border):
             memory[:] = self._zero_codes(*numbers)
-        way = self._from_last if x.movedim(1, -1).is_contiguous() else self._from_first
+        way = self._from_last if self._by_pixel(x) else self._from_first
         strange = way(x, lead, [0] * (3 - dims) + list(before), numbers, memory)
         bad = strange and bool(x.isnan().any() if scales is None else not x.isfinite().all())
         return Codes(memory.reshape(x.shape[0], *size, x.shape[1]), scales, bad)
@@ -161,17 +159,16 @@ class Inputs:
         return np.maximum(scale, np.finfo(np.float32).tiny)
 
     def _ends(self, x: Tensor) -> np.ndarray[Any, Any]:
-        """``[2, N, C]``: the smallest and the largest value of every channel of every sample."""
-        last = x.movedim(1, -1)
-        if not last.is_contiguous():
+        """``[2, N, C]``: the smallest and the largest value of every channel of every sample, rotated without the factor."""
+        if not self._by_pixel(x):
             planes = x.flatten(2)
             return torch.stack([planes.amin(2), planes.amax(2)]).float().numpy()
         samples, channels = x.shape[:2]
         places = math.prod(x.shape[2:])
         joined, parts = math.gcd(places, self.joined), math.gcd(places // math.gcd(places, self.joined), PARTS)
-        lines = loops.view(readable(last)).reshape(samples * parts, places // (joined * parts), joined * channels)
+        lines = loops.view(readable(x.movedim(1, -1))).reshape(samples * parts, places // (joined * parts), joined * channels)
         ends = np.empty((2, len(lines), joined * channels), np.float32)
-        loops.spread(loops.column_ends, len(lines), lines.size, lines, ends)
+        loops.spread(loops.column_ends, len(lines), lines.size, lines, self.block, ends)
         ends = ends.reshape(2, samples, parts * joined, channels)
         return np.stack([ends[0].min(1), ends[1].max(1)])
 
@@ -182,15 +179,19 @@ class Inputs:
         inverse, *rest = self.rounds[0 if len(self.rounds) == 1 else int(slot)]
         return np.full(samples, inverse), *rest
 
+    def _by_pixel(self, x: Tensor) -> bool:
+        """Whether channels lie behind each other, or have to, to be rotated."""
+        return self.block > 1 or x.movedim(1, -1).is_contiguous()
+
     def _from_last(self, x: Tensor, lead: list[int], inside: list[int], numbers: Any, memory: np.ndarray[Any, Any]) -> bool:
-        """Codes of channels-last memory, a line of pixels at a time."""
+        """Codes of channels-last memory (of a copy, if it is not), a line of pixels at a time."""
         channels, *places = x.shape[1:]
         joined = math.gcd(places[-1], self.joined)
         data = readable(x.movedim(1, -1)).view(x.shape[0], *lead, *places[:-1], places[-1] // joined, joined * channels)
         offset = np.array([*inside[:2], inside[2] * channels])
         lines, target = x.shape[0] * math.prod(places[:-1]), memory.reshape(*memory.shape[:3], -1)
         vectors = self._lines(joined * channels)
-        return loops.spread(loops.quantize_pixels, lines, x.numel(), loops.view(data), *vectors, *numbers, offset, target)
+        return loops.spread(loops.quantize_pixels, lines, x.numel(), loops.view(data), self.block, *vectors, *numbers, offset, target)
 
     def _from_first(self, x: Tensor, lead: list[int], inside: list[int], numbers: Any, memory: np.ndarray[Any, Any]) -> bool:
         """Codes of other memory, a plane at a time."""

@@ -208,11 +208,12 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
 
 
 @compiled(**EXACT)
-def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
+def quantize_pixels(start, stop, x, block, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """The same from channels last, several pixels of a line joined.
 
     Args:
         x: ``[N, D, H, W / j, j * C]``.
+        block: as in :func:`quantize_rows`.
         multiply, add: ``[j * C]``, the channels' numbers ``j`` times, or empty.
         inverse: ``[N]``, of the scale of every sample.
         offset: ``[3]``, where the inside begins along depth, height and within a line.
@@ -225,6 +226,8 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
         line = codes[n, d + offset[0], h + offset[1]]
         for piece in range(pieces):
             read(x[n, d, h, piece], buffer)
+            if block > 1:
+                rotate(buffer, block)
             _affine(buffer, multiply, add)
             strange |= _strange(buffer)
             first = offset[2] + piece * length
@@ -233,14 +236,16 @@ def quantize_pixels(start, stop, x, multiply, add, inverse, zero, low, high, off
 
 
 @compiled(**EXACT)
-def column_ends(start, stop, x, ends):  # type: ignore[no-untyped-def]
-    """The smallest and largest value of every column: of ``x`` ``[parts, rows, columns]`` into ``ends`` ``[2, parts, columns]``."""
+def column_ends(start, stop, x, block, ends):  # type: ignore[no-untyped-def]
+    """``ends`` ``[2, parts, columns]``: the smallest and largest value of a column of ``x`` ``[parts, rows, columns]``, rows rotated."""
     buffer = np.empty(x.shape[2], np.float32)
     for i in range(start, stop):
         low, high = ends[0, i], ends[1, i]
         low[:], high[:] = np.inf, -np.inf
         for row in range(x.shape[1]):
             read(x[i, row], buffer)
+            if block > 1:
+                rotate(buffer, block)
             for j in range(buffer.shape[0]):
                 low[j] = min(low[j], buffer[j])
                 high[j] = max(high[j], buffer[j])

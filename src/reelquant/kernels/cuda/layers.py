@@ -321,14 +321,14 @@ def stored_nibbles(weight: Tensor, rows: int, width: int, size: int) -> Tensor:
 
 
 LINEAR = frozenset({"input", "shift", "scale", "rotate"})
-CONVOLUTION = frozenset({"input", "shift", "scale", "window"})
+CONVOLUTION = LINEAR | {"window"}
 KERNELS = (
     Kernel("triton int8", LINEAR, refusals.refuses_linear, CodeLinear),
     Kernel("triton int8 from int4", LINEAR, refusals.refuses_nibbles, NibbleLinear),
     Kernel("triton int8 convolution", CONVOLUTION, refusals.refuses_convolution, CodeConvolution),
     Kernel("triton e4m3", LINEAR, refusals.refuses_float8, CodeLinear),
     Kernel("triton e4m3 convolution", CONVOLUTION, refusals.refuses_float8_convolution, CodeConvolution),
-    Kernel("triton int8 from groups", LINEAR | CONVOLUTION, refusals.refuses_folded, prepare_folded),
+    Kernel("triton int8 from groups", CONVOLUTION, refusals.refuses_folded, prepare_folded),
     Kernel("triton float products", frozenset(), refusals.refuses_float, FloatLinear),
     Kernel("torch int8", LINEAR, refusals.refuses_plain, PlainLinear),
     Kernel("torch e4m3", LINEAR, refusals.refuses_plain_float8, PlainFloat8Linear),

@@ -94,8 +94,6 @@ def refuses_convolution(operands: Operands) -> str | None:
 def refuses_folded(operands: Operands) -> str | None:
     """Why a layer is not a product of 8-bit codes once the scales of its groups are folded into them, or None."""
     window = None if operands.window is None else _window(operands)
-    if operands.window is not None and operands.rotate:
-        return "the input of a convolution is rotated"
     return window or _weight(operands, FEW, ("group",)) or _input(operands) or cuda.available()
 
 
