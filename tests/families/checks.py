@@ -26,6 +26,7 @@ from reelquant.discover import discover
 from reelquant.integrations import loading
 from reelquant.nn import QuantLayer, quantized_class, quantized_layers
 from reelquant.sites import DenoiserMap
+from tests.families.features import FEATURES, Feature
 from tests.families.models import FAMILIES, Inputs, awake
 from tests.tiny.stock import realigned
 
@@ -299,6 +300,36 @@ def dequantize(case: Case) -> str:
     return ""
 
 
+# ----------------------------------------------------------------------------------------------------------------------- features
+
+
+def features(case: Case) -> str:
+    """Rotations, branches, groups, scales per sample, low-bit attention: near float, saved and opened by stock diffusers bit for bit."""
+    found = [_feature(case, feature) for feature in FEATURES.values()]
+    assert any(found)
+    return f"{sum(found)} of {len(found)}"
+
+
+def _feature(case: Case, feature: Feature) -> bool:
+    """Whether the family has a layer for it; if so, it passed."""
+    model = realigned(case.quantized(feature.recipe))
+    if not feature.used(model):
+        return False
+    answer = output(model, case.inputs())
+    assert answer.isfinite().all()
+    assert snr(case.reference, answer) > feature.least, (feature.recipe["name"], snr(case.reference, answer))
+    with folder() as here:
+        model.save_pretrained(here)
+        loaded = realigned(case.cls.from_pretrained(here))
+    assert feature.used(loaded)
+    assert torch.equal(output(loaded, case.inputs()), output(realigned(copy.deepcopy(model)), case.inputs()))
+    loaded.dequantize()
+    assert not quantized_layers(loaded)
+    floats = output(loaded, case.inputs())
+    assert floats.isfinite().all() and snr(case.reference, floats) > feature.least
+    return True
+
+
 # ------------------------------------------------------------------------------------------------------------------------ devices
 
 
@@ -442,6 +473,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "device_map": device_map,
     "cpu_device_map": cpu_device_map,
     "dequantize": dequantize,
+    "features": features,
     "training": training,
     "torch_compile": torch_compile,
     "torch_compile_with_group_offload": torch_compile_with_group_offload,

@@ -130,12 +130,21 @@ def shared_rewrites(rows: Sequence[LayerPlan]) -> list[Entry]:
 def _rewrite(context: Context, rows: Sequence[LayerPlan], choice: Choice, seam: int | None) -> Rewrite:
     """All rewrites that apply to every layer of the group, in recipe order."""
     entries = shared_rewrites(rows)
-    if not entries or rows[0].layer.name not in context.inputs:
+    observed = bool(rows) and rows[0].layer.name in context.inputs
+    if not entries or not (observed or context.plan.recipe.data_free):
         return Rewrite()
-    view = replace(_view(context, rows), seam=seam)
+    view = replace(_view(context, rows) if observed else _unseen(context, rows), seam=seam)
     for entry in entries:
         view = choice.stage(entry).rewrite(view)
     return view.total
+
+
+def _unseen(context: Context, rows: Sequence[LayerPlan]) -> GroupView:
+    """The view of a recipe without calibration: nothing is known of the input. No stage that needs data is in such a recipe."""
+    weights = [_weight(context.layer_of(row.layer.name)) for row in rows]
+    nothing = weights[0].new_zeros(1, weights[0].shape[1])
+    sites = tuple(row.site for row in rows)
+    return GroupView(nothing, nothing, nothing, weights, rounded=any(row.input for row in rows), sites=sites)
 
 
 def _view(context: Context, rows: Sequence[LayerPlan]) -> GroupView:

@@ -214,7 +214,7 @@ class Recipe(_Strict):
         for key in self.model_extra or {}:
             if key not in known:
                 raise RecipeError(f"unknown key '{key}'; {nearest(key, [*type(self).model_fields, *known, EXTENDS])}")
-        hungry = [entry.label for entry in self.entries if entry.stage.samples]
+        hungry = [entry.label for entry in self.entries if entry.stage.needs_data]
         if hungry and self.data_free:
             raise RecipeError(f"{hungry[0]} needs statistics, and 'calibrate: null' gathers none; give calibrate: {{prompts: 16}}")
         _check_once(self.entries)

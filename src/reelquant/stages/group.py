@@ -82,6 +82,8 @@ class GroupView:
         elif not any(mix.kind == "rotate" for mix in rewrite.mixes):
             low, high = rewrite.ends(self.low, self.high)
             mean = replace(rewrite, taps=1).input(self.mean)
+        elif self.rows is None and self.statistics is None:  # a recipe without calibration
+            return after
         else:
             low, high = after.sampled_ends()
             mean = replace(rewrite, taps=1).input(self.mean)

@@ -75,6 +75,11 @@ class Stage:
         return 0
 
     @property
+    def needs_data(self) -> bool:
+        """Whether the stage, with its options, cannot work in a recipe without calibration."""
+        return self.samples
+
+    @property
     def resamples(self) -> bool:
         """Whether these calls are made by the pipeline as earlier stages leave it, sampled once more for them, instead of the float one.
 

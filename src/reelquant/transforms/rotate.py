@@ -28,7 +28,7 @@ class Rotate(Transform):
     Attributes:
         least: rotate a group only where the expected noise falls by this many dB, because a rotation costs run time. Expected is
             the noise of a uniform grid that every channel fills, ``sum_c range_c^2 |W_c|^2``.
-        always: rotate every group, whatever noise is expected.
+        always: rotate every group, whatever noise is expected; then no calibration is needed where inputs have ranges at run time.
         signs: turn the signs of some channels first, drawn with ``seed``: the plain matrix maps a channel mean that all channels share
             to one channel, and a random one to all.
         block: width of the blocks, a power of two; 0 for the largest that divides the channels. Rotations inside of the groups that
@@ -48,6 +48,10 @@ class Rotate(Transform):
     def __post_init__(self) -> None:
         if self.block < 0 or self.block & (self.block - 1):
             raise RecipeError(f"block is a power of two, or 0 for the largest that divides the channels; got {self.block}")
+
+    @property
+    def needs_data(self) -> bool:
+        return not self.always
 
     def needs(self, site: StageSite) -> frozenset[str]:
         seen = site.specs.input is not None and self.observed(site)  # an input that stays float is not rotated
@@ -74,11 +78,13 @@ class Rotate(Transform):
         return 0 if not self.block or self.block >= largest else self.block
 
     def plan(self, group: GroupView) -> Rewrite:
-        if not group.rounded or (group.rotated is None and group.rows is None):
+        if not group.rounded:
             return Rewrite()
         rewrite = Rewrite(mixes=self._mixes(group))
         if self.always:
             return rewrite
+        if group.rotated is None and group.rows is None:
+            return Rewrite()
         after = group.rewritten(rewrite)
         before = (group.low, group.high) if group.rotated is not None and rewrite.rotated else group.sampled_ends()
         quieter = _noise(*before, group.weights) / _noise(after.low, after.high, after.weights).clamp(min=TINY)
