@@ -99,6 +99,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown slots": (recipe(defaults={"weight": {"format": "int8", "slots": "some"}}), "defaults.weight.slots: .*'shared' or 'per_step'"),
     "no weight": ({"name": "mine", "defaults": {}}, "defaults.weight: Field required"),
     "a transform without data": (recipe(calibrate=None, steps=[{"transform": "scale"}]), "'scale' needs statistics"),
+    "a rotation that pays by what data show": (recipe(calibrate=None, steps=[{"transform": "rotate"}]), "'rotate' needs statistics"),
     "a solver without data": (recipe(calibrate=None, steps=[{"solve": "gptq"}]), "'gptq' needs statistics"),
     "a table without data": (recipe(calibrate=None, temporal="table"), "'temporal: table' needs statistics"),
 }
