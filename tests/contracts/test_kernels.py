@@ -63,6 +63,19 @@ def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any
             assert float(error.median()) <= rounding + folded / 4, kernel.name
 
 
+@pytest.mark.parametrize("rewrite", REWRITES)
+@pytest.mark.parametrize("name", ["Conv2d", "Conv2d same", "Conv3d"])
+def test_scales_per_sample_do_not_depend_on_the_rest_of_the_batch(name: str, rewrite: str) -> None:
+    """In either memory order."""
+    layer, x = make(name, ("int8", "channel"), INPUTS["int8 sample"], **REWRITES[rewrite])
+    x[0] *= 100
+    last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    with torch.no_grad():
+        alone = layer(x[1:])
+        assert torch.equal(layer(x)[1:], alone) and torch.equal(layer(last)[1:], alone)
+        assert float((alone - oracle(layer, x)[1:]).abs().max()) <= 2 * one_code(layer)
+
+
 @pytest.mark.parametrize("name", ["Linear", "Conv2d"])
 def test_protected_steps_mix_channels_too(name: str) -> None:
     """A kernel that rounds protected steps from the same repacked weight gets an input that is mixed once, not twice."""
