@@ -47,6 +47,7 @@ SOLVED: dict[str, list[Any]] = {
     "comq from nearest": [solve("comq", start="nearest")],
     "comq from gptq": [solve("comq")],
     "als from gptq": [solve("als")],
+    "gptq + adaround of blocks": [solve("gptq"), ADAROUND],
 }
 LEARNED: dict[str, list[Any]] = {
     "als + adaround": [solve("als"), ADAROUND],
