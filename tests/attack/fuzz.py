@@ -24,6 +24,7 @@ Target = tuple[DenoiserMap, nn.Module]
 JUNK: list[Any] = [
     None, True, -1, 0, 1, 10**9, 10**18, 10**400, -(10**18), 0.5, -0.5, 1e308, float("nan"), float("inf"), "", " ", "x" * 5000, "\x00",
     "\x1b[31m", "[bold]", "<script>", "int8", "int4", "group-64", "group-0", "group-1000000000000000000", "frame-1000000000", "token",
+    "sample",
     "per_step", "role:main", "role:foo", "re:(a+)+b", "re:[", "re:" + "(" * 400,
     "!" * 3000, "a|", "&", "*" * 500, "maybe:*", "../../etc/passwd",
     [], [[]], [None], ["int8", "int4"], [1, 2, 3], list(range(2000)), {}, {"name": "mse"}, {"name": "mse", "candidates": 10**9},
