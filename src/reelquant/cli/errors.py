@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import typer
@@ -10,7 +12,7 @@ from typer.core import TyperGroup
 from reelquant._errors import ReelQuantError, printable
 from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable
 
-FAILED, INTERRUPTED = 1, 130
+FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # as shells have them: 128 and the number of the signal
 _USAGE: Any = typer.BadParameter.__mro__[2]  # errors of usage, which typer itself explains
 
 
@@ -51,6 +53,9 @@ class Verbs(TyperGroup):
         except Terminated as error:
             typer.echo(printable(f"reelquant: terminated, {error.where or 'nothing is left behind'}"), err=True)
             raise typer.Exit(TERMINATED) from None
+        except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain while it ends
+            raise typer.Exit(UNREAD) from None
         except Exception as error:
             if debug:
                 raise

@@ -503,3 +503,13 @@ def test_a_broken_file_of_weights_does_not_count_as_there(tmp_path: Path, monkey
     monkeypatch.setattr("reelquant.evidence.networks.download.fetch", asked.append)
     invoke("weights", "lpips-alex")
     assert asked == ["lpips-alex"]
+
+
+@pytest.mark.parametrize("words", [("recipes", "--json"), ("evaluate", "--help")], ids=" ".join)
+def test_output_that_is_not_read_to_its_end_is_no_error(words: tuple[str, ...]) -> None:
+    """As with ``| head``: the other end of the pipe is closed."""
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-m", "reelquant", *words], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert ended.stderr == b"" and ended.returncode in (1, 141)  # 1 is what rich makes of it
