@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -130,10 +133,31 @@ def solve(damage: np.ndarray, sizes: np.ndarray, budget: float) -> list[int]:
     # HiGHS stops at an absolute gap of 1e-6 as well: damages are scaled so that this is far below what can be measured.
     scaled = damage.ravel() * (1000 / (damage.max() or 1.0))
     bounds, options = Bounds(0, 1), {"mip_rel_gap": 0.0}
-    found: OptimizeResult = milp(scaled, integrality=1, bounds=bounds, constraints=[one_each, within], options=options)
+    with _unheard():
+        found: OptimizeResult = milp(scaled, integrality=1, bounds=bounds, constraints=[one_each, within], options=options)
     if found.x is None:
         raise RecipeError(f"milp found no choice of formats within {budget:.0f}: {found.message}")
     return found.x.reshape(layers, formats).argmax(1).tolist()
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Inside, the file behind the standard output is another one: HiGHS prints notes for its own developers, whatever its options say."""
+    flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda stream: None  # what C has printed waits in a buffer of its own
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no standard output
+        yield
+        return
+    flush(None)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _spread(calls: Sequence[RecordedCall], wanted: int) -> list[RecordedCall]:

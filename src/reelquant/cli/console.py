@@ -32,13 +32,18 @@ from reelquant.cli.signals import stop_if_asked
 PIPED = 120  # columns if the output is not a terminal and COLUMNS is not set
 
 
+def to_nowhere() -> None:
+    """From now on the standard output is thrown away; else the interpreter would complain about its reader while it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Screen(Console):
     """A console that does not decide how a command ends."""
 
     def on_broken_pipe(self) -> None:
         """Who reads the output has gone (``| head``): what is written goes on, and what is said about it goes nowhere."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere()
 
 
 out = Screen(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 import typer
@@ -54,7 +52,9 @@ class Verbs(TyperGroup):
             typer.echo(printable(f"reelquant: terminated, {error.where or 'nothing is left behind'}"), err=True)
             raise typer.Exit(TERMINATED) from None
         except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would complain while it ends
+            from reelquant.cli.console import to_nowhere
+
+            to_nowhere()
             raise typer.Exit(UNREAD) from None
         except Exception as error:
             if debug:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, RecipeError, UnsupportedError
 from reelquant.allocate import Milp
-from reelquant.allocate.milp import solve
+from reelquant.allocate.milp import _unheard, solve
 from reelquant.observe import RecordedCall
 from reelquant.recipes.recipe import load_recipe, names
 from reelquant.solvers import SOLVERS, Nearest
@@ -194,3 +196,13 @@ def test_the_library_recipe_says_what_it_does() -> None:
     entry = next(entry for entry in load_recipe("mixed-w4.5a8").entries if entry.axis == "allocate")
     assert entry.stage == Milp(formats=("int4/group-64", "int6/channel", "int8/channel"), bits=4.5)
     assert entry.on == "*" and entry.stage.records == 4
+
+
+@pytest.mark.skipif(os.name != "posix", reason="C's standard output is found by another name")
+def test_notes_that_c_prints_while_it_solves_are_not_heard(capfd: pytest.CaptureFixture[str]) -> None:
+    puts = ctypes.CDLL(None).puts
+    with _unheard():
+        puts(b"a note")
+    puts(b"a result")
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "a result\n"
