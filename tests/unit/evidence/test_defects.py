@@ -115,3 +115,12 @@ def test_clips_of_two_frames_have_all_figures_and_of_one_none():
 def test_the_table_of_rules_is_closed():
     hidden = {name for rule in RULES.values() for name in rule.hides}
     assert hidden <= set(RULES) and {CALLED.get(name, name) for name in PLANT} <= set(RULES)
+
+
+def test_what_flickers_by_itself_may_do_so_a_little_more() -> None:
+    """Fast motion in few frames: two per cent of contrast make 4 levels of it, as bf16 does. Flicker on top of it is named."""
+    clip = torch.full((9, 3, 32, 32), 0.5)
+    clip[::2, :, :, :16] -= 0.12
+    more = figures(clip, (clip - 0.5) * 1.02 + 0.5)
+    assert more["flicker_deviation"] > 4 and diagnose(more) == []
+    assert [defect.name for defect in diagnose(figures(clip, PLANT["flicker"](clip)))] == ["flicker"]
