@@ -31,9 +31,12 @@ def digest(clips: Clips, recipe: Recipe) -> str:
 
 
 def measured(records: Records, clips: Clips, source: Any) -> dict[str, Any] | None:
-    """The row of a recipe on these clips, whatever benchmark measured it."""
-    wanted = digest(clips, load_recipe(source))
-    return next((row for row in records.load() if row["digest"] == wanted and "psnr" in row), None)
+    """The row of a recipe on these clips, whatever benchmark measured it; that of ``benchmarks.trust`` has no bytes."""
+    recipe = load_recipe(source)
+    wanted, usual = digest(clips, recipe), f"trust as usual: {recipe.name}"
+    found = [row for row in records.load() if "psnr" in row and row["digest"].startswith(wanted)]
+    whole = [row for row in found if row["digest"] == wanted]
+    return next(iter([*whole, *(row for row in found if row["name"] == usual)]), None)
 
 
 def run(rows: Rows, clips: Clips, records: Records, reference: Tensor, labels: list[str]) -> None:
@@ -79,7 +82,7 @@ def _line(label: str, other: str, found: Mapping[str, Mapping[str, Any]]) -> lis
         gain = f"{apart.mean:+.1f} ({apart.low:+.1f} to {apart.high:+.1f})"
     kernels = row.get("kernel", "-")
     named = ", ".join(f"{name} {count}" for name, count in kernels.items()) if isinstance(kernels, Mapping) else str(kernels)
-    return [label, f"{row['bytes'] / 1e6:.2f}", mean, f"{min(row['psnr']):.1f}", other or "-", gain, named]
+    return [label, f"{row['bytes'] / 1e6:.2f}" if "bytes" in row else "-", mean, f"{min(row['psnr']):.1f}", other or "-", gain, named]
 
 
 def main(rows: Rows, page: str, doc: str | None) -> None:
