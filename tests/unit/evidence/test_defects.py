@@ -118,7 +118,7 @@ def test_the_table_of_rules_is_closed():
 
 
 def test_what_flickers_by_itself_may_do_so_a_little_more() -> None:
-    """Fast motion in few frames: almost two per cent of contrast make 4 levels of it, as bf16 does. The same in a clip that is calm is named."""
+    """Fast motion in few frames: 2 % of contrast make 4 levels of it, as bf16 does. In a clip that is calm that is named."""
     clip = torch.full((9, 3, 32, 32), 0.5)
     clip[::2, :, :, :16] -= 0.12
     more = figures(clip, (clip - 0.5) * 1.018 + 0.5)
