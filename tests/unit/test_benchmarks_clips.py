@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import trust
+from benchmarks import library, reel, trust
+from benchmarks.beside import Rows
 from benchmarks.common import Clips
+from reelquant.recipes.recipe import load_recipe, names
 
 
 def test_a_folder_called_pipeline_has_the_name_of_the_folder_around_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +28,14 @@ def test_a_calibration_that_says_nothing_about_a_pipeline_is_refused() -> None:
     for label in ("another size", "8 steps", "another scheduler"):
         with pytest.raises(SystemExit, match=f"'{label}' is not defined for 'mine'"):
             trust.check_known("mine", [label])
+
+
+def test_every_recipe_of_the_library_is_measured_beside_a_plain_row() -> None:
+    assert set(names()) <= set(library.ROWS)
+
+
+@pytest.mark.parametrize("rows", [library.ROWS, reel.ROWS], ids=["library", "reel"])
+def test_rows_are_told_apart_and_held_against_rows_that_are_there(rows: Rows) -> None:
+    assert {rival for _, rival in rows.values()} - {""} <= set(rows)
+    digests = [load_recipe(source).digest() for source, _ in rows.values()]
+    assert len(set(digests)) == len(digests)
