@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from reelquant.formats import Quantizer
 from reelquant.nn import QuantLayer
@@ -38,18 +41,23 @@ class Between(SoftWeight):
         self.low, self.high = (self.quantizer.dequantize(codes) for codes in (self.lower, self.upper))
         self.v = nn.Parameter(_initial(work.matrix, self.low, self.high, self.quantizer.dequantize(start) > self.low))
 
-    @property
-    def share(self) -> Tensor:
-        """Share of the upper level in every element, in ``[0, 1]``."""
-        return (torch.sigmoid(self.v) * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
-
     def values(self, *, hard: bool) -> Tensor:
         if hard:
             return torch.where(self.v.detach() >= 0, self.high, self.low)
-        return self.low + self.share * (self.high - self.low)
+        return made_again(lambda v: self.low + share(v) * (self.high - self.low), self.v)
 
     def solution(self) -> Solution:
         return Solution(self.quantizer, torch.where(self.v.detach() >= 0, self.upper, self.lower))
+
+
+def share(v: Tensor) -> Tensor:
+    """Share of the upper level in every element, in ``[0, 1]``: the rectified sigmoid of the parameter."""
+    return (torch.sigmoid(v) * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
+
+
+def made_again(function: Callable[[Tensor], Tensor], parameter: Tensor) -> Tensor:
+    """``function(parameter)``, computed once more on the way back: what lies between is as large as the weight, and is not kept."""
+    return checkpoint(function, parameter, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
 def neighbours(quantizer: Quantizer, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from reelquant.kernels import backend
 from reelquant.nn import QuantLayer
 from reelquant.reconstruct import AdaRound
 from reelquant.reconstruct.adaround import undecided
-from reelquant.reconstruct.between import Between, neighbours
+from reelquant.reconstruct.between import Between, neighbours, share
 from reelquant.reconstruct.error import mean_error, output_error, split
 from reelquant.reconstruct.soft import Fixed, SoftLayer, soften
 from reelquant.sites import DenoiserMap, Layer, Role
@@ -57,7 +57,7 @@ def test_without_training_the_starting_codes_come_back(weight: str) -> None:
         layer = Between(pieces.built.layer, pieces.built.work)
         assert pieces.built.work.solution is not None
         assert torch.equal(layer.solution().values, pieces.built.work.solution.values), grain
-        assert bool(((layer.share >= 0) & (layer.share <= 1)).all())
+        assert bool(((share(layer.v) >= 0) & (share(layer.v) <= 1)).all())
 
 
 def test_the_soft_weight_starts_on_the_side_of_its_code() -> None:
@@ -65,7 +65,7 @@ def test_the_soft_weight_starts_on_the_side_of_its_code() -> None:
     layer = Between(pieces.built.layer, pieces.built.work)
     target = (pieces.built.work.matrix - layer.low) / (layer.high - layer.low)
     expected = torch.where(target > 0.5, target.clamp(min=0.9), target.clamp(max=0.1)).clamp(0, 1)
-    torch.testing.assert_close(layer.share.detach(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(share(layer.v).detach(), expected, atol=1e-5, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------------------ the reference kernel
