@@ -187,9 +187,6 @@ COLOR = 1.8  # Delta E; a little below what people just see, which is 2.3
 BRIGHTNESS = 0.4  # levels
 WHOLE = 0.3  # share of a pixel's flicker that whole frames must have in common to be the cause
 FLICKER = 3.1  # levels
-# Share of the reference's own flicker. What turns or bounces within few frames flickers by itself (27 to 36 levels in clips of tiny-unet),
-# and bf16 alone moved that by up to 0.13 of it.
-OWN_FLICKER = 0.2
 
 
 @dataclass(frozen=True)
@@ -246,13 +243,6 @@ def _of_one_color(figures: Figures) -> float:
 
 def _of_whole_frames(figures: Figures) -> float:
     return figures["brightness_flicker_deviation"] / max(BRIGHTNESS, WHOLE * figures["flicker_deviation"])
-
-
-def _flickers(figures: Figures) -> float:
-    """More than the clip's own motion makes uncertain."""
-    added = figures["flicker_deviation"]
-    own = max(figures["flicker"] ** 2 - math.copysign(added**2, added), 0.0) ** 0.5
-    return added / max(FLICKER, OWN_FLICKER * own)
 
 
 RULES: dict[str, Rule] = {
@@ -318,7 +308,7 @@ RULES: dict[str, Rule] = {
         ("flicker",),
     ),
     "flicker": Rule(
-        _flickers,
+        _reaches("flicker_deviation", FLICKER),
         "flicker: {flicker_deviation:+.1f} levels per pixel from frame to frame",
     ),
 }
