@@ -73,19 +73,6 @@ def added(model: nn.Module, timestep: float, x: Tensor | None = None) -> float:
 # --- parameters and facts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "steps"),
-    [
-        ({"every": 1}, [0, 1, 2, 3, 4, 5, 6]),
-        ({"every": 2}, [0, 2, 4, 6]),
-        ({"every": 3}, [0, 3, 6]),
-        ({"every": 2, "first": 4}, [0, 1, 2, 3, 5]),
-    ],
-)
-def test_which_steps_are_computed(options: dict[str, int], steps: list[int]) -> None:
-    assert [step for step in range(7) if BlockReuse(**options).computes(step)] == steps
-
-
 @pytest.mark.parametrize(("count", "numbers"), [(2, "01"), (3, "012"), (4, "12"), (6, "1234"), (8, "2345")])
 def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
     assert blocks_of(count, BlockReuse()) == list(numbers)
@@ -99,6 +86,8 @@ def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
         ({"stretch": (0.5, 0.5)}, r"start and an end, like \[0.25, 0.75\], got \[0.5, 0.5\]"),
         ({"stretch": (0.0, 1.5)}, r"got \[0.0, 1.5\]"),
         ({"stretch": (0.5,)}, r"got \[0.5\]"),
+        ({"order": 3}, r"0 \(the last result\), 1 \(a line\) or 2 \(a parabola\), got 3"),
+        ({"at": (1.0, 2.0)}, r"from the largest to the smallest, each once, got \[1.0, 2.0\]"),
     ],
 )
 def test_wrong_parameters_are_refused(options: dict[str, Any], message: str) -> None:
@@ -117,16 +106,18 @@ def test_a_component_without_timestep_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "message"),
+    ("family", "blocks"),
     [
-        ("latte", "'temporal_transformer_blocks.0' runs between the blocks of 'transformer_blocks'"),
-        ("animatediff", "a list of blocks of one class, and these are CrossAttnDownBlockMotion, DownBlockMotion"),
+        ("latte", ["transformer_blocks.0", "temporal_transformer_blocks.0", "transformer_blocks.1", "temporal_transformer_blocks.1"]),
+        ("animatediff", ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]),
+        ("wan-2.1", None),
     ],
 )
-def test_denoisers_without_a_chain_of_blocks_are_refused_before_sampling(family: str, message: str) -> None:
+def test_without_a_chain_of_blocks_the_output_of_each_is_kept(family: str, blocks: list[str] | None) -> None:
     model = FAMILIES[family].make()
-    with pytest.raises(UnsupportedError, match=message):
-        BlockReuse().facts(SimpleNamespace(denoiser=model, component="transformer", map=discover(model)))
+    facts = BlockReuse(stretch=(0.0, 1.0)).facts(SimpleNamespace(denoiser=model, component="transformer", map=discover(model)))
+    assert facts["keeps"] == ("outputs" if blocks else "change")
+    assert facts["blocks"] == (blocks or [f"blocks.{number}" for number in range(len(model.blocks))])
 
 
 # --- steps and trajectories ---------------------------------------------------------------------------------------------------------
@@ -337,12 +328,74 @@ def test_blocks_that_are_no_chain_are_refused_at_the_first_call(model: nn.Module
         added(model, 10.0)
 
 
-CHAINS = ["wan-2.1", "wan-2.2-5b", "cogvideox", "hunyuanvideo", "hunyuanvideo-1.5", "ltx", "ltx-2", "mochi", "allegro", "cosmos", "flux"]
+@pytest.mark.parametrize("keeps", ["change", "outputs"])
+@pytest.mark.parametrize(
+    ("order", "times", "expected"),
+    [
+        (0, [10.0, 8.0], 0.8 * 5 + 1.0 * 5),
+        (1, [10.0, 8.0, 6.0, 4.0], 4.0),  # what blocks add is linear in the timestep, so a line through two steps is right
+        (2, [10.0, 8.0, 6.0, 4.0], 4.0),  # with two steps behind it, a parabola is a line
+    ],
+)
+def test_a_forecast_is_the_polynomial_through_the_last_steps(keeps: str, order: int, times: list[float], expected: float) -> None:
+    model = Denoiser()
+    reuse = BlockReuse(every=4, first=len(times) - 1, order=order).install(model, FACTS | {"keeps": keeps})
+    if keeps == "outputs":  # what a block gives is kept, so the first block's change of this step is lost behind the stretch
+        expected = {0: 0.4 * 0 + 0.8 * 4 + (1 + 5) * 1.0, 1: expected, 2: expected}[order]
+    assert [added(model, time) for time in times][-1] == pytest.approx(expected)
+    assert reuse.counts() == {"computed": len(times) - 1, "reused": 1}
+
+
+def test_a_schedule_in_timesteps_serves_any_number_of_steps() -> None:
+    model = Denoiser()
+    reuse = BlockReuse(at=(10.0, 6.0)).install(model, FACTS)
+    assert [added(model, time) for time in (10.0, 8.0, 6.0, 4.0)] == pytest.approx([10.0, 9.0, 6.0, 5.0])
+    reuse.reset()
+    for time in (10.0, 7.0, 5.0, 3.0):  # 5 is the first that reaches 6
+        added(model, time)
+    assert reuse.counts() == {"computed": 2, "reused": 2}
+
+
+class Skipping(nn.Module):
+    """Three blocks; the last one reads what the first one gives beside its output, and writes into what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.mid, self.up = nn.ModuleList([Down()]), Block(2), nn.ModuleList([Up()])
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        x, skips = self.down[0](x, timestep)
+        return self.up[0](self.mid(x, timestep), skips, timestep)
+
+
+class Down(Block):
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Any:
+        x = super().forward(x, timestep)
+        return x, (x, None)
+
+
+class Up(nn.Module):
+    def forward(self, x: Tensor, skips: Any, timestep: Tensor) -> Tensor:
+        x += skips[0] + timestep / 10
+        return x
+
+
+def test_outputs_are_kept_with_their_skips_and_nobody_writes_into_them() -> None:
+    model = Skipping()
+    facts = FACTS | {"blocks": ["down.0", "mid"], "keeps": "outputs"}
+    reuse = BlockReuse(every=3).install(model, facts)
+    found = [added(model, time) for time in (10.0, 8.0, 6.0, 4.0)]
+    assert found == pytest.approx([5.0, 4.0 + 0.8, 4.0 + 0.6, 2.0])
+    assert reuse.counts() == {"computed": 2, "reused": 2}
+    assert added(model, 2.0, torch.zeros(2)) == pytest.approx(1.0)  # other latents: nothing kept fits
 
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
-@pytest.mark.parametrize("family", CHAINS)
+@pytest.mark.parametrize("family", list(FAMILIES))
 def test_families_compute_the_same_bits_and_reuse_one_step(family: str) -> None:
     model, inputs = awake(FAMILIES[family].make()), FAMILIES[family].inputs()
     expected = model(**inputs)[0]

@@ -1,0 +1,162 @@
+"""What the blocks of a stretch share, and how a block is taken over: each has a stand-in for its forward, which decides whether it runs."""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import UnsupportedError
+from reelquant.reuse.history import History
+from reelquant.reuse.schedule import Schedule
+from reelquant.reuse.trajectory import Trajectory
+
+Slot = int | str
+"""Where a block takes a tensor: a position or a keyword."""
+Watcher = Callable[[Trajectory, Any, tuple[Tensor, ...]], None]
+"""Hears what is kept: the trajectory, what it belongs to, the tensors."""
+
+
+@dataclass(eq=False)
+class Pass:
+    """One way through the stretch.
+
+    Attributes:
+        entered: what the first block took.
+        reuses: whether the stretch stays uncomputed.
+        facts: what members note on the way.
+    """
+
+    entered: Mapping[Slot, Any] = field(default_factory=dict)
+    reuses: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class _Now(threading.local):
+    """What a thread knows. ``running`` is the pass that it is in; None where blocks are computed and nothing is kept."""
+
+    trajectory: Trajectory | None = None
+    running: Pass | None = None
+
+
+class Stretch:
+    """What the blocks of a stretch share. A copy starts with nothing to reuse."""
+
+    def __init__(self, schedule: Schedule, order: int) -> None:
+        self.schedule, self.order = schedule, order
+        self.now, self.counted = _Now(), Counter()
+        self.watcher: Watcher | None = None
+
+    def __reduce__(self) -> Any:
+        return Stretch, (self.schedule, self.order)
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """That of the running pass."""
+        assert self.now.trajectory is not None
+        return self.now.trajectory
+
+    @property
+    def running(self) -> Pass:
+        """The running pass."""
+        assert self.now.running is not None
+        return self.now.running
+
+    def begin(self, timestep: float, latent: Tensor) -> None:
+        """The denoiser is called."""
+        now = self.now
+        if now.trajectory is None or not now.trajectory.goes_on(timestep, latent):
+            now.trajectory = Trajectory(timestep, latent)
+        if self._computes_always() and self.watcher is None:
+            self.compute(now.trajectory)
+        else:
+            now.running = Pass()
+
+    def _computes_always(self) -> bool:
+        return not self.schedule.at and self.schedule.every == 1
+
+    def compute(self, trajectory: Trajectory | None = None) -> None:
+        """The denoiser is called, computes everything, and keeps nothing; without a trajectory the next call begins one."""
+        self.now.trajectory, self.now.running = trajectory, None
+        self.counted["computed"] += 1
+
+    def enter(self, taken: Mapping[Slot, Any], fits: Callable[[Trajectory], bool]) -> None:
+        """The first block is called: decide whether the stretch is computed."""
+        running, trajectory = self.running, self.trajectory
+        computes = self.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before)
+        running.entered, running.reuses = taken, not computes and fits(trajectory)
+        self.counted["reused" if running.reuses else "computed"] += 1
+
+    def history(self, name: Any) -> History | None:
+        """What this call of earlier steps gave, or None."""
+        return self.trajectory.histories.get((name, self.trajectory.call))
+
+    def keep(self, name: Any, tensors: Sequence[Tensor]) -> None:
+        """Keep what a computed call gave."""
+        trajectory = self.trajectory
+        trajectory.histories.setdefault((name, trajectory.call), History(self.order)).keep(trajectory.timestep, tensors)
+        if self.watcher is not None:
+            self.watcher(trajectory, name, tuple(tensors))
+
+    def reset(self) -> None:
+        """Forget every trajectory and all counts."""
+        self.now, self.counted = _Now(), Counter()
+
+    def leave(self) -> None:
+        """The last block was called."""
+        self.now.running = None
+
+
+class StandIn:
+    """Stands in for the forward of one block. It belongs to the block, so that a deep copy of the block has one of its own."""
+
+    def __init__(self, name: str, block: nn.Module, stretch: Stretch, *, first: bool, last: bool) -> None:
+        self.name, self.block, self.stretch, self.first, self.last = name, block, stretch, first, last
+        self.before = vars(block).get("forward")  # of hooks that wrapped it earlier
+        block.forward = self.forward
+
+    def remove(self) -> None:
+        """Put the forward back. Hooks that wrapped this one later keep it, and it only calls the block from now on."""
+        if vars(self.block).get("forward") != self.forward:
+            return
+        del self.block.forward
+        if self.before is not None:
+            self.block.forward = self.before
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stretch.now.running is None:
+            return self.computed(args, kwargs)
+        taken = dict(enumerate(args)) | kwargs
+        if self.first:
+            self.stretch.enter(taken, lambda trajectory: self.fits(trajectory, taken))
+        output = self.reused(taken) if self.stretch.running.reuses else self.kept(taken, args, kwargs)
+        if self.last:
+            self.stretch.leave()
+        return output
+
+    def computed(self, args: Any, kwargs: Any) -> Any:
+        """What the block gives."""
+        return type(self.block).forward(self.block, *args, **kwargs) if self.before is None else self.before(*args, **kwargs)
+
+    @abstractmethod
+    def fits(self, trajectory: Trajectory, taken: Mapping[Slot, Any]) -> bool:
+        """Whether what is kept can stand for this call; asked of the first block."""
+
+    @abstractmethod
+    def reused(self, taken: Mapping[Slot, Any]) -> Any:
+        """What stands for the output of the block."""
+
+    @abstractmethod
+    def kept(self, taken: Mapping[Slot, Any], args: Any, kwargs: Any) -> Any:
+        """What the block gives; the stretch keeps what later steps need of it."""
+
+    def refusal(self, why: str) -> UnsupportedError:
+        """An error for blocks that are wired in a way that this does not know."""
+        return UnsupportedError(f"reuse 'blocks' needs blocks that hand tensors on unchanged: {why}; leave it out, or give another stretch")
