@@ -6,6 +6,7 @@ report = reelquant.quantize(pipe, "qvd-w8a8")
 reelquant.save(pipe, "out", report)          # a stock diffusers folder; opens again after `import reelquant`
 reelquant.evaluate("out", "tiny-dit")        # what it cost, beside the noise floor
 reelquant.benchmark("out", "tiny-dit")       # what it gained, on this machine
+reelquant.tune("out", "fast")                # blocks that need not be computed at every step: as fast as the gate lets it be
 """
 
 from reelquant._errors import (
@@ -32,6 +33,7 @@ from reelquant.api import (
     read_conditions,
     saturation,
     save,
+    tune,
     verify,
 )
 from reelquant.integrations.config import ReelQuantConfig
@@ -64,6 +66,7 @@ __all__ = [
     "read_conditions",
     "saturation",
     "save",
+    "tune",
     "verify",
 ]
 

@@ -3,6 +3,7 @@
 from reelquant.api.folders import configure, export, load, open_pipeline, save, verify
 from reelquant.api.measuring import benchmark, compare, evaluate, saturation
 from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder, read_conditions
+from reelquant.api.tuning import tune
 
 __all__ = [
     "benchmark",
@@ -20,5 +21,6 @@ __all__ = [
     "read_conditions",
     "saturation",
     "save",
+    "tune",
     "verify",
 ]

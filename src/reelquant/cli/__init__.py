@@ -24,6 +24,7 @@ from reelquant.cli.inspect import inspect
 from reelquant.cli.metrics import metrics, weights
 from reelquant.cli.quantize import quantize
 from reelquant.cli.recipes import recipes
+from reelquant.cli.tune import tune
 from reelquant.cli.verify import verify
 
 app = typer.Typer(
@@ -65,9 +66,10 @@ def main(
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
+    [cyan]reelquant tune out -o fast[/cyan]                          more speed: blocks skip steps
     [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
     """
 
 
-for verb in (demo, quantize, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights):
+for verb in (demo, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights):
     app.command()(verb)

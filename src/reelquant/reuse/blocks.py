@@ -37,9 +37,9 @@ KEEPS: dict[str, type[StandIn]] = {"change": Link, "outputs": Output}
 class BlockReuse(Reuse):
     """Compute a stretch of consecutive blocks at some steps only.
 
-    Where the longest list of blocks is a chain of one class, the stretch lies in it, and the change that it makes is kept. Elsewhere (in
-    UNets, and where other blocks run between those of the list) the stretch lies in all blocks in the order in which they run, and the
-    output of each of them is kept.
+    Where more than half of the blocks are a list of one class, the stretch lies in this chain, and the change that it makes is kept.
+    Elsewhere (in UNets, and where other blocks run between those of the list) the stretch lies in all blocks in the order in which they
+    run, and the output of each of them is kept.
 
     A call under autograd computes everything. A new trajectory begins when the timestep rises, or when the latents change in shape, dtype
     or device; after an interrupted clip, call ``reset()`` of what is installed.
@@ -93,12 +93,15 @@ class BlockReuse(Reuse):
 
 
 def _chain(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
-    """The longest list of blocks, or None if its blocks differ in class, or others run between them."""
+    """The list that holds more than half of the blocks; None without one, or if its blocks differ in class, or others run between them.
+
+    A UNet has as many blocks up as down, so it has no such list, even if all of its blocks down are of one class.
+    """
     homes = [name.rpartition(".")[0] for name in blocks]
     home = max(homes, key=homes.count, default="")
     own = [name for name in blocks if name.rpartition(".")[0] == home]
     kinds = {type(get_module(denoiser, name)) for name in own}
-    if len(kinds) != 1 or not isinstance(get_module(denoiser, home), nn.ModuleList):
+    if 2 * len(own) <= len(blocks) or len(kinds) != 1 or not isinstance(get_module(denoiser, home), nn.ModuleList):
         return None
     first = blocks.index(own[0])
     return own if [*blocks[first : first + len(own)]] == own else None

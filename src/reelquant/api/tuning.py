@@ -1,0 +1,77 @@
+"""What need not be computed. The verb is a few calls into the layers below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reelquant._torch_state import stock_torch
+
+if TYPE_CHECKING:
+    import torch
+
+    from reelquant._progress import Progress
+    from reelquant.models.condition import Prompts
+    from reelquant.tuning import Tuned
+
+
+@stock_torch()
+def tune(
+    model: str | Path,
+    output: str | Path,
+    *,
+    target_speedup: float | None = None,
+    gate: str | None = "default",
+    limits: Mapping[str, float] | None = None,
+    clips: int = 8,
+    prompts: Prompts | None = None,
+    held_out: Prompts | None = None,
+    stretch: tuple[float, float] = (0.0, 1.0),
+    weights: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+    **call: Any,
+) -> Tuned:
+    """Find out at which steps the blocks of a quantized pipeline need not be computed, and write the pipeline with that schedule.
+
+    A few clips are recorded with everything computed. A schedule of the least expected error is planned for every number of computed
+    steps, and some of these are tried out on other texts, against the same pipeline without reuse. The result opens with stock
+    ``from_pretrained``; see :class:`reelquant.reuse.BlockReuse`.
+
+    Args:
+        model: folder of a quantized pipeline with one denoiser.
+        output: the folder to write. What was tried is kept beside it, in ``<output>.tuning``; a run that was stopped goes on from there.
+        target_speedup: times faster that a whole clip has to be; the best schedule that is so fast is chosen.
+        gate: preset that trials have to pass, ``strict``, ``default`` or ``loose``; the fastest that passes is chosen. None for the limits
+            alone. Without effect if a speed is wanted.
+        limits: further limits, by metric: ``{"lpips_alex": 0.1}``.
+        clips: clips that every schedule is tried on.
+        prompts: texts or conditions to record, of which four are used; by default the pipeline's own or general video prompts.
+        held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
+        stretch: the share of the blocks that is reused, in the order in which they run.
+        weights: folder with networks of metrics; else the user's cache.
+        dtype: of the float parts, float32 by default.
+        device: where it runs.
+        force: replace an existing output.
+        progress: receives the progress.
+        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
+
+    Returns:
+        What was chosen, everything that was tried, and the measured speed. ``output`` is None if no schedule kept the limits.
+
+    Raises:
+        ReelQuantError: if the pipeline is not quantized, has several denoisers or too few steps, or cannot be as fast.
+
+    Example:
+        >>> made = reelquant.tune("out", "fast", target_speedup=1.8)
+        >>> made.speedup, made.chosen.figures["psnr"], made.cliff
+    """
+    from reelquant.tuning import Goal
+    from reelquant.tuning import tune as run
+
+    goal = Goal(target_speedup, gate, dict(limits or {}))
+    where = dict(stretch=stretch, clips=clips, held_out=held_out, weights=weights, dtype=dtype, device=device, force=force)
+    return run(model, output, prompts, goal=goal, progress=progress, call=call, **where)

@@ -1,0 +1,192 @@
+"""``reelquant tune``: at which steps the blocks of a quantized pipeline need not be computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reelquant.cli import console
+from reelquant.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Frames,
+    Guidance,
+    Height,
+    Json,
+    Prompts,
+    QuantizedFolder,
+    Steps,
+    Width,
+    call_options,
+    check_device,
+    conditions,
+    more_help,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from reelquant.tuning import Trial, Tuned
+
+FAILED = 1
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)]
+TargetSpeedup = Annotated[
+    float | None,
+    typer.Option("--target-speedup", help="Times faster that a clip has to be, like 1.8; the best schedule that is.", show_default=False),
+]
+Gate = Annotated[
+    str | None,
+    typer.Option(
+        "--gate", help="strict, default or loose: the fastest schedule that passes. This is what is sought if nothing is said.",
+        show_default=False,
+    ),
+]  # fmt: skip
+MaxLpips = Annotated[
+    float | None, typer.Option("--max-lpips", help="The fastest schedule with no more than this LPIPS, like 0.1.", show_default=False)
+]
+FailUnder = Annotated[list[str] | None, typer.Option("--fail-under", metavar="METRIC=VALUE", help="A further limit: psnr=30. Repeatable.")]
+Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that every schedule is tried on.")]
+Stretch = Annotated[str, typer.Option("--stretch", metavar="START:END", help="The share of the blocks that is reused; 0:1 is all of them.")]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", help="Folder with networks of metrics; else the user's cache.", show_default=False)
+]
+
+
+@more_help("""
+    [bold]Examples[/bold]
+
+    [cyan]reelquant tune out -o fast[/cyan]      as fast as the default gate lets it be
+    [cyan]reelquant tune out -o fast --target-speedup 1.8[/cyan]
+    [cyan]reelquant tune out -o fast --max-lpips 0.1 --fail-under psnr=30[/cyan]
+    [cyan]reelquant tune out -o fast --steps 30 --clips 16 --prompts texts.txt[/cyan]
+
+    Blocks change little from step to step. Where that is so, their last results stand for them, or a line through the last two.
+    Which steps these are depends on the model and on its quantization, so it is measured here: a few clips are recorded, the
+    schedule of the least error is planned for every number of computed steps, and some are tried out on other texts.
+
+    What was tried is kept in the folder OUTPUT.tuning: clips, figures, curve.png, and recipe.yaml for [cyan]reelquant quantize -r[/cyan].
+    A run that was stopped goes on from there.
+""")
+def tune(
+    model: QuantizedFolder,
+    output: Output,
+    target_speedup: TargetSpeedup = None,
+    gate: Gate = None,
+    max_lpips: MaxLpips = None,
+    fail_under: FailUnder = None,
+    clips: Clips = 8,
+    stretch: Stretch = "0:1",
+    prompts: Prompts = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    weights: Weights = None,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Find out at which steps the blocks of a quantized pipeline need not be computed, and write it with that schedule."""
+    from reelquant.models.pipelines import locate
+
+    locate(model)
+    check_device(device)
+    number = torch_dtype(dtype)
+    share = _stretch(stretch)
+    wanted = _limits(fail_under or [], max_lpips)
+    console.quiet_loading()
+    from reelquant.api import tune as run
+
+    call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
+    goal = dict(target_speedup=target_speedup, gate=gate or (None if wanted else "default"), limits=wanted)
+    where = dict(stretch=share, clips=clips, prompts=conditions(prompts), device=device, dtype=number, weights=weights, force=force)
+    with _kept(output), console.Bars() as bars:
+        made = run(model, output, **goal, **where, progress=bars, **call)
+    if json:
+        console.emit(made.to_json())
+    else:
+        for part in tables(made):
+            console.out.print(part)
+            console.out.print()
+    if made.output is None:
+        raise typer.Exit(FAILED)
+    if not json:
+        console.done(made.output, f"what was tried: {made.work}")
+
+
+def _kept(output: Path) -> Any:
+    """Say after Ctrl-C where the work lies."""
+    from reelquant.cli.signals import left_in
+    from reelquant.tuning.tune import WORK
+
+    return left_in(output.with_name(output.name + WORK))
+
+
+def _stretch(text: str) -> tuple[float, float]:
+    from reelquant._errors import RecipeError
+
+    try:
+        start, end = (float(one) for one in text.split(":"))
+    except ValueError:
+        raise RecipeError(f"--stretch takes a start and an end, got '{text}'; for example --stretch 0.25:0.75") from None
+    return start, end
+
+
+def _limits(pairs: list[str], max_lpips: float | None) -> dict[str, float]:
+    """Limits by metric; their values are checked where they are used."""
+    from reelquant.evidence.gate import parse_limits
+
+    parse_limits(pairs)
+    own = {} if max_lpips is None else {"lpips_alex": max_lpips}
+    named = (pair.partition("=")[::2] for pair in pairs)
+    return {name.strip().lower().replace("-", "_"): float(value) for name, value in named} | own
+
+
+def tables(made: Tuned) -> list[Table]:
+    """What was tried, what was chosen, and where quality falls."""
+    from reelquant.cli.tables import facts, table
+
+    rows = table("Schedules that were tried", ["computed", "forecast", "limits"], ["faster", "PSNR", "worst", "motion"])
+    for trial in made.trials:
+        words = ["kept" if trial.passed else f"{len(trial.failures)} missed"]
+        rows.add_row(_count(trial), "line" if trial.order else "repeat", *words, *_figures(trial), style="bold" if _is(trial, made) else "")
+    return [rows, facts("Choice", _choice(made))]
+
+
+def _is(trial: Trial, made: Tuned) -> bool:
+    return made.chosen is not None and (trial.computed, trial.order) == (made.chosen.computed, made.chosen.order)
+
+
+def _count(trial: Trial) -> str:
+    return f"{len(trial.computed)} of {trial.steps} steps"
+
+
+def _figures(trial: Trial) -> list[str]:
+    motion = trial.figures.get("motion_deviation")
+    moved = "-" if motion is None else f"{motion:+.3f}"
+    return [f"{trial.speedup:.2f}x", f"{trial.figures['psnr']:.1f} dB", f"{trial.worst:.1f} dB", moved]
+
+
+def _choice(made: Tuned) -> list[tuple[str, str]]:
+    chosen = made.chosen
+    found: list[tuple[str, str]] = []
+    if chosen is None:
+        reasons = [sentence for trial in made.trials[:2] for sentence in trial.failures]
+        found.append(("chosen", "nothing: no schedule kept the limits"))
+        found += [("missed", sentence) for sentence in dict.fromkeys(reasons)]
+    else:
+        share = len(chosen.computed) / chosen.steps
+        found.append(("blocks", f"computed at {_count(chosen)} ({share:.0%}): {', '.join(str(step + 1) for step in chosen.computed)}"))
+        found.append(("speed", f"{made.speedup:.2f}x as fast, whole clips in turns; expected {chosen.speedup:.2f}x"))
+    if made.cliff is not None:
+        more, fewer = made.cliff
+        drop = more.figures["psnr"] - fewer.figures["psnr"]
+        found.append(("cliff", f"from {len(more.computed)} to {len(fewer.computed)} computed steps PSNR falls by {drop:.1f} dB"))
+    return found

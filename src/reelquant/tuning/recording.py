@@ -1,0 +1,243 @@
+"""What a stretch of blocks gives at every step of a few trajectories, and what each step's error does to the final latents."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reelquant._errors import UnsupportedError
+from reelquant._progress import Progress
+from reelquant.discover import denoisers_of, discover, plain
+from reelquant.models.sampling import call_arguments, sample
+from reelquant.reuse import BlockReuse, installed_reuse, put, remove_reuse
+from reelquant.reuse.trajectory import Trajectory
+from reelquant.sites import DenoiserMap
+from reelquant.tuning.schedules import Errors
+
+ELEMENTS = 65_536
+"""Values of a result that are looked at, of every clip's call and tensor."""
+
+
+class Site(NamedTuple):
+    """The denoiser that is tuned; what :meth:`reelquant.reuse.Reuse.facts` asks for.
+
+    Attributes:
+        denoiser: the module.
+        component: its name in the pipeline.
+        map: what discovery knows.
+    """
+
+    denoiser: nn.Module
+    component: str
+    map: DenoiserMap
+
+
+def site_of(pipe: Any) -> Site:
+    """The denoiser of a pipeline.
+
+    Raises:
+        UnsupportedError: if there are several; each would need a schedule of its own.
+    """
+    found = denoisers_of(pipe)
+    if len(found) != 1:
+        raise UnsupportedError(f"{type(pipe).__name__} has {len(found)} denoisers ({', '.join(found)}), and tune finds a schedule for one")
+    ((component, module),) = found.items()
+    denoiser = plain(module)
+    return Site(denoiser, component, discover(denoiser))
+
+
+@contextmanager
+def reusing(site: Site, stage: BlockReuse | None) -> Iterator[Any]:
+    """Inside, the denoiser reuses as a stage says, and nothing else; None for nothing. Afterwards nothing is reused."""
+    remove_reuse(site.denoiser)
+    if stage is None:
+        yield None
+        return
+    facts = stage.facts(site)  # type: ignore[arg-type]  (it asks for no more than a site has)
+    put(site.denoiser, "blocks", stage, facts)
+    try:
+        yield installed_reuse(site.denoiser)["blocks"].installed
+    finally:
+        remove_reuse(site.denoiser)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The trajectories that are recorded.
+
+    Attributes:
+        prompts: a text or condition per clip.
+        seeds: noise of each.
+        call: arguments of the pipeline call.
+    """
+
+    prompts: Sequence[Any]
+    seeds: Sequence[int]
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+    def latents(self, pipe: Any, progress: Progress | None = None) -> Tensor:
+        """The final latents, ``[clips, ...]`` float32."""
+        told = {} if progress is None else {"on_step": progress.advance}
+        return sample(pipe, self.prompts, seeds=self.seeds, batch=len(self.seeds), output="latent", **told, **self.call).float()
+
+    def steps(self, pipe: Any) -> int:
+        """Steps of a trajectory, for progress."""
+        return int(call_arguments(pipe, **self.call).get("num_inference_steps") or 50)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Median seconds of a call of the denoiser, in which the stretch is computed and reused, and of a clip less all of its calls."""
+
+    computed: float
+    reused: float
+    rest: float
+    calls: int
+
+    def outside(self, steps: int) -> float:
+        """The share of a clip's time that is not spent in the denoiser, with everything computed."""
+        return self.rest / (self.rest + self.calls * steps * self.computed)
+
+    def speedup(self, steps: int, computed: int) -> float:
+        """How many times faster a clip is made if the stretch is computed at so many steps."""
+        whole = self.rest + self.calls * steps * self.computed
+        return whole / (self.rest + self.calls * (computed * self.computed + (steps - computed) * self.reused))
+
+
+def timesteps_and_gram(
+    pipe: Any, site: Site, stage: BlockReuse, clips: Clips, progress: Progress
+) -> tuple[list[float], np.ndarray, Tensor]:
+    """Sample with everything computed, and note what the stretch gives.
+
+    Of a chain that is the change it makes, of other blocks the output of the last one.
+
+    Returns:
+        The timesteps, the inner products ``[steps, steps]`` of what the stretch gave at them, and the final latents.
+
+    Raises:
+        UnsupportedError: if the sampler calls the denoiser in a way that nothing could be reused from step to step.
+    """
+    seen: dict[Hashable, dict[int, Tensor]] = {}
+    times: dict[int, float] = {}
+    with reusing(site, stage) as installed:
+        last = installed.blocks[-1].name
+
+        def watch(trajectory: Trajectory, name: Any, tensors: tuple[Tensor, ...]) -> None:
+            if isinstance(name, tuple) and name[0] != last:
+                return
+            times[trajectory.step] = trajectory.timestep
+            for number, tensor in enumerate(tensors):
+                if tensor.is_floating_point():
+                    seen.setdefault((name, trajectory.call, number), {})[trajectory.step] = _sampled(tensor)
+
+        installed.watch(watch)
+        progress.phase("record", clips.steps(pipe))
+        latents = clips.latents(pipe, progress)
+    steps = len(times)
+    wanted = clips.steps(pipe)
+    if steps < min(3, wanted) or sorted(times) != list(range(steps)):
+        raise UnsupportedError(
+            f"{type(pipe.scheduler).__name__} calls the denoiser in {wanted} steps of which {steps} follow each other: nothing can be "
+            "reused from step to step; choose a sampler that calls it once a step, with falling timesteps"
+        )
+    columns = [torch.stack([values[step] for step in range(steps)]) for values in seen.values() if len(values) == steps]
+    gram = sum((column.double() @ column.double().T for column in columns), start=torch.zeros(steps, steps, dtype=torch.float64))
+    return [times[step] for step in range(steps)], gram.numpy(), latents
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Some of the values, the same ones every time, in float32 on the CPU."""
+    flat = tensor.detach().flatten()
+    stride = -(-flat.numel() // ELEMENTS)
+    return flat[::stride].float().cpu()
+
+
+def single(timesteps: Sequence[float], step: int, stage: BlockReuse, order: int = 0) -> BlockReuse:
+    """A stage that computes all steps but one."""
+    kept = tuple(time for number, time in enumerate(timesteps) if number != step)
+    return BlockReuse(at=kept, stretch=stage.stretch, order=order)
+
+
+def record(
+    pipe: Any, site: Site, stretch: tuple[float, float], clips: Clips, progress: Progress, done: Callable[[int], float | None], keep: Any
+) -> tuple[Errors, Seconds]:
+    """Record trajectories, and measure what reusing each single step does to the final latents.
+
+    Args:
+        done: the damage of a step that an earlier run measured, or None.
+        keep: called with the number of a step and its damage.
+
+    Returns:
+        What schedules are planned with, and what a call of the denoiser takes.
+    """
+    always = BlockReuse(every=1, stretch=stretch)
+    timesteps, gram, latents = timesteps_and_gram(pipe, site, always, clips, progress)
+    flat = Errors(timesteps, gram, np.ones(len(timesteps)))
+    weight = np.zeros(len(timesteps))
+    progress.phase("errors of single steps", len(timesteps) - 1)
+    for step in range(1, len(timesteps)):
+        damage = done(step)
+        if damage is None:
+            with reusing(site, single(timesteps, step, always)):
+                damage = _damage(clips.latents(pipe), latents)
+            keep(step, damage)
+        weight[step] = damage / max(float(flat.of((step - 1,), [step])[0]), 1e-30)
+        progress.advance()
+    return Errors(timesteps, gram, weight), _seconds(pipe, site, always, clips, timesteps)
+
+
+def _damage(found: Tensor, wanted: Tensor) -> float:
+    """Squared error over the mean square, of a typical clip: the geometric mean. A mean would be that of the most sensitive clip."""
+    errors = (found - wanted).square().flatten(1).mean(1) / wanted.square().flatten(1).mean(1)
+    return float(errors.clamp(min=1e-20).log().mean().exp())
+
+
+def _seconds(pipe: Any, site: Site, always: BlockReuse, clips: Clips, timesteps: Sequence[float]) -> Seconds:
+    """Time one clip in which every second step is reused, and what lies outside of the denoiser."""
+    one = Clips(clips.prompts[:1], clips.seeds[:1], clips.call)
+    spent: dict[bool, list[float]] = {True: [], False: []}
+    before = time.perf_counter()
+
+    def start(*_: Any) -> None:
+        nonlocal before
+        _synchronize(site.denoiser)
+        before = time.perf_counter()
+
+    with reusing(site, BlockReuse(every=2, first=2, stretch=always.stretch)) as installed:
+        counted = installed.counts()["reused"]
+
+        def stop(*_: Any) -> None:
+            nonlocal counted
+            _synchronize(site.denoiser)
+            now = installed.counts()["reused"]
+            spent[now > counted].append(time.perf_counter() - before)
+            counted = now
+
+        handles = [site.denoiser.register_forward_pre_hook(start), site.denoiser.register_forward_hook(stop)]
+        try:
+            began = time.perf_counter()
+            sample(pipe, one.prompts, seeds=one.seeds, **one.call)
+            whole = time.perf_counter() - began
+        finally:
+            for handle in handles:
+                handle.remove()
+    calls = sum(map(len, spent.values()))
+    rest = max(whole - sum(map(sum, spent.values())), 0.0)
+    computed = statistics.median(spent[False])
+    reused = statistics.median(spent[True]) if spent[True] else computed
+    return Seconds(computed, reused, rest, max(1, round(calls / len(timesteps))))
+
+
+def _synchronize(module: nn.Module) -> None:
+    """Wait for a GPU, so that times are those of the work."""
+    parameter = next(module.parameters(), None)
+    if parameter is not None and parameter.device.type == "cuda":
+        torch.cuda.synchronize(parameter.device)

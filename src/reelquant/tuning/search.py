@@ -1,0 +1,129 @@
+"""Which schedule to take: the fastest that keeps the limits, or the best that is fast enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from reelquant._errors import RecipeError, UnsupportedError
+from reelquant.reuse import BlockReuse
+from reelquant.tuning.recording import Seconds
+from reelquant.tuning.schedules import Errors, Plan, plans
+from reelquant.tuning.trials import Trial, Trials
+
+ORDERS = (1, 0)
+"""Forecasts that are tried, the one that promises most first. Parabolas were behind lines on both bundled pipelines."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted.
+
+    Attributes:
+        speedup: of a whole clip, at least; the best quality that is so fast is chosen.
+        gate: preset that every clip-wise mean has to pass; the fastest schedule that passes is chosen. Only without ``speedup``.
+        limits: further limits, by metric.
+    """
+
+    speedup: float | None = None
+    gate: str | None = "default"
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def preset(self) -> str | None:
+        """The gate that trials have to pass; none where a speed is wanted."""
+        return self.gate if self.speedup is None else None
+
+    def __post_init__(self) -> None:
+        if self.speedup is not None and not self.speedup > 1:
+            raise RecipeError(f"target_speedup is above 1, like 1.8, got {self.speedup}")
+
+
+@dataclass
+class Search:
+    """Schedules of one pipeline, and those that were tried.
+
+    Attributes:
+        stretch: of the blocks.
+        errors: what schedules are planned with.
+        seconds: of calls of the denoiser.
+        trials: makes them.
+        found: those that were made, by the number of computed steps and the order.
+        planned: the best schedules, by order and the number of computed steps.
+    """
+
+    stretch: tuple[float, float]
+    errors: Errors
+    seconds: Seconds
+    trials: Trials
+    found: dict[tuple[int, int], Trial] = field(default_factory=dict)
+    planned: dict[int, dict[int, Plan]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.planned = {order: plans(self.errors, order) for order in ORDERS}
+
+    @property
+    def steps(self) -> int:
+        """Of a clip."""
+        return len(self.errors.timesteps)
+
+    @property
+    def fewest(self) -> int:
+        """Computed steps of the shortest schedule."""
+        return max(2, min(min(known) for known in self.planned.values()))
+
+    def stage(self, computed: Sequence[int], order: int) -> BlockReuse:
+        """The reuse that computes these steps."""
+        at = tuple(round(self.errors.timesteps[step], 4) for step in computed)
+        return BlockReuse(at=at, stretch=self.stretch, order=order)
+
+    def speedup(self, number: int) -> float:
+        """Expected of a clip in which so many steps are computed."""
+        return self.seconds.speedup(self.steps, number)
+
+    def tried(self, number: int, order: int) -> Trial:
+        """The trial of the best schedule with so many computed steps."""
+        if (number, order) not in self.found:
+            plan = self.planned[order][number]
+            self.found[number, order] = self.trials.run(self.stage(plan.steps, order), plan.steps, self.steps, self.speedup(number))
+        return self.found[number, order]
+
+    def tried_all(self) -> tuple[Trial, ...]:
+        """Every trial, from the most computed steps to the fewest."""
+        return tuple(self.found[key] for key in sorted(self.found, key=lambda one: (-one[0], -one[1])))
+
+    def all_of(self, number: int) -> Iterator[Trial]:
+        """Trials of all orders, the one that promises most first."""
+        for order in ORDERS:
+            if number in self.planned[order]:
+                yield self.tried(number, order)
+
+    def fastest(self) -> Trial | None:
+        """The trial with the fewest computed steps that keeps the limits: by bisection, as quality falls with the steps."""
+        passes, fails, best = self.steps, self.fewest - 1, None
+        while passes - fails > 1:
+            number = (passes + fails) // 2
+            passing = next((trial for trial in self.all_of(number) if trial.passed), None)
+            if passing is None:
+                fails = number
+            else:
+                passes, best = number, passing
+        return best
+
+    def fast_enough(self, wanted: float, measured: Callable[[Trial], float]) -> Trial:
+        """The best trial that reaches a speed.
+
+        Raises:
+            UnsupportedError: if no schedule does.
+        """
+        number = next((number for number in range(self.steps - 1, self.fewest - 1, -1) if self.speedup(number) >= wanted), None)
+        while number is not None and number >= self.fewest:
+            best = max(self.all_of(number), key=lambda one: one.figures["psnr"])
+            if measured(best) >= wanted:
+                return best
+            number -= 1
+        raise UnsupportedError(
+            f"no schedule of {self.steps} steps makes a clip {wanted:.2f} times as fast: {self.fewest} computed steps, the fewest that are "
+            f"tried, are expected to give {self.speedup(self.fewest):.2f}, and {self.seconds.outside(self.steps):.0%} of a clip's time is "
+            "not spent in the denoiser; wish for less, or make clips in more steps"
+        )

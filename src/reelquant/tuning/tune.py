@@ -1,0 +1,210 @@
+"""Find out at which steps of a quantized pipeline its blocks need not be computed, for a wanted speed or a wanted quality."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reelquant._errors import UnsupportedError
+from reelquant._progress import Progress, Silent
+from reelquant.checkpoint import check_target, refuse_source, save
+from reelquant.evidence.sampling import ClipSource
+from reelquant.evidence.store import write_json, write_text
+from reelquant.models.condition import Prompts
+from reelquant.models.pipelines import calibration_prompts, open_pipeline
+from reelquant.models.prompts import bundled_prompts
+from reelquant.models.sampling import notes, sample
+from reelquant.models.shapes import evaluation_prompts, understood
+from reelquant.nn import quantized_layers
+from reelquant.reuse import BlockReuse, put
+from reelquant.tuning.curve import draw
+from reelquant.tuning.recording import Clips, Seconds, Site, record, reusing, site_of
+from reelquant.tuning.search import Goal, Search
+from reelquant.tuning.trials import Trial, Trials
+from reelquant.tuning.written import recipe_text
+
+RECORDED = 4  # clips that schedules are planned from
+LEAST_STEPS = 4  # of a clip: with fewer there is nothing to leave out
+SEED, HELD_OUT_SEED = 1_000, 50_000
+WORK = ".tuning"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    Attributes:
+        stage: the reuse that was chosen; None if no schedule kept the limits.
+        chosen: its trial.
+        trials: everything that was tried, from the most computed steps to the fewest.
+        seconds: of calls of the denoiser, and of what lies around them.
+        speedup: of a whole clip, measured in turns; None without a choice.
+        output: the pipeline with the schedule; None without a choice.
+        work: where trials, their clips, the curve and the recipe lie.
+    """
+
+    stage: BlockReuse | None
+    chosen: Trial | None
+    trials: tuple[Trial, ...]
+    seconds: Seconds
+    speedup: float | None
+    output: Path | None
+    work: Path
+
+    @property
+    def cliff(self) -> tuple[Trial, Trial] | None:
+        """The two neighbouring trials between which PSNR falls most for each step less; None with fewer than three."""
+        counts = dict.fromkeys(len(trial.computed) for trial in self.trials)
+        best = [max((one for one in self.trials if len(one.computed) == count), key=lambda one: one.figures["psnr"]) for count in counts]
+        pairs = list(itertools.pairwise(best))
+        return max(pairs, key=_fall) if len(pairs) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return {
+            "stage": None if self.stage is None else {"reuse": "blocks", **asdict(self.stage)},
+            "chosen": None if self.chosen is None else asdict(self.chosen),
+            "speedup": self.speedup,
+            "trials": [asdict(trial) for trial in self.trials],
+            "seconds": asdict(self.seconds),
+            "output": None if self.output is None else str(self.output),
+        }
+
+
+def _fall(pair: tuple[Trial, Trial]) -> float:
+    """By how much PSNR falls for each step that is computed less."""
+    more, fewer = pair
+    return (more.figures["psnr"] - fewer.figures["psnr"]) / (len(more.computed) - len(fewer.computed))
+
+
+def tune(
+    model: str | Path,
+    output: str | Path,
+    prompts: Prompts | None = None,
+    *,
+    goal: Goal | None = None,
+    stretch: tuple[float, float] = (0.0, 1.0),
+    clips: int = 8,
+    held_out: Prompts | None = None,
+    weights: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> Tuned:
+    """Find a schedule, try it out, and write the pipeline with it; see :func:`reelquant.tune`."""
+    goal, progress, output = goal or Goal(), progress or Silent(), Path(output)
+    check_target(output, force=force)
+    refuse_source(str(model), output)
+    pipe = open_pipeline(model, dtype=dtype or torch.float32, device=device)
+    site = site_of(pipe)
+    if not quantized_layers(site.denoiser):
+        raise UnsupportedError(
+            f"'{model}' is not quantized, and a schedule fits the model that it was found on: quantize it first, "
+            f"for example reelquant quantize {model} -r qvd-w8a8 -o out"
+        )
+    work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
+    texts = list(calibration_prompts(pipe, RECORDED) if prompts is None else prompts)[:RECORDED]
+    recorded = Clips(texts, range(SEED, SEED + len(texts)), call)
+    if recorded.steps(pipe) < LEAST_STEPS:
+        raise UnsupportedError(
+            f"clips are made in {recorded.steps(pipe)} steps, and with fewer than {LEAST_STEPS} nothing can be left out; "
+            "make them in more steps, or leave a pipeline for so few steps as it is"
+        )
+    identity = (Path(str(model)).name, ClipSource(model).identity)
+    known = KnownDamage(work, [identity, [str(text) for text in texts], call, stretch])
+    errors, seconds = record(pipe, site, stretch, recorded, progress, known.of, known.keep)
+    judged = _held_out(pipe, held_out, clips, texts)
+    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
+    trials = Trials(
+        pipe, site, work / "trials", identity, judged, seeds, call, goal.preset, goal.limits, None if weights is None else Path(weights),
+        progress,
+    )  # fmt: skip
+    trials.base()
+    search = Search(stretch, errors, seconds, trials)
+    chosen, speedup = _chosen(search, goal, lambda stage: in_turns(pipe, site, stage, recorded, progress))
+    stage = None if chosen is None else search.stage(chosen.computed, chosen.order)
+    made = Tuned(stage, chosen, search.tried_all(), seconds, speedup, None if stage is None else output.absolute(), work)
+    write_json(work / "tuning.json", made.to_json())
+    draw(made.trials, chosen, work / "curve.png")
+    if stage is not None:
+        write_text(work / "recipe.yaml", recipe_text(site.denoiser, stage))
+        put(site.denoiser, "blocks", stage, stage.facts(site))
+        save(pipe, output, force=force)
+    return made
+
+
+def _chosen(search: Search, goal: Goal, timed: Any) -> tuple[Trial | None, float | None]:
+    """The trial that serves the goal, and how much faster it makes a clip."""
+    times: dict[tuple[int, ...], float] = {}
+
+    def measured(trial: Trial) -> float:
+        if trial.computed not in times:
+            times[trial.computed] = timed(search.stage(trial.computed, trial.order))
+        return times[trial.computed]
+
+    chosen = search.fastest() if goal.speedup is None else search.fast_enough(goal.speedup, measured)
+    return chosen, None if chosen is None else measured(chosen)
+
+
+def in_turns(pipe: Any, site: Site, stage: BlockReuse, clips: Clips, progress: Progress, rounds: int = 3) -> float:
+    """How many times faster a clip is made with the reuse: the median of ratios of neighbouring runs."""
+    ratios = []
+    progress.phase("time", rounds)
+    for number in range(rounds):
+        spent: dict[bool, float] = {}
+        for reuses in ((False, True), (True, False))[number % 2]:
+            with reusing(site, stage if reuses else None):
+                began = time.perf_counter()
+                sample(pipe, clips.prompts[:1], seeds=clips.seeds[:1], **clips.call)
+                spent[reuses] = time.perf_counter() - began
+        ratios.append(spent[False] / spent[True])
+        progress.advance()
+    return statistics.median(ratios)
+
+
+class KnownDamage:
+    """What reusing single steps did, in a file of a line each: a run that was stopped goes on where it was.
+
+    Args:
+        folder: of the file.
+        settings: what a line has to agree with.
+    """
+
+    def __init__(self, folder: Path, settings: Any) -> None:
+        self.file, self.settings = folder / "steps.jsonl", json.dumps(settings, default=str)
+        self.found: dict[int, float] = {}
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else ():
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a run that was killed
+                continue
+            if row.get("settings") == self.settings:
+                self.found[int(row["step"])] = float(row["damage"])
+
+    def of(self, step: int) -> float | None:
+        """What an earlier run measured, or None."""
+        return self.found.get(step)
+
+    def keep(self, step: int, damage: float) -> None:
+        """Note what was measured."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps({"settings": self.settings, "step": step, "damage": damage}) + "\n")
+
+
+def _held_out(pipe: Any, given: Prompts | None, clips: int, recorded: Sequence[Any]) -> list[Any]:
+    """Texts that nothing was recorded on, if there are any."""
+    if given is None:
+        given = evaluation_prompts(clips) if understood(notes(pipe).get("prompts", ())) else bundled_prompts()
+    left = [one for one in given if one not in recorded] or list(given)
+    return [left[number % len(left)] for number in range(clips)]
