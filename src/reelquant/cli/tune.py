@@ -124,7 +124,7 @@ def tune(
 def _kept(output: Path) -> Any:
     """Say after Ctrl-C where the work lies."""
     from reelquant.cli.signals import left_in
-    from reelquant.tuning.tune import WORK
+    from reelquant.tuning.run import WORK
 
     return left_in(output.with_name(output.name + WORK))
 

@@ -1,12 +1,12 @@
 """What need not be computed, found out on the quantized pipeline itself: trajectories are recorded, schedules planned from their errors,
 the best tried out on other texts. How a schedule acts on a model is in :mod:`reelquant.reuse` and does not belong here.
 
-``recording`` samples and notes, ``schedules`` plans, ``trials`` tries out, ``search`` chooses, ``tune`` is all of it, ``curve`` draws.
+``recording`` samples and notes, ``schedules`` plans, ``trials`` tries out, ``search`` chooses, ``run`` does all of it, ``curve`` draws.
 """
 
 from reelquant.tuning.recording import Seconds
+from reelquant.tuning.run import Tuned, tune
 from reelquant.tuning.search import Goal
 from reelquant.tuning.trials import Trial
-from reelquant.tuning.tune import Tuned, tune
 
 __all__ = ["Goal", "Seconds", "Trial", "Tuned", "tune"]

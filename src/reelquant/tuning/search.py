@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from reelquant._errors import RecipeError, UnsupportedError
+from reelquant.evidence.gate import check_preset, parse_limits
 from reelquant.reuse import BlockReuse
 from reelquant.tuning.recording import Seconds
 from reelquant.tuning.schedules import Errors, Plan, plans
@@ -21,7 +22,7 @@ class Goal:
 
     Attributes:
         speedup: of a whole clip, at least; the best quality that is so fast is chosen.
-        gate: preset that every clip-wise mean has to pass; the fastest schedule that passes is chosen. Only without ``speedup``.
+        gate: preset that trials have to pass; the fastest schedule that passes is chosen. Only without ``speedup``.
         limits: further limits, by metric.
     """
 
@@ -37,6 +38,9 @@ class Goal:
     def __post_init__(self) -> None:
         if self.speedup is not None and not self.speedup > 1:
             raise RecipeError(f"target_speedup is above 1, like 1.8, got {self.speedup}")
+        if self.gate is not None:
+            check_preset(self.gate)
+        parse_limits(self.limits)
 
 
 @dataclass

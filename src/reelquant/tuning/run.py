@@ -21,7 +21,7 @@ from reelquant.evidence.store import write_json, write_text
 from reelquant.models.condition import Prompts
 from reelquant.models.pipelines import calibration_prompts, open_pipeline
 from reelquant.models.prompts import bundled_prompts
-from reelquant.models.sampling import notes, sample
+from reelquant.models.sampling import check_call, notes, sample
 from reelquant.models.shapes import evaluation_prompts, understood
 from reelquant.nn import quantized_layers
 from reelquant.reuse import BlockReuse, put
@@ -105,6 +105,7 @@ def tune(
     goal, progress, output = goal or Goal(), progress or Silent(), Path(output)
     check_target(output, force=force)
     refuse_source(str(model), output)
+    _ = BlockReuse(stretch=stretch)
     pipe = open_pipeline(model, dtype=dtype or torch.float32, device=device)
     site = site_of(pipe)
     if not quantized_layers(site.denoiser):
@@ -113,6 +114,7 @@ def tune(
             f"for example reelquant quantize {model} -r qvd-w8a8 -o out"
         )
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
+    check_call(type(pipe), call)
     texts = list(calibration_prompts(pipe, RECORDED) if prompts is None else prompts)[:RECORDED]
     recorded = Clips(texts, range(SEED, SEED + len(texts)), call)
     if recorded.steps(pipe) < LEAST_STEPS:
