@@ -2,11 +2,13 @@
 
 Papers: FORA (arXiv 2407.01425) reuses the outputs of attention and feed-forward layers for several steps. Delta-DiT (arXiv 2406.01125)
 reuses the change that a stretch of blocks makes, so that what earlier blocks computed at this step is not lost. TaylorSeer (arXiv
-2503.06923) forecasts instead of repeating. DeepCache (arXiv 2312.00858) keeps the output of a UNet's deep blocks, Faster Diffusion (arXiv
-2312.09608) those of its encoder. Ours is one mechanism with these as its settings. Deviations: one stretch serves all steps (Delta-DiT
-moves it from the last to the first blocks in the course of a clip); every tensor that flows through a chain of blocks has a change of its
-own (hidden states and text); so has every call of a step (the two halves of guidance); a UNet's blocks are kept or computed as a whole
-(DeepCache cuts between their layers); steps of Faster Diffusion do not run in parallel.
+2503.06923) forecasts instead of repeating. CacheQuant (arXiv 2503.01323) fits what it reuses to recorded features. DeepCache (arXiv
+2312.00858) keeps the output of a UNet's deep blocks, Faster Diffusion (arXiv 2312.09608) those of its encoder. Ours is one mechanism
+with these as its settings. Deviations: one stretch serves all steps (Delta-DiT moves it from the last to the first blocks in the course
+of a clip); every tensor that flows through a chain of blocks has a change of its own (hidden states and text); so has every call of a
+step (the two halves of guidance); fitted are weights of the last results, the same for all channels (CacheQuant: a scale and an offset
+for every channel of the last one); a UNet's blocks are kept or computed as a whole (DeepCache cuts between their layers); steps of
+Faster Diffusion do not run in parallel.
 """
 
 from __future__ import annotations
@@ -52,6 +54,9 @@ class BlockReuse(Reuse):
             ``reelquant tune`` finds them.
         stretch: the share of the blocks, from 0 to 1; blocks that lie partly inside belong to it.
         order: 0 repeats the last result, 1 and 2 forecast from the last two and three; see :class:`reelquant.reuse.history.History`.
+        fitted: weights of the last ``order + 1`` results at steps that are not computed, instead of those of the polynomial: for every such
+            step its timestep and the weights, oldest first, all in one list. ``reelquant tune`` fits them. Timesteps that are not listed
+            get the polynomial.
     """
 
     every: int = 2
@@ -59,11 +64,17 @@ class BlockReuse(Reuse):
     at: tuple[float, ...] = ()
     stretch: tuple[float, float] = (0.25, 0.75)
     order: int = 0
+    fitted: tuple[float, ...] = ()
     always: ClassVar[Mapping[str, Any]] = {"every": 1}
 
     def __post_init__(self) -> None:
         _ = self.schedule
         check_order(self.order)
+        if len(self.fitted) % (self.order + 2):
+            raise RecipeError(
+                f"'fitted' of reuse 'blocks' lists a timestep and {self.order + 1} weights for every step, {self.order + 2} numbers each, "
+                f"got {len(self.fitted)} numbers"
+            )
         if len(self.stretch) != 2 or not 0 <= self.stretch[0] < self.stretch[1] <= 1:
             raise RecipeError(f"'stretch' of reuse 'blocks' is a start and an end, like [0.25, 0.75], got {list(self.stretch)}")
 
@@ -71,6 +82,12 @@ class BlockReuse(Reuse):
     def schedule(self) -> Schedule:
         """When the stretch is computed."""
         return Schedule(self.every, self.first, tuple(self.at))
+
+    @property
+    def rows(self) -> list[tuple[float, ...]]:
+        """:attr:`fitted` by step."""
+        width = self.order + 2
+        return [tuple(self.fitted[start : start + width]) for start in range(0, len(self.fitted), width)]
 
     def facts(self, work: ModelWork) -> dict[str, Any]:
         """Paths of the blocks in execution order, what is kept of them, and the names of two arguments of the denoiser."""
@@ -112,7 +129,7 @@ class InstalledBlocks:
 
     def __init__(self, model: nn.Module, stage: BlockReuse, facts: Mapping[str, Any]) -> None:
         self.read_timestep, self.read_latent = (timestep_reader(model, facts[key]) for key in ("timestep", "latent"))
-        self.stretch, names = Stretch(stage.schedule, stage.order), facts["blocks"]
+        self.stretch, names = Stretch(stage.schedule, stage.order, stage.rows), facts["blocks"]
         stands = KEEPS[facts.get("keeps", "change")]
         ends = {"first": names[0], "last": names[-1]}
         self.blocks = [

@@ -52,7 +52,7 @@ class Link(StandIn):
         if self.first:
             history = self.stretch.history(CHANGE)
             assert history is not None
-            changes = iter(history.at(trajectory.timestep))
+            changes = iter(self.stretch.expected(history))
             tensors = [tensor + next(changes) if there else tensor for tensor, there in zip(tensors, wiring.last, strict=True)]
         if self.last:
             tensors = [tensor if there else None for tensor, there in zip(tensors, wiring.last, strict=True)]

@@ -48,18 +48,20 @@ class History:
         """What the last computed step gave."""
         return self.kept[-1][1]
 
-    def at(self, timestep: float) -> tuple[Tensor, ...]:
-        """What is expected at a timestep."""
-        shares = weights([time for time, _ in self.kept], timestep)
+    def at(self, timestep: float, fitted: Sequence[float] = ()) -> tuple[Tensor, ...]:
+        """What is expected at a timestep.
+
+        Args:
+            fitted: weights of the results, oldest first, to use instead of the polynomial's; the last ones if there are fewer results.
+        """
+        shares = fitted[-len(self.kept) :] or weights([time for time, _ in self.kept], timestep)
         columns = zip(*(tensors for _, tensors in self.kept), strict=True)
         return tuple(_sum(shares, column) for column in columns)
 
 
 def _sum(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     """``sum(shares * tensors)`` in the dtype of the tensors."""
-    if len(tensors) == 1:
-        return tensors[0]
-    if not tensors[-1].is_floating_point():
+    if not tensors[-1].is_floating_point() or (len(tensors) == 1 and shares[0] == 1.0):
         return tensors[-1]
     total = tensors[0] * shares[0]
     for share, tensor in zip(shares[1:], tensors[1:], strict=True):

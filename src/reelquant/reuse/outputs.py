@@ -36,7 +36,7 @@ class Output(StandIn):
         if history is None:
             raise self.refusal(f"'{self.name}' runs more often in one step than in another")
         leaves, layout = trajectory.notes[name, trajectory.call]
-        tensors = (tensor.clone() for tensor in history.at(trajectory.timestep))
+        tensors = (tensor.clone() for tensor in self.stretch.expected(history))
         return tree_unflatten([next(tensors) if leaf is Tensor else leaf for leaf in leaves], layout)
 
     def kept(self, taken: Mapping[Slot, Any], args: Any, kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.reuse.history import History
-from reelquant.reuse.schedule import Schedule
+from reelquant.reuse.schedule import TOLERANCE, Schedule
 from reelquant.reuse.trajectory import Trajectory
 
 Slot = int | str
@@ -48,13 +48,13 @@ class _Now(threading.local):
 class Stretch:
     """What the blocks of a stretch share. A copy starts with nothing to reuse."""
 
-    def __init__(self, schedule: Schedule, order: int) -> None:
-        self.schedule, self.order = schedule, order
+    def __init__(self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = ()) -> None:
+        self.schedule, self.order, self.fitted = schedule, order, tuple(fitted)
         self.now, self.counted = _Now(), Counter()
         self.watcher: Watcher | None = None
 
     def __reduce__(self) -> Any:
-        return Stretch, (self.schedule, self.order)
+        return Stretch, (self.schedule, self.order, self.fitted)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -96,6 +96,11 @@ class Stretch:
     def history(self, name: Any) -> History | None:
         """What this call of earlier steps gave, or None."""
         return self.trajectory.histories.get((name, self.trajectory.call))
+
+    def expected(self, history: History) -> tuple[Tensor, ...]:
+        """What a history lets expect at the running step."""
+        now = self.trajectory.timestep
+        return history.at(now, next((weights for time, *weights in self.fitted if abs(now - time) <= TOLERANCE * abs(time)), ()))
 
     def keep(self, name: Any, tensors: Sequence[Tensor]) -> None:
         """Keep what a computed call gave."""

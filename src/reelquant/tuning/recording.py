@@ -191,7 +191,7 @@ def record(
             keep(step, damage)
         weight[step] = damage / max(float(flat.of((step - 1,), [step])[0]), 1e-30)
         progress.advance()
-    return Errors(timesteps, gram, weight), _seconds(pipe, site, always, clips, timesteps)
+    return Errors(timesteps, gram, weight, fitted=True), _seconds(pipe, site, always, clips, timesteps)
 
 
 def _damage(found: Tensor, wanted: Tensor) -> float:

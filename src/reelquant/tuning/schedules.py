@@ -11,6 +11,8 @@ from reelquant.reuse.history import weights
 
 Array = np.ndarray
 Steps = tuple[int, ...]
+RIDGE = 1e-5
+"""Of the mean power of the results: keeps weights of least squares small where results are almost alike."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +21,23 @@ class Plan:
 
     Attributes:
         steps: numbers of the computed steps; the first step is always among them.
-        order: of the forecasts in between.
+        order: one less than the number of earlier results that a forecast is made from.
         damage: expected squared error of the final latents over their mean square.
     """
 
     steps: Steps
     order: int
     damage: float
+
+    def pauses(self, count: int) -> Iterator[tuple[Steps, range]]:
+        """For every pause the computed steps that forecasts in it are made from, and the steps in it.
+
+        Args:
+            count: of the sampler's steps.
+        """
+        for number, (last, following) in enumerate(zip(self.steps, [*self.steps[1:], count], strict=True)):
+            if following > last + 1:
+                yield self.steps[max(0, number - self.order) : number + 1], range(last + 1, following)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +51,27 @@ class Errors:
         timesteps: of the sampler's steps, in sampling order.
         gram: ``[steps, steps]`` inner products of what a stretch gave at each step, summed over clips and calls.
         weight: ``[steps]`` damage to the final latents per squared error of a step's result.
+        fitted: whether weights are those of least squares; else those of the polynomial through the results.
     """
 
     timesteps: Sequence[float]
     gram: Array
     weight: Array
+    fitted: bool = False
+
+    def shares(self, history: Steps, steps: Sequence[int]) -> Array:
+        """Weights of earlier results in the forecast of each step, ``[steps, history]``."""
+        if not self.fitted:
+            times = [self.timesteps[step] for step in history]
+            return np.array([weights(times, self.timesteps[step]) for step in steps]).reshape(len(steps), len(history))
+        within = self.gram[np.ix_(history, history)]
+        damped = within + RIDGE * np.trace(within) / len(history) * np.eye(len(history))
+        return np.linalg.solve(damped, self.gram[np.ix_(history, steps)]).T
 
     def of(self, history: Steps, steps: Sequence[int]) -> Array:
         """Damage of forecasting each of ``steps`` from what ``history`` gave: ``[steps]``."""
-        rows = list(history)
-        times = [self.timesteps[step] for step in rows]
-        chosen = list(steps)
-        shares = np.array([weights(times, self.timesteps[step]) for step in chosen]).reshape(len(chosen), len(rows))
+        rows, chosen = list(history), list(steps)
+        shares = self.shares(history, chosen)
         cross = (shares * self.gram[np.ix_(chosen, rows)]).sum(1)
         within = np.einsum("si,ij,sj->s", shares, self.gram[np.ix_(rows, rows)], shares)
         squares = self.gram[chosen, chosen] - 2 * cross + within
@@ -141,9 +162,5 @@ def even(count: int, number: int) -> Steps:
 
 def expected(errors: Errors, steps: Sequence[int], order: int) -> float:
     """The damage that is expected of any schedule."""
-    total, count = 0.0, len(errors.timesteps)
-    for number, (last, following) in enumerate(zip(steps, [*steps[1:], count], strict=True)):
-        history = tuple(steps[max(0, number - order) : number + 1])
-        if following > last + 1:
-            total += float(errors.of_pauses(history, following)[-1])
-    return total
+    plan = Plan(tuple(steps), order, 0.0)
+    return sum(float(errors.of_pauses(history, pause.stop)[-1]) for history, pause in plan.pauses(len(errors.timesteps)))

@@ -13,7 +13,7 @@ from reelquant.tuning.schedules import Errors, Plan, plans
 from reelquant.tuning.trials import Trial, Trials
 
 ORDERS = (1, 0)
-"""Forecasts that are tried, the one that promises most first. Parabolas were behind lines on both bundled pipelines."""
+"""Forecasts that are tried, from the last two results and from the last one. A third brought nothing on the bundled pipelines."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,13 @@ class Search:
 
     def stage(self, computed: Sequence[int], order: int) -> BlockReuse:
         """The reuse that computes these steps."""
-        at = tuple(round(self.errors.timesteps[step], 4) for step in computed)
-        return BlockReuse(at=at, stretch=self.stretch, order=order)
+        times = [round(time, 4) for time in self.errors.timesteps]
+        fitted: list[float] = []
+        for history, pause in Plan(tuple(computed), order, 0.0).pauses(self.steps) if self.errors.fitted else ():
+            for step, shares in zip(pause, self.errors.shares(history, pause), strict=True):
+                padded = [0.0] * (order + 1 - len(history)) + [round(float(share), 5) for share in shares]
+                fitted += [times[step], *padded]
+        return BlockReuse(at=tuple(times[step] for step in computed), stretch=self.stretch, order=order, fitted=tuple(fitted))
 
     def speedup(self, number: int) -> float:
         """Expected of a clip in which so many steps are computed."""

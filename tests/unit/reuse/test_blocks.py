@@ -87,6 +87,7 @@ def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
         ({"stretch": (0.0, 1.5)}, r"got \[0.0, 1.5\]"),
         ({"stretch": (0.5,)}, r"got \[0.5\]"),
         ({"order": 3}, r"0 \(the last result\), 1 \(a line\) or 2 \(a parabola\), got 3"),
+        ({"fitted": (8.0, 1.0, 1.0)}, "a timestep and 1 weights for every step, 2 numbers each, got 3 numbers"),
         ({"at": (1.0, 2.0)}, r"from the largest to the smallest, each once, got \[1.0, 2.0\]"),
     ],
 )
@@ -344,6 +345,22 @@ def test_a_forecast_is_the_polynomial_through_the_last_steps(keeps: str, order: 
         expected = {0: 0.4 * 0 + 0.8 * 4 + (1 + 5) * 1.0, 1: expected, 2: expected}[order]
     assert [added(model, time) for time in times][-1] == pytest.approx(expected)
     assert reuse.counts() == {"computed": len(times) - 1, "reused": 1}
+
+
+def test_fitted_weights_take_the_place_of_the_polynomial_where_there_are_some() -> None:
+    model = Denoiser()
+    options: dict[str, Any] = {"at": (10.0, 8.0), "order": 1, "fitted": (6.0, -0.5, 2.0)}
+    reuse = BlockReuse(**options).install(model, FACTS)
+    found = [added(model, time) for time in (10.0, 8.0, 6.0, 4.0)]
+    assert found[2] == pytest.approx(0.6 * 5 + 2.0 * 4.0 - 0.5 * 5.0)  # the stretch added 5 at 10 and 4 at 8
+    assert found[3] == pytest.approx(4.0)  # no weights are known for 4: a line
+    assert reuse.counts() == {"computed": 2, "reused": 2}
+
+
+def test_fitted_weights_of_fewer_results_are_the_last_ones() -> None:
+    model = Denoiser()
+    BlockReuse(at=(10.0,), order=1, fitted=(8.0, 0.0, 0.9)).install(model, FACTS)
+    assert [added(model, time) for time in (10.0, 8.0)][-1] == pytest.approx(0.8 * 5 + 0.9 * 5)
 
 
 def test_a_schedule_in_timesteps_serves_any_number_of_steps() -> None:

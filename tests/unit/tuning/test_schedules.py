@@ -12,18 +12,18 @@ from reelquant.tuning.schedules import Errors, even, expected, plans
 COUNT = 8
 
 
-def errors(seed: int = 0) -> Errors:
+def errors(seed: int = 0, *, fitted: bool = False) -> Errors:
     """Results of eight steps that wander at random, and steps that matter differently."""
     dice = np.random.default_rng(seed)
     results = dice.normal(size=(COUNT, 5)).cumsum(0)
     times = 1000 - dice.uniform(50, 150, COUNT).cumsum()
-    return Errors(times.tolist(), results @ results.T, dice.uniform(0.1, 2, COUNT))
+    return Errors(times.tolist(), results @ results.T, dice.uniform(0.1, 2, COUNT), fitted)
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_plans_are_the_best_of_all_schedules(order: int, seed: int) -> None:
-    known = errors(seed)
+@pytest.mark.parametrize(("seed", "fitted"), [(0, False), (1, False), (2, True)])
+def test_plans_are_the_best_of_all_schedules(order: int, seed: int, fitted: bool) -> None:
+    known = errors(seed, fitted=fitted)
     found = plans(known, order)
     assert list(found) == list(range(1, COUNT + 1))
     for number, plan in found.items():
@@ -38,6 +38,19 @@ def test_damage_is_the_weighted_error_of_a_forecast() -> None:
     known = Errors([3.0, 2.0, 1.0], results @ results.T, np.array([1.0, 1.0, 10.0]))
     assert expected(known, (0, 1), 0) == pytest.approx(10 * (9 + 1))  # repeats (2, 1)
     assert expected(known, (0, 1), 1) == pytest.approx(10 * (4 + 4))  # a line from (1, 0) through (2, 1) gives (3, 2)
+
+
+def test_fitted_weights_are_those_of_least_squares() -> None:
+    dice = np.random.default_rng(0)
+    results = dice.normal(size=(4, 50))
+    results[3] = 0.3 * results[1] - 1.2 * results[2]
+    known = Errors([4.0, 3.0, 2.0, 1.0], results @ results.T, np.ones(4), fitted=True)
+    assert known.shares((1, 2), [3])[0] == pytest.approx([0.3, -1.2], rel=1e-3)
+    assert expected(known, (0, 1, 2), 1) < 1e-3 * float(known.gram[3, 3])
+    polynomial = Errors(known.timesteps, known.gram, known.weight)
+    for order in (0, 1):
+        for steps in ((0, 1), (0, 2), (0, 1, 2)):
+            assert expected(known, steps, order) <= expected(polynomial, steps, order)
 
 
 def test_errors_of_a_pause_add_up_and_pauses_are_independent() -> None:
