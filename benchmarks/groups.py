@@ -1,4 +1,4 @@
-"""Small floats in groups beside integers of the same bytes: NVFP4, MXFP4 and MXFP8 on weights and inputs, without any data.
+"""Small floats in groups beside integers of the same bytes: NVFP4, MXFP4 and MXFP8 on weights and inputs.
 
 Run it from the repository root::
 
@@ -26,15 +26,16 @@ MSE = {"name": "mse", "p": 2.0, "candidates": 16, "smallest": 0.7}
 
 
 def integers(fmt: str, granularity: str, scale: str = "float", rule: Any = MSE) -> dict[str, Any]:
-    """``nvfp4-w4a4`` with these numbers in the place of its own."""
+    """``mxfp4-w4a4``, which needs no data, with these numbers in the place of its own."""
     numbers = {"format": fmt, "granularity": granularity, "scale": scale}
     defaults = {"weight": numbers | {"range": rule}, "input": numbers | {"dynamic": True}}
-    return {"extends": "nvfp4-w4a4", "name": f"{fmt} {granularity} {scale}", "defaults": defaults}
+    return {"extends": "mxfp4-w4a4", "name": f"{fmt} {granularity} {scale}", "defaults": defaults}
 
 
 Rows = Mapping[str, tuple[Any, float, str]]  # label -> recipe, bits per weight with scales, the row it is compared with
 ROWS: Rows = {
     "int4, groups of 32": (integers("int4", "group-32"), 4.5, ""),
+    "e2m1, groups of 16, e4m3 scales (NVFP4)": (integers("e2m1", "group-16", "e4m3"), 4.5, "int4, groups of 32"),
     "nvfp4-w4a4": ("nvfp4-w4a4", 4.5, "int4, groups of 32"),
     "int4, groups of 16, e4m3 scales": (integers("int4", "group-16", "e4m3"), 4.5, "int4, groups of 32"),
     "int4, groups of 64": (integers("int4", "group-64"), 4.25, ""),

@@ -74,7 +74,8 @@ def qvd() -> dict[str, Any]:
 def dynamic() -> dict[str, Any]:
     """Weights and inputs in four bits, inputs in groups whose scales are found at run time."""
     base = {
-        "extends": "nvfp4-w4a4",
+        "extends": "mxfp4-w4a4",
+        "name": "int4 groups of 16",
         "defaults": {"weight": GROUPS | {"range": MSE}, "input": GROUPS | {"dynamic": True}},
         "calibrate": {"prompts": 16, "seed": 1000},
     }

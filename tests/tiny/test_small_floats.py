@@ -14,7 +14,7 @@ from reelquant import UnsupportedError
 from reelquant.formats import packed_width, parse_format
 from reelquant.kernels.cpu import int16_groups
 from reelquant.nn import QuantLayer, quantized_layers
-from tests.tiny.stock import frames, wan_pipeline
+from tests.tiny.stock import CALL, PROMPTS, frames, wan_pipeline
 
 FORMATS = {"to_q": "e3m0", "to_k": "e1m2", "to_v": "e3m2", "to_out.0": "e2m3", "ffn.net.0.proj": "e3m4", "ffn.net.2": "e2m1"}
 EVERY_FORMAT: dict[str, Any] = {
@@ -72,7 +72,7 @@ def assert_takes(layer: QuantLayer, bits: float) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_in_groups_come_back_bit_equal_and_say_what_is_simulated(recipe: str, tmp_path: Path) -> None:
     pipe = wan_pipeline()
-    reference, report = frames(pipe), reelquant.quantize(pipe, recipe)
+    reference, report = frames(pipe), reelquant.quantize(pipe, recipe, PROMPTS, **CALL)
     numbers, scale, bits = RECIPES[recipe]
     grouped = {name: layer for name, layer in quantized_layers(pipe.transformer).items() if layer.layout.weight.scale != "float"}
     roles = {record.name: record.role for record in report.layers}
@@ -95,7 +95,7 @@ def test_recipes_in_groups_come_back_bit_equal_and_say_what_is_simulated(recipe:
 
 def test_graphs_and_exporters_refuse_them_in_one_sentence(tmp_path: Path) -> None:
     pipe = wan_pipeline()
-    reelquant.quantize(pipe, "nvfp4-w4a4")
+    reelquant.quantize(pipe, "nvfp4-w4a4", PROMPTS, **CALL)
     why = "has inputs with a scale per group of channels, scales of eight bits"
     with pytest.raises(UnsupportedError, match=f"'blocks.0.*' {why}"):
         reelquant.export(reelquant.save(pipe, tmp_path / "out"), "torchao", tmp_path / "exported")
