@@ -236,6 +236,14 @@ def _figure(name: str, value: float) -> str:
     return f"{value:.1f} dB to float" if "psnr" in name else f"{value:.5f}"
 
 
+def reused(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """At which steps blocks were computed."""
+    if not found:
+        return []
+    steps = [str(step + 1) for step, computed, _ in found["steps"] if computed]
+    return [("reuse", f"{len(found['parts'])} blocks, {found['share']:.0%} of their calls computed: in steps {', '.join(steps)}")]
+
+
 def clipped(saturation: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A row on what static input scales clipped; empty if nothing was counted."""
     if not saturation or not saturation["layers"]:
@@ -342,5 +350,6 @@ def _verdict(made: Evaluation) -> list[tuple[str, str | Text]]:
         if made.verdict.skipped:
             rows.append(("not checked", ", ".join(made.verdict.skipped)))
     rows += clipped(made.data.get("saturation") or {})
+    rows += reused(made.data.get("reuse"))
     rows += [("note", text) for text in made.data["warnings"]]
     return rows or [("", "no gate was asked for and no floor measured")]

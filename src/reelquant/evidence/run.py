@@ -80,7 +80,8 @@ def evaluate(
                 job.make(name, variant)
         grain = _grain(job, variants, grain_steps, own, times)
         seen = job.saturation("test")
-        origin = _origin(variants, number, job, proof, grain) | {"saturation": seen.facts() if seen.layers else None}
+        counted = {"saturation": seen.facts() if seen.layers else None, "reuse": job.reused("test").facts()}
+        origin = _origin(variants, number, job, proof, grain) | counted
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *told, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)

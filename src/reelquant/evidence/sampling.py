@@ -19,6 +19,7 @@ from reelquant.discover import denoiser_of
 from reelquant.evidence.clips import Clip
 from reelquant.evidence.media import FPS
 from reelquant.evidence.reading import read_video
+from reelquant.evidence.reused import ReusedSteps
 from reelquant.evidence.store import Store
 from reelquant.evidence.temporal import BROKEN
 from reelquant.evidence.tripwires import check_frames, check_latents, find_in_frames
@@ -211,11 +212,13 @@ class SamplingJob:
     @contextmanager
     def _counting(self, pipe: Any, name: str, variant: Variant, chunk: range) -> Iterator[None]:
         """Count what a quantized denoiser clips in some of the steps: others for every chunk."""
-        seen, turn = Saturation(), chunk[0] // self.batch % COUNTED
-        with seen.counting(denoiser_of(pipe)[1], lambda step: step % COUNTED == turn):
+        denoiser = denoiser_of(pipe)[1]
+        seen, turn, before = Saturation(), chunk[0] // self.batch % COUNTED, ReusedSteps.of(denoiser)
+        with seen.counting(denoiser, lambda step: step % COUNTED == turn):
             yield
         if seen.layers or variant.counted:
-            self.store.add_counts(name, {"first": chunk[0], "layers": seen.counts()})
+            reused = ReusedSteps.of(denoiser).since(before)
+            self.store.add_counts(name, {"first": chunk[0], "layers": seen.counts(), "reuse": reused.to_json()})
 
     def saturation(self, name: str) -> Saturation:
         """What a variant's clips were clipped, as far as it was counted."""
@@ -223,6 +226,13 @@ class SamplingJob:
         for counts in self.store.counts(name).values():
             seen.include(counts)
         return seen
+
+    def reused(self, name: str) -> ReusedSteps:
+        """What a variant computed and what it reused while its clips were made, as far as it was counted."""
+        found = ReusedSteps()
+        for counts in self.store.reused(name).values():
+            found = found.plus(ReusedSteps.from_json(counts))
+        return found
 
     def _stop_if_broken(self, clip: Tensor, variant: str, i: int, words: str) -> None:
         """End the run if a clip is not finite, or is all black, of one colour or saturated and the reference is not."""

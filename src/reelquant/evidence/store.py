@@ -124,8 +124,12 @@ class Store:
         """What layers clipped while clips were sampled, by the first clip of each call; a call that was made again counts once."""
         return {row["first"]: row["layers"] for row in self._lines("saturation", variant)}
 
+    def reused(self, variant: str) -> dict[int, Any]:
+        """What was computed and what was reused, like :meth:`counts`; empty rows without reuse."""
+        return {row["first"]: row.get("reuse") or {} for row in self._lines("saturation", variant)}
+
     def add_counts(self, variant: str, row: Mapping[str, Any]) -> None:
-        """Append what layers clipped in one call: ``first``, the number of its first clip, and ``layers``."""
+        """Append what was counted in one call: ``first``, the number of its first clip, what ``layers`` clipped, and ``reuse``."""
         self._append("saturation", variant, row)
 
     def _lines(self, kind: str, variant: str) -> Iterator[dict[str, Any]]:

@@ -165,4 +165,17 @@ class InstalledBlocks:
 
     def counts(self) -> dict[str, int]:
         """Passes through the stretch."""
-        return {name: self.stretch.counted[name] for name in ("computed", "reused")}
+        found = {"computed": 0, "reused": 0}
+        for (name, _), count in self.stretch.counted.items():
+            found[name] += count
+        return found
+
+    def by_step(self) -> dict[int, tuple[int, int]]:
+        """Passes through the stretch that were computed, and those that were reused, by the number of the step."""
+        counted = self.stretch.counted
+        return {step: (counted["computed", step], counted["reused", step]) for step in sorted({step for _, step in counted})}
+
+    @property
+    def parts(self) -> list[str]:
+        """Module paths of the blocks that are reused."""
+        return [block.name for block in self.blocks]

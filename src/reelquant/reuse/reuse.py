@@ -31,6 +31,15 @@ class Installed(Protocol):
         """How often a part was computed, and how often an earlier result stood for it: ``computed`` and ``reused``."""
         ...
 
+    def by_step(self) -> dict[int, tuple[int, int]]:
+        """The same by the number of the step: computed, reused."""
+        ...
+
+    @property
+    def parts(self) -> list[str]:
+        """Module paths of what is computed or reused."""
+        ...
+
 
 class Reuse(Stage):
     """Installed on the float model before calibration observes it; stored with the model, and installed again when it is opened.

@@ -50,7 +50,8 @@ class Stretch:
 
     def __init__(self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = ()) -> None:
         self.schedule, self.order, self.fitted = schedule, order, tuple(fitted)
-        self.now, self.counted = _Now(), Counter()
+        self.now = _Now()
+        self.counted: Counter[tuple[str, int]] = Counter()  # passes that were computed or reused, and at which step
         self.watcher: Watcher | None = None
 
     def __reduce__(self) -> Any:
@@ -84,14 +85,14 @@ class Stretch:
     def compute(self, trajectory: Trajectory | None = None) -> None:
         """The denoiser is called, computes everything, and keeps nothing; without a trajectory the next call begins one."""
         self.now.trajectory, self.now.running = trajectory, None
-        self.counted["computed"] += 1
+        self.counted["computed", 0 if trajectory is None else trajectory.step] += 1
 
     def enter(self, taken: Mapping[Slot, Any], fits: Callable[[Trajectory], bool]) -> None:
         """The first block is called: decide whether the stretch is computed."""
         running, trajectory = self.running, self.trajectory
         computes = self.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before)
         running.entered, running.reuses = taken, not computes and fits(trajectory)
-        self.counted["reused" if running.reuses else "computed"] += 1
+        self.counted["reused" if running.reuses else "computed", trajectory.step] += 1
 
     def history(self, name: Any) -> History | None:
         """What this call of earlier steps gave, or None."""
@@ -111,7 +112,8 @@ class Stretch:
 
     def reset(self) -> None:
         """Forget every trajectory and all counts."""
-        self.now, self.counted = _Now(), Counter()
+        self.now = _Now()
+        self.counted.clear()
 
     def leave(self) -> None:
         """The last block was called."""

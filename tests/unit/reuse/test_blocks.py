@@ -426,3 +426,11 @@ def test_families_compute_the_same_bits_and_reuse_one_step(family: str) -> None:
     reuse.remove()
     exact = model(**later)[0]
     assert 0 < float((found - exact).norm()) < 0.5 * float(exact.norm())
+
+
+def test_counts_are_kept_by_step() -> None:
+    model, reuse = installed()
+    for time in (10.0, 8.0, 6.0, 10.0, 8.0):
+        added(model, time)
+    assert reuse.by_step() == {0: (2, 0), 1: (0, 2), 2: (1, 0)}
+    assert reuse.parts == ["blocks.1", "blocks.2"]

@@ -158,3 +158,16 @@ def test_recording_changes_no_bit(quantized: Path) -> None:
         installed.watch(lambda trajectory, name, tensors: seen.append(trajectory.step))
         found = sample(pipe, PROMPTS, output="latent", **RUN)
     assert torch.equal(found, expected) and sorted(set(seen)) == list(range(STEPS))
+
+
+def test_an_evaluation_says_which_blocks_were_computed_when(tuned: Tuned, quantized: Path, tmp_path: Path) -> None:
+    call = {name: value for name, value in RUN.items() if name != "num_inference_steps"}
+    how: dict[str, Any] = {"metrics": "psnr", "floor": [], "clips": 2, "num_inference_steps": STEPS, **call}
+    found = reelquant.evaluate(tuned.output, quantized, PROMPTS, output=tmp_path / "proof", **how)
+    reuse = found.to_json()["reuse"]
+    assert reuse["parts"] == ["blocks.0", "blocks.1"] and reuse["share"] == pytest.approx(2 / STEPS)
+    assert [step for step, computed, reused in reuse["steps"] if computed] == list(tuned.chosen.computed)
+    page = (tmp_path / "proof" / "report.html").read_text()
+    assert "33% of the calls of 2 blocks (blocks.0 to blocks.1) were computed" in page
+    plain = reelquant.evaluate(quantized, quantized.parent / "float", PROMPTS, **how)
+    assert plain.to_json()["reuse"] is None

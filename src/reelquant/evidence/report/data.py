@@ -280,6 +280,14 @@ class SaturationData(_Part):
     layers: tuple[ClippedLayerData, ...] = ()
 
 
+class ReuseData(_Part):
+    """What was not computed at every step: :meth:`reelquant.evidence.reused.ReusedSteps.facts`; steps are number, computed, reused."""
+
+    parts: Texts = ()
+    share: Number = None
+    steps: tuple[tuple[int, int, int], ...] = ()
+
+
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
@@ -303,6 +311,7 @@ class ReportData(_Part):
     grain_growth: GrainData | None = None
     bias: BiasData | None = None
     saturation: SaturationData | None = None
+    reuse: ReuseData | None = None
     near_lossless: NearLosslessData | None = None
     gate: GateData | None = None
     defects: tuple[DefectData, ...] = ()

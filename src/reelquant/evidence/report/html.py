@@ -19,7 +19,7 @@ from reelquant._errors import MeasurementError
 from reelquant.evidence.media import FPS
 from reelquant.evidence.report import clip_cards, metric_table, numbers, plots, proof, sentences
 from reelquant.evidence.report.clip_cards import ClipCard
-from reelquant.evidence.report.data import QuantizationData, ReportData, SaturationData
+from reelquant.evidence.report.data import QuantizationData, ReportData, ReuseData, SaturationData
 from reelquant.evidence.report.panels import Panel, best_gain, embed_within, worst_first
 from reelquant.evidence.store import write_text
 
@@ -88,6 +88,8 @@ def render(
         **_metrics(found),
         **_quantization(found.quantization or QuantizationData()),
         **_saturation(found),
+        reuse=sentences.reuse(found),
+        reuse_steps=plots.reuse_chart(found.reuse or ReuseData()),
     )
 
 

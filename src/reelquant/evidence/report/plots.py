@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from reelquant.evidence.report import cell_charts, charts
 from reelquant.evidence.report.charts import Chart, Dot, Line
-from reelquant.evidence.report.data import LayerData, MetricData, QuantizationData, ReportData, SaturationData
+from reelquant.evidence.report.data import LayerData, MetricData, QuantizationData, ReportData, ReuseData, SaturationData
 from reelquant.evidence.report.numbers import figure, is_number
 from reelquant.evidence.report.sentences import BETTER, capitalised, sides
 
@@ -101,6 +101,16 @@ def saturation_chart(found: SaturationData) -> Chart:
         return Chart(title, about, missing="steps were not recorded")
     x, y = ([getattr(one, field) for one in found.steps] for field in ("step", "excess"))
     return charts.line_chart(title, about, [Line("clipping over rounding", "s-test", x, y)], "step", "ratio", marks=True)
+
+
+def reuse_chart(found: ReuseData) -> Chart:
+    """The share of calls in which the blocks of a stretch were computed, step by step."""
+    title, about = "Blocks computed, step by step", "1: the blocks were computed; 0: earlier results stood for them."
+    if not found.steps:
+        return Chart(title, about, missing="steps were not counted")
+    x = [step + 1 for step, *_ in found.steps]
+    y = [computed / max(computed + reused, 1) for _, computed, reused in found.steps]
+    return charts.line_chart(title, about, [Line("computed", "s-test", x, y)], "step", "share of calls", marks=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

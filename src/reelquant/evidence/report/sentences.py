@@ -117,6 +117,15 @@ def clipping(data: ReportData) -> str | None:
     return f"{percent(found.share)} of the rounded inputs were clipped, at {figure(found.excess)} times the noise of rounding"
 
 
+def reuse(data: ReportData) -> str | None:
+    """What was not computed at every step; None without reuse."""
+    found = data.reuse
+    if found is None or found.share is None:
+        return None
+    blocks = found.parts[0] if len(found.parts) == 1 else f"{len(found.parts)} blocks ({found.parts[0]} to {found.parts[-1]})"
+    return f"{percent(found.share)} of the calls of {blocks} were computed; earlier results stood for the others"
+
+
 def verdict(data: ReportData) -> tuple[Tone, list[str]]:
     """The tone of the whole report and its sentences, the first about the gate."""
     tone, first = gate_verdict(data)
