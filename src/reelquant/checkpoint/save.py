@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
+from reelquant._sums import write_summed
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
 from reelquant.models.blank import QUANTIZATION, check_names, read_config
 from reelquant.models.fused import drop_unused_projections
 from reelquant.models.manifest import REPORT, write_manifest
+from reelquant.models.origin import SOURCE, origin_of
 from reelquant.models.sampling import NOTES_FILE
 from reelquant.nn import quantized_layers
 from reelquant.nn.refusals import refuses_saving
@@ -48,7 +50,7 @@ def save(
     Args:
         pipe: a diffusers pipeline.
         folder: where to; its parents are made.
-        report: written as ``report.json``.
+        report: written as ``report.json``; without one, that file says no more than what the pipeline was quantized from, if that is known.
         force: replace an existing pipeline folder, once the new one is complete.
         dtype: store float parts in this dtype; by default in the one they have. Scales and tables always keep theirs.
         max_shard_size: as in diffusers, ``"5GB"``.
@@ -71,6 +73,8 @@ def save(
             _cast(pipe, temporary, dtype)
         if report is not None:
             report.save(temporary / REPORT_FILE)
+        elif any(quantized_layers(part) for part in _modules(pipe).values()) and (source := origin_of(pipe)):
+            write_summed(temporary / REPORT_FILE, {SOURCE: source})
         _copy_notes(pipe, temporary)
         write_manifest(temporary)
         _share(temporary)

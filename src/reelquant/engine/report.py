@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reelquant._sums import OWN, json_sum
+from reelquant._sums import write_summed
 from reelquant.engine.quality import LayerRecord
 from reelquant.engine.search import Trial
 from reelquant.nn import AttentionFacts
@@ -48,6 +47,7 @@ class Report:
         trials: what the search tried.
         seconds: time per phase.
         adapters: file name -> scale of what was merged into the float weights before.
+        source: where the float pipeline was: bundled name, folder or hub id; empty if that is not known.
     """
 
     recipe: str
@@ -82,6 +82,7 @@ class Report:
     steps: list[StepError] = field(default_factory=list)
     saturation: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Report] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def by_component(self) -> dict[str, Report]:
@@ -105,8 +106,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``, with the sum of its content."""
-        data = json.loads(json.dumps(self.to_json()))  # keys are strings from now on
-        Path(path).write_text(json.dumps(data | {OWN: json_sum(data)}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_summed(path, self.to_json())
 
 
 _SUMS = ("bytes_float", "bytes_quantized", "bytes_tables", "bytes_model_float", "bytes_model")

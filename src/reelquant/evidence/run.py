@@ -13,6 +13,7 @@ import torch
 
 from reelquant._errors import CalibrationError, CheckpointError, MeasurementError, RecipeError
 from reelquant._remarks import remarks
+from reelquant._sums import OWN
 from reelquant.evidence import evaluation
 from reelquant.evidence.causes import differences
 from reelquant.evidence.clips import Clip, find_clips, unequal_rates, unpaired
@@ -27,6 +28,7 @@ from reelquant.models.condition import Condition, Prompts, as_condition, fitted,
 from reelquant.models.conditions import at_once, check_given, check_texts, no_texts, reads_texts, takes_prompt
 from reelquant.models.defaults import missing, notice, required, undecided
 from reelquant.models.described import described
+from reelquant.models.origin import SOURCE
 from reelquant.models.pipelines import locate, pipeline_class
 from reelquant.models.prompts import bundled_prompts
 from reelquant.models.sampling import folder_notes, notes
@@ -190,7 +192,7 @@ def _default_floor(options: Options, dtype: torch.dtype) -> list[str]:
 
 
 def _proof(test: Any) -> dict[str, Any] | None:
-    """The report that quantizing left in the folder of the pipeline.
+    """The report that quantizing left in the folder of the pipeline; None without one, or if it names the source alone.
 
     Raises:
         CheckpointError: if it is damaged, or is no such report.
@@ -205,14 +207,14 @@ def _proof(test: Any) -> dict[str, Any] | None:
         ReportData.from_json({"quantization": found})
     except MeasurementError as error:
         raise CheckpointError(f"'{file}': {error}; delete it, or quantize again to get a new one") from None
-    return found
+    return found if found.keys() - {OWN, SOURCE} else None
 
 
 # --- two folders ------------------------------------------------------------------------------------------------------
 
 
 def compare(
-    reference: str | Path, test: str | Path, prompts: Mapping[str, str] | None = None, *, options: Options | None = None
+    test: str | Path, reference: str | Path, prompts: Mapping[str, str] | None = None, *, options: Options | None = None
 ) -> Evaluation:
     """Measure a folder of clips against another; see :func:`reelquant.api.compare`."""
     options = options or Options()

@@ -93,4 +93,5 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
     report = total(reports)
     report.warnings += told
     report.adapters = short_names(job.adapters)
+    report.source = job.source.origin
     return report

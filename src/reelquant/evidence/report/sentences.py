@@ -129,7 +129,7 @@ def reproduce(data: ReportData) -> str:
         return data.command
     test, reference = shlex.quote(data.test.name or "TEST"), shlex.quote(data.reference.name or "REFERENCE")
     if data.kind == "compare":
-        return f"reelquant compare {reference} {test}"
+        return f"reelquant compare {test} {reference}"
     return f"reelquant evaluate {test} --reference {reference}"
 
 
