@@ -139,3 +139,14 @@ def test_both_verbs_that_compare_take_the_test_first() -> None:
 
     for verb in (api.evaluate, api.compare, api.benchmark):
         assert list(inspect.signature(verb).parameters)[:2] == ["test", "reference"]
+
+
+def test_weights_alone_are_rounded_without_a_call_of_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the pipeline was called")
+
+    pipe = wan_pipeline()
+    monkeypatch.setattr(type(pipe), "__call__", refuse)
+    mine = {"name": "mine", "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": None}}
+    report = reelquant.quantize(pipe, mine)
+    assert set(report.seconds) == {"build"} and report.layers
