@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import UnsupportedError, printable
+from reelquant._html import table
+from reelquant._numbers import size
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.discover import denoiser_of
@@ -63,7 +65,7 @@ class Spread:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Benchmark:
     """What was measured.
 
@@ -94,6 +96,30 @@ class Benchmark:
     simulated: bool
     attention: AttentionFacts | None
     data: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return printable(f"Benchmark({self._title}: {self.speedup.text()} times as fast)")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        times = {"whole clip, s": (self.seconds, self.speedup), "one step, s": (self.step_seconds, self.step_speedup)}
+        bytes_ = {"weights of the denoiser": self.weight_bytes, "peak memory": self.peak_bytes}
+        rows = [
+            (name, *(f"{by[variant].median:.3g}" for variant in VARIANTS), f"{ratio.text()} times as fast")
+            for name, (by, ratio) in times.items()
+            if ratio is not None
+        ]
+        rows += [
+            (name, *(size(by[variant]) for variant in VARIANTS), f"{by['test'] / max(by['reference'], 1):.2f} of it")
+            for name, by in bytes_.items()
+            if by
+        ]
+        return table(self._title, rows, ("", "float", "quantized", "ratio"))
+
+    @property
+    def _title(self) -> str:
+        test, reference = (self.data[side] for side in ("test", "reference"))
+        return f"{test['name']} against {reference['name']} in {reference['short']} on {self.data['device']}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain data; ``speedup_vs_<dtype>`` is the median of :attr:`speedup`."""

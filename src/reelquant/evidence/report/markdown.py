@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from reelquant._errors import printable
+from reelquant._numbers import count, figure, size
 from reelquant.evidence.report.data import MetricData, QuantizationData, ReportData, ValueRange
-from reelquant.evidence.report.numbers import count, figure, size
 from reelquant.evidence.report.sentences import BETTER, WITHIN, clipping, failure_line, headline, sides, verdict
 
 MARKS = {"good": "\u2705", "bad": "\u274c", "unknown": "\u2754"}

@@ -6,8 +6,8 @@ import re
 import shlex
 from typing import Literal
 
+from reelquant._numbers import NOTHING, count, figure, percent
 from reelquant.evidence.report.data import AttentionData, FailureData, GateData, ReportData
-from reelquant.evidence.report.numbers import NOTHING, count, figure, percent
 
 Tone = Literal["good", "bad", "unknown"]
 
