@@ -72,7 +72,8 @@ class Result:
     @property
     def range(self) -> str:
         """The interval for people; empty if the figure is missing."""
-        return "" if self.interval is None else f"{self.figure(self.interval.low)} to {self.figure(self.interval.high)}"
+        ends = () if self.interval is None else (self.interval.low, self.interval.high)
+        return " to ".join(figure(end, "", self.metric.digits) for end in ends)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
