@@ -123,5 +123,10 @@ def json_sum(content: Mapping[str, Any]) -> str:
 
 def write_summed(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write a JSON document with the sum of its content."""
+    Path(path).write_text(summed_text(content), encoding="utf-8")
+
+
+def summed_text(content: Mapping[str, Any]) -> str:
+    """A JSON document with the sum of its content."""
     data = json.loads(json.dumps(content))  # keys are strings from now on
-    Path(path).write_text(json.dumps(data | {OWN: json_sum(data)}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return json.dumps(data | {OWN: json_sum(data)}, indent=2, sort_keys=True) + "\n"

@@ -72,9 +72,9 @@ def _check_names(name: str, own: Mapping[str, inspect.Parameter], model: Any, gi
         return
     for other in others:
         if other not in (taken or ()):
-            who = f"reelquant.{name}" if kind is None else f"neither reelquant.{name} nor {kind.__name__}"
-            takes = "takes no argument" if kind is None else "takes an argument"
-            raise UnsupportedError(f"{who} {takes} '{other}'; {nearest(other, [*known, *(taken or ())])}")
+            who = f"reelquant.{name} takes" if kind is None else f"{kind.__name__} takes"
+            nor = "" if kind is None else f"nor does reelquant.{name}; "
+            raise UnsupportedError(f"{who} no argument '{other}'; {nor}{nearest(other, [*known, *(taken or ())])}")
 
 
 def _call(model: Any) -> tuple[type | None, list[str] | None]:

@@ -94,6 +94,28 @@ def verify(folder: str | Path, *, renew: bool = False) -> Verified:
 
 
 @verb(on_disk)
+def push_to_hub(folder: str | Path, repository: str, *, private: bool | None = None, token: str | None = None, message: str = "") -> str:
+    """Upload what :func:`save` wrote, card and all; see :func:`reelquant.checkpoint.hub.push_to_hub`.
+
+    Args:
+        folder: of a pipeline; every byte is compared with its sum first.
+        repository: ``owner/name``; it is made if it is not there.
+        private: whether a new one is private.
+        token: of the hub; by default that of ``hf auth login``.
+        message: of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Example:
+        >>> reelquant.push_to_hub(reelquant.save(pipe, "out", report), "me/wan-w8a8")
+    """
+    from reelquant.checkpoint.hub import push_to_hub as pushed
+
+    return pushed(folder, repository, private=private, token=token, message=message)
+
+
+@verb(on_disk)
 def export(
     folder: str | Path,
     format: str,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant._sums import write_summed
+from reelquant.checkpoint.card import write_card
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
@@ -45,7 +46,8 @@ def save(
 ) -> Path:
     """Write a pipeline, quantized or float, as a folder that ``DiffusionPipeline.from_pretrained`` opens.
 
-    The folder appears complete or not at all. Apart from ``report.json``, which holds timings, the same model gives the same bytes.
+    The folder appears complete or not at all. Apart from ``report.json``, which holds timings, the same model gives the same bytes. A
+    quantized one gets a model card, ``README.md``.
 
     Args:
         pipe: a diffusers pipeline.
@@ -76,6 +78,7 @@ def save(
         elif any(quantized_layers(part) for part in _modules(pipe).values()) and (source := origin_of(pipe)):
             write_summed(temporary / REPORT_FILE, {SOURCE: source})
         _copy_notes(pipe, temporary)
+        write_card(temporary)
         write_manifest(temporary)
         _share(temporary)
     return absolute(folder)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from reelquant._errors import RecipeError, UnsupportedError, printable
-from reelquant._html import table
+from reelquant._markup import table
 from reelquant._numbers import size
 from reelquant.engine.checks import input_problem, weight_problem
 from reelquant.formats import QuantSpec

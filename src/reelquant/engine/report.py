@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reelquant._errors import printable
-from reelquant._html import table
+from reelquant._markup import table
 from reelquant._numbers import figure, size
 from reelquant._sums import write_summed
 from reelquant.engine.quality import LayerRecord

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import CheckpointError, printable
-from reelquant._html import table
+from reelquant._markup import table
 from reelquant._numbers import count, figure
 from reelquant._sums import OWN, json_sum
 from reelquant.evidence import distribution

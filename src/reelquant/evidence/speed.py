@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from reelquant._errors import UnsupportedError, printable
-from reelquant._html import table
+from reelquant._markup import table
 from reelquant._numbers import size
+from reelquant._plugins import load_plugin, named
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.discover import denoiser_of
@@ -348,7 +349,8 @@ def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[floa
 def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int], str | None]:
     """Peak memory, a process for each pipeline. On failure ``({}, reason)``, so that finished timings survive."""
     progress.phase("peak memory", 2)
-    shared = {"text": prompt, "dtype": str(task.dtype).removeprefix("torch."), "device": task.device}
+    dtype = str(task.dtype).removeprefix("torch.")
+    shared: dict[str, Any] = {"text": prompt, "dtype": dtype, "device": task.device, "plugins": named()}
     try:
         shared["call"] = packed(task.call)
     except TypeError as error:
@@ -374,6 +376,8 @@ def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int]
 def _print_peak() -> None:
     """What a fresh process runs: open a pipeline, make a clip, print the peak."""
     task = json.loads(sys.stdin.read())
+    for name in task["plugins"]:
+        load_plugin(name)
     device, call = task["device"], unpacked(task["call"]) | {"num_inference_steps": 2}  # memory does not grow with the steps
     open_pipeline("tiny-dit")  # what is imported and allocated for any pipeline at all
     before = _reset_peak(device)

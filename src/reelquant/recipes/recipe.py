@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from reelquant._errors import RecipeError, nearest
+from reelquant._plugins import load_installed
 from reelquant._remarks import remark
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
 from reelquant.recipes.axes import AXES, keyed_stages
@@ -283,6 +284,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: dict[st
     Raises:
         RecipeError: naming the place, the value, and what would work.
     """
+    load_installed()
     data, where = _read(source)
     for key, value in (overrides or {}).items():
         override(data, key, plain(value, key))

@@ -56,12 +56,12 @@ VERBS = {  # verb and arguments -> a keyword with a slip, and the name that is m
 def test_an_unknown_keyword_is_refused_with_the_nearest_name(verb: str, pipe: Any, folder: Path) -> None:
     places, wrong, right = VERBS[verb]
     arguments = [{Path: folder, object: pipe}.get(one, one) for one in places]  # type: ignore[call-overload]
-    with pytest.raises(UnsupportedError, match=f"'{wrong}'; did you mean '{right}'"):
+    with pytest.raises(UnsupportedError, match=f"takes no argument '{wrong}'; .*did you mean '{right}'"):
         getattr(api, verb)(*arguments, **{wrong: 3})
 
 
 def test_names_of_the_call_are_those_of_the_pipeline_and_of_its_notes(pipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"neither reelquant\.plan nor WanPipeline takes an argument 'fps'"):
+    with pytest.raises(UnsupportedError, match=r"WanPipeline takes no argument 'fps'; nor does reelquant\.plan; "):
         reelquant.plan(pipe, "w8a16", fps=8)
     noted = stored_pipeline(tmp_path / "wan")
     (noted / "reelquant.json").write_text('{"call": {"fps": 8}, "prompts": []}')

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import reelquant
-from reelquant._html import table
+from reelquant._markup import table
 from reelquant.engine.report import Report
 from reelquant.evidence.evaluation import Evaluation, Result
 from reelquant.evidence.fidelity import Interval

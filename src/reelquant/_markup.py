@@ -1,9 +1,11 @@
-"""Small tables for notebooks. Every text is escaped: names and errors come from files of others."""
+"""Texts of others inside of HTML and Markdown, and small tables for notebooks. Names and errors come from files: every text is escaped."""
 
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from reelquant._errors import printable
 
@@ -22,3 +24,9 @@ def _cells(tag: str, texts: Iterable[object]) -> str:
 
 def _safe(text: object) -> str:
     return html.escape(printable(str(text)))
+
+
+def escaped(text: Any) -> str:
+    """Text that Markdown, and whatever makes HTML of it, shows as it is, on one line."""
+    words = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(printable(str(text)).split()))
+    return words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
