@@ -19,8 +19,8 @@ from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
 from reelquant.models.blank import QUANTIZATION, check_names, read_config
 from reelquant.models.fused import drop_unused_projections
-from reelquant.models.manifest import REPORT, write_manifest
-from reelquant.models.origin import SOURCE, origin_of
+from reelquant.models.manifest import CARD, REPORT, write_manifest
+from reelquant.models.origin import SOURCE, holds_quantized, origin_of
 from reelquant.models.sampling import NOTES_FILE
 from reelquant.nn import quantized_layers
 from reelquant.nn.refusals import refuses_saving
@@ -47,7 +47,8 @@ def save(
     """Write a pipeline, quantized or float, as a folder that ``DiffusionPipeline.from_pretrained`` opens.
 
     The folder appears complete or not at all. Apart from ``report.json``, which holds timings, the same model gives the same bytes. A
-    quantized one gets a model card, ``README.md``.
+    quantized one gets a model card, ``README.md``, with the sizes and figures of the report; without a report, that of the quantized folder
+    that it was opened from is kept.
 
     Args:
         pipe: a diffusers pipeline.
@@ -75,9 +76,12 @@ def save(
             _cast(pipe, temporary, dtype)
         if report is not None:
             report.save(temporary / REPORT_FILE)
-        elif any(quantized_layers(part) for part in _modules(pipe).values()) and (source := origin_of(pipe)):
-            write_summed(temporary / REPORT_FILE, {SOURCE: source})
-        _copy_notes(pipe, temporary)
+        elif any(quantized_layers(part) for part in _modules(pipe).values()) and (origin := origin_of(pipe)):
+            write_summed(temporary / REPORT_FILE, {SOURCE: origin})
+        source = Path(str(pipe.config.get("_name_or_path", "")))
+        _copy(source / NOTES_FILE, temporary)
+        if report is None and holds_quantized(source):
+            _copy(source / CARD, temporary)  # nothing was measured since
         write_card(temporary)
         write_manifest(temporary)
         _share(temporary)
@@ -154,10 +158,9 @@ def _path_in(paths: Container[str], layer: str) -> str:
     return layer
 
 
-def _copy_notes(pipe: Any, folder: Path) -> None:
-    source = Path(str(pipe.config.get("_name_or_path", ""))) / NOTES_FILE
-    if source.is_file():
-        shutil.copyfile(source, folder / NOTES_FILE)
+def _copy(file: Path, folder: Path) -> None:
+    if file.is_file():
+        shutil.copyfile(file, folder / file.name)
 
 
 def _share(folder: Path) -> None:

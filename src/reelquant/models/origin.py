@@ -27,7 +27,7 @@ def origin_of(pipe: Any) -> str:
     place = str(getattr(pipe, "config", {}).get("_name_or_path") or "")
     if not place or not Path(place).is_dir():
         return place if place.count("/") == 1 and not place.startswith(("/", ".")) else ""  # a hub id, or a folder that is gone
-    return recorded(place) or ("" if _quantized(Path(place)) else written_down(place))
+    return recorded(place) or ("" if holds_quantized(Path(place)) else written_down(place))
 
 
 def float_original(model: Any) -> str:
@@ -55,5 +55,6 @@ def recorded(model: str | Path) -> str:
     return source if isinstance(source, str) else ""
 
 
-def _quantized(folder: Path) -> bool:
-    return any(QUANTIZATION in read_config(part) for part in folder.iterdir() if part.is_dir())
+def holds_quantized(folder: Path) -> bool:
+    """Whether a component of the pipeline in a folder is stored quantized."""
+    return folder.is_dir() and any(QUANTIZATION in read_config(part) for part in folder.iterdir() if part.is_dir())

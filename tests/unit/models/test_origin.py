@@ -73,6 +73,9 @@ def test_a_folder_that_names_its_source_alone_is_evaluated(source: Path, tmp_pat
     made = reelquant.evaluate(tmp_path / "out", clips=1, metrics="psnr", floor=["none"], num_inference_steps=1)
     assert made["psnr"] > 20
     assert made.data["reference"]["name"] == "wan" and made.data["quantization"] is None
+    words = ["evaluate", tmp_path / "out", "-o", tmp_path / "proof", "-n", 1, "-m", "psnr", "--floor", "none", "--steps", 1, "--json"]
+    told = CliRunner().invoke(app, [str(word) for word in words])
+    assert told.exit_code == 0 and json.loads(told.stdout)["psnr"] == made["psnr"], told.output
 
 
 def test_a_source_that_is_gone_or_was_never_known_is_said_to_be(source: Path, tmp_path: Path) -> None:
