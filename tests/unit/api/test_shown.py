@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reelquant
 from reelquant._markup import table
+from reelquant.checkpoint.export import Exported, Outcome
 from reelquant.engine.report import Report
 from reelquant.evidence.evaluation import Evaluation, Result
 from reelquant.evidence.fidelity import Interval
@@ -59,16 +61,22 @@ def benchmark() -> Benchmark:
     return Benchmark(spread, None, sides, {}, {"reference": 4000, "test": 1000}, {}, {}, {}, False, None, data)
 
 
+def exported() -> Exported:
+    layers = [Outcome("a", "carried", "int8", "int8", 4000, 1000), Outcome("b", "float", "float", "float", 400, 400)]
+    return Exported(Path(f"/tmp/x/{EVIL.replace('/', '')}"), "gguf", ("transformer",), EVIL, layers, {f"ranges {EVIL}": ["a"]})
+
+
 def test_one_line_says_the_most_of_a_result() -> None:
     assert repr(report()).endswith("on transformer: 0 of 2 layers quantized, 4 kB -> 1 kB, 4.00x smaller)")
     assert repr(evaluation()).endswith("against tiny-dit, 2 clips: PSNR 42.2 dB, SSIM 0.9900; no gate)")
     missed = Verdict("strict", False, (Failure("psnr", 42.19, "at least 45", f"too low {EVIL}"),))
     assert repr(evaluation(verdict=missed)).endswith("; gate strict: missed)")
     assert repr(benchmark()).endswith("against tiny-dit in bf16 on cpu: 2.00 (1.90 to 2.10) times as fast)")
+    assert repr(exported()).startswith("Exported(gguf ") and repr(exported()).endswith(": 1 carried, 1 float; 4.4 kB -> 1.4 kB)")
     assert "nothing measured" in repr(Evaluation({}, {}))
 
 
-@pytest.mark.parametrize("shown", [report(), evaluation(), benchmark()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("shown", [report(), evaluation(), benchmark(), exported()], ids=lambda one: type(one).__name__)
 def test_a_notebook_gets_a_table_and_no_tag_or_escape_sequence_of_others(shown: Any) -> None:
     assert "\x1b" not in repr(shown) and "\n" not in repr(shown) and len(repr(shown)) < 300
     page = Tags(shown._repr_html_())
