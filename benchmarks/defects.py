@@ -91,7 +91,7 @@ def measure(name: str, change: Callable[[Tensor], Tensor], clips: dict[str, Tens
     options = Options(
         (",".join(SHOWN),), root / "evaluation", args.weights, gate="default", fid_frames=4, resume=(root / "evaluation").is_dir(), shown=0
     )
-    made = compare(root / "reference", root / "test", options=options)
+    made = compare(root / "test", root / "reference", options=options)
     values = {metric: result.interval.mean for metric, result in made.metrics.items() if result.interval}
     own = {metric: result.reference for metric, result in made.metrics.items() if result.reference is not None}
     verdicts = {preset: gate.decide(values, {}, made.data["defects"], len(clips), preset).passed for preset in gate.GATES}

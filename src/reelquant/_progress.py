@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Hears how far a long run is. The command line draws bars; the library is silent."""
+    """Hears how far a long run is. The command line draws bars, and so do the verbs of :mod:`reelquant.api` where somebody looks."""
 
     def phase(self, name: str, total: int) -> None:
         """A new phase of ``total`` steps begins."""
@@ -25,3 +25,20 @@ class Silent:
 
     def advance(self) -> None:
         """Ignored."""
+
+
+PHASES = {
+    "open": "opening the pipeline",
+    "calibrate": "sampling calibration clips",
+    "float reference": "sampling held-out clips in float",
+    "search": "trying out choices",
+    "build": "building quantized layers",
+    "check": "sampling held-out clips quantized",
+    "sample": "sampling",
+    "write": "writing the folder",
+    "export": "writing layers",
+    "pictures": "drawing",
+    "peak memory": "measuring peak memory",
+    "distances": "distances between sets of clips",
+}
+"""Name of a phase -> what a bar calls it."""

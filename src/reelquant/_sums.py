@@ -119,3 +119,14 @@ def json_sum(content: Mapping[str, Any]) -> str:
     """The SHA-256 sum of a JSON document without its own key :data:`OWN`, whatever its layout and order."""
     rest = {key: value for key, value in content.items() if key != OWN}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_summed(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON document with the sum of its content."""
+    Path(path).write_text(summed_text(content), encoding="utf-8")
+
+
+def summed_text(content: Mapping[str, Any]) -> str:
+    """A JSON document with the sum of its content."""
+    data = json.loads(json.dumps(content))  # keys are strings from now on
+    return json.dumps(data | {OWN: json_sum(data)}, indent=2, sort_keys=True) + "\n"

@@ -220,7 +220,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
             media.write_video(clip, root / "reference" / f"{name}.mp4", lossless=True)
             changed = clip if plant is None or (only and name not in only) else defects.PLANT[plant](clip)
             media.write_video(changed, root / "test" / f"{name}.mp4", lossless=True)
-        return root / "reference", root / "test"
+        return root / "test", root / "reference"
 
     return make
 
@@ -247,19 +247,19 @@ def test_one_black_frame_in_one_clip_fails_the_loosest_gate(folders: Any) -> Non
 
 
 def test_missing_frames_are_seen_although_the_rest_is_equal(folders: Any, tmp_path: Path) -> None:
-    reference, _ = folders(None)
+    _, reference = folders(None)
     for name, clip in find_clips(reference).items():
         media.write_video(clip.read()[::2], tmp_path / f"{name}.mp4", lossless=True)
-    made = reelquant.compare(reference, tmp_path, metrics="quick", gate="default", output=tmp_path / "proof")
+    made = reelquant.compare(tmp_path, reference, metrics="quick", gate="default", output=tmp_path / "proof")
     assert (tmp_path / "proof" / "report.html").is_file()
     assert made["length_deviation"] == pytest.approx(7 / 13 - 1)
     assert "length_deviation" in {failure.metric for failure in made.verdict.failures}
 
 
 def test_any_clip_of_transformers_scores_clips_against_their_texts(folders: Any, tiny_clip: Path, tmp_path: Path) -> None:
-    reference, test = folders("blur")
+    test, reference = folders("blur")
     (tmp_path / "texts.txt").write_text("a red circle\n" * 4)
-    words = ["compare", reference, test, "--prompts", tmp_path / "texts.txt", "-m", "clipsim,clip_consistency", "--clip-model", tiny_clip]
+    words = ["compare", test, reference, "--prompts", tmp_path / "texts.txt", "-m", "clipsim,clip_consistency", "--clip-model", tiny_clip]
     result = CliRunner().invoke(app, [str(word) for word in (*words, "--json")])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -272,22 +272,22 @@ def test_any_clip_of_transformers_scores_clips_against_their_texts(folders: Any,
 
 
 def test_folders_without_common_names_can_only_be_compared_as_sets(folders: Any, tmp_path: Path) -> None:
-    reference, _ = folders(None)
+    _, reference = folders(None)
     media.write_video(random_clip(1)[0], tmp_path / "other.mp4")
     with pytest.raises(CalibrationError, match="paired by name"):
-        reelquant.compare(reference, tmp_path, metrics="psnr")
+        reelquant.compare(tmp_path, reference, metrics="psnr")
 
 
 def test_pairs_of_different_sizes_are_refused_with_both_sizes(folders: Any, tmp_path: Path) -> None:
-    reference, _ = folders(None)
+    _, reference = folders(None)
     media.write_video(torch.rand(13, 3, 32, 64), tmp_path / "00.mp4")
     with pytest.raises(CheckpointError, match="64x32 pixels and its reference 64x64"):
-        reelquant.compare(reference, tmp_path, metrics="psnr")
+        reelquant.compare(tmp_path, reference, metrics="psnr")
 
 
 def test_the_command_compares_and_names_each_metric_plainly(folders: Any) -> None:
-    reference, test = folders("blur")
-    result = CliRunner().invoke(app, ["compare", str(reference), str(test), "--metrics", "psnr,ssim,latent_error", "--json"])
+    test, reference = folders("blur")
+    result = CliRunner().invoke(app, ["compare", str(test), str(reference), "--metrics", "psnr,ssim,latent_error", "--json"])
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     found = document["metrics"]
@@ -319,11 +319,11 @@ def test_fvd_of_folders_is_the_distance_of_their_features(material: Path, real: 
     renamed = _written({f"other-{name}": clip for name, clip in real.items()}, tmp_path / "c")
     weights = material / "metrics"
     features = [torch.cat([_i3d(weights, clip.read()) for clip in find_clips(folder).values()]) for folder in (reference, noised)]
-    made = reelquant.compare(reference, noised, metrics="fvd,psnr", weights=weights)
+    made = reelquant.compare(noised, reference, metrics="fvd,psnr", weights=weights)
     assert made["fvd"] == pytest.approx(frechet(*features), rel=1e-5)
     assert made["fvd"] > 100
     assert "FVD of 6 clips" in made.data["warnings"][0]
-    same = reelquant.compare(reference, renamed, metrics="fvd", weights=weights)
+    same = reelquant.compare(renamed, reference, metrics="fvd", weights=weights)
     assert same["fvd"] == pytest.approx(0, abs=1e-2)
 
 

@@ -94,7 +94,8 @@ def test_the_report_lies_beside_the_weights(folder: Path, pipe_and_report: tuple
 
 
 def test_the_same_seed_and_recipe_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    again = reelquant.save(*quantized()[:1], tmp_path / "again")
+    pipe, report = quantized()
+    again = reelquant.save(pipe, tmp_path / "again", report)
     assert digests(again) == digests(folder)
 
 

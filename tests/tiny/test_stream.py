@@ -31,7 +31,7 @@ from reelquant.cli import app
 from reelquant.discover import discover, stand_in
 from reelquant.discover.lineage import extremes
 from reelquant.engine.build import shared_rewrites
-from reelquant.models.manifest import MANIFEST
+from reelquant.models.manifest import CARD, MANIFEST
 from reelquant.models.pipelines import bundled_path
 from reelquant.observe import Call, Geometry, InputStatistics, Watched
 from reelquant.recipes.recipe import load_recipe
@@ -817,7 +817,7 @@ def test_components_behind_links_are_copied_and_remembered(folder: Path, tmp_pat
 def test_an_output_may_lie_in_the_folder_of_its_source(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped(folder, folder / "out", "w8a16", monkeypatch)
     reelquant.quantize_folder(folder, folder / "out", "w8a16", resume=True)
-    expected = {path.name for path in folder.iterdir()} - {"out"} | {"report.json", MANIFEST}
+    expected = {path.name for path in folder.iterdir()} - {"out"} | {"report.json", MANIFEST, CARD}
     assert {path.name for path in (folder / "out").iterdir()} == expected
 
 

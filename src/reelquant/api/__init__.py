@@ -1,6 +1,6 @@
 """The verbs of the library. What they do belongs to the layers below."""
 
-from reelquant.api.folders import configure, export, load, open_pipeline, save, verify
+from reelquant.api.folders import configure, export, load, open_pipeline, push_to_hub, save, verify
 from reelquant.api.measuring import benchmark, compare, evaluate, saturation
 from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder, read_conditions
 from reelquant.api.tuning import tune
@@ -16,6 +16,7 @@ __all__ = [
     "open_pipeline",
     "plan",
     "plans",
+    "push_to_hub",
     "quantize",
     "quantize_folder",
     "read_conditions",

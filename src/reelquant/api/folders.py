@@ -4,43 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from reelquant._torch_state import stock_torch
+from reelquant._errors import UnsupportedError
+from reelquant.api.asked import in_memory, model_in_memory, on_disk, verb
 
 if TYPE_CHECKING:
+    import torch
+
+    from reelquant._progress import Progress
     from reelquant.checkpoint.audit import Verified
     from reelquant.checkpoint.export import Exported
     from reelquant.engine.report import Report
 
 
-@stock_torch()
-def open_pipeline(model: str | Path, **options: Any) -> Any:
-    """Open a float or quantized pipeline by bundled name, folder or hub id; see :func:`reelquant.models.pipelines.open_pipeline`."""
+@verb(on_disk)
+def open_pipeline(
+    model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", variant: str | None = None, *, verify: bool = True
+) -> Any:
+    """Open a float or quantized pipeline by bundled name, folder or hub id; see :func:`reelquant.models.pipelines.open_pipeline`.
+
+    Args:
+        model: bundled name, folder or hub id.
+        dtype: of the float parts, float32 by default.
+        device: where to.
+        variant: of the weight files, ``fp16``.
+        verify: compare every byte of a folder that reelquant wrote with its sum.
+    """
+    import torch
+
     from reelquant.models.pipelines import open_pipeline as opened
 
-    return opened(model, **options)
+    return opened(model, dtype or torch.float32, device, variant, verify=verify)
 
 
-@stock_torch()
-def save(pipe: Any, folder: str | Path, report: Report | None = None, *, force: bool = False, **options: Any) -> Path:
+@verb(in_memory)
+def save(
+    pipe: Any,
+    folder: str | Path,
+    report: Report | None = None,
+    *,
+    force: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str | None = None,
+) -> Path:
     """Write a pipeline as a stock diffusers folder, complete or not at all; see :func:`reelquant.checkpoint.save`.
 
-    A :class:`reelquant.Denoiser` becomes a folder for :func:`reelquant.load_denoiser`.
+    Args:
+        pipe: the pipeline. A :class:`reelquant.Denoiser` becomes a folder for :func:`reelquant.load_denoiser`.
+        folder: where to.
+        report: of :func:`quantize`, written as ``report.json``.
+        force: replace an existing folder.
+        dtype: store float parts in this dtype; by default in the one they have.
+        max_shard_size: as in diffusers, ``"5GB"``.
     """
     from reelquant.checkpoint import save as saved
     from reelquant.checkpoint import save_module
     from reelquant.models.denoiser import Denoiser
 
-    written = save_module if isinstance(pipe, Denoiser) else saved
-    return written(pipe, folder, report, force=force, **options)
+    if not isinstance(pipe, Denoiser):
+        return saved(pipe, folder, report, force=force, dtype=dtype, max_shard_size=max_shard_size)
+    if dtype is not None or max_shard_size is not None:
+        raise UnsupportedError("a Denoiser is saved as it is, in one file; leave out dtype and max_shard_size")
+    return save_module(pipe, folder, report, force=force)
 
 
-def load(folder: str | Path, **options: Any) -> Any:
-    """Open what :func:`save` wrote: :func:`open_pipeline` with ``dtype`` and ``device``, every layer checked against its checksum."""
-    return open_pipeline(folder, **options)
+@verb(on_disk)
+def load(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", variant: str | None = None, *, verify: bool = True
+) -> Any:
+    """Open what :func:`save` wrote, every layer checked against its checksum: another name of :func:`open_pipeline`."""
+    return open_pipeline(folder, dtype, device, variant, verify=verify)
 
 
+@verb(on_disk)
 def verify(folder: str | Path, *, renew: bool = False) -> Verified:
     """Compare every byte of a saved folder with what was written, without loading it; see :mod:`reelquant.checkpoint.audit`.
 
@@ -56,9 +93,49 @@ def verify(folder: str | Path, *, renew: bool = False) -> Verified:
     return verify_folder(folder, renew=renew)
 
 
-@stock_torch()
-def export(folder: str | Path, format: str, output: str | Path, **options: Any) -> Exported:
-    """Write a saved folder for another project: ``comfyui``, ``gguf`` or ``torchao``; see :func:`reelquant.checkpoint.export.export`.
+@verb(on_disk)
+def push_to_hub(folder: str | Path, repository: str, *, private: bool | None = None, token: str | None = None, message: str = "") -> str:
+    """Upload what :func:`save` wrote, card and all; see :func:`reelquant.checkpoint.hub.push_to_hub`.
+
+    Args:
+        folder: of a pipeline; every byte is compared with its sum first.
+        repository: ``owner/name``; it is made if it is not there.
+        private: whether a new one is private.
+        token: of the hub; by default that of ``hf auth login``.
+        message: of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Example:
+        >>> reelquant.push_to_hub(reelquant.save(pipe, "out", report), "me/wan-w8a8")
+    """
+    from reelquant.checkpoint.hub import push_to_hub as pushed
+
+    return pushed(folder, repository, private=private, token=token, message=message)
+
+
+@verb(on_disk)
+def export(
+    folder: str | Path,
+    format: str,
+    output: str | Path,
+    *,
+    component: str | None = None,
+    type: str | None = None,
+    force: bool = False,
+    progress: Progress | Literal[False] | None = None,
+) -> Exported:
+    """Write a saved folder for another project; see :func:`reelquant.checkpoint.export.export`.
+
+    Args:
+        folder: what :func:`save` wrote.
+        format: ``comfyui``, ``gguf`` or ``torchao``.
+        output: a file, or a folder (torchao).
+        component: which denoiser, if there are several.
+        type: of all layers; by default, for each layer the type that holds its codes.
+        force: replace what is there, once the new is complete.
+        progress: hears how far the export is; by default bars in a terminal or a notebook, False for none.
 
     Example:
         >>> made = reelquant.export("out", "gguf", "model.gguf")
@@ -66,10 +143,10 @@ def export(folder: str | Path, format: str, output: str | Path, **options: Any) 
     """
     from reelquant.checkpoint.export import export as written
 
-    return written(folder, format, output, **options)
+    return written(folder, format, output, component=component, type=type, force=force, progress=progress or None)
 
 
-@stock_torch()
+@verb(model_in_memory)
 def configure(
     model: Any,
     *,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from reelquant._torch_state import stock_torch
+from reelquant.api.asked import anywhere, check_sides, clips_on_disk, model_in_memory, on_disk, verb
 
 if TYPE_CHECKING:
     import torch
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.run import Options
     from reelquant.evidence.speed import Benchmark
-    from reelquant.models.condition import Prompts
+    from reelquant.models.condition import Condition, Prompts
     from reelquant.nn import Saturation
 
 
-@stock_torch()
+@verb(anywhere)
 def evaluate(
     test: Any,
-    reference: Any,
+    reference: Any = None,
     prompts: Prompts | None = None,
     *,
     clips: int = 16,
@@ -45,14 +45,15 @@ def evaluate(
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
     **call: Any,
 ) -> Evaluation:
     """Sample a quantized pipeline and its float original from the same texts and noise, and measure what quantization changed.
 
     Args:
         test: the quantized pipeline: a folder, or a pipeline in memory.
-        reference: the float pipeline: bundled name, folder, hub id, or a pipeline in memory.
+        reference: the float pipeline: bundled name, folder, hub id, or a pipeline in memory; by default the one that ``test`` was
+            quantized from, by its report.
         prompts: one text or condition (:func:`reelquant.read_conditions`) per clip, repeated to fill; by default captions of their world
             for bundled pipelines, else bundled video prompts.
         clips: how many are sampled of each variant; 256 and more for FVD, FID and KID.
@@ -74,7 +75,7 @@ def evaluate(
         variant: of the reference's weight files, ``fp16``, if it has several.
         device: where the pipelines and networks run.
         resume, force: go on with the evaluation in ``output``, or replace it.
-        progress: receives the progress of the run.
+        progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions (``image`` ...),
             as in :func:`quantize`.
 
@@ -91,7 +92,10 @@ def evaluate(
     import torch
 
     from reelquant.evidence import run
+    from reelquant.models.origin import float_original
 
+    reference = float_original(test) if reference is None else reference
+    check_sides("evaluate", {"reference": reference})
     folders = dict(output=output, weights=weights, data=data, reuse=reuse)
     settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, progress=progress)
     options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
@@ -111,10 +115,10 @@ def evaluate(
     )
 
 
-@stock_torch()
+@verb(clips_on_disk)
 def compare(
-    reference: str | Path,
     test: str | Path,
+    reference: str | Path,
     prompts: Mapping[str, str] | None = None,
     *,
     metrics: Sequence[str] | str = "default",
@@ -127,13 +131,13 @@ def compare(
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
 ) -> Evaluation:
     """Measure a folder of clips against another one; clips of equal names belong together.
 
     Args:
-        reference: folder of clips: mp4, gif, webm, mov, mkv, avi, or PNG frames.
-        test: folder of clips under test.
+        test: folder of clips under test: mp4, gif, webm, mov, mkv, avi, or PNG frames.
+        reference: folder of clips to compare with.
         prompts: text by clip name, for text metrics.
         metrics, gate, fail_under, output, weights, data, clip_model, device, resume, force, progress: as in :func:`evaluate`.
 
@@ -142,23 +146,51 @@ def compare(
     """
     from reelquant.evidence import run
 
+    check_sides("compare", {"reference": reference}, clips_on_disk)
     folders = dict(output=output, weights=weights, data=data)
     settings = dict(gate=gate, fail_under=fail_under, clip_model=clip_model, progress=progress)
     options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
-    return run.compare(reference, test, prompts, options=options)
+    return run.compare(test, reference, prompts, options=options)
 
 
-@stock_torch()
-def benchmark(test: str | Path, reference: str | Path, **options: Any) -> Benchmark:
-    """Time a quantized pipeline against its float original on this machine, in turns; see :func:`reelquant.evidence.speed.benchmark`.
+@verb(on_disk)
+def benchmark(
+    test: str | Path,
+    reference: str | Path | None = None,
+    *,
+    rounds: int = 5,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
+    runtime: str = "torch",
+    memory: bool = True,
+    prompt: str | Condition | None = None,
+    variant: str | None = None,
+    progress: Progress | Literal[False] | None = None,
+    **call: Any,
+) -> Benchmark:
+    """Time a quantized pipeline against its float original on this machine, in turns; see :mod:`reelquant.evidence.speed`.
+
+    Args:
+        test: bundled name, folder or hub id of the quantized pipeline.
+        reference: of the float pipeline; by default the one that ``test`` was quantized from, by its report.
+        rounds, dtype, device, compiled, runtime, memory, prompt, variant, progress: as in :func:`reelquant.evidence.speed.benchmark`.
+        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions.
+
+    Raises:
+        ReelQuantError: one sentence on what is wrong and what would work.
 
     Example:
         >>> found = reelquant.benchmark("out", "tiny-dit", rounds=5, num_inference_steps=10)
         >>> found.speedup.median, found.peak_bytes
     """
     from reelquant.evidence.speed import benchmark as measured
+    from reelquant.models.origin import float_original
 
-    return measured(str(test), str(reference), **options)
+    reference = float_original(test) if reference is None else reference
+    check_sides("benchmark", {"reference": reference}, on_disk)
+    how = dict(rounds=rounds, dtype=dtype, device=device, compiled=compiled, runtime=runtime, memory=memory, prompt=prompt, variant=variant)
+    return measured(str(test), str(reference), progress=progress or None, **how, **call)
 
 
 @contextmanager
@@ -178,6 +210,7 @@ def saturation(model: Any) -> Iterator[Saturation]:
     from reelquant.discover import denoiser_of
     from reelquant.nn import Saturation
 
+    model_in_memory("saturation", model)
     denoiser = model if isinstance(model, nn.Module) else denoiser_of(model)[1]
     with Saturation().counting(denoiser) as seen:
         yield seen

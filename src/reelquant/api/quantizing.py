@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from reelquant._remarks import remarks
-from reelquant._torch_state import stock_torch
+from reelquant.api.asked import in_memory, on_disk, verb
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reelquant.streaming import Job
 
 
-@stock_torch()
+@verb(in_memory)
 def quantize(
     pipe: Any,
     recipe: RecipeSource,
@@ -33,7 +33,7 @@ def quantize(
     overrides: dict[str, Any] | None = None,
     lora: Adapters = (),
     inputs: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
     **call: Any,
 ) -> Report:
     """Quantize components of a diffusers pipeline in place; all its denoisers, if nothing else is said.
@@ -49,7 +49,7 @@ def quantize(
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
         lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
         inputs: arguments of one real call of the denoiser by name (or of several by component), for one that cannot be probed without.
-        progress: receives the progress of the run.
+        progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions
             (``image``, ``video``, ``class_labels`` ...): one for every clip, or a list with one per clip.
 
@@ -70,16 +70,18 @@ def quantize(
     from reelquant.engine.components import assign, default_texts
     from reelquant.engine.run import quantize_components
     from reelquant.models.lora import merging, parse_adapters, refuse_loaded, short_names
+    from reelquant.models.origin import origin_of
 
     recipes = assign(pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts  # a string is a sequence of letters
     if prompts is None:
         prompts = default_texts(pipe, recipes, call)
     refuse_loaded(pipe)
+    source = origin_of(pipe)
     with remarks() as told, merging(pipe, lora) if lora else nullcontext():
-        report = quantize_components(pipe, recipes, prompts, skip=skip, inputs=inputs, progress=progress, **call)[0]
+        report = quantize_components(pipe, recipes, prompts, skip=skip, inputs=inputs, progress=progress or None, **call)[0]
     report.warnings += told
-    report.adapters = short_names(parse_adapters(lora))
+    report.adapters, report.source = short_names(parse_adapters(lora)), source
     for name, chosen in recipes.items():
         part = plain(pipe.components[name])
         if hasattr(part, "save_pretrained"):
@@ -89,7 +91,7 @@ def quantize(
     return report
 
 
-@stock_torch()
+@verb(on_disk)
 def quantize_folder(
     source: str | Path,
     output: str | Path,
@@ -105,7 +107,7 @@ def quantize_folder(
     max_memory: int | str | None = None,
     resume: bool = False,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
     **call: Any,
 ) -> Report:
     """Quantize a pipeline's folder into another one, without ever holding the float model in memory.
@@ -127,7 +129,7 @@ def quantize_folder(
         max_memory: ``"8GB"`` or a number of bytes; by default what is free. Activations of a denoiser call come on top.
         resume: go on with an interrupted run of the same work.
         force: replace an existing folder in the end, and give up what an interrupted run left.
-        progress: receives the progress of the run.
+        progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call during calibration, conditions among them.
 
     Returns:
@@ -143,10 +145,10 @@ def quantize_folder(
     from reelquant.streaming import quantize_folder as streamed
 
     job = folder_job(source, recipe, prompts, components, skip, overrides, lora, dtype, device, max_memory, call)
-    return streamed(job, output, resume=resume, force=force, progress=progress)
+    return streamed(job, output, resume=resume, force=force, progress=progress or None)
 
 
-@stock_torch()
+@verb(on_disk)
 def folder_job(
     source: str | Path,
     recipe: RecipeSource,
@@ -165,11 +167,10 @@ def folder_job(
 
     from reelquant.engine.components import assign
     from reelquant.models.lora import parse_adapters
-    from reelquant.models.pipelines import local_folder
     from reelquant.streaming import Job, Source, free_memory, parse_bytes
 
     budget = free_memory() if max_memory is None else parse_bytes(max_memory)
-    opened = Source.open(local_folder(source), dtype or torch.float32, device)
+    opened = Source.open(source, dtype or torch.float32, device)
     opened.check_denoisers([*(components or ()), *(recipe if isinstance(recipe, Mapping) else ())])
     recipes = assign(opened.pipe, recipe, components, overrides)
     prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -187,6 +188,7 @@ def read_conditions(path: str | Path) -> list[Condition]:
     return load_conditions(path)
 
 
+@verb(in_memory)
 def plan(
     pipe: Any,
     recipe: RecipeSource,
@@ -203,7 +205,7 @@ def plan(
     return plans(pipe, recipe, components=[name], skip=skip, overrides=overrides, inputs=inputs, **call)[name]
 
 
-@stock_torch()
+@verb(in_memory)
 def plans(
     pipe: Any,
     recipe: RecipeSource,

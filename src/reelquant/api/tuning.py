@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from reelquant._torch_state import stock_torch
+from reelquant.api.asked import on_disk, verb
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from reelquant.tuning import Tuned
 
 
-@stock_torch()
+@verb(on_disk)
 def tune(
     model: str | Path,
     output: str | Path,
@@ -32,7 +32,7 @@ def tune(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
     **call: Any,
 ) -> Tuned:
     """Find out at which steps the blocks of a quantized pipeline need not be computed, and write the pipeline with that schedule.
@@ -56,7 +56,7 @@ def tune(
         dtype: of the float parts, float32 by default.
         device: where it runs.
         force: replace an existing output.
-        progress: receives the progress.
+        progress: receives the progress; by default bars where somebody looks, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Returns:
@@ -74,4 +74,4 @@ def tune(
 
     goal = Goal(target_speedup, gate, dict(limits or {}))
     where = dict(stretch=stretch, clips=clips, held_out=held_out, weights=weights, dtype=dtype, device=device, force=force)
-    return run(model, output, prompts, goal=goal, progress=progress, call=call, **where)
+    return run(model, output, prompts, goal=goal, progress=progress or None, call=call, **where)

@@ -1,6 +1,7 @@
 """Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece. How codes are
 computed does not belong here."""
 
+from reelquant.checkpoint.card import write_card
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.own_module import OwnModule, adopt_module, save_module
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
@@ -36,5 +37,6 @@ __all__ = [
     "whole_file",
     "work_folder",
     "workspace",
+    "write_card",
     "write_tensors",
 ]

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
+from reelquant._sums import write_summed
+from reelquant.checkpoint.card import write_card
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
 from reelquant.models.blank import QUANTIZATION, check_names, read_config
 from reelquant.models.fused import drop_unused_projections
-from reelquant.models.manifest import REPORT, write_manifest
+from reelquant.models.manifest import CARD, REPORT, write_manifest
+from reelquant.models.origin import SOURCE, holds_quantized, origin_of
 from reelquant.models.sampling import NOTES_FILE
 from reelquant.nn import quantized_layers
 from reelquant.nn.refusals import refuses_saving
@@ -43,12 +46,14 @@ def save(
 ) -> Path:
     """Write a pipeline, quantized or float, as a folder that ``DiffusionPipeline.from_pretrained`` opens.
 
-    The folder appears complete or not at all. Apart from ``report.json``, which holds timings, the same model gives the same bytes.
+    The folder appears complete or not at all. Apart from ``report.json``, which holds timings, the same model gives the same bytes. A
+    quantized one gets a model card, ``README.md``, with the sizes and figures of the report; without a report, that of the quantized folder
+    that it was opened from is kept.
 
     Args:
         pipe: a diffusers pipeline.
         folder: where to; its parents are made.
-        report: written as ``report.json``.
+        report: written as ``report.json``; without one, that file says no more than what the pipeline was quantized from, if that is known.
         force: replace an existing pipeline folder, once the new one is complete.
         dtype: store float parts in this dtype; by default in the one they have. Scales and tables always keep theirs.
         max_shard_size: as in diffusers, ``"5GB"``.
@@ -71,7 +76,13 @@ def save(
             _cast(pipe, temporary, dtype)
         if report is not None:
             report.save(temporary / REPORT_FILE)
-        _copy_notes(pipe, temporary)
+        elif any(quantized_layers(part) for part in _modules(pipe).values()) and (origin := origin_of(pipe)):
+            write_summed(temporary / REPORT_FILE, {SOURCE: origin})
+        source = Path(str(pipe.config.get("_name_or_path", "")))
+        _copy(source / NOTES_FILE, temporary)
+        if report is None and holds_quantized(source):
+            _copy(source / CARD, temporary)  # nothing was measured since
+        write_card(temporary)
         write_manifest(temporary)
         _share(temporary)
     return absolute(folder)
@@ -147,10 +158,9 @@ def _path_in(paths: Container[str], layer: str) -> str:
     return layer
 
 
-def _copy_notes(pipe: Any, folder: Path) -> None:
-    source = Path(str(pipe.config.get("_name_or_path", ""))) / NOTES_FILE
-    if source.is_file():
-        shutil.copyfile(source, folder / NOTES_FILE)
+def _copy(file: Path, folder: Path) -> None:
+    if file.is_file():
+        shutil.copyfile(file, folder / file.name)
 
 
 def _share(folder: Path) -> None:

@@ -9,8 +9,10 @@ from typing import Any, get_args
 from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
+from reelquant._plugins import load_installed
 from reelquant._remarks import remark
 from reelquant._version import __version__
+from reelquant.checkpoint.needs import IMPORT_FIRST, check_here, needed
 from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.models.pipelines import mark_quantized
@@ -19,8 +21,16 @@ from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
 FORMAT_VERSION = 1
-OPTIONAL: dict[str, type] = {"recipe": dict, "recipe_digest": str, "tool_version": str, "slots": dict, "sums": dict, "reuse": dict}
-TEXTS = ("ignore", "checksums", "sums")  # hold texts and nothing else
+OPTIONAL: dict[str, type] = {
+    "recipe": dict,
+    "recipe_digest": str,
+    "tool_version": str,
+    "slots": dict,
+    "sums": dict,
+    "reuse": dict,
+    "plugins": dict,
+}
+TEXTS = ("ignore", "checksums", "sums", "plugins")  # hold texts and nothing else
 REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
 WISHES = ("modules_to_not_convert", "modules_dtype_dict", "group_size")  # of a model that was quantized while loading
 KNOWN = {"quant_method", "attention", *WISHES, *OPTIONAL, *REQUIRED}
@@ -62,6 +72,7 @@ class Stored:
         reuse: what is not computed at every step: options and facts by name, see :mod:`reelquant.reuse`.
         recipe, recipe_digest: the whole recipe as a mapping that ``load_recipe`` reads, and its hash.
         tool_version: the reelquant that wrote this.
+        plugins: what layers need of others, see :data:`reelquant.checkpoint.needs.TABLES` -> the module that has it.
     """
 
     layers: dict[str, LayerLayout]
@@ -74,11 +85,13 @@ class Stored:
     attention: AttentionPlan | None = None
     reuse: Mapping[str, Any] = field(default_factory=dict)
     sums: Mapping[str, str] = field(default_factory=dict)
+    plugins: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
         attention = {} if self.attention is None else {"attention": self.attention.to_json()}
         reuse = {"reuse": dict(self.reuse)} if self.reuse else {}
+        plugins = {"plugins": dict(self.plugins)} if self.plugins else {}
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -92,6 +105,7 @@ class Stored:
             **({"sums": dict(self.sums)} if self.sums else {}),
             **attention,
             **reuse,
+            **plugins,
         }
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -105,9 +119,11 @@ class Stored:
         """Read :meth:`to_json` back.
 
         Raises:
-            CheckpointError: naming the key that is missing or wrong.
+            CheckpointError: naming the key that is missing or wrong, or the plug-in that has to be imported first.
         """
+        load_installed()
         _check_keys(data)
+        check_here(data.get("plugins") or {})
         layers = _layouts(data["config_groups"])
         if missing := sorted(set(layers) - set(data["checksums"])):
             raise CheckpointError(f"quantization_config has no checksum for layer '{missing[0]}'; save the model again with reelquant.save")
@@ -122,6 +138,7 @@ class Stored:
             _attention(data),
             data.get("reuse") or {},
             data.get("sums") or {},
+            data.get("plugins") or {},
         )
         stored._check_slots()
         return stored
@@ -157,7 +174,8 @@ def describe(
     sums = {name: layer_sum(layer) if sums is None else sums[name] for name, layer in layers.items()}
     layouts = {name: layer.layout for name, layer in layers.items()}
     reuse = stored_reuse(model)
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, asked_attention(model), reuse, sums)
+    asked, plugins = asked_attention(model), needed(layouts.values(), reuse)
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, asked, reuse, sums, plugins)
 
 
 def _attention(data: Mapping[str, Any]) -> AttentionPlan | None:
@@ -244,6 +262,8 @@ def _layouts(groups: Mapping[str, Any]) -> dict[str, LayerLayout]:
             layout = LayerLayout.from_json({key: value for key, value in content.items() if key != "targets"})
             names = [str(name) for name in content["targets"]]
             buffer_shapes((1, WIDTH), layout, WIDTH)  # reads every word of the layout
+        except RecipeError as error:  # a name that no table has
+            raise CheckpointError(f"quantization_config.config_groups.{group} cannot be read: {error}; {IMPORT_FIRST}") from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"quantization_config.config_groups.{group} is damaged: {type(error).__name__}: {error}") from None
         if twice := sorted(set(names) & set(found)):

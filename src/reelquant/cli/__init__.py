@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from reelquant._plugins import load_plugin
 from reelquant._version import __version__
 from reelquant.cli.benchmark import benchmark
 from reelquant.cli.compare import compare
@@ -54,6 +55,10 @@ def main(
         bool,
         typer.Option("--debug", help="Before the verb: show tracebacks and what the libraries log."),
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="MODULE", help="Before the verb: import methods of others, a module or a .py file. Repeatable."),
+    ] = None,
 ) -> None:
     """Quantize diffusers video pipelines after training, and see that the videos are still good.
 
@@ -69,6 +74,8 @@ def main(
     [cyan]reelquant tune out -o fast[/cyan]                          more speed: blocks skip steps
     [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
     """
+    for name in plugin or ():
+        load_plugin(name)
 
 
 for verb in (demo, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights):

@@ -68,7 +68,7 @@ Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure
 """)
 def benchmark(
     model: QuantizedFolder,
-    reference: Reference,
+    reference: Reference = None,
     rounds: Rounds = 5,
     prompt: Prompt = None,
     prompts: Prompts = None,
@@ -87,12 +87,14 @@ def benchmark(
     json: Json = False,
 ) -> None:
     """Time a quantized pipeline against the float one, in turns, on this machine."""
+    from reelquant.models.origin import float_original
     from reelquant.models.pipelines import locate
 
     first = (conditions(prompts) or [None])[0]
     if first is not None and prompt is not None:
         raise typer.BadParameter("give the text in the file, or no file", param_hint="--prompt")
     kind = None if dtype is None else torch_dtype(dtype)
+    reference = reference or float_original(model)
     for name in (model, reference):
         locate(name)
     check_device(device)

@@ -33,16 +33,16 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for 
 @more_help("""
     [bold]Examples[/bold]
 
-    [cyan]reelquant compare float-clips quantized-clips[/cyan]
-    [cyan]reelquant compare real generated -m fvd,fid,kid --weights weights[/cyan]
-    [cyan]reelquant compare before after --gate strict -o proof --json[/cyan]
+    [cyan]reelquant compare quantized-clips float-clips[/cyan]
+    [cyan]reelquant compare generated real -m fvd,fid,kid --weights weights[/cyan]
+    [cyan]reelquant compare after before --gate strict -o proof --json[/cyan]
 
     Clips of the same name are compared with each other; FVD, FID and KID compare the folders as sets and need no equal
     names.
 """)
 def compare(
-    reference: Annotated[Path, typer.Argument(help="Folder of clips to compare with.", show_default=False)],
     test: Annotated[Path, typer.Argument(help="Folder of clips under test, paired by name.", show_default=False)],
+    reference: Annotated[Path, typer.Argument(help="Folder of clips to compare with.", show_default=False)],
     prompts: Texts = None,
     metrics: Metrics = None,
     output: Output = None,
@@ -65,7 +65,7 @@ def compare(
     from reelquant.evidence.run import compare as run
 
     with listening(options) as heard:
-        made = run(reference, test, _texts(prompts, test), options=heard)
+        made = run(test, reference, _texts(prompts, test), options=heard)
     finish(made, json)
 
 

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.text import Text
 
 from reelquant._errors import printable
+from reelquant._progress import PHASES
 from reelquant.cli.signals import stop_if_asked
 
 PIPED = 120  # columns if the output is not a terminal and COLUMNS is not set
@@ -55,22 +56,6 @@ def take_any_text() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
-
-
-PHASES = {
-    "open": "opening the pipeline",
-    "calibrate": "sampling calibration clips",
-    "float reference": "sampling held-out clips in float",
-    "search": "trying out choices",
-    "build": "building quantized layers",
-    "check": "sampling held-out clips quantized",
-    "sample": "sampling",
-    "write": "writing the folder",
-    "export": "writing layers",
-    "pictures": "drawing",
-    "peak memory": "measuring peak memory",
-    "distances": "distances between sets of clips",
-}
 
 
 QUIET = {  # read when the libraries are imported

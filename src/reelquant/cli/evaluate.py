@@ -106,7 +106,7 @@ Reuse = Annotated[
 """)
 def evaluate(
     model: QuantizedFolder,
-    reference: Reference,
+    reference: Reference = None,
     prompts: Prompts = None,
     clips: Clips = None,
     metrics: Metrics = None,
@@ -136,8 +136,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Sample both pipelines from the same texts and noise, measure what quantization changed, and write a report."""
+    from reelquant.models.origin import float_original
     from reelquant.models.pipelines import locate
 
+    reference = reference or float_original(model)
     for name in (model, reference):
         locate(name)  # before the slow imports
     folders = dict(output=output or Path(f"{Path(model).name}-evaluation"), weights=weights, data=data, reuse=reuse)

@@ -22,8 +22,10 @@ MODEL = typer.Argument(
 Model = Annotated[str, MODEL]
 QuantizedFolder = Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)]
 Reference = Annotated[
-    str,
-    typer.Option("--reference", "-r", help="The float pipeline: name, folder or hub id.", show_default=False),
+    str | None,
+    typer.Option(
+        "--reference", "-r", help="The float pipeline: name, folder or hub id. Default: what it was quantized from.", show_default=False
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.")]

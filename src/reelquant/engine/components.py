@@ -28,10 +28,11 @@ from reelquant.models.condition import Prompts
 from reelquant.models.conditions import no_texts, reads_texts
 from reelquant.models.defaults import own_pictures
 from reelquant.models.fused import drop_unused_projections
+from reelquant.models.origin import origin_of
 from reelquant.models.parts import cosines, decibels, embed, fitting_clip, round_trip, seen
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import first_call
-from reelquant.nn import check_finite
+from reelquant.nn import check_finite, quantized_layers
 from reelquant.recipes.entry import Entry
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.recipes.text import EXTENDS
@@ -208,11 +209,12 @@ def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str
 
     Raises:
         CalibrationError: for a component whose weights are not finite.
-        UnsupportedError: for a component that could not be opened again once it is saved.
+        UnsupportedError: for a component that is quantized already, or could not be opened again once it is saved.
     """
     map_of = map_of or mapping(pipe)
     parts = {name: plain(component_of(pipe, name)) for name in recipes}
     for name, part in parts.items():
+        _check_float(pipe, name, part)
         drop_unused_projections(part)
         check_names(name, part)
         check_finite(name, part)
@@ -222,3 +224,18 @@ def plan_components(pipe: Any, recipes: Mapping[str, Recipe], skip: Sequence[str
     for pattern in skip:
         select(pattern, every)
     return {name: make_plan(recipes[name], map_, parts[name], skip) for name, map_ in maps.items()}
+
+
+def _check_float(pipe: Any, name: str, part: nn.Module) -> None:
+    """Refuse a component that has quantized layers: the float weights are gone."""
+    if not (layers := quantized_layers(part)):
+        return
+    stored = getattr(getattr(part, "config", None), "quantization_config", None) or {}
+    recipe = (stored if isinstance(stored, Mapping) else stored.to_dict()).get("recipe") or {}
+    how = f" by recipe '{recipe['name']}'" if recipe.get("name") else ""
+    source = origin_of(pipe)
+    again = f": reelquant.open_pipeline('{source}')" if source else ""
+    raise UnsupportedError(
+        f"component '{name}' is quantized already ({len(layers)} layers{how}), and its float weights are gone; open the float pipeline "
+        f"again{again}"
+    )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from reelquant._errors import RecipeError, UnsupportedError
+from reelquant._errors import RecipeError, UnsupportedError, printable
+from reelquant._markup import table
+from reelquant._numbers import size
 from reelquant.engine.checks import input_problem, weight_problem
 from reelquant.formats import QuantSpec
 from reelquant.nn import get_module, quantized_class
@@ -78,7 +81,7 @@ class LayerPlan:
         return self.bytes_before > 4 * math.prod(self.layer.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What a recipe does to a denoiser, before anything is done.
 
@@ -93,6 +96,26 @@ class Plan:
     map: DenoiserMap
     layers: dict[str, LayerPlan]
     entries: tuple[Entry, ...] = ()
+
+    def __repr__(self) -> str:
+        return printable(f"Plan({self._title})")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: how many layers get which numbers, and why others stay float."""
+        numbers = Counter(self._words(row) for row in self.layers.values())
+        return table(self._title, [(*words, count) for words, count in numbers.items()], ("weight", "input", "layers"))
+
+    @property
+    def _title(self) -> str:
+        counted = f"{len(self.quantized)} of {len(self.layers)} layers quantized"
+        before, after = (sum(getattr(row, name) for row in self.layers.values()) for name in ("bytes_before", "bytes_after"))
+        return f"{self.recipe.name} on {self.map.cls}: {counted}, {size(before)} -> {size(after)} with float layers"
+
+    @staticmethod
+    def _words(row: LayerPlan) -> tuple[str, str]:
+        if row.specs is None:
+            return f"float: {row.skipped}", ""
+        return str(row.specs.weight), str(row.specs.input or "float")
 
     @property
     def unseen(self) -> bool:

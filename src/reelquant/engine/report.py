@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from reelquant._sums import OWN, json_sum
+from reelquant._errors import printable
+from reelquant._markup import table
+from reelquant._numbers import figure, size
+from reelquant._sums import write_summed
 from reelquant.engine.quality import LayerRecord
 from reelquant.engine.search import Trial
 from reelquant.nn import AttentionFacts
 from reelquant.policies import StepError
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The proof of one quantization. Sizes are bytes of the component; ``skipped`` maps a reason to the layers it holds for.
 
@@ -48,6 +50,7 @@ class Report:
         trials: what the search tried.
         seconds: time per phase.
         adapters: file name -> scale of what was merged into the float weights before.
+        source: where the float pipeline was: bundled name, folder or hub id; empty if that is not known.
     """
 
     recipe: str
@@ -82,6 +85,7 @@ class Report:
     steps: list[StepError] = field(default_factory=list)
     saturation: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Report] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def by_component(self) -> dict[str, Report]:
@@ -92,6 +96,31 @@ class Report:
     def ratio(self) -> float:
         """How many times smaller the quantized layers are than in float32, scales and all."""
         return self.bytes_float / max(self.bytes_quantized, 1)
+
+    @property
+    def counted(self) -> str:
+        """How many of the layers are quantized, in words."""
+        return f"{len(self.layers)} of {len(self.layers) + sum(len(names) for names in self.skipped.values())} layers quantized"
+
+    def __repr__(self) -> str:
+        sizes = f"{size(self.bytes_float)} -> {size(self.bytes_quantized)}, {self.ratio:.2f}x smaller"
+        return printable(f"Report({self.recipe} on {self.component}: {self.counted}, {sizes})")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        psnr = None if self.latent_psnr is None else f"{figure(self.latent_psnr, 'dB')} PSNR of the final latents to float"
+        rows = {
+            "layers": self.counted,
+            "their bytes": f"{size(self.bytes_float)} → {size(self.bytes_quantized)} ({self.ratio:.2f}x smaller than float32)",
+            "with float layers": f"{size(self.bytes_model_float)} → {size(self.bytes_model)}",
+            "held-out clips": psnr,
+            **{name.replace("_", " "): figure(value) for name, value in self.figures.items()},
+            "kernels": ", ".join(f"{name} ({count})" for name, count in self.kernel.items()),
+            "source": self.source,
+            "time": ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items()),
+        }
+        title = f"{self.recipe} on {self.denoiser} ({self.component})"
+        return table(title, [(name, words) for name, words in rows.items() if words], notes=self.warnings)
 
     def mean(self, name: str, role: str | None = None) -> float | None:
         """Mean of a figure over the layers (of one role) that have it."""
@@ -105,8 +134,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write ``report.json``, with the sum of its content."""
-        data = json.loads(json.dumps(self.to_json()))  # keys are strings from now on
-        Path(path).write_text(json.dumps(data | {OWN: json_sum(data)}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_summed(path, self.to_json())
 
 
 _SUMS = ("bytes_float", "bytes_quantized", "bytes_tables", "bytes_model_float", "bytes_model")

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelquant._errors import CheckpointError
+from reelquant._errors import CheckpointError, printable
+from reelquant._markup import table
+from reelquant._numbers import count, figure
 from reelquant._sums import OWN, json_sum
 from reelquant.evidence import distribution
 from reelquant.evidence.defects import diagnose
@@ -30,6 +32,7 @@ DISTANCES = {
     "kid": ("inception", lambda reference, test: distribution.kernel_distance(reference, test)[0]),
 }
 LATENTS = "latent_error"
+SHOWN = 4  # figures in one line about an evaluation
 TO_DATA = "_data"  # how names of distances to real clips end
 GROUPS = {"i3d": 20, "inception": 6}  # of the jackknife; distances of 2048 columns take seconds each
 
@@ -57,6 +60,21 @@ class Result:
     missing: str | None = None
     to_data: bool = False
 
+    def figure(self, value: float | None) -> str:
+        """A value of this metric for people."""
+        return figure(value, self.metric.unit, self.metric.digits)
+
+    @property
+    def words(self) -> str:
+        """The figure for people; a dash if it is missing."""
+        return self.figure(None if self.interval is None else self.interval.mean)
+
+    @property
+    def range(self) -> str:
+        """The interval for people; empty if the figure is missing."""
+        ends = () if self.interval is None else (self.interval.low, self.interval.high)
+        return " to ".join(figure(end, "", self.metric.digits) for end in ends)
+
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         about = {name: getattr(self.metric, name) for name in ("title", "kind", "unit", "better", "about", "digits")}
@@ -70,7 +88,7 @@ def _bounds(interval: Interval) -> dict[str, float]:
     return {"value": interval.mean, "low": interval.low, "high": interval.high}
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """The result of an evaluation: figures, verdict, report.
 
@@ -97,6 +115,39 @@ class Evaluation:
         """The value of a metric; None if it is missing."""
         found = self.metrics[name].interval
         return None if found is None else found.mean
+
+    def __repr__(self) -> str:
+        measured = [f"{result.metric.title} {result.words}" for result in self.metrics.values() if result.interval is not None]
+        more = [f"{len(measured) - SHOWN} more"] if len(measured) > SHOWN else []
+        figures = ", ".join([*measured[:SHOWN], *more]) or "nothing measured"
+        return printable(f"Evaluation({self._sides}: {figures}; {self._gate})")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        head = ("metric", "value", "95 % interval", "noise floor", "within it")
+        answers = {True: "yes", False: "no", None: ""}
+        rows = [
+            (
+                result.metric.title,
+                result.words,
+                result.range or result.missing or "",
+                ", ".join(f"{name} {result.figure(floor.mean)}" for name, floor in result.floor.items()),
+                answers[result.within_floor],
+            )
+            for result in self.metrics.values()
+        ]
+        kept = [f"Report: {self.folder / 'report.html'}"] if self.folder is not None else []
+        failures = [failure.sentence for failure in self.verdict.failures] if self.verdict is not None else []
+        return table(f"{self._sides}; {self._gate}", rows, head, [*failures, *self.data.get("warnings", ()), *kept])
+
+    @property
+    def _sides(self) -> str:
+        test, reference = (self.data.get(side, {}).get("name") or side for side in ("test", "reference"))
+        return f"{test} against {reference}, {count(self.data.get('clips') or 0, 'clip')}"
+
+    @property
+    def _gate(self) -> str:
+        return "no gate" if self.verdict is None else f"gate {self.verdict.preset}: {'passed' if self.passed else 'missed'}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain data."""

@@ -13,6 +13,8 @@ import torch
 
 from reelquant._errors import CalibrationError, CheckpointError, MeasurementError, RecipeError
 from reelquant._remarks import remarks
+from reelquant._sums import OWN
+from reelquant.checkpoint import INDEX, METHOD, Stored
 from reelquant.evidence import evaluation
 from reelquant.evidence.causes import differences
 from reelquant.evidence.clips import Clip, find_clips, unequal_rates, unpaired
@@ -23,14 +25,17 @@ from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
 from reelquant.evidence.store import Store
+from reelquant.models.blank import QUANTIZATION, read_config
 from reelquant.models.condition import Condition, Prompts, as_condition, fitted, texts_of
 from reelquant.models.conditions import at_once, check_given, check_texts, no_texts, reads_texts, takes_prompt
 from reelquant.models.defaults import missing, notice, required, undecided
 from reelquant.models.described import described
+from reelquant.models.origin import SOURCE
 from reelquant.models.pipelines import locate, pipeline_class
 from reelquant.models.prompts import bundled_prompts
 from reelquant.models.sampling import folder_notes, notes
 from reelquant.models.shapes import evaluation_prompts, flat_captions, understood
+from reelquant.models.weight_files import component_folders
 
 SEED = 50_000  # noise of the first clip
 
@@ -57,6 +62,7 @@ def evaluate(
     options = options or Options()
     if clips < 1:
         raise RecipeError(f"clips: got {clips}; evaluate at least 1")
+    _check_described(test)
     own, kind = _notes(reference), pipeline_class(reference)
     call = own.get("call", {}) | {key: value for key, value in call.items() if value is not None}
     drawn = _drawn(prompts, own, clips, kind, call)
@@ -85,6 +91,14 @@ def evaluate(
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *told, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
+
+
+def _check_described(test: Any) -> None:
+    """Read what the folder of the test says about its layers: a plug-in that is missing would show only after the float clips were made."""
+    folder = Path(locate(test)) if isinstance(test, str | Path) else Path()
+    for part in component_folders(folder) if (folder / INDEX).is_file() else ():
+        if (stored := read_config(part).get(QUANTIZATION)) and stored.get("quant_method") == METHOD:
+            Stored.from_json(stored)
 
 
 def _bundled(source: ClipSource, kind: type, drawn: list[Condition], call: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +205,7 @@ def _default_floor(options: Options, dtype: torch.dtype) -> list[str]:
 
 
 def _proof(test: Any) -> dict[str, Any] | None:
-    """The report that quantizing left in the folder of the pipeline.
+    """The report that quantizing left in the folder of the pipeline; None without one, or if it names the source alone.
 
     Raises:
         CheckpointError: if it is damaged, or is no such report.
@@ -206,14 +220,14 @@ def _proof(test: Any) -> dict[str, Any] | None:
         ReportData.from_json({"quantization": found})
     except MeasurementError as error:
         raise CheckpointError(f"'{file}': {error}; delete it, or quantize again to get a new one") from None
-    return found
+    return found if found.keys() - {OWN, SOURCE} else None
 
 
 # --- two folders ------------------------------------------------------------------------------------------------------
 
 
 def compare(
-    reference: str | Path, test: str | Path, prompts: Mapping[str, str] | None = None, *, options: Options | None = None
+    test: str | Path, reference: str | Path, prompts: Mapping[str, str] | None = None, *, options: Options | None = None
 ) -> Evaluation:
     """Measure a folder of clips against another; see :func:`reelquant.api.compare`."""
     options = options or Options()

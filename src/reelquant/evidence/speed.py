@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import UnsupportedError, printable
+from reelquant._markup import table
+from reelquant._numbers import size
+from reelquant._plugins import load_plugin, named
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.discover import denoiser_of
@@ -63,7 +66,7 @@ class Spread:
         return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Benchmark:
     """What was measured.
 
@@ -94,6 +97,30 @@ class Benchmark:
     simulated: bool
     attention: AttentionFacts | None
     data: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return printable(f"Benchmark({self._title}: {self.speedup.text()} times as fast)")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        times = {"whole clip, s": (self.seconds, self.speedup), "one step, s": (self.step_seconds, self.step_speedup)}
+        bytes_ = {"weights of the denoiser": self.weight_bytes, "peak memory": self.peak_bytes}
+        rows = [
+            (name, *(f"{by[variant].median:.3g}" for variant in VARIANTS), f"{ratio.text()} times as fast")
+            for name, (by, ratio) in times.items()
+            if ratio is not None
+        ]
+        rows += [
+            (name, *(size(by[variant]) for variant in VARIANTS), f"{by['test'] / max(by['reference'], 1):.2f} of it")
+            for name, by in bytes_.items()
+            if by
+        ]
+        return table(self._title, rows, ("", "float", "quantized", "ratio"))
+
+    @property
+    def _title(self) -> str:
+        test, reference = (self.data[side] for side in ("test", "reference"))
+        return f"{test['name']} against {reference['name']} in {reference['short']} on {self.data['device']}"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain data; ``speedup_vs_<dtype>`` is the median of :attr:`speedup`."""
@@ -322,7 +349,8 @@ def _clip(pipe: Any, text: str, device: str, call: dict[str, Any]) -> tuple[floa
 def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int], str | None]:
     """Peak memory, a process for each pipeline. On failure ``({}, reason)``, so that finished timings survive."""
     progress.phase("peak memory", 2)
-    shared = {"text": prompt, "dtype": str(task.dtype).removeprefix("torch."), "device": task.device}
+    dtype = str(task.dtype).removeprefix("torch.")
+    shared: dict[str, Any] = {"text": prompt, "dtype": dtype, "device": task.device, "plugins": named()}
     try:
         shared["call"] = packed(task.call)
     except TypeError as error:
@@ -348,6 +376,8 @@ def _peaks(task: _Task, prompt: str, progress: Progress) -> tuple[dict[str, int]
 def _print_peak() -> None:
     """What a fresh process runs: open a pipeline, make a clip, print the peak."""
     task = json.loads(sys.stdin.read())
+    for name in task["plugins"]:
+        load_plugin(name)
     device, call = task["device"], unpacked(task["call"]) | {"num_inference_steps": 2}  # memory does not grow with the steps
     open_pipeline("tiny-dit")  # what is imported and allocated for any pipeline at all
     before = _reset_peak(device)

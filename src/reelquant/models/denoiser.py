@@ -48,7 +48,14 @@ class Denoiser:
 
     CLIPS_AT_ONCE: ClassVar[int] = 1
 
-    def __new__(cls, module: nn.Module, sampler: Callable[..., Any], **options: Any) -> Denoiser:
+    def __new__(
+        cls,
+        module: nn.Module,
+        sampler: Callable[..., Any],
+        *,
+        decode: Callable[[Tensor], Tensor] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Denoiser:
         """Verbs read off the signature of a pipeline's call what it takes, so every sampler makes a class of its own."""
         return object.__new__(type("Denoiser", (cls,), {"__call__": _call(sampler)}))
 

@@ -13,6 +13,7 @@ from reelquant.models.blank import read_json
 
 MANIFEST = "reelquant-checksums.json"
 REPORT = "report.json"  # has a sum of its own content: it holds timings, and all other bytes are the same for the same model
+CARD = "README.md"  # is there to be edited
 FORMAT = 1
 LOADED = (".safetensors", ".json", ".bin", ".txt", ".model")  # what libraries look for in the folder of a component
 RENEW = "if you changed it on purpose, `reelquant verify FOLDER --renew` takes the files as they are"
@@ -21,7 +22,7 @@ _checked: dict[tuple[Path, tuple[str, ...]], Stamp] = {}  # files that this proc
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the sums of all files of a folder. Nothing may be written to it afterwards.
+    """Write the sums of all files of a folder, but of its report and its model card. Nothing else may be written to it afterwards.
 
     Raises:
         OSError: if a file cannot be read, or the disk is full.
@@ -36,7 +37,7 @@ def _files(folder: Path) -> dict[str, Path]:
     found = (file for file in sorted(folder.rglob("*")) if file.is_file())
     names = {file.relative_to(folder).as_posix(): file for file in found}
     hidden = (name for name in names if any(part.startswith(".") for part in PurePosixPath(name).parts))
-    return {name: names[name] for name in sorted(names.keys() - {MANIFEST, REPORT, *hidden})}
+    return {name: names[name] for name in sorted(names.keys() - {MANIFEST, REPORT, CARD, *hidden})}
 
 
 def check_manifest(folder: Path, component: str | None = None) -> bool:

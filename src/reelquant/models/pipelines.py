@@ -125,22 +125,23 @@ def pipeline_class(model: Any) -> type:
 
     if not isinstance(model, str | Path):
         return type(model)
-    file = _index(locate(model))
+    file = stored_file(locate(model), INDEX)
     name = read_json(file).get(CLASS) if file is not None else None
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     known = isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)
     return found if known else diffusers.DiffusionPipeline
 
 
-def _index(model: str) -> Path | None:
-    """``model_index.json`` of a folder, or of a hub id: from its cache, or downloaded. None if there is none; opening it will say why."""
+def stored_file(model: str, name: str) -> Path | None:
+    """A file beside ``model_index.json`` of a folder, or of a hub id: from its cache, or downloaded. None if there is none; opening the
+    pipeline will say why."""
     from huggingface_hub import hf_hub_download
 
-    file = Path(model) / INDEX
+    file = Path(model) / name
     if Path(model).is_dir():
         return file if file.is_file() else None
     try:
-        return Path(hf_hub_download(model, INDEX))
+        return Path(hf_hub_download(model, name))
     except Exception:
         return None
 

@@ -72,11 +72,16 @@ def check_call(kind: type, names: Iterable[str]) -> list[str]:
     Raises:
         UnsupportedError: if one that is wanted is not among them; it would be dropped without a word.
     """
-    accepted = [name for name, p in inspect.signature(kind.__call__).parameters.items() if p.kind in _NAMED and name != "self"]
+    accepted = call_names(kind)
     for name in names:
         if name not in accepted:
             raise UnsupportedError(f"{kind.__name__} takes no argument '{name}'; {nearest(name, accepted)}")
     return accepted
+
+
+def call_names(kind: type) -> list[str]:
+    """The names of the arguments that a class of pipelines takes; none if it cannot be called (a base class)."""
+    return [name for name, p in inspect.signature(kind.__call__).parameters.items() if p.kind in _NAMED and name != "self"]
 
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from reelquant._errors import RecipeError, nearest
+from reelquant._plugins import load_installed
+from reelquant._remarks import remark
 from reelquant.formats import RANGES, QuantSpec, RangeRule, parse_format, parse_granularity
 from reelquant.recipes.axes import AXES, keyed_stages
 from reelquant.recipes.bounds import CHOICES, plain, short
@@ -193,7 +195,8 @@ class Recipe(_Strict):
         ours: what differs from the paper, for people, too.
         defaults, rules: which numbers each layer gets.
         steps: the stages, in order.
-        calibrate: how calibration samples; null for recipes that need no data.
+        calibrate: how calibration samples; null for recipes that need no data, and :func:`load_recipe` sets it to null where sampling
+            would change nothing.
         search: how choices are made.
     """
 
@@ -231,6 +234,14 @@ class Recipe(_Strict):
                 label = f"'{key}: {value}'" if isinstance(value, str) else f"'{key}'"
                 entries.append(make_entry(len(entries), axis, name, options, None, label))
         return tuple(entries)
+
+    @property
+    def uses_data(self) -> bool:
+        """True if sampling would change the result: inputs that are rounded, stages that look at data, choices that trials make."""
+        inputs = [self.defaults.input, *(rule.input for rule in self.rules)]
+        stages = [entry.stage for entry in self.entries]
+        looking = any(stage.needs_data or stage.statistics or stage.records for stage in stages)
+        return any(inputs) or looking or any(len(entry.alternatives) > 1 for entry in self.entries)
 
     @property
     def data_free(self) -> bool:
@@ -273,6 +284,7 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: dict[st
     Raises:
         RecipeError: naming the place, the value, and what would work.
     """
+    load_installed()
     data, where = _read(source)
     for key, value in (overrides or {}).items():
         override(data, key, plain(value, key))
@@ -282,7 +294,14 @@ def load_recipe(source: str | Path | dict[str, Any] | Recipe, overrides: dict[st
         raise RecipeError(_explain(error, where)) from None
     if (count := math.prod(len(entry.alternatives) for entry in recipe.entries)) > CHOICES:
         raise RecipeError(f"{where}: the lists of its steps make {count} combinations, and each is a trial; leave at most {CHOICES}")
-    return recipe
+    return recipe if recipe.uses_data or recipe.data_free else _without_data(recipe)
+
+
+def _without_data(recipe: Recipe) -> Recipe:
+    """The recipe without the calibration that it does not need: sampling takes far longer than rounding weights."""
+    if "calibrate" in recipe.model_fields_set:
+        remark(f"recipe '{recipe.name}' rounds weights alone and no step of it looks at data, so nothing is sampled; drop its 'calibrate'")
+    return recipe.model_copy(update={"calibrate": None})
 
 
 def _read(source: str | Path | dict[str, Any] | Recipe) -> tuple[dict[str, Any], str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from reelquant._progress import Progress, Silent
 from reelquant._remarks import remarks
-from reelquant.checkpoint import REPORT_FILE, Shards, Workspace, refuse_source, workspace
+from reelquant.checkpoint import REPORT_FILE, Shards, Workspace, refuse_source, workspace, write_card
 from reelquant.discover import modules_of
 from reelquant.engine.components import default_texts
 from reelquant.engine.report import Report, total
@@ -58,6 +58,7 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
         report = _components(job, work, pipe, progress or Silent(), room)
         copy_others(job, work)
         report.save(work.result / REPORT_FILE)
+        write_card(work.result)
         write_manifest(work.result)
         return report
 
@@ -93,4 +94,5 @@ def _components(job: Job, work: Workspace, pipe: Any, progress: Progress, room: 
     report = total(reports)
     report.warnings += told
     report.adapters = short_names(job.adapters)
+    report.source = job.source.origin
     return report

@@ -16,7 +16,8 @@ from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.checkpoint import INDEX, Shards
 from reelquant.discover import denoisers_of
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
-from reelquant.models.pipelines import check_folder, files_in
+from reelquant.models.origin import written_down
+from reelquant.models.pipelines import check_folder, files_in, local_folder
 from reelquant.models.sampling import check_call
 from reelquant.models.weight_files import PICKLES, sole_variant
 from reelquant.streaming.offload import OnDisk, hollow
@@ -34,6 +35,7 @@ class Source:
         dtype: of the float parts.
         device: where layers are built and the sampler runs.
         disks: every denoiser, by component name, in the order in which the sampler uses them.
+        origin: what reports call it: bundled name, hub id, or where the folder is.
     """
 
     folder: Path
@@ -41,18 +43,19 @@ class Source:
     dtype: torch.dtype
     device: str
     disks: dict[str, OnDisk]
+    origin: str = ""
 
     @classmethod
-    def open(cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Source:
-        """Read configs and headers.
+    def open(cls, model: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Source:
+        """Read configs and headers of a folder; that of a hub id is downloaded.
 
         Raises:
             CheckpointError: if files are missing, broken or pickled.
             UnsupportedError: if the pipeline has no denoiser, or is quantized.
         """
-        path = Path(folder)
+        path = local_folder(model)
         check_folder(path, sole_variant(path))
-        source = cls(path, read_json(path / INDEX), dtype, device, {})
+        source = cls(path, read_json(path / INDEX), dtype, device, {}, written_down(model))
         source.check_complete()
         models = {name: hollow(path / name, dtype) for name, (library, _) in source.modules.items() if library == "diffusers"}
         found = denoisers_of(SimpleNamespace(components=models))

@@ -78,10 +78,10 @@ def test_clips_that_play_at_other_speeds_are_told(tmp_path: Path, ending: str) -
     for side, rate in (("a", 8), ("b", 25), ("c", 8)):
         for name in ("one", "two"):
             write_video(smooth(), tmp_path / side / f"{name}.{ending}", rate)
-    found = reelquant.compare(tmp_path / "a", tmp_path / "b", metrics=["psnr"])
+    found = reelquant.compare(tmp_path / "b", tmp_path / "a", metrics=["psnr"])
     (sentence,) = [one for one in found.data["warnings"] if "another speed" in one]
     assert sentence.startswith("2 clips play at another speed than the reference's ('one': 25 frames per second, not 8")
-    assert "another speed" not in str(reelquant.compare(tmp_path / "a", tmp_path / "c", metrics=["psnr"]).data["warnings"])
+    assert "another speed" not in str(reelquant.compare(tmp_path / "c", tmp_path / "a", metrics=["psnr"]).data["warnings"])
 
 
 def test_odd_sides_that_are_padded_are_told(tmp_path: Path) -> None:
@@ -206,5 +206,5 @@ def test_the_report_of_two_folders_says_what_was_not_read(tmp_path: Path) -> Non
     for side in ("a", "b"):
         write_video(smooth(), tmp_path / side / "one.mp4")
     nested(tmp_path / "b")
-    found = reelquant.compare(tmp_path / "a", tmp_path / "b", metrics=["psnr"])
+    found = reelquant.compare(tmp_path / "b", tmp_path / "a", metrics=["psnr"])
     assert "day/ (in it: b.mp4)" in str(found.data["warnings"])

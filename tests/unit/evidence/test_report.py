@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from reelquant import CheckpointError, MeasurementError
+from reelquant._numbers import figure, ranges
 from reelquant.evidence.report import Panel, render, summary, write
 from reelquant.evidence.report.cell_charts import interval_plot
 from reelquant.evidence.report.charts import Dot, Line, decades, line_chart, scatter_chart, steps, strip_chart
 from reelquant.evidence.report.clip_cards import clips_note
 from reelquant.evidence.report.data import ReportData
-from reelquant.evidence.report.numbers import figure, ranges
 from reelquant.evidence.report.panels import best_gain, embed_within, encode, shown_size, strips, worst_first
 from reelquant.evidence.report.sentences import near_lossless, verdict
 from tests.unit.evidence.report import HOSTILE, counted, panels, sample

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from reelquant._errors import RecipeError
+from reelquant._remarks import remarks
 from reelquant.recipes.recipe import Recipe, load_recipe, names
 
 BASE: dict[str, Any] = {"name": "mine", "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": {"format": "uint8"}}}
@@ -190,3 +191,37 @@ def test_a_key_that_is_not_used_leaves_the_digest_of_earlier_versions_alone() ->
     found = load_recipe(grouped)
     assert found.model_dump()["defaults"]["weight"]["scale"] == "e8m0" and load_recipe(found) == found
     assert found.digest() != load_recipe(grouped, {"defaults.weight.scale": "float"}).digest()
+
+
+WEIGHTS_ALONE: dict[str, Any] = {"name": "mine", "defaults": {"weight": {"format": "int8", "granularity": "channel"}}}
+
+
+def test_a_recipe_of_weights_alone_does_not_calibrate(caplog: pytest.LogCaptureFixture) -> None:
+    """Calibration is the default of recipes; 54 s were sampled for nothing where a file did not say ``calibrate: null``."""
+    mixed = {"on": "*.to_q", "weight": {"format": "int4", "granularity": "group-64"}, "input": None}
+    plain: list[dict[str, Any]] = [{}, {"rules": [mixed]}, {"steps": [{"solve": "nearest"}]}, {"steps": [{"transform": "equalize"}]}]
+    for changes in plain:
+        assert load_recipe(WEIGHTS_ALONE | changes).data_free, changes
+    assert load_recipe({"extends": "w8a16", "name": "mine"}).data_free
+    assert not caplog.records
+    with remarks() as told:
+        found = load_recipe(WEIGHTS_ALONE | {"calibrate": {"prompts": 4}})
+    assert found.data_free and told == [
+        "recipe 'mine' rounds weights alone and no step of it looks at data, so nothing is sampled; drop its 'calibrate'"
+    ]
+    assert load_recipe(found) == found and load_recipe(found).digest() == found.digest()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"defaults": WEIGHTS_ALONE["defaults"] | {"input": {"format": "int8"}}},
+        {"rules": [{"on": "*.to_q", "input": {"format": "int8", "granularity": "token", "dynamic": True}}]},
+        {"steps": [{"solve": "gptq"}]},
+        {"steps": [{"branch": "lowrank", "rank": [4, 8]}]},
+        {"temporal": "table"},
+    ],
+    ids=["inputs", "inputs of a rule", "a solver that looks at data", "a choice", "a table of steps"],
+)
+def test_a_recipe_that_samples_for_a_reason_still_does(changes: dict[str, Any]) -> None:
+    assert not load_recipe(WEIGHTS_ALONE | changes).data_free

@@ -168,6 +168,6 @@ def test_an_evaluation_says_which_blocks_were_computed_when(tuned: Tuned, quanti
     assert reuse["parts"] == ["blocks.0", "blocks.1"] and reuse["share"] == pytest.approx(2 / STEPS)
     assert [step for step, computed, reused in reuse["steps"] if computed] == list(tuned.chosen.computed)
     page = (tmp_path / "proof" / "report.html").read_text()
-    assert "33% of the calls of 2 blocks (blocks.0 to blocks.1) were computed" in page
+    assert "33.3 % of the calls of 2 blocks (blocks.0 to blocks.1) were computed" in page
     plain = reelquant.evaluate(quantized, quantized.parent / "float", PROMPTS, **how)
     assert plain.to_json()["reuse"] is None

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from reelquant._errors import printable
+from reelquant._markup import table
+from reelquant._numbers import size
 from reelquant.checkpoint.export.source import Facts
 
 Fate = Literal["carried", "requantized", "dequantized", "float"]
@@ -40,7 +43,7 @@ class Outcome:
     error: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Exported:
     """The outcome of an export.
 
@@ -62,6 +65,23 @@ class Exported:
     left_behind: dict[str, list[str]] = field(default_factory=dict)
     opens_with: str = ""
 
+    def __repr__(self) -> str:
+        return printable(f"Exported({self._title})")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [(fate, count, FATES[fate]) for fate, count in self._counts.items()]
+        return table(self._title, rows, ("", "layers", ""), [f"left behind: {what}" for what in self.left_behind])
+
+    @property
+    def _counts(self) -> dict[Fate, int]:
+        return {fate: len(self.of(fate)) for fate in FATES}
+
+    @property
+    def _title(self) -> str:
+        fates = ", ".join(f"{count} {fate}" for fate, count in self._counts.items() if count)
+        return f"{self.format} {self.path.name}: {fates or 'nothing'}; {size(self.bytes_before)} -> {size(self.bytes_after)}"
+
     def of(self, fate: Fate) -> list[Outcome]:
         """Layers of one fate."""
         return [outcome for outcome in self.layers if outcome.fate == fate]
@@ -76,7 +96,7 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        counts = {fate: len(self.of(fate)) for fate in FATES}
+        counts = self._counts
         totals = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         return {**asdict(self), "path": str(self.path), "components": list(self.components), "counts": counts, **totals}
 

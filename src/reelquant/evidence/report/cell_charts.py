@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from reelquant._numbers import figure, is_number
 from reelquant.evidence.report.charts import Scale, padded, path, tag, text, tip
-from reelquant.evidence.report.numbers import figure, is_number
 
 ROW = 15  # pixels of one interval
 FAR = 6.0  # times the span of the others: a floor that makes the range longer than this is left out of it

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from reelquant._numbers import count, figure, is_number
 from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import ClipData, ReportData
-from reelquant.evidence.report.numbers import count, figure, is_number
 from reelquant.evidence.report.panels import BADNESS, Embedded, Panel
 
 FIGURES = 5  # per clip

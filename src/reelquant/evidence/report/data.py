@@ -22,8 +22,8 @@ from pydantic import (
 )
 
 from reelquant._errors import MeasurementError
+from reelquant._numbers import figure, finite_only, is_number, significant
 from reelquant.evidence.metrics import METRICS
-from reelquant.evidence.report.numbers import figure, finite_only, is_number, significant
 
 KINDS = {
     "paired": "Clip against clip",

@@ -15,9 +15,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from reelquant import _numbers as numbers
 from reelquant._errors import MeasurementError
 from reelquant.evidence.media import FPS
-from reelquant.evidence.report import clip_cards, metric_table, numbers, plots, proof, sentences
+from reelquant.evidence.report import clip_cards, metric_table, plots, proof, sentences
 from reelquant.evidence.report.clip_cards import ClipCard
 from reelquant.evidence.report.data import QuantizationData, ReportData, ReuseData, SaturationData
 from reelquant.evidence.report.panels import Panel, best_gain, embed_within, worst_first

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from reelquant._errors import printable
+from reelquant._markup import escaped
+from reelquant._numbers import count, figure, size
 from reelquant.evidence.report.data import MetricData, QuantizationData, ReportData, ValueRange
-from reelquant.evidence.report.numbers import count, figure, size
 from reelquant.evidence.report.sentences import BETTER, WITHIN, clipping, failure_line, headline, sides, verdict
 
 MARKS = {"good": "\u2705", "bad": "\u274c", "unknown": "\u2754"}
@@ -44,12 +43,6 @@ def summary(data: Mapping[str, Any]) -> str:
     environment = environment_line(found)
     lines += [f"<sub>{environment}</sub>"] if environment else []
     return "\n".join(lines).rstrip() + "\n"
-
-
-def escaped(text: Any) -> str:
-    """Text that Markdown, and whatever makes HTML of it, shows as it is, on one line."""
-    words = re.sub(r"([\\`*_\[\]|#~])", r"\\\1", " ".join(printable(str(text)).split()))
-    return words.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _clip_lines(data: ReportData) -> list[str]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from reelquant._numbers import figure, size
 from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import KINDS, MetricData, QuantizationData, ReportData, ValueRange
-from reelquant.evidence.report.numbers import figure, size
 from reelquant.evidence.report.sentences import BETTER, WITHIN
 
 NOTES = {True: ", within the float floor", False: ", outside of the float floor", None: ""}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
+from reelquant._numbers import figure, is_number
 from reelquant.evidence.report import cell_charts, charts
 from reelquant.evidence.report.charts import Chart, Dot, Line
 from reelquant.evidence.report.data import LayerData, MetricData, QuantizationData, ReportData, ReuseData, SaturationData
-from reelquant.evidence.report.numbers import figure, is_number
 from reelquant.evidence.report.sentences import BETTER, capitalised, sides
 
 STRIPS = 6

@@ -7,9 +7,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from reelquant._numbers import NOTHING, count, figure, percent, plain, ranges, size
 from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import ClippedLayerData, LayerData, QuantizationData, ReportData, SaturationData
-from reelquant.evidence.report.numbers import NOTHING, count, figure, percent, plain, ranges, size
 
 LAYER_COLUMNS: tuple[tuple[str, str, str], ...] = (  # field, title, kind
     ("name", "Layer", "text"),

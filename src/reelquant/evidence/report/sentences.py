@@ -6,8 +6,8 @@ import re
 import shlex
 from typing import Literal
 
+from reelquant._numbers import NOTHING, count, figure, percent
 from reelquant.evidence.report.data import AttentionData, FailureData, GateData, ReportData
-from reelquant.evidence.report.numbers import NOTHING, count, figure, percent
 
 Tone = Literal["good", "bad", "unknown"]
 
@@ -138,7 +138,7 @@ def reproduce(data: ReportData) -> str:
         return data.command
     test, reference = shlex.quote(data.test.name or "TEST"), shlex.quote(data.reference.name or "REFERENCE")
     if data.kind == "compare":
-        return f"reelquant compare {reference} {test}"
+        return f"reelquant compare {test} {reference}"
     return f"reelquant evaluate {test} --reference {reference}"
 
 

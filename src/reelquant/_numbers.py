@@ -1,4 +1,4 @@
-"""Numbers as text: figures, byte counts, ranges. Knows nothing of the report's fields."""
+"""Numbers as text: figures, byte counts, ranges. Knows nothing of what they are about."""
 
 from __future__ import annotations
 
