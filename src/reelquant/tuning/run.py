@@ -29,7 +29,7 @@ from reelquant.tuning.curve import draw
 from reelquant.tuning.recording import Clips, Seconds, Site, record, reusing, site_of
 from reelquant.tuning.search import Goal, Search
 from reelquant.tuning.trials import Trial, Trials
-from reelquant.tuning.written import recipe_text
+from reelquant.tuning.written import recipe_text, report_of
 
 RECORDED = 4  # clips that schedules are planned from
 LEAST_STEPS = 4  # of a clip: with fewer there is nothing to leave out
@@ -141,7 +141,7 @@ def tune(
     if stage is not None:
         write_text(work / "recipe.yaml", recipe_text(site.denoiser, stage))
         put(site.denoiser, "blocks", stage, stage.facts(site))
-        save(pipe, output, force=force)
+        save(pipe, output, report_of(model), force=force)
     return made
 
 

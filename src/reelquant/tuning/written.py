@@ -1,13 +1,17 @@
-"""The recipe of a tuned pipeline."""
+"""What a tuned pipeline has in writing: its recipe, and the report of its quantization."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import nn
 
+from reelquant.models.manifest import REPORT
+from reelquant.models.pipelines import locate, stored_file
 from reelquant.reuse import BlockReuse
 
 USELESS = ("every",)  # beside 'at'
@@ -28,3 +32,24 @@ def _stored_recipe(denoiser: nn.Module) -> dict[str, Any]:
     """What the configuration of a quantized model says of its recipe."""
     stored: Any = getattr(getattr(denoiser, "config", None), "quantization_config", None) or {}
     return dict((stored if isinstance(stored, dict) else stored.to_dict()).get("recipe") or {})
+
+
+@dataclass(frozen=True)
+class KeptReport:
+    """The report that quantizing left beside a pipeline, for a copy of that pipeline.
+
+    Attributes:
+        file: where it is.
+    """
+
+    file: Path
+
+    def save(self, path: str | Path) -> None:
+        """Write it beside the copy."""
+        shutil.copyfile(self.file, path)
+
+
+def report_of(model: str | Path) -> KeptReport | None:
+    """The report beside a pipeline; None if there is none."""
+    file = stored_file(locate(model), REPORT)
+    return None if file is None else KeptReport(Path(file))

@@ -55,6 +55,12 @@ def test_the_fastest_schedule_that_keeps_the_limits_is_chosen_and_saved(tuned: T
     assert counts == {"computed": 2 * 2, "reused": 2 * (STEPS - 2)}  # Wan calls twice a step for guidance
 
 
+def test_the_report_of_the_quantization_goes_along(tuned: Tuned, quantized: Path) -> None:
+    assert tuned.output is not None
+    assert (tuned.output / "report.json").read_bytes() == (quantized / "report.json").read_bytes()
+    assert reelquant.verify(tuned.output)
+
+
 def test_what_was_tried_is_kept_beside_the_output(tuned: Tuned) -> None:
     found = json.loads((tuned.work / "tuning.json").read_text())
     assert found["chosen"]["computed"] == list(tuned.chosen.computed) and len(found["trials"]) == len(tuned.trials)
