@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import reelquant
 from reelquant._errors import printable
 from reelquant.cli import app, console, signals
-from reelquant.cli.tables import facts, table
+from reelquant.cli.layout import facts, table
 from reelquant.evidence.report.markdown import summary
 from tests.grids import ALL
 

@@ -130,7 +130,8 @@ def _measure(model: str, reference: str, threads: int | None, **options: object)
 
 def _tables(made: Benchmark) -> list[Table]:
     """Times and memory beside each other, then what computes the layers."""
-    from reelquant.cli.tables import attended_by, computed_by, facts
+    from reelquant.cli.layout import facts
+    from reelquant.cli.tables import attended_by, computed_by
 
     data = made.data
     machine = data["machine"]["gpu"] if data["device"] != "cpu" else data["machine"]["cpu"]
@@ -149,7 +150,7 @@ def _tables(made: Benchmark) -> list[Table]:
 
 def _times(made: Benchmark) -> Table:
     """A row per time and per size, float beside quantized."""
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     data = made.data
     title = f"{data['test']['name']} against {data['reference']['name']} in {data['reference']['short']}"

@@ -251,7 +251,7 @@ COLUMNS = ("bytes", "smaller", "PSNR, dB", "TDScore", "colour", "shape", "motion
 
 def results_table(name: str, variants: list[dict[str, Any]], clips: int) -> Table:
     """A row per variant, from its figures."""
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     made = table(f"{name}, {clips} clips", ["variant"], COLUMNS)
     floats = next(one["bytes_float"] for one in variants if one["bytes_float"])
@@ -261,7 +261,6 @@ def results_table(name: str, variants: list[dict[str, Any]], clips: int) -> Tabl
         "bytes: of the quantized layers, scales included; PSNR: to the float clips, mean and 95 % interval; TDScore: 1 is lossless; "
         "colour, shape, motion: clips that show what their text says"
     )
-    made.caption_justify, made.caption_style = "left", "dim"
     return made
 
 
@@ -276,7 +275,7 @@ def _cells(one: dict[str, Any], clips: int) -> tuple[str, ...]:
 
 def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:
     from reelquant.cli import console
-    from reelquant.cli.tables import facts
+    from reelquant.cli.layout import facts
 
     if json:
         return console.emit(data | {"output": str(target)})

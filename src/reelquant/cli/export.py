@@ -71,7 +71,7 @@ def export(
 def _tables(made: Exported) -> list[Table]:
     from reelquant.checkpoint.export import FATES
     from reelquant.cli.console import marked, size
-    from reelquant.cli.tables import facts, table
+    from reelquant.cli.layout import facts, table
 
     layers = table(
         f"{', '.join(made.components)} for {made.format}",
@@ -85,7 +85,6 @@ def _tables(made: Exported) -> list[Table]:
     layers.add_section()
     layers.add_row(marked("[bold]all"), "", "", str(len(made.layers)), size(made.bytes_before), size(made.bytes_after), "")
     layers.caption = "; ".join(f"{fate}: {words}" for fate, words in FATES.items()) + ". error: of the weight, over its square"
-    layers.caption_justify, layers.caption_style = "left", "dim"
     why: dict[str, list[Outcome]] = {}
     for outcome in made.layers:
         if outcome.why:
@@ -97,7 +96,6 @@ def _tables(made: Exported) -> list[Table]:
         ("opens with", made.opens_with),
     ]
     told = facts("What differs", notes)
-    told.columns[0].no_wrap = False
     return [layers, told]
 
 

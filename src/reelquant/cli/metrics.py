@@ -24,7 +24,7 @@ def metrics(weights: Weights = None, json: Json = False) -> None:
 
     Names and groups go to [cyan]reelquant evaluate -m[/cyan] and [cyan]reelquant compare -m[/cyan]; docs/metrics.md defines each.
     """
-    from reelquant.cli import console, tables
+    from reelquant.cli import console, layout
     from reelquant.evidence.mechanisms import MECHANISMS, Tools
     from reelquant.evidence.metrics import GROUPS, KINDS, METRICS
 
@@ -34,12 +34,12 @@ def metrics(weights: Weights = None, json: Json = False) -> None:
         console.emit({name: _facts(one) | {"missing": missing.get(one.source)} for name, one in METRICS.items()})
         return
     for kind, words in KINDS.items():
-        made = tables.table(f"{kind}: {words}", ["metric", "better", "what it says", "missing"])
+        made = layout.table(f"{kind}: {words}", ["metric", "better", "what it says", "missing"])
         for name, one in METRICS.items():
             if one.kind == kind:
                 made.add_row(name, one.better.replace("none", "-"), one.about, missing.get(one.source) or "")
         console.out.print(made)
-    console.out.print(tables.facts("Groups", [(name, ", ".join(names)) for name, names in GROUPS.items()]))
+    console.out.print(layout.facts("Groups", [(name, ", ".join(names)) for name, names in GROUPS.items()]))
 
 
 def _facts(metric: Metric) -> dict[str, str]:
@@ -80,7 +80,7 @@ def weights(names: Names = None, json: Json = False) -> None:
         return console.emit({name: path if path is None or name == "clip" or whole(name, path) else None for name, path in here.items()})
     about = {name: f"{one.about} ({one.licence})" for name, one in WEIGHTS.items()} | {"clip": f"{CLIP}, from the hub (MIT)"}
     rows = [(name, f"{about[name]}: {_where(name, path)}") for name, path in here.items()]
-    from reelquant.cli.tables import facts
+    from reelquant.cli.layout import facts
 
     console.out.print(facts("Weights", rows))
     return None

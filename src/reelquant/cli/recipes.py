@@ -49,10 +49,9 @@ def recipes(
 def _all(found: list[Recipe]) -> Table:
     from rich.text import Text
 
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     made = table("Recipes", ["name", "what it does", "paper", "data"])
-    made.columns[0].no_wrap = made.columns[2].no_wrap = made.columns[3].no_wrap = True
     for recipe in found:
         made.add_row(
             Text(recipe.name, "cyan"),
@@ -70,7 +69,7 @@ def _one(source: str, recipe: Recipe) -> None:
 
     from reelquant._errors import printable
     from reelquant.cli import console
-    from reelquant.cli.tables import facts
+    from reelquant.cli.layout import facts
     from reelquant.recipes.recipe import names
 
     file = resources.files("reelquant.recipes").joinpath("library", f"{source}.yaml") if source in names() else Path(source)
