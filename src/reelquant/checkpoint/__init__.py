@@ -1,7 +1,7 @@
 """Checkpoints: what ``config.json`` says about a quantized denoiser, checksums, and whole pipelines written in one piece. How codes are
 computed does not belong here."""
 
-from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
+from reelquant.checkpoint.folder import INDEX, absolute, check_target, check_writable, new_folder, refuse_source
 from reelquant.checkpoint.own_module import OwnModule, adopt_module, save_module
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
 from reelquant.checkpoint.shards import Shards, Spec, write_tensors
@@ -24,6 +24,7 @@ __all__ = [
     "adopt",
     "adopt_module",
     "check_target",
+    "check_writable",
     "describe",
     "forget_paths",
     "layer_sum",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from reelquant._errors import CalibrationError
+from reelquant.cli.signals import TERMINATED
 
-POLL = 0.2  # seconds
+POLL, GRACE = 0.2, 30.0  # seconds: between looks at a channel, for a process that is done to end
 
 
 class Lane(Protocol):
@@ -70,7 +72,10 @@ def run_each(work: Callable[[Any, Any], Any], jobs: Sequence[Any], lanes: Sequen
     try:
         for process in processes:
             process.start()
-        return _listen(processes, lanes, channel)
+        found = _listen(processes, lanes, channel)
+        for process in processes:
+            process.join(GRACE)  # what is stopped while it ends leaves its semaphores behind
+        return found
     finally:
         for process in processes:
             if process.is_alive():
@@ -84,6 +89,7 @@ def _process(work: Callable[[Any, Any], Any], job: Any, number: int, channel: An
     from reelquant.cli.console import quiet_libraries
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds, so that semaphores are given back
     quiet_libraries()
     try:
         channel.put((number, "result", (work(job, Sender(number, channel)),)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reelquant.cli.options import (
+    GATES,
     SEEDS,
     Device,
     Dtype,
@@ -25,9 +26,11 @@ from reelquant.cli.options import (
     call_options,
     conditions,
     more_help,
+    recipe_names,
     settings,
 )
 from reelquant.cli.request import Request, stream
+from reelquant.cli.signals import keeping
 from reelquant.sites import by_component
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from reelquant.recipes.recipe import Recipe
     from reelquant.streaming import Job
 
+NOTHING_KEPT = "nothing is left behind: begin with --resume, and what is done by then is kept"
+
 Recipes = Annotated[
     list[str],
     typer.Option(
@@ -43,6 +48,7 @@ Recipes = Annotated[
         "-r",
         help="A name from `reelquant recipes`, or a YAML file; COMPONENT=RECIPE for one component. Repeatable.",
         show_default=False,
+        autocompletion=recipe_names,
     ),
 ]
 Output = Annotated[
@@ -86,6 +92,7 @@ Gate = Annotated[
     typer.Option(
         "--gate",
         help="Then compare 8 clips with float: strict, default or loose; exit code 1 if a limit is missed.",
+        autocompletion=GATES,
     ),
 ]
 MaxMemory = Annotated[
@@ -189,7 +196,8 @@ def quantize(
         max_memory=max_memory,
         call=call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance),
     )
-    _run(request, delivery)
+    with keeping(lambda: "" if dry_run else NOTHING_KEPT):
+        _run(request, delivery)
 
 
 def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
@@ -197,10 +205,11 @@ def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
     if delivery.output is None and not delivery.dry_run:
         raise typer.BadParameter("say where to write (or try --dry-run)", param_hint="--output")
     if delivery.output is not None and not delivery.dry_run:
-        from reelquant.checkpoint import check_target, refuse_source
+        from reelquant.checkpoint import check_target, check_writable, refuse_source
 
         refuse_source(delivery.output, model)
         check_target(delivery.output, force=delivery.force)
+        check_writable(delivery.output)
     if delivery.gate is not None:
         from reelquant.evidence.gate import check_preset
 
@@ -245,15 +254,21 @@ def _run(request: Request, delivery: Delivery) -> None:
     else:
         report, path = request.run(delivery.output, force=delivery.force)
     _show_proof(report, path, delivery.json)
-    evaluation = None if delivery.gate is None else request.evaluate(delivery.output, delivery.gate)
+    with keeping(lambda: f"'{path}' is complete: go on with `{_compared(request, delivery)}`"):
+        evaluation = None if delivery.gate is None else request.evaluate(delivery.output, delivery.gate)
     _finish(report.to_json() | {"output": str(path)}, evaluation, delivery.json)
 
 
 def _too_large(request: Request, delivery: Delivery) -> str:
-    command = f"reelquant evaluate {delivery.output or 'OUTPUT'} --reference {request.model} --gate {delivery.gate}"
+    command = _compared(request, delivery)
     return (
         f"it holds both whole pipelines in memory, and this one does not fit; quantize without it and run `{command}` on a bigger machine"
     )
+
+
+def _compared(request: Request, delivery: Delivery) -> str:
+    """The command that compares the result with the float pipeline."""
+    return f"reelquant evaluate {delivery.output or 'OUTPUT'} --reference {request.model} --gate {delivery.gate}"
 
 
 # ----------------------------------------------------------------------------------------------------------- output

@@ -29,7 +29,9 @@ NAMES = 3  # examples of layers per reason
 
 def plan_table(plan: Plan) -> Table:
     """A row per layer: what it becomes, or why it stays."""
-    made = table(f"Plan of {plan.recipe.name} for {plan.map.cls}", ["layer", "role", "becomes"], ["before", "after", "smaller"], hides=["smaller"])
+    made = table(
+        f"Plan of {plan.recipe.name} for {plan.map.cls}", ["layer", "role", "becomes"], ["before", "after", "smaller"], hides=["smaller"]
+    )
     for row in plan.layers.values():
         made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
     made.add_section()
