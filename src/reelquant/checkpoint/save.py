@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
+from reelquant.checkpoint.as_stored import keep_stored, sources
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
 from reelquant.discover.components import plain
@@ -19,6 +20,7 @@ from reelquant.models.blank import QUANTIZATION, check_names, read_config
 from reelquant.models.fused import drop_unused_projections
 from reelquant.models.manifest import REPORT, write_manifest
 from reelquant.models.sampling import NOTES_FILE
+from reelquant.models.weight_files import weight_bytes
 from reelquant.nn import quantized_layers
 from reelquant.nn.refusals import refuses_saving
 
@@ -28,6 +30,9 @@ _PATH_KEYS = ("_name_or_path", "name_or_path")
 
 class Writable(Protocol):
     """A report."""
+
+    bytes_source: int | None
+    bytes_folder: int | None
 
     def save(self, path: str | Path) -> None: ...
 
@@ -50,7 +55,8 @@ def save(
         folder: where to; its parents are made.
         report: written as ``report.json``.
         force: replace an existing pipeline folder, once the new one is complete.
-        dtype: store float parts in this dtype; by default in the one they have. Scales and tables always keep theirs.
+        dtype: store float parts in this dtype; by default in the one they have, and components without quantized layers as they were
+            stored, if they were not changed since. Scales and tables always keep theirs.
         max_shard_size: as in diffusers, ``"5GB"``.
 
     Returns:
@@ -67,9 +73,14 @@ def save(
         pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=max_shard_size)
         _check_complete(pipe, temporary)
         forget_paths(temporary)
+        homes = sources(pipe, list(_modules(pipe)))
         if dtype is not None:
             _cast(pipe, temporary, dtype)
+        variant = keep_stored(_untouched(pipe), homes, temporary) if dtype is None else None
         if report is not None:
+            known = all(name in homes for name in _modules(pipe))
+            report.bytes_source = weight_bytes(homes.values(), variant) if known else None
+            report.bytes_folder = weight_bytes(temporary / name for name in _modules(pipe))
             report.save(temporary / REPORT_FILE)
         _copy_notes(pipe, temporary)
         write_manifest(temporary)
@@ -79,6 +90,10 @@ def save(
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
     return {name: plain(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _untouched(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in _modules(pipe).items() if not quantized_layers(part)}
 
 
 def _describe(pipe: Any) -> None:

@@ -187,6 +187,7 @@ def summary(report: Report) -> Table:
         psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float{lowest}"
     tdscore = report.mean("tdscore", "temporal")
     rows: list[tuple[str, str | Text]] = [
+        *_folder(report),
         ("layers", f"{len(report.layers)} quantized, {count} skipped (they stay float)"),
         ("their bytes", bytes_),
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
@@ -200,6 +201,15 @@ def summary(report: Report) -> Table:
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
     ]
     return facts(f"{report.recipe} on {report.denoiser} ({report.component})", rows)
+
+
+def _folder(report: Report) -> list[tuple[str, str | Text]]:
+    """What the whole folder became, if it was saved and came from one."""
+    if not report.bytes_source or not report.bytes_folder:
+        return []
+    ratio = report.bytes_source / report.bytes_folder
+    words = f"[bold]{ratio:.2f}x smaller[/bold]" if ratio >= 1 else f"[bold]{1 / ratio:.2f}x larger[/bold]"
+    return [("weight files", marked(f"{size(report.bytes_source)} -> {size(report.bytes_folder)}, {words} than those it came from"))]
 
 
 def _figure(name: str, value: float) -> str:

@@ -7,6 +7,7 @@ one. The libraries want to be told, so it is found here.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from reelquant._errors import CheckpointError
@@ -60,6 +61,23 @@ def variants(component: Path) -> list[str]:
     if _plain(component):
         return []
     return sorted({name for file in component.iterdir() if (name := _variant_of(file.name)) is not None})
+
+
+def stored_variants(component: Path) -> list[str | None]:
+    """Every variant in which a component is stored as safetensors; None is the one without a name."""
+    named = {variant for file in component.iterdir() if (variant := _variant_of(file.name)) is not None}
+    return [*([None] if _plain(component) else []), *sorted(named)]
+
+
+def weight_bytes(homes: Iterable[Path], variant: str | None = None) -> int:
+    """Bytes of the weights that would be loaded from the folders of some components; of those without the variant, the others."""
+    found = 0
+    for home in homes:
+        kinds = stored_variants(home)
+        if kinds:
+            chosen = variant if variant in kinds else kinds[0]
+            found += sum(file.stat().st_size for file in loaded_files(home, chosen))
+    return found
 
 
 def sole_variant(folder: Path) -> str | None:
