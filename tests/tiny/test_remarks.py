@@ -68,7 +68,7 @@ def test_the_verbs_say_it(folder: Path, tmp_path: Path) -> None:
     assert MADE in generated.stderr and "5 frames" in generated.stdout
     _remarks._logged.clear()
     made = reelquant.save(reelquant.open_pipeline(folder), tmp_path / "same")
-    words = ("evaluate", made, "-r", folder, "-n", 1, "-m", "psnr", "--floor", "none", "-o", tmp_path / "proof", *short)
+    words = ("evaluate", made, "--reference", folder, "-n", 1, "-m", "psnr", "--floor", "none", "-o", tmp_path / "proof", *short)
     evaluated = invoke(*words)
     assert MADE in evaluated.stderr
     assert MADE in (tmp_path / "proof" / "report.json").read_text()

@@ -1,4 +1,4 @@
-"""What quantization left alone is written as it was stored: opening a pipeline may have cast it, to twice its size or to less than it was."""
+"""What quantization left alone is written as it was stored: opening a pipeline may have cast it, to twice its size or to half of it."""
 
 from __future__ import annotations
 

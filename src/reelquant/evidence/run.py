@@ -14,7 +14,7 @@ import torch
 from reelquant._errors import CalibrationError, CheckpointError, MeasurementError, RecipeError
 from reelquant._remarks import remarks
 from reelquant.evidence import evaluation
-from reelquant.evidence.causes import differences
+from reelquant.evidence.causes import differences, refuse_pair
 from reelquant.evidence.clips import Clip, find_clips, unequal_rates, unpaired
 from reelquant.evidence.evaluation import Evaluation
 from reelquant.evidence.grain import FLAT, growth
@@ -55,6 +55,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample both pipelines and the noise floor, measure, judge, report; see :func:`reelquant.api.evaluate`."""
     options = options or Options()
+    _check_places(options)
     if clips < 1:
         raise RecipeError(f"clips: got {clips}; evaluate at least 1")
     own, kind = _notes(reference), pipeline_class(reference)
@@ -69,8 +70,9 @@ def evaluate(
     check_given(kind, call, drawn)
     if grain_steps and not any(texts):
         raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
-    causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
     variants, proof = _variants(test, float_, floor, options), _proof(test)
+    refuse_pair(reference, test, files)
+    causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
     number = str(dtype).removeprefix("torch.")
     with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
         times = Times()
@@ -84,6 +86,19 @@ def evaluate(
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *told, *([sentence] if (sentence := seen.sentence()) else [])]
         return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
+
+
+def _check_places(options: Options) -> None:
+    """Refuse real clips and a CLIP that are asked for and not there: they are read after all clips are made.
+
+    Raises:
+        MeasurementError, CheckpointError: naming the place.
+    """
+    if options.data is not None:
+        find_clips(options.data)
+    named = options.clip_model
+    if named is not None and (named.startswith((".", "/", "~")) or named.count("/") > 1) and not Path(named).expanduser().is_dir():
+        raise CheckpointError(f"no CLIP model at '{named}'; give a folder that transformers loads, or a hub id (owner/name)")
 
 
 def _bundled(source: ClipSource, kind: type, drawn: list[Condition], call: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,6 +231,7 @@ def compare(
 ) -> Evaluation:
     """Measure a folder of clips against another; see :func:`reelquant.api.compare`."""
     options = options or Options()
+    _check_places(options)
     with remarks() as told:
         sets = {"reference": find_clips(reference), "test": find_clips(test)}
     alone = unpaired(**sets)

@@ -116,5 +116,6 @@ def test_pairs_that_say_nothing_are_named() -> None:
 
 def test_an_evaluation_carries_the_sentence() -> None:
     call: dict[str, Any] = dict(num_inference_steps=1, num_frames=5, metrics=["psnr"], floor=["none"])
-    found = reelquant.evaluate(NAME, NAME, ["a red circle"], clips=1, **call)
+    pipe = reelquant.open_pipeline(NAME)
+    found = reelquant.evaluate(pipe, pipe, ["a red circle"], clips=1, **call)
     assert "the very same pipeline" in found.data["warnings"][0]
