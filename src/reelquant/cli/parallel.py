@@ -69,15 +69,15 @@ def run_each(work: Callable[[Any, Any], Any], jobs: Sequence[Any], lanes: Sequen
     context = multiprocessing.get_context("spawn")
     channel = context.Queue()
     processes = [context.Process(target=_process, args=(work, job, number, channel), daemon=True) for number, job in enumerate(jobs)]
+    ending: set[int] = set()
     try:
         for process in processes:
             process.start()
-        found = _listen(processes, lanes, channel)
-        for process in processes:
-            process.join(GRACE)  # what is stopped while it ends leaves its semaphores behind
-        return found
+        return _listen(processes, lanes, channel, ending)
     finally:
-        for process in processes:
+        for number, process in enumerate(processes):
+            if number in ending:
+                process.join(GRACE)  # what is stopped while it ends leaves its semaphores behind
             if process.is_alive():
                 process.terminate()
         for process in processes:
@@ -97,8 +97,8 @@ def _process(work: Callable[[Any, Any], Any], job: Any, number: int, channel: An
         channel.put((number, "error", (error,)))
 
 
-def _listen(processes: Sequence[Any], lanes: Sequence[Lane], channel: Any) -> list[Any]:
-    """Pass progress on until every result is there."""
+def _listen(processes: Sequence[Any], lanes: Sequence[Lane], channel: Any, ending: set[int]) -> list[Any]:
+    """Pass progress on until every result is there; ``ending`` gets the numbers of the processes whose work is over."""
     results: dict[int, Any] = {}
     while len(results) < len(processes):
         try:
@@ -106,6 +106,8 @@ def _listen(processes: Sequence[Any], lanes: Sequence[Lane], channel: Any) -> li
         except queue.Empty:
             _check(processes, results)
             continue
+        if what in ("error", "result"):
+            ending.add(number)
         if what == "error":
             raise words[0]
         if what == "result":
