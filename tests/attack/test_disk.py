@@ -237,22 +237,8 @@ def test_a_full_disk_in_evaluate_is_one_sentence(source: Path, tmp_path: Path, p
         monkeypatch.setattr("pathlib.Path.write_text", full)
     else:
         monkeypatch.setattr(f"reelquant.evidence.{place}", full)
-    words = (
-        "evaluate",
-        tmp_path / "out",
-        "--reference",
-        source,
-        "-n",
-        1,
-        "--floor",
-        "none",
-        "-o",
-        tmp_path / "proof",
-        "-m",
-        "psnr",
-        "--steps",
-        1,
-    )
+    call = ("-n", 1, "--floor", "none", "-m", "psnr", "--steps", 1)
+    words = ("evaluate", tmp_path / "out", "--reference", source, "-o", tmp_path / "proof", *call)
     assert "No space left" in fails(*words)
 
 

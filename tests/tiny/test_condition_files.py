@@ -115,20 +115,8 @@ def test_a_changed_picture_is_another_evaluation(media: Path, tmp_path: Path) ->
     folder.mkdir()
     picture(200).save(folder / "a.png")
     invoke("quantize", model, "-r", "w8a16", "-o", tmp_path / "out")
-    words = (
-        "evaluate",
-        tmp_path / "out",
-        "--reference",
-        model,
-        "--prompts",
-        folder,
-        "-o",
-        tmp_path / "proof",
-        "-m",
-        "psnr",
-        "--floor",
-        "none",
-    )
+    both = (tmp_path / "out", "--reference", model)
+    words = ("evaluate", *both, "--prompts", folder, "-o", tmp_path / "proof", "-m", "psnr", "--floor", "none")
     first = invoke(*words)
     assert invoke(*words, "--resume")["psnr"] == first["psnr"]
     picture(20).save(folder / "a.png")

@@ -24,8 +24,11 @@ def keeping(words: Callable[[], str]) -> Iterator[None]:
     """Inside, Ctrl-C and SIGTERM say what is kept and how to go on, unless something further inside said so; no words for nothing."""
     try:
         yield
-    except (KeyboardInterrupt, Terminated) as error:
-        raise type(error)(told(error) or words()) from None
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        stop = error if isinstance(error, KeyboardInterrupt | Terminated) else asked_to_stop()  # an import makes other errors of it
+        if stop is None:
+            raise
+        raise type(stop)(told(stop) or words()) from None
 
 
 def left_in(folder: Path | None) -> AbstractContextManager[None]:
