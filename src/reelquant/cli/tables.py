@@ -209,7 +209,7 @@ def _folder(report: Report) -> list[tuple[str, str | Text]]:
         return []
     ratio = report.bytes_source / report.bytes_folder
     words = f"[bold]{ratio:.2f}x smaller[/bold]" if ratio >= 1 else f"[bold]{1 / ratio:.2f}x larger[/bold]"
-    return [("weight files", marked(f"{size(report.bytes_source)} -> {size(report.bytes_folder)}, {words} than those it came from"))]
+    return [("folder", marked(f"{size(report.bytes_source)} -> {size(report.bytes_folder)} of weights, {words} than the one it came from"))]
 
 
 def _figure(name: str, value: float) -> str:

@@ -70,14 +70,22 @@ def stored_variants(component: Path) -> list[str | None]:
 
 
 def weight_bytes(homes: Iterable[Path], variant: str | None = None) -> int:
-    """Bytes of the weights that would be loaded from the folders of some components; of those without the variant, the others."""
+    """Bytes of the tensors that would be loaded from the folders of some components, without headers, so that shards make no difference.
+
+    A component that is not stored in the variant counts as a library finds it.
+    """
     found = 0
     for home in homes:
         kinds = stored_variants(home)
         if kinds:
             chosen = variant if variant in kinds else kinds[0]
-            found += sum(file.stat().st_size for file in loaded_files(home, chosen))
+            found += sum(map(_tensor_bytes, loaded_files(home, chosen)))
     return found
+
+
+def _tensor_bytes(file: Path) -> int:
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
 def sole_variant(folder: Path) -> str | None:
