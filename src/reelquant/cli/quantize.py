@@ -183,9 +183,13 @@ def quantize(
     """Quantize components of a pipeline and save the whole pipeline as a stock diffusers folder."""
     delivery = Delivery(output, gate, resume, dry_run, force, json)
     _check(delivery, model, lora or [])
+    chosen = _chosen(recipe, settings(change or []), seed)
+    of_clips = dict(prompts=prompts, seed=seed, steps=steps, frames=frames, height=height, width=width, guidance=guidance)
+    if gate is None and not dry_run and components is None:
+        _refuse_idle(chosen, [f"--{name}" for name, value in of_clips.items() if value is not None])
     request = Request(
         model=model,
-        recipe=_chosen(recipe, settings(change or []), seed),
+        recipe=chosen,
         components=components.replace(" ", "").split(",") if components else None,
         prompts=conditions(prompts),
         skip=[*(skip or []), *(exclude or [])],
@@ -217,6 +221,23 @@ def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
         if lora:
             message = "it compares with the float pipeline, which lacks the adapters of --lora"
             raise typer.BadParameter(message, param_hint="--gate")
+
+
+def _refuse_idle(recipe: Recipe | dict[str, Recipe], options: list[str]) -> None:
+    """Refuse options of clips where no clip is made: who gives them expects calibration.
+
+    Raises:
+        RecipeError: naming the first of them.
+    """
+    from reelquant._errors import RecipeError
+
+    chosen = list(recipe.values()) if isinstance(recipe, dict) else [recipe]
+    if options and all(one.data_free for one in chosen):
+        names = ", ".join(dict.fromkeys(one.name for one in chosen))
+        raise RecipeError(
+            f"{options[0]} says nothing here: {names} needs no data and no clip is made; leave it out, add --gate, "
+            "or choose a recipe that calibrates (`reelquant recipes` lists which need data)"
+        )
 
 
 def _chosen(sources: list[str], changes: dict[str, Any], seed: int | None) -> Recipe | dict[str, Recipe]:

@@ -354,10 +354,15 @@ def test_a_place_that_takes_no_files_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "file").touch()
     places = {"MODEL": str(model), "CLIPS": str(tmp_path), "OUT": str(tmp_path / "file" / "out")}
+    for verb in ("request", "generate"):
+        monkeypatch.setattr(module(verb), "opened", lambda *_: pytest.fail("the pipeline was opened"))
     for work in (
-        "models.pipelines.open_pipeline", "evidence.run.evaluate", "evidence.run.compare", "streaming.Source.open",
-        "checkpoint.export.export", "cli.parallel.run_each",
-    ):  # fmt: skip
+        "evidence.run.evaluate",
+        "evidence.run.compare",
+        "streaming.Source.open",
+        "checkpoint.export.export",
+        "cli.parallel.run_each",
+    ):
         monkeypatch.setattr(f"reelquant.{work}", lambda *_, work=work, **__: pytest.fail(f"{work} was called"))
     given = [next((word.replace(name, place) for name, place in places.items() if word.startswith(name)), word) for word in words]
     result = invoke(*given)
@@ -365,12 +370,22 @@ def test_a_place_that_takes_no_files_is_refused_before_any_work(
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize(
+    "option", [("--steps", 3), ("--seed", 1), ("--prompts", "texts.txt"), ("--guidance", 2)], ids=lambda option: option[0]
+)
+def test_options_of_clips_are_refused_where_no_clip_is_made(option: tuple[str, object], model: Path, tmp_path: Path) -> None:
+    words = ("quantize", model, "-r", "w8a16", "-o", tmp_path / "out", *option)
+    assert f"{option[0]} says nothing here: w8a16 needs no data" in invoke(*words).stderr
+    assert list(tmp_path.iterdir()) == []
+    if option[0] != "--prompts":
+        assert invoke(*words, "--dry-run").exit_code == 0
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "benchmark"])
 def test_pairs_that_say_nothing_are_refused_before_any_work(
     verb: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert invoke("quantize", model, "-r", "w8a16", "-o", tmp_path / "out").exit_code == 0
-    monkeypatch.setattr("reelquant.models.pipelines.DiffusionPipeline", None, raising=False)
     for place in ("evidence.sampling", "evidence.speed"):
         monkeypatch.setattr(f"reelquant.{place}.open_pipeline", lambda *_, **__: pytest.fail("a pipeline was opened"))
     for test, reference, says in (
