@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from reelquant.cli import app
 from tests.attack.outcomes import RawError, SilentError
 
-EVALUATE = ("evaluate", "QUANTIZED", "-r", "FLOAT", "-n", "1", "--steps", "1", "-m", "psnr", "--floor", "none")
+EVALUATE = ("evaluate", "QUANTIZED", "--reference", "FLOAT", "-n", "1", "--steps", "1", "-m", "psnr", "--floor", "none")
 GENERATE = ("generate", "QUANTIZED", "-p", "a ball", "--steps", "1")
 SHORT = ("--set", "calibrate.prompts=1", "--set", "calibrate.steps=1", "--set", "search.prompts=1", "--set", "search.steps=1")
 COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {

@@ -237,7 +237,8 @@ def test_a_full_disk_in_evaluate_is_one_sentence(source: Path, tmp_path: Path, p
         monkeypatch.setattr("pathlib.Path.write_text", full)
     else:
         monkeypatch.setattr(f"reelquant.evidence.{place}", full)
-    words = ("evaluate", tmp_path / "out", "-r", source, "-n", 1, "--floor", "none", "-o", tmp_path / "proof", "-m", "psnr", "--steps", 1)
+    call = ("-n", 1, "--floor", "none", "-m", "psnr", "--steps", 1)
+    words = ("evaluate", tmp_path / "out", "--reference", source, "-o", tmp_path / "proof", *call)
     assert "No space left" in fails(*words)
 
 
@@ -269,9 +270,9 @@ LONG = "n" * 300
         ("generate", "MODEL", "-p", "a ball", "-o", "OUT.mp4", "--seed", 2**64),
         ("generate", "MODEL", "-p", "a ball", "-o", "OUT.mp4", "--guidance", "nan"),
         ("generate", "MODEL", "-p", "a ball", "-o", "OUT.mp4", "--height", 63),
-        ("evaluate", "MODEL", "-r", "MODEL", "--guidance", "inf", "-o", "OUT"),
-        ("evaluate", "MODEL", "-r", LONG, "-o", "OUT"),
-        ("evaluate", "MODEL", "-r", "MODEL", "-n", 1, "-o", f"OUT{LONG}", "--steps", 1, "--floor", "none"),
+        ("evaluate", "MODEL", "--reference", "MODEL", "--guidance", "inf", "-o", "OUT"),
+        ("evaluate", "MODEL", "--reference", LONG, "-o", "OUT"),
+        ("evaluate", "MODEL", "--reference", "MODEL", "-n", 1, "-o", f"OUT{LONG}", "--steps", 1, "--floor", "none"),
         ("compare", LONG, LONG),
         ("verify", LONG),
         ("export", LONG, "-f", "gguf", "-o", "OUT.gguf"),

@@ -18,11 +18,12 @@ from typer.testing import CliRunner
 import reelquant
 from reelquant._errors import printable
 from reelquant.cli import app, console, signals
-from reelquant.cli.tables import facts, table
+from reelquant.cli.layout import facts, table
 from reelquant.evidence.report.markdown import summary
 from tests.grids import ALL
 
 ROOT = Path(__file__).parents[2]
+KEPT = "nothing is left behind: begin with --resume, and what is done by then is kept"
 HOSTILE = ["[/bold]", "[link=file:///etc]x", "[red", "\x1b[2J\x1b]0;title\x07", "\u202egnp.exe", "\x9b31m", "<script>alert(1)</script>"]
 
 
@@ -126,14 +127,14 @@ def test_an_import_that_makes_another_error_of_it(
 
     monkeypatch.setattr("reelquant.models.pipelines.locate", importing)
     result = invoke("quantize", source, "-r", "w8a16", "-o", tmp_path / "out")
-    assert result.exit_code == code and result.stderr == f"reelquant: {word}, nothing is left behind\n"
+    assert result.exit_code == code and result.stderr == f"reelquant: {word}, {KEPT}\n"
 
 
 def test_sigterm_says_what_is_kept(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("reelquant.checkpoint.save")  # the package has a function of that name
     monkeypatch.setattr(module, "write_manifest", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     result = invoke("quantize", source, "-r", "w8a16", "-o", tmp_path / "out")
-    assert result.exit_code == 143 and result.stderr == "reelquant: terminated, nothing is left behind\n"
+    assert result.exit_code == 143 and result.stderr == f"reelquant: terminated, {KEPT}\n"
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("reelquant.streaming.run.copy_others", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     again = invoke("quantize", source, "-r", "w8a16", "-o", tmp_path / "out", "--resume")

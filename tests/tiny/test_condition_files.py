@@ -101,7 +101,9 @@ def test_one_command_each(name: str, media: Path, tmp_path: Path) -> None:
     assert case.argument in made["conditions"]["calibration"][0]
     clips = invoke("generate", tmp_path / "out", "--conditions", file, "-o", tmp_path / "made" / "clip.gif")["clips"]
     assert len(clips) == len(case.lines) and all(Path(clip["files"][0]).is_file() for clip in clips)
-    found = invoke("evaluate", tmp_path / "out", "-r", model, "--prompts", file, "-o", tmp_path / "proof", "-m", "psnr", "--floor", "none")
+    found = invoke(
+        "evaluate", tmp_path / "out", "--reference", model, "--prompts", file, "-o", tmp_path / "proof", "-m", "psnr", "--floor", "none"
+    )
     assert found["psnr"] > 25 and len(found["conditions"]) == len(case.lines)
     assert found["conditions"][0].keys() >= {case.argument}
 
@@ -113,7 +115,8 @@ def test_a_changed_picture_is_another_evaluation(media: Path, tmp_path: Path) ->
     folder.mkdir()
     picture(200).save(folder / "a.png")
     invoke("quantize", model, "-r", "w8a16", "-o", tmp_path / "out")
-    words = ("evaluate", tmp_path / "out", "-r", model, "--prompts", folder, "-o", tmp_path / "proof", "-m", "psnr", "--floor", "none")
+    both = (tmp_path / "out", "--reference", model)
+    words = ("evaluate", *both, "--prompts", folder, "-o", tmp_path / "proof", "-m", "psnr", "--floor", "none")
     first = invoke(*words)
     assert invoke(*words, "--resume")["psnr"] == first["psnr"]
     picture(20).save(folder / "a.png")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,7 +99,7 @@ def test_float_clips_of_another_evaluation_are_reused(
     made: list[str] = []
     write = media.write_video
     monkeypatch.setattr(evidence_store, "write_video", lambda *args, **options: made.append(args[1].parent.name) or write(*args, **options))
-    words = ["evaluate", quantized, "-r", "tiny-dit", "-n", 2, "-m", "quick", "--steps", 3, "--frames", 5, "--batch", 1]
+    words = ["evaluate", quantized, "--reference", "tiny-dit", "-n", 2, "-m", "quick", "--steps", 3, "--frames", 5, "--batch", 1]
     result = CliRunner().invoke(app, [str(word) for word in (*words, "-o", tmp_path / "o", "--reuse", evaluated.folder, "--json")])
     assert result.exit_code == 0, result.output
     assert made == ["test", "test"]
@@ -107,9 +109,11 @@ def test_float_clips_of_another_evaluation_are_reused(
     assert "seeds is" in other.stderr
 
 
-def test_a_resumed_run_of_another_pipeline_is_refused(evaluated: Any) -> None:
+def test_a_resumed_run_of_another_pipeline_is_refused(evaluated: Any, quantized: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(quantized, tmp_path / "other"))
+    os.utime(other / "model_index.json", (0, 0))  # written at another time
     with pytest.raises(CheckpointError, match="test was"):
-        reelquant.evaluate("tiny-dit", "tiny-dit", output=evaluated.folder, resume=True, **SAME, **CALL)
+        reelquant.evaluate(other, "tiny-dit", output=evaluated.folder, resume=True, **SAME, **CALL)
 
 
 def test_pipelines_in_memory_and_nothing_kept(quantized: Path) -> None:
@@ -122,7 +126,7 @@ def test_pipelines_in_memory_and_nothing_kept(quantized: Path) -> None:
 
 
 def test_fail_under_ends_with_code_1_and_a_sentence(quantized: Path, tmp_path: Path) -> None:
-    words = ["evaluate", quantized, "-r", "tiny-dit", "-n", 1, "-m", "psnr,ssim", "--steps", 2, "--frames", 5, "--floor", "none"]
+    words = ["evaluate", quantized, "--reference", "tiny-dit", "-n", 1, "-m", "psnr,ssim", "--steps", 2, "--frames", 5, "--floor", "none"]
     limits = ["--fail-under", "psnr=99", "--fail-under", "ssim=0.5", "--fail-under", "fvd_data=5"]
     result = CliRunner().invoke(app, [str(word) for word in (*words, "-o", tmp_path / "o", *limits)])
     assert result.exit_code == 1

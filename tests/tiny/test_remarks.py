@@ -67,8 +67,10 @@ def test_the_verbs_say_it(folder: Path, tmp_path: Path) -> None:
     generated = invoke("generate", folder, "-p", "a red ball", "-o", tmp_path / "a.mp4", *short)
     assert MADE in generated.stderr and "5 frames" in generated.stdout
     _remarks._logged.clear()
-    made = reelquant.save(reelquant.open_pipeline(folder), tmp_path / "same")
-    words = ("evaluate", made, "-r", folder, "-n", 1, "-m", "psnr", "--floor", "none", "-o", tmp_path / "proof", *short)
+    pipe = reelquant.open_pipeline(folder)
+    reelquant.quantize(pipe, "w8a16")
+    made = reelquant.save(pipe, tmp_path / "same")
+    words = ("evaluate", made, "--reference", folder, "-n", 1, "-m", "psnr", "--floor", "none", "-o", tmp_path / "proof", *short)
     evaluated = invoke(*words)
     assert MADE in evaluated.stderr
     assert MADE in (tmp_path / "proof" / "report.json").read_text()

@@ -44,7 +44,8 @@ def test_times_memory_and_kernels_are_measured(quantized: str) -> None:
 
 
 def test_the_verb_prints_a_table_or_one_document(quantized: str) -> None:
-    command = ["benchmark", quantized, "-r", "tiny-dit", "--steps", "2", "--frames", "5", "-n", "1", "--no-memory", "--dtype", "float32"]
+    call = ["--steps", "2", "--frames", "5", "-n", "1", "--no-memory", "--dtype", "float32"]
+    command = ["benchmark", quantized, "--reference", "tiny-dit", *call]
     shown = CliRunner().invoke(app, command)
     assert shown.exit_code == 0, shown.output
     for words in ("whole clip", "one step", "x as fast", "weights of the denoiser", "float products (63)", "nothing is simulated"):

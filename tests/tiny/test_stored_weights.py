@@ -136,7 +136,7 @@ def test_the_float_side_of_an_evaluation_and_of_a_benchmark_may_be_a_variant(fol
     with pytest.raises(CheckpointError, match="--variant ema of the command"):
         reelquant.evaluate(tmp_path / "out", folder, PROMPT, clips=1, metrics="psnr", floor=["none"], **CALL)
     size = ["--variant", "ema", "--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
-    words = [str(tmp_path / "out"), "-r", str(folder), *size]
+    words = [str(tmp_path / "out"), "--reference", str(folder), *size]
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a ball\n")
     evaluated = ["evaluate", *words, "-m", "psnr", "--floor", "bf16", "--prompts", str(prompts), "-o", str(tmp_path / "proof")]

@@ -2,7 +2,7 @@
 computed does not belong here."""
 
 from reelquant.checkpoint.card import write_card
-from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
+from reelquant.checkpoint.folder import INDEX, absolute, check_target, check_writable, new_folder, refuse_source
 from reelquant.checkpoint.own_module import OwnModule, adopt_module, save_module
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
 from reelquant.checkpoint.shards import Shards, Spec, write_tensors
@@ -25,6 +25,7 @@ __all__ = [
     "adopt",
     "adopt_module",
     "check_target",
+    "check_writable",
     "describe",
     "forget_paths",
     "layer_sum",

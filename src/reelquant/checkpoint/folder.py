@@ -48,6 +48,22 @@ def check_target(target: str | Path, *, force: bool, index: str = INDEX) -> Path
     return path
 
 
+def check_writable(target: str | Path) -> None:
+    """Refuse a place that takes no files before anything slow begins: a folder is made where the target will be, and removed.
+
+    Raises:
+        CheckpointError: with the reason, and the nearest folder that exists.
+    """
+    path = absolute(target)
+    place = next((parent for parent in path.parents if os.path.lexists(parent)), path)
+    probe = beside(place / path.name)
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{path}': '{place}' takes no files ({error.strerror}); choose another place") from None
+
+
 def refuse_source(target: str | Path, source: str | Path) -> None:
     """Refuse to replace the folder that is read: with ``force`` the original would be gone.
 

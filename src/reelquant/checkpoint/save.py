@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant._sums import write_summed
+from reelquant.checkpoint.as_stored import keep_stored, sources
 from reelquant.checkpoint.card import write_card
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
@@ -22,6 +23,7 @@ from reelquant.models.fused import drop_unused_projections
 from reelquant.models.manifest import CARD, REPORT, write_manifest
 from reelquant.models.origin import SOURCE, holds_quantized, origin_of
 from reelquant.models.sampling import NOTES_FILE
+from reelquant.models.weight_files import weight_bytes
 from reelquant.nn import quantized_layers
 from reelquant.nn.refusals import refuses_saving
 
@@ -31,6 +33,9 @@ _PATH_KEYS = ("_name_or_path", "name_or_path")
 
 class Writable(Protocol):
     """A report."""
+
+    bytes_source: int | None
+    bytes_folder: int | None
 
     def save(self, path: str | Path) -> None: ...
 
@@ -55,7 +60,8 @@ def save(
         folder: where to; its parents are made.
         report: written as ``report.json``; without one, that file says no more than what the pipeline was quantized from, if that is known.
         force: replace an existing pipeline folder, once the new one is complete.
-        dtype: store float parts in this dtype; by default in the one they have. Scales and tables always keep theirs.
+        dtype: store float parts in this dtype; by default in the one they have, and components without quantized layers as they were
+            stored, if they were not changed since. Scales and tables always keep theirs.
         max_shard_size: as in diffusers, ``"5GB"``.
 
     Returns:
@@ -72,9 +78,14 @@ def save(
         pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=max_shard_size)
         _check_complete(pipe, temporary)
         forget_paths(temporary)
+        homes = sources(pipe, list(_modules(pipe)))
         if dtype is not None:
             _cast(pipe, temporary, dtype)
+        variant = keep_stored(_untouched(pipe), homes, temporary) if dtype is None else None
         if report is not None:
+            known = all(name in homes for name in _modules(pipe))
+            report.bytes_source = weight_bytes(homes.values(), variant) if known else None
+            report.bytes_folder = weight_bytes(temporary / name for name in _modules(pipe))
             report.save(temporary / REPORT_FILE)
         elif any(quantized_layers(part) for part in _modules(pipe).values()) and (origin := origin_of(pipe)):
             write_summed(temporary / REPORT_FILE, {SOURCE: origin})
@@ -90,6 +101,10 @@ def save(
 
 def _modules(pipe: Any) -> dict[str, nn.Module]:
     return {name: plain(part) for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _untouched(pipe: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in _modules(pipe).items() if not quantized_layers(part)}
 
 
 def _describe(pipe: Any) -> None:

@@ -3,7 +3,7 @@
 Nothing heavy is imported before a verb runs.
 
 ``console`` prints and draws progress bars, ``errors`` makes one line of an error, ``options`` holds what verbs share,
-``request`` does the work of ``quantize``, ``tables`` makes the tables.
+``request`` does the work of ``quantize``, ``tables`` makes the tables, ``layout`` fits them to the screen.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ app = typer.Typer(
     name="reelquant",
     cls=Verbs,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

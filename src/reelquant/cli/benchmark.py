@@ -58,10 +58,10 @@ Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure
     [bold]Examples[/bold]
 
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]
-    [cyan]reelquant benchmark out -r tiny-dit --steps 10 --rounds 9 --threads 1[/cyan]
-    [cyan]reelquant benchmark out -r my-folder --dtype float32 --compile --json[/cyan]
-    [cyan]reelquant benchmark out -r tiny-dit --runtime openvino[/cyan]
-    [cyan]reelquant benchmark out -r svd --conditions first.png[/cyan]      the first condition of a file is the clip that is made
+    [cyan]reelquant benchmark out --reference tiny-dit --steps 10 --rounds 9 --threads 1[/cyan]
+    [cyan]reelquant benchmark out --reference my-folder --dtype float32 --compile --json[/cyan]
+    [cyan]reelquant benchmark out --reference tiny-dit --runtime openvino[/cyan]
+    [cyan]reelquant benchmark out --reference svd --conditions first.png[/cyan]      the first condition of a file is the clip that is made
 
     Both make the same clip A B, B A, A B ...; a speed-up is a ratio of two times of one round, and the table shows its
     median and quartiles. 2x means half the time. Other work on the machine changes times much and ratios little.
@@ -132,7 +132,8 @@ def _measure(model: str, reference: str, threads: int | None, **options: object)
 
 def _tables(made: Benchmark) -> list[Table]:
     """Times and memory beside each other, then what computes the layers."""
-    from reelquant.cli.tables import attended_by, computed_by, facts
+    from reelquant.cli.layout import facts
+    from reelquant.cli.tables import attended_by, computed_by
 
     data = made.data
     machine = data["machine"]["gpu"] if data["device"] != "cpu" else data["machine"]["cpu"]
@@ -151,7 +152,7 @@ def _tables(made: Benchmark) -> list[Table]:
 
 def _times(made: Benchmark) -> Table:
     """A row per time and per size, float beside quantized."""
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     data = made.data
     title = f"{data['test']['name']} against {data['reference']['name']} in {data['reference']['short']}"

@@ -62,7 +62,10 @@ QUIET = {  # read when the libraries are imported
     "DIFFUSERS_VERBOSITY": "error",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_LOGS": "-all",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
 
@@ -74,12 +77,14 @@ class _Remarks(logging.Handler):
 
 
 def quiet_libraries() -> None:
-    """Keep the bars and remarks of diffusers and transformers off the screen; must run before they are imported."""
+    """Keep the bars and remarks of libraries off the screen; must run before they are imported."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     told = logging.getLogger("reelquant")
     if not any(isinstance(one, _Remarks) for one in told.handlers):
         told.addHandler(_Remarks(logging.WARNING))
+    if logging.lastResort is not None:  # what libraries log that nobody listens to, torchao among them
+        logging.lastResort.setLevel(logging.ERROR)
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
 
@@ -172,6 +177,11 @@ def marked(markup: str) -> Text:
 def done(path: object, more: str = "") -> None:
     """The last line: what was written."""
     out.print(f"[green]✓[/green] {safe(path)}{f'  [dim]{safe(more)}[/dim]' if more else ''}", soft_wrap=True)
+
+
+def whole(name: str, words: object) -> None:
+    """Something to paste, in one line of its own: terminals break it on the screen only."""
+    out.print(f"[dim]{safe(name)}[/dim]  {safe(words)}", soft_wrap=True)
 
 
 def emit(data: Any) -> None:

@@ -31,6 +31,7 @@ SHORTER: dict[str, Any] = {
 }  # shorter than the defaults: benchmarks/ has figures at full length
 RESULTS = "results.json"
 SEED = 42
+PARTIAL = ".reelquant-demo."  # begins the name of what is not complete
 SHOWN, PLAYED = 3, 3  # clips on the contact sheet, clips in the video
 LOOPS = 3  # of the MP4: a clip is under two seconds
 CAPTIONS = (
@@ -53,7 +54,7 @@ class Which(StrEnum):
     BOTH = "both"
 
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="New folder, or one of an earlier demo.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="A folder that is new, empty, or of an earlier demo.")]
 Pipeline = Annotated[Which, typer.Option("--pipeline", help="Which of the bundled pipelines.")]
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips per variant.")]
 
@@ -94,9 +95,14 @@ def _target(output: Path) -> Path:
     from reelquant.checkpoint import absolute
 
     path = absolute(output)
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or _is_demo(path))):
+    if path.exists() and not (path.is_dir() and (_is_empty(path) or _is_demo(path))):
         raise CheckpointError(f"'{path}' exists and was not written by reelquant demo; choose another --output")
     return path
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a folder holds nothing, but for what a demo that was killed left."""
+    return all(one.name.startswith(PARTIAL) for one in path.iterdir())
 
 
 def _is_demo(path: Path) -> bool:
@@ -106,19 +112,29 @@ def _is_demo(path: Path) -> bool:
 
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A folder beside the target that replaces it on success."""
-    fresh = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    """A folder whose content becomes the target's on success. A target that exists stays: it may be a mount, or where the user stands."""
+    fresh = target / f"{PARTIAL}{os.getpid()}" if target.is_dir() else target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
         yield fresh
-        if target.exists():
-            shutil.rmtree(target)
-        fresh.rename(target)
+        if target.is_dir():
+            _refill(target, fresh)
+        else:
+            fresh.rename(target)
     except OSError as error:
         raise (error if isinstance(error, CheckpointError) else CheckpointError(f"cannot write '{target}': {error}")) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _refill(target: Path, fresh: Path) -> None:
+    """Let what is in ``fresh`` take the place of all else in the target."""
+    for old in target.iterdir():
+        if old != fresh:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    for one in fresh.iterdir():
+        one.rename(target / one.name)
 
 
 def _run(names: list[str], folder: Path, clips: int, steps: int | None, json: bool) -> dict[str, Any]:
@@ -246,22 +262,22 @@ def _judge(outcome: Outcome) -> str:
 
 
 JUDGED = ("color", "shape", "motion")
-COLUMNS = ("bytes", "smaller", "PSNR, dB", "TDScore", "colour", "shape", "motion", "quantize", "a clip")
+COLUMNS = ("bytes", "smaller", "PSNR, dB", "95 % interval", "TDScore", "colour", "shape", "motion", "quantize", "a clip")
+HIDES = ("95 % interval", "quantize", "a clip", "TDScore")
 
 
 def results_table(name: str, variants: list[dict[str, Any]], clips: int) -> Table:
     """A row per variant, from its figures."""
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
-    made = table(f"{name}, {clips} clips", ["variant"], COLUMNS)
+    made = table(f"{name}, {clips} clips", ["variant"], COLUMNS, HIDES)
     floats = next(one["bytes_float"] for one in variants if one["bytes_float"])
     for one in variants:
         made.add_row(one["variant"], *_cells(one | {"bytes": one["bytes"] or floats}, clips))
     made.caption = (
-        "bytes: of the quantized layers, scales included; PSNR: to the float clips, mean and 95 % interval; TDScore: 1 is lossless; "
+        "bytes: of the quantized layers, scales included; PSNR: to the float clips, mean and interval; TDScore: 1 is lossless; "
         "colour, shape, motion: clips that show what their text says"
     )
-    made.caption_justify, made.caption_style = "left", "dim"
     return made
 
 
@@ -269,18 +285,18 @@ def _cells(one: dict[str, Any], clips: int) -> tuple[str, ...]:
     from reelquant.cli.console import figure, size
 
     judge = [figure(one.get(f"judge_{kind}"), "{:.0%}") for kind in JUDGED]
-    psnr = "-" if one["psnr"] is None else f"{one['psnr']:.1f} ({one['psnr_low']:.1f} to {one['psnr_high']:.1f})"
+    psnr = ("-", "") if one["psnr"] is None else (f"{one['psnr']:.1f}", f"{one['psnr_low']:.1f} to {one['psnr_high']:.1f}")
     seconds = figure(one["seconds_quantize"] or None, "{:.1f} s"), f"{one['seconds_sample'] / clips:.2f} s"
-    return size(one["bytes"]), f"{one['ratio']:.2f}x", psnr, figure(one["tdscore"]), *judge, *seconds
+    return size(one["bytes"]), f"{one['ratio']:.2f}x", *psnr, figure(one["tdscore"]), *judge, *seconds
 
 
 def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:
     from reelquant.cli import console
-    from reelquant.cli.tables import facts
+    from reelquant.cli.layout import facts
 
     if json:
         return console.emit(data | {"output": str(target)})
-    rows = [("all files", str(target))]
+    rows = []
     for name, found in data["pipelines"].items():
         sheet, *films = found["files"]
         again = found["reopened"]
@@ -292,5 +308,6 @@ def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:
                 f"{again['folder']} ({console.size(again['bytes_on_disk'])}): opened again with stock diffusers, {same}",
             )
         )
-    console.out.print(facts(f"Done in {data['seconds']:.0f} s", rows), soft_wrap=False)
+    console.out.print(facts(f"Done in {data['seconds']:.0f} s", rows))
+    console.done(target)
     return None

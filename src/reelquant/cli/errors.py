@@ -1,17 +1,19 @@
-"""How a command ends after an error: one line on stderr and an exit code."""
+"""How a command ends after an error: one line on stderr and an exit code; with ``--json`` also one document on stdout."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from reelquant._errors import ReelQuantError, printable
-from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable
+from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable, told
 
 FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # as shells have them: 128 and the number of the signal
+NOTHING = "nothing is left behind: run the same command again"
 _USAGE: Any = typer.BadParameter.__mro__[2]  # errors of usage, which typer itself explains
+_INSTEAD = {"-r": "--reference"}  # what verbs without a recipe once called their reference
 
 
 def one_line(error: BaseException) -> str:
@@ -30,6 +32,7 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a verb."""
         debug = bool(ctx.params.get("debug"))
+        json = "--json" in (*ctx._protected_args, *ctx.args)
         try:
             with terminable():
                 try:
@@ -43,14 +46,18 @@ class Verbs(TyperGroup):
                     if (stop := asked_to_stop()) is not None:  # what an import or a library made of it
                         raise stop from error
                     raise
-        except (typer.Exit, typer.Abort, _USAGE):
+        except (typer.Exit, typer.Abort):
+            raise
+        except _USAGE as error:
+            if (instead := _INSTEAD.get(getattr(error, "option_name", ""))) is not None:
+                error.possibilities = [instead]
+            if json:
+                _document("UsageError", error.format_message(), error.exit_code)
             raise
         except KeyboardInterrupt as error:
-            typer.echo(printable(f"reelquant: interrupted, {str(error) or 'nothing is left behind'}"), err=True)
-            raise typer.Exit(INTERRUPTED) from None
+            _end("interrupted", f"reelquant: interrupted, {told(error) or NOTHING}", INTERRUPTED, json)
         except Terminated as error:
-            typer.echo(printable(f"reelquant: terminated, {error.where or 'nothing is left behind'}"), err=True)
-            raise typer.Exit(TERMINATED) from None
+            _end("terminated", f"reelquant: terminated, {told(error) or NOTHING}", TERMINATED, json)
         except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
             from reelquant.cli.console import to_nowhere
 
@@ -59,5 +66,23 @@ class Verbs(TyperGroup):
         except Exception as error:
             if debug:
                 raise
-            typer.echo(one_line(error), err=True)
-            raise typer.Exit(FAILED) from None
+            _end(type(error).__name__, one_line(error), FAILED, json)
+
+
+def _end(kind: str, line: str, code: int, json: bool) -> NoReturn:
+    """End the command: the line on stderr, and with ``json`` a document on stdout.
+
+    Raises:
+        typer.Exit: with the code.
+    """
+    if json:
+        _document(kind, line.removeprefix("reelquant: "), code)
+    typer.echo(printable(line), err=True)
+    raise typer.Exit(code) from None
+
+
+def _document(kind: str, message: str, code: int) -> None:
+    """What went wrong, as data: the only thing on stdout."""
+    from reelquant.cli.console import emit
+
+    emit({"error": {"kind": kind, "message": message, "exit_code": code}})

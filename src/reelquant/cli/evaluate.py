@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reelquant.cli.options import (
+    GATES,
     SEEDS,
     Device,
     Dtype,
@@ -51,7 +52,12 @@ Weights = Annotated[
 Data = Annotated[Path | None, typer.Option("--data", help="Folder of real clips, for FVD, FID and KID to data.", show_default=False)]
 Gate = Annotated[
     str | None,
-    typer.Option("--gate", help="strict, default or loose: exit code 1 if a limit is missed.", show_default=False),
+    typer.Option(
+        "--gate",
+        help="strict, default or loose: exit code 1 if a limit is missed.",
+        show_default=False,
+        autocompletion=GATES,
+    ),
 ]
 FailUnder = Annotated[
     list[str] | None,
@@ -93,11 +99,11 @@ Reuse = Annotated[
     [bold]Examples[/bold]
 
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]
-    [cyan]reelquant evaluate out -r tiny-dit -n 64 --gate default -o proof[/cyan]
-    [cyan]reelquant evaluate out -r Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts texts.txt --dtype bfloat16 --device cuda[/cyan]
-    [cyan]reelquant evaluate out -r wan-i2v --conditions clips.jsonl -n 8[/cyan]      pictures and texts, see [cyan]quantize[/cyan]
-    [cyan]reelquant evaluate out -r tiny-dit -m fvd,psnr --data real-clips --weights weights[/cyan]
-    [cyan]reelquant evaluate out -r tiny-dit --fail-under psnr=30 --fail-under motion_deviation=0.1[/cyan]
+    [cyan]reelquant evaluate out --reference tiny-dit -n 64 --gate default -o proof[/cyan]
+    [cyan]reelquant evaluate out --reference Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts texts.txt --dtype bfloat16 --device cuda[/cyan]
+    [cyan]reelquant evaluate out --reference wan-i2v --conditions clips.jsonl -n 8[/cyan]      pictures and texts, see [cyan]quantize[/cyan]
+    [cyan]reelquant evaluate out --reference tiny-dit -m fvd,psnr --data real-clips --weights weights[/cyan]
+    [cyan]reelquant evaluate out --reference tiny-dit --fail-under psnr=30 --fail-under motion_deviation=0.1[/cyan]
 
     Every figure stands beside the noise floor: the float pipeline run again in bf16 (or compiled, or from other noise).
     Metrics whose weights are missing are listed with the command that gets them. A run that was stopped continues with
@@ -172,10 +178,11 @@ def make_options(**given: Any) -> Options:
     """Options by the names of :class:`~reelquant.evidence.run.Options`; None and empty lists leave the default.
 
     Raises:
-        CheckpointError: if a folder that is read does not exist.
+        CheckpointError: if a folder that is read does not exist, or the output takes no files.
         RecipeError: for an unknown metric, gate or limit.
     """
     from reelquant._errors import CheckpointError
+    from reelquant.checkpoint import check_writable
     from reelquant.cli.console import quiet_loading
     from reelquant.evidence.run import Options
 
@@ -183,6 +190,8 @@ def make_options(**given: Any) -> Options:
         folder = given.get(name)
         if folder is not None and not folder.is_dir():
             raise CheckpointError(f"--{name}: no folder at '{folder}'")
+    if given["output"] is not None:
+        check_writable(given["output"])
     quiet_loading()
     known = {name: value for name, value in given.items() if value not in (None, [])}
     return Options(**known, command=shlex.join(["reelquant", *sys.argv[1:]]))

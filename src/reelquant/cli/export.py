@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reelquant.cli.options import Force, Json, more_help
+from reelquant.cli.options import Force, Json, more_help, one_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from reelquant.checkpoint.export import Exported, Outcome
 
 
+FORMATS = one_of("comfyui", "gguf", "torchao")
 Folder = Annotated[str, typer.Argument(help="A folder that `reelquant quantize` wrote.", show_default=False)]
-Format = Annotated[str, typer.Option("--format", "-f", help="comfyui, gguf or torchao.", show_default=False)]
+Format = Annotated[str, typer.Option("--format", "-f", help="comfyui, gguf or torchao.", show_default=False, autocompletion=FORMATS)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write; a folder for torchao.", show_default=False)]
 Type = Annotated[
     str | None,
@@ -54,8 +55,10 @@ def export(
 ) -> None:
     """Write a quantized denoiser for ComfyUI, for readers of GGUF, or for stock diffusers with torchao."""
     from reelquant import api
+    from reelquant.checkpoint import check_writable
     from reelquant.cli import console
 
+    check_writable(output)
     console.quiet_loading()
     with console.Bars() as bars:
         made = api.export(folder, format, output, type=type, component=component, force=force, progress=bars)
@@ -65,13 +68,14 @@ def export(
     for part in _tables(made):
         console.out.print(part)
         console.out.print()
+    console.whole("opens with", made.opens_with)
     console.done(made.path)
 
 
 def _tables(made: Exported) -> list[Table]:
     from reelquant.checkpoint.export import FATES
     from reelquant.cli.console import marked, size
-    from reelquant.cli.tables import facts, table
+    from reelquant.cli.layout import facts, table
 
     layers = table(
         f"{', '.join(made.components)} for {made.format}",
@@ -85,7 +89,6 @@ def _tables(made: Exported) -> list[Table]:
     layers.add_section()
     layers.add_row(marked("[bold]all"), "", "", str(len(made.layers)), size(made.bytes_before), size(made.bytes_after), "")
     layers.caption = "; ".join(f"{fate}: {words}" for fate, words in FATES.items()) + ". error: of the weight, over its square"
-    layers.caption_justify, layers.caption_style = "left", "dim"
     why: dict[str, list[Outcome]] = {}
     for outcome in made.layers:
         if outcome.why:
@@ -94,10 +97,8 @@ def _tables(made: Exported) -> list[Table]:
         *((reason, _some([outcome.name for outcome in outcomes])) for reason, outcomes in why.items()),
         *((f"left behind: {what}", _some(names)) for what, names in made.left_behind.items()),
         ("names of tensors", made.names),
-        ("opens with", made.opens_with),
     ]
     told = facts("What differs", notes)
-    told.columns[0].no_wrap = False
     return [layers, told]
 
 

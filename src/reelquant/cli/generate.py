@@ -30,6 +30,7 @@ from reelquant.cli.options import (
     opened,
     run_by,
 )
+from reelquant.cli.signals import keeping
 
 if TYPE_CHECKING:
     from reelquant.models.condition import Condition
@@ -41,6 +42,7 @@ Output = Annotated[
 ]
 WATCHED = 8  # in one of so many steps, saturation is counted
 Seed = Annotated[int, typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Seed of the noise; the same seed gives the same clip.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep the clips that are there and make the others.")]
 Fps = Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")]
 
 
@@ -72,22 +74,35 @@ def generate(
     dtype: Dtype = "float32",
     variant: Variant = None,
     runtime: Runtime = "torch",
+    resume: Resume = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Sample clips and write each as MP4, GIF or PNG frames: one, or one for every condition of a file."""
+    from reelquant.checkpoint import check_writable
     from reelquant.evidence.media import check_video, frame_paths
 
     check_video(output)
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     wanted = _wanted(model, prompt, conditions(prompts), call)
     outputs = [output] if len(wanted) == 1 else frame_paths(output, len(wanted))
-    for one in outputs:
-        if not force and (taken := _taken(one, frame_paths(one, 1)[0])):
-            raise CheckpointError(f"'{taken}' already exists; choose another name or pass --force to replace it")
+    taken = [_taken(one, frame_paths(one, 1)[0]) for one in outputs]
+    if any(taken) and not (force or resume):
+        found = next(filter(None, taken))
+        raise CheckpointError(f"'{found}' already exists; choose another name, pass --force to replace it or --resume to keep it")
+    check_writable(output)
     pipe = run_by(opened(model, device, dtype, variant), runtime)
-    made = [_make(pipe, one, seed + i, call, path, fps) for i, (one, path) in enumerate(zip(wanted, outputs, strict=True))]
+    made = list[dict[str, Any]]()
+    with keeping(lambda: _kept(len(made), outputs)):
+        for i, (one, path) in enumerate(zip(wanted, outputs, strict=True)):
+            if not (resume and taken[i]):
+                made.append(_make(pipe, one, seed + i, call, path, fps))
     _tell(made, json)
+
+
+def _kept(count: int, outputs: list[Path]) -> str:
+    """What is said if the command is stopped."""
+    return f"{count} of {len(outputs)} clips are in '{outputs[0].absolute().parent}': continue with --resume" if count else ""
 
 
 def _wanted(model: str, prompt: str, given: list[Condition] | None, call: dict[str, Any]) -> list[Condition]:
@@ -157,6 +172,8 @@ def _tell(made: list[dict[str, Any]], json: bool) -> None:
     if json:
         console.emit(made[0] if len(made) == 1 else {"clips": made})
         return
+    if not made:
+        console.out.print("every clip is there already")
     for one in made:
         files = one["files"]
         name = str(files[0]) if len(files) == 1 else f"{files[0]} ... {files[-1].name}"

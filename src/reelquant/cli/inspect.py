@@ -280,7 +280,8 @@ def _show(data: dict[str, Any], rows: int | None, json: bool) -> None:
 
 def _head(data: dict[str, Any]) -> Table:
     from reelquant.cli.console import size
-    from reelquant.cli.tables import attended_by, computed_by, facts
+    from reelquant.cli.layout import facts
+    from reelquant.cli.tables import attended_by, computed_by
     from reelquant.nn import AttentionFacts
 
     shared = sum(len(group["layers"]) > 1 for group in data["groups"])
@@ -330,7 +331,7 @@ ROLE_WORDS = {
 
 def _roles(data: dict[str, Any]) -> Table:
     from reelquant.cli.console import size
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     made = table("Roles", ["role", "its input", "first layer"], ["layers", "bytes"])
     for role, words in ROLE_WORDS.items():
@@ -341,7 +342,7 @@ def _roles(data: dict[str, Any]) -> Table:
 
 
 def _groups(data: dict[str, Any], rows: int | None) -> Table:
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     found = data["activations"]
     made = table(
@@ -353,24 +354,22 @@ def _groups(data: dict[str, Any], rows: int | None) -> Table:
         figures = (f"{x['low']:.3g}", f"{x['high']:.3g}", f"{x['spread']:.1f}x", f"{x['coverage']:.1%}")
         made.add_row(x["group"], x["role"], str(x["layers"]), *figures)
     made.caption = "spread: widest channel over the median one; coverage: share of a per-tensor 8-bit grid that a channel uses"
-    made.caption_justify, made.caption_style = "left", "dim"
     return made
 
 
 def _temporal(data: dict[str, Any], rows: int | None) -> Table:
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     found = data["temporal"]
     made = table(_title("Temporal features", found, rows), ["layer"], ["skewness", "TDScore 8 bit", "6 bit", "4 bit"])
     for x in found[:rows]:
         made.add_row(x["layer"], f"{x['skewness']:.2f}", *(f"{x[f'tdscore_{bits}']:.3f}" for bits in (8, 6, 4)))
     made.caption = "TDScore of a uniform grid: 1 keeps the denoising steps as far apart as in float, 0 merges them"
-    made.caption_justify, made.caption_style = "left", "dim"
     return made
 
 
 def _saturation(data: dict[str, Any], rows: int | None) -> Table:
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     found = data["layers"]
     made = table(_title("Clipped inputs, worst first", found, rows), ["layer"], ["clipped", "reach", "clipping", "rounding"])
@@ -380,7 +379,6 @@ def _saturation(data: dict[str, Any], rows: int | None) -> Table:
     most = f"; most is clipped in step {steps['step']} ({steps['share']:.3%})" if steps and steps["share"] else ""
     warning = f"\n{data['warning']}" if data["warning"] else ""
     made.caption = f"reach: farthest value over the range; clipping, rounding: their noise over the input's power{most}{warning}"
-    made.caption_justify, made.caption_style = "left", "dim"
     return made
 
 

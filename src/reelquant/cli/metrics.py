@@ -9,6 +9,7 @@ import typer
 
 from reelquant.cli.evaluate import Weights
 from reelquant.cli.options import Json
+from reelquant.cli.signals import keeping
 
 if TYPE_CHECKING:
     from reelquant.evidence.metrics import Metric
@@ -24,7 +25,7 @@ def metrics(weights: Weights = None, json: Json = False) -> None:
 
     Names and groups go to [cyan]reelquant evaluate -m[/cyan] and [cyan]reelquant compare -m[/cyan]; docs/metrics.md defines each.
     """
-    from reelquant.cli import console, tables
+    from reelquant.cli import console, layout
     from reelquant.evidence.mechanisms import MECHANISMS, Tools
     from reelquant.evidence.metrics import GROUPS, KINDS, METRICS
 
@@ -34,12 +35,12 @@ def metrics(weights: Weights = None, json: Json = False) -> None:
         console.emit({name: _facts(one) | {"missing": missing.get(one.source)} for name, one in METRICS.items()})
         return
     for kind, words in KINDS.items():
-        made = tables.table(f"{kind}: {words}", ["metric", "better", "what it says", "missing"])
+        made = layout.table(f"{kind}: {words}", ["metric", "better", "what it says", "missing"])
         for name, one in METRICS.items():
             if one.kind == kind:
                 made.add_row(name, one.better.replace("none", "-"), one.about, missing.get(one.source) or "")
         console.out.print(made)
-    console.out.print(tables.facts("Groups", [(name, ", ".join(names)) for name, names in GROUPS.items()]))
+    console.out.print(layout.facts("Groups", [(name, ", ".join(names)) for name, names in GROUPS.items()]))
 
 
 def _facts(metric: Metric) -> dict[str, str]:
@@ -68,7 +69,7 @@ def weights(names: Names = None, json: Json = False) -> None:
         if name not in known:
             raise RecipeError(f"unknown weights '{name}'; {nearest(name, known)}")
     wanted = list(dict.fromkeys(one for name in names or () for one in known[name]))
-    with console.Bars() as bars:
+    with keeping(lambda: "networks that are complete are kept: run the same command again"), console.Bars() as bars:
         for name in wanted:
             bars.phase(f"getting {name}", 1)
             _get(name)
@@ -79,10 +80,12 @@ def weights(names: Names = None, json: Json = False) -> None:
     if json:
         return console.emit({name: path if path is None or name == "clip" or whole(name, path) else None for name, path in here.items()})
     about = {name: f"{one.about} ({one.licence})" for name, one in WEIGHTS.items()} | {"clip": f"{CLIP}, from the hub (MIT)"}
-    rows = [(name, f"{about[name]}: {_where(name, path)}") for name, path in here.items()]
-    from reelquant.cli.tables import facts
+    from reelquant.cli.layout import facts
 
-    console.out.print(facts("Weights", rows))
+    console.out.print(facts("Weights", [(name, f"{about[name]}: {_where(name, path)}") for name, path in here.items()]))
+    for name, path in here.items():
+        if path is not None:
+            console.whole(name, path)
     return None
 
 
@@ -109,5 +112,5 @@ def _where(name: str, path: Path | None) -> str:
     from reelquant.evidence.networks.weights import whole
 
     if path is not None and name != "clip" and not whole(name, path):
-        return f"'{path}' is broken; reelquant weights {name} gets it again"
-    return str(path) if path else f"not here; reelquant weights {name}"
+        return f"broken; reelquant weights {name} gets it again"
+    return "here" if path else f"not here; reelquant weights {name}"

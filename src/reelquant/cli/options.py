@@ -14,28 +14,54 @@ from reelquant._errors import RecipeError, UnsupportedError, nearest
 
 if TYPE_CHECKING:
     from reelquant.models.condition import Condition
+SEEDS = 2**62  # clips count on from the first one, within 64 bits
+DTYPES = ("float32", "bfloat16", "float16")
 
+
+def one_of(*names: str) -> Callable[[str], list[str]]:
+    """Completion of a value in the shell: one of some names. What begins like none of them is completed as a file."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """Completion of a recipe."""
+    from reelquant.recipes.text import names
+
+    return one_of(*names())(incomplete)
+
+
+BUNDLED, GATES = one_of("tiny-dit", "tiny-unet"), one_of("strict", "default", "loose")
 MODEL = typer.Argument(
     help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).",
     show_default=False,
+    autocompletion=BUNDLED,
 )
 Model = Annotated[str, MODEL]
 QuantizedFolder = Annotated[str, typer.Argument(help="The quantized pipeline's folder.", show_default=False)]
 Reference = Annotated[
     str | None,
     typer.Option(
-        "--reference", "-r", help="The float pipeline: name, folder or hub id. Default: what it was quantized from.", show_default=False
+        "--reference",
+        help="The float pipeline: name, folder or hub id. Default: what it was quantized from.",
+        show_default=False,
+        autocompletion=BUNDLED,
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
-Dtype = Annotated[str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.", autocompletion=one_of(*DTYPES))
+]
 Variant = Annotated[
     str | None,
     typer.Option("--variant", help="Which weight files, for example fp16, if a folder or hub id has several kinds.", show_default=False),
 ]
 Runtime = Annotated[
     str,
-    typer.Option("--runtime", help="What runs quantized denoisers: torch, or openvino (one graph, on processors)."),
+    typer.Option(
+        "--runtime",
+        help="What runs quantized denoisers: torch, or openvino (one graph, on processors).",
+        autocompletion=one_of("torch", "openvino"),
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Steps = Annotated[
@@ -59,9 +85,6 @@ Prompts = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
-
-SEEDS = 2**62  # clips count on from the first one, within 64 bits
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def more_help(text: str) -> Callable[[Verb], Verb]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from reelquant._errors import CalibrationError
+from reelquant.cli.signals import TERMINATED
 
-POLL = 0.2  # seconds
+POLL, GRACE = 0.2, 30.0  # seconds: between looks at a channel, for a process that is done to end
 
 
 class Lane(Protocol):
@@ -67,12 +69,15 @@ def run_each(work: Callable[[Any, Any], Any], jobs: Sequence[Any], lanes: Sequen
     context = multiprocessing.get_context("spawn")
     channel = context.Queue()
     processes = [context.Process(target=_process, args=(work, job, number, channel), daemon=True) for number, job in enumerate(jobs)]
+    ending: set[int] = set()
     try:
         for process in processes:
             process.start()
-        return _listen(processes, lanes, channel)
+        return _listen(processes, lanes, channel, ending)
     finally:
-        for process in processes:
+        for number, process in enumerate(processes):
+            if number in ending:
+                process.join(GRACE)  # what is stopped while it ends leaves its semaphores behind
             if process.is_alive():
                 process.terminate()
         for process in processes:
@@ -84,6 +89,7 @@ def _process(work: Callable[[Any, Any], Any], job: Any, number: int, channel: An
     from reelquant.cli.console import quiet_libraries
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # unwinds, so that semaphores are given back
     quiet_libraries()
     try:
         channel.put((number, "result", (work(job, Sender(number, channel)),)))
@@ -91,8 +97,8 @@ def _process(work: Callable[[Any, Any], Any], job: Any, number: int, channel: An
         channel.put((number, "error", (error,)))
 
 
-def _listen(processes: Sequence[Any], lanes: Sequence[Lane], channel: Any) -> list[Any]:
-    """Pass progress on until every result is there."""
+def _listen(processes: Sequence[Any], lanes: Sequence[Lane], channel: Any, ending: set[int]) -> list[Any]:
+    """Pass progress on until every result is there; ``ending`` gets the numbers of the processes whose work is over."""
     results: dict[int, Any] = {}
     while len(results) < len(processes):
         try:
@@ -100,6 +106,8 @@ def _listen(processes: Sequence[Any], lanes: Sequence[Lane], channel: Any) -> li
         except queue.Empty:
             _check(processes, results)
             continue
+        if what in ("error", "result"):
+            ending.add(number)
         if what == "error":
             raise words[0]
         if what == "result":

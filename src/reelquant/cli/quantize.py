@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reelquant.cli.options import (
+    GATES,
     SEEDS,
     Device,
     Dtype,
@@ -25,9 +26,11 @@ from reelquant.cli.options import (
     call_options,
     conditions,
     more_help,
+    recipe_names,
     settings,
 )
 from reelquant.cli.request import Request, stream
+from reelquant.cli.signals import keeping
 from reelquant.sites import by_component
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from reelquant.recipes.recipe import Recipe
     from reelquant.streaming import Job
 
+NOTHING_KEPT = "nothing is left behind: begin with --resume, and what is done by then is kept"
+
 Recipes = Annotated[
     list[str],
     typer.Option(
@@ -43,6 +48,7 @@ Recipes = Annotated[
         "-r",
         help="A name from `reelquant recipes`, or a YAML file; COMPONENT=RECIPE for one component. Repeatable.",
         show_default=False,
+        autocompletion=recipe_names,
     ),
 ]
 Output = Annotated[
@@ -86,6 +92,7 @@ Gate = Annotated[
     typer.Option(
         "--gate",
         help="Then compare 8 clips with float: strict, default or loose; exit code 1 if a limit is missed.",
+        autocompletion=GATES,
     ),
 ]
 MaxMemory = Annotated[
@@ -176,9 +183,13 @@ def quantize(
     """Quantize components of a pipeline and save the whole pipeline as a stock diffusers folder."""
     delivery = Delivery(output, gate, resume, dry_run, force, json)
     _check(delivery, model, lora or [])
+    chosen = _chosen(recipe, settings(change or []), seed)
+    of_clips = dict(prompts=prompts, seed=seed, steps=steps, frames=frames, height=height, width=width, guidance=guidance)
+    if gate is None and not dry_run and components is None:
+        _refuse_idle(chosen, [f"--{name}" for name, value in of_clips.items() if value is not None])
     request = Request(
         model=model,
-        recipe=_chosen(recipe, settings(change or []), seed),
+        recipe=chosen,
         components=components.replace(" ", "").split(",") if components else None,
         prompts=conditions(prompts),
         skip=[*(skip or []), *(exclude or [])],
@@ -189,7 +200,8 @@ def quantize(
         max_memory=max_memory,
         call=call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance),
     )
-    _run(request, delivery)
+    with keeping(lambda: "" if dry_run else NOTHING_KEPT):
+        _run(request, delivery)
 
 
 def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
@@ -197,10 +209,11 @@ def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
     if delivery.output is None and not delivery.dry_run:
         raise typer.BadParameter("say where to write (or try --dry-run)", param_hint="--output")
     if delivery.output is not None and not delivery.dry_run:
-        from reelquant.checkpoint import check_target, refuse_source
+        from reelquant.checkpoint import check_target, check_writable, refuse_source
 
         refuse_source(delivery.output, model)
         check_target(delivery.output, force=delivery.force)
+        check_writable(delivery.output)
     if delivery.gate is not None:
         from reelquant.evidence.gate import check_preset
 
@@ -208,6 +221,23 @@ def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
         if lora:
             message = "it compares with the float pipeline, which lacks the adapters of --lora"
             raise typer.BadParameter(message, param_hint="--gate")
+
+
+def _refuse_idle(recipe: Recipe | dict[str, Recipe], options: list[str]) -> None:
+    """Refuse options of clips where no clip is made: who gives them expects calibration.
+
+    Raises:
+        RecipeError: naming the first of them.
+    """
+    from reelquant._errors import RecipeError
+
+    chosen = list(recipe.values()) if isinstance(recipe, dict) else [recipe]
+    if options and all(one.data_free for one in chosen):
+        names = ", ".join(dict.fromkeys(one.name for one in chosen))
+        raise RecipeError(
+            f"{options[0]} says nothing here: {names} needs no data and no clip is made; leave it out, add --gate, "
+            "or choose a recipe that calibrates (`reelquant recipes` lists which need data)"
+        )
 
 
 def _chosen(sources: list[str], changes: dict[str, Any], seed: int | None) -> Recipe | dict[str, Recipe]:
@@ -245,15 +275,21 @@ def _run(request: Request, delivery: Delivery) -> None:
     else:
         report, path = request.run(delivery.output, force=delivery.force)
     _show_proof(report, path, delivery.json)
-    evaluation = None if delivery.gate is None else request.evaluate(delivery.output, delivery.gate)
+    with keeping(lambda: f"'{path}' is complete: go on with `{_compared(request, delivery)}`"):
+        evaluation = None if delivery.gate is None else request.evaluate(delivery.output, delivery.gate)
     _finish(report.to_json() | {"output": str(path)}, evaluation, delivery.json)
 
 
 def _too_large(request: Request, delivery: Delivery) -> str:
-    command = f"reelquant evaluate {delivery.output or 'OUTPUT'} --reference {request.model} --gate {delivery.gate}"
+    command = _compared(request, delivery)
     return (
         f"it holds both whole pipelines in memory, and this one does not fit; quantize without it and run `{command}` on a bigger machine"
     )
+
+
+def _compared(request: Request, delivery: Delivery) -> str:
+    """The command that compares the result with the float pipeline."""
+    return f"reelquant evaluate {delivery.output or 'OUTPUT'} --reference {request.model} --gate {delivery.gate}"
 
 
 # ----------------------------------------------------------------------------------------------------------- output

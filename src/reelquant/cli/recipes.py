@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reelquant.cli.options import Json
+from reelquant.cli.options import Json, recipe_names
+
+Yaml = Annotated[bool, typer.Option("--yaml", help="Print the YAML of one recipe and nothing else.")]
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
 def recipes(
     name: Annotated[
         str | None,
-        typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False),
+        typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False, autocompletion=recipe_names),
     ] = None,
+    yaml: Yaml = False,
     json: Json = False,
 ) -> None:
     """List the recipes, or explain one and print its YAML.
@@ -28,19 +31,24 @@ def recipes(
 
     [cyan]reelquant recipes[/cyan]
     [cyan]reelquant recipes qvd-w8a8[/cyan]
+    [cyan]reelquant recipes qvd-w8a8 --yaml > my.yaml[/cyan]        a start of your own
     [cyan]reelquant recipes my.yaml[/cyan]        also checks the file: unknown keys are errors
 
-    To write your own, start from a printed one; docs/adding-a-method.md explains every key.
+    What [cyan]--yaml[/cyan] prints is a file for [cyan]quantize --recipe[/cyan]; docs/adding-a-method.md explains every key.
     """
     from reelquant.cli import console
     from reelquant.recipes.recipe import load_recipe, names
 
+    if yaml and (name is None or json):
+        raise typer.BadParameter("name one recipe, and leave out --json", param_hint="--yaml")
     if name is None:
         found = [load_recipe(one) for one in names()]
         if json:
             return console.emit([{"name": r.name, "summary": r.summary, "paper": r.paper, "needs_data": not r.data_free} for r in found])
         return console.out.print(_all(found))
     recipe = load_recipe(name)
+    if yaml:
+        return typer.echo(_alone(name), nl=False)
     if json:
         return console.emit(recipe.model_dump(mode="json", exclude_unset=True) | {"digest": recipe.digest()})
     return _one(name, recipe)
@@ -49,10 +57,9 @@ def recipes(
 def _all(found: list[Recipe]) -> Table:
     from rich.text import Text
 
-    from reelquant.cli.tables import table
+    from reelquant.cli.layout import table
 
     made = table("Recipes", ["name", "what it does", "paper", "data"])
-    made.columns[0].no_wrap = made.columns[2].no_wrap = made.columns[3].no_wrap = True
     for recipe in found:
         made.add_row(
             Text(recipe.name, "cyan"),
@@ -64,19 +71,38 @@ def _all(found: list[Recipe]) -> Table:
 
 
 def _one(source: str, recipe: Recipe) -> None:
-    from importlib import resources
-
     from rich.syntax import Syntax
 
-    from reelquant._errors import printable
     from reelquant.cli import console
-    from reelquant.cli.tables import facts
+    from reelquant.cli.layout import facts
+
+    console.out.print(facts(recipe.name, explain(recipe)))
+    console.out.print()
+    console.out.print(Syntax("", "yaml", background_color="default").highlight(_text(source)), soft_wrap=True, end="")
+
+
+def _text(source: str) -> str:
+    """The file of a recipe, with everything spelled out that a terminal obeys."""
+    from importlib import resources
+
+    from reelquant._errors import printable
     from reelquant.recipes.recipe import names
 
     file = resources.files("reelquant.recipes").joinpath("library", f"{source}.yaml") if source in names() else Path(source)
-    console.out.print(facts(recipe.name, explain(recipe)))
-    console.out.print()
-    console.out.print(Syntax(printable(file.read_text(encoding="utf-8")), "yaml", background_color="default", word_wrap=True))
+    return printable(file.read_text(encoding="utf-8"))
+
+
+def _alone(source: str) -> str:
+    """YAML that gives the same recipe wherever it lies: the file with its comments, or merged with a parent that lies beside it."""
+    import yaml
+
+    from reelquant.recipes.recipe import load_recipe, names
+
+    found = yaml.safe_load(text := _text(source))
+    if found.get("extends") is None or found["extends"] in names():
+        return text
+    data = load_recipe(source).model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 def explain(recipe: Recipe) -> list[tuple[str, str]]:

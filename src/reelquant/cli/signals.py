@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 TERMINATED = 143
@@ -20,14 +20,29 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def left_in(folder: Path | None) -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM name the folder that holds the finished work, if that folder exists."""
+def keeping(words: Callable[[], str]) -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM say what is kept and how to go on, unless something further inside said so; no words for nothing."""
     try:
         yield
-    except (KeyboardInterrupt, Terminated) as error:
-        exists = folder is not None and folder.is_dir()
-        words = f"finished work is in '{folder}': continue with --resume" if exists else ""
-        raise Terminated(words) if isinstance(error, Terminated) else KeyboardInterrupt(*([words] if words else [])) from None
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        stop = error if isinstance(error, KeyboardInterrupt | Terminated) else asked_to_stop()  # an import makes other errors of it
+        if stop is None:
+            raise
+        raise type(stop)(told(stop) or words()) from None
+
+
+def left_in(folder: Path | None) -> AbstractContextManager[None]:
+    """Inside, Ctrl-C and SIGTERM name the folder that holds the finished work, if that folder exists."""
+
+    def words() -> str:
+        return f"finished work is in '{folder}': continue with --resume" if folder is not None and folder.is_dir() else ""
+
+    return keeping(words)
+
+
+def told(error: BaseException) -> str:
+    """What is kept and how to go on, as far as somebody said so."""
+    return (error.where if isinstance(error, Terminated) else str(error)).strip()
 
 
 _stopped: list[BaseException] = []  # Ctrl-C and SIGTERM as they came: libraries swallow them, and imports make other errors of them

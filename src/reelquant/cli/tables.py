@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from reelquant._errors import printable
 from reelquant.cli.console import figure, marked, size
+from reelquant.cli.layout import facts, table
 
 if TYPE_CHECKING:
     from reelquant.engine.plan import LayerPlan, Plan
@@ -23,45 +23,15 @@ if TYPE_CHECKING:
     from reelquant.streaming import Job
     from reelquant.streaming.estimate import Estimate
 
-LAYER = 30  # columns that the names of layers get at least
 WORST = 8
 NAMES = 3  # examples of layers per reason
 
 
-class Plain(Table):
-    """A table whose cells, title and caption are texts as they are: names of files and layers may look like markup."""
-
-    def __init__(self, title: str, **options: Any) -> None:
-        super().__init__(title=Text(printable(title)), title_justify="left", title_style="bold", pad_edge=False, **options)
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        """Add a row; a cell with markup of ours comes as :func:`reelquant.cli.console.marked`."""
-        super().add_row(*(Text(printable(cell)) if isinstance(cell, str) else cell for cell in cells), **options)
-
-
-def table(title: str, left: Sequence[str], right: Sequence[str] = ()) -> Table:
-    """An empty table; ``left`` columns hold words, ``right`` ones figures."""
-    made = Plain(title, box=box.SIMPLE_HEAD)
-    for name in left:
-        made.add_column(Text(printable(name)), overflow="fold", min_width=LAYER if name == "layer" else None)
-    for name in right:
-        made.add_column(Text(printable(name)), justify="right", no_wrap=True)
-    return made
-
-
-def facts(title: str, rows: Sequence[tuple[str, str | Text]]) -> Table:
-    """Names and values in two columns."""
-    made = Plain(title, box=None, show_header=False, padding=(0, 2, 0, 0))
-    made.add_column(style="dim", no_wrap=True)
-    made.add_column(overflow="fold")
-    for row in rows:
-        made.add_row(*row)
-    return made
-
-
 def plan_table(plan: Plan) -> Table:
     """A row per layer: what it becomes, or why it stays."""
-    made = table(f"Plan of {plan.recipe.name} for {plan.map.cls}", ["layer", "role", "becomes"], ["before", "after", "smaller"])
+    made = table(
+        f"Plan of {plan.recipe.name} for {plan.map.cls}", ["layer", "role", "becomes"], ["before", "after", "smaller"], hides=["smaller"]
+    )
     for row in plan.layers.values():
         made.add_row(row.layer.name, row.layer.role, _becomes(row), *_sizes(row.bytes_before, row.bytes_after))
     made.add_section()
@@ -217,6 +187,7 @@ def summary(report: Report) -> Table:
         psnr = f"{report.latent_psnr:.1f} dB PSNR of the final latents to float{lowest}"
     tdscore = report.mean("tdscore", "temporal")
     rows: list[tuple[str, str | Text]] = [
+        *_folder(report),
         ("layers", f"{len(report.layers)} quantized, {count} skipped (they stay float)"),
         ("their bytes", bytes_),
         *([("temporal tables", f"{size(report.bytes_tables)} on top")] if report.bytes_tables else []),
@@ -230,6 +201,15 @@ def summary(report: Report) -> Table:
         ("time", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report.seconds.items())),
     ]
     return facts(f"{report.recipe} on {report.denoiser} ({report.component})", rows)
+
+
+def _folder(report: Report) -> list[tuple[str, str | Text]]:
+    """What the whole folder became, if it was saved and came from one."""
+    if not report.bytes_source or not report.bytes_folder:
+        return []
+    ratio = report.bytes_source / report.bytes_folder
+    words = f"[bold]{ratio:.2f}x smaller[/bold]" if ratio >= 1 else f"[bold]{1 / ratio:.2f}x larger[/bold]"
+    return [("folder", marked(f"{size(report.bytes_source)} -> {size(report.bytes_folder)} of weights, {words} than the one it came from"))]
 
 
 def _figure(name: str, value: float) -> str:
@@ -276,11 +256,11 @@ def worst(report: Report, count: int = WORST) -> Table:
         f"Largest errors (of {len(measured)} layers)",
         ["layer", "role", "numbers"],
         ["error", "coverage", "TDScore"],
+        hides=["coverage", "role"],
     )
     for record in measured[:count]:
         made.add_row(*_record(record))
     made.caption = "error: squared output error over the output's variance; coverage: share of the input's codes that a channel uses"
-    made.caption_justify, made.caption_style = "left", "dim"
     return made
 
 
@@ -312,13 +292,14 @@ def _some(names: Sequence[str]) -> str:
 def evaluation(made: Evaluation) -> list[Table]:
     """Figures beside the noise floor, missing metrics, and the verdict."""
     measured = {name: result for name, result in made.metrics.items() if result.interval is not None}
-    floors = list(dict.fromkeys(variant for result in measured.values() for variant in result.floor))
+    variants = list(dict.fromkeys(variant for result in measured.values() for variant in result.floor))
+    floors = [f"floor: {name}" for name in variants]
     data = made.data
     title = f"{data['test']['name']} against {data['reference']['name']}, {data['clips']} clips"
-    heads = ["value", "95 % interval", "reference", *(f"floor: {name}" for name in floors), "within floor"]
-    figures = table(title, ["metric"], heads)
+    heads = ["value", "95 % interval", "reference", *floors, "within floor"]
+    figures = table(title, ["metric"], heads, hides=[*reversed(floors), "95 % interval", "reference"])
     for result in measured.values():
-        figures.add_row(*_result(result, floors))
+        figures.add_row(*_result(result, variants))
     missing = [(result.metric.title, result.missing) for result in made.metrics.values() if result.missing]
     parts = [figures, *([facts("Not measured", missing)] if missing else [])]
     return [*parts, facts("Verdict", _verdict(made))]

@@ -122,11 +122,12 @@ def tune(
 
 
 def _kept(output: Path) -> Any:
-    """Say after Ctrl-C where the work lies."""
-    from reelquant.cli.signals import left_in
+    """Say after Ctrl-C where the work lies, and how to go on."""
+    from reelquant.cli.signals import keeping
     from reelquant.tuning.run import WORK
 
-    return left_in(output.with_name(output.name + WORK))
+    work = output.with_name(output.name + WORK)
+    return keeping(lambda: f"what was tried is in '{work}': run the same command again to go on" if work.is_dir() else "")
 
 
 def _stretch(text: str) -> tuple[float, float]:
@@ -153,10 +154,16 @@ def tables(made: Tuned) -> list[Table]:
     """What was tried, what was chosen, and where quality falls."""
     from reelquant.cli.tables import facts, table
 
-    rows = table("Schedules that were tried", ["computed", "forecast", "limits"], ["faster", "PSNR", "worst", "motion"])
+    rows = table("Schedules that were tried", ["computed", "from the last", "limits"], ["faster", "PSNR", "worst", "motion"])
     for trial in made.trials:
         words = ["kept" if trial.passed else f"{len(trial.failures)} missed"]
-        rows.add_row(_count(trial), "line" if trial.order else "repeat", *words, *_figures(trial), style="bold" if _is(trial, made) else "")
+        rows.add_row(
+            _count(trial),
+            f"{trial.order + 1} results" if trial.order else "result",
+            *words,
+            *_figures(trial),
+            style="bold" if _is(trial, made) else "",
+        )
     return [rows, facts("Choice", _choice(made))]
 
 

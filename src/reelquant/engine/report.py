@@ -33,6 +33,8 @@ class Report:
         bytes_float, bytes_quantized: storage of the quantized layers, in float32 and now (codes, scales, biases, shifts).
         bytes_tables: tables of temporal outputs, on top of ``bytes_quantized``.
         bytes_model_float, bytes_model: the whole denoiser.
+        bytes_source, bytes_folder: weights of the whole pipeline, in the folder it was read from and in the one it was saved to; None
+            before it is saved, and for a pipeline that was read from no folder.
         kernel: kernel name -> number of layers.
         simulated: True if any layer computes in float arithmetic although it is stored in few bits.
         attention: what computes attention with few-bit operands, calls of the final check included; None if the recipe asks for none.
@@ -64,6 +66,8 @@ class Report:
     bytes_tables: int = 0
     bytes_model_float: int = 0
     bytes_model: int = 0
+    bytes_source: int | None = None
+    bytes_folder: int | None = None
     kernel: dict[str, int] = field(default_factory=dict)
     simulated: bool = True
     attention: AttentionFacts | None = None

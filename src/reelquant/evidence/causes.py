@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reelquant._errors import UnsupportedError
 from reelquant.discover import plain
 from reelquant.models.blank import QUANTIZATION, read_json
-from reelquant.models.pipelines import locate
+from reelquant.models.pipelines import check_folder, locate, pipeline_class
 from reelquant.models.weight_files import INDEX, component_folders, loaded_files, sole_variant
-from reelquant.nn import LAYERS, quantized_layers
+from reelquant.nn import LAYERS, check_tensors, quantized_layers
 
 CONFIGS = ("config.json", "scheduler_config.json")
 NOT_COMPARED = (QUANTIZATION, "torch_dtype", "dtype", "transformers_version")
@@ -81,6 +82,69 @@ def differences(reference: Any, test: Any, files: str | None = None) -> list[str
     for names, has, lacks in ((before.keys() - after.keys(), "reference", "test"), (after.keys() - before.keys(), "test", "reference")):
         found += [f"the {has} has the component '{name}' and the {lacks} does not: {TOO}" for name in names]
     return sorted(found) + _vocabularies(reference, test) + _adapters(reference, "reference") + _adapters(test, "test")
+
+
+def refuse_pair(reference: Any, test: Any, files: str | None = None) -> None:
+    """Refuse two pipelines of which a comparison says nothing, before anything is sampled: damaged, the same, of two kinds.
+
+    A pipeline in memory may be changed in ways that nobody sees from here, so of those only the kinds are compared.
+
+    Args:
+        reference, test, files: as for :func:`differences`.
+
+    Raises:
+        CheckpointError: if the folder under test is damaged.
+        CalibrationError: if a weight in it is NaN or infinite.
+        UnsupportedError: if nothing in it is quantized, or it cannot have been made from the reference.
+    """
+    give = "give a folder that reelquant quantize wrote, then the float pipeline it was made from"
+    stored = isinstance(test, str | Path)
+    folder = Path(locate(test)) if stored else Path()
+    if stored and (folder / INDEX).is_file():
+        check_folder(folder, sole_variant(folder))
+    before, after = parts(reference, files), parts(test)
+    if stored and after is not None:
+        if not any(part.quantized for part in after.values()):
+            raise UnsupportedError(f"'{test}' holds no quantized layer; {give}")
+        if _same(reference, test):
+            raise UnsupportedError(f"'{test}' is both the pipeline under test and its reference; {give}")
+        for component in component_folders(folder):
+            for file in loaded_files(component, sole_variant(folder)):
+                _check_finite(component.name, file)
+    if before is not None and after is not None:
+        _refuse_kinds({"reference": (reference, before), "test": (test, after)}, give)
+
+
+def _check_finite(component: str, file: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        check_tensors(component, opened.keys(), opened.get_tensor)
+
+
+def _refuse_kinds(sides: Mapping[str, tuple[Any, Mapping[str, Part]]], give: str) -> None:
+    """Refuse pipelines of other classes, and models of other sizes."""
+    (reference, before), (test, after) = sides["reference"], sides["test"]
+    names = [_name(model) for model in (test, reference)]
+    classes = [pipeline_class(model).__name__ for model in (test, reference)]
+    if classes[0] != classes[1]:
+        raise UnsupportedError(f"'{names[0]}' is a {classes[0]} and its reference '{names[1]}' a {classes[1]}; {give}")
+    for part in sorted(before.keys() & after.keys()):
+        kinds = [after[part].kind, before[part].kind]
+        if kinds[0] != kinds[1] and before[part].tensors:
+            raise UnsupportedError(f"'{part}' of '{names[0]}' is a {kinds[0]} and that of its reference '{names[1]}' a {kinds[1]}; {give}")
+        floats = before[part].tensors
+        shapes = {key: (one.shape, floats[key].shape) for key, one in after[part].tensors.items() if key in floats}
+        for key, (shape, other) in shapes.items():
+            if len(shape) == len(other) == 1 and shape != other:  # codes may be packed; biases and norms never are
+                raise UnsupportedError(
+                    f"'{part}' of '{names[0]}' is another model than that of its reference '{names[1]}': "
+                    f"{key} has {shape[0]} numbers, not {other[0]}; {give}"
+                )
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, str | Path) else type(model).__name__
 
 
 def _vocabularies(reference: Any, test: Any) -> list[str]:

@@ -16,7 +16,7 @@ from reelquant._remarks import remarks
 from reelquant._sums import OWN
 from reelquant.checkpoint import INDEX, METHOD, Stored
 from reelquant.evidence import evaluation
-from reelquant.evidence.causes import differences
+from reelquant.evidence.causes import differences, refuse_pair
 from reelquant.evidence.clips import Clip, find_clips, unequal_rates, unpaired
 from reelquant.evidence.evaluation import Evaluation
 from reelquant.evidence.grain import FLAT, growth
@@ -60,6 +60,7 @@ def evaluate(
 ) -> Evaluation:
     """Sample both pipelines and the noise floor, measure, judge, report; see :func:`reelquant.api.evaluate`."""
     options = options or Options()
+    _check_places(options)
     if clips < 1:
         raise RecipeError(f"clips: got {clips}; evaluate at least 1")
     _check_described(test)
@@ -75,8 +76,9 @@ def evaluate(
     check_given(kind, call, drawn)
     if grain_steps and not any(texts):
         raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
-    causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
     variants, proof = _variants(test, float_, floor, options), _proof(test)
+    refuse_pair(reference, test, files)
+    causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
     number = str(dtype).removeprefix("torch.")
     with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
         times = Times()
@@ -99,6 +101,19 @@ def _check_described(test: Any) -> None:
     for part in component_folders(folder) if (folder / INDEX).is_file() else ():
         if (stored := read_config(part).get(QUANTIZATION)) and stored.get("quant_method") == METHOD:
             Stored.from_json(stored)
+
+
+def _check_places(options: Options) -> None:
+    """Refuse real clips and a CLIP that are asked for and not there: they are read after all clips are made.
+
+    Raises:
+        MeasurementError, CheckpointError: naming the place.
+    """
+    if options.data is not None:
+        find_clips(options.data)
+    named = options.clip_model
+    if named is not None and (named.startswith((".", "/", "~")) or named.count("/") > 1) and not Path(named).expanduser().is_dir():
+        raise CheckpointError(f"no CLIP model at '{named}'; give a folder that transformers loads, or a hub id (owner/name)")
 
 
 def _bundled(source: ClipSource, kind: type, drawn: list[Condition], call: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,6 +246,7 @@ def compare(
 ) -> Evaluation:
     """Measure a folder of clips against another; see :func:`reelquant.api.compare`."""
     options = options or Options()
+    _check_places(options)
     with remarks() as told:
         sets = {"reference": find_clips(reference), "test": find_clips(test)}
     alone = unpaired(**sets)

@@ -29,6 +29,7 @@ from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.discover import denoiser_of
 from reelquant.discover.components import denoisers_of, plain
+from reelquant.evidence.causes import refuse_pair
 from reelquant.evidence.machine import machine, versions
 from reelquant.graphs import check_runtime, set_runtime
 from reelquant.kernels import native_float
@@ -165,9 +166,11 @@ def benchmark(
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Raises:
-        UnsupportedError: if ``test`` has no quantized layer, or does not run on that runtime.
+        UnsupportedError: if ``test`` has no quantized layer, was not made from ``reference``, or does not run on that runtime.
         CheckpointError: if a pipeline cannot be opened.
     """
+    check_runtime(runtime)
+    refuse_pair(reference, test, variant)
     progress, dtype = progress or Silent(), dtype or native_float(torch.device(device).type)
     if isinstance(prompt, Condition):
         (whole,) = map(as_condition, fitted(pipeline_class(reference), [prompt]))

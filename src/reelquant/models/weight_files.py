@@ -7,6 +7,7 @@ one. The libraries want to be told, so it is found here.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from reelquant._errors import CheckpointError
@@ -60,6 +61,31 @@ def variants(component: Path) -> list[str]:
     if _plain(component):
         return []
     return sorted({name for file in component.iterdir() if (name := _variant_of(file.name)) is not None})
+
+
+def stored_variants(component: Path) -> list[str | None]:
+    """Every variant in which a component is stored as safetensors; None is the one without a name."""
+    named = {variant for file in component.iterdir() if (variant := _variant_of(file.name)) is not None}
+    return [*([None] if _plain(component) else []), *sorted(named)]
+
+
+def weight_bytes(homes: Iterable[Path], variant: str | None = None) -> int:
+    """Bytes of the tensors that would be loaded from the folders of some components, without headers, so that shards make no difference.
+
+    A component that is not stored in the variant counts as a library finds it.
+    """
+    found = 0
+    for home in homes:
+        kinds = stored_variants(home)
+        if kinds:
+            chosen = variant if variant in kinds else kinds[0]
+            found += sum(map(_tensor_bytes, loaded_files(home, chosen)))
+    return found
+
+
+def _tensor_bytes(file: Path) -> int:
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
 
 
 def sole_variant(folder: Path) -> str | None:

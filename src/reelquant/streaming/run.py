@@ -24,6 +24,7 @@ from reelquant.models.condition import fitted
 from reelquant.models.defaults import missing, notice
 from reelquant.models.lora import short_names
 from reelquant.models.manifest import write_manifest
+from reelquant.models.weight_files import weight_bytes
 from reelquant.nn import check_finite, check_tensors, stop_clock
 from reelquant.streaming.disk_store import DiskStore
 from reelquant.streaming.estimate import check_room
@@ -57,6 +58,9 @@ def quantize_folder(job: Job, output: str | Path, *, resume: bool = False, force
         room = functools.partial(check_room, work, expected)
         report = _components(job, work, pipe, progress or Silent(), room)
         copy_others(job, work)
+        report.bytes_source, report.bytes_folder = (
+            weight_bytes(folder / name for name in job.source.modules) for folder in (job.source.folder, work.result)
+        )
         report.save(work.result / REPORT_FILE)
         write_card(work.result)
         write_manifest(work.result)

@@ -15,7 +15,7 @@ import torch
 
 from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress, Silent
-from reelquant.checkpoint import check_target, refuse_source, save
+from reelquant.checkpoint import check_target, check_writable, refuse_source, save
 from reelquant.evidence.sampling import ClipSource
 from reelquant.evidence.store import write_json, write_text
 from reelquant.models.condition import Prompts
@@ -105,6 +105,7 @@ def tune(
     goal, progress, output = goal or Goal(), progress or Silent(), Path(output)
     check_target(output, force=force)
     refuse_source(str(model), output)
+    check_writable(output)
     _ = BlockReuse(stretch=stretch)
     pipe = open_pipeline(model, dtype=dtype or torch.float32, device=device)
     site = site_of(pipe)

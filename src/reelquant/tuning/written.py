@@ -34,15 +34,18 @@ def _stored_recipe(denoiser: nn.Module) -> dict[str, Any]:
     return dict((stored if isinstance(stored, dict) else stored.to_dict()).get("recipe") or {})
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeptReport:
     """The report that quantizing left beside a pipeline, for a copy of that pipeline.
 
     Attributes:
         file: where it is.
+        bytes_source, bytes_folder: set by who saves; those in the file stay, as weights are the same.
     """
 
     file: Path
+    bytes_source: int | None = None
+    bytes_folder: int | None = None
 
     def save(self, path: str | Path) -> None:
         """Write it beside the copy."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +15,14 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import reelquant
+from reelquant import CalibrationError, CheckpointError, UnsupportedError
 from reelquant.evidence import causes
-from reelquant.evidence.causes import differences
+from reelquant.evidence.causes import differences, refuse_pair
+from tests.tiny.stock import stored_pipeline
 
 NAME = "tiny-dit"
 
@@ -114,7 +119,46 @@ def test_pairs_that_say_nothing_are_named() -> None:
     assert "'transformer' of the reference is quantized itself: give the float original" in differences(quantized(), NAME)
 
 
+@pytest.mark.parametrize(
+    ("reference", "test", "says"),
+    [
+        (NAME, lambda: NAME, "'tiny-dit' holds no quantized layer; give a folder that reelquant quantize wrote"),
+        ("QUANTIZED", quantized, "is both the pipeline under test and its reference"),
+        ("tiny-unet", quantized, "is a WanPipeline and its reference 'tiny-unet' a AnimateDiffPipeline"),
+        (stored_pipeline, quantized, "is another model than that of its reference"),
+        (stored_pipeline, lambda: reelquant.load(quantized()), "of 'WanPipeline' is another model than that of its reference"),
+    ],
+    ids=["float", "same", "another pipeline", "another size", "another size in memory"],
+)
+def test_pairs_of_which_a_comparison_says_nothing_are_refused(reference: Any, test: Callable[[], Any], says: str, tmp_path: Path) -> None:
+    given = quantized() if reference == "QUANTIZED" else reference if isinstance(reference, str) else reference(tmp_path / "wan")
+    with pytest.raises(UnsupportedError, match=re.escape(says)):
+        refuse_pair(given, test())
+
+
+def test_pairs_of_float_and_quantized_are_taken() -> None:
+    pipe = reelquant.open_pipeline(NAME)
+    refuse_pair(NAME, quantized())
+    refuse_pair(pipe, quantized())
+    refuse_pair(NAME, reelquant.load(quantized()))
+    refuse_pair(pipe, pipe)  # in memory it may be changed in ways that nobody sees
+
+
+def test_damage_under_test_is_found_before_anything_is_sampled(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    file = next((folder / "vae").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["encoder.conv_in.bias"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=file.name):
+        refuse_pair(NAME, folder)
+    reelquant.verify(folder, renew=True)
+    with pytest.raises(CalibrationError, match=r"bias of layer 'encoder.conv_in' of 'vae' holds NaN"):
+        refuse_pair(NAME, folder)
+
+
 def test_an_evaluation_carries_the_sentence() -> None:
     call: dict[str, Any] = dict(num_inference_steps=1, num_frames=5, metrics=["psnr"], floor=["none"])
-    found = reelquant.evaluate(NAME, NAME, ["a red circle"], clips=1, **call)
+    pipe = reelquant.open_pipeline(NAME)
+    found = reelquant.evaluate(pipe, pipe, ["a red circle"], clips=1, **call)
     assert "the very same pipeline" in found.data["warnings"][0]
