@@ -28,8 +28,7 @@ from reelquant.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from reelquant.cli.layout import Plain
     from reelquant.tuning import Trial, Tuned
 
 FAILED = 1
@@ -150,20 +149,15 @@ def _limits(pairs: list[str], max_lpips: float | None) -> dict[str, float]:
     return {name.strip().lower().replace("-", "_"): float(value) for name, value in named} | own
 
 
-def tables(made: Tuned) -> list[Table]:
+def tables(made: Tuned) -> list[Plain]:
     """What was tried, what was chosen, and where quality falls."""
-    from reelquant.cli.tables import facts, table
+    from reelquant.cli.layout import facts, table
 
     rows = table("Schedules that were tried", ["computed", "from the last", "limits"], ["faster", "PSNR", "worst", "motion"])
     for trial in made.trials:
-        words = ["kept" if trial.passed else f"{len(trial.failures)} missed"]
-        rows.add_row(
-            _count(trial),
-            f"{trial.order + 1} results" if trial.order else "result",
-            *words,
-            *_figures(trial),
-            style="bold" if _is(trial, made) else "",
-        )
+        limits = "kept" if trial.passed else f"{len(trial.failures)} missed"
+        results = f"{trial.order + 1} results" if trial.order else "result"
+        rows.add_row(_count(trial), results, limits, *_figures(trial), style="bold" if _is(trial, made) else "")
     return [rows, facts("Choice", _choice(made))]
 
 

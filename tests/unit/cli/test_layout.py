@@ -135,6 +135,7 @@ def _commands(model: Path, folder: Path) -> dict[str, tuple[object, ...]]:
         "weights": ("weights",),
         "export": ("export", out, "-f", "comfyui", "-o", folder / "out.safetensors"),
         "evaluate": ("evaluate", out, *call, "-n", 1, "-m", "image,motion,fvd", "--gate", "default", "-o", folder / "proof"),
+        "tune": ("tune", out, "-o", folder / "fast", "--steps", 4, "--clips", 1, "--fail-under", "psnr=1"),
         "benchmark": ("benchmark", out, *call, "-n", 1, "--no-memory"),
     }
 
