@@ -33,7 +33,7 @@ def recipe(folder: Path | str, *, train: bool = True, **weight: Any) -> dict[str
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline in four bits."""
     pipe = wan_pipeline()
-    reelquant.quantize(pipe, recipe("", train=False), PROMPTS, **CALL)
+    reelquant.quantize(pipe, recipe("") | {"steps": [{"solve": "gptq", "on": LAYERS}]}, PROMPTS, **CALL)
     return reelquant.save(pipe, tmp_path_factory.mktemp("base") / "out")
 
 

@@ -98,7 +98,7 @@ def test_a_dry_run_shows_every_stage(model: Path) -> None:
     assert set(told["estimate"]["stages"]) == {"allocate milp", "reconstruct adaround"}
     shown = " ".join(CliRunner().invoke(app, words, env={"COLUMNS": "160"}).stdout.split())
     for said in (
-        "do not compute blocks (stretch [0.0, 1.0]). Compute a stretch of consecutive blocks at every n-th step only. all",
+        "do not compute blocks (stretch [0.0, 1.0]). Compute a stretch of consecutive blocks at some steps only. all",
         f"{told['estimate']['stages']['allocate milp']} calls of these for allocate milp",
         "run with attention (scores int8",
         "simulated: codes are multiplied in float",
