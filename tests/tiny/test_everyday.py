@@ -155,7 +155,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, WanPipeline
 from safetensors.torch import save_file
 from tests.tiny.bundled import latents
-pipe = DiffusionPipeline.from_pretrained({str(folder(name))!r}, torch_dtype=torch.float32)  # its text encoder is stored in half precision
+pipe = DiffusionPipeline.from_pretrained({str(folder(name))!r}, dtype=torch.float32)  # its text encoder is stored in half precision
 save_file({{"latents": latents(pipe)}}, {str(tmp_path / "latents.safetensors")!r})
 """
     processes.run(code)
@@ -346,7 +346,7 @@ def test_a_dequantized_model_is_a_stock_one(name: str, tmp_path: Path) -> None:
 def test_shards_come_back(name: str, tmp_path: Path) -> None:
     reelquant.save(quantized(name), tmp_path / "out", max_shard_size="100KB")
     assert len(list((tmp_path / "out").glob("*/*-of-*.safetensors"))) > 3
-    opened = DiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)  # its text encoder is stored in half precision
+    opened = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.float32)  # its text encoder is stored in half precision
     assert torch.equal(latents(bundled.quiet(opened)), expected(name))
 
 

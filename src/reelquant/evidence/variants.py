@@ -168,7 +168,7 @@ def reopened_equals(pipe: Any, folder: Path, captions: Sequence[str], seed: int,
     """
     from diffusers import DiffusionPipeline
 
-    again = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    again = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     clips = [sample(_realigned(one), captions, seed=seed, **call) for one in (pipe, again)]
     return torch.equal(*clips)
 
