@@ -31,7 +31,10 @@ def draw(trials: Sequence[Trial], chosen: Trial | None, file: Path) -> None:
         above.scatter(chosen.speedup, chosen.figures["psnr"], s=160, facecolors="none", edgecolors="black", zorder=3, label="chosen")
     above.set_ylabel("PSNR to the pipeline without reuse, dB")
     above.legend(loc="upper right")
-    above.set_title("steps at which blocks are computed; green keeps all limits; circles repeat, squares forecast", fontsize=10)
+    above.set_title(
+        "steps at which blocks are computed; green keeps all limits; from the last result (circles) or two (squares)", fontsize=9
+    )
+    above.margins(x=0.1, y=0.12)
     below.axhline(0.0, color="#cccccc", zorder=0)
     below.set_ylabel("motion deviation")
     below.set_xlabel("times faster, expected of a whole clip")

@@ -112,7 +112,7 @@ def tune(
     if not quantized_layers(site.denoiser):
         raise UnsupportedError(
             f"'{model}' is not quantized, and a schedule fits the model that it was found on: quantize it first, "
-            f"for example reelquant quantize {model} -r qvd-w8a8 -o out"
+            f"for example reelquant quantize {model} -r w8a16 -o out"
         )
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
