@@ -102,6 +102,9 @@ def test_it_reuses_and_counts_every_call(made: Any, member: str) -> None:
     with calls_of(pipe.transformer) as calls:
         latents(pipe)
     assert sum(counts(pipe.transformer, member).values()) == len(calls) == 2 * STEPS  # Wan calls twice a step for guidance
+    installed = installed_reuse(pipe.transformer)[member][0]
+    assert {step: sum(pair) for step, pair in installed.by_step().items()} == dict.fromkeys(range(STEPS), 2)
+    assert all(pipe.transformer.get_submodule(part) for part in installed.parts)
 
 
 def test_clips_in_a_row_equal_fresh_runs(made: Any, member: str) -> None:

@@ -32,7 +32,7 @@ def draw(trials: Sequence[Trial], chosen: Trial | None, file: Path) -> None:
     above.set_ylabel("PSNR to the pipeline without reuse, dB")
     above.legend(loc="upper right")
     above.set_title(
-        "steps at which blocks are computed; green keeps all limits; from the last result (circles) or two (squares)", fontsize=9
+        "steps at which blocks are computed; green keeps all limits; circles: the last result, squares: the last two", fontsize=9
     )
     above.margins(x=0.1, y=0.12)
     below.axhline(0.0, color="#cccccc", zorder=0)
