@@ -27,6 +27,7 @@ def tune(
     clips: int = 8,
     prompts: Prompts | None = None,
     held_out: Prompts | None = None,
+    record: int = 4,
     stretch: tuple[float, float] = (0.0, 1.0),
     weights: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -49,8 +50,9 @@ def tune(
             alone. Without effect if a speed is wanted.
         limits: further limits, by metric: ``{"lpips_alex": 0.1}``.
         clips: clips that every schedule is tried on.
-        prompts: texts or conditions to record, of which four are used; by default the pipeline's own or general video prompts.
+        prompts: texts or conditions to record, of which the first ``record`` are used; by default the pipeline's own or general video prompts.
         held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
+        record: clips that schedules are planned from. They are sampled once for every step.
         stretch: the share of the blocks that is reused, in the order in which they run.
         weights: folder with networks of metrics; else the user's cache.
         dtype: of the float parts, float32 by default.
@@ -73,5 +75,5 @@ def tune(
     from reelquant.tuning import tune as run
 
     goal = Goal(target_speedup, gate, dict(limits or {}))
-    where = dict(stretch=stretch, clips=clips, held_out=held_out, weights=weights, dtype=dtype, device=device, force=force)
+    where = dict(stretch=stretch, clips=clips, recorded=record, held_out=held_out, weights=weights, dtype=dtype, device=device, force=force)
     return run(model, output, prompts, goal=goal, progress=progress or None, call=call, **where)

@@ -50,6 +50,7 @@ MaxLpips = Annotated[
 ]
 FailUnder = Annotated[list[str] | None, typer.Option("--fail-under", metavar="METRIC=VALUE", help="A further limit: psnr=30. Repeatable.")]
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that every schedule is tried on.")]
+Record = Annotated[int, typer.Option("--record", min=1, help="Clips that schedules are planned from; each is sampled once for every step.")]
 Stretch = Annotated[str, typer.Option("--stretch", metavar="START:END", help="The share of the blocks that is reused; 0:1 is all of them.")]
 Weights = Annotated[
     Path | None, typer.Option("--weights", help="Folder with networks of metrics; else the user's cache.", show_default=False)
@@ -79,6 +80,7 @@ def tune(
     max_lpips: MaxLpips = None,
     fail_under: FailUnder = None,
     clips: Clips = 8,
+    record: Record = 4,
     stretch: Stretch = "0:1",
     prompts: Prompts = None,
     steps: Steps = None,
@@ -105,7 +107,9 @@ def tune(
 
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     goal = dict(target_speedup=target_speedup, gate=gate or (None if wanted else "default"), limits=wanted)
-    where = dict(stretch=share, clips=clips, prompts=conditions(prompts), device=device, dtype=number, weights=weights, force=force)
+    where = dict(
+        stretch=share, clips=clips, record=record, prompts=conditions(prompts), device=device, dtype=number, weights=weights, force=force
+    )
     with _kept(output), console.Bars() as bars:
         made = run(model, output, **goal, **where, progress=bars, **call)
     if json:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import RecipeError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant.checkpoint import check_target, check_writable, refuse_source, save
 from reelquant.evidence.sampling import ClipSource
@@ -93,6 +93,7 @@ def tune(
     goal: Goal | None = None,
     stretch: tuple[float, float] = (0.0, 1.0),
     clips: int = 8,
+    recorded: int = RECORDED,
     held_out: Prompts | None = None,
     weights: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -103,6 +104,8 @@ def tune(
 ) -> Tuned:
     """Find a schedule, try it out, and write the pipeline with it; see :func:`reelquant.tune`."""
     goal, progress, output = goal or Goal(), progress or Silent(), Path(output)
+    if min(clips, recorded) < 1:
+        raise RecipeError(f"tune records and tries out at least one clip, got {recorded} to record and {clips} to try")
     check_target(output, force=force)
     refuse_source(str(model), output)
     check_writable(output)
@@ -116,16 +119,16 @@ def tune(
         )
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
-    texts = list(calibration_prompts(pipe, RECORDED) if prompts is None else prompts)[:RECORDED]
-    recorded = Clips(texts, range(SEED, SEED + len(texts)), call)
-    if recorded.steps(pipe) < LEAST_STEPS:
+    texts = list(calibration_prompts(pipe, recorded) if prompts is None else prompts)[:recorded]
+    trajectories = Clips(texts, range(SEED, SEED + len(texts)), call)
+    if trajectories.steps(pipe) < LEAST_STEPS:
         raise UnsupportedError(
-            f"clips are made in {recorded.steps(pipe)} steps, and with fewer than {LEAST_STEPS} nothing can be left out; "
+            f"clips are made in {trajectories.steps(pipe)} steps, and with fewer than {LEAST_STEPS} nothing can be left out; "
             "make them in more steps, or leave a pipeline for so few steps as it is"
         )
     identity = (Path(str(model)).name, ClipSource(model).identity)
     known = KnownDamage(work, [identity, [str(text) for text in texts], call, stretch])
-    errors, seconds = record(pipe, site, stretch, recorded, progress, known.of, known.keep)
+    errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep)
     judged = _held_out(pipe, held_out, clips, texts)
     seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
     trials = Trials(
@@ -134,7 +137,7 @@ def tune(
     )  # fmt: skip
     trials.base()
     search = Search(stretch, errors, seconds, trials)
-    chosen, speedup = _chosen(search, goal, lambda stage: in_turns(pipe, site, stage, recorded, progress))
+    chosen, speedup = _chosen(search, goal, lambda stage: in_turns(pipe, site, stage, trajectories, progress))
     stage = None if chosen is None else search.stage(chosen.computed, chosen.order)
     made = Tuned(stage, chosen, search.tried_all(), seconds, speedup, None if stage is None else output.absolute(), work)
     write_json(work / "tuning.json", made.to_json())

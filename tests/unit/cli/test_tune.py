@@ -63,6 +63,7 @@ def test_json_is_one_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     ("words", "expected"),
     [
         ([], {"target_speedup": None, "gate": "default", "limits": {}, "stretch": (0.0, 1.0)}),
+        (["--record", "1", "--clips", "3"], {"record": 1, "clips": 3}),
         (["--target-speedup", "1.8"], {"target_speedup": 1.8, "gate": "default"}),
         (["--max-lpips", "0.1"], {"gate": None, "limits": {"lpips_alex": 0.1}}),
         (["--gate", "strict", "--fail-under", "PSNR=30"], {"gate": "strict", "limits": {"psnr": 30.0}}),
