@@ -50,7 +50,8 @@ def tune(
             alone. Without effect if a speed is wanted.
         limits: further limits, by metric: ``{"lpips_alex": 0.1}``.
         clips: clips that every schedule is tried on.
-        prompts: texts or conditions to record, of which the first ``record`` are used; by default the pipeline's own or general video prompts.
+        prompts: texts or conditions to record, of which the first ``record`` are used; by default the pipeline's own or general video
+            prompts.
         held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
         record: clips that schedules are planned from. They are sampled once for every step.
         stretch: the share of the blocks that is reused, in the order in which they run.
