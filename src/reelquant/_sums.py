@@ -78,7 +78,7 @@ class Sealed:
         """
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".writing-{file.name}")
+        temporary = file.with_name(f".{UNFINISHED}{file.name}")
         write(temporary)
         self.seal(name, whole_sum(temporary))
         temporary.replace(file)
@@ -112,6 +112,8 @@ class Sealed:
         return {line[:64] for line in lines if line[66:] == name}
 
 
+UNFINISHED = "writing-"
+"""In the hidden name of a file that is being written: what a killed run leaves."""
 OWN = "sha256"  # key of a JSON document that holds the sum of all the others
 
 

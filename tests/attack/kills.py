@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "evaluate": (
         "evaluate",
         "QUANTIZED",
-        "-r",
+        "--reference",
         "FLOAT",
         "-n",
         "2",

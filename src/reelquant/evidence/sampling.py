@@ -190,7 +190,7 @@ class SamplingJob:
             if chunk[0] < KEPT_LATENTS:
                 course.append(latents.detach().float().cpu())
 
-        with self._counting(pipe, name, variant, chunk):
+        with self._counting(pipe, name, variant, chunk):  # counts are written last: a call without them is made again
             frames = sample(
                 pipe,
                 [self.prompts[i] for i in chunk],
@@ -201,6 +201,10 @@ class SamplingJob:
                 on_latents=at_step,
                 **self.call,
             ).float()
+            self._keep(frames, course, name, words, chunk)
+
+    def _keep(self, frames: Tensor, course: Sequence[Tensor], name: str, words: str, chunk: range) -> None:
+        """Write the clips of a call, and their latents after every step if those are few enough."""
         for row, i in enumerate(chunk):
             clip = frames[row] if frames.ndim == 5 else frames[row][None]
             text = as_condition(self.prompts[i]).text

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reelquant._errors import CheckpointError
-from reelquant._sums import OWN, Sealed, json_sum
+from reelquant._sums import OWN, UNFINISHED, Sealed, json_sum
 from reelquant.evidence.media import write_video
 from reelquant.models.blank import read_json
 
@@ -59,6 +59,8 @@ class Store:
             raise CheckpointError(f"'{self.root}' is not empty and holds no evaluation; choose another --output")
         elif file.is_file():
             self._clear()
+        for left in self.root.rglob(f".*{UNFINISHED}*"):
+            left.unlink(missing_ok=True)
         write_json(file, settings)
 
     def borrow(self, other: Path, settings: Mapping[str, Any]) -> None:

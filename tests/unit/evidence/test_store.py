@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import reelquant
 from reelquant import CheckpointError
+from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant
 from reelquant.evidence.store import Store
+from tests.tiny.stock import CALL, PROMPTS, wan_pipeline
 
 ROW = {"name": "0000", "sources": ["psnr"], "figures": {"psnr": 30.0}, "curves": {"psnr": [30.0]}}
 
@@ -121,3 +125,34 @@ def test_a_broken_run_json_is_one_sentence(tmp_path: Path, content: str) -> None
         Store(tmp_path).begin({"seed": 1}, resume=True, force=False)
     with pytest.raises(CheckpointError):
         Store(tmp_path / "other").borrow(tmp_path, {"seed": 1})
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    store = Store(tmp_path / "out")
+    store.begin({"kind": "x"}, resume=True, force=False)
+    store.put_clip("test", "0000", torch.zeros(2, 3, 8, 8), 8)
+    left = store.clip("test", "0001").with_name("..writing-0001.05c86468.mp4")
+    left.write_bytes(b"half")
+    store.begin({"kind": "x"}, resume=True, force=False)
+    assert not left.exists() and store.has_clip("test", "0000")
+
+
+def test_a_call_whose_clips_were_not_all_written_counts_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, store = wan_pipeline(), Store(tmp_path / "out")
+    reelquant.quantize(pipe, "w8a16")
+    job = SamplingJob(store, PROMPTS, [1, 2], CALL)
+    stops = iter([None, KeyboardInterrupt])
+    put = Store.put_clip
+
+    def stopped(self: Store, *args: Any) -> None:
+        if stop := next(stops, None):
+            raise stop
+        put(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "put_clip", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            job.make("test", Variant(ClipSource(pipe), counted=True))
+    assert store.has_clip("test", "0000") and store.counts("test") == {}
+    job.make("test", Variant(ClipSource(pipe), counted=True))
+    assert len((store.root / "saturation" / "test.jsonl").read_text().splitlines()) == 1
