@@ -45,7 +45,7 @@ def tune(
     Args:
         model: folder of a quantized pipeline with one denoiser.
         output: the folder to write. What was tried is kept beside it, in ``<output>.tuning``; a run that was stopped goes on from there.
-        target_speedup: times faster that a whole clip has to be; the best schedule that is so fast is chosen.
+        target_speedup: times faster that a whole clip has to be; the best schedule that is so fast is chosen, if it keeps the limits.
         gate: preset that trials have to pass, ``strict``, ``default`` or ``loose``; the fastest that passes is chosen. None for the limits
             alone. Without effect if a speed is wanted.
         limits: further limits, by metric: ``{"lpips_alex": 0.1}``.

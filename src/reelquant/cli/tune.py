@@ -102,6 +102,8 @@ def tune(
     number = torch_dtype(dtype)
     share = _stretch(stretch)
     wanted = _limits(fail_under or [], max_lpips)
+    if target_speedup is not None and gate is not None:
+        raise typer.BadParameter("the fastest that passes a gate, or the best that is so fast: give one of them", param_hint="--gate")
     console.quiet_loading()
     from reelquant.api import tune as run
 

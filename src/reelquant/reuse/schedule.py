@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reelquant._errors import RecipeError
@@ -55,13 +54,3 @@ class Schedule:
 
 def _above(timestep: float, other: float) -> bool:
     return timestep > other + TOLERANCE * abs(other)
-
-
-def steps_at(timesteps: Sequence[float], schedule: Schedule) -> list[int]:
-    """Which steps of a sampler a schedule computes.
-
-    Args:
-        timesteps: of the sampler's steps, in sampling order.
-    """
-    before: list[float | None] = [None, *timesteps][: len(timesteps)]
-    return [step for step, now in enumerate(timesteps) if schedule.computes(step, now, before[step])]

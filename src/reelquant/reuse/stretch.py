@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +120,7 @@ class Stretch:
         self.now.running = None
 
 
-class StandIn:
+class StandIn(ABC):
     """Stands in for the forward of one block. It belongs to the block, so that a deep copy of the block has one of its own."""
 
     def __init__(self, name: str, block: nn.Module, stretch: Stretch, *, first: bool, last: bool) -> None:

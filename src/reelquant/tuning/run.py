@@ -159,7 +159,7 @@ def _chosen(search: Search, goal: Goal, timed: Any) -> tuple[Trial | None, float
         return times[trial.computed]
 
     chosen = search.fastest() if goal.speedup is None else search.fast_enough(goal.speedup, measured)
-    return chosen, None if chosen is None else measured(chosen)
+    return (chosen, measured(chosen)) if chosen is not None and chosen.passed else (None, None)
 
 
 def in_turns(pipe: Any, site: Site, stage: BlockReuse, clips: Clips, progress: Progress, rounds: int = 3) -> float:

@@ -80,6 +80,7 @@ def test_options_become_wishes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     ("words", "message"),
     [
         (["--stretch", "half"], "--stretch takes a start and an end, got 'half'"),
+        (["--target-speedup", "2", "--gate", "default"], "give one of them"),
         (["--fail-under", "psnrr=3"], "unknown metric 'psnrr'"),
         (["--fail-under", "psnr=much"], "'much' is not a number"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reelquant.reuse.history import History, weights
-from reelquant.reuse.schedule import Schedule, steps_at
+from reelquant.reuse.schedule import Schedule
 
 TIMES = [1000.0, 900.0, 800.0, 700.0, 600.0, 500.0, 400.0]
 
@@ -27,7 +27,8 @@ TIMES = [1000.0, 900.0, 800.0, 700.0, 600.0, 500.0, 400.0]
     ],
 )
 def test_which_steps_are_computed(schedule: Schedule, steps: list[int]) -> None:
-    assert steps_at(TIMES, schedule) == steps
+    before = [None, *TIMES]
+    assert [step for step, time in enumerate(TIMES) if schedule.computes(step, time, before[step])] == steps
 
 
 def test_weights_of_a_polynomial() -> None:

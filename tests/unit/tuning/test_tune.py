@@ -20,7 +20,7 @@ from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.tuning import Tuned
 from reelquant.tuning.recording import Seconds, reusing, site_of
 from reelquant.tuning.trials import Trials
-from tests.tiny.stock import CALL, PROMPTS, stored_pipeline
+from tests.tiny.stock import CALL, PROMPTS, stored_pipeline, wan_pipeline
 
 STEPS = 6
 RUN: dict[str, Any] = CALL | {"num_inference_steps": STEPS}
@@ -129,10 +129,21 @@ def test_a_float_pipeline_and_an_existing_output_are_refused(quantized: Path, tm
         tune(quantized, quantized)
 
 
-def test_two_denoisers_are_refused() -> None:
-    pipe = SimpleNamespace(components={})
-    with pytest.raises(UnsupportedError, match="has no denoiser"):
+@pytest.mark.parametrize(
+    ("names", "message"), [((), "has no denoiser"), (("transformer", "transformer_2"), r"has 2 denoisers \(transformer, transformer_2\)")]
+)
+def test_a_pipeline_has_to_have_one_denoiser(names: tuple[str, ...], message: str) -> None:
+    pipe = SimpleNamespace(components={name: wan_pipeline().transformer for name in names})
+    with pytest.raises(UnsupportedError, match=message):
         site_of(pipe)
+
+
+def test_a_wanted_speed_that_misses_a_limit_leaves_no_output(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reelquant.tuning.recording._seconds", lambda *_: Seconds(1.0, 0.0, 0.0, 2))
+    monkeypatch.setattr("reelquant.tuning.run.in_turns", lambda pipe, site, stage, *_: STEPS / len(stage.at))
+    made = tune(quantized, tmp_path / "out", target_speedup=1.5, limits={"psnr": 99.0})
+    assert made.output is None and made.chosen is None and not (tmp_path / "out").exists()
+    assert any(trial.failures for trial in made.trials)
 
 
 def test_inside_reusing_the_model_reuses_and_afterwards_not(quantized: Path) -> None:
