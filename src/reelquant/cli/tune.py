@@ -159,7 +159,7 @@ def tables(made: Tuned) -> list[Plain]:
     """What was tried, what was chosen, and where quality falls."""
     from reelquant.cli.layout import facts, table
 
-    rows = table("Schedules that were tried", ["computed", "from the last", "limits"], ["faster", "PSNR", "worst", "motion"])
+    rows = table("Schedules that were tried", ["steps", "from the last", "limits"], ["faster", "PSNR", "worst", "motion"])
     for trial in made.trials:
         limits = "kept" if trial.passed else f"{len(trial.failures)} missed"
         results = f"{trial.order + 1} results" if trial.order else "result"
@@ -172,7 +172,7 @@ def _is(trial: Trial, made: Tuned) -> bool:
 
 
 def _count(trial: Trial) -> str:
-    return f"{len(trial.computed)} of {trial.steps} steps"
+    return f"{len(trial.computed)} of {trial.steps}"
 
 
 def _figures(trial: Trial) -> list[str]:
@@ -189,8 +189,8 @@ def _choice(made: Tuned) -> list[tuple[str, str]]:
         found.append(("chosen", "nothing: no schedule kept the limits"))
         found += [("missed", sentence) for sentence in dict.fromkeys(reasons)]
     else:
-        share = len(chosen.computed) / chosen.steps
-        found.append(("blocks", f"computed at {_count(chosen)} ({share:.0%}): {', '.join(str(step + 1) for step in chosen.computed)}"))
+        share, steps = len(chosen.computed) / chosen.steps, ", ".join(str(step + 1) for step in chosen.computed)
+        found.append(("blocks", f"computed at {_count(chosen)} steps ({share:.0%}): {steps}"))
         found.append(("speed", f"{made.speedup:.2f}x as fast, whole clips in turns; expected {chosen.speedup:.2f}x"))
     if made.cliff is not None:
         more, fewer = made.cliff
