@@ -88,6 +88,10 @@ def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
         ({"stretch": (0.5,)}, r"got \[0.5\]"),
         ({"order": 3}, r"0 \(the last result\), 1 \(a line\) or 2 \(a parabola\), got 3"),
         ({"fitted": (8.0, 1.0, 1.0)}, "a timestep and 1 weights for every step, 2 numbers each, got 3 numbers"),
+        ({"late": (0.5, 0.25)}, r"'late' of reuse 'blocks' is a start and an end, like \[0.25, 0.75\], got \[0.5, 0.25\]"),
+        ({"threshold": -0.1}, "a relative change like 0.1, or 0 for none, got -0.1"),
+        ({"threshold": float("nan")}, "or 0 for none, got nan"),
+        ({"boundary": 1.0}, "between 0 and 1, got 1.0"),
         ({"at": (1.0, 2.0)}, r"from the largest to the smallest, each once, got \[1.0, 2.0\]"),
     ],
 )
@@ -371,6 +375,38 @@ def test_a_schedule_in_timesteps_serves_any_number_of_steps() -> None:
     for time in (10.0, 7.0, 5.0, 3.0):  # 5 is the first that reaches 6
         added(model, time)
     assert reuse.counts() == {"computed": 2, "reused": 2}
+
+
+@pytest.mark.parametrize(("threshold", "computed"), [(0.0, 1), (0.35, 2), (0.15, 4)])
+def test_a_stretch_is_computed_where_what_enters_it_has_changed(threshold: float, computed: int) -> None:
+    model = Denoiser()
+    reuse = BlockReuse(every=9, threshold=threshold).install(model, FACTS)
+    for time in (10.0, 8.0, 6.0, 4.0):  # what enters the stretch is a tenth of the timestep: 20, 40 and 60 % below the first
+        added(model, time, torch.zeros(1, 1, 1))
+    assert reuse.counts() == {"computed": computed, "reused": 4 - computed}
+
+
+def test_every_call_of_a_step_is_compared_with_its_own() -> None:
+    model = Denoiser()
+    reuse = BlockReuse(every=9, threshold=0.5).install(model, FACTS)
+    for time in (10.0, 9.0):
+        for _ in range(2):
+            added(model, time, torch.zeros(1, 1, 1))
+    assert reuse.counts() == {"computed": 2, "reused": 2}
+
+
+def test_late_in_a_trajectory_another_stretch_takes_over() -> None:
+    model = Denoiser()
+    reuse = BlockReuse(every=9, late=(0.0, 0.5)).install(model, FACTS | {"late": ["blocks.0", "blocks.1", "blocks.2"]})
+    assert added(model, 10.0) == pytest.approx(10.0)
+    assert added(model, 6.0) == pytest.approx(0.6 * (1 + 4) + 1.0 * (2 + 3))
+    assert added(model, 5.0) == pytest.approx(5.0)  # half of the first timestep: nothing is known of the late stretch yet
+    assert added(model, 4.0) == pytest.approx(0.4 * 4 + 0.5 * (1 + 2 + 3))
+    assert reuse.counts() == {"computed": 2, "reused": 2}
+    assert reuse.by_step() == {0: (1, 0), 1: (0, 1), 2: (1, 0), 3: (0, 1)} and reuse.parts == ["blocks.1", "blocks.2", "blocks.0"]
+    assert added(model, 10.0) == pytest.approx(10.0)  # another clip: the early one again
+    reuse.remove()
+    assert added(model, 6.0) == pytest.approx(6.0)
 
 
 class Skipping(nn.Module):
