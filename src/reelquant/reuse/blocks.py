@@ -6,15 +6,17 @@ reuses the change that a stretch of blocks makes, so that what earlier blocks co
 2312.00858) keeps the output of a UNet's deep blocks, Faster Diffusion (arXiv 2312.09608) those of its encoder. Ours is one mechanism
 with these as its settings. Deviations: every tensor that flows through a chain of blocks has a change of its own (hidden states and
 text); so has every call of a step (the two halves of guidance); the steps at which Delta-DiT's stretch moves from the last to the first
-blocks are told by their timesteps; fitted are weights of the last results, the same for all channels (CacheQuant: a scale and an offset
-for every channel of the last one); a UNet's blocks are kept or computed as a whole (DeepCache cuts between their layers); steps of
-Faster Diffusion do not run in parallel. A step can also be computed because the blocks before the stretch say that much has changed, as
-in TeaCache (arXiv 2411.19108) and the first-block cache of ParaAttention; compared is what enters the stretch (theirs: the modulated
-input of the first block, or the change that it makes).
+blocks are told by their timesteps; ProfilingDiT (arXiv 2504.03140) looks at attention maps for the blocks that can be reused, ours at
+how much their change differs from step to step; fitted are weights of the last results, the same for all channels (CacheQuant: a scale
+and an offset for every channel of the last one); a UNet's blocks are kept or computed as a whole (DeepCache cuts between their layers);
+steps of Faster Diffusion do not run in parallel. A step can also be computed because the blocks before the stretch say that much has
+changed, as in TeaCache (arXiv 2411.19108) and the first-block cache of ParaAttention; compared is what enters the stretch (theirs: the
+modulated input of the first block, or the change that it makes).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from reelquant.nn import get_module
 from reelquant.reuse.chain import Link
 from reelquant.reuse.history import check_order
 from reelquant.reuse.outputs import Output
+from reelquant.reuse.profile import steadiest
 from reelquant.reuse.reuse import Reuse
 from reelquant.reuse.schedule import Schedule
 from reelquant.reuse.stretch import StandIn, Stretch, Watcher
@@ -63,6 +66,8 @@ class BlockReuse(Reuse):
         threshold: the stretch is also computed where what enters it has changed by more than this since it was last computed: the mean
             absolute difference over the mean absolute value. 0 leaves this test out. ``every`` then says after how many steps the stretch
             is computed at the latest.
+        profiled: instead of a stretch, this share of the blocks of a chain: those whose change differs least from step to step, see
+            :mod:`reelquant.reuse.profile`. 0 for none.
         late: another stretch, which takes the place of ``stretch`` late in a trajectory; empty for none.
         boundary: ``late`` begins at this share of the first timestep.
     """
@@ -74,6 +79,7 @@ class BlockReuse(Reuse):
     order: int = 0
     fitted: tuple[float, ...] = ()
     threshold: float = 0.0
+    profiled: float = 0.0
     late: tuple[float, ...] = ()
     boundary: float = 0.5
     always: ClassVar[Mapping[str, Any]] = {"every": 1}
@@ -91,6 +97,10 @@ class BlockReuse(Reuse):
                 raise RecipeError(f"'{name}' of reuse 'blocks' is a start and an end, like [0.25, 0.75], got {list(part)}")
         if not self.threshold >= 0:
             raise RecipeError(f"'threshold' of reuse 'blocks' is a relative change like 0.1, or 0 for none, got {self.threshold}")
+        if not 0 <= self.profiled <= 1:
+            raise RecipeError(f"'profiled' of reuse 'blocks' is a share of the blocks, 0 to 1, got {self.profiled}")
+        if self.profiled and self.late:
+            raise RecipeError(f"'profiled' of reuse 'blocks' takes the place of stretches; drop it, or 'late': {list(self.late)}")
         if not 0 < self.boundary < 1:
             raise RecipeError(f"'boundary' of reuse 'blocks' lies between 0 and 1, got {self.boundary}")
 
@@ -105,19 +115,37 @@ class BlockReuse(Reuse):
         width = self.order + 2
         return [tuple(self.fitted[start : start + width]) for start in range(0, len(self.fitted), width)]
 
+    @property
+    def in_memory(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "reuse 'blocks' samples it to profile its blocks; give a stretch instead of 'profiled'" if self.profiled else None
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.profiled)
+
+    def held_out_runs(self, steps: int) -> int:
+        return 1 if self.profiled else 0
+
     def facts(self, work: ModelWork) -> dict[str, Any]:
         """Paths of the blocks in execution order, what is kept of them, and the names of two arguments of the denoiser.
 
-        ``late`` are the blocks of the late stretch, where there is one.
+        ``late`` are the blocks of the late stretch, where there is one; ``runs`` the blocks in groups of consecutive ones, if they are
+        more than one stretch.
         """
         timestep, latent = work.map.timestep_argument, work.map.latent_argument
         if timestep is None or latent is None:
             raise UnsupportedError(f"reuse 'blocks' follows the timestep, and '{work.component}' has none; use it for a denoiser")
         chain = _chain(work.denoiser, work.map.blocks)
         blocks = chain or list(work.map.blocks)
+        common = {"keeps": "change" if chain else "outputs", "timestep": timestep, "latent": latent}
+        if self.profiled:
+            if chain is None:
+                raise UnsupportedError(f"'profiled' of reuse 'blocks' needs a chain of blocks, and {work.map.cls} has none; give a stretch")
+            chosen = steadiest(work, chain, self.profiled, BlockReuse(every=1), {"blocks": chain} | common)
+            return {"blocks": chosen, "runs": _runs(chain, chosen)} | common
         late = {"late": _inside(blocks, self.late, work.map.cls)} if self.late else {}
         chosen = _inside(blocks, self.stretch, work.map.cls)
-        return {"blocks": chosen, "keeps": "change" if chain else "outputs", "timestep": timestep, "latent": latent} | late
+        return {"blocks": chosen} | common | late
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledBlocks:
         return InstalledBlocks(model, self, facts)
@@ -133,6 +161,12 @@ def _inside(blocks: Sequence[str], stretch: Sequence[float], cls: str) -> list[s
             f"{len(chosen)}; give a wider stretch"
         )
     return chosen
+
+
+def _runs(chain: Sequence[str], chosen: Sequence[str]) -> list[list[str]]:
+    """Some blocks of a chain in groups of consecutive ones."""
+    groups = itertools.groupby(chain, key=lambda name: name in chosen)
+    return [list(names) for wanted, names in groups if wanted]
 
 
 def _chain(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
@@ -151,19 +185,24 @@ def _chain(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
 
 
 class InstalledBlocks:
-    """A stretch of blocks that is reused, or two, one early and one late in a trajectory."""
+    """Stretches of blocks that are reused: one, several at once, or one early and one late in a trajectory."""
 
     def __init__(self, model: nn.Module, stage: BlockReuse, facts: Mapping[str, Any]) -> None:
         self.read_timestep, self.read_latent = (timestep_reader(model, facts[key]) for key in ("timestep", "latent"))
         self.boundary, stands = stage.boundary, KEEPS[facts.get("keeps", "change")]
-        self.stretches: list[Stretch] = []
         self.blocks: list[StandIn] = []
-        for names in (facts["blocks"], facts["late"]) if "late" in facts else (facts["blocks"],):
+
+        def made(names: Sequence[str]) -> Stretch:
             stretch = Stretch(stage.schedule, stage.order, stage.rows, stage.threshold)
-            self.stretches.append(stretch)
+            ends = {"first": names[0], "last": names[-1]}
             self.blocks += [
-                stands(name, get_module(model, name), stretch, first=name == names[0], last=name == names[-1]) for name in names
+                stands(name, get_module(model, name), stretch, **{end: name == one for end, one in ends.items()}) for name in names
             ]
+            return stretch
+
+        self.early = [made(names) for names in facts.get("runs", [facts["blocks"]])]
+        self.late = [made(facts["late"])] if "late" in facts else []
+        self.stretches = [*self.early, *self.late]
         self.handle = model.register_forward_pre_hook(self.begin, with_kwargs=True)
 
     @torch.compiler.disable
@@ -173,15 +212,13 @@ class InstalledBlocks:
             raise UnsupportedError(f"{type(model).__name__} reuses blocks already; call disable_cache() to undo diffusers' own cache")
         timestep, latent = self.read_timestep(args, kwargs), self.read_latent(args, kwargs)
         if torch.is_grad_enabled() or timestep is None or not isinstance(latent, Tensor):
-            self.stretches[0].compute()
-            for other in self.stretches[1:]:
-                other.rest()
+            for stretch in self.stretches:
+                stretch.compute() if stretch in self.early else stretch.rest()
             return
         trajectories = [stretch.follow(float(torch.as_tensor(timestep).float().amax()), latent) for stretch in self.stretches]
-        early = len(trajectories) == 1 or trajectories[0].timestep > self.boundary * trajectories[0].start
-        acting = self.stretches[0 if early else 1]
-        for stretch in self.stretches:
-            stretch.begin() if stretch is acting else stretch.rest(stretch.now.trajectory)
+        late = bool(self.late) and trajectories[0].timestep <= self.boundary * trajectories[0].start
+        for stretch, trajectory in zip(self.stretches, trajectories, strict=True):
+            stretch.begin() if (stretch in self.late) == late else stretch.rest(trajectory)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Let somebody hear what is kept, or nobody."""
@@ -201,14 +238,14 @@ class InstalledBlocks:
             stretch.reset()
 
     def counts(self) -> dict[str, int]:
-        """Passes through the stretch."""
+        """Passes through stretches."""
         found = {"computed": 0, "reused": 0}
         for (name, _), count in self._counted.items():
             found[name] += count
         return found
 
     def by_step(self) -> dict[int, tuple[int, int]]:
-        """Passes through the stretch that were computed, and those that were reused, by the number of the step."""
+        """Passes through stretches that were computed, and those that were reused, by the number of the step."""
         counted = self._counted
         return {step: (counted["computed", step], counted["reused", step]) for step in sorted({step for _, step in counted})}
 
@@ -218,5 +255,5 @@ class InstalledBlocks:
 
     @property
     def parts(self) -> list[str]:
-        """Module paths of the blocks that are reused, early or late."""
+        """Module paths of the blocks that are reused at some time."""
         return list(dict.fromkeys(block.name for block in self.blocks))

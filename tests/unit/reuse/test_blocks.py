@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.discover import discover
-from reelquant.reuse import BlockReuse
+from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.reuse.blocks import InstalledBlocks
+from reelquant.reuse.profile import differences
 from reelquant.sites import DenoiserMap
 from tests.families.models import FAMILIES, awake
 
@@ -92,6 +95,8 @@ def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
         ({"threshold": -0.1}, "a relative change like 0.1, or 0 for none, got -0.1"),
         ({"threshold": float("nan")}, "or 0 for none, got nan"),
         ({"boundary": 1.0}, "between 0 and 1, got 1.0"),
+        ({"profiled": 1.5}, "a share of the blocks, 0 to 1, got 1.5"),
+        ({"profiled": 0.5, "late": (0.0, 0.5)}, r"takes the place of stretches; drop it, or 'late': \[0.0, 0.5\]"),
         ({"at": (1.0, 2.0)}, r"from the largest to the smallest, each once, got \[1.0, 2.0\]"),
     ],
 )
@@ -407,6 +412,52 @@ def test_late_in_a_trajectory_another_stretch_takes_over() -> None:
     assert added(model, 10.0) == pytest.approx(10.0)  # another clip: the early one again
     reuse.remove()
     assert added(model, 6.0) == pytest.approx(6.0)
+
+
+class Steps:
+    """What a reuse asks of the engine: held-out clips of a denoiser whose last block but one changes least."""
+
+    def __init__(self) -> None:
+        self.denoiser = Denoiser()
+        for block, number in zip(self.denoiser.blocks, (4, 3, 1, 2), strict=True):
+            block.number = number
+        self.map = DenoiserMap(
+            "Denoiser", {}, (), tuple(f"blocks.{n}" for n in range(4)), timestep_argument="timestep", latent_argument="x"
+        )
+        self.component, self.timesteps = "transformer", [10.0, 8.0, 6.0]
+
+    def held_out_latents(self) -> None:
+        for time in (*self.timesteps, *self.timesteps):  # two clips
+            added(self.denoiser, time)
+
+    @contextmanager
+    def timed(self, phase: str, total: int) -> Iterator[None]:
+        yield
+
+
+@pytest.mark.parametrize(
+    ("share", "runs"), [(0.25, [["blocks.2"]]), (0.5, [["blocks.2", "blocks.3"]]), (0.75, [["blocks.1", "blocks.2", "blocks.3"]])]
+)
+def test_profiled_are_the_blocks_that_change_least_from_step_to_step(share: float, runs: list[list[str]]) -> None:
+    steps = Steps()
+    facts = BlockReuse(profiled=share).facts(steps)
+    assert facts["runs"] == runs and facts["blocks"] == [name for run in runs for name in run]
+    assert not installed_reuse(steps.denoiser)
+
+
+def test_a_block_counts_by_the_square_of_what_its_change_differs() -> None:
+    steps = Steps()
+    names = [f"blocks.{number}" for number in range(4)]
+    found = differences(steps, names, BlockReuse(every=1), FACTS | {"blocks": names})
+    assert list(found.values()) == pytest.approx([4 * (number * 0.2) ** 2 for number in (4, 3, 1, 2)])  # two steps of two clips
+
+
+def test_blocks_that_do_not_follow_each_other_are_reused_one_by_one() -> None:
+    model = Denoiser()
+    reuse = BlockReuse().install(model, FACTS | {"blocks": ["blocks.0", "blocks.2"], "runs": [["blocks.0"], ["blocks.2"]]})
+    assert added(model, 10.0) == pytest.approx(10.0)
+    assert added(model, 8.0) == pytest.approx(1.0 * (1 + 3) + 0.8 * (2 + 4))
+    assert reuse.counts() == {"computed": 2, "reused": 2}  # two stretches
 
 
 class Skipping(nn.Module):
