@@ -334,7 +334,7 @@ def _feature(case: Case, feature: Feature) -> bool:
 
 @torch.no_grad()
 def reuse(case: Case) -> str:
-    """Blocks left out at every second step: the same bits where all is computed, near them elsewhere, and clips do not disturb each other."""
+    """Blocks left out at every second step: where all is computed the same bits, elsewhere near them; a second clip equals the first."""
     model, inputs = case.float(), case.inputs()
     found = discover(model)
     stage = BlockReuse(stretch=(0.0, 1.0))
@@ -499,4 +499,4 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "torch_compile": torch_compile,
     "torch_compile_with_group_offload": torch_compile_with_group_offload,
 }
-"""Name in the published matrix -> the check: the seventeen of diffusers; sharding, a variant of theirs, in a column of its own; two of ours."""
+"""Name in the published matrix -> the check: the seventeen of diffusers; sharding, a variant of theirs; two of ours."""
