@@ -25,7 +25,7 @@ from reelquant.models.parts import METHODS, encode, seen
 from reelquant.models.probes import own_size
 from reelquant.models.sampling import sample
 from reelquant.nn import get_module, prepares_input
-from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, observe_methods, time_of
+from reelquant.observe import Call, Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, observe_methods, time_of
 
 STEPS = 50
 """Denoising steps of pipelines that are not told how many to take."""
@@ -34,7 +34,13 @@ Empty = tuple[dict[str, InputStatistics], dict[str, InputStatistics]]
 
 
 class Keeper(Protocol):
-    """Keeps statistics somewhere else than in memory."""
+    """Keeps statistics somewhere else than in memory.
+
+    Attributes:
+        apart: this pass makes some of the runs only, for others to read: nothing but what the layers see is kept of it.
+    """
+
+    apart: bool
 
     def keep(self, make: Callable[[], Empty], generator: torch.Generator) -> tuple[dict[str, Any], Mapping[str, InputStatistics]]:
         """What to hang on the layers while sampling, and the statistics by layer name afterwards.
@@ -43,6 +49,14 @@ class Keeper(Protocol):
             make: gives empty statistics: those to fill by the name of a layer, and those by every layer's name.
             generator: draws the rows that are sampled.
         """
+        ...
+
+    def saw(self, call: Call) -> None:
+        """Hears of every call of the denoiser, before it is made."""
+        ...
+
+    def run(self) -> int | None:
+        """The number of the sampler run that is going on, where runs before it may have been left out."""
         ...
 
 
@@ -164,7 +178,8 @@ def calibrate_together(
     batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4, texts.written)
     gathered: list[Calibration] = []
     course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
-    vaes = [part.denoiser for part in parts if part.decodes]
+    apart = any(part.keeper is not None and part.keeper.apart for part in parts)
+    vaes = [part.denoiser for part in parts if part.decodes and not apart]
     options = {"batch": batch, "output": "frames" if vaes else "latent", "on_step": on_step} | arguments
 
     def sampled(texts: Prompts, first: int, **size: int) -> None:
@@ -174,12 +189,13 @@ def calibrate_together(
                 encode(vae, made)
 
     def run(rest: Sequence[Part]) -> None:
+        rest = [part for part in rest if not apart or part.keeper is not None]
         if rest:
             gathered.insert(0, _observed(rest[0], course, lambda: run(rest[1:])))
             return
         sampled(texts.written, 0)
         course.probing = True
-        if recipe.calibrate is not None and recipe.calibrate.probe_count:
+        if recipe.calibrate is not None and recipe.calibrate.probe_count and not apart:
             _show_pictures([part.denoiser for part in parts])
         some, size = _in_own_size(pipe, parts, texts.probes, arguments)
         sampled(texts.probes[some:], len(texts.written) + some)
@@ -234,12 +250,29 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     if part.decodes:
         return Calibration(observe_methods(denoiser, METHODS, watched, run, **how), inputs, course.texts)
     reader = _timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
-    halves = _reads_half(inputs)
+    halves, apart = _reads_half(inputs), keeper is not None and keeper.apart
     looks = {"half_of": _half_reader(denoiser, plan)} if halves else {}
-    recorder = Recorder.of(denoiser, plan, recorded_calls(plan), expected.calls, halves=halves)
+    recorder = Recorder.of(denoiser, plan, 0 if apart else recorded_calls(plan), expected.calls, halves=halves)
+    how |= {"on_call": _Beginning(generator if takes_timestep(denoiser) else None, seed, keeper)}
+    if keeper is not None:
+        how |= {"part_of": lambda: keeper.run() if expected.steps > 1 else None, "whole": not apart}
     with recorder.watching(denoiser, lambda: not course.probing):
         steps = observe(denoiser, reader, watched, run, frames_of=_frames_reader(denoiser, plan), **looks, **how)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
+
+
+class _Beginning:
+    """Hears of every call of a denoiser. Rows of every run are drawn alike whatever came before it: another process may have made that."""
+
+    def __init__(self, generator: torch.Generator | None, seed: int, keeper: Keeper | None) -> None:
+        self.generator, self.seed, self.keeper, self.part = generator, seed, keeper, -1
+
+    def __call__(self, call: Call) -> None:
+        if self.generator is not None and call.part != self.part:
+            self.generator.manual_seed(self.seed + call.part)
+        self.part = call.part
+        if self.keeper is not None:
+            self.keeper.saw(call)
 
 
 def _timestep_reader(module: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:

@@ -214,9 +214,10 @@ class Session:
         """Final latents of the held-out clips by the pipeline as it is now."""
         arguments = {"on_step": self.progress.advance} | self.arguments | overrides
         protected = (self.clock.protected_slots, self.clock.inputs) if self.clock else ()
-        with self.store.sampling("sampled", arguments.get("num_inference_steps"), protected):
-            first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
-            return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, first=first, output="latent", **arguments)
+        first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
+        options = {"seed": self.seed + HELD_OUT_SEED, "first": first, "output": "latent"} | arguments
+        content = arguments.get("num_inference_steps"), protected
+        return self.store.sampled("sampled", lambda: sample(self.pipe, self.held_out, **options), *content)
 
     def float_latents(self, **overrides: Any) -> Tensor:
         """The same by the float pipeline; sampled once for all recipes that share a calibration, before anything is changed."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan
 from reelquant.nn import KernelFacts, get_module, kernels_of, widened_layer
 from reelquant.sites import Group
+
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -47,8 +50,12 @@ class Store(Protocol):
         """Inside, the denoiser can be called."""
         ...
 
-    def sampling(self, phase: str, *content: Any) -> AbstractContextManager[None]:
-        """Inside, the pipeline samples; ``content`` is what else decides the result beside the phase."""
+    def sampled(self, phase: str, run: Callable[[], T], *content: Any) -> T:
+        """What sampling gives; ``content`` is what else decides the result beside the phase. ``run`` may be called more than once."""
+        ...
+
+    def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
+        """Scores that do not depend on each other, in order; processes may share them."""
         ...
 
     def observed(self) -> None:
@@ -114,9 +121,11 @@ class Memory:
     def running(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    @contextmanager
-    def sampling(self, phase: str, *content: Any) -> Iterator[None]:
-        yield
+    def sampled(self, phase: str, run: Callable[[], T], *content: Any) -> T:
+        return run()
+
+    def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
+        return [score() for score in scores]
 
     def observed(self) -> None:
         """Statistics stay in memory."""
