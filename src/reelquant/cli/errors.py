@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from reelquant._errors import ReelQuantError, printable
+from reelquant._errors import RanksError, ReelQuantError, printable
+from reelquant.ranks import this_rank
 from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable, told
 
 FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # as shells have them: 128 and the number of the signal
@@ -54,6 +55,10 @@ class Verbs(TyperGroup):
             if json:
                 _document("UsageError", error.format_message(), error.exit_code)
             raise
+        except RanksError as error:
+            if error.consequence and not this_rank().first:  # the first process, or the one that failed, tells it
+                raise typer.Exit(FAILED) from None
+            _end(type(error).__name__, one_line(error), FAILED, json)
         except KeyboardInterrupt as error:
             _end("interrupted", f"reelquant: interrupted, {told(error) or NOTHING}", INTERRUPTED, json)
         except Terminated as error:
@@ -75,6 +80,11 @@ def _end(kind: str, line: str, code: int, json: bool) -> NoReturn:
     Raises:
         typer.Exit: with the code.
     """
+    rank = this_rank()
+    if not rank.first:
+        if code in (INTERRUPTED, TERMINATED):  # all processes hear of these, and the first one says so
+            raise typer.Exit(code) from None
+        line = line.replace("reelquant: ", f"reelquant: process {rank.number} of {rank.count}: ", 1)
     if json:
         _document(kind, line.removeprefix("reelquant: "), code)
     typer.echo(printable(line), err=True)

@@ -150,7 +150,8 @@ def evaluate(
         locate(name)  # before the slow imports
     folders = dict(output=output or Path(f"{Path(model).name}-evaluation"), weights=weights, data=data, reuse=reuse)
     figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames)
-    options = make_options(device=device, resume=resume, force=force, shown=shown, **folders, **figures)
+    shared = sharing(folders["output"])
+    options = make_options(device=device, resume=resume, force=force, shown=shown, shared=shared, **folders, **figures)
     check_device(device)
     clip = dict(seed=seed, batch=batch, dtype=torch_dtype(dtype), files=variant) | _clips(prompts, clips)
     floors = dict(floor=None if floor is None else floor.split(","), grain_steps=_steps(grain_steps))
@@ -159,7 +160,15 @@ def evaluate(
 
     with listening(options) as heard:
         made = run(model, reference, options=heard, **clip, **floors, **call)
-    finish(made, json)
+    if made is not None:  # another process of the same command has it
+        finish(made, json)
+
+
+def sharing(output: Path) -> bool:
+    """Whether processes share the clips: there are several, or several began."""
+    from reelquant.ranks import this_rank
+
+    return not this_rank().alone or (output / "ranks").is_dir()
 
 
 def _steps(text: str | None) -> list[int]:
