@@ -82,7 +82,8 @@ def evaluate(
             as in :func:`quantize`.
 
     Returns:
-        None in all processes but the first, where clips are shared. Else figures with intervals beside the noise floor, the verdict of the gate, everything as JSON.
+        Figures with intervals beside the noise floor, the verdict of the gate, everything as JSON. Where processes share the clips, None in
+        all but the first.
 
     Raises:
         ReelQuantError: one sentence on what is wrong and what would work; NaN, black or constant clips stop a run as soon as they are seen.

@@ -86,7 +86,11 @@ def quantize(
     refuse_loaded(pipe)
     source = origin_of(pipe)
     how = {"skip": skip, "inputs": inputs, "progress": progress or None, **call}
-    with remarks() as told, merging(pipe, lora) if lora else nullcontext(), _shared(pipe, recipes, prompts, skip, call, shared, force) as own:
+    with (
+        remarks() as told,
+        merging(pipe, lora) if lora else nullcontext(),
+        _shared(pipe, recipes, prompts, skip, call, shared, force) as own,
+    ):
         report = quantize_components(pipe, recipes, prompts, **own, **how)[0]
     report.warnings += told
     report.adapters, report.source = short_names(parse_adapters(lora)), source

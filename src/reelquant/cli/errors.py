@@ -8,8 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from reelquant._errors import RanksError, ReelQuantError, printable
-from reelquant.ranks import this_rank
 from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable, told
+from reelquant.ranks import this_rank
 
 FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # as shells have them: 128 and the number of the signal
 NOTHING = "nothing is left behind: run the same command again"

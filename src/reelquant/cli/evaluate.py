@@ -31,6 +31,7 @@ from reelquant.cli.options import (
     more_help,
     torch_dtype,
 )
+from reelquant.cli.ranks import sharing
 
 if TYPE_CHECKING:
     from reelquant.evidence.run import Options
@@ -162,13 +163,6 @@ def evaluate(
         made = run(model, reference, options=heard, **clip, **floors, **call)
     if made is not None:  # another process of the same command has it
         finish(made, json)
-
-
-def sharing(output: Path) -> bool:
-    """Whether processes share the clips: there are several, or several began."""
-    from reelquant.ranks import this_rank
-
-    return not this_rank().alone or (output / "ranks").is_dir()
 
 
 def _steps(text: str | None) -> list[int]:

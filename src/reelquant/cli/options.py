@@ -49,7 +49,8 @@ Reference = Annotated[
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...; of several processes each has a GPU.", callback=of_this_process)
+    str,
+    typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; cuda is a GPU for each of several processes.", callback=of_this_process),
 ]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.", autocompletion=one_of(*DTYPES))

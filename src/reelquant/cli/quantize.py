@@ -297,7 +297,8 @@ def _run_shared(request: Request, delivery: Delivery) -> None:
     """Sample together with the other processes; the first one writes, shows and evaluates."""
     if delivery.resume or request.max_memory is not None:
         option = "--resume" if delivery.resume else "--max-memory"
-        raise typer.BadParameter("several processes share a pipeline that each holds in memory; leave it out, or start one", param_hint=option)
+        message = "several processes sample with a pipeline that each holds in memory; leave it out, or start one process"
+        raise typer.BadParameter(message, param_hint=option)
     assert delivery.output is not None
     report, path = request.run(delivery.output, force=delivery.force)
     if this_rank().first:

@@ -43,3 +43,8 @@ def meeting_place(output: Path) -> Path | None:
     """The folder in which the making of an output is shared; None for one process, unless several began it."""
     folder = work_folder(output.absolute())
     return folder if folder.is_dir() or not this_rank().alone else None
+
+
+def sharing(folder: Path) -> bool:
+    """Whether what is made in a folder is shared: there are several processes, or several began."""
+    return not this_rank().alone or (folder / "ranks").is_dir()

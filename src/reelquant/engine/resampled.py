@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reelquant.engine.build import BuiltGroup
-from reelquant.engine.calibration import Expected, Recorder
+from reelquant.engine.calibration import Expected
+from reelquant.engine.recorder import Recorder
 from reelquant.engine.session import Session
 from reelquant.models.conditions import at_once
 from reelquant.models.sampling import sample

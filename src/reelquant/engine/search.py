@@ -42,7 +42,10 @@ def family(group: Group) -> str:
 
 
 def choose(
-    plan: Plan, groups: Iterable[Group], evaluate: Callable[[Sequence[Assignment]], Sequence[float]], on_trial: Callable[[Trial], None] = lambda trial: None
+    plan: Plan,
+    groups: Iterable[Group],
+    evaluate: Callable[[Sequence[Assignment]], Sequence[float]],
+    on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> tuple[Assignment, list[Trial]]:
     """The assignment with the best trajectory.
 

@@ -15,7 +15,6 @@ from reelquant.engine.plan import Plan
 from reelquant.nn import KernelFacts, get_module, kernels_of, widened_layer
 from reelquant.sites import Group
 
-
 T = TypeVar("T")
 
 

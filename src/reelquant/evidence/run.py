@@ -91,9 +91,11 @@ def evaluate(
         for name, variant in variants.items():
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
-        if shared is not None and not job.take_over(variants):
-            return None
-        job = replace(job, shared=None)
+        if shared is not None:
+            if not job.take_over(variants):
+                return None
+            shared.end()
+            job = replace(job, shared=None)
         grain = _grain(job, variants, grain_steps, own, times)
         seen = job.saturation("test")
         counted = {"saturation": seen.facts() if seen.layers else None, "reuse": job.reused("test").facts()}

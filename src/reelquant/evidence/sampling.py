@@ -200,7 +200,6 @@ class SamplingJob:
             return False
         for name, variant in variants.items():
             self.shared.take_over(name, [self._number(chunk) for chunk in self.left(name, variant)])
-        self.shared.end()
         return True
 
     def _chunk(self, pipe: Any, name: str, variant: Variant, chunk: range) -> None:

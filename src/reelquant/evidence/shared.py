@@ -23,14 +23,16 @@ class SharedClips:
     Attributes:
         meeting: the processes.
         store: of the whole evaluation, which the first process fills.
+        folder: of the units.
     """
 
     meeting: Meeting
     store: Store
+    folder: Path
 
     def units(self, variant: str) -> Units:
         """The calls that make a variant."""
-        return Units(self.meeting, self.meeting.folder / variant)
+        return Units(self.meeting, self.folder / variant)
 
     def reference(self, number: int, name: str) -> Path:
         """Where the reference clip of a call lies, if it has been made."""
@@ -75,4 +77,4 @@ def sharing(store: Store, settings: Mapping[str, Any], begin: Callable[[], None]
             begin()
             stack.enter_context(claimed(folder, settings, force=force, check=lambda: find(folder)))
 
-        yield SharedClips(stack.enter_context(meeting(folder, settings, claim)), store)
+        yield SharedClips(stack.enter_context(meeting(folder, settings, claim)), store, folder)

@@ -118,7 +118,11 @@ class EveryTurn:
     heard = True
 
 
-_turns: ContextVar[Turns] = ContextVar("reelquant_turns", default=EveryTurn())
+_turns: ContextVar[Turns | None] = ContextVar("reelquant_turns", default=None)
+
+
+def _present() -> Turns:
+    return _turns.get() or EveryTurn()
 
 
 @contextmanager
@@ -226,7 +230,7 @@ def _together(parts: Sequence[Tensor], pipeline: str) -> Tensor:
 
 def _made(pipe: Any, clips: Clips, size: int, settings: Mapping[str, Any]) -> list[Tensor]:
     """Clips of every call that is this process's turn. If the pipeline itself refuses lists, it is called with one clip at a time."""
-    alone, turns, made = size == 1 and bool(clips.conditions), _turns.get(), list[Tensor]()
+    alone, turns, made = size == 1 and bool(clips.conditions), _present(), list[Tensor]()
     for number, part in enumerate(clips.cut(size)):
         with turns.turn() as due:
             if not due:
@@ -347,7 +351,7 @@ def _callback(pipe: Any, on_step: Callable[[], None] | None, on_latents: Callabl
         return {}
 
     def told(step: int, latents: Tensor | None) -> None:
-        if on_step is not None and _turns.get().heard:
+        if on_step is not None and _present().heard:
             on_step()
         if on_latents is not None and latents is not None:
             on_latents(step, latents)

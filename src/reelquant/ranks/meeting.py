@@ -180,7 +180,7 @@ def _agreed(rank: Rank, facts: Mapping[str, Any], claim: Callable[[], None]) -> 
         dist.all_gather_object(told, own, group=group)
         for number, other in enumerate(told):
             if changed := [key for key in {**told[0], **other} if told[0].get(key) != other.get(key)]:
-                key, (first, here) = changed[0], ((f"{one.get(changed[0])!r:.80}" for one in (told[0], other)))
+                key, (first, here) = changed[0], (f"{one.get(changed[0])!r:.80}" for one in (told[0], other))
                 raise RanksError(
                     f"process {number} of {rank.count} has another {key} than the first: {here}, not {first}; start all alike",
                     consequence=not rank.first,

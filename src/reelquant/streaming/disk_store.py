@@ -27,7 +27,6 @@ from reelquant.streaming.log import digest
 from reelquant.streaming.offload import OnDisk
 from reelquant.streaming.pieces import about, empty_layer, intact, read_about, record_in, write_piece
 
-
 T = TypeVar("T")
 
 
