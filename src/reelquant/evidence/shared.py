@@ -11,7 +11,7 @@ from typing import Any
 
 from reelquant._sums import Sealed
 from reelquant.evidence.store import Store, take_over
-from reelquant.ranks import Meeting, Units, claimed, find, meeting
+from reelquant.ranks import Meeting, Units, claimed, meeting
 
 FOLDER = "ranks"
 
@@ -75,6 +75,6 @@ def sharing(store: Store, settings: Mapping[str, Any], begin: Callable[[], None]
 
         def claim() -> None:
             begin()
-            stack.enter_context(claimed(folder, settings, force=force, check=lambda: find(folder)))
+            stack.enter_context(claimed(folder, settings, force=force))
 
         yield SharedClips(stack.enter_context(meeting(folder, settings, claim)), store, folder)

@@ -7,7 +7,6 @@ that a process waits for files only. Every process tells in a file that it lives
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -28,7 +27,7 @@ VARIABLE = "REELQUANT_RANK_TIMEOUT"  # other seconds
 START = 10  # so many times longer the start may take: libraries come from slow disks
 BEATS = 20  # signs of life within that time
 POLL = 0.05, 1.0  # seconds between two looks for a file, at first and at most
-IDENTITY, LOCK, LIFE = "work.json", "lock", "alive"
+LIFE = "alive"
 FOLDER_HINT = "the folder has to be seen by all processes, on all machines"
 
 
@@ -236,57 +235,3 @@ def _group(rank: Rank) -> Iterator[Any]:
         raise RanksError(f"a process ended before all had agreed on the work: {reason:.200}", consequence=True) from error
     finally:
         dist.destroy_process_group()
-
-
-@contextmanager
-def claimed(folder: Path, facts: Mapping[str, Any], *, force: bool = False, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a folder for one piece of work, as long as the context lasts; what an earlier run of the same work left stays.
-
-    Args:
-        folder: where the work lies; made if it is not there.
-        facts: what the work is, as plain data.
-        force: give up what is there of other work.
-        check: looks at what is there of this work, once the folder is held.
-
-    Raises:
-        RanksError: if another process works there, or the folder holds something else.
-    """
-    own = json.loads(json.dumps(facts, default=str))
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RanksError(f"another process works in '{folder}'; wait for it, or choose another folder") from None
-        _begin(folder, own, force=force)
-        check()
-        yield
-
-
-def _begin(folder: Path, facts: dict[str, Any], *, force: bool) -> None:
-    """Take up the work that is there, or leave nothing of it.
-
-    Raises:
-        RanksError: if the folder holds something else.
-    """
-    import shutil
-
-    known = folder / IDENTITY
-    others = [one for one in folder.iterdir() if one.name not in (LOCK, IDENTITY)]
-    before: Any = None
-    with suppress(OSError, ValueError):
-        before = json.loads(known.read_text(encoding="utf-8"))
-    if others and not isinstance(before, dict):
-        raise RanksError(f"'{folder}' is in the way: it is not a folder of shared work (no readable {IDENTITY}); move it")
-    if others and before != facts:
-        changed = next(key for key in {**before, **facts} if before.get(key) != facts.get(key))
-        if not force:
-            raise RanksError(
-                f"'{folder}' holds an interrupted run with another {changed}; start that command again, or give it up with "
-                "force=True (--force)"
-            )
-        for one in others:
-            shutil.rmtree(one) if one.is_dir() else one.unlink()
-    temporary = folder / f".{IDENTITY}"
-    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(known)

@@ -77,19 +77,3 @@ class Units:
                 with self.making(number) as folder:
                     make(number, folder)
         return [read(self.wait(number)) for number in range(count)]
-
-
-def find(folder: Path) -> None:
-    """Look at what an earlier run left: units that are not what was written go, and so do unfinished ones."""
-    for unfinished in list(folder.rglob(f"{UNFINISHED}*")):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    for unit in [one for one in folder.rglob("[0-9]" * 6) if one.is_dir()]:
-        if not _whole(unit):
-            shutil.rmtree(unit)
-
-
-def _whole(unit: Path) -> bool:
-    """Whether every file that a unit was written with is there as it was written."""
-    listed = unit / Sealed.LIST
-    lines = listed.read_text(encoding="utf-8", errors="replace").splitlines() if listed.is_file() else []
-    return bool(lines) and all(Sealed(unit).good(line[66:]) for line in lines)

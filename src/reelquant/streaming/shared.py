@@ -31,7 +31,7 @@ from reelquant.engine.calibration import Empty
 from reelquant.engine.store import Memory
 from reelquant.models.sampling import taking
 from reelquant.observe import Call, InputStatistics
-from reelquant.ranks import Meeting, Units, claimed, find, meeting
+from reelquant.ranks import Meeting, Units, claimed, meeting
 from reelquant.streaming.job import versions
 from reelquant.streaming.journal import Logged, call_in, model_output, own_copy
 from reelquant.streaming.log import Log
@@ -137,7 +137,7 @@ def sharing(folder: Path, pipe: Any, facts: Mapping[str, Any], *, force: bool) -
     if all(_device(module) == "cpu" for module in denoisers.values()):
         whole["number of threads"] = torch.get_num_threads()  # sums depend on it
     with ExitStack() as stack:
-        held = claimed(folder, whole, force=force, check=lambda: find(folder))
+        held = claimed(folder, whole, force=force)
         here = stack.enter_context(meeting(folder, whole, lambda: stack.enter_context(held)))
         yield Pool(here, denoisers)
         if here.rank.first:

@@ -12,7 +12,7 @@ from typing import Any
 
 from reelquant.evidence.shared import SharedClips
 from reelquant.evidence.store import Store
-from reelquant.ranks import Meeting, Units, claimed, find, meeting
+from reelquant.ranks import Meeting, Units, claimed, meeting
 
 FOLDER, VALUE = "ranks", "value.json"
 
@@ -74,7 +74,7 @@ def together(work: Path, facts: Mapping[str, Any], *, shared: bool) -> Iterator[
     with ExitStack() as stack:
 
         def claim() -> None:
-            stack.enter_context(claimed(folder, facts, force=True, check=lambda: find(folder)))
+            stack.enter_context(claimed(folder, facts, force=True))
 
         here = stack.enter_context(meeting(folder, facts, claim))
         yield Together(here)
