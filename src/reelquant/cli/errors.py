@@ -7,11 +7,12 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from reelquant._errors import RanksError, ReelQuantError, printable
+from reelquant._errors import RanksError, RecipeError, ReelQuantError, SiteError, UnsupportedError, printable
 from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable, told
 from reelquant.ranks import this_rank
 
 FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # as shells have them: 128 and the number of the signal
+ASKED = (RecipeError.__name__, SiteError.__name__, UnsupportedError.__name__)  # about what was asked for
 NOTHING = "nothing is left behind: run the same command again"
 _USAGE: Any = typer.BadParameter.__mro__[2]  # errors of usage, which typer itself explains
 _INSTEAD = {"-r": "--reference"}  # what verbs without a recipe once called their reference
@@ -52,6 +53,8 @@ class Verbs(TyperGroup):
         except _USAGE as error:
             if (instead := _INSTEAD.get(getattr(error, "option_name", ""))) is not None:
                 error.possibilities = [instead]
+            if not this_rank().first:
+                raise typer.Exit(error.exit_code) from None
             if json:
                 _document("UsageError", error.format_message(), error.exit_code)
             raise
@@ -82,7 +85,7 @@ def _end(kind: str, line: str, code: int, json: bool) -> NoReturn:
     """
     rank = this_rank()
     if not rank.first:
-        if code in (INTERRUPTED, TERMINATED):  # all processes hear of these, and the first one says so
+        if code in (INTERRUPTED, TERMINATED) or kind in ASKED:  # as in all processes, and the first one says so
             raise typer.Exit(code) from None
         line = line.replace("reelquant: ", f"reelquant: process {rank.number} of {rank.count}: ", 1)
     if json:

@@ -34,4 +34,4 @@ def record_again(session: Session, entry: Entry, groups: Sequence[BuiltGroup]) -
         return recorder
 
     with session.timed(f"sample for {entry.name}", expected.calls), session.having(groups):
-        return session.store.sampled("resampled", run, entry.position).recording(session.timesteps)
+        return session.store.begun("resampled", run, entry.position)().recording(session.timesteps)

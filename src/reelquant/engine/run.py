@@ -145,6 +145,8 @@ def run(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> dict[s
         for entry in session.plan.acting("before_observing"):
             entry.stage.before_observing(session)
     _observe(sessions, known)
+    for session in sessions:
+        session.end_float_latents()
     return {session.component: _finish(session) for session in sessions}
 
 
@@ -162,9 +164,9 @@ def _reference(session: Session, known: Calibration | None) -> None:
             if session.decodes:
                 session.decode = start_decoding(session.denoiser, session.held_out_frames)
             else:
-                session.float_latents()
+                session.begin_float_latents()
                 if session.trials:
-                    session.float_latents(**session.trial_arguments)
+                    session.begin_float_latents(**session.trial_arguments)
     if not session.denoises:
         try:
             session.measure = start_measuring(session.pipe, session.component, session.denoiser, texts_of(session.texts.written))
@@ -196,7 +198,7 @@ def _observe_together(together: Sequence[Session]) -> None:
     runs = sum(-(-len(texts) // size) for texts in first.texts)
     how = {"seed": first.seed, "arguments": first.arguments, "on_step": first.advance}
     with first.timed("calibrate", first.steps * runs):
-        calibrations = first.store.sampled("calibrate", lambda: calibrate_together(first.pipe, parts, first.texts, **how))
+        calibrations = first.store.begun("calibrate", lambda: calibrate_together(first.pipe, parts, first.texts, **how))()
     timed = [calibration for session, calibration in zip(together, calibrations, strict=True) if session.denoises]
     times = {timestep for calibration in timed for timestep in calibration.steps.timesteps}
     for session, calibration in zip(together, calibrations, strict=True):

@@ -49,8 +49,14 @@ class Store(Protocol):
         """Inside, the denoiser can be called."""
         ...
 
-    def sampled(self, phase: str, run: Callable[[], T], *content: Any) -> T:
-        """What sampling gives; ``content`` is what else decides the result beside the phase. ``run`` may be called more than once."""
+    def begun(self, phase: str, run: Callable[[], T], *content: Any) -> Callable[[], T]:
+        """Sample, or as much of it as has to be done now; the answer, called later, gives the result.
+
+        Args:
+            phase: what is sampled for.
+            run: samples; it may be called more than once, and once more when the result is asked for.
+            content: what else decides the result.
+        """
         ...
 
     def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
@@ -120,8 +126,9 @@ class Memory:
     def running(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def sampled(self, phase: str, run: Callable[[], T], *content: Any) -> T:
-        return run()
+    def begun(self, phase: str, run: Callable[[], T], *content: Any) -> Callable[[], T]:
+        result = run()
+        return lambda: result
 
     def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
         return [score() for score in scores]

@@ -36,18 +36,17 @@ class Rank:
 
 
 class _Launcher(NamedTuple):
-    """The variables in which a launcher says what a process is. ``marks`` has to be set, too."""
+    """The variables in which a launcher says what a process is."""
 
     number: str
     count: str
     local: str
-    marks: str
 
 
 LAUNCHERS = (
-    _Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "WORLD_SIZE"),  # torchrun, and accelerate launch, which starts it
-    # srun. Slurm sets the first three in a batch script as well, which is one process; only a step has the last.
-    _Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+    _Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, and accelerate launch, which starts it
+    # srun. SLURM_NTASKS will not do: it is also set in a batch script, which is one process; only what srun starts has a count of its step.
+    _Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
 """The first whose variables are set counts: torchrun may have been started by srun."""
 
@@ -62,10 +61,10 @@ def this_rank(environment: Mapping[str, str] | None = None) -> Rank:
         RanksError: if a variable is no number, or the numbers do not fit together.
     """
     given = os.environ if environment is None else environment
-    launcher = next((one for one in LAUNCHERS if one.number in given and one.marks in given), None)
+    launcher = next((one for one in LAUNCHERS if one.number in given and one.count in given), None)
     if launcher is None:
         return Rank()
-    number, count, local = (_number(given, name) for name in launcher[:3])
+    number, count, local = (_number(given, name) for name in launcher)
     if not 0 <= number < count:
         raise RanksError(f"{launcher.number}={number} and {launcher.count}={count} do not fit: processes count from 0; unset both")
     return Rank(number, count, local)

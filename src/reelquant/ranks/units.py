@@ -24,10 +24,12 @@ class Units:
     Attributes:
         meeting: the processes.
         folder: of the phase.
+        turn: whose turn the first unit is: units of phases that follow each other are dealt out evenly.
     """
 
     meeting: Meeting
     folder: Path
+    turn: int = 0
 
     def place(self, number: int) -> Path:
         """Where a unit lies once it is complete."""
@@ -39,7 +41,7 @@ class Units:
 
     def due(self, number: int) -> bool:
         """Whether this process has to make a unit: it is its own, and no earlier run made it."""
-        return self.meeting.owns(number) and not self.done(number)
+        return self.meeting.owns(self.turn + number) and not self.done(number)
 
     def wait(self, number: int) -> Path:
         """Where a unit lies, once another process has made it."""

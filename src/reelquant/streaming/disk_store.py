@@ -91,7 +91,7 @@ class DiskStore:
         """Inside, the denoiser runs block by block."""
         return self.disk.running(self.disk.present(self.plan.map.blocks), self.plan.map.apart)
 
-    def sampled(self, phase: str, run: Callable[[], T], *content: Any) -> T:
+    def begun(self, phase: str, run: Callable[[], T], *content: Any) -> Callable[[], T]:
         """The pipeline samples block by block, and denoiser calls of an interrupted run answer from disk."""
         self._phase = f"{phase}-{self.component}-{digest(content, self._installed_files())}"
         with ExitStack() as stack:
@@ -100,7 +100,8 @@ class DiskStore:
                 stack.enter_context(disk.running(disk.present(plan.map.blocks), disk.present(plan.map.apart)))
             for peer in self.peers:
                 stack.enter_context(peer.keeper.remembering(peer.disk.model, self._phase))
-            return run()
+            result = run()
+        return lambda: result
 
     def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
         """One after the other."""

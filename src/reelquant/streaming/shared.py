@@ -50,25 +50,27 @@ class Pool:
     def __init__(self, meeting: Meeting, denoisers: Mapping[str, nn.Module]) -> None:
         self.meeting, self.denoisers = meeting, denoisers
         self.turns: _Making | _Reading | None = None
-        self._phases, self._alone = 0, False
+        self._phases, self._dealt, self._alone = 0, 0, False
 
     def store(self, name: str, module: nn.Module) -> SharedStore:
         """The store of a component."""
         return SharedStore(module, self, name if name in self.denoisers else None)
 
     def _units(self, phase: str) -> Units:
-        """Phases come in the same order in every process, and in every run of the same work."""
+        """Phases come in the same order in every process, and in every run of the same work. Each is dealt out where the last one ended."""
         self._phases += 1
-        return Units(self.meeting, self.meeting.folder / f"{self._phases:03}-{phase}")
+        return Units(self.meeting, self.meeting.folder / f"{self._phases:03}-{phase}", self._dealt)
 
-    def sampled(self, phase: str, run: Callable[[], T]) -> T:
-        """Make this process's runs, then read those of all."""
+    def begun(self, phase: str, run: Callable[[], T]) -> Callable[[], T]:
+        """Make this process's runs; the answer reads those of all, and waits for them."""
         if self._alone:
-            return run()
+            result = run()
+            return lambda: result
         units = self._units(phase)
         making = _Making(units, self.denoisers)
         self._by(making, run)
-        return self._by(_Reading(units, self.denoisers, making.made), run)
+        self._dealt += making.unit + 1
+        return lambda: self._by(_Reading(units, self.denoisers, making.made), run)
 
     def _by(self, turns: _Making | _Reading, run: Callable[[], T]) -> T:
         self.turns = turns
@@ -88,7 +90,9 @@ class Pool:
             finally:
                 self._alone = False
 
-        return list(self._units(phase).each(len(scores), make, _score))
+        units = self._units(phase)
+        self._dealt += len(scores)
+        return list(units.each(len(scores), make, _score))
 
 
 def _score(unit: Path) -> float:
@@ -109,9 +113,9 @@ class SharedStore(Memory):
         self.pool = pool
         self.keeper = None if name is None else SharedKeeper(pool, name, model)
 
-    def sampled(self, phase: str, run: Callable[[], T], *content: Any) -> T:
+    def begun(self, phase: str, run: Callable[[], T], *content: Any) -> Callable[[], T]:
         """What sampling gives; the runs of the sampler are shared."""
-        return self.pool.sampled(phase, run)
+        return self.pool.begun(phase, run)
 
     def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
         """Scores, shared."""
