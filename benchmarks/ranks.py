@@ -109,9 +109,8 @@ def measured(folder: Path, options: argparse.Namespace) -> list[tuple[str, ...]]
     left = [place.name for place in sorted(folder.glob("killed.ranks/*-calibrate/*")) if not place.name.startswith(".")]
     again = seconds((*quantize, out), options.ranks)
     same = digest(out) == digest(folder / "quantize-1")
-    rows.append(
-        (f"quantize, one killed with {len(left)} runs done, again", str(options.ranks), f"{again:.1f}", "", "yes" if same else "NO")
-    )
+    name = f"quantize again, one of them was killed when {len(left)} runs of calibration were done"
+    rows.append((name, str(options.ranks), f"{again:.1f}", "", "yes" if same else "NO"))
     shutil.rmtree(out)
     return rows
 

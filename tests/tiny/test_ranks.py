@@ -30,7 +30,7 @@ steps:
 """
 """Static ranges, moments, and a choice between two candidates: five runs of the sampler calibrate, two trials choose."""
 VARIES = ("report.json", "report.html", "summary.md", "SHA256SUMS")  # hold timings, or a line more after a kill
-TIMEOUT = "5"
+TIMEOUT = "3"
 
 
 def prepared(number: int, port: int, made: str, dies_at: tuple[str, int] | None) -> None:
@@ -52,13 +52,25 @@ def prepared(number: int, port: int, made: str, dies_at: tuple[str, int] | None)
     Units.making = noted  # type: ignore[method-assign]
 
 
-def two(words: Sequence[object], folder: Path, dies_at: tuple[str, int] | None = None) -> tuple[list[Any], list[str], list[str]]:
-    """Exit codes of two processes of a command, what they said on stderr, and the units that were made; ``dies_at`` kills the second."""
+def two(
+    words: Sequence[object], folder: Path, dies_at: tuple[str, int] | None = None, *, ended: bool = False
+) -> tuple[list[Any], list[str], list[str]]:
+    """Exit codes of two processes of a command, what they said on stderr, and the units that were made.
+
+    Args:
+        words: the command.
+        folder: for what they say.
+        dies_at: a phase and a unit; the second process is killed while it makes that one.
+        ended: then the first one is ended, too, as torchrun does; else it has to find out.
+    """
     port, made = processes.free_port(), folder / "made.txt"
     made.write_text("")
     said = [folder / f"said-{number}.txt" for number in (0, 1)]
     preparations = [functools.partial(prepared, number, port, str(made), dies_at if number else None) for number in (0, 1)]
     started = [processes.reelquant(words, said[number], preparations[number]) for number in (0, 1)]
+    if ended:
+        started[1].join()
+        started[0].terminate()
     for process in started:
         process.join()
     return [process.exitcode for process in started], [file.read_text() for file in said], sorted(made.read_text().splitlines())
@@ -97,8 +109,9 @@ def test_a_killed_process_is_an_error_of_the_other_and_both_go_on_to_the_bytes_o
 
 def test_an_evaluation_that_two_began_is_ended_by_one(model: Path, single: Path, tmp_path: Path) -> None:
     words = ("evaluate", single / "out", "--reference", model, "-n", 4, "--batch", 1, "--steps", 2, "-m", "psnr", "--floor", "none")
-    codes, _, made = two((*words, "-o", tmp_path / "both"), tmp_path, dies_at=("test", 3))
-    assert codes == [1, -signal.SIGKILL] and "test 1" in made and "test 3" not in made
+    codes, said, made = two((*words, "-o", tmp_path / "both"), tmp_path, dies_at=("test", 3), ended=True)
+    assert codes == [143, -signal.SIGKILL] and "test 1" in made and "test 3" not in made
+    assert f"reelquant: terminated, finished work is in '{tmp_path / 'both'}': continue with --resume" in said[0]
     how = dict(clips=4, batch=1, num_inference_steps=2, metrics="psnr", floor=["none"])
     ended = reelquant.evaluate(single / "out", model, output=tmp_path / "both", resume=True, shared=True, **how)
     alone = reelquant.evaluate(single / "out", model, output=tmp_path / "one", **how)
