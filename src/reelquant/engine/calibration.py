@@ -22,7 +22,7 @@ from reelquant.models.conditions import at_once
 from reelquant.models.defaults import own_pictures
 from reelquant.models.parts import METHODS, encode, seen
 from reelquant.models.probes import own_size
-from reelquant.models.sampling import sample
+from reelquant.models.sampling import partial, sample
 from reelquant.nn import get_module, prepares_input
 from reelquant.observe import Call, Geometry, InputStatistics, Recording, Steps, Watched, observe, observe_methods
 
@@ -33,13 +33,7 @@ Empty = tuple[dict[str, InputStatistics], dict[str, InputStatistics]]
 
 
 class Keeper(Protocol):
-    """Keeps statistics somewhere else than in memory.
-
-    Attributes:
-        apart: this pass makes some of the runs only, for others to read: nothing but what the layers see is kept of it.
-    """
-
-    apart: bool
+    """Keeps statistics somewhere else than in memory."""
 
     def keep(self, make: Callable[[], Empty], generator: torch.Generator) -> tuple[dict[str, Any], Mapping[str, InputStatistics]]:
         """What to hang on the layers while sampling, and the statistics by layer name afterwards.
@@ -177,7 +171,7 @@ def calibrate_together(
     batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4, texts.written)
     gathered: list[Calibration] = []
     course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
-    apart = any(part.keeper is not None and part.keeper.apart for part in parts)
+    apart = partial()  # runs are made for others to read: what keepers keep counts, and nothing else
     vaes = [part.denoiser for part in parts if part.decodes and not apart]
     options = {"batch": batch, "output": "frames" if vaes else "latent", "on_step": on_step} | arguments
 
@@ -249,12 +243,12 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     if part.decodes:
         return Calibration(observe_methods(denoiser, METHODS, watched, run, **how), inputs, course.texts)
     reader = timestep_reader_of(denoiser, plan.map.timestep_argument or "timestep")
-    halves, apart = _reads_half(inputs), keeper is not None and keeper.apart
+    halves, apart = _reads_half(inputs), partial()
     looks = {"half_of": half_reader(denoiser, plan)} if halves else {}
     recorder = Recorder.of(denoiser, plan, 0 if apart else recorded_calls(plan), expected.calls, halves=halves)
     how |= {"on_call": _Beginning(generator if takes_timestep(denoiser) else None, seed, keeper)}
     if keeper is not None:
-        how |= {"part_of": lambda: keeper.run() if expected.steps > 1 else None, "whole": not apart}
+        how |= {"part_of": lambda: keeper.run() if expected.steps > 1 else None, "whole": not apart}  # one timestep tells no runs apart
     with recorder.watching(denoiser, lambda: not course.probing):
         steps = observe(denoiser, reader, watched, run, frames_of=frames_reader(denoiser, plan), **looks, **how)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))

@@ -100,6 +100,11 @@ class Turns(Protocol):
         ...
 
     @property
+    def partial(self) -> bool:
+        """Whether calls may be left out: what :func:`sample` gives is then of no use to who asked for it."""
+        ...
+
+    @property
     def heard(self) -> bool:
         """Whether the steps of the present turn are told to who listens for progress."""
         ...
@@ -115,7 +120,7 @@ class EveryTurn:
     def run(self, number: int) -> None:
         """Ignored."""
 
-    heard = True
+    partial, heard = False, True
 
 
 _turns: ContextVar[Turns | None] = ContextVar("reelquant_turns", default=None)
@@ -123,6 +128,11 @@ _turns: ContextVar[Turns | None] = ContextVar("reelquant_turns", default=None)
 
 def _present() -> Turns:
     return _turns.get() or EveryTurn()
+
+
+def partial() -> bool:
+    """Whether calls of the pipeline may be left out at present."""
+    return _present().partial
 
 
 @contextmanager

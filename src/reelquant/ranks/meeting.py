@@ -189,7 +189,7 @@ def _agreed(rank: Rank, facts: Mapping[str, Any], claim: Callable[[], None]) -> 
             try:
                 claim()
                 outcome = [{"run": uuid.uuid4().hex}]
-            except ReelQuantError as error:
+            except (ReelQuantError, OSError) as error:
                 dist.broadcast_object_list([{"failed": str(error)}], src=0, group=group)
                 raise
         dist.broadcast_object_list(outcome, src=0, group=group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -36,8 +37,8 @@ class Units:
         return self.folder / f"{number:06}"
 
     def done(self, number: int) -> bool:
-        """Whether a unit is complete."""
-        return self.place(number).is_dir()
+        """Whether a unit is complete. The folder is listed: network file systems remember for a while that a name was not there."""
+        return self.place(number).name in (os.listdir(self.folder) if self.folder.is_dir() else ())
 
     def due(self, number: int) -> bool:
         """Whether this process has to make a unit: it is its own, and no earlier run made it."""

@@ -116,8 +116,6 @@ class Journal:
 
     # --- a reelquant.engine.calibration.Keeper --------------------------------------------------------------------------------------
 
-    apart = False
-
     def saw(self, call: Call) -> None:
         """Looks say which call they are of."""
 

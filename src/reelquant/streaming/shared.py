@@ -201,10 +201,7 @@ class _Making:
     def run(self, number: int) -> None:
         self.number = number
 
-    @property
-    def heard(self) -> bool:
-        """Its steps are progress."""
-        return True
+    partial, heard = True, True
 
 
 class _Reading:
@@ -228,6 +225,8 @@ class _Reading:
 
     def run(self, number: int) -> None:
         """The numbers of runs follow from their timesteps."""
+
+    partial = False
 
     @property
     def heard(self) -> bool:
@@ -285,11 +284,6 @@ class SharedKeeper:
         self.calls: dict[tuple[int, int], Call] = {}  # unit and number of a call in it -> which call it is among all
         self._counted = Counter[int]()  # calls by unit
 
-    @property
-    def apart(self) -> bool:
-        """This pass makes some of the runs."""
-        return isinstance(self.pool.turns, _Making)
-
     def run(self) -> int | None:
         """The number of the sampler's run, where runs before it were left out."""
         turns = self.pool.turns
@@ -308,7 +302,7 @@ class SharedKeeper:
         watched, inputs = make()
         self.calls, self._counted = {}, Counter()
         numbers = {name: number for number, name in enumerate(watched)}
-        seeing = {name: Logged(self, numbers[name], own) for name, own in watched.items()} if self.apart else {}
+        seeing = {name: Logged(self, numbers[name], own) for name, own in watched.items()} if self.pool.turns.partial else {}
         return seeing, Merged(self, self.pool.turns.units, {name: numbers[own.name] for name, own in inputs.items()}, inputs)
 
     def write(self, number: int, own: InputStatistics, seen: Mapping[str, Tensor], call: Call) -> None:
