@@ -45,6 +45,7 @@ class Options:
     fid_frames: int = 0
     resume: bool = False
     force: bool = False
+    shared: bool = False
     shown: int = SHOWN
     command: str | None = None
     progress: Progress = field(default_factory=Silent)

@@ -24,6 +24,7 @@ from reelquant.evidence.judging import Options, Subject, Times, judge
 from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
+from reelquant.evidence.shared import SharedClips, sharing
 from reelquant.evidence.store import Store
 from reelquant.models.blank import QUANTIZATION, read_config
 from reelquant.models.condition import Condition, Prompts, as_condition, fitted, texts_of
@@ -57,8 +58,12 @@ def evaluate(
     files: str | None = None,
     options: Options | None = None,
     **call: Any,
-) -> Evaluation:
-    """Sample both pipelines and the noise floor, measure, judge, report; see :func:`reelquant.api.evaluate`."""
+) -> Evaluation | None:
+    """Sample both pipelines and the noise floor, measure, judge, report; see :func:`reelquant.api.evaluate`.
+
+    Returns:
+        The evaluation; where processes share the clips, None in all but the first.
+    """
     options = options or Options()
     _check_places(options)
     if clips < 1:
@@ -80,12 +85,17 @@ def evaluate(
     refuse_pair(reference, test, files)
     causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
     number = str(dtype).removeprefix("torch.")
-    with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
+    with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as (store, shared):
         times = Times()
-        job = SamplingJob(store, drawn, seeds, call, batch, options.progress)
+        job = SamplingJob(store, drawn, seeds, call, batch, options.progress, shared)
         for name, variant in variants.items():
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
+        if shared is not None:
+            if not job.take_over(variants):
+                return None
+            shared.end()
+            job = replace(job, shared=None)
         grain = _grain(job, variants, grain_steps, own, times)
         seen = job.saturation("test")
         counted = {"saturation": seen.facts() if seen.layers else None, "reuse": job.reused("test").facts()}
@@ -268,7 +278,7 @@ def compare(
         warnings=[*told, *([] if whole else _left_out(alone)), *unequal_rates(**sets)],
         paired=not alone if whole else bool(pairs),
     )
-    with _store(options, settings) as store:
+    with _store(options, settings) as (store, _):
         return judge(options, store, subject, Times())
 
 
@@ -297,14 +307,28 @@ def _identity(clips: Mapping[str, Clip]) -> list[str]:
 
 
 @contextmanager
-def _store(options: Options, settings: Mapping[str, Any]) -> Iterator[Store]:
-    """The folder that was asked for, or one that is deleted when the evaluation is done."""
-    if options.output is not None:
-        store = Store(options.output)
+def _store(options: Options, settings: Mapping[str, Any]) -> Iterator[tuple[Store, SharedClips | None]]:
+    """The folder that was asked for, or one that is deleted when the evaluation is done; and what processes share of its clips.
+
+    Raises:
+        RecipeError: if processes are to share and no folder was asked for, in which they could.
+    """
+    if options.output is None:
+        if options.shared:
+            raise RecipeError("processes share the clips of an evaluation in its folder, and none was given: output='...' (--output)")
+        with tempfile.TemporaryDirectory(prefix="reelquant-") as folder:
+            yield Store(Path(folder)), None
+        return
+    store = Store(options.output)
+
+    def begin() -> None:
         store.begin(settings, resume=options.resume, force=options.force)
         if options.reuse is not None:
             store.borrow(options.reuse, settings)
-        yield store
+
+    if not options.shared:
+        begin()
+        yield store, None
         return
-    with tempfile.TemporaryDirectory(prefix="reelquant-") as folder:
-        yield Store(Path(folder))
+    with sharing(store, settings, begin, force=options.force) as shared:
+        yield store, shared
