@@ -1,7 +1,18 @@
 """Layers: quantized replacements of linear and convolution layers, and how they enter a model. How products are computed does not belong
 here."""
 
-from reelquant.nn.around.attention import ask_attention, asked_attention, attention_facts, round_attention, stock_attention, stop_attention
+from reelquant.nn.around.attention import (
+    around_attention,
+    ask_attention,
+    asked_attention,
+    attention_facts,
+    put_around_attention,
+    remove_around_attention,
+    round_attention,
+    stock_attention,
+    stop_attention,
+)
+from reelquant.nn.around.attention_around import AroundAttention, AttentionCall
 from reelquant.nn.around.attention_choice import best, compare_attention
 from reelquant.nn.around.attention_facts import AttentionFacts, expected_attention
 from reelquant.nn.around.attention_plan import AttentionPlan, placed
@@ -30,6 +41,8 @@ from reelquant.nn.transplant import take_over_codes
 __all__ = [
     "LAYERS",
     "SHIFT_DTYPE",
+    "AroundAttention",
+    "AttentionCall",
     "AttentionFacts",
     "AttentionPlan",
     "Clipped",
@@ -43,6 +56,7 @@ __all__ = [
     "QuantLinear",
     "Saturation",
     "TensorLayout",
+    "around_attention",
     "ask_attention",
     "asked_attention",
     "attention_facts",
@@ -64,8 +78,10 @@ __all__ = [
     "mix_name",
     "placed",
     "prepares_input",
+    "put_around_attention",
     "quantized_class",
     "quantized_layers",
+    "remove_around_attention",
     "round_attention",
     "set_attention",
     "set_kernels",
