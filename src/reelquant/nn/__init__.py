@@ -15,6 +15,7 @@ from reelquant.nn.around.attention import (
 from reelquant.nn.around.attention_around import AroundAttention, AttentionCall
 from reelquant.nn.around.attention_choice import best, compare_attention
 from reelquant.nn.around.attention_facts import AttentionFacts, expected_attention
+from reelquant.nn.around.attention_logits import ScaledLogits, count_tokens, scale_logits, scaled_logits
 from reelquant.nn.around.attention_plan import AttentionPlan, placed
 from reelquant.nn.extended import prepares_input, quantized_class
 from reelquant.nn.finite import broken, check_finite, check_tensors, is_finite
@@ -55,6 +56,7 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "Saturation",
+    "ScaledLogits",
     "TensorLayout",
     "around_attention",
     "ask_attention",
@@ -67,6 +69,7 @@ __all__ = [
     "check_tensors",
     "compare_attention",
     "count_tensors",
+    "count_tokens",
     "count_weights",
     "dequantized",
     "expected_attention",
@@ -83,6 +86,8 @@ __all__ = [
     "quantized_layers",
     "remove_around_attention",
     "round_attention",
+    "scale_logits",
+    "scaled_logits",
     "set_attention",
     "set_kernels",
     "set_module",

@@ -103,6 +103,15 @@ def test_a_window_adds_what_the_other_keys_made_and_multiplies_its_share(masked:
     torch.testing.assert_close(mode.attend(place), by_hand(other) + expected - by_hand(one))
 
 
+def test_a_window_without_a_key_that_may_be_seen_adds_nothing() -> None:
+    mask = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
+    mask[..., : TOKENS // 2] = False
+    for one in (call(mask=mask), call(mask=torch.zeros(1, 1, 1, TOKENS).masked_fill(~mask, -torch.inf))):
+        clip = Clip()
+        expected = clip.compute(Window(0.25), 0, one)
+        torch.testing.assert_close(Window(0.25).attend(clip.at(1, one)), expected)
+
+
 def test_windows_are_for_attention_to_the_same_tokens() -> None:
     clip, one = Clip(), call(keys=TOKENS // 2)
     clip.compute(Window(), 0, one)

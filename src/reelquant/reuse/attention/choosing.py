@@ -101,31 +101,29 @@ def _some_heads(place: Place) -> Place:
     return place
 
 
-def choose(work: ModelWork, names: Mapping[str, Any], modes: Sequence[Mode], threshold: float, longest: int) -> dict[str, Any]:
-    """Sample the texts that choices are made on once, and choose.
-
-    Returns:
-        ``timesteps``, and ``table``: by site the number of the mode at every step, -1 for what is computed.
+def compare(work: ModelWork, names: Mapping[str, Any], modes: Sequence[Mode], longest: int) -> Comparing:
+    """Sample the texts that choices are made on once, and measure every mode at every place and step.
 
     Raises:
         UnsupportedError: if the sampler's timesteps do not fall.
     """
-    sites = [site.name for site in work.map.attention]
-    comparing = Comparing(work.denoiser, names, sites, modes, longest)
+    comparing = Comparing(work.denoiser, names, [site.name for site in work.map.attention], modes, longest)
     try:
         with work.timed("compare attention", work.steps):
             work.held_out_latents()
     finally:
         comparing.remove()
+    if len(comparing.timesteps) < 2:
+        times = list(comparing.timesteps.values())
+        raise UnsupportedError(f"reuse 'attention' needs a sampler with falling timesteps, and '{work.component}' was called at {times}")
+    return comparing
+
+
+def table_of(comparing: Comparing, threshold: float) -> dict[str, Any]:
+    """The choice: ``timesteps``, and ``table``, by site the number of the mode at every step, -1 for what is computed."""
     times = [comparing.timesteps[step] for step in sorted(comparing.timesteps)]
-    if len(times) < 2:
-        raise UnsupportedError(
-            f"reuse 'attention' needs a sampler with two or more falling timesteps, and '{work.component}' was called at {times}"
-        )
-    table = {
-        site: chosen(comparing.found, site, len(times), len(modes), threshold * (n + 1) / len(sites), longest)
-        for n, site in enumerate(sites)
-    }
+    sites, found, modes, longest = comparing.sites, comparing.found, len(comparing.modes), comparing.longest
+    table = {site: chosen(found, site, len(times), modes, threshold * (n + 1) / len(sites), longest) for n, site in enumerate(sites)}
     return {"timesteps": times, "table": table}
 
 

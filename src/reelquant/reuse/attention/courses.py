@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from reelquant._errors import RecipeError, SiteError
 from reelquant.reuse.attention.mode import Mode
 from reelquant.reuse.attention.modes import parse_mode
-from reelquant.reuse.schedule import Schedule
+from reelquant.reuse.schedule import TOLERANCE, Schedule
 from reelquant.reuse.trajectory import Trajectory
 from reelquant.sites import AttentionSite, select
 
@@ -75,6 +76,10 @@ class Course(Protocol):
         """That of the running step; None: attention is computed."""
         ...
 
+    def upcoming(self, trajectory: Trajectory) -> tuple[Mode, ...]:
+        """What a computed step has to keep something for: the modes before the next computed one."""
+        ...
+
 
 @dataclass(frozen=True)
 class ByRule:
@@ -89,6 +94,10 @@ class ByRule:
     def mode(self, trajectory: Trajectory) -> Mode | None:
         computes = self.rule.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before)
         return None if computes else self.rule.mode
+
+    def upcoming(self, trajectory: Trajectory) -> tuple[Mode, ...]:
+        schedule = self.rule.schedule
+        return () if not schedule.at and schedule.computes(trajectory.step + 1) else self.modes
 
 
 @dataclass(frozen=True)
@@ -115,3 +124,8 @@ class ByTable:
         if self.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before):
             return None
         return self.cells[min(range(len(self.cells)), key=lambda one: abs(self.timesteps[one] - trajectory.timestep))]
+
+    def upcoming(self, trajectory: Trajectory) -> tuple[Mode, ...]:
+        now = trajectory.timestep
+        rest = [cell for time, cell in zip(self.timesteps, self.cells, strict=True) if time < now - TOLERANCE * abs(now)]
+        return tuple(dict.fromkeys(cell for cell in itertools.takewhile(lambda cell: cell is not None, rest) if cell is not None))

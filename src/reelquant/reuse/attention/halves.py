@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reelquant.nn import AttentionCall
 from reelquant.reuse.attention.mode import Mode, Place, check_share
-from reelquant.reuse.attention.window import beyond, windowed
+from reelquant.reuse.attention.window import keep_far, near_and_far
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,11 @@ class Halves(Mode):
         return None if output is None else torch.cat([output, output])
 
     def _computed(self, place: Place, call: AttentionCall, start: int) -> Tensor | None:
-        if self.window == 1:
-            return place.compute(call)
-        far = place.recall(self)
-        return windowed(place, call, self.window) + far[start:] if place.fits(far) else None
+        return place.compute(call) if self.window == 1 else near_and_far(place, call, self.window, start)
 
     def keep(self, place: Place, output: Tensor) -> None:
-        if not place.half and self.window < 1 and (far := beyond(place, output, self.window)) is not None:
-            place.keep(self, far)
+        if not place.half and self.window < 1:
+            keep_far(place, output, self.window)
 
 
 def _behind(call: AttentionCall, start: int) -> AttentionCall:

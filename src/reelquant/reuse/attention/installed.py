@@ -46,7 +46,7 @@ class InstalledAttention(Following):
         output = None if mode is None else mode.attend(place)
         if output is None:
             output = place.compute(call)
-            for one in course.modes:
+            for one in course.upcoming(trajectory):
                 one.keep(place, output)
         self._count(trajectory.step, call.multiplications, place.multiplied)
         return output

@@ -27,6 +27,7 @@ class Place:
         step: the number of the step.
         twice: whether the denoiser computes both halves of guidance in this call.
         multiplied: multiplications of attention so far.
+        done: names of what was kept here.
     """
 
     call: AttentionCall
@@ -37,16 +38,19 @@ class Place:
     half: int = 0
     step: int = 0
     twice: bool = False
-    multiplied: int = field(default=0)
+    multiplied: int = 0
+    done: set[Hashable] = field(default_factory=set)
 
     def compute(self, call: AttentionCall) -> Tensor:
         """Attention of this call, or of a part of it."""
         self.multiplied += call.multiplications
         return self.computes(call)
 
-    def keep(self, name: Hashable, state: Any) -> None:
-        """Keep something for the same call at later steps."""
-        self.kept["kept", name, self.name, self.half] = state
+    def keep(self, name: Hashable, make: Callable[[], Any]) -> None:
+        """Keep something for the same call at later steps; what several modes keep under one name is made once."""
+        if name not in self.done:
+            self.done.add(name)
+            self.kept["kept", name, self.name, self.half] = make()
 
     def recall(self, name: Hashable) -> Any:
         """What was kept last under this name; None for nothing."""

@@ -22,4 +22,4 @@ class Share(Mode):
         return output.clone() if place.fits(output) else None
 
     def keep(self, place: Place, output: Tensor) -> None:
-        place.keep(self, output.clone())
+        place.keep(self, output.clone)

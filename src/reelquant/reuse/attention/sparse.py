@@ -56,10 +56,10 @@ class Sparse(Mode):
             return
         query, key = call.query, call.key
         if self.density == 1:
-            place.keep(self, (_kind(call), None))
+            place.keep(self, lambda: (_kind(call), None))
             return
         place.multiplied += query[..., 0].numel() * key.shape[2] * query.shape[3]
-        place.keep(self, (_kind(call), heaviest(masses(call, self.size(call)), self.density)))
+        place.keep(self, lambda: (_kind(call), heaviest(masses(call, self.size(call)), self.density)))
 
     def size(self, call: AttentionCall) -> int:
         """Tokens of a block of this call."""

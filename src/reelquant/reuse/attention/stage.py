@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from reelquant._errors import RecipeError, SiteError, UnsupportedError
-from reelquant.reuse.attention.choosing import choose
+from reelquant.reuse.attention.choosing import compare, table_of
 from reelquant.reuse.attention.courses import ByRule, ByTable, Course, Rule, parse_rule, ruled
 from reelquant.reuse.attention.installed import InstalledAttention
 from reelquant.reuse.attention.mode import Mode
@@ -104,7 +104,7 @@ class AttentionReuse(Reuse):
                 count = len(work.map.attention)
                 raise SiteError(f"the rules of reuse 'attention' name none of the {count} places where {work.map.cls} attends; try on: '*'")
             return names | {"rules": found}
-        return names | (choose(work, names, self.modes, self.threshold, self.longest) if self.threshold else {})
+        return names | (table_of(compare(work, names, self.modes, self.longest), self.threshold) if self.threshold else {})
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledAttention:
         return InstalledAttention(model, facts, self.courses(facts))

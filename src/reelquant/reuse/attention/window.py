@@ -35,18 +35,27 @@ class Window(Mode):
         check_share("window", "window", self.window)
 
     def attend(self, place: Place) -> Tensor | None:
-        far = place.recall(self)
-        return windowed(place, place.call, self.window) + far if place.fits(far) else None
+        return near_and_far(place, place.call, self.window)
 
     def keep(self, place: Place, output: Tensor) -> None:
-        if (far := beyond(place, output, self.window)) is not None:
-            place.keep(self, far)
+        keep_far(place, output, self.window)
 
 
-def beyond(place: Place, output: Tensor, window: float) -> Tensor | None:
-    """What the keys outside of the windows change in an output; None for attention to other tokens than its own."""
+def keep_far(place: Place, output: Tensor, window: float) -> None:
+    """Keep what the keys outside of the windows change in an output; nothing of attention to other tokens than its own."""
     queries, keys = place.call.query.shape[2], place.call.key.shape[2]
-    return None if queries != keys or _width(keys, window) == keys else output - windowed(place, place.call, window)
+    if queries == keys and _width(keys, window) < keys:
+        place.keep(("far", window), lambda: output - windowed(place, place.call, window))
+
+
+def near_and_far(place: Place, call: AttentionCall, window: float, start: int = 0) -> Tensor | None:
+    """Attention of every query to its window, and what was kept of the rest; None if nothing was.
+
+    Args:
+        call: that of the place, or its items from ``start`` on.
+    """
+    far = place.recall(("far", window))
+    return windowed(place, call, window) + far[start:] if place.fits(far) else None
 
 
 def windowed(place: Place, call: AttentionCall, window: float) -> Tensor:
@@ -62,8 +71,14 @@ def windowed(place: Place, call: AttentionCall, window: float) -> Tensor:
         rows = slice(start, end)
         mask = None if call.mask is None else call.mask[:, :, rows if call.over_pairs else slice(None), seen]
         part = AttentionCall(call.query[:, :, rows], call.key[:, :, seen], call.value[:, :, seen], call.scale, mask)
-        parts.append(place.compute(part))
+        given = place.compute(part)
+        parts.append(given if mask is None else given.masked_fill(_unseen(mask), 0))  # softmax of nothing is NaN
     return torch.cat(parts, 2)
+
+
+def _unseen(mask: Tensor) -> Tensor:
+    """Where a query sees no key at all: ``[1 or batch, 1 or heads, 1 or queries, 1]``."""
+    return (mask.isneginf() if mask.is_floating_point() else ~mask).all(-1, keepdim=True)
 
 
 def _width(tokens: int, window: float) -> int:
