@@ -32,13 +32,13 @@ class Measured:
 
     Attributes:
         error, power: summed squares of the difference, and of the output.
-        made, every: multiplications, and those of computing.
-        missing: calls in which it gave nothing.
+        made, every: multiplications, and those of computing, where it gave something.
+        calls, missing: how often it was asked, and how often it gave nothing.
     """
 
     def __init__(self) -> None:
         self.error = self.power = 0.0
-        self.made = self.every = self.missing = 0
+        self.made = self.every = self.calls = self.missing = 0
 
     @property
     def relative(self) -> float:
@@ -77,7 +77,7 @@ class Comparing(Following):
 
     def _measure(self, place: Place, mode: Mode, output: Tensor, key: tuple[str, int, int, int]) -> None:
         found = self.found.setdefault(key, Measured())
-        place.multiplied = 0
+        place.multiplied, found.calls = 0, found.calls + 1
         given = mode.attend(place)
         if given is None:
             found.missing += 1
