@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress
+from reelquant._remarks import remark
 from reelquant.discover import denoisers_of, discover, plain
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.reuse import BlockReuse, installed_reuse, put, remove_reuse
 from reelquant.reuse.trajectory import Trajectory
 from reelquant.sites import DenoiserMap
+from reelquant.tuning.fresh_noise import noisy_steps
 from reelquant.tuning.schedules import Errors
 
 ELEMENTS = 65_536
@@ -140,13 +142,19 @@ def timesteps_and_gram(
 
         installed.watch(watch)
         progress.phase("record", clips.steps(pipe))
-        latents = clips.latents(pipe, progress)
+        with noisy_steps(pipe.scheduler) as drawn:
+            latents = clips.latents(pipe, progress)
     steps = len(times)
     wanted = clips.steps(pipe)
     if steps < min(3, wanted) or sorted(times) != list(range(steps)):
         raise UnsupportedError(
             f"{type(pipe.scheduler).__name__} calls the denoiser in {wanted} steps of which {steps} follow each other: nothing can be "
             "reused from step to step; choose a sampler that calls it once a step, with falling timesteps"
+        )
+    if noisy := sum(drawn[: wanted - 1]):  # of one run; the last step may well add none
+        remark(
+            f"{type(pipe.scheduler).__name__} adds fresh noise at {noisy} of {wanted} steps: what was computed at one step says less about "
+            "the next, so expect to leave out few; a sampler without fresh noise lets you leave out more"
         )
     columns = [torch.stack([values[step] for step in range(steps)]) for values in seen.values() if len(values) == steps]
     gram = sum((column.double() @ column.double().T for column in columns), start=torch.zeros(steps, steps, dtype=torch.float64))
