@@ -55,9 +55,9 @@ def test_scores_are_scaled_where_the_number_of_tokens_is_another_one(rounds: boo
 
 
 def test_tokens_are_counted_place_by_place_and_stored(tmp_path: Path) -> None:
-    """Three frames of 4 x 4 tokens; reuse of attention goes with it."""
+    """Three frames of 4 x 4 tokens; attention that is reused where a threshold says so goes with it."""
     pipe = wan_pipeline()
-    steps = [{"reuse": "attention", "rules": [{"on": "role:cross", "mode": "share"}]}, {"policy": "scale_logits"}]
+    steps = [{"reuse": "attention", "threshold": 0.9}, {"policy": "scale_logits"}]
     recipe = {
         "name": "sized",
         "defaults": {"weight": {"format": "int8", "granularity": "channel"}, "input": None},
@@ -69,7 +69,9 @@ def test_tokens_are_counted_place_by_place_and_stored(tmp_path: Path) -> None:
     assert scaled_logits(pipe.transformer) == {"blocks.0.attn1": 48, "blocks.1.attn1": 48} and report.reuse["attention"]["reused"] > 0
     folder = reelquant.save(pipe, tmp_path / "out")
     model = WanTransformer3DModel.from_pretrained(folder, subfolder="transformer")
-    assert scaled_logits(model) == scaled_logits(pipe.transformer) and installed_reuse(model)
+    assert scaled_logits(model) == scaled_logits(pipe.transformer)
+    facts, stored = (installed_reuse(one)["attention"].facts for one in (pipe.transformer, model))
+    assert facts == stored and len(facts["timesteps"]) == 3 and all(row[0] == -1 for row in facts["table"].values())
     latents = torch.randn(1, 4, 5, 8, 8)
     call = {
         "hidden_states": latents,
