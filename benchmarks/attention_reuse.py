@@ -1,5 +1,5 @@
-"""Attention that is not computed, under ``qvd-w8a8``: every mode alone at 75 and 50 % of the multiplications of its places, and all modes
-together where a threshold chooses; clips of half the size with scaled scores; and the time of one large attention in each mode.
+"""Attention that is not computed, under ``qvd-w8a8``: every mode alone at two numbers of computed steps, and all modes together where
+a threshold chooses; clips of half the size with scaled scores; and the time of one large attention in each mode.
 
 Run it from the repository root::
 
@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ from reelquant.nn.around.attention_running import Where
 from reelquant.reuse import AttentionReuse, installed_reuse, remove_reuse
 from reelquant.reuse.attention.choosing import Comparing, compare, table_of
 from reelquant.reuse.attention.following import Following
+from reelquant.reuse.attention.installed import InstalledAttention
 from reelquant.reuse.attention.mode import Mode, Place
 from reelquant.reuse.attention.share import Share
 from reelquant.reuse.attention.sparse import Sparse, heaviest, masses
@@ -47,39 +49,45 @@ from reelquant.reuse.reuse import put
 from reelquant.tuning.recording import Site, site_of
 from reelquant.tuning.schedules import even
 
-HEADINGS = ("attention", "multiplications of all attention", "PSNR to no reuse, dB (95 %)", "worst clip, dB")
+HEADINGS = ("attention", "multiplications left of its places", "of all attention", "PSNR to no reuse, dB (95 %)", "worst clip, dB")
 SEED, RECORDED, ROUNDS = 7_000, 4, 5
 TOKENS, HEADS, WIDTH = 4096, 12, 128
 SELF = "role:self"
 WINDOW, HALVES = {"on": SELF, "mode": "window", "window": 0.25}, {"on": SELF, "mode": "halves"}
 ALONE: Mapping[str, tuple[Mapping[str, Any], float]] = {
-    "share, all places, 75 %": ({"on": "*", "mode": "share"}, 0.75),
-    "share, all places, 50 %": ({"on": "*", "mode": "share"}, 0.5),
-    "window of a quarter, self-attention, 75 %": (WINDOW, 0.5),
-    "window of a quarter, self-attention, 50 %": (WINDOW, 0.25),
-    "halves, self-attention, 75 %": (HALVES, 0.5),
-    "halves, self-attention, 52 %": (HALVES, 0.05),
-    "sparse, half of the blocks, self-attention, 75 %": ({"on": SELF, "mode": "sparse", "density": 0.5, "block": 64}, 0.25),
-    "sparse, a quarter of the blocks, self-attention, 50 %": ({"on": SELF, "mode": "sparse", "density": 0.25, "block": 64}, 0.2),
+    "share": ({"on": "*", "mode": "share"}, 0.75),
+    "share, fewer steps": ({"on": "*", "mode": "share"}, 0.5),
+    "window of a quarter": (WINDOW, 0.5),
+    "window of a quarter, fewer steps": (WINDOW, 0.25),
+    "halves": (HALVES, 0.5),
+    "halves, fewer steps": (HALVES, 0.05),
+    "sparse, half of the blocks": ({"on": SELF, "mode": "sparse", "density": 0.5, "block": 64}, 0.4),
+    "sparse, a quarter of the blocks": ({"on": SELF, "mode": "sparse", "density": 0.25, "block": 64}, 0.25),
 }
-"""A rule, and the share of the steps that are computed: a window costs its share at those, too, and a search half of attention."""
+"""A rule, and the share of the steps that are computed: the first ones, and as many again that are evenly spaced."""
 DISTANCES = (0, 1, 2, 4, 8)
 TOGETHER = (0.75, 0.5, 0.4)
 
 
 def alone(rule: Mapping[str, Any], share: float, timesteps: list[float]) -> AttentionReuse:
-    """One mode between steps that are evenly spaced."""
-    steps = even(len(timesteps), max(round(share * len(timesteps)), 1))
-    return AttentionReuse(rules=({**rule, "at": [timesteps[step] for step in steps]},))
+    """One mode between computed steps: half of them at the start, where clips are most sensitive."""
+    count = len(timesteps)
+    number = max(round(share * count), 1)
+    first = -(-number // 2)
+    rest = {first + step for step in even(count - first, number - first)} if number > first else set()
+    return AttentionReuse(rules=({**rule, "at": [timesteps[step] for step in sorted({*range(first), *rest})]},))
 
 
 def left(comparing: Comparing, table: Mapping[str, Any]) -> float:
-    """The share of attention's multiplications that a table leaves, as measured; without what a computed step prepares."""
+    """The share of attention's multiplications that a table leaves, as measured."""
     made = every = 0
     for site, row in table["table"].items():
         own = [known for (name, *_), known in comparing.found.items() if name == site]
         whole = max(known.every / max(known.calls, 1) for known in own)
-        for cell in row:
+        far = {number: getattr(mode, "window", 1.0) for number, mode in enumerate(comparing.modes)}
+        for cell, rest in zip(row, (row[step + 1 :] for step in range(len(row))), strict=True):
+            used = {far[later] for later in takewhile(lambda later: later >= 0, rest)} if cell < 0 else ()
+            made += whole * sum(window for window in used if window < 1)  # what a computed step prepares
             known = [one for (name, _, mode, _), one in comparing.found.items() if name == site and mode == cell and one.every]
             made += whole * (1 if cell < 0 else sum(one.made for one in known) / sum(one.every for one in known))
             every += whole
@@ -163,13 +171,21 @@ def run(clips: Clips, records: Records, folder: Path) -> None:
             continue
         stage, facts = make()
         put(site.denoiser, "attention", stage, facts)
-        frames, counts = clips.frames(pipe), installed_reuse(site.denoiser)["attention"].installed.counts()
+        frames, acting = clips.frames(pipe), installed_reuse(site.denoiser)["attention"].installed
+        assert isinstance(acting, InstalledAttention)
+        counts, parts = acting.counts(), list(acting.by_part().values()) or [(1, 0)]
         remove_reuse(site.denoiser)
         name, digest = key(clips, label)
         row = {"name": name, "digest": digest, "pipeline": clips.name, "clips": clips.count, "status": "measured"}
         row |= {"threshold": stage.threshold, "share": counts["computed"] / sum(counts.values())}
+        row |= {"own_share": sum(made for made, _ in parts) / sum(map(sum, parts)), "steps": _steps(stage, len(timesteps))}
         records.add(row | measure(frames, reference, clips.prompts))
         print(f"{clips.name}: {name}", flush=True)
+
+
+def _steps(stage: AttentionReuse, steps: int) -> str:
+    at = stage.rules[0].get("at")
+    return f", {len(at)} of {steps} steps computed" if at else ""
 
 
 def timesteps_of(pipe: Any, site: Site) -> list[float]:
@@ -201,8 +217,14 @@ def table(clips: Clips, records: Records) -> str:
 
 def _line(label: str, row: Mapping[str, Any]) -> list[str]:
     mean = f"{row['psnr_mean']:.1f} ({row['psnr_low']:.1f} to {row['psnr_high']:.1f})"
-    said = label if row["threshold"] is None or not row["threshold"] else f"{label} (`threshold: {row['threshold']:g}`)"
-    return [said, f"{row['share']:.0%}", *(["the same bits", "-"] if min(row["psnr"]) >= 100 else [mean, f"{min(row['psnr']):.1f}"])]
+    said = label.partition(", fewer")[0] + row["steps"]
+    said = f"{said} (`threshold: {row['threshold']:g}`)" if row["threshold"] else said
+    return [
+        said,
+        f"{row['own_share']:.0%}",
+        f"{row['share']:.0%}",
+        *(["the same bits", "-"] if min(row["psnr"]) >= 100 else [mean, f"{min(row['psnr']):.1f}"]),
+    ]
 
 
 # --- what blocks hold -----------------------------------------------------------------------------------------------------------------

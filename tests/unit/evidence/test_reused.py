@@ -22,7 +22,11 @@ SITES = ReusedSteps(("a.attn", "b.attn"), {0: (40, 0), 1: (10, 30)}, "multiplica
 @pytest.mark.parametrize(
     ("found", "sentence", "row"),
     [
-        (BLOCKS, "50.0 % of the calls of 2 blocks (blocks.1 to blocks.2) were computed", "2 blocks, 50% of their calls computed: in steps 1"),
+        (
+            BLOCKS,
+            "50.0 % of the calls of 2 blocks (blocks.1 to blocks.2) were computed",
+            "2 blocks, 50% of their calls computed: in steps 1",
+        ),
         (
             SITES,
             "62.5 % of the multiplications of 2 attention sites (a.attn to b.attn) were computed",

@@ -260,6 +260,7 @@ def test_the_last_rule_that_names_a_place_holds() -> None:
     whole = 3 * call(batch=1, heads=2, queries=8, keys=8).multiplications // 2
     assert reuse.by_step() == {0: (whole, 0), 1: (whole // 3, whole // 3 * 2), 2: (whole // 3 * 2, whole // 3)}
     assert reuse.counts() == {"computed": 2 * whole, "reused": whole}
+    assert reuse.by_part() == {"places.0": (whole // 3, whole // 3 * 2), "places.2": (whole // 3 * 2, whole // 3)}
 
 
 def test_a_rule_that_names_no_place_is_refused() -> None:

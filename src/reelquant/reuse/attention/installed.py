@@ -27,7 +27,7 @@ class InstalledAttention(Following):
 
     def __init__(self, model: nn.Module, facts: Mapping[str, Any], courses: Mapping[str, Course]) -> None:
         self.courses = dict(courses)
-        self.counted: Counter[tuple[str, int]] = Counter()  # multiplications of all calls, and those that were made, by step
+        self.counted: Counter[tuple[str, str, int]] = Counter()  # multiplications: all or made, module, step
         super().__init__(model, facts, courses)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ class InstalledAttention(Following):
         found = self.placed(call, where)
         if found is None:
             step = 0 if self.now.trajectory is None else self.now.trajectory.step
-            self._count(step, call.multiplications, call.multiplications)
+            self._count(where, step, call.multiplications, call.multiplications)
             return self.compute(call, where)
         place, trajectory = found
         course = self.courses[self.names[where.row]]
@@ -48,7 +48,7 @@ class InstalledAttention(Following):
             output = place.compute(call)
             for one in course.upcoming(trajectory):
                 one.keep(place, output)
-        self._count(trajectory.step, call.multiplications, place.multiplied)
+        self._count(where, trajectory.step, call.multiplications, place.multiplied)
         return output
 
     def _mode(self, row: int, course: Course, trajectory: Trajectory) -> Mode | None:
@@ -59,9 +59,10 @@ class InstalledAttention(Following):
             trajectory.notes[key] = trajectory.step, mode
         return mode
 
-    def _count(self, step: int, every: int, made: int) -> None:
-        self.counted["all", step] += every
-        self.counted["made", step] += made
+    def _count(self, where: Where, step: int, every: int, made: int) -> None:
+        site = self.names[where.row]
+        self.counted["all", site, step] += every
+        self.counted["made", site, step] += made
 
     def reset(self) -> None:
         super().reset()
@@ -74,8 +75,16 @@ class InstalledAttention(Following):
 
     def by_step(self) -> dict[int, tuple[int, int]]:
         """The same by the number of the step. A step that prepares others may save less than nothing."""
-        steps = sorted({step for _, step in self.counted})
-        return {step: (self.counted["made", step], self.counted["all", step] - self.counted["made", step]) for step in steps}
+        return {step: self._counts(step=step) for step in sorted({step for *_, step in self.counted})}
+
+    def by_part(self) -> dict[str, tuple[int, int]]:
+        """The same by module, of :attr:`parts`."""
+        return {site: self._counts(site=site) for site in self.parts}
+
+    def _counts(self, site: str | None = None, step: int | None = None) -> tuple[int, int]:
+        known = [(kind, count) for (kind, name, at), count in self.counted.items() if site in (None, name) and step in (None, at)]
+        every, made = (sum(count for kind, count in known if kind == word) for word in ("all", "made"))
+        return made, every - made
 
     @property
     def parts(self) -> list[str]:
