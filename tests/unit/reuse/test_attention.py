@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelquant._errors import RecipeError, SiteError, UnsupportedError
+from reelquant._errors import CheckpointError, RecipeError, SiteError, UnsupportedError
 from reelquant.kernels.attention import REFERENCE, STOCK, AttentionQuant
 from reelquant.nn import AttentionCall, round_attention
 from reelquant.nn.around.attention import HOOKS, PROTECTED
-from reelquant.reuse import AttentionReuse
+from reelquant.reuse import AttentionReuse, install_stored
 from reelquant.reuse.attention.choosing import Measured, chosen
 from reelquant.reuse.attention.courses import ByTable
 from reelquant.reuse.attention.halves import Halves
@@ -199,6 +199,8 @@ def test_a_gather_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         ),
         ({"rules": ({"on": "*", "mode": "share", "every": 0},)}, "rules.0 .*1 or more, got 0 and 1"),
         ({"rules": ({"on": "*", "mode": "share", "every": "2"},)}, "'every' and 'first' are whole numbers"),
+        ({"rules": ({"on": "*", "mode": "share", "at": ["a"]},)}, "'at' is a list of timesteps, got"),
+        ({"rules": ({"on": "*", "mode": ["share"]},)}, r"there is no mode \['share'\] of attention; did you mean 'share'"),
         ({"threshold": 1.5}, "from 0 to 1, got 1.5"),
         ({"threshold": 0.1, "longest": 0}, "'longest' of reuse 'attention' is 1 or more"),
         ({"longest": 3}, "belong to a threshold"),
@@ -261,6 +263,20 @@ def test_the_last_rule_that_names_a_place_holds() -> None:
     assert reuse.by_step() == {0: (whole, 0), 1: (whole // 3, whole // 3 * 2), 2: (whole // 3 * 2, whole // 3)}
     assert reuse.counts() == {"computed": 2 * whole, "reused": whole}
     assert reuse.by_part() == {"places.0": (whole // 3, whole // 3 * 2), "places.2": (whole // 3 * 2, whole // 3)}
+
+
+def test_damaged_facts_are_refused_before_anything_is_installed() -> None:
+    names, model = {"timestep": "timestep", "latent": "x"}, Denoiser()
+    broken: list[dict[str, Any]] = [
+        {"rules": {"places.0": 7}},
+        {"table": {"places.0": [-1, 9]}, "timesteps": [9.0, 7.0]},
+        {"table": {"places.0": [-1]}, "timesteps": [9.0, 7.0]},
+    ]
+    for facts in broken:
+        stored = {"options": {"threshold": 0.1} if "table" in facts else {}, "facts": names | facts}
+        with pytest.raises(CheckpointError, match=r"reuse\.attention cannot be installed"):
+            install_stored(model, {"attention": stored})
+    assert HOOKS not in vars(model) and not model._forward_pre_hooks
 
 
 def test_a_rule_that_names_no_place_is_refused() -> None:

@@ -107,14 +107,14 @@ def stop_attention(model: nn.Module) -> None:
 
 
 def put_around_attention(model: nn.Module, around: AroundAttention) -> None:
-    """Let an object decide what becomes of a denoiser's attention, whatever computes it then; another one of its place goes."""
-    others = [one for one in around_attention(model) if one.place != around.place]
-    object.__setattr__(model, AROUND, tuple(sorted([*others, around], key=lambda one: one.place)))
+    """Let an object decide what becomes of a denoiser's attention, whatever computes it then; another one of its order goes."""
+    others = [one for one in around_attention(model) if one.order != around.order]
+    object.__setattr__(model, AROUND, tuple(sorted([*others, around], key=lambda one: one.order)))
     _settle(model)
 
 
 def remove_around_attention(model: nn.Module, around: AroundAttention) -> None:
-    """Undo :func:`put_around_attention`; nothing happens if another object has taken its place."""
+    """Undo :func:`put_around_attention`; nothing happens if it is not there."""
     if around in around_attention(model):
         rest = tuple(one for one in vars(model).pop(AROUND) if one is not around)
         if rest:

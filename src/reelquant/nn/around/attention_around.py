@@ -54,7 +54,7 @@ class AroundAttention(ABC):
     There may be several around a denoiser, one inside of the other.
 
     Attributes:
-        place: those with a smaller one are outside of those with a larger one.
+        order: those with a smaller one are outside of those with a larger one.
         sites: module paths of calls that are to be told apart.
         names: module paths by :attr:`Where.row`, of all sites that anything around this denoiser names; row 0 is elsewhere.
         inner: what is around attention inside of this, or None.
@@ -63,7 +63,7 @@ class AroundAttention(ABC):
         handle: by which graphs find this.
     """
 
-    place: ClassVar[int]
+    order: ClassVar[int]
 
     def __init__(self, sites: Iterable[str]) -> None:
         self.sites = tuple(sites)

@@ -16,7 +16,7 @@ from reelquant.nn.around.attention_running import Where
 class _CountedTokens(AroundAttention):
     """Notes how many keys the first call of every site has."""
 
-    place: ClassVar[int] = 0
+    order: ClassVar[int] = 0
 
     def __init__(self, sites: Iterable[str]) -> None:
         super().__init__(sites)
@@ -39,7 +39,7 @@ class ScaledLogits(AroundAttention):
         tokens: ``n0`` by site.
     """
 
-    place: ClassVar[int] = 0
+    order: ClassVar[int] = 0
 
     def __init__(self, tokens: Mapping[str, int]) -> None:
         super().__init__(tokens)

@@ -40,13 +40,17 @@ def parse_rule(number: int, words: Mapping[str, Any]) -> Rule:
     if not isinstance(words.get("on"), str):
         raise RecipeError(f"{where} names its places like {{'on': 'role:self', 'mode': 'share'}}, got {dict(words)!r:.100}")
     options = {key: words[key] for key in SCHEDULE if key in words}
-    if any(type(options.get(key, 1)) is not int for key in ("every", "first")) or not isinstance(options.get("at", ()), list | tuple):
+    if any(type(options.get(key, 1)) is not int for key in ("every", "first")) or not _times(options.get("at", ())):
         raise RecipeError(f"{where}: 'every' and 'first' are whole numbers and 'at' is a list of timesteps, got {options}")
     mode = parse_mode(where, {key: value for key, value in words.items() if key not in ("on", *SCHEDULE)})
     try:
         return Rule(words["on"], mode, Schedule(**options | {"at": tuple(options.get("at", ()))}))
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
+
+
+def _times(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(type(one) in (int, float) for one in value)
 
 
 def ruled(rules: Sequence[Rule], sites: Sequence[AttentionSite]) -> dict[str, int]:

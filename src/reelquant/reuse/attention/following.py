@@ -35,15 +35,15 @@ class Following(AroundAttention):
         sites: the modules whose calls are told apart.
     """
 
-    place: ClassVar[int] = 1
+    order: ClassVar[int] = 1
 
     def __init__(self, model: nn.Module, facts: Mapping[str, Any], sites: Iterable[str]) -> None:
         super().__init__(sites)
         self.read_timestep, self.read_latent = (timestep_reader(model, facts[key]) for key in ("timestep", "latent"))
         self.now = _Now()
         self.model = model
-        self.hook = model.register_forward_pre_hook(self.begin, with_kwargs=True)
         put_around_attention(model, self)
+        self.hook = model.register_forward_pre_hook(self.begin, with_kwargs=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "now"}

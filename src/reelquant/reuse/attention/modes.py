@@ -26,12 +26,12 @@ def parse_mode(where: str, words: Mapping[str, Any]) -> Mode | None:
     name, options = words.get("mode"), {key: value for key, value in words.items() if key != "mode"}
     if name == COMPUTED and not options:
         return None
-    if name not in MODES:
+    if not isinstance(name, str) or name not in MODES:
         raise RecipeError(f"{where}: there is no mode {name!r} of attention; {nearest(str(name), [*MODES, COMPUTED])}")
     known = [field.name for field in dataclasses.fields(MODES[name])]  # type: ignore[arg-type]
     for key in options:
         if key not in known:
-            raise RecipeError(f"{where}: mode '{name}' has no option '{key}'; {nearest(key, known) if known else 'it has none'}")
+            raise RecipeError(f"{where}: mode '{name}' has no option '{key}'; {nearest(str(key), known) if known else 'it has none'}")
     try:
         return MODES[name](**options)
     except RecipeError as error:

@@ -112,8 +112,12 @@ class AttentionReuse(Reuse):
     def courses(self, facts: Mapping[str, Any]) -> dict[str, Course]:
         """What every site does."""
         if "rules" in facts:
-            parsed = self.parsed
+            parsed = dict(enumerate(self.parsed))
             return {site: ByRule(parsed[number]) for site, number in facts["rules"].items()}
-        cells: list[Mode | None] = [*self.modes, None]  # -1: computed
-        times = tuple(facts.get("timesteps", ()))
-        return {site: ByTable(times, tuple(cells[cell] for cell in row)) for site, row in facts.get("table", {}).items()}
+        modes: dict[int, Mode | None] = {-1: None, **dict(enumerate(self.modes))}
+        times, table = tuple(facts.get("timesteps", ())), facts.get("table", {})
+        if any(len(row) != len(times) for row in table.values()):
+            raise RecipeError(
+                f"a table of reuse 'attention' has a mode for each of its {len(times)} timesteps in every row, and one has not"
+            )
+        return {site: ByTable(times, tuple(modes[cell] for cell in row)) for site, row in table.items()}
