@@ -66,7 +66,7 @@ ALONE: Mapping[str, tuple[Mapping[str, Any], float]] = {
 }
 """A rule, and the share of the steps that are computed: the first ones, and as many again that are evenly spaced."""
 DISTANCES = (0, 1, 2, 4, 8)
-TOGETHER = (0.75, 0.5, 0.4)
+TOGETHER = (0.75, 0.5)
 
 
 def alone(rule: Mapping[str, Any], share: float, timesteps: list[float]) -> AttentionReuse:
@@ -154,8 +154,8 @@ def settings(site: Site, compared: Compared, timesteps: list[float]) -> dict[str
         return stage, names_of(site)
 
     found: dict[str, Callable[[], Made]] = {"everything computed, 100 %": everything}
-    found |= {label: lambda rule=rule, share=share: ruled(rule, share) for label, (rule, share) in ALONE.items()}
-    return found | {f"a threshold chooses, {share:.0%}": lambda share=share: together(share) for share in TOGETHER}
+    found |= {f"a threshold chooses, {share:.0%}": lambda share=share: together(share) for share in TOGETHER}
+    return found | {label: lambda rule=rule, share=share: ruled(rule, share) for label, (rule, share) in ALONE.items()}
 
 
 def run(clips: Clips, records: Records, folder: Path) -> None:
@@ -203,7 +203,7 @@ def timesteps_of(pipe: Any, site: Site) -> list[float]:
 
 def key(clips: Clips, label: str) -> tuple[str, str]:
     """Name and digest of a row."""
-    said = json.dumps([RECIPE, ALONE.get(label), TOGETHER if label.startswith("a threshold") else None])
+    said = json.dumps([RECIPE, ALONE.get(label), [TOGETHER, "by step"] if label.startswith("a threshold") else None])
     return f"attention reuse {label}", f"{clips.digest}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 

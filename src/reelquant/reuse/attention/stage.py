@@ -39,8 +39,8 @@ class AttentionReuse(Reuse):
             computed all the same: ``every`` (2), ``first`` (1) and ``at``, see :class:`reelquant.reuse.schedule.Schedule`. The last rule
             that names a place holds; ``mode: computed`` makes an exception. ``every: 1`` computes everything, bit for bit.
         threshold: instead of rules: every place and step gets the cheapest of the candidates that changes the output of attention by less
-            than this, relative to its size, in the clips that choices are made on. Early places get less: the n-th of L places n / L of
-            it. 0 computes everything.
+            than this, relative to its size, in the clips that choices are made on. Early places and steps get less: the n-th of L places
+            n / L of it, and the share of the steps that have passed of that. 0 computes everything.
         candidates: mappings with ``mode`` and its options.
         longest: with a threshold, what was computed once stands for so many steps at most.
     """
