@@ -26,7 +26,8 @@ from reelquant import ReelQuantConfig
 from reelquant.discover import discover
 from reelquant.integrations import loading
 from reelquant.nn import QuantLayer, quantized_class, quantized_layers
-from reelquant.reuse import BlockReuse
+from reelquant.reuse import AttentionReuse, BlockReuse
+from reelquant.reuse.attention import MODES
 from reelquant.sites import DenoiserMap
 from tests.families.features import FEATURES, Feature
 from tests.families.models import FAMILIES, Inputs, awake
@@ -334,7 +335,8 @@ def _feature(case: Case, feature: Feature) -> bool:
 
 @torch.no_grad()
 def reuse(case: Case) -> str:
-    """Blocks left out at every second step: where all is computed the same bits, elsewhere near them; a second clip equals the first."""
+    """Blocks left out at every second step, and attention in every mode: where all is computed the same bits, elsewhere near them; a second
+    clip equals the first."""
     model, inputs = case.float(), case.inputs()
     found = discover(model)
     stage = BlockReuse(stretch=(0.0, 1.0))
@@ -347,7 +349,18 @@ def reuse(case: Case) -> str:
     for computed, reused in clips:
         assert torch.equal(computed, case.reference) and torch.equal(reused, clips[0][1])
         assert 0 < float((reused - exact).norm()) < 0.5 * float(exact.norm())
-    return f"{facts['keeps']} of {len(facts['blocks'])} blocks"
+    installed.remove()
+    for mode in MODES:
+        attention = AttentionReuse(rules=({"on": "*", "mode": mode},))
+        acting = attention.install(model, attention.facts(SimpleNamespace(denoiser=model, component="transformer", map=found)))  # type: ignore[arg-type]
+        clips = [(output(model, inputs), output(model, later)) for _ in range(2)]
+        whole, saved = acting.by_step()[0], acting.by_step()[1]
+        assert mode != "share" or (saved[0], saved[1]) == (0, sum(whole))
+        acting.remove()
+        for computed, reused in clips:
+            assert torch.equal(computed, case.reference) and torch.equal(reused, clips[0][1])
+            assert float((reused - exact).norm()) < 0.5 * float(exact.norm())
+    return f"{facts['keeps']} of {len(facts['blocks'])} blocks, attention of {len(found.attention)} places"
 
 
 # ------------------------------------------------------------------------------------------------------------------------ devices

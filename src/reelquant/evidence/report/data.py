@@ -286,6 +286,8 @@ class ReuseData(_Part):
     parts: Texts = ()
     share: Number = None
     steps: tuple[tuple[int, int, int], ...] = ()
+    unit: str = "calls"
+    things: str = "blocks"
 
 
 # ----------------------------------------------------------------------------------------------------------- the report
