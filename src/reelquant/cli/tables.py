@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reelquant._errors import printable
+from reelquant._numbers import duration
 from reelquant.cli.console import figure, marked, size
 from reelquant.cli.layout import facts, table
 
@@ -110,14 +111,6 @@ def estimate_table(job: Job, expected: Estimate) -> Table:
         on_top = "activations of a denoiser call come on top of the memory, its remembered outputs of the disk, its computation of the time"
         made.add_row("", "", on_top)
     return made
-
-
-def duration(seconds: float) -> str:
-    """Seconds with a fitting unit: ``40 s``, ``3 min``, ``2.5 h``."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{max(seconds, 1):.0f} s"
 
 
 def plan_bytes(rows: Sequence[LayerPlan]) -> tuple[int, int]:

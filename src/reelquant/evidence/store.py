@@ -6,6 +6,7 @@ latents/VARIANT/       latents after every step, of the first clips
 measured/VARIANT.jsonl a row per clip: figures and curves
 saturation/VARIANT.jsonl a row per pipeline call: what quantized layers clipped
 features/VARIANT/      what the networks of FVD, FID and KID see in each clip
+speed.json             times and peak memory, if they were asked for
 
 Clips, tensors and rows have sums (``SHA256SUMS`` in their folders, ``sha256`` in rows): what is not what was written is made again.
 """
@@ -86,6 +87,7 @@ class Store:
 
         for name in ("clips", "latents", "measured", "features", "saturation"):
             shutil.rmtree(self.root / name, ignore_errors=True)
+        (self.root / "speed.json").unlink(missing_ok=True)
 
     def clip(self, variant: str, name: str) -> Path:
         """Where a sampled clip lies."""

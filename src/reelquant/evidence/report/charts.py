@@ -262,19 +262,19 @@ def swarm(values: Sequence[float], place: Callable[[float], float], radius: floa
     return heights
 
 
-def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], unit: str = "") -> Chart:
+def strip_chart(title: str, about: str, values: Sequence[tuple[float, str, str]], unit: str = "") -> Chart:
     """One dot per clip along an axis, the median as a line.
 
     Args:
         title, about: words.
-        values: of every clip, with the text that hovering shows.
+        values: of every clip, with the text that hovering shows and the clip's name.
         unit: of the values.
     """
-    values = [(value, words) for value, words in values if is_number(value)]
+    values = [(value, words, name) for value, words, name in values if is_number(value)]
     if not values:
         return Chart(title, about, missing="no clip has this figure")
     height, middle, radius = 100, 36, 2.8
-    numbers = [value for value, _ in values]
+    numbers = [value for value, _, _ in values]
     scale = Scale(*padded(numbers), 16, WIDTH - 16)
     median = statistics.median(numbers)
     body = [tag("line", css="grid", x1=16, x2=WIDTH - 16, y1=height - 28, y2=height - 28)]
@@ -290,7 +290,8 @@ def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], uni
             y2=height - 28,
         )
     )
-    for (value, words), offset in zip(values, swarm(numbers, scale, radius), strict=True):
-        body.append(tag("circle", tip(words), css="dot s-test", cx=scale(value), cy=middle + offset, r=radius))
+    for (value, words, name), offset in zip(values, swarm(numbers, scale, radius), strict=True):
+        place = {"cx": scale(value), "cy": middle + offset, "r": radius, "data_value": value}
+        body.append(tag("circle", tip(words), css="dot s-test", data_clip=name, aria_label=words, **place))
     note = f"median {figure(median, unit)}, {figure(min(numbers))} to {figure(max(numbers))}"
     return Chart(title, note, drawing(f"{title} of {len(numbers)} clips: {note}. {about}", body, height))

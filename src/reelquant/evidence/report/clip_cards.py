@@ -70,22 +70,25 @@ def clip_curve(name: str, entry: ClipData, frames: int, data: ReportData) -> Cur
     return Curve(title, figure(min(both), unit), figure(max(both), unit), svg, bool(reference))
 
 
-def clips_note(data: ReportData, given: int, shown: int, by: str | None, limit: float) -> str:
+def clips_note(data: ReportData, given: int, shown: int, limit: float) -> str:
     """Which clips the page shows, and why not all.
 
     Args:
         data: of the report.
         given, shown: number of clips that the report got, and that fit.
-        by: the metric that orders them; None if none does.
         limit: of the page, MB.
     """
     total = max(data.clip_count, given)
     if not given:
         return "No clip is shown: none was handed to the report."
-    order = f", worst {data.title(by)} first" if by and total > 1 else ""
     why = f"; more would make this file larger than {limit:g} MB" if shown < given else ""
     left = "; the others were not handed to the report" if not why and given < total else ""
-    return f"{_which(shown, total)}{order}{why}{left}."
+    return f"{_which(shown, total)}{why}{left}."
+
+
+def order_words(data: ReportData, by: str | None, shown: int) -> str:
+    """How the clips are sorted, behind the heading of their section; empty if they are not."""
+    return f", worst {data.title(by)} first" if by and shown > 1 else ""
 
 
 def _which(shown: int, total: int) -> str:

@@ -87,6 +87,7 @@ class MetricData(ValueRange):
     reference: Number = None
     floor: dict[str, ValueRange] = {}
     within_floor: bool | None = None
+    floor_limit: str | None = None
     missing: str | None = None
 
     @property
@@ -172,12 +173,23 @@ class FailureData(_Part):
     looks_like: str | None = None
 
 
+class CheckData(_Part):
+    """A figure beside its limit: :class:`reelquant.evidence.gate.Check`. Reports of older versions have none."""
+
+    metric: str | None = None
+    value: Number = None
+    limit: str | None = None
+    margin: Number = None
+    passed: bool | None = None
+
+
 class GateData(_Part):
     """The gate's result; ``passed`` is None if no gate was applied."""
 
     preset: str | None = None
     passed: bool | None = None
     failures: tuple[FailureData, ...] = ()
+    checks: tuple[CheckData, ...] = ()
 
 
 class DefectData(_Part):
@@ -288,6 +300,33 @@ class ReuseData(_Part):
     steps: tuple[tuple[int, int, int], ...] = ()
 
 
+class SpreadData(_Part):
+    """A median and the quartiles around it."""
+
+    median: Number = None
+    low: Number = None
+    high: Number = None
+
+
+class SpeedData(_Part):
+    """Times and memory of both pipelines in turns: :meth:`reelquant.evidence.speed.Benchmark.to_json`."""
+
+    speedup: SpreadData = SpreadData()
+    step_speedup: SpreadData = SpreadData()
+    seconds: dict[str, SpreadData] = {}
+    step_seconds: dict[str, SpreadData] = {}
+    weight_bytes: dict[str, Number] = {}
+    peak_bytes: dict[str, Number] = {}
+    data: dict[str, Any] = {}
+
+
+class BytesData(_Part):
+    """Bytes of all weights of a pipeline as they are stored."""
+
+    reference: Number = None
+    test: Number = None
+
+
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
@@ -312,6 +351,9 @@ class ReportData(_Part):
     bias: BiasData | None = None
     saturation: SaturationData | None = None
     reuse: ReuseData | None = None
+    speed: SpeedData | None = None
+    bytes: BytesData = BytesData()
+    floor_words: dict[str, str] = Field(default={}, validation_alias="floors")
     near_lossless: NearLosslessData | None = None
     gate: GateData | None = None
     defects: tuple[DefectData, ...] = ()
@@ -320,6 +362,7 @@ class ReportData(_Part):
     machine: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     seconds: dict[str, Number] = {}
+    expected_seconds: Number = None
     peak_memory_gb: Number = None
 
     @classmethod

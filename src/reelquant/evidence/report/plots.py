@@ -86,7 +86,9 @@ def strip_charts(data: ReportData) -> list[Chart]:
 def _strip(data: ReportData, name: str, metric: MetricData) -> Chart | None:
     values = [(entry, entry.figures.get(name)) for entry in data.per_clip]
     dots = [
-        (float(v), f"{entry.name}: {figure(v, metric.unit)} \u2013 {entry.prompt or 'no prompt'}") for entry, v in values if v is not None
+        (float(v), f"{entry.name}: {figure(v, metric.unit)} \u2013 {entry.prompt or 'no prompt'}", str(entry.name))
+        for entry, v in values
+        if v is not None
     ]
     return charts.strip_chart(data.title(name), metric.about, dots, metric.unit) if dots else None
 
