@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reelquant.engine.quality import LayerRecord
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation, Result
+    from reelquant.evidence.several import Evaluations
     from reelquant.nn import AttentionFacts
     from reelquant.recipes.entry import Entry
     from reelquant.streaming import Job
@@ -296,6 +297,23 @@ def evaluation(made: Evaluation) -> list[Table]:
     missing = [(result.metric.title, result.missing) for result in made.metrics.values() if result.missing]
     parts = [figures, *([facts("Not measured", missing)] if missing else [])]
     return [*parts, facts("Verdict", _verdict(made))]
+
+
+def evaluations(made: Evaluations) -> list[Table]:
+    """A row for each of several tests, and what the gate found in each."""
+    from reelquant.evidence.report.several_table import SeveralData, heads, summary_cells
+
+    data = SeveralData.model_validate(made.data)
+    title = f"{len(made.tests)} tests against {data.reference.name}, {data.clips} clips"
+    first, *figures, gate = heads(data)
+    rows = table(title, [first], [*figures, gate], hides=["motion", "worst clip"])
+    for cells in summary_cells(data):
+        rows.add_row(*(cell.text for cell in cells))
+    missed = [
+        (name, failure.sentence) for name, one in made.tests.items() if one.verdict is not None for failure in one.verdict.failures
+    ]
+    notes = [(name, text) for name, one in made.tests.items() for text in one.data["warnings"]]
+    return [rows, *([facts("Limits that are missed", missed)] if missed else []), *([facts("Notes", notes)] if notes else [])]
 
 
 def _result(result: Result, floors: Sequence[str]) -> tuple[str | Text, ...]:

@@ -121,9 +121,13 @@ def judge(options: Options, store: Store, subject: Subject, times: Times) -> Eva
 
 
 def seconds_to_measure(options: Options, clip: Clip, text: str | None) -> float:
-    """How long it takes to measure a clip, found by measuring it against itself; networks are loaded before the clock starts."""
+    """How long it takes to measure a clip, found by measuring it against itself; networks are loaded before the clock starts.
+
+    CLIP is left out: whether it can be had may take a minute to find out, and is found out later anyway.
+    """
     tools = Tools(options.weights, options.device, options.clip_model, options.fid_frames)
-    able = [one for one in map(MECHANISMS.get, sources(options.wanted)) if one is not None and one.missing(tools, [text or ""]) is None]
+    asked = [MECHANISMS[source] for source in sources(options.wanted) if source != "clip"]
+    able = [one for one in asked if one.missing(tools, [text or ""]) is None]
     for one in able:
         if one.weights is not None:
             tools.network(one.weights)

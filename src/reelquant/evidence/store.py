@@ -49,7 +49,7 @@ class Store:
         """
         file = self.root / RUN
         if file.is_file() and not force:
-            before = _read_json(file)
+            before = read_state(file)
             if not resume:
                 raise CheckpointError(f"'{self.root}' already holds an evaluation; pass --resume to continue it or --force to replace it")
             changed = [key for key in settings if not _continues(key, before.get(key), settings[key])]
@@ -72,7 +72,7 @@ class Store:
         """
         if not (other / RUN).is_file():
             raise CheckpointError(f"no evaluation in '{other}': it has no {RUN}")
-        before = _read_json(other / RUN)
+        before = read_state(other / RUN)
         changed = [key for key in settings if key != "test" and not _continues(key, before.get(key), settings[key])]
         if changed:
             what = "; ".join(f"{key} is {_short(before.get(key))} there and {_short(settings[key])} here" for key in changed[:3])
@@ -272,7 +272,12 @@ def write_text(file: Path, text: str) -> None:
             partial.unlink()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_state(file: Path) -> dict[str, Any]:
+    """What a file of the folder says of the run.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
     try:
         return read_json(file)
     except CheckpointError as error:

@@ -48,6 +48,21 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Bubble:
+    """One mark with an interval along y, a text inside it, a name for the legend and the text that hovering shows."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    radius: float
+    style: str
+    mark: str
+    name: str
+    tip: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """A drawing with its words; ``missing`` is the reason if it could not be drawn."""
 
@@ -246,6 +261,24 @@ def scatter_chart(
     body = axes(frame, x_title, y_title, whole_x=True)
     body += [tag("circle", tip(dot.tip), css=f"dot {dot.style}", cx=frame.x(dot.x), cy=frame.y(dot.y), r=3.2) for dot in dots]
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
+
+
+def bubble_chart(title: str, about: str, bubbles: Sequence[Bubble], x_title: str, y_title: str) -> Chart:
+    """Bubbles of several sizes with intervals; the x axis starts at zero, the y axis where the intervals do."""
+    bubbles = [one for one in bubbles if finite(one.x, one.y, one.low, one.high)]
+    if not bubbles:
+        return Chart(title, about, missing="no test has both figures")
+    x = Scale(0.0, 1.12 * max(one.x for one in bubbles), LEFT, WIDTH - RIGHT)
+    y = Scale(*padded([end for one in bubbles for end in (one.low, one.high)]), HEIGHT - BOTTOM, TOP)
+    body = axes(Frame(x, y), x_title, y_title)
+    for one in sorted(bubbles, key=lambda one: -one.radius):  # small ones on top
+        left, top = x(one.x), y(one.y)
+        body.append(tag("line", css=f"whisker {one.style}", x1=left, x2=left, y1=y(one.low), y2=y(one.high)))
+        body.append(tag("circle", tip(one.tip), css=f"dot {one.style}", cx=left, cy=top, r=round(one.radius, 2)))
+        body.append(text(left, top + 4, one.mark, css="inside middle"))
+    legend = [(one.style, f"{one.mark} {one.name}") for one in bubbles]
+    words = "; ".join(one.tip for one in bubbles)
+    return Chart(title, about, drawing(f"{title}. {about} {words}", body), legend)
 
 
 def swarm(values: Sequence[float], place: Callable[[float], float], radius: float) -> list[float]:

@@ -11,6 +11,7 @@ from reelquant._numbers import count, figure, is_number
 from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import ClipData, ReportData
 from reelquant.evidence.report.panels import BADNESS, Embedded, Panel
+from reelquant.evidence.report.sentences import defect_words
 
 FIGURES = 5  # per clip
 CURVES = ("psnr", "motion_energy")  # shown first
@@ -49,7 +50,7 @@ def clip_card(clip: Embedded, panel: Panel, entry: ClipData, data: ReportData) -
     numbers = {name: float(value or 0.0) for name, value in panel.figures.items() if is_number(value)}
     ordered = [name for name in data.metrics if name in numbers] + [name for name in numbers if name not in data.metrics]
     shown = [(data.title(name), figure(numbers[name], data.unit(name))) for name in ordered[:FIGURES]]
-    badges = [defect.name for defect in data.defects if clip.name in defect.clips]
+    badges = [defect_words(defect.name) for defect in data.defects if clip.name in defect.clips]
     names = sorted(entry.curves, key=lambda name: (CURVES.index(name) if name in CURVES else len(CURVES), name))
     curves = [clip_curve(name, entry, clip.frames, data) for name in names[: len(CURVES)]]
     return ClipCard(clip, badges, shown, numbers, [found for found in curves if found])

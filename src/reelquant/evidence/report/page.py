@@ -18,6 +18,7 @@ from reelquant import _numbers as numbers
 from reelquant._errors import MeasurementError
 from reelquant.evidence.report.clip_cards import ClipCard
 from reelquant.evidence.report.panels import Embedded, Panel, best_gain, embed_within
+from reelquant.evidence.report.sentences import defect_words
 
 SCRIPTS = ("report.js", "blind.js")
 FLOOR = "noise floor (float again)"
@@ -115,4 +116,5 @@ def templates() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(resource)
     )
     found.filters["count"] = numbers.count
+    found.filters["defect"] = defect_words
     return found

@@ -61,8 +61,18 @@ def gate_verdict(data: ReportData) -> tuple[Tone, str]:
 
 def _reasons(data: ReportData, gate: GateData) -> list[str]:
     """Why the gate failed: defects if any was recognised, else the metrics outside of their limits."""
-    defects = list(dict.fromkeys(failure.looks_like for failure in gate.failures if failure.looks_like))
-    return defects or [data.title(failure.metric) for failure in gate.failures]
+    named = [name for failure in gate.failures for name in (failure.looks_like or "").split(", ") if name]
+    return list(dict.fromkeys(map(defect_words, named))) or [data.title(failure.metric) for failure in gate.failures]
+
+
+def defect_words(name: str) -> str:
+    """The name of a defect for people.
+
+    Example:
+        >>> defect_words("constant_frame"), defect_words("black_frame")
+        ('one-colour frame', 'black frame')
+    """
+    return name.replace("color", "colour").replace("constant", "one-colour").replace("_", " ")
 
 
 def failure_line(data: ReportData, failure: FailureData) -> str:
@@ -91,7 +101,7 @@ def arithmetic(data: ReportData) -> str | None:
     if quantization is None or quantization.simulated is None:
         return None
     said = (
-        "Float arithmetic stood in for few-bit products on this machine: the clips show the recipe's quality, not its speed"
+        "In some or all layers float arithmetic stood in for few-bit products (simulated): clips show the recipe's quality, not its speed"
         if quantization.simulated
         else "Every quantized layer was computed as the recipe says; nothing stood in for it"
     )
