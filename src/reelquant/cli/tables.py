@@ -309,9 +309,7 @@ def evaluations(made: Evaluations) -> list[Table]:
     rows = table(title, [first], [*figures, gate], hides=["motion", "worst clip"])
     for cells in summary_cells(data):
         rows.add_row(*(cell.text for cell in cells))
-    missed = [
-        (name, failure.sentence) for name, one in made.tests.items() if one.verdict is not None for failure in one.verdict.failures
-    ]
+    missed = [(name, failure.sentence) for name, one in made.tests.items() if one.verdict is not None for failure in one.verdict.failures]
     notes = [(name, text) for name, one in made.tests.items() for text in one.data["warnings"]]
     return [rows, *([facts("Limits that are missed", missed)] if missed else []), *([facts("Notes", notes)] if notes else [])]
 

@@ -91,8 +91,12 @@ METRICS: dict[str, Metric] = {
     "clipsim": Metric("CLIPSIM", "text", "", "higher", "cosine of CLIP embeddings, frames against the text", "clip", 4),
     "clip_consistency": Metric("CLIP consistency", "text", "", "higher", "cosine of CLIP embeddings of neighbouring frames", "clip", 4),
     "judge": Metric(
-        "Text match", "text", "", "higher",
-        "share of shape, colour and motion in the text that a small network, trained on such clips, sees in the clip", "judge",
+        "Text match",
+        "text",
+        "",
+        "higher",
+        "share of shape, colour and motion in the text that a small network, trained on such clips, sees in the clip",
+        "judge",
     ),
 }
 

@@ -1,8 +1,8 @@
 """Several quantized pipelines against one float pipeline: an evaluation each, float clips that are sampled once, and one page.
 
-    OUT/NAME/          the evaluation of a test, as `evaluate` writes it for one
-    OUT/several.json   which tests: a run that is resumed continues them
-    OUT/report.json, report.html, summary.md
+OUT/NAME/          the evaluation of a test, as `evaluate` writes it for one
+OUT/several.json   which tests: a run that is resumed continues them
+OUT/report.json, report.html, summary.md
 """
 
 from __future__ import annotations
@@ -244,9 +244,7 @@ def _panels(made: Evaluations, shown: int) -> list[Any]:
         tests = [read(store, "test", clip) for store in stores.values()]
         figures = {f"{metric} {name}": value for name in rows for metric, value in rows[name][clip]["figures"].items()}
         third = None if floor is None else read(first, floor, clip)
-        panels.append(
-            Panel(clip, row["prompt"] or "", row["seed"], figures, read(first, "reference", clip), tests[0], tests[1:], third)
-        )
+        panels.append(Panel(clip, row["prompt"] or "", row["seed"], figures, read(first, "reference", clip), tests[0], tests[1:], third))
     return panels
 
 

@@ -136,7 +136,7 @@ def _commands(model: Path, folder: Path) -> dict[str, tuple[object, ...]]:
         "export": ("export", out, "-f", "comfyui", "-o", folder / "out.safetensors"),
         "evaluate": ("evaluate", out, *call, "-n", 1, "-m", "image,motion,fvd", "--gate", "default", "-o", folder / "proof"),
         "tune": ("tune", out, "-o", folder / "fast", "--steps", 4, "--clips", 1, "--fail-under", "psnr=1"),
-        "benchmark": ("benchmark", out, *call, "-n", 1, "--no-memory"),
+        "benchmark": ("benchmark", out, *call, "--rounds", 1, "--no-memory"),
     }
 
 

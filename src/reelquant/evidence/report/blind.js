@@ -16,13 +16,16 @@
   }
 
   function start() {
-    const pair = [$("blind-first").value, $("blind-second").value];
+    const second = $("blind-second");
+    if (second.value === $("blind-first").value) second.value = [...names.keys()].find((k) => k !== $("blind-first").value); // no clip against itself
+    const pair = [$("blind-first").value, second.value];
     rounds = shuffled(clips).map((clip) => ({ clip, sides: Math.random() < 0.5 ? pair : [...pair].reverse(), vote: null }));
     at = 0;
     $("blind-vote").hidden = false;
     $("blind-result").hidden = true;
     $("blind-transport").append(transport);
     show();
+    $("blind-title").focus(); // keys vote from here
     if (!state.playing && !matchMedia("(prefers-reduced-motion: reduce)").matches) play();
   }
 
@@ -90,7 +93,6 @@
   $("blind-open").addEventListener("click", () => {
     $("blind").showModal();
     start();
-    $("blind-title").focus();
   });
   $("blind-start").addEventListener("click", start);
   for (const name of ["blind-first", "blind-second"]) $(name).addEventListener("change", start);
@@ -104,7 +106,7 @@
   for (const button of document.querySelectorAll("[data-vote]")) button.addEventListener("click", () => vote(button.dataset.vote));
   document.addEventListener("keydown", (event) => {
     const choice = { 1: "a", 2: "b", 0: "same" }[event.key];
-    if (!choice || !state.blind || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input")) return;
+    if (!choice || !state.blind || event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select")) return;
     event.preventDefault();
     vote(choice);
   });

@@ -112,9 +112,7 @@ def policy(script: str, style: str) -> str:
 
 def templates() -> Environment:
     """Jinja with escaping on: only :class:`~markupsafe.Markup` made by this package is inserted as it is."""
-    found = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(resource)
-    )
+    found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(resource))
     found.filters["count"] = numbers.count
     found.filters["defect"] = defect_words
     return found

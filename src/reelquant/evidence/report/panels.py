@@ -60,7 +60,6 @@ class Panel:
         if len(shape) != 4 or shape[1] != 3 or not all(shape):
             raise MeasurementError(f"clip '{self.name}' must be [frames, 3, height, width] with at least one frame; it is {shape}")
 
-
     @property
     def _floors(self) -> list[Tensor]:
         return [] if self.floor is None else [self.floor]

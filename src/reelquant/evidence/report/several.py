@@ -14,7 +14,7 @@ from reelquant._errors import MeasurementError
 from reelquant._numbers import count, figure, is_number
 from reelquant.evidence.media import FPS
 from reelquant.evidence.metrics import METRICS
-from reelquant.evidence.report import cell_charts, charts, clip_cards, metric_table, proof, sentences
+from reelquant.evidence.report import cell_charts, charts, clip_cards, metric_table, plots, proof, sentences
 from reelquant.evidence.report.charts import Bubble, Chart
 from reelquant.evidence.report.clip_cards import ClipCard, Curve
 from reelquant.evidence.report.data import KINDS, ReportData
@@ -56,18 +56,20 @@ def render(data: Mapping[str, Any], clips: Sequence[Panel] = (), curves: Curves 
         raise MeasurementError(f"these are not the data of several tests: {error.errors()[0]}; docs/report.md has the schema") from None
     shared = ReportData.from_json({key: value for key, value in raw.items() if key != "tests"})
     names = [test.name for test in found.tests]
+    reference = " ".join(filter(None, (found.reference.name, found.reference.dtype))) or "float"
     shown = _shown(found, clips, curves or {}, raw)
     return rendered(
         "several.html.jinja",
         data=found,
         raw=raw,
-        headline=f"{count(len(names), 'quantized pipeline')} against {' '.join(filter(None, (found.reference.name, found.reference.dtype)))}",
+        headline=f"{count(len(names), 'quantized pipeline')} against {reference}",
         tests=found.tests,
         names=names,
         verdicts=[(test, *sentences.verdict(test)) for test in found.tests],
         heads=heads(found),
         rows=summary_cells(found),
         plot=size_chart(found),
+        strips=strips(found),
         clips_note=clip_cards.clips_note(shared, len(clips), len(shown.cards), LIMIT_MB),
         **vars(shown),
         groups=metric_groups(found),
@@ -109,6 +111,12 @@ def _bubble(data: SeveralData, number: int, test: TestData, timed: bool) -> Bubb
     return Bubble(test.stored / 1e6, float(metric.value), low, high, min(radius, 22.0), style(number), str(number + 1), test.name, words)
 
 
+def strips(data: SeveralData) -> list[Chart]:
+    """A strip for each test: every clip is a dot, by the metric of quality."""
+    metrics = {test.name: test.metrics[data.quality] for test in data.tests if data.quality in test.metrics}
+    return [plots.strip(test, data.quality or "", metrics[test.name], f"{test.name}: ") for test in data.tests if test.name in metrics]
+
+
 # --- clips ------------------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +143,9 @@ def _card(data: SeveralData, clip: Embedded, panel: Panel, curves: Curves) -> Cl
     quality = data.quality or ""
     unit, title = (METRICS[quality].unit, METRICS[quality].title) if quality in METRICS else ("", quality)
     shown = [(f"{title}, {test.name}", figure(numbers.get(f"{quality} {test.name}"), unit)) for test in data.tests]
-    badges = [f"{test.name}: {sentences.defect_words(defect.name)}" for test in data.tests for defect in test.defects if clip.name in defect.clips]
+    badges = [
+        f"{test.name}: {sentences.defect_words(defect.name)}" for test in data.tests for defect in test.defects if clip.name in defect.clips
+    ]
     return ClipCard(clip, badges, shown, numbers, _curves(data, clip, curves))
 
 
@@ -191,5 +201,3 @@ def cost_table(data: SeveralData) -> list[tuple[str, str, list[tuple[str, str]]]
 
 def _cost(row: Sequence[str] | None) -> tuple[str, str]:
     return (row[1], row[2]) if row else (numbers.NOTHING, "")
-
-

@@ -121,7 +121,9 @@ def heads(data: SeveralData) -> tuple[str, ...]:
 
 def summary_rows(data: Mapping[str, Any]) -> list[list[str]]:
     """The table as text."""
-    return [[cell.text + (f" ({cell.more})" if cell.more else "") for cell in row] for row in summary_cells(SeveralData.model_validate(data))]
+    return [
+        [cell.text + (f" ({cell.more})" if cell.more else "") for cell in row] for row in summary_cells(SeveralData.model_validate(data))
+    ]
 
 
 def markdown(data: Mapping[str, Any]) -> str:
