@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reelquant._errors import CheckpointError, printable
 from reelquant._markup import table
-from reelquant._numbers import count, figure
+from reelquant._numbers import count, figure, significant
 from reelquant._sums import OWN, json_sum
 from reelquant.evidence import distribution
 from reelquant.evidence.defects import diagnose
@@ -76,12 +76,17 @@ class Result:
         ends = () if self.interval is None else (self.interval.low, self.interval.high)
         return " to ".join(figure(end, "", self.metric.digits) for end in ends)
 
+    def _limit_digits(self, limit: Limit) -> int:
+        """Decimals that leave two digits of a small limit."""
+        ends = [abs(end) for end in (limit.low, limit.high) if end]
+        return max(self.metric.digits, min(6, significant(min(ends, default=1.0)) - 1))
+
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         about = {name: getattr(self.metric, name) for name in ("title", "kind", "unit", "better", "about", "digits")}
         bounds = _bounds(self.interval) if self.interval else {"value": None, "low": None, "high": None}
         floor = {variant: _bounds(interval) for variant, interval in self.floor.items()}
-        limit = None if self.allowed is None else self.allowed.words(self.metric.digits)
+        limit = None if self.allowed is None else self.allowed.words(self._limit_digits(self.allowed))
         beside = {"reference": self.reference, "floor": floor, "within_floor": self.within_floor, "floor_limit": limit}
         return about | bounds | beside | {"missing": self.missing}
 

@@ -124,17 +124,16 @@ def gate_rows(data: ReportData) -> list[GateRow]:
 def _gate_row(data: ReportData, check: CheckData) -> GateRow:
     name = check.metric or "unknown"
     if name == DEFECTS:
-        value, margin = (percent(number) for number in (check.value, check.margin))
-        return GateRow("Clips with one and the same defect", value, check.limit or "", margin, RESULTS[check.passed])
+        margin = plus(check.margin, percent(check.margin))
+        return GateRow("Clips with one and the same defect", percent(check.value), check.limit or "", margin, RESULTS[check.passed])
     unit = data.unit(name) or (METRICS[name].unit if name in METRICS else "")
     digits = METRICS[name].digits if name in METRICS else None
-    value, margin = figure(check.value, unit, digits), signed(check.margin, digits)
+    value, margin = figure(check.value, unit, digits), plus(check.margin, figure(check.margin, "", digits))
     return GateRow(data.title(name), value, check.limit or "", margin, RESULTS[check.passed])
 
 
-def signed(value: float | None, digits: int | None) -> str:
+def plus(value: float | None, text: str) -> str:
     """A margin with its sign."""
-    text = figure(value, "", digits)
     return f"+{text}" if value is not None and value > 0 else text
 
 

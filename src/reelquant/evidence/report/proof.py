@@ -149,7 +149,7 @@ def cost_note(data: ReportData) -> str:
     failed = how.get("peak_memory_failed")
     memory = f" Peak memory is missing: {failed}." if failed else " Peak memory is that of a process for each."
     return (
-        f"Both made the same clip in turns, {rounds} rounds, in {number} on {device} with {threads} threads. "
+        f"Both made the same clip in turns, {rounds} rounds, in {number} on {device} with {count(threads or 1, 'thread')}. "
         f"A ratio is of two times of one round; medians, and quartiles in brackets.{memory}"
     )
 
