@@ -245,13 +245,13 @@ def finish(made: Any, json: bool | None) -> None:
     if json:
         console.emit(_document(made))
     elif json is not None:
-        for part in tables.evaluations(made) if hasattr(made, "tests") else tables.evaluation(made):
+        for part in tables.evaluation(made) if _tests(made) is None else tables.evaluations(made):
             console.out.print(part)
             console.out.print()
         if made.folder is not None:
             console.done(made.folder / "report.html", "look at this first")
     if not made.passed:
-        for name, one in made.tests.items() if hasattr(made, "tests") else {"": made}.items():
+        for name, one in (_tests(made) or {"": made}).items():
             for failure in one.verdict.failures:
                 subject = f"{name}: " if name else ""
                 typer.echo(printable(f"reelquant: {subject}gate {one.verdict.preset}: {failure.sentence}"), err=True)
@@ -260,7 +260,12 @@ def finish(made: Any, json: bool | None) -> None:
 
 def _document(made: Any) -> dict[str, Any]:
     """All of an evaluation; of one test every metric by its name as well, of several every test by its own."""
-    if not hasattr(made, "tests"):
+    if (tests := _tests(made)) is None:
         return {name: made[name] for name in made.metrics} | made.to_json() | {"output": made.folder}
-    figures = {name: {metric: one[metric] for metric in one.metrics} for name, one in made.tests.items()}
+    figures = {name: {metric: one[metric] for metric in one.metrics} for name, one in tests.items()}
     return made.to_json() | {"figures": figures, "output": made.folder}
+
+
+def _tests(made: Any) -> dict[str, Any] | None:
+    """The evaluations of several tests by name; None if it is one evaluation."""
+    return getattr(made, "tests", None)

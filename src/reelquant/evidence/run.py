@@ -204,12 +204,19 @@ def _origin(
         "test": {"name": variants["test"].source.name, "recipe": (quantization or {}).get("recipe")},
         "prompts": texts if any(texts := texts_of(job.prompts)) else [],
         "conditions": own if any(own := [described(dict(as_condition(one).inputs)) for one in job.prompts]) else [],
-        "floors": {name: variant.about for name, variant in variants.items() if variant.about},
+        "floors": {name: _about(name, variant) for name, variant in variants.items() if variant.about},
         "seeds": job.seeds,
         "call": described(job.call),
         "quantization": quantization,
         "grain_growth": grain,
     }
+
+
+def _about(name: str, variant: Variant) -> str:
+    """What a floor is, and why it stands in for bfloat16 where it does."""
+    stands_in = name == "rounded" and not multiplies_bf16(variant.source.device.partition(":")[0])
+    why = "; this processor has no bfloat16 instructions, and a run in bfloat16 would take several times as long as the float clips"
+    return variant.about + (why if stands_in else "")
 
 
 def _grain(

@@ -32,20 +32,9 @@ from reelquant.evidence.store import RUN, Store, read_state, write_json, write_t
 
 LIST = "several.json"
 SHARED = ("command", "reference", "prompts", "seeds", "call", "clips", "floors", "machine", "versions")  # of the first test's report
-OWN = (
-    "test",
-    "clips",
-    "floors",
-    "metrics",
-    "gate",
-    "near_lossless",
-    "defects",
-    "warnings",
-    "bytes",
-    "speed",
-    "saturation",
-    "reuse",
-    "seconds",
+OWN = (  # of each test's report
+    *("test", "clips", "floors", "metrics", "gate", "near_lossless", "defects", "warnings"),
+    *("bytes", "speed", "saturation", "reuse", "seconds"),
 )
 NOT_ON_THE_PAGE = ("layers", "trials", "skipped", "kept")  # of the report of quantizing; every test has a page of its own
 

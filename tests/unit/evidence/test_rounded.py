@@ -11,6 +11,7 @@ from torch import nn
 from reelquant.evidence import machine, run
 from reelquant.evidence.judging import Options
 from reelquant.evidence.rounded import round_to_bf16
+from reelquant.evidence.sampling import FLOORS, ClipSource
 
 
 def coarse(tensor: torch.Tensor) -> bool:
@@ -35,6 +36,8 @@ def test_the_floor_is_rounded_where_bf16_would_take_many_times_as_long(monkeypat
         monkeypatch.setattr(run, "multiplies_bf16", lambda device, has=has: has)
         assert run._default_floor(options, torch.float32) == [name]
         assert run._default_floor(options, torch.bfloat16) == ["compiled"]
+        rounded = FLOORS["rounded"](ClipSource("tiny-dit"))
+        assert ("would take several times as long" in run._about("rounded", rounded)) is not has
 
 
 def test_a_processor_has_bf16_if_any_of_its_instructions_has(monkeypatch: Any) -> None:
