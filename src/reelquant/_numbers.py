@@ -106,3 +106,16 @@ def plain(value: Any) -> str:
 
 def _pair(key: str, item: Any) -> str:
     return f"{key} ({plain(item)})" if isinstance(item, Mapping) else f"{key}: {plain(item)}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a fitting unit.
+
+    Example:
+        >>> duration(40), duration(185), duration(9000)
+        ('40 s', '3.1 min', '2.5 h')
+    """
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{max(seconds, 1):.0f} s"

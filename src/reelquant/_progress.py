@@ -17,6 +17,13 @@ class Progress(Protocol):
         ...
 
 
+def tell(progress: Progress, sentence: str) -> None:
+    """Show a sentence beside the bars, if whoever hears the progress shows sentences: has a method ``tell``."""
+    show = getattr(progress, "tell", None)
+    if show is not None:
+        show(sentence)
+
+
 class Silent:
     """A :class:`Progress` that says nothing."""
 

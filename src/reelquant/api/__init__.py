@@ -1,7 +1,7 @@
 """The verbs of the library. What they do belongs to the layers below."""
 
 from reelquant.api.folders import configure, export, load, open_pipeline, push_to_hub, save, verify
-from reelquant.api.measuring import benchmark, compare, evaluate, saturation
+from reelquant.api.measuring import benchmark, compare, evaluate, evaluate_several, saturation
 from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder, read_conditions
 from reelquant.api.tuning import tune
 
@@ -10,6 +10,7 @@ __all__ = [
     "compare",
     "configure",
     "evaluate",
+    "evaluate_several",
     "export",
     "folder_job",
     "load",

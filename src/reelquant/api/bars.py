@@ -56,6 +56,10 @@ class TerminalBars:
         if self._task is not None:
             self._drawn.advance(self._task)
 
+    def tell(self, sentence: str) -> None:
+        """A line above the bars."""
+        self._drawn.console.print(printable(sentence), markup=False, highlight=False)
+
     def _finish(self) -> None:
         if self._task is not None:
             self._drawn.update(self._task, completed=self._drawn.tasks[self._task].total)
@@ -87,6 +91,12 @@ class NotebookBar:
         self._done += 1
         if self._done >= self._total or time.monotonic() - self._drawn_at >= PAUSE:
             self._draw()
+
+    def tell(self, sentence: str) -> None:
+        """A line above the bar."""
+        from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]  (every notebook has it)
+
+        display(HTML(html.escape(sentence)))
 
     def _draw(self) -> None:
         from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]  (every notebook has it)

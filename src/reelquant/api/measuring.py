@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from reelquant.api.asked import anywhere, check_sides, clips_on_disk, model_in_memory, on_disk, verb
+from reelquant.api.asked import anywhere, check_sides, clips_on_disk, each_anywhere, model_in_memory, on_disk, verb
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from reelquant._progress import Progress
     from reelquant.evidence.evaluation import Evaluation
     from reelquant.evidence.run import Options
+    from reelquant.evidence.several import Evaluations
     from reelquant.evidence.speed import Benchmark
     from reelquant.models.condition import Condition, Prompts
     from reelquant.nn import Saturation
@@ -38,6 +39,7 @@ def evaluate(
     reuse: str | Path | None = None,
     fid_frames: int = 0,
     clip_model: str | None = None,
+    speed: bool = False,
     seed: int = 50_000,
     batch: int | None = None,
     dtype: torch.dtype | None = None,
@@ -59,8 +61,9 @@ def evaluate(
             for bundled pipelines, else bundled video prompts.
         clips: how many are sampled of each variant; 256 and more for FVD, FID and KID.
         metrics: names or groups (``quick``, ``default``, ``all``); docs/metrics.md defines them.
-        floor: float runs that show the noise floor: ``bf16``, ``float32``, ``compiled``, ``reseed``; ``["none"]`` for none. By default the
-            other precision, and other noise if sets of clips are compared.
+        floor: float runs that show the noise floor: ``bf16``, ``rounded``, ``float32``, ``compiled``, ``reseed``; ``["none"]`` for none.
+            By default the other precision (numbers rounded to it on processors without bfloat16, where it would take many times as long
+            as the float clips), and other noise if sets of clips are compared.
         grain_steps: sample a few flat scenes at these numbers of denoising steps too: does noise in flat areas grow with them?
         gate: ``strict``, ``default`` or ``loose``; the verdict is in the result, nothing is raised.
         fail_under: limits on top, ``{"psnr": 30}``: a figure must not be worse.
@@ -70,6 +73,7 @@ def evaluate(
         reuse: folder of another evaluation of the same float pipeline, texts, noise and call, whose float clips are taken over.
         fid_frames: frames of a clip that FID and KID look at, evenly spaced; 0 for all.
         clip_model: CLIP for text metrics, a folder or hub id that transformers loads.
+        speed: also time both pipelines in turns and measure their peak memory, as :func:`benchmark`; they must be on disk.
         seed: noise of the first clip; clip ``i`` starts from ``seed + i``.
         batch: clips per pipeline call.
         dtype: of the float parts, float32 by default.
@@ -100,7 +104,8 @@ def evaluate(
     reference = float_original(test) if reference is None else reference
     check_sides("evaluate", {"reference": reference})
     folders = dict(output=output, weights=weights, data=data, reuse=reuse)
-    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, progress=progress, shared=shared)
+    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, speed=speed)
+    settings |= {"progress": progress, "shared": shared}
     options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
     return run.evaluate(
         test,
@@ -116,6 +121,67 @@ def evaluate(
         options=options,
         **call,
     )
+
+
+@verb(each_anywhere)
+def evaluate_several(
+    tests: Sequence[Any],
+    reference: Any = None,
+    prompts: Prompts | None = None,
+    *,
+    clips: int = 16,
+    metrics: Sequence[str] | str = "default",
+    floor: Sequence[str] | None = None,
+    gate: str | None = None,
+    fail_under: Mapping[str, float] | None = None,
+    output: str | Path | None = None,
+    weights: str | Path | None = None,
+    data: str | Path | None = None,
+    reuse: str | Path | None = None,
+    fid_frames: int = 0,
+    clip_model: str | None = None,
+    speed: bool = False,
+    seed: int = 50_000,
+    batch: int | None = None,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    device: str = "cpu",
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | Literal[False] | None = None,
+    **call: Any,
+) -> Evaluations:
+    """Evaluate several quantized pipelines of one float pipeline, whose clips are sampled once, and put them on one page.
+
+    Args:
+        tests: the quantized pipelines: folders, or pipelines in memory.
+        reference: the float pipeline; by default the one that the first test was quantized from.
+        output: folder for a folder of each test, as :func:`evaluate` writes it, and for report.html, report.json and summary.md of all.
+        prompts, clips, metrics, floor, gate, fail_under, weights, data, reuse, fid_frames, clip_model, speed, seed, batch, dtype, variant,
+            device, resume, force, progress, call: as for :func:`evaluate`.
+
+    Returns:
+        An evaluation for every test, by the name of its folder, and the data of the page.
+
+    Raises:
+        ReelQuantError: one sentence on what is wrong and what would work; every pair is looked at before anything is sampled.
+
+    Example:
+        >>> found = reelquant.evaluate_several(["w8a8", "w4a8"], "tiny-dit", clips=16, output="recipes")
+        >>> {name: made["psnr"] for name, made in found.tests.items()}
+    """
+    import torch
+
+    from reelquant.evidence import several
+    from reelquant.models.origin import float_original
+
+    reference = float_original(tests[0]) if reference is None else reference
+    check_sides("evaluate_several", {"reference": reference})
+    folders = dict(output=output, weights=weights, data=data, reuse=reuse)
+    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, speed=speed, progress=progress)
+    options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
+    how = dict(clips=clips, seed=seed, floor=floor, batch=batch, dtype=dtype or torch.float32, files=variant)
+    return several.evaluate_several(tests, reference, prompts, options=options, **how, **call)
 
 
 @verb(clips_on_disk)

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 Rounds = Annotated[
     int,
-    typer.Option("--rounds", "-n", min=1, help="Clips that each pipeline makes, after one to warm up."),
+    typer.Option("--rounds", min=1, help="Clips that each pipeline makes, after one to warm up."),
 ]
+OldRounds = Annotated[int | None, typer.Option("-n", min=1, hidden=True)]  # means clips in every other verb
 Prompt = Annotated[
     str | None,
     typer.Option("--prompt", "-p", help="What the clips show. Default: one of the pipeline's own."),
@@ -85,11 +86,15 @@ def benchmark(
     compiled: Compiled = False,
     memory: Memory = True,
     json: Json = False,
+    old_rounds: OldRounds = None,
 ) -> None:
     """Time a quantized pipeline against the float one, in turns, on this machine."""
     from reelquant.models.origin import float_original
     from reelquant.models.pipelines import locate
 
+    if old_rounds is not None:
+        typer.echo("reelquant: -n of benchmark will go, because it means clips elsewhere; write --rounds", err=True)
+        rounds = old_rounds
     first = (conditions(prompts) or [None])[0]
     if first is not None and prompt is not None:
         raise typer.BadParameter("give the text in the file, or no file", param_hint="--prompt")

@@ -163,6 +163,10 @@ class Bars(Lane):
         """Another line of work beside this one, whose phases share one line of the screen."""
         return Lane(self._bars, keep=False)
 
+    def tell(self, sentence: str) -> None:
+        """A line above the bars; also where stderr is no terminal."""
+        err.print(f"[dim]reelquant:[/dim] {safe(sentence)}", soft_wrap=True)
+
     def __enter__(self) -> Bars:
         self._bars.start()
         return self

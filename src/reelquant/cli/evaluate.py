@@ -20,7 +20,6 @@ from reelquant.cli.options import (
     Height,
     Json,
     Prompts,
-    QuantizedFolder,
     Reference,
     Steps,
     Variant,
@@ -72,6 +71,11 @@ FidFrames = Annotated[
 ClipModel = Annotated[str | None, typer.Option("--clip-model", help="CLIP of transformers for the text metrics: folder or hub id.")]
 Shown = Annotated[int, typer.Option("--shown", min=0, help="Clips in the report, the worst first.")]
 
+QuantizedFolders = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="The quantized pipeline's folder; several make one page of all.", show_default=False),
+]
+Speed = Annotated[bool, typer.Option("--speed", help="Also time the pipelines in turns, and measure peak memory.")]
 Clips = Annotated[
     int | None,
     typer.Option("--clips", "-n", min=1, help="Clips to sample; by default 16, or one per prompt."),
@@ -81,7 +85,7 @@ Floor = Annotated[
     str | None,
     typer.Option(
         "--floor",
-        help="Float runs that show the noise floor: bf16, float32, compiled, reseed, none; commas.",
+        help="Float runs that show the noise floor: bf16, rounded, float32, compiled, reseed, none; commas.",
     ),
 ]
 GrainSteps = Annotated[
@@ -104,15 +108,17 @@ Reuse = Annotated[
     [cyan]reelquant evaluate out --reference Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts texts.txt --dtype bfloat16 --device cuda[/cyan]
     [cyan]reelquant evaluate out --reference wan-i2v --conditions clips.jsonl -n 8[/cyan]      pictures and texts, see [cyan]quantize[/cyan]
     [cyan]reelquant evaluate out --reference tiny-dit -m fvd,psnr --data real-clips --weights weights[/cyan]
+    [cyan]reelquant evaluate w8a8 w4a8 w4a16 --speed -o recipes[/cyan]      several of one float pipeline: one page, float clips made once
     [cyan]reelquant evaluate out --reference tiny-dit --fail-under psnr=30 --fail-under motion_deviation=0.1[/cyan]
 
-    Every figure stands beside the noise floor: the float pipeline run again in bf16 (or compiled, or from other noise).
+    Every figure stands beside the noise floor: the float pipeline run again in bf16 (or rounded to it where the processor has
+    no bf16, or compiled, or from other noise). After the first steps a line says how long all of it will take.
     Metrics whose weights are missing are listed with the command that gets them. A run that was stopped continues with
     [cyan]--resume[/cyan]. Open [cyan]report.html[/cyan] in the output folder; [cyan]summary.md[/cyan] is for a pull
     request.
 """)
 def evaluate(
-    model: QuantizedFolder,
+    models: QuantizedFolders,
     reference: Reference = None,
     prompts: Prompts = None,
     clips: Clips = None,
@@ -137,32 +143,42 @@ def evaluate(
     clip_model: ClipModel = None,
     shown: Shown = 12,
     reuse: Reuse = None,
+    speed: Speed = False,
     fid_frames: FidFrames = 0,
     resume: Resume = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Sample both pipelines from the same texts and noise, measure what quantization changed, and write a report."""
+    """Sample quantized and float pipelines from the same texts and noise, measure what quantization changed, and write a report."""
     from reelquant.models.origin import float_original
     from reelquant.models.pipelines import locate
 
-    reference = reference or float_original(model)
-    for name in (model, reference):
+    reference = reference or float_original(models[0])
+    for name in (*models, reference):
         locate(name)  # before the slow imports
-    folders = dict(output=output or Path(f"{Path(model).name}-evaluation"), weights=weights, data=data, reuse=reuse)
-    figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames)
+    folders = dict(output=output or _default_output(models), weights=weights, data=data, reuse=reuse)
+    figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames, speed=speed)
     shared = sharing(folders["output"])
     options = make_options(device=device, resume=resume, force=force, shown=shown, shared=shared, **folders, **figures)
     check_device(device)
     clip = dict(seed=seed, batch=batch, dtype=torch_dtype(dtype), files=variant) | _clips(prompts, clips)
     floors = dict(floor=None if floor is None else floor.split(","), grain_steps=_steps(grain_steps))
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
-    from reelquant.evidence.run import evaluate as run
+    from reelquant.evidence import run, several
 
     with listening(options) as heard:
-        made = run(model, reference, options=heard, **clip, **floors, **call)
+        if len(models) == 1:
+            made = run.evaluate(models[0], reference, options=heard, **clip, **floors, **call)
+        else:
+            made = several.evaluate_several(models, reference, options=heard, **clip, **floors, **call)
     if made is not None:  # another process of the same command has it
         finish(made, json)
+
+
+def _default_output(models: list[str]) -> Path:
+    """Named after the test, or after the first of several and their number."""
+    first = Path(models[0]).name
+    return Path(f"{first}-evaluation" if len(models) == 1 else f"{first}-and-{len(models) - 1}-more-evaluation")
 
 
 def _steps(text: str | None) -> list[int]:
@@ -230,14 +246,29 @@ def finish(made: Any, json: bool | None) -> None:
     from reelquant.cli import console, tables
 
     if json:
-        console.emit({name: made[name] for name in made.metrics} | made.to_json() | {"output": made.folder})
+        console.emit(_document(made))
     elif json is not None:
-        for part in tables.evaluation(made):
+        for part in tables.evaluation(made) if _tests(made) is None else tables.evaluations(made):
             console.out.print(part)
             console.out.print()
         if made.folder is not None:
             console.done(made.folder / "report.html", "look at this first")
     if not made.passed:
-        for failure in made.verdict.failures:
-            typer.echo(printable(f"reelquant: gate {made.verdict.preset}: {failure.sentence}"), err=True)
+        for name, one in (_tests(made) or {"": made}).items():
+            for failure in one.verdict.failures:
+                subject = f"{name}: " if name else ""
+                typer.echo(printable(f"reelquant: {subject}gate {one.verdict.preset}: {failure.sentence}"), err=True)
         raise typer.Exit(FAILED)
+
+
+def _document(made: Any) -> dict[str, Any]:
+    """All of an evaluation; of one test every metric by its name as well, of several every test by its own."""
+    if (tests := _tests(made)) is None:
+        return {name: made[name] for name in made.metrics} | made.to_json() | {"output": made.folder}
+    figures = {name: {metric: one[metric] for metric in one.metrics} for name, one in tests.items()}
+    return made.to_json() | {"figures": figures, "output": made.folder}
+
+
+def _tests(made: Any) -> dict[str, Any] | None:
+    """The evaluations of several tests by name; None if it is one evaluation."""
+    return getattr(made, "tests", None)

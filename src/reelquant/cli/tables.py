@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from reelquant._errors import printable
+from reelquant._numbers import duration
 from reelquant.cli.console import figure, marked, size
 from reelquant.cli.layout import facts, table
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from reelquant.engine.quality import LayerRecord
     from reelquant.engine.report import Report
     from reelquant.evidence.evaluation import Evaluation, Result
+    from reelquant.evidence.several import Evaluations
     from reelquant.nn import AttentionFacts
     from reelquant.recipes.entry import Entry
     from reelquant.streaming import Job
@@ -110,14 +112,6 @@ def estimate_table(job: Job, expected: Estimate) -> Table:
         on_top = "activations of a denoiser call come on top of the memory, its remembered outputs of the disk, its computation of the time"
         made.add_row("", "", on_top)
     return made
-
-
-def duration(seconds: float) -> str:
-    """Seconds with a fitting unit: ``40 s``, ``3 min``, ``2.5 h``."""
-    for unit, length in (("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.2g} {unit}"
-    return f"{max(seconds, 1):.0f} s"
 
 
 def plan_bytes(rows: Sequence[LayerPlan]) -> tuple[int, int]:
@@ -305,6 +299,21 @@ def evaluation(made: Evaluation) -> list[Table]:
     missing = [(result.metric.title, result.missing) for result in made.metrics.values() if result.missing]
     parts = [figures, *([facts("Not measured", missing)] if missing else [])]
     return [*parts, facts("Verdict", _verdict(made))]
+
+
+def evaluations(made: Evaluations) -> list[Table]:
+    """A row for each of several tests, and what the gate found in each."""
+    from reelquant.evidence.report.several_table import SeveralData, heads, summary_cells
+
+    data = SeveralData.model_validate(made.data)
+    title = f"{len(made.tests)} tests against {data.reference.name}, {data.clips} clips"
+    first, *figures, gate = heads(data)
+    rows = table(title, [first], [*figures, gate], hides=["motion", "worst clip"])
+    for cells in summary_cells(data):
+        rows.add_row(*(cell.text for cell in cells))
+    missed = [(name, failure.sentence) for name, one in made.tests.items() if one.verdict is not None for failure in one.verdict.failures]
+    notes = [(name, text) for name, one in made.tests.items() for text in one.data["warnings"]]
+    return [rows, *([facts("Limits that are missed", missed)] if missed else []), *([facts("Notes", notes)] if notes else [])]
 
 
 def _result(result: Result, floors: Sequence[str]) -> tuple[str | Text, ...]:

@@ -13,18 +13,17 @@ from torch import Tensor
 
 from reelquant._errors import CheckpointError, printable
 from reelquant._markup import table
-from reelquant._numbers import count, figure
+from reelquant._numbers import count, figure, significant
 from reelquant._sums import OWN, json_sum
 from reelquant.evidence import distribution
 from reelquant.evidence.defects import diagnose
 from reelquant.evidence.fidelity import Interval, bootstrap
-from reelquant.evidence.gate import Verdict
-from reelquant.evidence.metrics import METRICS, Metric
+from reelquant.evidence.gate import Limit, Verdict, around
+from reelquant.evidence.metrics import FEW, METRICS, Metric
 from reelquant.evidence.store import Store, write_json
 
 SCHEMA = 1
-FEW = 256  # clips, below which a Frechet distance is mostly bias
-PAIRED_FLOORS = ("bf16", "float32", "compiled")  # the float pipeline again from the same noise, computed otherwise
+PAIRED_FLOORS = ("bf16", "rounded", "float32", "compiled")  # the float pipeline again from the same noise, computed otherwise
 DRAWN_FLOOR = "reseed"  # the float pipeline again from other noise
 DISTANCES = {
     "fvd": ("i3d", distribution.frechet),
@@ -48,6 +47,7 @@ class Result:
         floor: the same figure of the float pipeline run again, by variant.
         within_floor: no worse than the floor's interval allows; None if there is no floor or neither direction is
             better.
+        allowed: what the floor's interval allows; None like ``within_floor``.
         missing: the reason why a value is missing, with the command that helps.
         to_data: a distance to real clips rather than to the reference's.
     """
@@ -57,6 +57,7 @@ class Result:
     reference: float | None = None
     floor: dict[str, Interval] = field(default_factory=dict)
     within_floor: bool | None = None
+    allowed: Limit | None = None
     missing: str | None = None
     to_data: bool = False
 
@@ -75,12 +76,18 @@ class Result:
         ends = () if self.interval is None else (self.interval.low, self.interval.high)
         return " to ".join(figure(end, "", self.metric.digits) for end in ends)
 
+    def _limit_digits(self, limit: Limit) -> int:
+        """Decimals that leave two digits of a small limit."""
+        ends = [abs(end) for end in (limit.low, limit.high) if end]
+        return max(self.metric.digits, min(6, significant(min(ends, default=1.0)) - 1))
+
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
         about = {name: getattr(self.metric, name) for name in ("title", "kind", "unit", "better", "about", "digits")}
         bounds = _bounds(self.interval) if self.interval else {"value": None, "low": None, "high": None}
         floor = {variant: _bounds(interval) for variant, interval in self.floor.items()}
-        beside = {"reference": self.reference, "floor": floor, "within_floor": self.within_floor}
+        limit = None if self.allowed is None else self.allowed.words(self._limit_digits(self.allowed))
+        beside = {"reference": self.reference, "floor": floor, "within_floor": self.within_floor, "floor_limit": limit}
         return about | bounds | beside | {"missing": self.missing}
 
 
@@ -238,7 +245,8 @@ def results(sets: Sets, metrics: Sequence[str], missing: Mapping[str, str]) -> d
             own = look("reference", name)
             result.reference = None if own is None else own.mean
             result.floor = {variant: floor for variant in _floors(metric, sets.floors) if (floor := look(variant, name)) is not None}
-            result.within_floor = _within(result)
+            result.allowed = _allowed(name, result)
+            result.within_floor = None if result.allowed is None else result.allowed.allows(result.interval.mean)
         found[name] = result
     return found
 
@@ -248,26 +256,26 @@ def _floors(metric: Metric, floors: Sequence[str]) -> list[str]:
     return [name for name in floors if name != DRAWN_FLOOR or metric.kind in ("distribution", "text") or metric.better == "none"]
 
 
-def _within(result: Result) -> bool | None:
-    """No worse than the far end of the floor's interval.
+def _allowed(name: str, result: Result) -> Limit | None:
+    """What is no worse than the far end of the floor's interval.
 
     Clips of the same noise are compared with float clips of the same noise, distances to real data with another draw
     of the float pipeline: that is what each of them would be if quantization changed nothing that matters.
     """
-    same = [result.floor[name] for name in PAIRED_FLOORS if name in result.floor]
+    same = [result.floor[floor] for floor in PAIRED_FLOORS if floor in result.floor]
     drawn = [result.floor[DRAWN_FLOOR]] if DRAWN_FLOOR in result.floor else []
     floors = (drawn or same) if result.to_data else (same or drawn)
-    if not floors or result.interval is None:
+    if not floors:
         return None
-    value = result.interval.mean
-    rules = {
-        "higher": lambda: value >= min(floor.low for floor in floors),
-        "lower": lambda: value <= max(floor.high for floor in floors),
-        "zero": lambda: abs(value) <= max(abs(end) for floor in floors for end in (floor.low, floor.high)),
-        "one": lambda: abs(value - 1) <= max(abs(end - 1) for floor in floors for end in (floor.low, floor.high)),
+    low, high = min(floor.low for floor in floors), max(floor.high for floor in floors)
+    shapes = {
+        "higher": lambda: Limit(name, low=low),
+        "lower": lambda: Limit(name, high=high),
+        "zero": lambda: around(name, 0.0, max(abs(low), abs(high))),
+        "one": lambda: around(name, 1.0, max(abs(low - 1), abs(high - 1))),
     }
-    rule = rules.get(result.metric.better)
-    return rule() if rule else None
+    shape = shapes.get(result.metric.better)
+    return shape() if shape else None
 
 
 def near_lossless(found: Mapping[str, Result]) -> dict[str, Any] | None:

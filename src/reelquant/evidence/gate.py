@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.evidence.metrics import METRICS
+
+ROUNDING = 1e-9  # by which a figure may miss its limit
+DEFECTS = "defects"  # the check on the share of clips in which one and the same defect is recognised
 
 
 @dataclass(frozen=True)
@@ -18,18 +22,28 @@ class Limit:
     low: float | None = None
     high: float | None = None
 
-    def words(self) -> str:
-        """The limit as text: ``at most 0.15``."""
-        if self.low is None:
-            return f"at most {self.high:g}"
-        return f"at least {self.low:g}" if self.high is None else f"from {self.low:g} to {self.high:g}"
+    def words(self, digits: int | None = None) -> str:
+        """The limit as text: ``at most 0.15``, with so many decimals, or as many as it needs."""
+        low, high = (None if end is None else f"{end:g}" if digits is None else f"{end:.{digits}f}" for end in (self.low, self.high))
+        if low is None:
+            return f"at most {high}"
+        return f"at least {low}" if high is None else f"from {low} to {high}"
 
     def excess(self, value: float) -> float:
         """By how much a value is outside of the limit; 0 if it is inside."""
-        return max(0.0 if self.low is None else self.low - value, 0.0 if self.high is None else value - self.high, 0.0)
+        return max(0.0, -self.margin(value))
+
+    def margin(self, value: float) -> float:
+        """How far a value is from the nearer end of the limit, negative outside of it."""
+        return min(math.inf if self.low is None else value - self.low, math.inf if self.high is None else self.high - value)
+
+    def allows(self, value: float) -> bool:
+        """Whether a value is inside, rounding of floats aside."""
+        return self.excess(value) <= ROUNDING
 
 
-def _about(metric: str, center: float, width: float) -> Limit:
+def around(metric: str, center: float, width: float) -> Limit:
+    """A limit on the distance from a value."""
     return Limit(metric, center - width, center + width)
 
 
@@ -52,16 +66,16 @@ _SCALED: dict[str, tuple[Callable[[float], Limit], tuple[float, float, float]]] 
     "lpips_alex": (lambda x: Limit("lpips_alex", high=x), (0.03, 0.15, 0.45)),
     "latent_error": (lambda x: Limit("latent_error", high=x), (0.1, 0.4, 1.0)),
     "color_shift": (lambda x: Limit("color_shift", high=x), (0.75, 1.5, 4.0)),
-    "sharpness_deviation": (lambda x: _about("sharpness_deviation", 0, x), (0.05, 0.2, 0.4)),
-    "motion_deviation": (lambda x: _about("motion_deviation", 0, x), (0.03, 0.1, 0.25)),
-    "tempo": (lambda x: _about("tempo", 1, x), (0.03, 0.1, 0.25)),
+    "sharpness_deviation": (lambda x: around("sharpness_deviation", 0, x), (0.05, 0.2, 0.4)),
+    "motion_deviation": (lambda x: around("motion_deviation", 0, x), (0.03, 0.1, 0.25)),
+    "tempo": (lambda x: around("tempo", 1, x), (0.03, 0.1, 0.25)),
     "dropped": (lambda x: Limit("dropped", high=x), (0.0, 0.01, 0.05)),
-    "flicker_deviation": (lambda x: _about("flicker_deviation", 0, x), (1.0, 3.0, 8.0)),
+    "flicker_deviation": (lambda x: around("flicker_deviation", 0, x), (1.0, 3.0, 8.0)),
     "grain_deviation": (lambda x: Limit("grain_deviation", high=x), (1.0, 3.0, 7.0)),
     "checkerboard_deviation": (lambda x: Limit("checkerboard_deviation", high=x), (0.25, 1.0, 3.0)),
 }
 _NEVER = (
-    _about("length_deviation", 0, 0.0),
+    around("length_deviation", 0, 0.0),
     *(Limit(f"{kind}_frames", high=0.0) for kind in ("black", "constant", "saturated")),
 )
 _SHARES = (0.0, 0.02, 0.1)
@@ -96,6 +110,25 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Check:
+    """A figure beside its limit.
+
+    Attributes:
+        metric: the figure, or :data:`DEFECTS`.
+        value: what was measured; None if it was not.
+        limit: what passes, as text.
+        margin: how far the value is inside of the limit, negative outside; None if it was not measured.
+        passed: None for a limit of a preset whose figure was not measured.
+    """
+
+    metric: str
+    value: float | None
+    limit: str
+    margin: float | None = None
+    passed: bool | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
     """The decision of the gate."""
 
@@ -103,6 +136,7 @@ class Verdict:
     passed: bool
     failures: tuple[Failure, ...]
     skipped: tuple[str, ...] = ()  # metrics with a limit that were not measured
+    checks: tuple[Check, ...] = ()  # every limit, in the order of the preset, then those on top
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -140,8 +174,8 @@ def _limit(name: str, value: Any) -> Limit:
     shapes = {
         "higher": Limit(name, low=number),
         "lower": Limit(name, high=number),
-        "zero": _about(name, 0, abs(number)),
-        "one": _about(name, 1, abs(number)),
+        "zero": around(name, 0, abs(number)),
+        "one": around(name, 1, abs(number)),
     }
     better = METRICS[name].better
     if better not in shapes:
@@ -173,14 +207,33 @@ def decide(
     failures = [_defect(found, clips, chosen.defects) for found in defects if len(found["clips"]) > chosen.defects * clips]
     named = ", ".join(dict.fromkeys(failure.metric for failure in failures)) or None
     for limit in (*chosen.limits, *extra):
-        if limit.metric in values and limit.excess(values[limit.metric]) > 1e-9:
+        if limit.metric in values and not limit.allows(values[limit.metric]):
             failures.append(_over(limit, values[limit.metric], named))
     for limit in extra:
         if limit.metric not in values:
             reason = missing.get(limit.metric, "it is not among the metrics asked for")
             failures.append(Failure(limit.metric, None, limit.words(), f"{METRICS[limit.metric].title} was not measured: {reason}"))
     skipped = tuple(limit.metric for limit in chosen.limits if limit.metric not in values)
-    return Verdict(preset or "limits", not failures, tuple(failures), skipped)
+    checks = [_check(limit, values.get(limit.metric), None) for limit in chosen.limits]
+    checks += [_check(limit, values.get(limit.metric), False) for limit in extra]
+    checks += [_defects_check(defects, clips, chosen.defects)] if preset is not None else []
+    return Verdict(preset or "limits", not failures, tuple(failures), skipped, tuple(checks))
+
+
+def _check(limit: Limit, value: float | None, unmeasured: bool | None) -> Check:
+    if value is None:
+        return Check(limit.metric, None, limit.words(), passed=unmeasured)
+    return Check(limit.metric, value, limit.words(), limit.margin(value), limit.allows(value))
+
+
+def _defects_check(defects: Sequence[Mapping[str, Any]], clips: int, share: float) -> Check:
+    """The most frequent defect beside the share of clips that may have it."""
+    most = max((len(found["clips"]) for found in defects), default=0) / max(clips, 1)
+    return Check(DEFECTS, most, _at_most(share), share - most, most <= share + ROUNDING)
+
+
+def _at_most(share: float) -> str:
+    return f"at most {share:.0%} of the clips"
 
 
 def _over(limit: Limit, value: float, named: str | None) -> Failure:
@@ -195,4 +248,4 @@ def _defect(found: Mapping[str, Any], clips: int, share: float) -> Failure:
     count = len(found["clips"])
     shown = ", ".join(found["clips"][:3]) + (" ..." if count > 3 else "")
     sentence = f"{found['name']} in {count} of {clips} clips ({shown}): {found['sentence']}"
-    return Failure(found["name"], count / max(clips, 1), f"at most {share:.0%} of the clips", sentence, found["name"])
+    return Failure(found["name"], count / max(clips, 1), _at_most(share), sentence, found["name"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
 from reelquant.evidence import evaluation
@@ -18,7 +19,7 @@ from reelquant.evidence.evaluation import PAIRED_FLOORS, SCHEMA, Evaluation, Res
 from reelquant.evidence.gate import Verdict, check_preset, decide, parse_limits
 from reelquant.evidence.machine import machine, peak_memory, versions
 from reelquant.evidence.measure import Measuring
-from reelquant.evidence.mechanisms import Tools, sources
+from reelquant.evidence.mechanisms import MECHANISMS, Pair, Tools, sources
 from reelquant.evidence.metrics import METRICS, select
 from reelquant.evidence.store import Store, write_json, write_text
 from reelquant.evidence.text import CLIP
@@ -43,6 +44,8 @@ class Options:
     device: str = "cpu"
     reuse: Path | None = None
     fid_frames: int = 0
+    speed: bool = False
+    tests_after: int = 0  # that are evaluated after this one, for the expected time
     resume: bool = False
     force: bool = False
     shared: bool = False
@@ -87,6 +90,7 @@ class Subject:
         prompts, seeds: by the name of the clip, as far as they are known.
         warnings: sentences for the report.
         paired: whether clips of equal names belong together.
+        expected: seconds that sampling and measuring were expected to take; None if that was not estimated.
     """
 
     clips: Mapping[str, Mapping[str, Clip]]
@@ -95,6 +99,7 @@ class Subject:
     seeds: Mapping[str, int] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     paired: bool = True
+    expected: float | None = None
 
 
 def judge(options: Options, store: Store, subject: Subject, times: Times) -> Evaluation:
@@ -112,8 +117,31 @@ def judge(options: Options, store: Store, subject: Subject, times: Times) -> Eva
     made = Evaluation(found, data, verdict, None if lossless is None else lossless["holds"], folder)
     if folder is not None:
         options.progress.phase("write", 1)
-        write_report(made, subject.clips["reference"], subject.clips["test"], options.shown)
+        write_report(made, subject.clips, options.shown)
     return made
+
+
+def seconds_to_measure(options: Options, clip: Clip, text: str | None) -> float:
+    """How long it takes to measure a clip, found by measuring it against itself; networks are loaded before the clock starts.
+
+    CLIP is left out: whether it can be had may take a minute to find out, and is found out later anyway.
+    """
+    tools = Tools(options.weights, options.device, options.clip_model, options.fid_frames)
+    asked = [MECHANISMS[source] for source in sources(options.wanted) if source != "clip"]
+    able = [one for one in asked if one.missing(tools, [text or ""]) is None]
+    for one in able:
+        if one.weights is not None:
+            tools.network(one.weights)
+    frames = clip.read()
+    pair = Pair(frames, frames, text, (len(frames), len(frames)))
+    start = time.perf_counter()
+    for one in able:
+        with suppress(UnsupportedError):  # measuring leaves it out, and says why
+            if one.figures is not None:
+                one.figures(tools, pair)
+            if one.features is not None:
+                one.features[1](tools, frames)
+    return time.perf_counter() - start
 
 
 def _measured(options: Options, store: Store, subject: Subject) -> tuple[Sets, dict[str, str]]:
@@ -174,6 +202,7 @@ def _report(
         "machine": machine(),
         "versions": versions(),
         "seconds": times.seconds,
+        "expected_seconds": subject.expected,
         "peak_memory_gb": peak_memory(),
     }
 
@@ -205,27 +234,30 @@ def _measure(measuring: Measuring, subject: Subject) -> None:
             measuring.alone(variant, found)
 
 
-def write_report(made: Evaluation, reference: Mapping[str, Clip], test: Mapping[str, Clip], shown: int) -> None:
-    """``report.json``, ``report.html`` and ``summary.md`` into the evaluation's folder."""
+def write_report(made: Evaluation, clips: Mapping[str, Mapping[str, Clip]], shown: int) -> None:
+    """``report.json``, ``report.html`` and ``summary.md`` into the evaluation's folder; ``clips`` by variant and name."""
     from reelquant.evidence.report import write
 
     assert made.folder is not None
     write_json(made.folder / "report.json", made.data)
     write_text(made.folder / "summary.md", made.summary())
-    rows = worst(made.data["per_clip"])[:shown]
-    panels = [_panel(row, reference[row["name"]], test[row["name"]]) for row in rows if row["name"] in reference]
+    rows = [row for row in worst(made.data["per_clip"]) if row["name"] in clips["reference"]][:shown]
+    floor = next((clips[name] for name in PAIRED_FLOORS if name in clips), {})
+    panels = [_panel(row, clips["reference"], clips["test"], floor) for row in rows]
     write(made.data, [panel for panel in panels if panel is not None], made.folder / "report.html")
 
 
-def _panel(row: Mapping[str, Any], reference: Clip, test: Clip) -> Panel | None:
-    """Both clips side by side; None if they differ in size, as clips of folders that are compared as sets may."""
+def _panel(row: Mapping[str, Any], reference: Mapping[str, Clip], test: Mapping[str, Clip], floor: Mapping[str, Clip]) -> Panel | None:
+    """Clips side by side; None if they differ in size, as clips of folders that are compared as sets may."""
     from reelquant.evidence.report import Panel
 
-    float_, quantized = reference.read(), test.read()
-    if float_.shape[1:] != quantized.shape[1:]:
+    name = row["name"]
+    both = [reference[name].read(), test[name].read(), *([floor[name].read()] if name in floor else [])]
+    if len({clip.shape[1:] for clip in both}) > 1:
         return None
-    frames = min(len(float_), len(quantized))
-    return Panel(row["name"], row["prompt"], row["seed"], row["figures"], float_[:frames], quantized[:frames])
+    frames = min(map(len, both))
+    float_, quantized, *third = (clip[:frames] for clip in both)
+    return Panel(name, row["prompt"], row["seed"], row["figures"], float_, quantized, floor=third[0] if third else None)
 
 
 def worst(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -37,6 +37,19 @@ def _cpu() -> str:
     )
 
 
+def multiplies_bf16(device: str) -> bool:
+    """Whether a type of device has instructions for bfloat16; processors without them run it in detours, several times as slow as float32.
+
+    Stricter than :func:`reelquant.kernels.native_float`, which counts every processor on which oneDNN accepts bfloat16.
+    """
+    if device != "cpu":
+        return True
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not known:  # torch before 2.13
+        return torch.cpu._is_avx512_bf16_supported()
+    return any(has is True for name, has in known.items() if "bf16" in name)
+
+
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     found = {"reelquant": __version__, "python": platform.python_version()}

@@ -90,8 +90,17 @@ METRICS: dict[str, Metric] = {
     "kid_data": Metric("KID to data", "distribution", "", "lower", "kernel distance of Inception features to real frames", "kid", 4),
     "clipsim": Metric("CLIPSIM", "text", "", "higher", "cosine of CLIP embeddings, frames against the text", "clip", 4),
     "clip_consistency": Metric("CLIP consistency", "text", "", "higher", "cosine of CLIP embeddings of neighbouring frames", "clip", 4),
-    "judge": Metric("Judge", "text", "", "higher", "share of what the text says that the bundled judge sees", "judge"),
+    "judge": Metric(
+        "Text match",
+        "text",
+        "",
+        "higher",
+        "share of shape, colour and motion in the text that a small network, trained on such clips, sees in the clip",
+        "judge",
+    ),
 }
+
+FEW = 256  # clips, below which a distance of sets is mostly bias
 
 # Seconds a clip on a CPU, so only measured when asked for by name or as "all".
 SLOW = ("lpips_vgg", "warping_error_raft", "fid", "kid", "fid_data", "kid_data")

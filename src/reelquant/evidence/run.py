@@ -18,9 +18,12 @@ from reelquant.checkpoint import INDEX, METHOD, Stored
 from reelquant.evidence import evaluation
 from reelquant.evidence.causes import differences, refuse_pair
 from reelquant.evidence.clips import Clip, find_clips, unequal_rates, unpaired
+from reelquant.evidence.costs import ROUNDS, check_speed, folder_bytes, speed
 from reelquant.evidence.evaluation import Evaluation
+from reelquant.evidence.expected import Expected
 from reelquant.evidence.grain import FLAT, growth
-from reelquant.evidence.judging import Options, Subject, Times, judge
+from reelquant.evidence.judging import Options, Subject, Times, judge, seconds_to_measure
+from reelquant.evidence.machine import multiplies_bf16
 from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
@@ -57,9 +60,12 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     files: str | None = None,
     options: Options | None = None,
+    checked: bool = False,
     **call: Any,
 ) -> Evaluation | None:
     """Sample both pipelines and the noise floor, measure, judge, report; see :func:`reelquant.api.evaluate`.
+
+    ``checked``: the caller has read all weights of this pair and found them whole.
 
     Returns:
         The evaluation; where processes share the clips, None in all but the first.
@@ -68,7 +74,9 @@ def evaluate(
     _check_places(options)
     if clips < 1:
         raise RecipeError(f"clips: got {clips}; evaluate at least 1")
-    _check_described(test)
+    if options.speed:
+        check_speed(test, reference)
+    check_described(test)
     own, kind = _notes(reference), pipeline_class(reference)
     call = own.get("call", {}) | {key: value for key, value in call.items() if value is not None}
     drawn = _drawn(prompts, own, clips, kind, call)
@@ -82,12 +90,13 @@ def evaluate(
     if grain_steps and not any(texts):
         raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
     variants, proof = _variants(test, float_, floor, options), _proof(test)
-    refuse_pair(reference, test, files)
+    if not checked:
+        refuse_pair(reference, test, files)
     causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
     number = str(dtype).removeprefix("torch.")
     with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as (store, shared):
         times = Times()
-        job = SamplingJob(store, drawn, seeds, call, batch, options.progress, shared)
+        job, expected = _job(SamplingJob(store, drawn, seeds, call, batch, options.progress, shared), variants, options)
         for name, variant in variants.items():
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
@@ -96,16 +105,45 @@ def evaluate(
                 return None
             shared.end()
             job = replace(job, shared=None)
-        grain = _grain(job, variants, grain_steps, own, times)
-        seen = job.saturation("test")
-        counted = {"saturation": seen.facts() if seen.layers else None, "reuse": job.reused("test").facts()}
-        origin = _origin(variants, number, job, proof, grain) | counted
+        grain = _grain(replace(job, progress=options.progress), variants, grain_steps, own, times)
+        origin = _origin(variants, number, job, proof, grain) | _counted(job)
+        origin |= {"bytes": folder_bytes(test, reference, files), "speed": None}
+        if options.speed:
+            with times.of("speed"):
+                how = dict(device=options.device, files=files, progress=options.progress, call=call)
+                origin["speed"] = speed(store, test, reference, drawn[0], **how)
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
-        warnings = [*causes, *told, *([sentence] if (sentence := seen.sentence()) else [])]
-        return judge(options, store, Subject({name: job.clips(name) for name in variants}, origin, *named, warnings=warnings), times)
+        warnings = [*causes, *told, *([sentence] if (sentence := job.saturation("test").sentence()) else [])]
+        sets = {name: job.clips(name) for name in variants}
+        return judge(options, store, Subject(sets, origin, *named, warnings=warnings, expected=expected.seconds), times)
 
 
-def _check_described(test: Any) -> None:
+def _job(job: SamplingJob, variants: Mapping[str, Variant], options: Options) -> tuple[SamplingJob, Expected]:
+    """The job with somebody on the line who tells how long it will take."""
+    calls = {f"sample {variant.words}": len(job.left(name, variant)) for name, variant in variants.items()}
+    timed = 2 * (ROUNDS + 1) / job.batch if options.speed else 0.0  # one clip at a time
+    first = job.names[0]
+
+    def look() -> float:
+        return seconds_to_measure(options, job.clips("reference")[first], as_condition(job.prompts[0]).text)
+
+    expected = Expected(
+        options.progress,
+        calls,
+        len(job.names) * (len(variants) + options.tests_after),
+        look if hasattr(options.progress, "tell") and job.shared is None else None,  # shared clips are elsewhere at first
+        options.tests_after * (-(-len(job.names) // job.batch) + timed) + timed,
+    )
+    return replace(job, progress=expected), expected
+
+
+def _counted(job: SamplingJob) -> dict[str, Any]:
+    """What was counted while the quantized clips were made."""
+    seen = job.saturation("test")
+    return {"saturation": seen.facts() if seen.layers else None, "reuse": job.reused("test").facts()}
+
+
+def check_described(test: Any) -> None:
     """Read what the folder of the test says about its layers: a plug-in that is missing would show only after the float clips were made."""
     folder = Path(locate(test)) if isinstance(test, str | Path) else Path()
     for part in component_folders(folder) if (folder / INDEX).is_file() else ():
@@ -175,11 +213,19 @@ def _origin(
         "test": {"name": variants["test"].source.name, "recipe": (quantization or {}).get("recipe")},
         "prompts": texts if any(texts := texts_of(job.prompts)) else [],
         "conditions": own if any(own := [described(dict(as_condition(one).inputs)) for one in job.prompts]) else [],
+        "floors": {name: _about(name, variant) for name, variant in variants.items() if variant.about},
         "seeds": job.seeds,
         "call": described(job.call),
         "quantization": quantization,
         "grain_growth": grain,
     }
+
+
+def _about(name: str, variant: Variant) -> str:
+    """What a floor is, and why it stands in for bfloat16 where it does."""
+    stands_in = name == "rounded" and not multiplies_bf16(variant.source.device.partition(":")[0])
+    why = "; this processor has no bfloat16 instructions, and a run in bfloat16 would take several times as long as the float clips"
+    return variant.about + (why if stands_in else "")
 
 
 def _grain(
@@ -222,11 +268,15 @@ def _drawn(prompts: Prompts | None, own: Mapping[str, Any], clips: int, kind: ty
 
 
 def _default_floor(options: Options, dtype: torch.dtype) -> list[str]:
-    """The float pipeline in the other precision; from other noise as well where sets of clips are compared."""
+    """The float pipeline in the other precision, or rounded to it where that would take many times as long as the float clips.
+
+    From other noise as well where sets of clips are compared.
+    """
     tools = Tools(options.weights)
     sets = [METRICS[name].source for name in options.wanted if METRICS[name].kind == "distribution"]
     drawn = any(MECHANISMS[source].missing(tools, None) is None for source in sets)
-    return ["bf16" if dtype == torch.float32 else "compiled", *(["reseed"] if drawn else [])]
+    usual = ("bf16" if multiplies_bf16(options.device.partition(":")[0]) else "rounded") if dtype == torch.float32 else "compiled"
+    return [usual, *(["reseed"] if drawn else [])]
 
 
 def _proof(test: Any) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from reelquant.evidence.clips import Clip
 from reelquant.evidence.media import FPS
 from reelquant.evidence.reading import read_video
 from reelquant.evidence.reused import ReusedSteps
+from reelquant.evidence.rounded import round_to_bf16
 from reelquant.evidence.shared import SharedClips
 from reelquant.evidence.store import Store
 from reelquant.evidence.temporal import BROKEN
@@ -45,6 +46,7 @@ class ClipSource:
         device: where it runs.
         compiled: the denoiser goes through ``torch.compile``.
         files: variant of the weight files of a folder or hub id, ``fp16``.
+        rounded: weights and outputs of layers are rounded to bfloat16, see :mod:`reelquant.evidence.rounded`.
     """
 
     model: Any
@@ -52,6 +54,7 @@ class ClipSource:
     device: str = "cpu"
     compiled: bool = False
     files: str | None = None
+    rounded: bool = False
 
     @property
     def name(self) -> str:
@@ -75,6 +78,8 @@ class ClipSource:
             pipe = open_pipeline(self.model, self.dtype, self.device, self.files)
         else:
             pipe = self.model if self._fits() else copy.deepcopy(self.model).to(self.dtype)
+        if self.rounded:
+            round_to_bf16(pipe)
         if self.compiled:
             component, denoiser = denoiser_of(pipe)
             setattr(pipe, component, torch.compile(denoiser))
@@ -82,7 +87,7 @@ class ClipSource:
 
     def _fits(self) -> bool:
         denoiser = denoiser_of(self.model)[1]
-        return not self.compiled and any(parameter.dtype == self.dtype for parameter in denoiser.parameters())
+        return not self.compiled and not self.rounded and any(parameter.dtype == self.dtype for parameter in denoiser.parameters())
 
 
 def _digest(lines: Sequence[str]) -> str:
@@ -99,20 +104,35 @@ class Variant:
         source: the pipeline.
         shift: added to every seed.
         words: for progress bars.
+        about: what it is, for reports; empty for the two sides.
         counted: whether what its layers clip is asked for: a call without its row is made again.
     """
 
     source: ClipSource
     shift: int = 0
     words: str = ""
+    about: str = ""
     counted: bool = False
 
 
 FLOORS: dict[str, Callable[[ClipSource], Variant]] = {
-    "bf16": lambda float_: Variant(replace(float_, dtype=torch.bfloat16), words="float in bf16"),
-    "float32": lambda float_: Variant(replace(float_, dtype=torch.float32), words="float in float32"),
-    "compiled": lambda float_: Variant(replace(float_, compiled=True), words="float compiled"),
-    "reseed": lambda float_: Variant(float_, OTHER_NOISE, "float from other noise"),
+    "bf16": lambda float_: Variant(
+        replace(float_, dtype=torch.bfloat16), words="float in bf16", about="the float pipeline again from the same noise, in bfloat16"
+    ),
+    "rounded": lambda float_: Variant(
+        replace(float_, rounded=True),
+        words="float rounded to bf16",
+        about="the float pipeline again from the same noise, in float32 with weights and outputs of layers rounded to bfloat16",
+    ),
+    "float32": lambda float_: Variant(
+        replace(float_, dtype=torch.float32), words="float in float32", about="the float pipeline again from the same noise, in float32"
+    ),
+    "compiled": lambda float_: Variant(
+        replace(float_, compiled=True), words="float compiled", about="the float pipeline again from the same noise, compiled"
+    ),
+    "reseed": lambda float_: Variant(
+        float_, OTHER_NOISE, "float from other noise", "the float pipeline again from other noise: what another draw changes"
+    ),
 }
 
 
@@ -123,14 +143,14 @@ def floors(names: Sequence[str], reference: ClipSource) -> dict[str, Variant]:
         RecipeError: for an unknown one.
         UnsupportedError: for one that computes exactly as the reference does.
     """
-    same = {torch.bfloat16: "bf16", torch.float32: "float32"}
+    same = {torch.bfloat16: ("bf16", "rounded"), torch.float32: ("float32",)}
     for name in names:
         if name not in FLOORS:
             raise RecipeError(f"unknown noise floor '{name}'; {nearest(name, (*FLOORS, 'none'))}")
-        if same.get(reference.dtype) == name:
-            raise UnsupportedError(
-                f"the reference runs in {name} itself; choose another floor: {', '.join(other for other in FLOORS if other != name)}"
-            )
+        if name in same.get(reference.dtype, ()):
+            others = ", ".join(other for other in FLOORS if other not in same[reference.dtype])
+            number = str(reference.dtype).removeprefix("torch.")
+            raise UnsupportedError(f"floor '{name}': the reference runs in {number} itself; choose another floor: {others}")
     return {name: FLOORS[name](reference) for name in FLOORS if name in names}
 
 
@@ -166,7 +186,7 @@ class SamplingJob:
         return {name: Clip(name, (self.store.clip(variant, name),)) for name in self.names}
 
     def left(self, name: str, variant: Variant) -> list[range]:
-        """The calls whose clips are missing of a variant."""
+        """The calls of the pipeline that are still to be made, each as the numbers of its clips."""
         chunks = [range(start, min(start + self.batch, len(self.prompts))) for start in range(0, len(self.prompts), self.batch)]
         counted = self.store.counts(name)
         return [

@@ -6,6 +6,7 @@ latents/VARIANT/       latents after every step, of the first clips
 measured/VARIANT.jsonl a row per clip: figures and curves
 saturation/VARIANT.jsonl a row per pipeline call: what quantized layers clipped
 features/VARIANT/      what the networks of FVD, FID and KID see in each clip
+speed.json             times and peak memory, if they were asked for
 
 Clips, tensors and rows have sums (``SHA256SUMS`` in their folders, ``sha256`` in rows): what is not what was written is made again.
 """
@@ -48,7 +49,7 @@ class Store:
         """
         file = self.root / RUN
         if file.is_file() and not force:
-            before = _read_json(file)
+            before = read_state(file)
             if not resume:
                 raise CheckpointError(f"'{self.root}' already holds an evaluation; pass --resume to continue it or --force to replace it")
             changed = [key for key in settings if not _continues(key, before.get(key), settings[key])]
@@ -71,7 +72,7 @@ class Store:
         """
         if not (other / RUN).is_file():
             raise CheckpointError(f"no evaluation in '{other}': it has no {RUN}")
-        before = _read_json(other / RUN)
+        before = read_state(other / RUN)
         changed = [key for key in settings if key != "test" and not _continues(key, before.get(key), settings[key])]
         if changed:
             what = "; ".join(f"{key} is {_short(before.get(key))} there and {_short(settings[key])} here" for key in changed[:3])
@@ -86,6 +87,7 @@ class Store:
 
         for name in ("clips", "latents", "measured", "features", "saturation"):
             shutil.rmtree(self.root / name, ignore_errors=True)
+        (self.root / "speed.json").unlink(missing_ok=True)
 
     def clip(self, variant: str, name: str) -> Path:
         """Where a sampled clip lies."""
@@ -274,7 +276,12 @@ def write_text(file: Path, text: str) -> None:
             partial.unlink()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_state(file: Path) -> dict[str, Any]:
+    """What a file of the folder says of the run.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
     try:
         return read_json(file)
     except CheckpointError as error:

@@ -100,6 +100,10 @@ def test_every_verb_that_opens_a_folder_refuses_an_object(pipe: Any, folder: Pat
 
 
 def test_both_sides_of_an_evaluation_and_the_model_of_other_verbs_are_looked_at(pipe: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"takes one pipeline, got 2; reelquant.evaluate_several takes several"):
+        reelquant.evaluate([folder, folder])
+    with pytest.raises(UnsupportedError, match=r"takes a list of quantized pipelines.*reelquant.evaluate takes one"):
+        reelquant.evaluate_several(folder)  # type: ignore[arg-type]
     with pytest.raises(UnsupportedError, match="evaluate takes a pipeline, got a bare module"):
         reelquant.evaluate(pipe.transformer, folder)
     with pytest.raises(UnsupportedError, match="reference of evaluate takes a pipeline, got a bare module"):

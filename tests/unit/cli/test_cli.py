@@ -16,6 +16,7 @@ import typer
 from typer.testing import CliRunner
 
 import reelquant
+from reelquant import ReelQuantError
 from reelquant.cli import app
 from reelquant.cli.console import QUIET, figure, plain, size
 from reelquant.cli.options import call_options, settings
@@ -513,3 +514,17 @@ def test_output_that_is_not_read_to_its_end_is_no_error(words: tuple[str, ...]) 
     ended = subprocess.run([sys.executable, "-m", "reelquant", *words], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert ended.stderr == b"" and ended.returncode in (1, 141)  # 1 is what rich makes of it
+
+
+def test_n_means_clips_and_benchmark_still_takes_it_for_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: dict[str, Any] = {}
+
+    def measured(*_: Any, **how: Any) -> None:
+        heard.update(how)
+        raise ReelQuantError("enough")
+
+    monkeypatch.setattr(sys.modules["reelquant.cli.benchmark"], "_measure", measured)
+    old = invoke("benchmark", "tiny-dit", "--reference", "tiny-unet", "-n", 7)
+    assert heard["rounds"] == 7 and "write --rounds" in old.stderr
+    new = invoke("benchmark", "tiny-dit", "--reference", "tiny-unet", "--rounds", 3)
+    assert heard["rounds"] == 3 and "write --rounds" not in new.stderr

@@ -15,7 +15,12 @@ from typer.testing import CliRunner
 from reelquant.cli import app, console
 from reelquant.cli.console import QUIET
 from reelquant.cli.layout import Plain, facts, folded, share, table
+from reelquant.cli.tables import evaluations
+from reelquant.evidence.evaluation import Evaluation
+from reelquant.evidence.gate import Failure, Verdict
+from reelquant.evidence.several import Evaluations
 from tests.tiny.stock import stored_pipeline
+from tests.unit.evidence.report import several
 
 WIDTHS = (80, 100, 120)
 SHORT = ("--set", "calibrate.prompts=1", "--set", "search.prompts=1", "--set", "search.steps=1")
@@ -136,7 +141,7 @@ def _commands(model: Path, folder: Path) -> dict[str, tuple[object, ...]]:
         "export": ("export", out, "-f", "comfyui", "-o", folder / "out.safetensors"),
         "evaluate": ("evaluate", out, *call, "-n", 1, "-m", "image,motion,fvd", "--gate", "default", "-o", folder / "proof"),
         "tune": ("tune", out, "-o", folder / "fast", "--steps", 4, "--clips", 1, "--fail-under", "psnr=1"),
-        "benchmark": ("benchmark", out, *call, "-n", 1, "--no-memory"),
+        "benchmark": ("benchmark", out, *call, "--rounds", 1, "--no-memory"),
     }
 
 
@@ -146,6 +151,17 @@ def test_every_table_of_every_verb_fits(tables: dict[str, list[Plain]], width: i
     assert all(counts.values()) and counts["quantize"] > 2 and counts["inspect"] > 3 and counts["evaluate"] > 2, counts
     for made in (one for parts in tables.values() for one in parts):
         check(made, width)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_table_of_several_tests_fits(width: int) -> None:
+    data = several(("qvd-w8a8", "a-rather-long-name-of-a-folder", "w4a16"))
+    missed = Verdict("default", False, (Failure("psnr", 20.5, "at least 25", "PSNR is 20.5 dB and misses the limit (at least 25) by 4.5"),))
+    made = Evaluations({test["name"]: Evaluation({}, test, missed) for test in data["tests"]}, data)
+    rows, limits, notes = evaluations(made)
+    for part in (rows, limits, notes):
+        check(part, width)
+    assert any("qvd-w8a8" in line and "49.0 dB" in line and "passed" in line for line in drawn(rows, 80))
 
 
 def test_names_of_metrics_are_whole_words_at_80_columns(tables: dict[str, list[Plain]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,15 @@ def panels(count: int = 3, frames: int = 8) -> list[Panel]:
     """Clips ``0000``, ``0001`` ... each worse than the one before."""
     prompts = ["a red circle", HOSTILE, "a blue star"]
     return [
-        Panel(f"{i:04d}", prompts[i % 3], 50 + i, {"psnr": 50.0 - i, "ssim": 0.99}, counted(frames), counted(frames, offset=0.01 * i))
+        Panel(
+            f"{i:04d}",
+            prompts[i % 3],
+            50 + i,
+            {"psnr": 50.0 - i, "ssim": 0.99},
+            counted(frames),
+            counted(frames, offset=0.01 * i),
+            floor=counted(frames, offset=0.005),
+        )
         for i in range(count)
     ]
 
@@ -50,7 +59,7 @@ def sample(clips: int = 3, frames: int = 8) -> dict[str, Any]:
             "motion_deviation": dict(
                 title="Motion", kind="temporal", better="zero", value=-0.48, low=-0.5, high=-0.4, reference=0.0, floor={}
             ),
-            "psnr": psnr | dict(reference=None, floor=floor, within_floor=False, missing=None),
+            "psnr": psnr | dict(reference=None, floor=floor, within_floor=False, floor_limit="at least 54.0", missing=None),
             "fvd": dict(
                 title="FVD", kind="distribution", better="lower", value=None, missing="needs the weights 'i3d': reelquant weights i3d"
             ),
@@ -81,9 +90,23 @@ def sample(clips: int = 3, frames: int = 8) -> dict[str, Any]:
             failures=[
                 dict(metric="motion_deviation", value=-0.48, limit="within 0.10 of 0", sentence="It drags.", looks_like="slowed motion")
             ],
+            checks=[
+                dict(metric="psnr", value=49.0, limit="at least 25", margin=24.0, passed=True),
+                dict(metric="motion_deviation", value=-0.48, limit="from -0.1 to 0.1", margin=-0.38, passed=False),
+                dict(metric="lpips_alex", value=None, limit="at most 0.15", margin=None, passed=None),
+                dict(metric="defects", value=1 / 3, limit="at most 2% of the clips", margin=0.02 - 1 / 3, passed=False),
+            ],
         ),
         "defects": [dict(name="slowed motion", clips=["0001"], sentence="It moves at half the speed.")],
         "warnings": ["FVD of 3 clips is biased high"],
+        "floors": dict(bf16="the float pipeline again in bfloat16", reseed="the float pipeline again from other noise"),
+        "bytes": dict(reference=2000, test=900),
+        "speed": dict(
+            speedup=dict(median=1.5, low=1.4, high=1.6),
+            seconds=dict(reference=dict(median=3.0), test=dict(median=2.0)),
+            peak_bytes=dict(reference=4000, test=3000),
+            data=dict(rounds=3, threads=2, device="cpu", reference=dict(short="bf16")),
+        ),
         "quantization": dict(
             recipe="minmax-w8a8",
             digest="abc",
@@ -107,5 +130,40 @@ def sample(clips: int = 3, frames: int = 8) -> dict[str, Any]:
         "machine": dict(cpu="some cpu", cores=2, gpu=None, os="Linux"),
         "versions": dict(torch="2.13"),
         "seconds": dict(sample=12.3),
+        "expected_seconds": 14.0,
         "peak_memory_gb": 1.2,
     }
+
+
+def several(names: Sequence[str] = ("w8a8", "w4a8", "w4a4"), clips: int = 3) -> dict[str, Any]:
+    """The content of the report.json of several tests; each is smaller, worse and faster than the one before."""
+    whole = sample(clips)
+    tests = []
+    for i, name in enumerate(names):
+        psnr = whole["metrics"]["psnr"] | dict(value=49.0 - 5 * i, low=48.0 - 5 * i, high=50.0 - 5 * i)
+        test = whole | dict(name=name, folder=name, test=dict(name=name, recipe=name), metrics=whole["metrics"] | dict(psnr=psnr))
+        test["bytes"] = dict(reference=2_000_000, test=900_000 - 200_000 * i)
+        test["speed"] = whole["speed"] | dict(speedup=dict(median=1.5 + i, low=1.4, high=1.6))
+        test["worst_clip"] = dict(name="0002", value=45.0 - 5 * i)
+        test["gate"] = whole["gate"] | (dict(passed=True, failures=[]) if i == 0 else {})
+        tests.append(test)
+    kept = ("schema", "tool_version", "created", "reference", "clips", "prompts", "seeds", "call", "floors", "machine", "versions")
+    return {key: whole[key] for key in kept} | dict(kind="several", command=None, quality="psnr", tests=tests)
+
+
+def side_by_side(names: Sequence[str] = ("w8a8", "w4a8", "w4a4"), frames: int = 8) -> list[Panel]:
+    """Clips of several tests; those of each are a little brighter than those of the one before."""
+    tests = [counted(frames, offset=0.01 * (i + 1)) for i in range(len(names))]
+    return [
+        Panel(
+            panel.name,
+            panel.prompt,
+            panel.seed,
+            {f"psnr {name}": 50.0 - i - 5 * k for k, name in enumerate(names)},
+            panel.reference,
+            tests[0],
+            tests[1:],
+            panel.floor,
+        )
+        for i, panel in enumerate(panels(frames=frames))
+    ]

@@ -44,7 +44,22 @@ def test_a_figure_is_within_the_floor_if_it_is_no_worse_than_the_far_end_of_its_
 ) -> None:
     found = results(sets(tmp_path, reference={}, test={metric: test}, bf16={metric: floor}), [metric], {})
     assert found[metric].within_floor is within
+    assert (found[metric].to_json()["floor_limit"] is None) == (within is None)
     assert found[metric].floor["bf16"].mean == pytest.approx(sum(floor) / 2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "floor", "words"),
+    [
+        ("psnr", [50.0, 52.0], "at least 50.0"),
+        ("checkerboard_deviation", [-0.0013, 0.0017], "from -0.002 to 0.002"),
+        ("tempo", [0.97, 1.0], "from 0.97 to 1.03"),
+        ("dropped", [0.0, 0.0], "at most 0.000"),
+    ],
+)
+def test_the_limit_of_the_floor_is_told_with_enough_digits(tmp_path: Path, metric: str, floor: list[float], words: str) -> None:
+    found = results(sets(tmp_path, reference={}, test={metric: [1.0, 1.0]}, bf16={metric: floor}), [metric], {})
+    assert found[metric].to_json()["floor_limit"] == words
 
 
 def test_near_lossless_needs_every_figure_and_a_floor(tmp_path: Path) -> None:

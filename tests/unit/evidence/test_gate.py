@@ -38,6 +38,16 @@ def test_a_failure_says_what_and_by_how_much() -> None:
     ]
 
 
+def test_every_limit_is_a_check_with_its_margin() -> None:
+    found = {name: value for name, value in GOOD.items() if name != "ssim"} | {"psnr": 20.5, "tempo": 1.02}
+    checks = {check.metric: check for check in decide(found, {}, [], 4, "default", parse_limits(["psnr=20", "fvd=5"])).checks}
+    assert (checks["psnr"].limit, checks["psnr"].margin, checks["psnr"].passed) == ("at least 20", 0.5, True)  # the last one of two
+    assert checks["tempo"].margin == pytest.approx(0.08) and checks["tempo"].passed
+    assert (checks["ssim"].value, checks["ssim"].passed) == (None, None)  # of a preset: left out
+    assert (checks["fvd"].value, checks["fvd"].passed) == (None, False)  # asked for by name: missed
+    assert (checks["defects"].value, checks["defects"].margin) == (0.0, 0.02)
+
+
 def test_one_clip_with_a_defect_fails_four_and_not_a_hundred() -> None:
     defects = [{"name": "slowed", "clips": ["0003"], "sentence": "slowed motion: plays at 0.51 of the reference's speed"}]
     few = decide(GOOD, {}, defects, 4, "default")

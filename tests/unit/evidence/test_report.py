@@ -11,16 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from reelquant import CheckpointError, MeasurementError
+from reelquant import CheckpointError, MeasurementError, kernels
 from reelquant._numbers import figure, ranges
-from reelquant.evidence.report import Panel, render, summary, write
+from reelquant.evidence.report import Panel, glossary, render, summary, write
 from reelquant.evidence.report.cell_charts import interval_plot
 from reelquant.evidence.report.charts import Dot, Line, decades, line_chart, scatter_chart, steps, strip_chart
-from reelquant.evidence.report.clip_cards import clips_note
-from reelquant.evidence.report.data import ReportData
+from reelquant.evidence.report.clip_cards import clips_note, order_words
+from reelquant.evidence.report.data import QuantizationData, ReportData
+from reelquant.evidence.report.metric_table import gate_rows, tiles
 from reelquant.evidence.report.panels import best_gain, embed_within, encode, shown_size, strips, worst_first
-from reelquant.evidence.report.sentences import near_lossless, verdict
-from tests.unit.evidence.report import HOSTILE, counted, panels, sample
+from reelquant.evidence.report.proof import cost_note, cost_rows, facts
+from reelquant.evidence.report.sentences import few_clips, near_lossless, verdict
+from reelquant.evidence.report.several import render as render_several
+from reelquant.evidence.report.several import size_chart
+from reelquant.evidence.report.several_table import SeveralData, markdown, summary_rows
+from tests.unit.evidence.report import HOSTILE, counted, panels, sample, several, side_by_side
 
 
 def decode(video: bytes) -> list[Tensor]:
@@ -81,9 +86,10 @@ def test_size_bound_keeps_the_worst_and_at_least_one() -> None:
 
 def test_note_says_which_clips_are_shown_and_why() -> None:
     data = ReportData.from_json({"clips": 64, "metrics": {"psnr": dict(title="PSNR")}})
-    assert clips_note(data, 64, 12, "psnr", 40) == "12 clips of 64, worst PSNR first; more would make this file larger than 40 MB."
-    assert clips_note(data, 8, 8, None, 40) == "8 clips of 64; the others were not handed to the report."
-    assert clips_note(ReportData(), 0, 0, None, 40) == "No clip is shown: none was handed to the report."
+    assert clips_note(data, 64, 12, 40) == "12 clips of 64; more would make this file larger than 40 MB."
+    assert clips_note(data, 8, 8, 40) == "8 clips of 64; the others were not handed to the report."
+    assert (order_words(data, "psnr", 12), order_words(data, "psnr", 1), order_words(data, None, 12)) == (", worst PSNR first", "", "")
+    assert clips_note(ReportData(), 0, 0, 40) == "No clip is shown: none was handed to the report."
 
 
 # ---------------------------------------------------------------------------------------------------------------------- page
@@ -116,10 +122,11 @@ def test_page_says_verdict_missing_metrics_and_simulated_arithmetic() -> None:
     page = render(sample(), panels())
     for words in (
         "Fails the gate &#39;default&#39;: slowed motion.",
-        "Not near-lossless: PSNR outside of the float floor",
-        "Simulated arithmetic",
+        "Not near-lossless: PSNR outside of the noise floor, which is float run differently",
+        "float arithmetic stood in for few-bit products (simulated)",
         "<code>reelquant weights i3d</code>",
-        "All 3 clips, worst PSNR first.",
+        ", worst PSNR first</span>",
+        "All 3 clips.",
         "difference \u00d7",
         "first and last layer stay float",
         "reelquant evaluate out --reference tiny-dit",
@@ -197,7 +204,7 @@ def test_marks_and_names_are_escaped() -> None:
 
 def test_one_point_is_a_chart_too() -> None:
     assert line_chart("t", "a", [Line("x", "s", [1], [2.0])], "x", "y").svg
-    assert strip_chart("t", "a", [(3.0, "x")]).svg
+    assert strip_chart("t", "a", [(3.0, "x", "0000")]).svg
 
 
 def test_far_floors_are_marked_at_the_edge_instead_of_squeezing_the_rest() -> None:
@@ -205,6 +212,88 @@ def test_far_floors_are_marked_at_the_edge_instead_of_squeezing_the_rest() -> No
     assert "beyond" not in interval_plot((50.0, 49.0, 51.0), [near])
     plot = interval_plot((50.0, 49.0, 51.0), [near, far])
     assert plot.count("<circle") == 2 and "\u2039" in plot
+
+
+# ---------------------------------------------------------------------------------------------------------- gate, size, speed
+
+
+def test_every_limit_of_the_gate_stands_beside_value_and_margin_the_missed_ones_first() -> None:
+    rows = [(row.title, row.value, row.limit, row.margin, row.result) for row in gate_rows(ReportData.from_json(sample()))]
+    assert rows == [
+        ("Motion", "\u22120.480", "from -0.1 to 0.1", "\u22120.380", "failed"),
+        ("Clips with one and the same defect", "33.3 %", "at most 2% of the clips", "\u221231.3 %", "failed"),
+        ("PSNR", "49.0 dB", "at least 25", "+24.0", "passed"),
+        ("LPIPS (alex)", "\u2013", "at most 0.15", "\u2013", "not measured"),
+    ]
+    assert 'id="gate"' in render(sample()) and 'id="gate"' not in render(sample() | {"gate": None})
+    assert gate_rows(ReportData.from_json({"gate": dict(preset="strict", passed=True)})) == []  # of an older version
+
+
+def test_a_limit_stands_beside_the_pill_and_in_the_tile() -> None:
+    page = render(sample())
+    assert '<span class="pill bad">outside</span><small>at least 54.0</small>' in page
+    assert "outside of the noise floor (at least 54.0)" in page
+
+
+def test_distances_of_few_clips_are_no_headline() -> None:
+    data = sample()
+    data["metrics"]["fvd"] |= dict(value=12.0, missing=None)
+    few, many = (ReportData.from_json(data | {"clips": clips}) for clips in (8, 256))
+    assert "FVD" not in [tile.label for tile in tiles(few)] and "FVD" in [tile.label for tile in tiles(many)]
+    assert few_clips(few) == "FVD of 8 clips stand in the table only: distances of sets are a headline from 256 clips on."
+    assert few_clips(many) == ""
+
+
+def test_bytes_and_times_stand_beside_those_of_float() -> None:
+    data = ReportData.from_json(sample())
+    rows = {name: row for name, *row in cost_rows(data)}
+    assert rows["All weights of the folder"] == ["2 kB", "900 bytes", "2.22\u00d7 smaller"]
+    assert rows["Whole clip"] == ["3.00 s", "2.00 s", "1.50\u00d7 as fast (1.40 to 1.60)"]
+    assert rows["Peak memory"] == ["4 kB", "3 kB", "1.33\u00d7 smaller"]
+    assert "3 rounds, in bf16 on cpu with 2 threads" in cost_note(data)
+    assert "evaluate --speed" in cost_note(ReportData())
+
+
+def test_every_kernel_has_plain_words() -> None:
+    named = {kernel.name for kernel in (*kernels.KERNELS["cpu"](), kernels.REFERENCE)}
+    assert named <= glossary.KERNELS.keys()
+    assert (
+        "int16 pairs (few-bit integers, widened to 16 bits"
+        in dict(facts(ReportData.from_json({"quantization": dict(kernel={"int16 pairs": 3})}).quantization or QuantizationData()))[
+            "Computed by"
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- several tests
+
+
+def test_a_row_for_each_test_has_size_quality_worst_clip_motion_speed_and_gate() -> None:
+    rows = summary_rows(several())
+    assert rows[0] == [
+        "w8a8", "900 kB (2.22\u00d7 smaller)", "49.0 dB (48.0 to 50.0)", "45.0 dB (clip 0002)", "\u221248.0 %",
+        "1.50\u00d7 (1.40 to 1.60)", "passed",
+    ]  # fmt: skip
+    assert rows[2][-1] == "failed (slowed motion)"
+    assert "| w4a4 | 500 kB" in markdown(several())
+
+
+def test_the_page_of_several_tests_is_one_file_with_a_bubble_for_each() -> None:
+    page = render_several(several(), side_by_side(), {})
+    assert not re.findall(r"https?://|//[a-z]+\.[a-z]+/|@import|url\(|\son[a-z]+=|\sstyle=", page)
+    assert page.count('class="dot t-') == 3 and "2.50\u00d7 as fast as float" in page
+    assert page.count('<figure class="view test">') == 9 and "difference \u00d7" not in page
+    assert page.count('<figure class="view floor">') == 3
+    assert "<script>alert" not in page
+    for empty in ("metrics", "gate", "bytes", "speed", "quantization", "per_clip", "worst_clip"):
+        tests = [test | {empty: None} for test in several()["tests"]]
+        assert "</html>" in render_several(several() | {"tests": tests}, side_by_side(), {}), empty
+
+
+def test_speed_that_was_not_measured_gives_bubbles_of_one_size() -> None:
+    tests = [test | {"speed": None} for test in several()["tests"]]
+    chart = size_chart(SeveralData.model_validate(several() | {"tests": tests}))
+    assert len(set(re.findall(r' r="([\d.]+)"', str(chart.svg)))) == 1 and "--speed" in chart.about
 
 
 # --------------------------------------------------------------------------------------------------------------------- words
@@ -233,7 +322,7 @@ def test_verdict_is_about_the_gate_and_never_claims_what_was_not_measured() -> N
     undecided = ReportData.from_json({"near_lossless": dict(holds=None, why="no bf16 floor")})
     assert near_lossless(undecided) == "Near-lossless was not decided (no bf16 floor)"
     real = ReportData.from_json({"quantization": dict(simulated=False, kernel=dict(int8=2))})
-    assert verdict(real)[1][1] == "Real low-bit arithmetic in every quantized layer (kernel int8 in 2 layers)."
+    assert verdict(real)[1][1] == "Every quantized layer was computed as the recipe says; nothing stood in for it."
 
 
 def test_summary_has_table_failures_and_what_is_missing() -> None:

@@ -48,6 +48,21 @@ class Dot:
 
 
 @dataclass(frozen=True)
+class Bubble:
+    """One mark with an interval along y, a text inside it, a name for the legend and the text that hovering shows."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    radius: float
+    style: str
+    mark: str
+    name: str
+    tip: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """A drawing with its words; ``missing`` is the reason if it could not be drawn."""
 
@@ -248,6 +263,24 @@ def scatter_chart(
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
 
 
+def bubble_chart(title: str, about: str, bubbles: Sequence[Bubble], x_title: str, y_title: str) -> Chart:
+    """Bubbles of several sizes with intervals; the x axis starts at zero, the y axis where the intervals do."""
+    bubbles = [one for one in bubbles if finite(one.x, one.y, one.low, one.high)]
+    if not bubbles:
+        return Chart(title, about, missing="no test has both figures")
+    x = Scale(0.0, 1.12 * max(one.x for one in bubbles), LEFT, WIDTH - RIGHT)
+    y = Scale(*padded([end for one in bubbles for end in (one.low, one.high)]), HEIGHT - BOTTOM, TOP)
+    body = axes(Frame(x, y), x_title, y_title)
+    for one in sorted(bubbles, key=lambda one: -one.radius):  # small ones on top
+        left, top = x(one.x), y(one.y)
+        body.append(tag("line", css=f"whisker {one.style}", x1=left, x2=left, y1=y(one.low), y2=y(one.high)))
+        body.append(tag("circle", tip(one.tip), css=f"dot {one.style}", cx=left, cy=top, r=round(one.radius, 2)))
+        body.append(text(left, top + 4, one.mark, css="inside middle"))
+    legend = [(one.style, f"{one.mark} {one.name}") for one in bubbles]
+    words = "; ".join(one.tip for one in bubbles)
+    return Chart(title, about, drawing(f"{title}. {about} {words}", body), legend)
+
+
 def swarm(values: Sequence[float], place: Callable[[float], float], radius: float) -> list[float]:
     """Heights at which dots of a strip do not cover each other, in units of a radius: 0, 2, -2, 4 ..."""
     order = (0, 2, -2, 4, -4, 6, -6, 8, -8, 10, -10)
@@ -262,19 +295,19 @@ def swarm(values: Sequence[float], place: Callable[[float], float], radius: floa
     return heights
 
 
-def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], unit: str = "") -> Chart:
+def strip_chart(title: str, about: str, values: Sequence[tuple[float, str, str]], unit: str = "") -> Chart:
     """One dot per clip along an axis, the median as a line.
 
     Args:
         title, about: words.
-        values: of every clip, with the text that hovering shows.
+        values: of every clip, with the text that hovering shows and the clip's name.
         unit: of the values.
     """
-    values = [(value, words) for value, words in values if is_number(value)]
+    values = [(value, words, name) for value, words, name in values if is_number(value)]
     if not values:
         return Chart(title, about, missing="no clip has this figure")
     height, middle, radius = 100, 36, 2.8
-    numbers = [value for value, _ in values]
+    numbers = [value for value, _, _ in values]
     scale = Scale(*padded(numbers), 16, WIDTH - 16)
     median = statistics.median(numbers)
     body = [tag("line", css="grid", x1=16, x2=WIDTH - 16, y1=height - 28, y2=height - 28)]
@@ -290,7 +323,8 @@ def strip_chart(title: str, about: str, values: Sequence[tuple[float, str]], uni
             y2=height - 28,
         )
     )
-    for (value, words), offset in zip(values, swarm(numbers, scale, radius), strict=True):
-        body.append(tag("circle", tip(words), css="dot s-test", cx=scale(value), cy=middle + offset, r=radius))
+    for (value, words, name), offset in zip(values, swarm(numbers, scale, radius), strict=True):
+        place = {"cx": scale(value), "cy": middle + offset, "r": radius, "data_value": value}
+        body.append(tag("circle", tip(words), css="dot s-test", data_clip=name, aria_label=words, **place))
     note = f"median {figure(median, unit)}, {figure(min(numbers))} to {figure(max(numbers))}"
     return Chart(title, note, drawing(f"{title} of {len(numbers)} clips: {note}. {about}", body, height))

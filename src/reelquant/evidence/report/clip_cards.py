@@ -11,6 +11,7 @@ from reelquant._numbers import count, figure, is_number
 from reelquant.evidence.report import cell_charts
 from reelquant.evidence.report.data import ClipData, ReportData
 from reelquant.evidence.report.panels import BADNESS, Embedded, Panel
+from reelquant.evidence.report.sentences import defect_words
 
 FIGURES = 5  # per clip
 CURVES = ("psnr", "motion_energy")  # shown first
@@ -49,7 +50,7 @@ def clip_card(clip: Embedded, panel: Panel, entry: ClipData, data: ReportData) -
     numbers = {name: float(value or 0.0) for name, value in panel.figures.items() if is_number(value)}
     ordered = [name for name in data.metrics if name in numbers] + [name for name in numbers if name not in data.metrics]
     shown = [(data.title(name), figure(numbers[name], data.unit(name))) for name in ordered[:FIGURES]]
-    badges = [defect.name for defect in data.defects if clip.name in defect.clips]
+    badges = [defect_words(defect.name) for defect in data.defects if clip.name in defect.clips]
     names = sorted(entry.curves, key=lambda name: (CURVES.index(name) if name in CURVES else len(CURVES), name))
     curves = [clip_curve(name, entry, clip.frames, data) for name in names[: len(CURVES)]]
     return ClipCard(clip, badges, shown, numbers, [found for found in curves if found])
@@ -70,22 +71,25 @@ def clip_curve(name: str, entry: ClipData, frames: int, data: ReportData) -> Cur
     return Curve(title, figure(min(both), unit), figure(max(both), unit), svg, bool(reference))
 
 
-def clips_note(data: ReportData, given: int, shown: int, by: str | None, limit: float) -> str:
+def clips_note(data: ReportData, given: int, shown: int, limit: float) -> str:
     """Which clips the page shows, and why not all.
 
     Args:
         data: of the report.
         given, shown: number of clips that the report got, and that fit.
-        by: the metric that orders them; None if none does.
         limit: of the page, MB.
     """
     total = max(data.clip_count, given)
     if not given:
         return "No clip is shown: none was handed to the report."
-    order = f", worst {data.title(by)} first" if by and total > 1 else ""
     why = f"; more would make this file larger than {limit:g} MB" if shown < given else ""
     left = "; the others were not handed to the report" if not why and given < total else ""
-    return f"{_which(shown, total)}{order}{why}{left}."
+    return f"{_which(shown, total)}{why}{left}."
+
+
+def order_words(data: ReportData, by: str | None, shown: int) -> str:
+    """How the clips are sorted, behind the heading of their section; empty if they are not."""
+    return f", worst {data.title(by)} first" if by and shown > 1 else ""
 
 
 def _which(shown: int, total: int) -> str:

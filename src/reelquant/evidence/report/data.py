@@ -38,7 +38,7 @@ Numbers = Annotated[tuple[Number, ...], BeforeValidator(lambda raw: () if raw is
 Texts = Annotated[tuple[str, ...], BeforeValidator(lambda raw: () if raw is None else raw)]
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
     """An object of the file. Null and empty objects count as absent; unknown keys are left out."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
@@ -54,7 +54,7 @@ class _Part(BaseModel):
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
-class ValueRange(_Part):
+class ValueRange(Part):
     """A value and its 95 % interval."""
 
     value: Number = None
@@ -87,6 +87,7 @@ class MetricData(ValueRange):
     reference: Number = None
     floor: dict[str, ValueRange] = {}
     within_floor: bool | None = None
+    floor_limit: str | None = None
     missing: str | None = None
 
     @property
@@ -98,7 +99,7 @@ class MetricData(ValueRange):
         return None if self.value is None else min(6, significant(self.value))
 
 
-class CurveData(_Part):
+class CurveData(Part):
     """Mean and interval, one number per step."""
 
     mean: Numbers = ()
@@ -106,7 +107,7 @@ class CurveData(_Part):
     high: Numbers = ()
 
 
-class TrajectoryData(_Part):
+class TrajectoryData(Part):
     """Error of the latents after every step; ``test`` and each variant of ``floor`` hold a value per step."""
 
     steps: Numbers = ()
@@ -115,7 +116,7 @@ class TrajectoryData(_Part):
     about: str = "Relative error of the latents after each step."
 
 
-class GrainData(_Part):
+class GrainData(Part):
     """Grain of both sides against the number of steps."""
 
     steps: Numbers = ()
@@ -123,7 +124,7 @@ class GrainData(_Part):
     test: Numbers = ()
 
 
-class BiasData(_Part):
+class BiasData(Part):
     """A distance of distributions against the number of clips."""
 
     metric: str | None = None
@@ -136,7 +137,7 @@ class BiasData(_Part):
 # ------------------------------------------------------------------------------------------------------ clips, verdicts
 
 
-class SideData(_Part):
+class SideData(Part):
     """One side of the comparison."""
 
     name: str | None = None
@@ -144,7 +145,7 @@ class SideData(_Part):
     recipe: str | None = None
 
 
-class ClipData(_Part):
+class ClipData(Part):
     """Figures of one clip: one number per metric, and one per frame for ``curves``."""
 
     name: str | None = None
@@ -154,7 +155,7 @@ class ClipData(_Part):
     reference_curves: dict[str, Numbers] = {}
 
 
-class NearLosslessData(_Part):
+class NearLosslessData(Part):
     """Whether every figure is within the float floor; ``holds`` is None if that was not decided."""
 
     holds: bool | None = None
@@ -162,7 +163,7 @@ class NearLosslessData(_Part):
     why: str | None = None
 
 
-class FailureData(_Part):
+class FailureData(Part):
     """A figure outside of its limit."""
 
     metric: str | None = None
@@ -172,15 +173,26 @@ class FailureData(_Part):
     looks_like: str | None = None
 
 
-class GateData(_Part):
+class CheckData(Part):
+    """A figure beside its limit: :class:`reelquant.evidence.gate.Check`. Reports of older versions have none."""
+
+    metric: str | None = None
+    value: Number = None
+    limit: str | None = None
+    margin: Number = None
+    passed: bool | None = None
+
+
+class GateData(Part):
     """The gate's result; ``passed`` is None if no gate was applied."""
 
     preset: str | None = None
     passed: bool | None = None
     failures: tuple[FailureData, ...] = ()
+    checks: tuple[CheckData, ...] = ()
 
 
-class DefectData(_Part):
+class DefectData(Part):
     """A defect that was recognised, and in which clips."""
 
     name: str = "defect"
@@ -191,7 +203,7 @@ class DefectData(_Part):
 # --------------------------------------------------------------------------------------------------------- quantization
 
 
-class LayerData(_Part):
+class LayerData(Part):
     """One quantized layer."""
 
     name: str | None = None
@@ -206,7 +218,7 @@ class LayerData(_Part):
     skewness: Number = None
 
 
-class TrialData(_Part):
+class TrialData(Part):
     """One combination that the search tried."""
 
     family: str | None = None
@@ -214,7 +226,7 @@ class TrialData(_Part):
     psnr: Number = None
 
 
-class AttentionData(_Part):
+class AttentionData(Part):
     """What computes attention with few-bit operands; ``refused`` says why it is computed in float instead."""
 
     asked: str | None = None
@@ -223,7 +235,7 @@ class AttentionData(_Part):
     simulated: bool = False
 
 
-class QuantizationData(_Part):
+class QuantizationData(Part):
     """The report of quantizing. ``skipped`` is reason -> layers that stay float; version 0.1 called it ``kept``."""
 
     recipe: str | None = None
@@ -253,7 +265,7 @@ class QuantizationData(_Part):
         return sum(len(names) for names in self.skipped.values())
 
 
-class ClippedLayerData(_Part):
+class ClippedLayerData(Part):
     """A layer whose inputs were clipped: share of values, farthest value over the range, noise of clipping over noise of rounding."""
 
     name: str | None = None
@@ -262,7 +274,7 @@ class ClippedLayerData(_Part):
     excess: Number = None
 
 
-class ClippedStepData(_Part):
+class ClippedStepData(Part):
     """A denoising step, all layers together."""
 
     step: Number = None
@@ -270,7 +282,7 @@ class ClippedStepData(_Part):
     excess: Number = None
 
 
-class SaturationData(_Part):
+class SaturationData(Part):
     """What the quantized pipeline clipped while it made the clips: :meth:`reelquant.nn.Saturation.facts`."""
 
     share: Number = None
@@ -280,7 +292,7 @@ class SaturationData(_Part):
     layers: tuple[ClippedLayerData, ...] = ()
 
 
-class ReuseData(_Part):
+class ReuseData(Part):
     """What was not computed at every step: :meth:`reelquant.evidence.reused.ReusedSteps.facts`; steps are number, computed, reused."""
 
     parts: Texts = ()
@@ -290,10 +302,37 @@ class ReuseData(_Part):
     things: str = "blocks"
 
 
+class SpreadData(Part):
+    """A median and the quartiles around it."""
+
+    median: Number = None
+    low: Number = None
+    high: Number = None
+
+
+class SpeedData(Part):
+    """Times and memory of both pipelines in turns: :meth:`reelquant.evidence.speed.Benchmark.to_json`."""
+
+    speedup: SpreadData = SpreadData()
+    step_speedup: SpreadData = SpreadData()
+    seconds: dict[str, SpreadData] = {}
+    step_seconds: dict[str, SpreadData] = {}
+    weight_bytes: dict[str, Number] = {}
+    peak_bytes: dict[str, Number] = {}
+    data: dict[str, Any] = {}
+
+
+class BytesData(Part):
+    """Bytes of all weights of a pipeline as they are stored."""
+
+    reference: Number = None
+    test: Number = None
+
+
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
-class ReportData(_Part):
+class ReportData(Part):
     """All of ``report.json``. ``metrics`` are sorted by kind, then as in ``METRICS``, then by name."""
 
     kind: str | None = None
@@ -314,6 +353,9 @@ class ReportData(_Part):
     bias: BiasData | None = None
     saturation: SaturationData | None = None
     reuse: ReuseData | None = None
+    speed: SpeedData | None = None
+    bytes: BytesData = BytesData()
+    floor_words: dict[str, str] = Field(default={}, validation_alias="floors")
     near_lossless: NearLosslessData | None = None
     gate: GateData | None = None
     defects: tuple[DefectData, ...] = ()
@@ -322,6 +364,7 @@ class ReportData(_Part):
     machine: dict[str, Any] = {}
     versions: dict[str, Any] = {}
     seconds: dict[str, Number] = {}
+    expected_seconds: Number = None
     peak_memory_gb: Number = None
 
     @classmethod

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
 from reelquant import _numbers as numbers
-from reelquant._errors import MeasurementError
 from reelquant.evidence.media import FPS
 from reelquant.evidence.report import clip_cards, metric_table, plots, proof, sentences
-from reelquant.evidence.report.clip_cards import ClipCard
 from reelquant.evidence.report.data import QuantizationData, ReportData, ReuseData, SaturationData
-from reelquant.evidence.report.panels import Panel, best_gain, embed_within, worst_first
+from reelquant.evidence.report.glossary import WORDS
+from reelquant.evidence.report.page import ClipSection, check_panels, embedded, rendered, views
+from reelquant.evidence.report.panels import Panel, worst_first
 from reelquant.evidence.store import write_text
 
 LIMIT_MB = 40.0
@@ -74,19 +65,16 @@ def render(
     """
     raw = numbers.finite_only(data)
     found = ReportData.from_json(raw)
-    shown = _shown(found, clips, limit_mb, spare=150_000 + 6 * len(json.dumps(raw)), fps=fps or found.fps or FPS)
-    script, style = resource("report.js"), resource("report.css")
-    page = templates().from_string(resource("template.html.jinja"))
-    return page.render(
+    shown = _shown(found, clips, limit_mb, raw, fps or found.fps or FPS)
+    return rendered(
+        "report.html.jinja",
         data=found,
         raw=raw,
-        policy=policy(script, style),
-        script=Markup(script),
-        style=Markup(style),
-        clips_note=clip_cards.clips_note(found, len(clips), len(shown.cards), shown.by, limit_mb),
+        clips_note=clip_cards.clips_note(found, len(clips), len(shown.cards), limit_mb),
         **vars(shown),
         **_words(found),
         **_metrics(found),
+        **_costs(found),
         **_quantization(found.quantization or QuantizationData()),
         **_saturation(found),
         reuse=sentences.reuse(found),
@@ -94,50 +82,22 @@ def render(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- clips
-
-
-@dataclass(frozen=True)
-class Shown:
-    """The clips of the page.
-
-    Attributes:
-        cards: one per clip, the worst first.
-        orders: name, title and direction of each metric that can sort them.
-        by: the metric that orders them now; None if none does.
-        frames: of the longest clip.
-        gain: amplification of the difference.
-        fps: frames per second.
-    """
-
-    cards: list[ClipCard]
-    orders: list[tuple[str, str, str]]
-    by: str | None
-    frames: int
-    gain: int
-    fps: float
-
-
-def _shown(data: ReportData, clips: Sequence[Panel], limit_mb: float, *, spare: int, fps: float) -> Shown:
-    """As many clips as fit.
-
-    Args:
-        data: of the report.
-        clips: all that were given.
-        limit_mb: of the page.
-        spare: more characters than the page takes without its clips.
-        fps: frames per second.
-    """
-    panels = {panel.name: panel for panel in clips}
-    if len(panels) != len(clips):
-        twice = sorted(name for name in panels if sum(panel.name == name for panel in clips) > 1)
-        raise MeasurementError(f"clips of a report need different names; got several called {', '.join(twice[:4])}")
+def _shown(data: ReportData, clips: Sequence[Panel], limit_mb: float, raw: Mapping[str, Any], fps: float) -> ClipSection:
+    """As many clips as fit, the worst first."""
+    check_panels(clips)
     ordered, by = worst_first(clips, data.metrics)
-    gain = best_gain(ordered)
-    embedded = embed_within(ordered, gain, fps, max(0.0, limit_mb * 1e6 - spare))
-    cards = clip_cards.clip_cards(data, embedded, panels)
-    frames = max((card.clip.frames for card in cards), default=1)
-    return Shown(cards, clip_cards.orders(cards, data), by, frames, gain, fps)
+    gain, made = embedded(ordered, limit_mb, raw, fps)
+    cards = clip_cards.clip_cards(data, made, {panel.name: panel for panel in clips})
+    left, right = sentences.sides(data)
+    return ClipSection(
+        cards=cards,
+        orders=clip_cards.orders(cards, data),
+        order_words=clip_cards.order_words(data, by, len(cards)),
+        views=views(ordered, left, [right], gain),
+        frames=max((card.clip.frames for card in cards), default=1),
+        gain=gain,
+        fps=fps,
+    )
 
 
 # ------------------------------------------------------------------------------------------- what the template is given
@@ -155,6 +115,8 @@ def _words(data: ReportData) -> dict[str, Any]:
         "failures": [(failure, data.title(failure.metric)) for failure in failures],
         "environment": proof.environment(data),
         "command": sentences.reproduce(data),
+        "words": list(WORDS.items()),
+        "gate": metric_table.gate_rows(data),
     }
 
 
@@ -163,11 +125,17 @@ def _metrics(data: ReportData) -> dict[str, Any]:
         "tiles": metric_table.tiles(data),
         "groups": metric_table.metric_groups(data),
         "floors": data.floors,
+        "floor_note": sentences.floor_note(data),
+        "few_clips": sentences.few_clips(data),
         "has_reference": any(metric.reference is not None for metric in data.metrics.values()),
         "missing": [(*sentences.command(reason), titles) for reason, titles in data.missing.items()],
         "charts": [plots.trajectory_chart(data), plots.bias_chart(data), plots.grain_chart(data)],
         "strips": plots.strip_charts(data),
     }
+
+
+def _costs(data: ReportData) -> dict[str, Any]:
+    return {"costs": proof.cost_rows(data), "cost_note": proof.cost_note(data)}
 
 
 def _quantization(quantization: QuantizationData) -> dict[str, Any]:
@@ -191,28 +159,3 @@ def _saturation(data: ReportData) -> dict[str, Any]:
         "clipped_layers": proof.clipped_rows(found),
         "clipped_steps": plots.saturation_chart(found),
     }
-
-
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
-@functools.cache
-def resource(name: str) -> str:
-    """A text file that lies beside this module."""
-    return (files(__package__) / name).read_text(encoding="utf-8")
-
-
-def policy(script: str, style: str) -> str:
-    """The content security policy: nothing is loaded, and only this script and this style sheet run."""
-    hashes = [base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() for content in (script, style)]
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'; "
-        "media-src blob:; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-
-
-def templates() -> Environment:
-    """Jinja with escaping on: only :class:`~markupsafe.Markup` made by this package is inserted as it is."""
-    found = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    found.filters["count"] = numbers.count
-    return found

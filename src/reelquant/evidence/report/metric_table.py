@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from reelquant._numbers import figure, size
+from reelquant._numbers import figure, percent, size
+from reelquant.evidence.gate import DEFECTS
+from reelquant.evidence.metrics import FEW, METRICS
 from reelquant.evidence.report import cell_charts
-from reelquant.evidence.report.data import KINDS, MetricData, QuantizationData, ReportData, ValueRange
+from reelquant.evidence.report.data import KINDS, CheckData, MetricData, QuantizationData, ReportData, ValueRange
 from reelquant.evidence.report.sentences import BETTER, WITHIN
 
-NOTES = {True: ", within the float floor", False: ", outside of the float floor", None: ""}
+NOTES = {True: ", within the noise floor", False: ", outside of the noise floor", None: ""}
 TARGETS = {"zero": 0.0, "one": 1.0}
 
 
@@ -27,7 +29,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A row of the metric table; ``within`` is ``within``, ``outside`` or a dash."""
+    """A row of the metric table; ``within`` is ``within``, ``outside`` or a dash, ``limit`` what the floor allows."""
 
     title: str
     about: str
@@ -40,6 +42,18 @@ class MetricRow:
     plot: Markup
     plotted: Sequence[str]
     within: str
+    limit: str
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """A limit of the gate; ``result`` is ``passed``, ``failed`` or ``not measured``."""
+
+    title: str
+    value: str
+    limit: str
+    margin: str
+    result: str
 
 
 def tiles(data: ReportData) -> list[Tile]:
@@ -47,8 +61,11 @@ def tiles(data: ReportData) -> list[Tile]:
     found: dict[str, Tile] = {}
     for name, metric in data.measured.items():
         kind = metric.kind or "other"
+        if kind == "distribution" and data.clip_count < FEW:
+            continue  # mostly bias
         if kind not in found and metric.better in BETTER:
-            note = (metric.range_text(metric.decimals) + NOTES[metric.within_floor]).strip(", ")
+            limit = f" ({metric.floor_limit})" if metric.floor_limit else ""
+            note = (metric.range_text(metric.decimals) + NOTES[metric.within_floor]).strip(", ") + limit
             found[kind] = Tile(data.title(name), figure(metric.value, metric.unit, metric.decimals), note)
     return [*found.values(), *(savings(data.quantization) if data.quantization else [])]
 
@@ -90,7 +107,34 @@ def metric_row(title: str, metric: MetricData, floors: Sequence[str]) -> MetricR
         plot=cell_charts.interval_plot(triple(metric), measured, TARGETS.get(metric.better or "")),
         plotted=[floor for floor, _ in measured],
         within=WITHIN[metric.within_floor],
+        limit=metric.floor_limit or "",
     )
+
+
+RESULTS = {True: "passed", False: "failed", None: "not measured"}
+
+
+def gate_rows(data: ReportData) -> list[GateRow]:
+    """Every limit of the gate, those missed first, those not measured last."""
+    checks = data.gate.checks if data.gate else ()
+    places = {False: 0, True: 1, None: 2}
+    return [_gate_row(data, check) for check in sorted(checks, key=lambda check: places[check.passed])]
+
+
+def _gate_row(data: ReportData, check: CheckData) -> GateRow:
+    name = check.metric or "unknown"
+    if name == DEFECTS:
+        margin = plus(check.margin, percent(check.margin))
+        return GateRow("Clips with one and the same defect", percent(check.value), check.limit or "", margin, RESULTS[check.passed])
+    unit = data.unit(name) or (METRICS[name].unit if name in METRICS else "")
+    digits = METRICS[name].digits if name in METRICS else None
+    value, margin = figure(check.value, unit, digits), plus(check.margin, figure(check.margin, "", digits))
+    return GateRow(data.title(name), value, check.limit or "", margin, RESULTS[check.passed])
+
+
+def plus(value: float | None, text: str) -> str:
+    """A margin with its sign."""
+    return f"+{text}" if value is not None and value > 0 else text
 
 
 def triple(found: ValueRange) -> tuple[float, float, float]:

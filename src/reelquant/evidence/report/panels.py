@@ -1,4 +1,4 @@
-"""Clips of the report: float, quantized and their difference in one video, so that they cannot drift apart."""
+"""Clips of the report: float, quantized, their difference, the noise floor in one video, so that they cannot drift apart."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Panel:
         prompt, seed: what it was sampled from.
         figures: metric -> value for this clip.
         reference, test: ``[frames, 3, height, width]`` in [0, 1], of one shape.
+        others: what further pipelines under test made, in the order of the page.
+        floor: what shows the noise floor, if anything does.
 
     Raises:
         MeasurementError: if the clips differ in shape or are empty.
@@ -44,15 +46,39 @@ class Panel:
     figures: Mapping[str, float | None]
     reference: Tensor
     test: Tensor
+    others: Sequence[Tensor] = ()
+    floor: Tensor | None = None
 
     def __post_init__(self) -> None:
-        shape, other = tuple(self.reference.shape), tuple(self.test.shape)
-        if shape != other:
+        shape = tuple(self.reference.shape)
+        unlike = [tuple(clip.shape) for clip in (self.test, *self.others, *self._floors) if tuple(clip.shape) != shape]
+        if unlike:
+            other = unlike[0]
             raise MeasurementError(
                 f"clip '{self.name}' cannot be shown side by side: the reference is {shape}, the test {other}; give both one shape"
             )
         if len(shape) != 4 or shape[1] != 3 or not all(shape):
             raise MeasurementError(f"clip '{self.name}' must be [frames, 3, height, width] with at least one frame; it is {shape}")
+
+    @property
+    def _floors(self) -> list[Tensor]:
+        return [] if self.floor is None else [self.floor]
+
+    def pictures(self, frame: int, gain: int) -> list[Tensor]:
+        """What is shown of a frame, each ``[1, 3, height, width]``: float, quantized, their difference ``0.5 + gain * (quantized - float)``
+        if there is one quantized clip, else all of them, then the floor."""
+        reference, *tests = (_plain(clip, frame) for clip in (self.reference, self.test, *self.others))
+        difference = [0.5 + gain * (tests[0] - reference)] if not self.others else []
+        return [reference, *tests, *difference, *(_plain(clip, frame) for clip in self._floors)]
+
+    @property
+    def count(self) -> int:
+        """How many pictures are shown of a frame."""
+        return 2 + (len(self.others) or 1) + len(self._floors)
+
+
+def _plain(clip: Tensor, frame: int) -> Tensor:
+    return clip[frame : frame + 1].detach().float().cpu().clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -60,7 +86,7 @@ class Embedded:
     """A panel as text for the page.
 
     Attributes:
-        video: base64 of an MP4 whose frames hold three pictures in a row.
+        video: base64 of an MP4 whose frames hold ``count`` pictures in a row.
         still: base64 of a JPEG of the middle frame, for paper and for browsers that cannot play the video.
         width, height: of one picture.
         stride: from the left edge of one picture to that of the next.
@@ -70,6 +96,7 @@ class Embedded:
     prompt: str
     seed: int | None
     frames: int
+    count: int
     width: int
     height: int
     stride: int
@@ -120,12 +147,11 @@ def best_gain(panels: Sequence[Panel]) -> int:
 
 
 def strips(panel: Panel, gain: int) -> Iterator[Tensor]:
-    """Per frame uint8 ``[height, 3 * stride, 3]``: float, quantized, and ``0.5 + gain * (quantized - float)``."""
+    """Per frame uint8 ``[height, count * stride, 3]``: the pictures of a panel in a row."""
     height, width = shown_size(*panel.reference.shape[-2:])
     padding = (0, -width % ALIGN, 0, 0)
-    for i in range(len(panel.reference)):
-        reference, test = (clip[i : i + 1].detach().float().cpu().clamp(0, 1) for clip in (panel.reference, panel.test))
-        row = [resized(picture, height, width) for picture in (reference, test, 0.5 + gain * (test - reference))]
+    for frame in range(len(panel.reference)):
+        row = [resized(picture, height, width) for picture in panel.pictures(frame, gain)]
         strip = torch.cat([F.pad(picture, padding, mode="replicate") for picture in row], -1)[0]
         yield (strip.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
 
@@ -180,9 +206,10 @@ def embed(panel: Panel, gain: int, fps: float) -> Embedded:
         panel.prompt,
         panel.seed,
         len(frames),
+        panel.count,
         width,
         height,
-        frames[0].shape[1] // 3,
+        frames[0].shape[1] // panel.count,
         video,
         still,
     )

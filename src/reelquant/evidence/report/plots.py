@@ -79,16 +79,19 @@ def bias_chart(data: ReportData) -> Chart:
 
 def strip_charts(data: ReportData) -> list[Chart]:
     """One strip per metric that clips have figures of."""
-    made = (_strip(data, name, metric) for name, metric in data.metrics.items() if metric.better in BETTER)
-    return [chart for chart in made if chart is not None][:STRIPS]
+    made = (strip(data, name, metric) for name, metric in data.metrics.items() if metric.better in BETTER)
+    return [chart for chart in made if chart.svg is not None][:STRIPS]
 
 
-def _strip(data: ReportData, name: str, metric: MetricData) -> Chart | None:
+def strip(data: ReportData, name: str, metric: MetricData, subject: str = "") -> Chart:
+    """Every clip is a dot, by one of its figures."""
     values = [(entry, entry.figures.get(name)) for entry in data.per_clip]
     dots = [
-        (float(v), f"{entry.name}: {figure(v, metric.unit)} \u2013 {entry.prompt or 'no prompt'}") for entry, v in values if v is not None
+        (float(v), f"{entry.name}: {figure(v, metric.unit)} \u2013 {entry.prompt or 'no prompt'}", str(entry.name))
+        for entry, v in values
+        if v is not None
     ]
-    return charts.strip_chart(data.title(name), metric.about, dots, metric.unit) if dots else None
+    return charts.strip_chart(f"{subject}{data.title(name)}", metric.about, dots, metric.unit)
 
 
 def saturation_chart(found: SaturationData) -> Chart:

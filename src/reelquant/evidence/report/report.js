@@ -1,12 +1,12 @@
 "use strict";
-(() => {
+const report = (() => {
   const $ = (id) => document.getElementById(id);
   const cards = [...document.querySelectorAll("article.clip")];
-  const state = { frame: 0, playing: false, speed: 1, large: null, mode: "wipe" };
+  const state = { frame: 0, playing: false, speed: 1, large: null, mode: "wipe", blind: null, onDraw: () => {} };
 
   // ------------------------------------------------------------------------------------------------------------- one clip
 
-  /* A clip is one video with three pictures in a row, drawn to three canvases: they cannot drift apart. It is loaded when it comes
+  /* A clip is one video with its pictures in a row, drawn to a canvas each: they cannot drift apart. It is loaded when it comes
      near the window and released when it leaves, because browsers allow only some dozens of videos at a time. Frames of small clips
      are kept once they were decoded, so that playing does not wait for seeks after the first round. */
   const KEPT_BYTES = 24e6;
@@ -15,7 +15,7 @@
     constructor(card, fps) {
       this.card = card;
       this.fps = fps;
-      for (const key of ["frames", "width", "height", "stride"]) this[key] = Number(card.dataset[key]);
+      for (const key of ["frames", "width", "height", "stride", "count"]) this[key] = Number(card.dataset[key]);
       this.canvases = [...card.querySelectorAll("canvas")];
       this.cursors = [...card.querySelectorAll(".cursor")];
       this.figures = JSON.parse(card.dataset.figures);
@@ -24,7 +24,7 @@
       this.shown = this.wanted = -1;
       this.busy = false;
       this.kept = [];
-      this.keeps = 4 * 3 * this.stride * this.height * this.frames <= KEPT_BYTES;
+      this.keeps = 4 * this.count * this.stride * this.height * this.frames <= KEPT_BYTES;
       this.still();
     }
 
@@ -112,7 +112,7 @@
 
     keep(frame) {
       const copy = document.createElement("canvas");
-      Object.assign(copy, { width: 3 * this.stride, height: this.height });
+      Object.assign(copy, { width: this.count * this.stride, height: this.height });
       copy.getContext("2d").drawImage(this.video, 0, 0);
       return (this.kept[frame] = copy);
     }
@@ -127,8 +127,9 @@
 
     draw(picture) {
       this.picture = picture;
-      this.canvases.forEach((canvas, k) => this.piece(canvas.getContext("2d"), k, 0));
+      for (const canvas of this.canvases) this.piece(canvas.getContext("2d"), Number(canvas.dataset.k), 0);
       if (state.large === this) enlarge();
+      if (state.blind === this) state.onDraw();
     }
 
     piece(context, k, x, from = 0, to = 1) {
@@ -195,18 +196,18 @@
     if (event.ctrlKey || event.metaKey || event.altKey || !inSight()) return;
     const target = event.target;
     const typing = target.matches("input, select, textarea") && target.id !== "scrub";
-    const pressing = target.matches("button, summary, a, canvas, .scroll");
+    const pressing = target.matches("button, summary, a, canvas, circle, .scroll");
     if (event.key === " " && !typing && !pressing) {
       event.preventDefault();
       toggle();
-    } else if (["ArrowLeft", "ArrowRight"].includes(event.key) && !typing && !target.matches(".scroll")) {
+    } else if (["ArrowLeft", "ArrowRight"].includes(event.key) && !typing && !target.matches(".scroll, circle")) {
       event.preventDefault();
       step(event.key === "ArrowLeft" ? -1 : 1);
     }
   }
 
   function inSight() {
-    if (state.large) return true;
+    if (state.large || state.blind) return true;
     const box = $("clips").getBoundingClientRect();
     return box.top < innerHeight * 0.8 && box.bottom > innerHeight * 0.2;
   }
@@ -230,27 +231,29 @@
   function choose(mode) {
     state.mode = mode;
     for (const button of document.querySelectorAll(".modes button")) button.setAttribute("aria-pressed", String(button.dataset.mode === mode));
-    document.querySelector("label.wipe").hidden = mode !== "wipe";
+    document.querySelector("#wipe").hidden = mode !== "wipe";
+    document.querySelector(".wipe").hidden = mode === "difference";
     enlarge();
   }
 
   const draws = {
     wipe(clip, context, at) {
-      clip.piece(context, 0, 0, 0, at);
-      clip.piece(context, 1, 0, at, 1);
+      clip.piece(context, chosen("left"), 0, 0, at);
+      clip.piece(context, chosen("right"), 0, at, 1);
       context.fillStyle = "#000";
       context.fillRect(Math.round(at * clip.width) - 1, 0, 1, clip.height);
       context.fillStyle = "#fff";
       context.fillRect(Math.round(at * clip.width), 0, 1, clip.height);
     },
     side(clip, context) {
-      clip.piece(context, 0, 0);
-      clip.piece(context, 1, clip.width + 8);
+      clip.piece(context, chosen("left"), 0);
+      clip.piece(context, chosen("right"), clip.width + 8);
     },
     difference(clip, context) {
-      clip.piece(context, 2, 0);
+      clip.piece(context, Number(document.querySelector('canvas[data-kind="difference"]').dataset.k), 0);
     },
   };
+  const chosen = (side) => Number($(side).value);
 
   function enlarge() {
     const clip = state.large;
@@ -282,7 +285,45 @@
     const bad = (clip) => badness[option.dataset.better](clip.figures[option.value]);
     const sorted = [...clips].sort((a, b) => bad(b) - bad(a));
     $("list").append(...sorted.map((clip) => clip.card));
+    $("sorted").textContent = `, worst ${option.textContent} first`;
   }
+
+  // ---------------------------------------------------------------------------------------------------------------- dots
+
+  /* A dot of a strip leads to the card of its clip. One dot of a strip can be reached with the tab key, arrow keys lead to the others;
+     dots of clips that this page does not show are pale. */
+  function dots(strip) {
+    const found = [...strip.querySelectorAll("circle[data-clip]")].sort((a, b) => a.dataset.value - b.dataset.value);
+    const shown = found.filter((dot) => {
+      const card = cards.find((one) => one.dataset.name === dot.dataset.clip);
+      dot.classList.add(card ? "leads" : "pale");
+      if (!card) dot.querySelector("title").textContent += " (not among the clips of this page)";
+      else dot.addEventListener("click", () => visit(card));
+      return card;
+    });
+    shown.forEach((dot, i) => {
+      dot.setAttribute("role", "button");
+      dot.setAttribute("tabindex", i ? "-1" : "0");
+      dot.addEventListener("keydown", (event) => {
+        const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+        if (by) {
+          const next = shown[(i + by + shown.length) % shown.length];
+          for (const one of shown) one.setAttribute("tabindex", one === next ? "0" : "-1");
+          next.focus();
+        } else if (event.key === "Enter" || event.key === " ") visit(cards.find((one) => one.dataset.name === dot.dataset.clip));
+        else return;
+        event.preventDefault();
+      });
+    });
+  }
+
+  function visit(card) {
+    for (const one of cards) one.classList.toggle("visited", one === card);
+    card.scrollIntoView({ block: "center" });
+    card.focus({ preventScroll: true });
+  }
+
+  for (const strip of document.querySelectorAll("svg.chart")) dots(strip);
 
   if (transport) {
     $("codec").hidden = playable;
@@ -295,6 +336,8 @@
     });
     $("speed").addEventListener("change", (event) => (state.speed = Number(event.target.value)));
     $("order")?.addEventListener("change", reorder);
+    $("floor")?.addEventListener("change", (event) => $("list").classList.toggle("floors", event.target.checked));
+    for (const side of ["left", "right"]) $(side).addEventListener("change", enlarge);
     document.addEventListener("keydown", onKey);
     $("close").addEventListener("click", () => $("large").close());
     $("large").addEventListener("close", closed);
@@ -303,15 +346,19 @@
     $("wipe").addEventListener("input", enlarge);
     for (const kind of ["pointerdown", "pointermove"]) $("stage").addEventListener(kind, drag);
     for (const clip of clips) {
-      clip.canvases.forEach((canvas, k) => {
-        const mode = k === 2 ? "difference" : "wipe";
-        canvas.addEventListener("click", () => open(clip, mode));
+      for (const canvas of clip.canvases) {
+        const enter = () => {
+          const { k, kind } = canvas.dataset;
+          if (kind === "test" || kind === "floor") $("right").value = k;
+          open(clip, kind === "difference" ? "difference" : "wipe");
+        };
+        canvas.addEventListener("click", enter);
         canvas.addEventListener("keydown", (event) => {
           if (event.key !== "Enter" && event.key !== " ") return;
           event.preventDefault();
-          open(clip, mode);
+          enter();
         });
-      });
+      }
       for (const curve of clip.card.querySelectorAll("svg.curve")) {
         curve.addEventListener("click", (event) => {
           const box = curve.getBoundingClientRect();
@@ -324,7 +371,7 @@
         for (const entry of entries) {
           const clip = clips[cards.indexOf(entry.target)];
           if (entry.isIntersecting) clip.load();
-          else if (clip !== state.large) clip.unload();
+          else if (clip !== state.large && clip !== state.blind) clip.unload();
         }
       },
       { rootMargin: "100% 0px" },
@@ -334,19 +381,20 @@
 
   // --------------------------------------------------------------------------------------------------------------- tables
 
-  const layers = $("layers");
-  if (layers) {
-    const body = layers.tBodies[0];
-    const heads = [...layers.tHead.rows[0].cells];
-    const compare = {
-      text: (a, b) => a.localeCompare(b, "en", { numeric: true }),
-      number: (a, b) => Number(a) - Number(b),
-    };
+  const compare = {
+    text: (a, b) => a.localeCompare(b, "en", { numeric: true }),
+    number: (a, b) => Number(a) - Number(b),
+  };
+  const ends = { text: ["A to Z", "Z to A"], number: ["smallest first", "largest first"] };
+
+  /* A table whose heads are buttons; the heading names the order. */
+  function sortable(table, words) {
+    const body = table.tBodies[0];
+    const heads = [...table.tHead.rows[0].cells];
     const sort = (column) => {
       const head = heads[column];
-      const numeric = head.dataset.kind !== "text";
-      const first = numeric ? "descending" : "ascending";
-      const second = numeric ? "ascending" : "descending";
+      const kind = head.dataset.kind === "text" ? "text" : "number";
+      const [first, second] = kind === "text" ? ["ascending", "descending"] : ["descending", "ascending"];
       const order = head.getAttribute("aria-sort") === first ? second : first;
       for (const other of heads) other.setAttribute("aria-sort", other === head ? order : "none");
       const value = (row) => row.cells[column].dataset.value;
@@ -354,11 +402,17 @@
       const rows = [...body.rows].sort((a, b) => {
         const [x, y] = [value(a), value(b)];
         if (x === "" || y === "") return (x === "") - (y === ""); // nothing known sorts last either way
-        return sign * compare[numeric ? "number" : "text"](x, y);
+        return sign * compare[kind](x, y);
       });
       body.append(...rows);
+      words.textContent = `, by ${head.textContent.trim()}, ${ends[kind][order === "ascending" ? 0 : 1]}`;
     };
-    heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => sort(column)));
+    heads.forEach((head, column) => head.querySelector("button")?.addEventListener("click", () => sort(column)));
+  }
+
+  for (const name of ["layers", "tests"]) if ($(name)) sortable($(name), $(`${name}-sorted`));
+  if ($("layers")) {
+    const body = $("layers").tBodies[0];
     $("filter").addEventListener("input", (event) => {
       const words = event.target.value.toLowerCase().split(/\s+/).filter(Boolean);
       let matches = 0;
@@ -377,4 +431,6 @@
     Object.assign(document.createElement("a"), { href: url, download: "report.json" }).click();
     setTimeout(() => URL.revokeObjectURL(url), 1000);
   });
+
+  return { $, clips, state, transport, play, pause, go };
 })();

@@ -7,6 +7,7 @@ import shlex
 from typing import Literal
 
 from reelquant._numbers import NOTHING, count, figure, percent
+from reelquant.evidence.metrics import FEW
 from reelquant.evidence.report.data import AttentionData, FailureData, GateData, ReportData
 
 Tone = Literal["good", "bad", "unknown"]
@@ -60,8 +61,18 @@ def gate_verdict(data: ReportData) -> tuple[Tone, str]:
 
 def _reasons(data: ReportData, gate: GateData) -> list[str]:
     """Why the gate failed: defects if any was recognised, else the metrics outside of their limits."""
-    defects = list(dict.fromkeys(failure.looks_like for failure in gate.failures if failure.looks_like))
-    return defects or [data.title(failure.metric) for failure in gate.failures]
+    named = [name for failure in gate.failures for name in (failure.looks_like or "").split(", ") if name]
+    return list(dict.fromkeys(map(defect_words, named))) or [data.title(failure.metric) for failure in gate.failures]
+
+
+def defect_words(name: str) -> str:
+    """The name of a defect for people.
+
+    Example:
+        >>> defect_words("constant_frame"), defect_words("black_frame")
+        ('one-colour frame', 'black frame')
+    """
+    return name.replace("color", "colour").replace("constant", "one-colour").replace("_", " ")
 
 
 def failure_line(data: ReportData, failure: FailureData) -> str:
@@ -77,8 +88,8 @@ def near_lossless(data: ReportData) -> str | None:
         return None
     failed = ", ".join(data.title(name) for name in found.failed)
     said = {
-        True: "Near-lossless: no further from float than float is from itself",
-        False: f"Not near-lossless{': ' + failed + ' outside of the float floor' if failed else ''}",
+        True: "Near-lossless: no further from float than float run differently (the noise floor)",
+        False: "Not near-lossless" + (f": {failed} outside of the noise floor, which is float run differently" if failed else ""),
         None: "Near-lossless was not decided",
     }[found.holds]
     return f"{said} ({found.why.rstrip('.')})" if found.why and not failed else said
@@ -89,13 +100,11 @@ def arithmetic(data: ReportData) -> str | None:
     quantization = data.quantization
     if quantization is None or quantization.simulated is None:
         return None
-    kernels = ", ".join(f"{name} in {count(layers, 'layer')}" for name, layers in quantization.kernel.items())
     said = (
-        "Simulated arithmetic: codes are stored, products are computed in float"
+        "In some or all layers float arithmetic stood in for few-bit products (simulated): clips show the recipe's quality, not its speed"
         if quantization.simulated
-        else "Real low-bit arithmetic in every quantized layer"
+        else "Every quantized layer was computed as the recipe says; nothing stood in for it"
     )
-    said = f"{said} (kernel {kernels})" if kernels else said
     return said if quantization.attention is None else f"{said}; {attended(quantization.attention)}"
 
 
@@ -103,8 +112,22 @@ def attended(attention: AttentionData) -> str:
     """How attention with few-bit operands is computed."""
     if attention.refused:
         return f"attention with {attention.asked} was asked for and not used: {attention.refused}"
-    honest = "simulated in float" if attention.simulated else "real"
-    return f"attention with {attention.asked}, {honest} (kernel {attention.kernel})"
+    how = "float arithmetic stood in for it" if attention.simulated else f"computed so, by {attention.kernel}"
+    return f"attention with {attention.asked}: {how}"
+
+
+def floor_note(data: ReportData) -> str:
+    """What the noise floor is here, a sentence for each float variant; empty without one."""
+    return " ".join(f"{name}: {words.rstrip('.')}." for name, words in data.floor_words.items() if name in data.floors)
+
+
+def few_clips(data: ReportData) -> str:
+    """From how many clips distances of sets are a headline; empty if none was measured or there are enough."""
+    names = [data.title(name) for name, metric in data.measured.items() if metric.kind == "distribution"]
+    if not names or data.clip_count >= FEW:
+        return ""
+    clips = count(data.clip_count, "clip")
+    return f"{', '.join(names)} of {clips} stand in the table only: distances of sets are a headline from {FEW} clips on."
 
 
 def clipping(data: ReportData) -> str | None:
