@@ -133,6 +133,8 @@ def sources(pipe: Any, names: Sequence[str]) -> dict[str, Path]:
     found = {}
     for name in names:
         own = _path(getattr(pipe.components[name], "config", {}))
+        if own is not None and own.is_file():  # read from a single file, which has other names
+            continue
         places = [place for place in (own, own and own / name, whole and whole / name) if place is not None]
         home = next((place for place in places if place.is_dir() and stored_variants(place)), None)
         if home is not None:
