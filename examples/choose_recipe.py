@@ -1,7 +1,7 @@
 """Evaluate several recipes on the same clips, and take the best one that fits a size.
 
-    python examples/choose_recipe.py --megabytes 5
-    python examples/choose_recipe.py --pipeline path/to/pipeline --recipes qvd-w8a8 reel-w4a8 reel-w4a4 --clips 16 --steps 50 --megabytes 9000
+python examples/choose_recipe.py --megabytes 5
+python examples/choose_recipe.py --pipeline path/to/pipeline --recipes qvd-w8a8 reel-w4a8 reel-w4a4 --clips 16 --steps 50 --megabytes 9000
 """
 
 from __future__ import annotations

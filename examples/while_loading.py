@@ -1,7 +1,7 @@
 """Quantize while stock diffusers loads a pipeline, offload it, and sample: the float model is never whole in memory.
 
-    python examples/while_loading.py
-    python examples/while_loading.py --pipeline path/to/pipeline --recipe w4a16 --device cuda --prompt "a dog runs on a beach"
+python examples/while_loading.py
+python examples/while_loading.py --pipeline path/to/pipeline --recipe w4a16 --device cuda --prompt "a dog runs on a beach"
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where a block is while it is computed")
     parser.add_argument("--prompt", default="a red circle moves left to right")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=13, help="of the clip")
+    parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"))
     wanted = parser.parse_args()
 
     config = PipelineQuantizationConfig(quant_mapping={"transformer": reelquant.ReelQuantConfig(wanted.recipe)})
@@ -30,8 +32,11 @@ def main() -> None:
     pipe.transformer.enable_group_offload(
         onload_device=torch.device(wanted.device), offload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
     )
-    print(f"transformer: {pipe.transformer.get_memory_footprint() / 1e6:.2f} MB, {pipe.transformer.num_parameters() / 1e6:.2f} million weights")
-    clip = pipe(wanted.prompt, num_inference_steps=wanted.steps, output_type="pt").frames
+    size, weights = pipe.transformer.get_memory_footprint() / 1e6, pipe.transformer.num_parameters() / 1e6
+    print(f"transformer: {weights:.2f} million weights in {size:.2f} MB")
+    height, width = wanted.size
+    sizes = {"num_frames": wanted.frames, "height": height, "width": width}
+    clip = pipe(wanted.prompt, num_inference_steps=wanted.steps, output_type="pt", **sizes).frames
     print(f"a clip of {clip.shape[1]} frames of {clip.shape[-1]}x{clip.shape[-2]}, finite: {bool(clip.isfinite().all())}")
 
 

@@ -55,18 +55,26 @@ Every verb with its options, as `reelquant VERB --help` shows them. This page is
 
 def cli_page() -> str:
     """The page of the command line."""
-    from reelquant.cli import app
-
     lines = [CLI]
-    for registered in app.registered_commands:
-        verb: Any = registered.callback
-        parameters = [_Parameter.of(one) for one in inspect.signature(verb, eval_str=True).parameters.values()]
-        lines += [f"## {registered.name or verb.__name__}", "", *_help(verb.__doc__ or ""), *_arguments(parameters), *_options(parameters)]
+    for name, (text, parameters) in verbs().items():
+        lines += [f"## {name}", "", *_help(text), *_arguments(parameters), *_options(parameters)]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def verbs() -> dict[str, tuple[str, list[Parameter]]]:
+    """The help of every verb and its parameters, by name."""
+    from reelquant.cli import app
+
+    found = {}
+    for registered in app.registered_commands:
+        verb: Any = registered.callback
+        parameters = [Parameter.of(one) for one in inspect.signature(verb, eval_str=True).parameters.values()]
+        found[registered.name or verb.__name__] = (verb.__doc__ or "", parameters)
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
-class _Parameter:
+class Parameter:
     """A parameter of a verb."""
 
     name: str
@@ -75,9 +83,16 @@ class _Parameter:
     default: Any
 
     @classmethod
-    def of(cls, one: inspect.Parameter) -> _Parameter:
+    def of(cls, one: inspect.Parameter) -> Parameter:
         kind, info = typing.get_args(one.annotation)[:2]
         return cls(one.name, info, _kind(kind), one.default)
+
+    @property
+    def names(self) -> list[str]:
+        """How an option is written; ``--run/--no-run`` is one name."""
+        given = [self.info.default, *(getattr(self.info, "param_decls", None) or ())]  # typer takes the first name for a default
+        named = [name for name in given if isinstance(name, str) and name.startswith("-")]
+        return named or [f"--{self.name.replace('_', '-')}"]
 
 
 def _kind(annotation: Any) -> str:
@@ -106,22 +121,20 @@ def _escaped(text: str) -> str:
     return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
 
 
-def _arguments(parameters: list[_Parameter]) -> Iterator[str]:
+def _arguments(parameters: list[Parameter]) -> Iterator[str]:
     found = [one for one in parameters if isinstance(one.info, typer.models.ArgumentInfo)]
     rows = [(f"`{one.info.metavar or one.name.upper()}`", _escaped(one.info.help or "")) for one in found]
     if rows:
         yield from table(("argument", "meaning"), rows)
 
 
-def _options(parameters: list[_Parameter]) -> Iterator[str]:
+def _options(parameters: list[Parameter]) -> Iterator[str]:
     found = [one for one in parameters if isinstance(one.info, typer.models.OptionInfo) and not one.info.hidden]
     yield from table(("option", "value", "default", "meaning"), map(_option, found))
 
 
-def _option(one: _Parameter) -> tuple[str, str, str, str]:
-    given = [one.info.default, *(getattr(one.info, "param_decls", None) or ())]  # typer takes the first name for a default
-    named = [name for name in given if isinstance(name, str) and name.startswith("-")]
-    names = ", ".join(f"`{name}`" for name in named or [f"--{one.name.replace('_', '-')}"])
+def _option(one: Parameter) -> tuple[str, str, str, str]:
+    names = ", ".join(f"`{name}`" for name in one.names)
     value = "" if one.kind == "bool" else f"`{one.info.metavar or VALUES.get(one.kind, one.kind.upper())}`"
     silent = one.default in (None, False, "", inspect.Parameter.empty) or callable(one.default)
     return names, value, "" if silent else f"`{one.default}`", _escaped(one.info.help or "")

@@ -12,14 +12,25 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 DOCS = "docs"
 HOME = "README.md"
-OUTSIDE = ("examples/README.md", "benchmarks/*.md", "benchmarks/results/**/*.md", "benchmarks/results/**/*.png", "training/*.md", "training/**/*.png", "C*.md")
+OUTSIDE = (
+    "examples/README.md",
+    "benchmarks/*.md",
+    "benchmarks/results/**/*.md",
+    "benchmarks/results/**/*.png",
+    "training/*.md",
+    "training/**/*.png",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+)
 BELOW = "repository"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_REMOTE = re.compile(r'<(?:script|img|link|iframe)\b[^>]*(?:src|href)="(?:https?:)?//[^"]*"')
 _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):<code>~?([\w.]+?)(?:\(\))?</code>")
 
 
@@ -90,3 +101,10 @@ def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
         return words if place is None else f'<a href="#{place}">{words}</a>'
 
     return _ROLE.sub(show, html)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuse a page that would fetch something from elsewhere when it is read."""
+    if found := _REMOTE.search(output):
+        raise PluginError(f"{page.file.src_uri} would fetch from elsewhere: {found[0]:.200}")
+    return output
