@@ -39,7 +39,7 @@ lint: docs
 
 docs: export NO_MKDOCS_2_WARNING = 1  # an advertisement of the theme
 docs: $(VENV)/.installed-dev
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
