@@ -37,8 +37,16 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{'---|' * len(head)}"
     for row in rows:
-        yield f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in row)} |"
+        yield f"| {' | '.join(map(_cell, row))} |"
     yield ""
+
+
+def _cell(text: str) -> str:
+    """A cell in one line. Bars are written so that every reader of Markdown takes them for letters, also in code."""
+    parts = " ".join(text.split()).split("`")
+    code = (f"<code>{part.replace('<', '&lt;')}</code>" if "|" in part else f"`{part}`" for part in parts[1::2])
+    whole = "".join(piece for pair in zip(parts[::2], [*code, ""], strict=True) for piece in pair)
+    return whole.replace("|", "&#124;")
 
 
 # --------------------------------------------------------------------------------------------------------------------- command line
@@ -204,8 +212,13 @@ def _fields(model: type[BaseModel]) -> Iterator[str]:
     for name, field in model.model_fields.items():
         default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
         kind = model.__annotations__.get(name, "") if isinstance(model.__annotations__.get(name), str) else str(field.annotation)
-        rows.append((f"`{name}`", f"`{kind.partition(' = ')[0]}`", default, meanings.get(name, "")))
+        rows.append((f"`{name}`", f"`{_either(kind.partition(' = ')[0])}`", default, meanings.get(name, "")))
     yield from table(("key", "kind", "default", "meaning"), rows)
+
+
+def _either(kind: str) -> str:
+    """A type in words: tables of Markdown have bars of their own."""
+    return kind.replace(" | ", " or ")
 
 
 def _default(value: Any) -> str:
@@ -224,7 +237,12 @@ def _keyed() -> Iterator[str]:
 def _parameters(member: Any) -> Iterator[str]:
     meanings = _meanings(member)
     rows = [
-        (f"`{field.name}`", f"`{field.type}`", _default("" if field.default == "" else field.default), meanings.get(field.name, ""))
+        (
+            f"`{field.name}`",
+            f"`{_either(str(field.type))}`",
+            _default("" if field.default == "" else field.default),
+            meanings.get(field.name, ""),
+        )
         for field in dataclasses.fields(member)
     ]
     if rows:

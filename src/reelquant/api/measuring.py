@@ -186,7 +186,8 @@ def benchmark(
         test: bundled name, folder or hub id of the quantized pipeline.
         reference: of the float pipeline; by default the one that ``test`` was quantized from, by its report.
         rounds: clips that each makes, after one that is not counted.
-        dtype: of the float pipeline, and of the float parts of the quantized one; by default bfloat16, or float32 on processors that emulate it.
+        dtype: of the float pipeline, and of the float parts of the quantized one; by default bfloat16, or float32 on processors that
+            emulate it.
         device: where they run.
         compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
         runtime: of the quantized denoisers, ``torch`` or ``openvino``.
