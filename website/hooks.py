@@ -1,8 +1,8 @@
 """Hooks of MkDocs: the start page is the README, and pages may link to results and other files outside of ``docs/``.
 
-On disk, and where a repository is browsed, such links are relative paths. In the site, the Markdown files and pictures of :data:`OUTSIDE`
-are pages below ``repository/``, and every relative link is led there. A link to a file that the site does not have (sources, tables in CSV)
-stays as words; one to a file that does not exist is left alone, so a strict build fails.
+On disk, and where a repository is browsed, such links are relative paths. In the site, the files of :data:`OUTSIDE` are below
+``repository/``, and every relative link is led there. A link to a file that the site does not have (sources, tables in CSV) stays as
+words; one to a file that does not exist is left alone, so a strict build fails.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = "docs"
 HOME = "README.md"
 OUTSIDE = (
-    "examples/README.md",
+    "examples/*.*",
     "benchmarks/*.md",
     "benchmarks/results/**/*.md",
     "benchmarks/results/**/*.png",

@@ -63,13 +63,13 @@ def check_hub(repository: str) -> None:
     """Refuse a repository that cannot be written, as far as that shows without the network: before hours of work whose end is an upload.
 
     Raises:
-        CheckpointError: if the name is none, or nobody is logged in.
+        CheckpointError: if the name is none, or there is no token.
     """
     from huggingface_hub import get_token
 
     _check_name(repository)
     if get_token() is None:
-        raise CheckpointError(f"nobody is logged in to the hub, so '{repository}' cannot be written; log in once: hf auth login")
+        raise CheckpointError(f"this machine has no token of the hub, which '{repository}' needs to be written; log in once: hf auth login")
 
 
 def _check_name(repository: str) -> None:

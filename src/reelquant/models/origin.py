@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from reelquant._errors import CheckpointError
 from reelquant.models.blank import QUANTIZATION, read_config, read_json
 from reelquant.models.manifest import REPORT
 from reelquant.models.pipelines import BUNDLED, bundled_path, locate, stored_file
-from reelquant.models.single_file import SUFFIXES, SingleFile, single_file
+from reelquant.models.single_file import SingleFile, file_of, single_file
 
 SOURCE = "source"  # the key of report.json
 HELP = "name the float pipeline: reference='...' (--reference ...)"
@@ -31,16 +30,9 @@ def origin_of(pipe: Any) -> str:
     place = str(getattr(pipe, "config", {}).get("_name_or_path") or "")
     whole = _of_place(place)
     for name, part in getattr(pipe, "components", {}).items() if whole else ():
-        if file := _own_file(part):
+        if file := file_of(part):
             whole = str(SingleFile(file, whole, name))
     return whole
-
-
-def _own_file(part: Any) -> Path | None:
-    """The file that a component was read from, if it came from one of its own."""
-    config = getattr(part, "config", None)
-    place = str(config.get("_name_or_path") or "") if isinstance(config, Mapping) else ""
-    return Path(place) if place.endswith(SUFFIXES) and Path(place).is_file() else None
 
 
 def _of_place(place: str) -> str:

@@ -57,6 +57,13 @@ def single_file(model: Any) -> SingleFile | None:
     return SingleFile(Path(found["file"]), found["rest"], found["component"] or "")
 
 
+def file_of(part: Any) -> Path | None:
+    """The file that a component in memory was read from, where it came from one of its own."""
+    config = getattr(part, "config", None)
+    place = Path(str(config.get("_name_or_path") or "")) if isinstance(config, Mapping) else Path()
+    return place if place.suffix in SUFFIXES and not place.is_dir() else None
+
+
 def check_file(model: str) -> None:
     """Refuse a place whose file is not there, and a file without a pipeline.
 

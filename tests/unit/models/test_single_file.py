@@ -63,6 +63,8 @@ def test_the_denoiser_is_that_of_the_file_and_everything_else_that_of_the_folder
     pipe = reelquant.open_pipeline(f"{file}@{rest}")
     found = pipe.transformer.state_dict()
     assert found.keys() == tensors.keys() and all(torch.equal(found[key], value) for key, value in tensors.items())
+    prefixed = written(rest.parent / "comfy.safetensors", tensors, lambda one: {f"model.diffusion_model.{key}": one[key] for key in one})
+    assert torch.equal(reelquant.open_pipeline(f"{prefixed}@{rest}").transformer.proj_out.weight, tensors["proj_out.weight"])
     half, stock = (reelquant.open_pipeline(place, torch.bfloat16) for place in (f"transformer={file}@{rest}", whole))
     expected = stock.transformer.state_dict()
     for key, value in half.transformer.state_dict().items():
