@@ -220,7 +220,7 @@ def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
         refuse_source(delivery.output, model)
         check_target(delivery.output, force=delivery.force)
         check_writable(delivery.output)
-    if delivery.repository is not None:
+    if delivery.repository is not None and not delivery.dry_run:
         from reelquant.checkpoint.hub import check_hub
 
         check_hub(delivery.repository)

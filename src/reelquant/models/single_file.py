@@ -71,7 +71,7 @@ def check_file(model: str) -> None:
         CheckpointError: saying what to write.
     """
     found = single_file(model)
-    if found is not None and not found.file.is_file():
+    if found is not None and not os.path.isfile(found.file):  # false also for names that a disk refuses
         raise CheckpointError(f"no file '{found.file}' for the pipeline '{found.rest}'; a place is written FILE@PIPELINE")
     if found is None and model.endswith(SUFFIXES) and os.path.isfile(model):
         raise CheckpointError(
