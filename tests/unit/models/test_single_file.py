@@ -19,7 +19,7 @@ from reelquant import CheckpointError, UnsupportedError
 from reelquant.checkpoint.export.names import naming_of
 from reelquant.cli import app
 from reelquant.models.manifest import CARD
-from reelquant.models.single_file import SingleFile, single_file
+from reelquant.models.single_file import SingleFile, open_file, single_file
 from tests.tiny.configs import TINY, build
 from tests.tiny.stock import stored_pipeline, wan_pipeline
 
@@ -185,9 +185,18 @@ def test_what_is_missing_is_named_with_what_to_write(file: Path, rest: Path, tmp
         reelquant.open_pipeline(f"{file}@{tmp_path / 'quantized'}")
 
 
-def test_a_class_without_single_files_is_refused() -> None:
-    from reelquant.models.single_file import open_file
+@pytest.mark.parametrize("kind", ["LTXVideoTransformer3DModel", "HunyuanVideoTransformer3DModel", "MochiTransformer3DModel"])
+def test_other_families_are_read_in_the_names_that_their_files_have(kind: str, tmp_path: Path) -> None:
+    model = TINY[kind]()
+    model.save_pretrained(tmp_path / "transformer")
+    name, tensors = naming_of(kind), model.state_dict()  # those of diffusers where no table is known here
+    save_file({name(key): value.clone() for key, value in tensors.items()}, tmp_path / "one.safetensors")
+    index = {"_class_name": "Any", "transformer": ["diffusers", kind]}
+    component, found = open_file(SingleFile(tmp_path / "one.safetensors", "any"), index, str(tmp_path), torch.float32)
+    assert component == "transformer" and all(torch.equal(value, tensors[key]) for key, value in found.state_dict().items())
 
+
+def test_a_class_without_single_files_is_refused() -> None:
     index = {"_class_name": "CogVideoXPipeline", "transformer": ["diffusers", "CogVideoXTransformer3DModel"], "vae": [None, None]}
     with pytest.raises(UnsupportedError, match="reads no single files of CogVideoXTransformer3DModel"):
         open_file(SingleFile(Path("cog.safetensors"), "cog"), index, "cog", torch.float32)
