@@ -1,4 +1,4 @@
-# make demo | make test | make test-all | make attack | make lint | make clean: each needs Python 3.11 or later, make and a package index.
+# make demo | make test | make test-all | make attack | make lint | make docs | make clean: each needs Python 3.11 or later, make and a package index.
 #
 # `make test` samples the large grids of cases and takes at most ten minutes on two cores; `make test-all` runs every case.
 # `make attack` takes about an hour: 1,000 fuzzed recipes, 500 damaged folders, 50 kills, full disks, damaged work (docs/integrity.md).
@@ -15,7 +15,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: demo test test-all attack lint format clean
+.PHONY: demo test test-all attack lint docs format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,12 +30,16 @@ attack: export OMP_NUM_THREADS = 1
 attack: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.attack.long
 
-lint: $(VENV)/.installed-dev
+lint: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyright
 	$(BIN)/pyright -p pyright-strict.json
+
+docs: export NO_MKDOCS_2_WARNING = 1  # an advertisement of the theme
+docs: $(VENV)/.installed-dev
+	$(BIN)/python -m mkdocs build --strict
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

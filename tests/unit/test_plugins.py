@@ -21,7 +21,9 @@ from reelquant.cli import app
 from reelquant.formats import FORMATS, parse_format
 from reelquant.models.manifest import MANIFEST
 from reelquant.recipes.recipe import load_recipe
+from reelquant.reconstruct import RECONSTRUCTIONS
 from reelquant.solvers import SOLVERS
+from reelquant.transforms import TRANSFORMS
 from tests.tiny.stock import stored_pipeline
 
 GUIDE = Path(__file__).parents[2] / "docs" / "adding-a-method.md"
@@ -35,22 +37,23 @@ NF4 = [  # of the authors' code
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tables, and what was imported, are afterwards as they were."""
-    tables: list[dict[str, Any]] = [FORMATS, SOLVERS, sys.modules]  # type: ignore[list-item]
+    tables: list[dict[str, Any]] = [FORMATS, SOLVERS, TRANSFORMS, RECONSTRUCTIONS, sys.modules]  # type: ignore[list-item]
     before = [dict(table) for table in tables]
     monkeypatch.setattr(_plugins, "_named", [])
     yield
     for table, old in zip(tables, before, strict=True):
         for name in table.keys() - old.keys():
-            if table is not sys.modules or name == "my_methods":
+            if table is not sys.modules or name.startswith("my_"):
                 del table[name]
 
 
 def written(folder: Path) -> tuple[Path, Path]:
-    """The files of the guide, by the name in their first line."""
-    blocks = re.findall(r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)```", GUIDE.read_text(), re.S)
-    for name, text in blocks:
-        (folder / name).write_text(text)
-    assert {name for name, _ in blocks} == {"my_methods.py", "my-nf4.yaml"}
+    """The files of the guide, by the name in their first line: every block of Python and YAML is one."""
+    text = GUIDE.read_text()
+    blocks = re.findall(r"```(?:python|yaml)\n# (\S+\.(?:py|yaml))\n(.*?)```", text, re.S)
+    assert len(blocks) == len(re.findall(r"^```(?:python|yaml)$", text, re.M))
+    for name, content in blocks:
+        (folder / name).write_text(content)
     return folder / "my_methods.py", folder / "my-nf4.yaml"
 
 
@@ -84,6 +87,26 @@ def test_the_solver_and_the_format_of_the_guide_work_as_they_stand(tmp_path: Pat
     assert re.search(needs, said.stderr.replace("\n", " ")), said.stderr
     assert not (tmp_path / "proof").exists()  # it was said before anything was sampled
     assert command("--plugin", plugin, "verify", out).exit_code == 0 and reelquant.open_pipeline(out)
+
+
+@pytest.mark.usefixtures("restored")
+def test_the_transform_and_the_reconstruction_of_the_guide_work_as_they_stand(tmp_path: Path) -> None:
+    written(tmp_path)
+    source, out = stored_pipeline(tmp_path / "wan"), tmp_path / "out"
+    plugins = [word for name in ("my_transform.py", "my_reconstruction.py") for word in ("--plugin", tmp_path / name)]
+    made = command(*plugins, "quantize", source, "-r", tmp_path / "my-trained.yaml", "-o", out)
+    assert made.exit_code == 0, made.output
+    main = [layer for layer in json.loads((out / "report.json").read_text())["layers"] if layer["role"] == "main"]
+    assert any(layer["solver"] == "factor" for layer in main)  # where held-out calls did not get better, codes stay
+    pipe = reelquant.open_pipeline(out)  # needs no plug-in: nothing of them is left in the layers
+    scales = [float(value.max()) for name, value in pipe.transformer.state_dict().items() if name.endswith("pre_quant_scale")]
+    assert scales and set(scales) <= {1.0, 2.0} and 2.0 in scales
+
+
+def test_the_recipes_of_the_guide_are_recipes(tmp_path: Path) -> None:
+    written(tmp_path)
+    assert load_recipe(tmp_path / "my-method.yaml").search.scope == "family"
+    assert load_recipe(tmp_path / "my-w4a8.yaml").steps[2].options["power"] == [0.25, 0.5]
 
 
 @pytest.mark.usefixtures("restored")

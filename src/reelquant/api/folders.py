@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 def open_pipeline(
     model: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", variant: str | None = None, *, verify: bool = True
 ) -> Any:
-    """Open a float or quantized pipeline by bundled name, folder or hub id; see :func:`reelquant.models.pipelines.open_pipeline`.
+    """Open a float or quantized pipeline by bundled name, folder or hub id, or with a denoiser from one file.
 
     Args:
-        model: bundled name, folder or hub id.
+        model: bundled name, folder, hub id, or ``FILE@PIPELINE``: everything of a pipeline but its denoiser, which is read from a
+            ``.safetensors`` or ``.gguf`` file; see :mod:`reelquant.models.single_file`.
         dtype: of the float parts, float32 by default.
         device: where to.
         variant: of the weight files, ``fp16``.
         verify: compare every byte of a folder that reelquant wrote with its sum.
+
+    Raises:
+        ReelQuantError: one sentence on what is missing, damaged or does not fit.
     """
     import torch
 

@@ -79,7 +79,8 @@ def evaluate(
         dtype: of the float parts, float32 by default.
         variant: of the reference's weight files, ``fp16``, if it has several.
         device: where the pipelines and networks run.
-        resume, force: go on with the evaluation in ``output``, or replace it.
+        resume: go on with the evaluation in ``output``.
+        force: replace the evaluation in ``output``.
         shared: the processes that torchrun, ``accelerate launch`` or ``srun`` started share the clips, in ``output``; see docs/ranks.md.
         progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions (``image`` ...),
@@ -208,7 +209,17 @@ def compare(
         test: folder of clips under test: mp4, gif, webm, mov, mkv, avi, or PNG frames.
         reference: folder of clips to compare with.
         prompts: text by clip name, for text metrics.
-        metrics, gate, fail_under, output, weights, data, clip_model, device, resume, force, progress: as in :func:`evaluate`.
+        metrics: names or groups, as in :func:`evaluate`, and so are all that follow.
+        gate: ``strict``, ``default`` or ``loose``.
+        fail_under: limits on top, ``{"psnr": 30}``.
+        output: folder for the report; without it nothing is kept.
+        weights: folder with networks; else the user's cache.
+        data: folder of real clips, for distances to data.
+        clip_model: CLIP for text metrics, a folder or hub id that transformers loads.
+        device: where the networks run.
+        resume: go on with the comparison in ``output``.
+        force: replace the comparison in ``output``.
+        progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
 
     Raises:
         ReelQuantError: if a folder holds no clip, a file is broken, or a pair differs in size.
@@ -243,7 +254,16 @@ def benchmark(
     Args:
         test: bundled name, folder or hub id of the quantized pipeline.
         reference: of the float pipeline; by default the one that ``test`` was quantized from, by its report.
-        rounds, dtype, device, compiled, runtime, memory, prompt, variant, progress: as in :func:`reelquant.evidence.speed.benchmark`.
+        rounds: clips that each makes, after one that is not counted.
+        dtype: of the float pipeline, and of the float parts of the quantized one; by default bfloat16, or float32 on processors that
+            emulate it.
+        device: where they run.
+        compiled: both denoisers go through ``torch.compile(fullgraph=True)``.
+        runtime: of the quantized denoisers, ``torch`` or ``openvino``.
+        memory: also measure peak memory, which opens each pipeline once more.
+        prompt: the text, or a condition with whatever else the clip is made from; by default one of the pipeline's own texts.
+        variant: of the reference's weight files, ``fp16``, if it has several.
+        progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions.
 
     Raises:

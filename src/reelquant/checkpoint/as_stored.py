@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant.models.blank import CONFIG, read_config
+from reelquant.models.single_file import file_of
 from reelquant.models.weight_files import loaded_files, stored_variants
 
 _DTYPE = ("dtype", "torch_dtype")  # what transformers calls it in its configs
@@ -132,6 +133,8 @@ def sources(pipe: Any, names: Sequence[str]) -> dict[str, Path]:
     whole = _path(getattr(pipe, "config", {}))
     found = {}
     for name in names:
+        if file_of(pipe.components[name]) is not None:  # where tensors have other names
+            continue
         own = _path(getattr(pipe.components[name], "config", {}))
         places = [place for place in (own, own and own / name, whole and whole / name) if place is not None]
         home = next((place for place in places if place.is_dir() and stored_variants(place)), None)

@@ -17,7 +17,7 @@ from reelquant._numbers import count, figure, size
 from reelquant.checkpoint.folder import INDEX
 from reelquant.models.blank import CLASS, QUANTIZATION, read_config, read_json
 from reelquant.models.manifest import CARD, REPORT
-from reelquant.models.origin import SOURCE
+from reelquant.models.origin import SOURCE, means_something_elsewhere
 
 FIGURES = {"latent_psnr": ("PSNR of the final latents of held-out clips to float", "dB"), "latent_psnr_worst": ("the worst of them", "dB")}
 """Key of the report -> what the card calls a figure that calibration measured, and its unit."""
@@ -73,7 +73,7 @@ def _parts(folder: Path) -> Iterator[_Part]:
 def _card(folder: Path, parts: list[_Part]) -> str:
     report = read_json(folder / REPORT) if (folder / REPORT).is_file() else {}
     kind, source = str(read_json(folder / INDEX).get(CLASS)), str(report.get(SOURCE) or "")
-    public = source if _is_public(source) else ""
+    public = source if means_something_elsewhere(source) else ""
     recipes = ", ".join(dict.fromkeys((part.config.get("recipe") or {}).get("name") or "unnamed" for part in parts))
     lines = [
         *_front(public),
@@ -103,11 +103,6 @@ def _front(public: str) -> list[str]:
     """What the hub reads; JSON is YAML, and quotes whatever a name holds."""
     base = [f"base_model: {json.dumps(public)}", "base_model_relation: quantized"] if "/" in public else []
     return ["---", "library_name: diffusers", *base, "tags:", "- reelquant", "- quantized", "---", ""]
-
-
-def _is_public(source: str) -> bool:
-    """Whether the place of the float pipeline means something elsewhere: a hub id or a bundled name, and no path."""
-    return bool(source) and not Path(source).is_absolute()
 
 
 def _figures(report: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from reelquant._sums import OWN, summed_text
 from reelquant.checkpoint.folder import INDEX, absolute
 from reelquant.models.blank import read_json
 from reelquant.models.manifest import REPORT, check_manifest
-from reelquant.models.origin import SOURCE
+from reelquant.models.origin import SOURCE, means_something_elsewhere
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -39,8 +39,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool | None = N
     path = absolute(folder)
     if not (path / INDEX).is_file():
         raise CheckpointError(f"'{path}' is not a diffusers pipeline: it has no {INDEX}; reelquant.save writes one")
-    if not REPOSITORY.fullmatch(repository):
-        raise CheckpointError(f"'{repository}' is not the name of a repository; give owner/name")
+    _check_name(repository)
     check_manifest(path)
     words = message or "Upload of a pipeline quantized by reelquant"
     try:
@@ -60,7 +59,25 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool | None = N
     return str(address)
 
 
+def check_hub(repository: str) -> None:
+    """Refuse a repository that cannot be written, as far as that shows without the network: before hours of work whose end is an upload.
+
+    Raises:
+        CheckpointError: if the name is none, or there is no token.
+    """
+    from huggingface_hub import get_token
+
+    _check_name(repository)
+    if get_token() is None:
+        raise CheckpointError(f"this machine has no token of the hub, which '{repository}' needs to be written; log in once: hf auth login")
+
+
+def _check_name(repository: str) -> None:
+    if not REPOSITORY.fullmatch(repository):
+        raise CheckpointError(f"'{repository}' is not the name of a repository; give owner/name")
+
+
 def _public(report: dict[str, Any]) -> str:
     """The report without a path of this machine."""
-    private = Path(str(report.get(SOURCE) or "")).is_absolute()
+    private = not means_something_elsewhere(str(report.get(SOURCE) or ""))
     return summed_text({key: value for key, value in report.items() if key != OWN and not (private and key == SOURCE)})

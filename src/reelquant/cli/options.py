@@ -33,7 +33,8 @@ def recipe_names(incomplete: str) -> list[str]:
 
 BUNDLED, GATES = one_of("tiny-dit", "tiny-unet"), one_of("strict", "default", "loose")
 MODEL = typer.Argument(
-    help="A bundled pipeline (tiny-dit, tiny-unet), a folder, or a hub id (owner/name).",
+    help="A bundled pipeline (tiny-dit, tiny-unet), a folder, a hub id (owner/name), or FILE@PIPELINE: "
+    "its denoiser from a .safetensors or .gguf file.",
     show_default=False,
     autocompletion=BUNDLED,
 )
@@ -43,7 +44,7 @@ Reference = Annotated[
     str | None,
     typer.Option(
         "--reference",
-        help="The float pipeline: name, folder or hub id. Default: what it was quantized from.",
+        help="The float pipeline: name, folder, hub id or FILE@PIPELINE. Default: what it was quantized from.",
         show_default=False,
         autocompletion=BUNDLED,
     ),

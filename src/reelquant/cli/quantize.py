@@ -29,6 +29,7 @@ from reelquant.cli.options import (
     recipe_names,
     settings,
 )
+from reelquant.cli.publish import Push, upload
 from reelquant.cli.request import Request, stream
 from reelquant.cli.signals import keeping
 from reelquant.ranks import this_rank
@@ -125,6 +126,7 @@ class Delivery:
         dry_run: only print the plan.
         force: replace an existing folder.
         json: print one JSON document instead of tables.
+        repository: of the hub, to upload the folder to; None for no upload.
     """
 
     output: Path | None
@@ -133,6 +135,7 @@ class Delivery:
     dry_run: bool
     force: bool
     json: bool
+    repository: str | None = None
 
 
 @more_help("""
@@ -149,6 +152,8 @@ class Delivery:
     [cyan]reelquant quantize wan-i2v -r qvd-w8a8 -o out --conditions clips.jsonl[/cyan]      {"prompt": "a dog runs", "image": "dog.png"}
     [cyan]reelquant quantize svd -r qvd-w8a8 -o out --conditions pictures/ --frames 14[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out --gate default[/cyan]
+    [cyan]reelquant quantize wan.safetensors@wan-folder -r w8a16 -o out[/cyan]      the denoiser from one file; .gguf, too
+    [cyan]reelquant quantize my-folder -r w8a16 -o out --push-to-hub me/my-w8a16[/cyan]      with a model card
     [cyan]reelquant quantize my-folder -r w8a16 -o out --lora style.safetensors:0.8[/cyan]
     [cyan]reelquant quantize tiny-unet -r qvd-w4a8 -o out --skip down_blocks.0 --set search.scope=family[/cyan]
 
@@ -175,6 +180,7 @@ def quantize(
     change: Change = None,
     lora: Lora = None,
     gate: Gate = None,
+    push: Push = None,
     max_memory: MaxMemory = None,
     resume: Resume = False,
     dry_run: DryRun = False,
@@ -182,7 +188,7 @@ def quantize(
     json: Json = False,
 ) -> None:
     """Quantize components of a pipeline and save the whole pipeline as a stock diffusers folder."""
-    delivery = Delivery(output, gate, resume, dry_run, force, json)
+    delivery = Delivery(output, gate, resume, dry_run, force, json, push)
     _check(delivery, model, lora or [])
     chosen = _chosen(recipe, settings(change or []), seed)
     of_clips = dict(prompts=prompts, seed=seed, steps=steps, frames=frames, height=height, width=width, guidance=guidance)
@@ -215,6 +221,10 @@ def _check(delivery: Delivery, model: str, lora: list[str]) -> None:
         refuse_source(delivery.output, model)
         check_target(delivery.output, force=delivery.force)
         check_writable(delivery.output)
+    if delivery.repository is not None and not delivery.dry_run:
+        from reelquant.checkpoint.hub import check_hub
+
+        check_hub(delivery.repository)
     if delivery.gate is not None:
         from reelquant.evidence.gate import check_preset
 
@@ -290,7 +300,8 @@ def _deliver(request: Request, delivery: Delivery, report: Report, path: Path) -
     _show_proof(report, path, delivery.json)
     with keeping(lambda: f"'{path}' is complete: go on with `{_compared(request, delivery)}`"):
         evaluation = None if delivery.gate is None else request.evaluate(delivery.output, delivery.gate)
-    _finish(report.to_json() | {"output": str(path)}, evaluation, delivery.json)
+    uploaded = upload(path, delivery.repository, delivery.json) if evaluation is None or evaluation.passed else {}
+    _finish(report.to_json() | {"output": str(path)} | uploaded, evaluation, delivery.json)
 
 
 def _run_shared(request: Request, delivery: Delivery) -> None:

@@ -20,6 +20,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.discover import plain
 from reelquant.models.blank import QUANTIZATION, read_json
 from reelquant.models.pipelines import check_folder, locate, pipeline_class
+from reelquant.models.single_file import single_file
 from reelquant.models.weight_files import INDEX, component_folders, loaded_files, sole_variant
 from reelquant.nn import LAYERS, check_tensors, quantized_layers
 
@@ -168,11 +169,11 @@ def _words_of(model: Any) -> dict[str, Any]:
 
 
 def parts(model: Any, files: str | None = None) -> dict[str, Part] | None:
-    """The components of a pipeline that have settings or weights; None if it is not on this machine."""
+    """The components of a pipeline that have settings or weights; None if no folder of this machine holds it."""
     if not isinstance(model, str | Path):
         return {name: _of_object(plain(part)) for name, part in model.components.items() if hasattr(part, "config")}
     folder = Path(locate(model))
-    if not (folder / INDEX).is_file():
+    if single_file(model) or not (folder / INDEX).is_file():
         return None
     variant = files or sole_variant(folder)
     index = read_json(folder / INDEX)
@@ -266,6 +267,8 @@ def _alike(before: Tensor, after: Tensor) -> bool:
 
 
 def _same(reference: Any, test: Any) -> bool:
+    if single_file(reference) or single_file(test):
+        return reference == test
     if isinstance(reference, str | Path) and isinstance(test, str | Path):
         return Path(locate(reference)).resolve() == Path(locate(test)).resolve()
     return reference is test

@@ -28,6 +28,7 @@ from reelquant.evidence.tripwires import check_frames, check_latents, find_in_fr
 from reelquant.models.condition import Prompts, as_condition
 from reelquant.models.pipelines import locate, open_pipeline
 from reelquant.models.sampling import call_arguments, sample
+from reelquant.models.single_file import single_file
 from reelquant.nn import Saturation
 
 KEPT_LATENTS = 16  # clips of which the whole trajectory is kept
@@ -59,6 +60,8 @@ class ClipSource:
     @property
     def name(self) -> str:
         """The name in reports."""
+        if (single := single_file(self.model)) is not None:
+            return single.file.name
         return Path(self.model).name if isinstance(self.model, str | Path) else type(self.model).__name__
 
     @property
@@ -66,11 +69,13 @@ class ClipSource:
         """Changes when the files of a folder change; unique for a pipeline in memory."""
         if not isinstance(self.model, str | Path):
             return f"{self.name} in memory at {id(self.model):x}"
+        if (single := single_file(self.model)) is not None:
+            return _digest([_state(single.file), single.component, replace(self, model=single.rest).identity])
         folder = Path(locate(self.model))
         if not folder.is_dir():
             return str(self.model)
         files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".json"))
-        return _digest([f"{file.relative_to(folder)} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files])
+        return _digest([f"{file.relative_to(folder)} {_state(file)}" for file in files])
 
     def open(self) -> Any:
         """The pipeline; one in memory is copied if it has to change."""
@@ -88,6 +93,10 @@ class ClipSource:
     def _fits(self) -> bool:
         denoiser = denoiser_of(self.model)[1]
         return not self.compiled and not self.rounded and any(parameter.dtype == self.dtype for parameter in denoiser.parameters())
+
+
+def _state(file: Path) -> str:
+    return f"{file.stat().st_size} {file.stat().st_mtime_ns}"
 
 
 def _digest(lines: Sequence[str]) -> str:

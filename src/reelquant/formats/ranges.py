@@ -62,7 +62,11 @@ class MinMax(RangeRule):
 
 @dataclass(frozen=True)
 class Percentile(RangeRule):
-    """Leave out the outermost ``1 - percentile`` of the values on each side."""
+    """Leave out the outermost ``1 - percentile`` of the values on each side.
+
+    Attributes:
+        percentile: in (0.5, 1].
+    """
 
     percentile: float = 0.999
     needs_samples = True
@@ -93,6 +97,11 @@ class Mse(RangeRule):
 
     Paper: QVD's port searches 50 symmetric candidates with p = 2.4; BRECQ and Q-Diffusion 80 candidates. Ours are ``candidates`` factors
     evenly from 1 down to ``smallest``.
+
+    Attributes:
+        p: power of the error.
+        candidates: how many factors are tried.
+        smallest: the least of them.
     """
 
     p: float = 2.4
@@ -117,7 +126,13 @@ class Mse(RangeRule):
 
 @dataclass(frozen=True)
 class ByCriterion(RangeRule):
-    """Shrink both ends by the factor that maximises a criterion of all values at once (for features ``[timesteps, dim]``)."""
+    """Shrink both ends by the factor that maximises a criterion of all values at once (for features ``[timesteps, dim]``).
+
+    Attributes:
+        score: name of the criterion.
+        candidates: how many factors are tried, evenly from 1 down to ``smallest``.
+        smallest: the least of them.
+    """
 
     score: str = "tdscore"
     candidates: int = 25

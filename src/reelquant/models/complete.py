@@ -1,7 +1,7 @@
 """Models that get all their tensors, and no tensor that they have no place for: what libraries say about that in their logs is an error.
 
 diffusers and transformers fill what a checkpoint lacks with random numbers, drop what does not fit, and only log it. Both log it from one
-module each, before ``from_pretrained`` returns.
+module each, before ``from_pretrained`` returns; so does ``from_single_file``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from reelquant._remarks import remark
 from reelquant.models.blank import CLASS, CONFIG, read_json
 
 SETTINGS = "diffusers.configuration_utils"
-LOGGERS = (SETTINGS, "diffusers.models.modeling_utils", "transformers.modeling_utils")
+LOGGERS = (SETTINGS, "diffusers.models.modeling_utils", "diffusers.loaders.single_file_model", "transformers.modeling_utils")
 PROBLEMS = {  # words of their messages -> what is wrong
     re.compile(r"newly initialized|\bMISSING\b|\bMISMATCH\b"): "tensors are missing or have another shape, and would be random numbers",
     re.compile(r"were not used when|\bUNEXPECTED\b"): "tensors have no place in the model that its config.json describes",

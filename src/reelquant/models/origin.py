@@ -9,13 +9,16 @@ from reelquant._errors import CheckpointError
 from reelquant.models.blank import QUANTIZATION, read_config, read_json
 from reelquant.models.manifest import REPORT
 from reelquant.models.pipelines import BUNDLED, bundled_path, locate, stored_file
+from reelquant.models.single_file import SingleFile, file_of, single_file
 
 SOURCE = "source"  # the key of report.json
 HELP = "name the float pipeline: reference='...' (--reference ...)"
 
 
 def written_down(model: str | Path) -> str:
-    """The place of a pipeline as reports have it: a bundled name, the absolute path of a folder, or a hub id."""
+    """The place of a pipeline as reports have it: a bundled name, the absolute path of a folder, a hub id, ``FILE@PIPELINE``."""
+    if (single := single_file(model)) is not None:
+        return str(SingleFile(single.file.resolve(), written_down(single.rest), single.component))
     path = Path(model)
     if str(model) in BUNDLED or not path.is_dir():
         return str(model)
@@ -25,6 +28,14 @@ def written_down(model: str | Path) -> str:
 def origin_of(pipe: Any) -> str:
     """The float pipeline that a pipeline in memory is, or was quantized from; empty if that is not known."""
     place = str(getattr(pipe, "config", {}).get("_name_or_path") or "")
+    whole = _of_place(place)
+    for name, part in getattr(pipe, "components", {}).items() if whole else ():
+        if file := file_of(part):
+            whole = str(SingleFile(file, whole, name))
+    return whole
+
+
+def _of_place(place: str) -> str:
     if not place or not Path(place).is_dir():
         return place if place.count("/") == 1 and not place.startswith(("/", ".")) else ""  # a hub id, or a folder that is gone
     return recorded(place) or ("" if holds_quantized(Path(place)) else written_down(place))
@@ -43,9 +54,20 @@ def float_original(model: Any) -> str:
     found = recorded(model) if isinstance(model, str | Path) else origin_of(model)
     if not found:
         raise CheckpointError(f"nothing says what '{name}' was quantized from (no '{SOURCE}' in a {REPORT}); {HELP}")
-    if Path(found).is_absolute() and not Path(found).is_dir():
+    if not _still_there(found):
         raise CheckpointError(f"the float pipeline that '{name}' was quantized from is not at '{found}' any more; {HELP}")
     return found
+
+
+def _still_there(place: str) -> bool:
+    if (single := single_file(place)) is not None:
+        return single.file.is_file() and _still_there(single.rest)
+    return not Path(place).is_absolute() or Path(place).is_dir()
+
+
+def means_something_elsewhere(place: str) -> bool:
+    """Whether a place holds no path of this machine: it is a hub id or a bundled name."""
+    return bool(place) and single_file(place) is None and not Path(place).is_absolute()
 
 
 def recorded(model: str | Path) -> str:

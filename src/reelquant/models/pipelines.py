@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from reelquant._errors import CheckpointError, ReelQuantError, nearest
+from reelquant._errors import CheckpointError, ReelQuantError, UnsupportedError, nearest
 from reelquant.models.blank import CLASS, read_json
 from reelquant.models.compat import bridged
 from reelquant.models.complete import complete
 from reelquant.models.conditions import no_texts, takes_prompt
 from reelquant.models.manifest import check_manifest
 from reelquant.models.sampling import notes
+from reelquant.models.single_file import check_file, index_of, open_file, single_file
 from reelquant.models.sizes import check_hole, check_sizes
 from reelquant.models.weight_files import INDEX, PICKLES, component_folders, loaded_files, sole_variant
 from reelquant.nn import check_finite, count_weights
@@ -40,12 +41,15 @@ def bundled_path(name: str) -> Path:
 
 
 def locate(model: str | Path) -> str:
-    """The folder of a bundled name, an existing folder, or a hub id as it is.
+    """The folder of a bundled name, an existing folder, or a hub id as it is. Of ``FILE@PIPELINE`` it is that of the pipeline.
 
     Raises:
         CheckpointError: if it looks like a path and nothing is there.
     """
     text = str(model)
+    check_file(text)
+    if (single := single_file(text)) is not None:
+        return locate(single.rest)
     if text in BUNDLED:
         return str(bundled_path(text))
     path = Path(text)
@@ -55,8 +59,8 @@ def locate(model: str | Path) -> str:
         return text
     if os.path.exists(path) or len(text) > NAME or not text.isprintable() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(
-            f"no pipeline at '{text}'; give a folder with model_index.json, a hub id (owner/name), or a bundled name: "
-            f"{nearest(text, BUNDLED)}"
+            f"no pipeline at '{text}'; give a folder with model_index.json, a hub id (owner/name), FILE@PIPELINE, or a "
+            f"bundled name: {nearest(text, BUNDLED)}"
         )
     return text
 
@@ -66,9 +70,15 @@ def local_folder(model: str | Path) -> Path:
 
     Raises:
         CheckpointError: if nothing is there, or it cannot be downloaded.
+        UnsupportedError: if the place names a file: then no folder holds the pipeline.
     """
     from diffusers import DiffusionPipeline
 
+    if single_file(model) is not None:
+        raise UnsupportedError(
+            f"'{model}' is opened in memory only (no --max-memory, no --resume); to go on from disk, write it as a folder first: "
+            f"reelquant.save(reelquant.open_pipeline({str(model)!r}), FOLDER)"
+        )
     folder = locate(model)
     if Path(folder).is_dir():
         return Path(folder)
@@ -85,7 +95,7 @@ def open_pipeline(
     """Load a pipeline with stock ``DiffusionPipeline.from_pretrained``; safetensors only.
 
     Args:
-        model: bundled name, folder or hub id.
+        model: bundled name, folder, hub id, or ``FILE@PIPELINE`` (:mod:`reelquant.models.single_file`).
         dtype: of the float parts.
         device: where to.
         variant: of the weight files, ``fp16``; found without being told where a folder holds one variant and nothing else.
@@ -104,7 +114,9 @@ def open_pipeline(
         check_folder(Path(folder), variant, verify=verify)
     try:
         with complete(model):
-            pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant, **dropped(folder))
+            own = _from_files(model, dtype)
+            kind = pipeline_class(model) if own else DiffusionPipeline  # the base class takes no parts that a pipeline may go without
+            pipe = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, variant=variant, **dropped(folder), **own)
     except ReelQuantError:
         raise
     except Exception as error:
@@ -115,7 +127,18 @@ def open_pipeline(
     return bridged(pipe).to(device)
 
 
-def pipeline_class(model: Any) -> type:
+def _from_files(model: str | Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The denoisers of ``FILE@PIPELINE``, by component; a file that is named first wins."""
+    found, single = dict[str, Any](), single_file(model)
+    while single is not None:
+        folder = locate(single.rest)
+        name, part = open_file(single, index_of(stored_file(folder, INDEX), single), folder, dtype)
+        found.setdefault(name, part)
+        single = single_file(single.rest)
+    return found
+
+
+def pipeline_class(model: Any) -> Any:
     """The class of a pipeline; ``DiffusionPipeline``, which says nothing of its call, if that is not known before the pipeline is opened.
 
     Args:

@@ -34,8 +34,13 @@ class _Strict(BaseModel):
 class TensorRecipe(_Strict):
     """Numbers of one tensor: ``{format: int8, granularity: channel, range: mse}``.
 
-    A list of formats is a choice that the range's criterion makes. ``range`` is a name, or a mapping with ``name`` and its
-    parameters. ``scale`` says which numbers the scales of groups are: ``float``, ``e4m3`` (NVFP4) or ``e8m0`` (MX).
+    Attributes:
+        format: name of a number format; a list is a choice that the range's criterion makes.
+        granularity: which values share a scale.
+        range: how a scale is found: a name, or a mapping with ``name`` and its parameters.
+        slots: ``shared`` has one set of scales, ``per_step`` one for each denoising step.
+        dynamic: scales of inputs are found at run time instead of in calibration.
+        scale: which numbers the scales of groups are: ``float``, ``e4m3`` (NVFP4) or ``e8m0`` (MX).
     """
 
     format: str | list[str]
@@ -74,7 +79,12 @@ class TensorRecipe(_Strict):
 
 
 class Defaults(_Strict):
-    """What a quantized layer gets if no rule says otherwise. ``input: null`` leaves inputs float (weight-only)."""
+    """What a quantized layer gets if no rule says otherwise.
+
+    Attributes:
+        weight: numbers of the weight.
+        input: numbers of the input; null leaves inputs float (weight-only).
+    """
 
     weight: TensorRecipe
     input: TensorRecipe | None = None
@@ -84,6 +94,7 @@ class Rule(_Strict):
     """An exception for the layers that ``on`` matches; later rules win, key by key.
 
     Attributes:
+        on: pattern of layers.
         skip: leave these layers float (``true``), or take an earlier rule's skip back (``false``). Older recipes say ``keep``.
         because: the reason, for reports.
         weight, input: other numbers than those of the defaults.
@@ -152,6 +163,9 @@ class Step(_Strict):
 
     One key names the axis and its value the stage; every further key is a parameter of the stage. A list of values is a choice
     that :class:`Search` makes.
+
+    Attributes:
+        on: pattern of the layers it is for; null: all that are quantized.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -191,9 +205,12 @@ class Recipe(_Strict):
     ``protect_steps: [0, -1]``, ``guidance: separate``, ``attention: {scores: int8}``): the short form of a step.
 
     Attributes:
-        name, summary, paper: for people.
-        ours: what differs from the paper, for people, too.
-        defaults, rules: which numbers each layer gets.
+        name: what reports call it.
+        summary: one sentence on what it does.
+        paper: where the method is from.
+        ours: what differs from the paper.
+        defaults: which numbers each layer gets.
+        rules: which layers get others, or stay float.
         steps: the stages, in order.
         calibrate: how calibration samples; null for recipes that need no data, and :func:`load_recipe` sets it to null where sampling
             would change nothing.

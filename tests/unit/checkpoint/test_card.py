@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
+from typer.testing import CliRunner
 
 import reelquant
 from reelquant import CheckpointError
 from reelquant.checkpoint import write_card
+from reelquant.cli import app
 from reelquant.models.manifest import CARD
 from tests.tiny.stock import CALL, MIXED, PROMPTS, contents, room, stored_pipeline, wan_pipeline
 
@@ -92,8 +95,6 @@ class Hub:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
-    import huggingface_hub
-
     Hub.calls = []
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     return Hub
@@ -110,6 +111,32 @@ def test_a_folder_is_uploaded_without_a_path_of_this_machine(folder: Path, sourc
     assert "source" not in report and str(source) not in str(made["file"])
     (folder / "report.json").write_bytes(made["file"]["path_or_fileobj"])
     reelquant.verify(folder)  # the sum is that of what is left
+
+
+def test_the_command_uploads_what_it_wrote(source: Path, tmp_path: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    out, words = tmp_path / "out", ["quantize", str(source), "-r", "w8a16", "--push-to-hub", "me/wan", "-o"]
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    made = CliRunner().invoke(app, [*words, str(out), "--json"])
+    assert made.exit_code == 0 and json.loads(made.stdout)["repository"] == "https://hub/me/wan"
+    asked = dict(hub.calls)
+    assert asked["create"]["repository"] == "me/wan" and asked["folder"]["folder_path"] == str(out)
+    assert (out / CARD).is_file() and CARD not in asked["folder"]["ignore_patterns"]
+    monkeypatch.setattr(hub, "create_repo", lambda *_, **__: 1 / 0)
+    made = CliRunner().invoke(app, [*words, str(tmp_path / "kept")])
+    said = " ".join(made.output.split())
+    assert made.exit_code == 1 and "ZeroDivisionError" in said and "the folder is complete; upload it in Python: reelquant.push" in said
+    reelquant.verify(tmp_path / "kept")
+
+
+def test_the_command_refuses_an_upload_that_cannot_be_before_any_work(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["quantize", str(source), "-r", "w8a16", "-o", str(tmp_path / "out"), "--push-to-hub"]
+    for token, repository, said in ((None, "me/wan", "log in once: hf auth login"), ("secret", "wan", "give owner/name")):
+        monkeypatch.setattr(huggingface_hub, "get_token", lambda token=token: token)
+        made = CliRunner().invoke(app, [*words, repository])
+        assert made.exit_code == 1 and said in " ".join(made.output.split())
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_uploaded_is_said_before_and_after(folder: Path, tmp_path: Path, hub: type[Hub]) -> None:
