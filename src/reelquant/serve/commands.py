@@ -17,7 +17,7 @@ from reelquant._errors import CheckpointError, UnsupportedError
 from reelquant.serve.folder import STATE, Folder
 
 COMPARISONS = f"{STATE}/comparisons"
-NUMBER = re.compile(r"\d{14}-[0-9a-f]{8}")  # of jobs and comparisons
+NUMBER = re.compile(r"\d{20}-[0-9a-f]{8}")  # of jobs and comparisons
 WEIGHTS = "weights"  # folder of networks for metrics, if the served folder has one
 DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,2})?")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -159,7 +159,8 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 
 def new_number() -> str:
     """A name for a job or comparison that sorts by time."""
-    return f"{time.strftime('%Y%m%d%H%M%S')}-{secrets.token_hex(4)}"
+    seconds, nanoseconds = divmod(time.time_ns(), 10**9)
+    return f"{time.strftime('%Y%m%d%H%M%S', time.localtime(seconds))}{nanoseconds // 1000:06d}-{secrets.token_hex(4)}"
 
 
 def checked(number: Any) -> str:

@@ -35,7 +35,7 @@ class Comparisons:
     def begin(self, number: str, form: Mapping[str, Any]) -> None:
         """Note what a comparison shows, before its clips are made."""
         told = {key: form.get(key) for key in ("float", "quantized", "prompt", "seed", "steps")}
-        write_object(self.root / checked(number) / ABOUT, told)
+        write_object(self._place(number) / ABOUT, told)
 
     def all(self) -> dict[str, dict[str, Any]]:
         """What each comparison shows, by its number, newest first."""
@@ -49,7 +49,7 @@ class Comparisons:
         Raises:
             CheckpointError: if there is none.
         """
-        folder = self.root / checked(number)
+        folder = self._place(number)
         about = read_object(folder / ABOUT)
         if not about:
             raise CheckpointError(f"no comparison '{number:.60}'; refresh the page")
@@ -64,7 +64,7 @@ class Comparisons:
         """
         if side not in SIDES or position < 0:
             raise CheckpointError(f"a comparison has the sides {' and '.join(SIDES)}, got '{side:.60}'")
-        path = self.root / checked(number) / f"{side}-{position:03d}.png"
+        path = self._place(number) / f"{side}-{position:03d}.png"
         if path.is_symlink() or not path.is_file():
             raise CheckpointError(f"no frame {position} of the {side} clip; make the clips again")
         return path
@@ -78,7 +78,7 @@ class Comparisons:
         about = self.shown(number)
         if picked not in CHOICES:
             raise CheckpointError(f"a vote is one of {', '.join(CHOICES)}, got {picked!r:.60}")
-        file = self.root / number / VOTES
+        file = self._place(number) / VOTES
         write_object(file, {"votes": [*_votes(file), picked]})
         return self.tally(about)
 
@@ -89,6 +89,9 @@ class Comparisons:
         votes = [vote for number in alike for vote in _votes(self.root / number / VOTES)]
         counts = {choice: votes.count(choice) for choice in CHOICES}
         return counts | {"chance": sign_test(*(counts[side] for side in SIDES))}
+
+    def _place(self, number: str) -> Path:
+        return self.folder.own(f"comparisons/{checked(number)}")
 
 
 def _votes(file: Path) -> list[str]:

@@ -62,7 +62,9 @@ def _row(name: str, data: Mapping[str, Any]) -> Row:
     defects = data.get("defects")
     verdict += [f"{one.get('name')} seen" for one in defects[:2] if isinstance(one, dict)] if isinstance(defects, list) else []
     metrics = _part(data, "metrics")
-    figures = [(title, figure(_part(metrics, key).get("value"), _part(metrics, key).get("unit") or "")) for key, title in KEYS if key in metrics]
+    figures = [
+        (title, figure(_part(metrics, key).get("value"), _part(metrics, key).get("unit") or "")) for key, title in KEYS if key in metrics
+    ]
     about = [f"{data.get('clips')} clips", str(test.get("recipe") or ""), str(data.get("created") or "")[:16].replace("T", " ")]
     title = f"{_last(test.get('name'))} against {_last(reference.get('name'))}"
     return Row(name, title, tone, ", ".join(filter(None, verdict)) or "no gate", figures, " · ".join(filter(None, about)))

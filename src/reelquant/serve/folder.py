@@ -87,7 +87,9 @@ class Folder:
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"'{name:.200}' cannot be followed ({error}); remove the link") from None
         if not path.is_relative_to(self.root):
-            raise CheckpointError(f"'{name:.200}' is a link that leads out of the served folder; copy the files into it, or serve a folder above")
+            raise CheckpointError(
+                f"'{name:.200}' is a link that leads out of the served folder; copy the files into it, or serve a folder above"
+            )
         if not os.path.lexists(path):
             raise CheckpointError(f"nothing at '{name:.200}' in the served folder; refresh the page")
         return path
@@ -98,7 +100,9 @@ class Folder:
         for parent, folders, files in os.walk(path):
             for one in (*folders, *files):
                 if (link := Path(parent) / one).is_symlink() and not link.resolve().is_relative_to(self.root):
-                    raise CheckpointError(f"'{link.relative_to(self.root)}' is a link that leads out of the served folder; replace it by what it names")
+                    raise CheckpointError(
+                        f"'{link.relative_to(self.root)}' is a link that leads out of the served folder; replace it by what it names"
+                    )
         return path
 
     def new(self, name: str, *, again: bool = False) -> str:
@@ -113,7 +117,9 @@ class Folder:
         """
         words = PurePosixPath(name.strip())
         if not words.parts or words.is_absolute() or not name.isprintable() or any(one.startswith(".") for one in words.parts):
-            raise CheckpointError(f"'{name:.200}' does not name a new folder within the served one; give a name like 'tiny-dit-w8a16', without '..'")
+            raise CheckpointError(
+                f"'{name:.200}' does not name a new folder within the served one; give a name like 'tiny-dit-w8a16', without '..'"
+            )
         path = self.root / words
         if not path.parent.resolve().is_relative_to(self.root):
             raise CheckpointError(f"'{words.parent}' is a link that leads out of the served folder; choose another place")
@@ -162,8 +168,8 @@ class Folder:
 
     def recipes(self) -> list[str]:
         """Names of the library's recipes, and recipe files at the top of the folder or in its folder ``recipes``."""
-        places = [self.root / one for one in RECIPE_FOLDERS]
-        files = sorted(file for place in places if place.is_dir() for file in place.iterdir() if file.suffix in YAML and file.is_file())
+        places = [place for one in RECIPE_FOLDERS if (place := self.root / one).is_dir() and not place.is_symlink()]
+        files = sorted(file for place in places for file in place.iterdir() if file.suffix in YAML and file.is_file())
         return [*names(), *(f"./{file.relative_to(self.root)}" for file in files if not file.is_symlink())]
 
     def recipe(self, name: str) -> str:
@@ -207,11 +213,16 @@ class Folder:
 
     def _model(self, path: Path, places: dict[str, str]) -> Model:
         parts = [path / one.name / CONFIG for one in _entries(path) if one.is_dir()]
-        quantized = any(QUANTIZATION in read_object(file) for file in parts)
-        report = read_object(path / REPORT) if quantized else {}
+        quantized = any(QUANTIZATION in self._object(file) for file in parts)
+        report = self._object(path / REPORT) if quantized else {}
         source = str(report.get("source") or "")
         found = source if source in BUNDLED else places.get(source, "")
         return Model(places[str(path)], quantized, _text(report.get("recipe")), found)
+
+    def _object(self, file: Path) -> dict[str, Any]:
+        """The object in a JSON file; empty also if a link leads out of the folder. Caches of hubs have links within it."""
+        real = file.resolve()
+        return read_object(real) if real.is_relative_to(self.root) else {}
 
 
 def _entries(folder: Path) -> list[Any]:

@@ -2,8 +2,8 @@
 
 A server on localhost is reached by every page that the same browser has open, and by names that an attacker lets point to 127.0.0.1. So
 requests that change something must come from this page (``Origin``), and every request must name this machine (``Host``): by an address,
-``localhost``, or the name that ``--host`` gave. Of gradio's routes only those that its forms use are answered: none of its routes for files,
-uploads, other servers or streams.
+``localhost``, or the name that ``--host`` gave. Of gradio's routes only those that the forms use are answered: none of its routes for
+files, uploads, other servers or streams.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ Receive, Send = Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EXACT = frozenset(
-    {"/", "/config", "/favicon.ico", "/theme.css", "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/cancel", "/gradio_api/reset"}
+    {
+        "/",
+        "/config",
+        "/favicon.ico",
+        "/theme.css",
+        "/gradio_api/queue/join",
+        "/gradio_api/queue/data",
+        "/gradio_api/cancel",
+        "/gradio_api/reset",
+    }
 )
 BELOW = ("/assets/", "/static/", "/gradio_api/heartbeat/", "/reelquant/")
 SAFE = ("GET", "HEAD")

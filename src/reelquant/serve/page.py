@@ -25,7 +25,11 @@ NO_PLAN = '<p class="rq-quiet">The plan says what every layer becomes and what t
 NO_CLIPS = '<p class="rq-quiet">Both clips start from the same noise.</p>'
 NO_GATE = "none"
 GATES = (NO_GATE, "strict", "default", "loose")
-METRICS = {"quick: no downloaded networks": "quick", "default": "default"}
+METRICS = ("quick", "default")  # quick needs no downloaded networks
+
+
+Fresh = Callable[[list[Model], bool], Any]
+"""What makes a list anew from the models in the folder; True if the page has just been opened."""
 
 
 def blocks(served: Served, start: Launch) -> gr.Blocks:
@@ -36,7 +40,7 @@ def blocks(served: Served, start: Launch) -> gr.Blocks:
         start: starts the process of a plan.
     """
     with gr.Blocks(title="reelquant", analytics_enabled=False) as page:
-        with gr.Row(equal_height=True):
+        with gr.Row():
             gr.HTML(f'<div class="rq-top"><h1>reelquant</h1><code>{escape(served.folder.root)}</code></div>', min_width=200)
             refresh = gr.Button("Refresh lists", size="sm", elem_id="rq-refresh", scale=0, min_width=130)
         with gr.Row():
@@ -49,14 +53,15 @@ def blocks(served: Served, start: Launch) -> gr.Blocks:
                     lists |= _evaluate(served)
             with gr.Column(scale=3, min_width=320):
                 gr.HTML('<div class="rq-jobs"><h2>Jobs</h2><rq-jobs></rq-jobs></div>')
-        show = functools.partial(_lists, served, list(lists.values()))
-        gr.on([refresh.click, page.load], show, None, list(lists), show_progress="hidden", api_visibility="private")
+        for event, first in ((page.load, True), (refresh.click, False)):
+            show = functools.partial(_lists, served, list(lists.values()), first)
+            event(show, None, list(lists), show_progress="hidden", api_visibility="private")
     return page
 
 
-def _lists(served: Served, fresh: list[Callable[[list[Model]], Any]]) -> list[Any]:
+def _lists(served: Served, fresh: list[Fresh], first: bool) -> list[Any]:
     models = served.folder.models()
-    return [one(models) for one in fresh]
+    return [one(models, first) for one in fresh]
 
 
 def told(act: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,9 +81,14 @@ def _choices(found: list[Model], kinds: tuple[bool, ...]) -> list[tuple[str, str
     return [(one.label, one.name) for one in found if one.quantized in kinds]
 
 
-def _models(label: str, *kinds: bool) -> tuple[gr.Dropdown, Callable[[list[Model]], Any]]:
-    """A list of models of some kinds (quantized or not), and what refreshes it."""
-    return gr.Dropdown([], label=label), lambda found: gr.update(choices=_choices(found, kinds))
+def _models(label: str, *kinds: bool) -> tuple[gr.Dropdown, Fresh]:
+    """A list of models of some kinds (quantized or not), and what makes it anew."""
+
+    def fresh(found: list[Model], first: bool) -> Any:
+        choices = _choices(found, kinds)
+        return gr.update(choices=choices, value=choices[0][1]) if first and choices else gr.update(choices=choices)
+
+    return gr.Dropdown([], label=label, min_width=240), fresh
 
 
 def _machine() -> list[Any]:
@@ -92,11 +102,11 @@ def _machine() -> list[Any]:
 def _quantize(served: Served, start: Launch) -> dict[Any, Any]:
     with gr.Row():
         model, models = _models("Float pipeline", False)
-        recipe = gr.Dropdown([], label="Recipe", value=FIRST_RECIPE)
+        recipe = gr.Dropdown([FIRST_RECIPE], label="Recipe", value=FIRST_RECIPE, min_width=240)
     about = gr.HTML(_about(FIRST_RECIPE))
     with gr.Row():
-        name = gr.Textbox(label="Name of the new folder", placeholder="made from pipeline and recipe")
-        memory = gr.Textbox(label="Most memory", placeholder="what is free, or 8GB")
+        name = gr.Textbox(label="Name of the new folder", placeholder="made from pipeline and recipe", min_width=240)
+        memory = gr.Textbox(label="Most memory", placeholder="what is free, or 8GB", min_width=240)
     inputs = [model, recipe, name, memory, *_machine()]
     known = gr.State(None)
     with gr.Row():
@@ -117,9 +127,16 @@ def _quantize(served: Served, start: Launch) -> dict[Any, Any]:
     look.click(told(planned), inputs, [shown, known, begin], api_visibility="private")
     begin.click(told(begun), known, [known, begin], show_progress="hidden", api_visibility="private")
     changed = [one.change for one in inputs]
-    gr.on(changed, lambda: (NO_PLAN, None, gr.update(interactive=False)), None, [shown, known, begin], show_progress="hidden", api_visibility="private")
+    gr.on(
+        changed,
+        lambda: (NO_PLAN, None, gr.update(interactive=False)),
+        None,
+        [shown, known, begin],
+        show_progress="hidden",
+        api_visibility="private",
+    )
     recipe.change(_about, recipe, about, show_progress="hidden", api_visibility="private")
-    return {model: models, recipe: lambda _: gr.update(choices=[(commands.shown(one), one) for one in served.folder.recipes()])}
+    return {model: models, recipe: lambda *_: gr.update(choices=[(commands.shown(one), one) for one in served.folder.recipes()])}
 
 
 def _form(given: tuple[Any, ...]) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def _compare(served: Served) -> dict[Any, Any]:
     prompt = gr.Textbox(PROMPT, label="Prompt", lines=2)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, min_width=90)
-        steps = gr.Number(None, label="Steps", precision=0, placeholder="of the pipeline", min_width=90)
+        steps = gr.Textbox(label="Steps", placeholder="the usual", min_width=90)
     inputs = [floats, quantized, prompt, seed, steps, *_machine()]
     make = gr.Button("Make both clips", variant="primary")
     earlier = gr.Dropdown([], label="Comparisons so far")
@@ -158,12 +175,14 @@ def _compare(served: Served) -> dict[Any, Any]:
 
     make.click(told(begun), inputs, [earlier, player], show_progress="hidden", api_visibility="private")
     earlier.input(told(_player), earlier, player, show_progress="hidden", api_visibility="private")
-    return fresh | {earlier: lambda _: gr.update(choices=_earlier(served))}
+    return fresh | {earlier: lambda *_: gr.update(choices=_earlier(served))}
 
 
 def _earlier(served: Served) -> list[tuple[str, str]]:
     found = served.comparisons.all().items()
-    return [(f"{commands.shown(str(one.get('quantized')))}: {one.get('prompt')!s:.60}, seed {one.get('seed')}", number) for number, one in found]
+    return [
+        (f"{commands.shown(str(one.get('quantized')))}: {one.get('prompt')!s:.40}, seed {one.get('seed')}", number) for number, one in found
+    ]
 
 
 def _player(number: str | None) -> str:
@@ -191,9 +210,9 @@ def _evaluate(served: Served) -> dict[Any, Any]:
     quantized, floats, fresh = _pair(served)
     with gr.Row():
         clips = gr.Number(8, label="Clips", precision=0, minimum=1, min_width=90)
-        steps = gr.Number(None, label="Steps", precision=0, placeholder="of the pipeline", min_width=90)
+        steps = gr.Textbox(label="Steps", placeholder="the usual", min_width=90)
         gate = gr.Dropdown(list(GATES), value="default", label="Gate", min_width=110)
-        metrics = gr.Dropdown(list(METRICS.items()), label="Metrics", min_width=150)
+        metrics = gr.Dropdown(list(METRICS), label="Metrics", min_width=110)
     inputs = [floats, quantized, clips, steps, gate, metrics, *_machine()]
     begin = gr.Button("Evaluate", variant="primary")
     gr.HTML('<div class="rq-plan"><h3>Evaluations in this folder</h3></div>')
@@ -213,8 +232,8 @@ def _evaluate(served: Served) -> dict[Any, Any]:
 
     begin.click(told(begun), inputs, None, show_progress="hidden", api_visibility="private")
     chosen.input(told(report), chosen, frame, show_progress="hidden", api_visibility="private")
-    rows = {listed: lambda _: _render("evaluations.html.jinja", rows=evaluations.rows(served.folder))}
-    return fresh | rows | {chosen: lambda _: gr.update(choices=served.folder.evaluations())}
+    rows = {listed: lambda *_: _render("evaluations.html.jinja", rows=evaluations.rows(served.folder))}
+    return fresh | rows | {chosen: lambda *_: gr.update(choices=served.folder.evaluations())}
 
 
 @functools.cache

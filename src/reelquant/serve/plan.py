@@ -87,9 +87,14 @@ def _part(name: str, found: Mapping[str, Any], takes: Mapping[str, Any]) -> Show
     before, after = found["bytes_before"], found["bytes_after"]
     smaller = f"{before / max(after, 1):.2f}x smaller than float32"
     quantized, skipped = found["quantized"], found["skipped"]
-    tiles = [("Layers", f"{quantized} of {quantized + skipped}", "become quantized"), ("Their size", f"{size(before)} → {size(after)}", smaller)]
+    tiles = [
+        ("Layers", f"{quantized} of {quantized + skipped}", "become quantized"),
+        ("Their size", f"{size(before)} → {size(after)}", smaller),
+    ]
     stages = [(f"{one['axis']}: {one['name']}", _touched(one)) for one in found.get("stages") or []]
-    return Shown(name, f"{found['recipe']} on {found['denoiser']}", [*tiles, *_takes(takes)], stages, [_layer(one) for one in found["layers"]])
+    return Shown(
+        name, f"{found['recipe']} on {found['denoiser']}", [*tiles, *_takes(takes)], stages, [_layer(one) for one in found["layers"]]
+    )
 
 
 def _touched(stage: Mapping[str, Any]) -> str:
@@ -110,11 +115,15 @@ def _takes(takes: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         return []
     streams = bool(takes.get("streams"))
     memory = takes["memory"] if streams else takes["in_memory"]
-    calls = f"and {takes['calls']} calls of the model" if takes.get("calls") else "reading, rounding, writing"
+    seconds = f"about {duration(takes['seconds'])}"
+    if takes.get("calls"):
+        took = ("Work", f"{takes['calls']:,} calls", f"of the model, and {seconds} of reading, rounding, writing")
+    else:
+        took = ("Time", seconds, "reading, rounding, writing")
     return [
         ("Memory", size(memory), f"of {size(takes['budget'])}; {'from disk to disk' if streams else 'the whole model fits'}"),
         ("Result", size(takes["result"]), f"the float folder has {size(takes['source'])}"),
-        ("Time", f"about {duration(takes['seconds'])}", calls),
+        took,
     ]
 
 

@@ -99,5 +99,3 @@ def _asset(name: str) -> Response:
 def script_tags() -> str:
     """What the head of the page needs to run the assets."""
     return "".join(f'<script type="module" src="/reelquant/assets/{name}"></script>' for name in ASSETS)
-
-

@@ -54,7 +54,9 @@ def bound(host: str, port: int) -> socket.socket:
         made.listen(128)
     except OSError as error:
         made.close()
-        raise UnsupportedError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port, or 0 for any free one") from None
+        raise UnsupportedError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port, or 0 for any free one"
+        ) from None
     return made
 
 
@@ -99,6 +101,7 @@ def application(folder: Folder, queue: Queue, host: str, start: Launch = launch)
     served = routes.Served(folder, queue, Comparisons(folder))
     fonts = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="zinc", font=fonts[0], font_mono=fonts[1])
+    theme.set(body_text_color_subdued="*neutral_500", body_text_color_subdued_dark="*neutral_400")  # readable where small
     app = gr.mount_gradio_app(
         routes.application(served),
         page.blocks(served, start),

@@ -174,7 +174,7 @@ class Queue:
             with self._changed:
                 if job.number in self._stop:
                     return self._finish(job, State.CANCELLED, "between two commands")
-                job.part, job.phase, job.done, job.total = part, "starting", 0, 0
+                job.part, job.phase, job.done, job.total, job.seconds = part, "starting", 0, 0, 0.0
                 jobs.write(self.records, job)
             ended = self._watch(job, self._start(["--progress", "json", *words], self._folder.root, out, err), err)
             made = jobs.document(out)

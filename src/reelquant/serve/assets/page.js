@@ -35,7 +35,7 @@ export function progressText(job) {
 }
 
 export const STYLE = `
-  :host { display: block; font-family: inherit; color: var(--body-text-color); font-size: 14px; line-height: 1.5; }
+  :host { display: block; contain: inline-size; font-family: inherit; color: var(--body-text-color); font-size: 14px; line-height: 1.5; }
   * { box-sizing: border-box; }
   p { margin: 0; }
   .quiet { color: var(--body-text-color-subdued); font-size: 13px; }

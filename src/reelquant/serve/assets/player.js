@@ -300,7 +300,7 @@ class Player extends HTMLElement {
   sum(tally) {
     const counts = `So far, on all clips of these two models: float ${tally.float}, quantized ${tally.quantized}, no difference ${tally.same}.`;
     if (tally.chance === null) return counts;
-    return `${counts} A coin splits so unevenly in ${Math.max(1, Math.round(100 * tally.chance))} % of such tests.`;
+    return `${counts} Chance alone splits votes so unevenly in ${Math.max(1, Math.round(100 * tally.chance))} % of cases.`;
   }
 }
 
