@@ -51,7 +51,10 @@ def plan(folder: Folder, form: Mapping[str, Any]) -> list[str]:
     Raises:
         ReelQuantError: if a value of the form is refused.
     """
-    return [*_quantize(folder, form), "--dry-run", "--json"]
+    words = _quantize(folder, form)
+    if name := str(form.get("name") or ""):
+        folder.new(name)  # refused now, not after the plan
+    return [*words, "--dry-run", "--json"]
 
 
 def quantize(folder: Folder, form: Mapping[str, Any], *, again: bool = False) -> Work:

@@ -36,7 +36,7 @@ class Running(Protocol):
 
 
 Launch = Callable[[list[str], Path, Path, Path], Running]
-"""Starts ``reelquant`` with some words in a folder; its output and its errors go to two files."""
+"""Starts ``reelquant`` with some words in a folder; its output and its errors go to two files, which are there when this returns."""
 
 
 def launch(words: list[str], folder: Path, out: Path, err: Path) -> Running:
