@@ -99,6 +99,7 @@ def page(browser: Any, visited: Visited) -> Iterator[Any]:
     opened.set_default_timeout(SECONDS)
     opened.goto(visited.address)
     opened.locator("rq-jobs").wait_for()
+    opened.wait_for_function("[...document.querySelectorAll('input')].some(one => one.value.startsWith('tiny-dit'))")  # lists have come
     yield opened
     context.close()
     assert [url for url in asked if not url.startswith((visited.address, "data:", "blob:"))] == []

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from reelquant._errors import CheckpointError
-from reelquant.serve.commands import checked
+from reelquant.serve.commands import NUMBER, checked
 from reelquant.serve.files import read_object, write_object
 from reelquant.serve.folder import Folder
 
@@ -40,7 +40,7 @@ class Comparisons:
     def all(self) -> dict[str, dict[str, Any]]:
         """What each comparison shows, by its number, newest first."""
         folders = sorted(self.root.iterdir(), reverse=True) if self.root.is_dir() else []
-        found = {one.name: read_object(one / ABOUT) for one in folders if one.is_dir() and not one.is_symlink()}
+        found = {one.name: read_object(one / ABOUT) for one in folders if NUMBER.fullmatch(one.name) and not one.is_symlink()}
         return {name: about for name, about in found.items() if about}
 
     def shown(self, number: str) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 Scope = MutableMapping[str, Any]
-Receive, Send = Callable[[], Awaitable[Any]], Callable[[Any], Awaitable[None]]
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EXACT = frozenset(
