@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -179,10 +180,11 @@ def _compare(served: Served) -> dict[Any, Any]:
 
 
 def _earlier(served: Served) -> list[tuple[str, str]]:
-    found = served.comparisons.all().items()
-    return [
-        (f"{commands.shown(str(one.get('quantized')))}: {one.get('prompt')!s:.40}, seed {one.get('seed')}", number) for number, one in found
-    ]
+    def label(one: dict[str, Any]) -> str:
+        prompt = textwrap.shorten(str(one.get("prompt")), 44, placeholder=" ...")
+        return f"{commands.shown(str(one.get('quantized')))}: {prompt}, seed {one.get('seed')}"
+
+    return [(label(one), number) for number, one in served.comparisons.all().items()]
 
 
 def _player(number: str | None) -> str:

@@ -207,8 +207,11 @@ class Player extends HTMLElement {
     context.clip();
     context.drawImage(one, 0, 0, width, height);
     context.restore();
+    const line = Math.max(1, Math.round(width / 256)); // dark and light: seen on every picture
+    context.fillStyle = "#000";
+    context.fillRect(at - line, 0, line, height);
     context.fillStyle = "#fff";
-    context.fillRect(at - 1, 0, 2, height);
+    context.fillRect(at, 0, line, height);
   }
 
   name(place) {
