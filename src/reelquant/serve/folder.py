@@ -95,10 +95,16 @@ class Folder:
         return path
 
     def tree(self, name: str) -> Path:
-        """:meth:`inside`, for a folder that a job will read: no link anywhere below may lead out either."""
+        """:meth:`inside`, for a folder that a job will read: no link anywhere below may lead out either.
+
+        Python files in the folders of components are refused, too: they are classes that some versions of diffusers load.
+        """
         path = self.inside(name)
         for parent, folders, files in os.walk(path):
             for one in (*folders, *files):
+                if one.endswith(".py") and Path(parent) != path:
+                    place = (Path(parent) / one).relative_to(self.root)
+                    raise CheckpointError(f"'{place}' is Python code, and the page runs none; use the command line if you trust it")
                 if (link := Path(parent) / one).is_symlink() and not link.resolve().is_relative_to(self.root):
                     raise CheckpointError(
                         f"'{link.relative_to(self.root)}' is a link that leads out of the served folder; replace it by what it names"

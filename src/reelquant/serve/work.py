@@ -41,7 +41,8 @@ Launch = Callable[[list[str], Path, Path, Path], Running]
 
 def launch(words: list[str], folder: Path, out: Path, err: Path) -> Running:
     """A new interpreter. It imports nothing from the folder that it works in, and asks no network."""
-    own = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "REELQUANT_CACHE": str(folder / STATE / "cache")}
+    cache = str(folder / STATE / "cache")
+    own = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": cache, "REELQUANT_CACHE": cache}
     command = [sys.executable, "-P", "-m", "reelquant", *words]
     with out.open("wb") as output, err.open("wb") as errors:
         return subprocess.Popen(
@@ -96,6 +97,7 @@ class Queue:
                 self._finish(job, State.CANCELLED, "it had not begun")
             elif job.state is State.RUNNING:
                 self._stop.add(number)
+                job.phase, job.done, job.total = "stopping", 0, 0
 
     def again(self, number: str) -> Job:
         """Start a job again that did not end well: under its number, and going on where it can.
@@ -205,7 +207,8 @@ class Queue:
             *lines, rest = (rest + text).split(b"\n")
             found = [one for one in map(jobs.progress_in, lines) if one is not None]
             with self._changed:
-                vars(job).update(found[-1] if found else {})
+                if found and job.number not in self._stop:
+                    vars(job).update(found[-1])
             time.sleep(POLL)
         return code
 

@@ -56,6 +56,11 @@ def test_a_model_with_a_file_elsewhere_is_refused_before_a_job_opens_it(root: Pa
     assert refused(Folder(root).model, "./model").startswith("'model/transformer/weights.safetensors' is a link that leads out")
 
 
+def test_a_model_with_code_of_its_own_is_refused(root: Path) -> None:
+    (pipeline(root / "model") / "transformer" / "mine.py").write_text("")
+    assert "'model/transformer/mine.py' is Python code" in refused(Folder(root).model, "./model")
+
+
 def test_models_are_listed_with_what_their_reports_say(root: Path) -> None:
     float_ = pipeline(root / "wan")
     pipeline(root / "deep" / "er" / "wan-q", recipe="w8a16", source=str(float_))
