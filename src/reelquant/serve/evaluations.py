@@ -56,9 +56,10 @@ def report(folder: Folder, name: str) -> Path:
 
 def _row(name: str, data: Mapping[str, Any]) -> Row:
     test, reference, gate, lossless = (_part(data, key) for key in ("test", "reference", "gate", "near_lossless"))
-    tone = {True: "good", False: "bad"}.get(gate.get("passed"), "none")  # pyright: ignore[reportArgumentType]
-    verdict = [f"gate {gate.get('preset')} {'passed' if tone == 'good' else 'failed'}"] if gate else []
-    verdict += [{True: "near-lossless", False: "not near-lossless"}.get(lossless.get("holds"), "")] if lossless else []
+    passed, holds = gate.get("passed") is True, lossless.get("holds")
+    tone = ("good" if passed else "bad") if gate else "none"
+    verdict = [f"gate {gate.get('preset')} {'passed' if passed else 'failed'}"] if gate else []
+    verdict += ["near-lossless" if holds else "not near-lossless"] if isinstance(holds, bool) else []
     defects = data.get("defects")
     verdict += [f"{one.get('name')} seen" for one in defects[:2] if isinstance(one, dict)] if isinstance(defects, list) else []
     metrics = _part(data, "metrics")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from reelquant._numbers import figure, size
 from reelquant.serve.commands import NUMBER, Work, new_number
@@ -78,6 +80,9 @@ class Job:
         return {name: getattr(self, name) for name in names} | rest
 
 
+RECORD = TypeAdapter(Job)  # checks types; unknown keys are left out
+
+
 def write(folder: Path, job: Job) -> None:
     """Keep the record."""
     write_object(folder / f"{job.number}.json", asdict(job))
@@ -90,13 +95,11 @@ def read_all(folder: Path) -> list[Job]:
 
 
 def _read(file: Path) -> Job | None:
-    known = {one.name for one in fields(Job)}
-    data = read_object(file)
     try:
-        job = Job(**{key: value for key, value in data.items() if key in known} | {"number": file.stem, "state": State(data.get("state"))})
-    except (TypeError, ValueError):
+        job = RECORD.validate_python(read_object(file) | {"number": file.stem})
+    except ValidationError:
         return None
-    if not isinstance(job.form, dict) or job.kind not in SUMMARIES:
+    if job.kind not in SUMMARIES:
         return None
     if job.state in OPEN:
         job.state, job.said = State.INTERRUPTED, "the server ended before this job did; start it again, and it goes on where it can"

@@ -109,7 +109,10 @@ class Queue:
             job = self._get(number)
             if job.state not in jobs.AGAIN:
                 raise CheckpointError(f"job '{job.title}' is {job.state}; only jobs that did not end well are started again")
-            work = WORKS[job.kind](self._folder, job.form, again=True)
+            try:
+                work = WORKS[job.kind](self._folder, job.form, again=True)
+            except KeyError as error:
+                raise CheckpointError(f"the record of job '{job.title}' lacks {error}; remove it and fill in the form again") from None
             del self._jobs[number]  # behind the others
             return self.add(work, number)
 

@@ -55,7 +55,7 @@ def test_evaluations_show_their_verdict_whatever_their_fields_hold(tmp_path: Pat
         "created": "2026-01-02T03:04:05",
     }
     evaluation(tmp_path / "a", **whole)
-    evaluation(tmp_path / "b", test=[1], gate="no", metrics=None, defects={}, clips="x")
+    evaluation(tmp_path / "b", test=[1], gate="no", near_lossless={"holds": []}, metrics=None, defects={}, clips="x")
     (evaluation(tmp_path / "c") / "report.json").write_text("[")
     found = {row.name: row for row in evaluations.rows(Folder(tmp_path))}
     assert (found["a"].title, found["a"].tone, found["a"].verdict) == (

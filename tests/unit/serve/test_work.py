@@ -207,10 +207,15 @@ def test_a_record_that_came_with_the_folder_cannot_choose_what_is_run(queue: Mad
         json.dumps(json.loads((records / f"{evil.number}.json").read_text()) | {"commands": [["x"]]})
     )
     (records / "20260101120000000000-0123abcd.json").write_text("[1]")
-    (records / "20260101120000000000-0123abce.json").write_text('{"kind": "quantize", "state": "flying"}')
+    for end, wrong in (("e", {"state": "flying"}), ("f", {"started": "noon"}), ("0", {"kind": "run"}), ("1", {"form": [1]})):
+        whole = json.loads((records / f"{evil.number}.json").read_text())
+        (records / f"20260101120000000000-0123abc{end}.json").write_text(json.dumps(whole | wrong))
     found = queue()
     assert [one.number for one in found.jobs()] == [evil.number]
     with pytest.raises(CheckpointError):
+        found.again(evil.number)
+    found.job(evil.number).form = {}  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match="lacks 'model'"):
         found.again(evil.number)
 
 
