@@ -23,15 +23,16 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def reelquant(words: Sequence[object], errors: Path, prepare: Callable[[], None] | None = None) -> BaseProcess:
+def reelquant(words: Sequence[object], errors: Path, prepare: Callable[[], None] | None = None, output: Path | None = None) -> BaseProcess:
     """``python -m reelquant`` with these words, started.
 
     Args:
         words: the arguments.
-        errors: a file for what it writes to the standard error; its standard output goes nowhere.
+        errors: a file for what it writes to the standard error.
         prepare: called in the process first; a function of a module.
+        output: a file for what it writes to the standard output, which else goes nowhere.
     """
-    return _started(_command, [str(word) for word in words], str(errors), prepare)
+    return _started(_command, [str(word) for word in words], str(errors), prepare, str(output or os.devnull))
 
 
 def run(code: str, *arguments: object) -> None:
@@ -79,9 +80,9 @@ def _begin(threads: int) -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 
 
-def _command(words: list[str], errors: str, prepare: Callable[[], None] | None, threads: int) -> None:
+def _command(words: list[str], errors: str, prepare: Callable[[], None] | None, output: str, threads: int) -> None:
     _begin(threads)
-    for number, name in ((1, os.devnull), (2, errors)):
+    for number, name in ((1, output), (2, errors)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if prepare is not None:
         prepare()

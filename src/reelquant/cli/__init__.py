@@ -3,7 +3,8 @@
 Nothing heavy is imported before a verb runs.
 
 ``console`` prints and draws progress bars, ``errors`` makes one line of an error, ``options`` holds what verbs share,
-``request`` does the work of ``quantize``, ``tables`` makes the tables, ``layout`` fits them to the screen.
+``lines`` writes progress for programs, ``request`` does the work of ``quantize``, ``tables`` makes the tables, ``layout`` fits them to
+the screen.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from reelquant.cli.metrics import metrics, weights
 from reelquant.cli.quantize import quantize
 from reelquant.cli.ranks import only_first_speaks
 from reelquant.cli.recipes import recipes
+from reelquant.cli.serve import serve
 from reelquant.cli.tune import tune
 from reelquant.cli.verify import verify
 
@@ -60,6 +62,10 @@ def main(
         list[str] | None,
         typer.Option("--plugin", metavar="MODULE", help="Before the verb: import methods of others, a module or a .py file. Repeatable."),
     ] = None,
+    progress: Annotated[
+        str,
+        typer.Option("--progress", help="Before the verb: bars (in a terminal), or json: lines on stderr for programs.", metavar="STYLE"),
+    ] = "bars",
 ) -> None:
     """Quantize diffusers video pipelines after training, and see that the videos are still good.
 
@@ -74,11 +80,15 @@ def main(
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
     [cyan]reelquant tune out -o fast[/cyan]                          more speed: blocks skip steps
     [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
+    [cyan]reelquant serve[/cyan]                                     all of it on a page in the browser
     """
+    from reelquant.cli.console import show_progress_as
+
     only_first_speaks(context.invoked_subcommand)
+    show_progress_as(progress)
     for name in plugin or ():
         load_plugin(name)
 
 
-for verb in (demo, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights):
+for verb in (demo, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights, serve):
     app.command()(verb)

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -26,8 +27,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from reelquant._errors import printable
+from reelquant._errors import UnsupportedError, nearest, printable
 from reelquant._progress import PHASES
+from reelquant.cli.lines import Lines
 from reelquant.cli.signals import stop_if_asked
 
 PIPED = 120  # columns if the output is not a terminal and COLUMNS is not set
@@ -115,7 +117,7 @@ class Lane:
         keep: finished phases stay on the screen; else they share one line.
     """
 
-    def __init__(self, bars: Progress, keep: bool = True) -> None:
+    def __init__(self, bars: Progress | Lines, keep: bool = True) -> None:
         self._bars, self._keep = bars, keep
         self._task: TaskID | None = None
         self._subject = ""
@@ -146,18 +148,37 @@ class Lane:
             self._bars.update(self._task, completed=self._bars.tasks[self._task].total)
 
 
+def _drawn() -> Progress:
+    words = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        MofNCompleteColumn(),
+    )
+    times = (TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn())
+    return Progress(*words, *times, console=err, disable=not err.is_terminal)
+
+
+PROGRESS: dict[str, Callable[[], Progress | Lines]] = {"bars": _drawn, "json": Lines}
+_chosen = {"progress": "bars"}
+
+
+def show_progress_as(style: str) -> None:
+    """How bars are shown from now on: one of :data:`PROGRESS`.
+
+    Raises:
+        UnsupportedError: for another word.
+    """
+    if style not in PROGRESS:
+        raise UnsupportedError(f"--progress: no '{style}'; {nearest(style, PROGRESS)}")
+    _chosen["progress"] = style
+
+
 class Bars(Lane):
-    """Progress bars with the time left, on stderr; nothing is drawn if stderr is not a terminal."""
+    """Progress bars with the time left, on stderr; nothing is drawn if stderr is not a terminal, and ``--progress json`` writes lines."""
 
     def __init__(self) -> None:
-        words = (
-            SpinnerColumn(finished_text="[green]✓"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-        )
-        times = (TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn())
-        super().__init__(Progress(*words, *times, console=err, disable=not err.is_terminal))
+        super().__init__(PROGRESS[_chosen["progress"]]())
 
     def lane(self) -> Lane:
         """Another line of work beside this one, whose phases share one line of the screen."""

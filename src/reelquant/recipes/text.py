@@ -90,6 +90,23 @@ def read_text(source: str | Path) -> dict[str, Any]:
     return extended(_parsed(source), _folder(source), (str(source),))
 
 
+def parent_of(source: str | Path) -> str | None:
+    """What the key ``extends`` of one recipe says, and nothing but that recipe is read: who offers files of others looks before it follows.
+
+    Raises:
+        RecipeError: if there is no such recipe, it is not a mapping in YAML, or it extends something that has no name.
+    """
+    data = _parsed(source)
+    return _parent(data, str(source)) if EXTENDS in data else None
+
+
+def _parent(data: dict[str, Any], where: str) -> str:
+    parent = data[EXTENDS]
+    if not isinstance(parent, str):
+        raise RecipeError(f"{where}: 'extends' names one recipe or file, got {parent!r}")
+    return parent
+
+
 def extended(data: dict[str, Any], folder: Path, seen: tuple[str, ...]) -> dict[str, Any]:
     """A mapping merged with the recipe that its key ``extends`` names, and that one with its own parent.
 
@@ -103,9 +120,7 @@ def extended(data: dict[str, Any], folder: Path, seen: tuple[str, ...]) -> dict[
     if EXTENDS not in data:
         return data
     rest = {key: value for key, value in data.items() if key != EXTENDS}
-    parent = data[EXTENDS]
-    if not isinstance(parent, str):
-        raise RecipeError(f"{seen[-1]}: 'extends' names one recipe or file, got {parent!r}")
+    parent = _parent(data, seen[-1])
     source = parent if parent in names() else folder / parent
     if str(source) in seen:
         raise RecipeError(f"recipes extend each other in a circle: {' -> '.join([*seen, str(source)])}")

@@ -25,7 +25,7 @@ from reelquant.evidence.networks.published import WEIGHTS
 from reelquant.kernels.cpu import int8, int16_madd
 from tests.tiny.stock import stored_pipeline
 
-VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "export", "verify", "inspect", "recipes", "metrics", "weights")
+VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "export", "verify", "inspect", "recipes", "metrics", "weights", "serve")
 SHORT = ["--set", "calibrate.prompts=1", "--set", "search.prompts=1", "--set", "search.steps=1"]
 
 
