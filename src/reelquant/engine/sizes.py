@@ -11,6 +11,9 @@ from reelquant.engine.plan import Plan
 from reelquant.engine.quality import model_bytes
 from reelquant.nn import get_module
 
+TEXT = 1000
+"""Bytes of what config.json and report.json say of a quantized layer, about: it counts in small models."""
+
 
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of what a checkpoint holds of a model: buffers that it computes for itself are left out."""
@@ -23,10 +26,11 @@ def quantized_bytes(plan: Plan, model: nn.Module, *, stored: bool = False) -> in
     Args:
         plan: of the component.
         model: the float module; its parameters may be on the meta device, in the dtype that float parts will have.
-        stored: in a checkpoint; by default in memory.
+        stored: in a folder, with what its texts say; by default in memory.
     """
     floats = sum(_bytes(get_module(model, row.layer.name).parameters(recurse=False)) for row in plan.quantized)
-    return (stored_bytes(model) if stored else model_bytes(model)) - floats + layers_bytes(plan)
+    whole = stored_bytes(model) + TEXT * len(plan.quantized) if stored else model_bytes(model)
+    return whole - floats + layers_bytes(plan)
 
 
 def layers_bytes(plan: Plan) -> int:

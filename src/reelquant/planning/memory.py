@@ -9,7 +9,7 @@ from torch import nn
 
 from reelquant.engine.plan import Plan
 from reelquant.engine.quality import model_bytes
-from reelquant.engine.sizes import quantized_bytes, stored_bytes
+from reelquant.engine.sizes import quantized_bytes
 from reelquant.planning.heap import held
 from reelquant.planning.parts import Part
 from reelquant.planning.trace import Trace
@@ -42,7 +42,7 @@ def footprint(part: Part, plan: Plan | None, traces: Sequence[Trace], device: st
     """Of a component, float (``plan`` is None) or quantized."""
     model = part.model
     weights = part.bytes if plan is None else quantized_bytes(plan, model)
-    stored = stored_bytes(model) if plan is None else quantized_bytes(plan, model, stored=True)
+    stored = part.stored if plan is None else quantized_bytes(plan, model, stored=True)  # what stays float is written as it was
     blocks = [model_bytes(block) for block in _blocks(model)]
     share = weights / max(part.bytes, 1)
     return Footprint(
