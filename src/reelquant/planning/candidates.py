@@ -19,7 +19,7 @@ from reelquant.planning.trace import NONE, Trace
 from reelquant.recipes.recipe import Recipe, load_recipe
 
 FLOAT = "float"
-DENOISER = (FLOAT, "qvd-w8a8", "w8a16", "qvd-w6a6", "qvd-w4a8", "w4a16")
+DENOISER = (FLOAT, "qvd-w8a8", "w8a16", "reel-w6a6", "reel-w4a8", "w4a16")
 ENCODER, VAE = (FLOAT, "w8a16", "w4a16"), (FLOAT, "w8a16")
 BY_KIND: Mapping[str, Sequence[str]] = {"text encoder": ENCODER, "image encoder": ENCODER, "vae": VAE}
 DENOISERS = "denoisers"
