@@ -6,7 +6,7 @@
 
 Denoisers have the true widths of Wan-1.3B and CogVideoX-5B, random weights and one or two blocks: every block is alike, so the weights of
 the others are added to both sides (*full depth*), and a step of all blocks takes as many times as long. Peaks are high-water marks of
-resident memory of one call, a process each, beside what a process holds that has only imported the libraries. Times are processor time
+resident memory of one call, a process each. Times are processor time
 of one thread, the float and the quantized model in turns. The quantized one has 8-bit weights and inputs in 8 bits with a scale per
 token, which needs no data.
 """
@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -35,6 +34,7 @@ from reelquant.evidence.machine import machine
 from reelquant.models.pipelines import BUNDLED
 from reelquant.planning.memory import footprint
 from reelquant.planning.parts import Part
+from reelquant.planning.process import process_bytes
 from reelquant.planning.rounding import rounding_of, tokenwise
 from reelquant.planning.speed import seconds
 from reelquant.planning.timing import Timings
@@ -102,12 +102,17 @@ def block_bytes(part: Part, plan: Plan | None) -> float:
 
 
 def peaks_of(name: str, subject: Subject, latent: tuple[int, ...]) -> dict[str, float]:
-    """The peak of one call, opened as a user would, in a process of its own: a copy of this one, which has imported everything."""
+    """The peak of one call, opened as a user would."""
+    return forked(lambda: memory.peaks(lambda: opened(name, subject, latent), 1))
+
+
+def forked(work: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The answer of a process of its own: a copy of this one, which has imported everything and holds nothing else."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         try:
-            os.write(writer, json.dumps(memory.peaks(lambda: opened(name, subject, latent), 1)).encode())
+            os.write(writer, json.dumps(work()).encode())
         finally:
             os._exit(0)
     os.close(writer)
@@ -125,29 +130,30 @@ def opened(name: str, subject: Subject, latent: tuple[int, ...]) -> Callable[[],
     return calling(subject, getattr(diffusers, subject.spec.cls).from_pretrained(folder, torch_dtype=torch.bfloat16).eval(), latent)
 
 
-def base_bytes() -> int:
-    """Of a process that has imported what opens a pipeline, as plans count it."""
-    return psutil.Process().memory_info().rss
+def base_of(name: str) -> int:
+    """What a plan counts for the process, in a process of its own."""
+    return int(forked(lambda: {"base": process_bytes(torch.bfloat16, quantized=name != BASE)})["base"])
 
 
-def memory_rows(model: str, work: Path, base: int) -> Iterator[dict[str, Any]]:
+def memory_rows(model: str, work: Path) -> Iterator[dict[str, Any]]:
     """Each size and variant."""
     subject = Subject(model, work)
     part = part_of(subject)
     for name in VARIANTS:
         _ = float_folder(subject) if name == BASE else folder_of(name, subject)
+    bases = {name: base_of(name) for name in VARIANTS}
     here, published = DEPTH[model]
     for clip, latent in SIZES[model].items():
         for name in VARIANTS:
             plan = plan_of(name, part)
             found = footprint(part, plan, [trace_of(subject, part, plan, latent)], "cpu")
             peaks = peaks_of(name, subject, latent)
-            own = peaks["rss_mb"] - peaks["rss_bare_mb"]
             more = (published - here) * block_bytes(part, plan)
             yield {
                 "name": f"memory {model} {clip} {name}", "digest": str(latent), "status": "measured",
-                "measured": own + base / 1e6, "predicted": (base + found.weights + found.running) / 1e6, "more": more / 1e6,
-                "beside": own - found.weights / 1e6, "running": found.running / 1e6, "base": base / 1e6,
+                "measured": peaks["rss_mb"], "predicted": (bases[name] + found.weights + found.running) / 1e6, "more": more / 1e6,
+                "beside": peaks["rss_mb"] - (bases[name] + found.weights) / 1e6, "running": found.running / 1e6,
+                "base": bases[name] / 1e6, "bare": peaks["rss_bare_mb"],
             }  # fmt: skip
 
 
@@ -305,15 +311,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.quality:
         return write_quality(args.output / "rows.jsonl", Path("src/reelquant/planning/measured.json"))
-    import diffusers  # noqa: F401
-    import transformers  # noqa: F401
+    import reelquant
 
-    import reelquant  # noqa: F401
-
-    records, base = Records(args.work / "planning.jsonl"), base_bytes()
+    reelquant.open_pipeline("tiny-dit")  # what is imported for any pipeline at all
+    records = Records(args.work / "planning.jsonl")
     works: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"size": lambda: size_rows(args.work)}
     for model in args.models:
-        works[f"memory {model}"] = lambda model=model: memory_rows(model, args.work, base)
+        works[f"memory {model}"] = lambda model=model: memory_rows(model, args.work)
         works[f"time {model}"] = lambda model=model: time_rows(model, args.work, args.rounds)
     done = [row["name"] for row in records.load()]
     for name, rows in works.items():

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from reelquant._errors import ReelQuantError
+from reelquant._progress import Progress
 from reelquant.engine.components import check_stepless
 from reelquant.engine.plan import Plan, make_plan
 from reelquant.planning.formats import choose_formats
@@ -92,18 +93,19 @@ class Bench:
 
     def allocated(self, bits: float) -> Candidate:
         """Formats by layer for the denoisers."""
-        return self._made(DENOISERS, choose_formats(bits), 0, chosen_later=True)
+        return self.made(DENOISERS, choose_formats(bits), 0, chosen_later=True)
 
     def _try(self, slot: str, name: str, rank: int, *, strict: bool) -> Candidate | None:
         """A candidate; None if the recipe does not suit the components and nobody asked for it."""
         try:
-            return self._made(slot, None if name == FLOAT else load_recipe(name), rank)
+            return self.made(slot, None if name == FLOAT else load_recipe(name), rank)
         except ReelQuantError:
             if strict:
                 raise
             return None
 
-    def _made(self, slot: str, recipe: Recipe | None, rank: int, *, chosen_later: bool = False) -> Candidate:
+    def made(self, slot: str, recipe: Recipe | None, rank: int, *, chosen_later: bool = False) -> Candidate:
+        """A recipe (None for float) for the components of a slot."""
         plans: dict[str, Plan] = {}
         for part in self.slots[slot] if recipe is not None else ():
             if not part.denoises:
@@ -123,7 +125,7 @@ class Bench:
             self._traces[key] = [scene.trace(rounding) for scene in self.seen.scenes_of(name)]
         return self._traces[key]
 
-    def step_seconds(self, candidate: Candidate, timings: Timings, progress: object = None) -> float | None:
+    def step_seconds(self, candidate: Candidate, timings: Timings, progress: Progress | None = None) -> float | None:
         """Seconds of a denoising step; None if they depend on what is chosen later."""
         if candidate.chosen_later:
             return None
@@ -132,5 +134,5 @@ class Bench:
             plan = candidate.plans.get(part.name)
             specs = {} if plan is None else {row.layer.name: row.specs for row in plan.quantized if row.specs is not None}
             for trace in self.traces(part.name, plan):
-                total += self.seen.calls[part.name] * seconds(part.model, trace, specs, timings, progress)  # pyright: ignore
+                total += self.seen.calls[part.name] * seconds(part.model, trace, specs, timings, progress)
         return total

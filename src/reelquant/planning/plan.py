@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 
@@ -21,6 +20,7 @@ from reelquant.planning.candidates import DENOISERS, FLOAT, Bench, Candidate
 from reelquant.planning.formats import LEAST, MOST
 from reelquant.planning.memory import MODES, Footprint, peak
 from reelquant.planning.parts import parts_of
+from reelquant.planning.process import process_bytes
 from reelquant.planning.quality import NOT_MEASURED, measured
 from reelquant.planning.rehearsal import Rehearsal, rehearse
 from reelquant.planning.timing import Timings, here
@@ -125,7 +125,7 @@ def plan_memory(
     heard.advance()
     parts = parts_of(source)
     seen = rehearse(source, parts, call or {})
-    base = psutil.Process().memory_info().rss if device == "cpu" else 0
+    base = _base(device, dtype)
     heard.advance()
     bench = Bench(parts, seen, device)
     every = bench.candidates(recipes, bits)
@@ -139,7 +139,12 @@ def plan_memory(
     kept = [way for way in ways[1:] if way.recipes != ways[0].recipes or way.offload != ways[0].offload]
     word = str(dtype).removeprefix("torch.")
     shown = (seen.clip, seen.steps, seen.calls, components)
-    return Planned(str(model), device, word, budget, *shown, base, ways[0], kept, finder.as_it_is())
+    return Planned(str(model), device, word, budget, *shown, base[0], ways[0], kept, finder.as_it_is())
+
+
+def _base(device: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of the process itself, without and with quantized layers; a device of its own holds no libraries."""
+    return (process_bytes(dtype, quantized=False), process_bytes(dtype, quantized=True)) if device == "cpu" else (0, 0)
 
 
 def _of(every: Mapping[str, Sequence[Candidate]], name: str) -> Footprint:
@@ -155,7 +160,7 @@ class _Finder:
     bench: Bench
     every: dict[str, list[Candidate]]
     budget: int
-    base: int
+    base: tuple[int, int]
     call: dict[str, Any]
     dtype: torch.dtype
     min_speed: float | None
@@ -193,7 +198,7 @@ class _Finder:
 
     def as_it_is(self) -> Way:
         """The float pipeline without offloading."""
-        slots = {slot: self.bench._made(slot, None, 0) for slot in self.bench.slots}
+        slots = {slot: self.bench.made(slot, None, 0) for slot in self.bench.slots}
         return self._way(slots, "none")
 
     def _fitting(self, every: Mapping[str, Sequence[Candidate]]) -> list[tuple[dict[str, Candidate], str]]:
@@ -241,7 +246,8 @@ class _Finder:
         )
 
     def _peak(self, chosen: Mapping[str, Candidate], mode: str) -> int:
-        return peak({name: one for slot in chosen.values() for name, one in slot.parts.items()}, self.base, self.seen.clip, mode)
+        base = self.base[any(one.recipe is not None for one in chosen.values())]
+        return peak({name: one for slot in chosen.values() for name, one in slot.parts.items()}, base, self.seen.clip, mode)
 
     def _way(self, chosen: Mapping[str, Candidate], mode: str) -> Way:
         by_part = {name: one for one in chosen.values() for name in one.parts}
@@ -274,7 +280,7 @@ class _Finder:
         mine = self.bench.step_seconds(first, self._timings, self.progress)
         if mine is None:
             return "depends on the formats"
-        usual = self.bench.step_seconds(self.bench._made(DENOISERS, None, 0), self._timings, self.progress)
+        usual = self.bench.step_seconds(self.bench.made(DENOISERS, None, 0), self._timings, self.progress)
         assert usual is not None
         return usual / mine
 

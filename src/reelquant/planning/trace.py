@@ -134,6 +134,9 @@ class _Alive(TorchDispatchMode):
             if func is NUMBER:
                 return _number(args[0].dtype)
             args, kwargs = to_meta((args, kwargs))  # buffers, and what a model makes on the CPU
+            for one in tree_leaves((args, kwargs)):
+                if isinstance(one, Tensor) and one.untyped_storage()._cdata not in self.known:
+                    self.ignore(one)
         out = func(*args, **kwargs)
         for one in tree_leaves(out):
             if isinstance(one, Tensor) and one.is_meta:
@@ -157,7 +160,9 @@ class _Alive(TorchDispatchMode):
 
     def ignore(self, tensor: Tensor) -> None:
         """A tensor that somebody else holds."""
-        self.known.add(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()
+        self.known.add(storage._cdata)
+        weakref.finalize(storage, self.known.discard, storage._cdata)  # another one may come to lie there
 
     def _gone(self, key: int, number: int, size: int) -> None:
         self.known.discard(key)
