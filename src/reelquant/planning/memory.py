@@ -66,7 +66,7 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{other}.") for other in outer):
             outer.append(name)
-            found += list(module)
+            found += [member for member in module if isinstance(member, nn.Module)]  # some lists have empty places
     return found
 
 

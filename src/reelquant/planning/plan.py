@@ -18,7 +18,7 @@ from reelquant._progress import Progress, Silent
 from reelquant.kernels import native_float
 from reelquant.planning.candidates import DENOISERS, FLOAT, Bench, Candidate
 from reelquant.planning.formats import LEAST, MOST
-from reelquant.planning.memory import MODES, Footprint, peak
+from reelquant.planning.memory import MODES, peak
 from reelquant.planning.parts import parts_of
 from reelquant.planning.process import process_bytes
 from reelquant.planning.quality import NOT_MEASURED, measured
@@ -116,10 +116,23 @@ def plan_memory(
     call: Mapping[str, Any] | None = None,
 ) -> Planned:
     """Find out which recipes fit into a budget, from config files and headers alone; see :func:`reelquant.plan`."""
-    heard = progress or Silent()
-    budget, dtype = parse_bytes(max_memory), dtype or native_float(device.partition(":")[0])
+    budget = parse_bytes(max_memory)
     if min_speed is not None and not here(device):
         raise UnsupportedError(f"min_speed is measured on the device, and there is no '{device}' on this machine; leave it out")
+    return survey(model, device, dtype, bits, recipes, progress, call).within(budget, min_speed)
+
+
+def survey(
+    model: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    bits: float | None = None,
+    recipes: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    call: Mapping[str, Any] | None = None,
+) -> Survey:
+    """What every component takes with every recipe, whatever the budget is; arguments as in :func:`plan_memory`."""
+    heard, dtype = progress or Silent(), dtype or native_float(device.partition(":")[0])
     heard.phase("plan", 3)
     source = Source.open(model, dtype)
     heard.advance()
@@ -130,16 +143,7 @@ def plan_memory(
     bench = Bench(parts, seen, device)
     every = bench.candidates(recipes, bits)
     heard.advance()
-    finder = _Finder(str(model), bench, every, budget, base, dict(call or {}), dtype, min_speed, heard)
-    ways = finder.ways()
-    components = {
-        name: {"kind": part.kind, "bytes": part.bytes, "running": _of(every, name).running, "blocks": _of(every, name).block}
-        for name, part in parts.items()
-    }
-    kept = [way for way in ways[1:] if way.recipes != ways[0].recipes or way.offload != ways[0].offload]
-    word = str(dtype).removeprefix("torch.")
-    shown = (seen.clip, seen.steps, seen.calls, components)
-    return Planned(str(model), device, word, budget, *shown, base[0], ways[0], kept, finder.as_it_is())
+    return Survey(str(model), bench, every, base, dict(call or {}), dtype, heard)
 
 
 def _base(device: str, dtype: torch.dtype) -> tuple[int, int]:
@@ -147,26 +151,59 @@ def _base(device: str, dtype: torch.dtype) -> tuple[int, int]:
     return (process_bytes(dtype, quantized=False), process_bytes(dtype, quantized=True)) if device == "cpu" else (0, 0)
 
 
-def _of(every: Mapping[str, Sequence[Candidate]], name: str) -> Footprint:
-    """A component as its first candidate has it."""
-    return next(one.parts[name] for slot in every.values() for one in slot[:1] if name in one.parts)
-
-
 @dataclass(eq=False)
-class _Finder:
-    """Searches the products of candidates and offloading."""
+class Survey:
+    """What is known of a pipeline before a budget is.
+
+    Attributes:
+        model: the pipeline.
+        bench: its components and the rehearsed clip.
+        every: candidates by slot.
+        base: bytes of the process, without and with quantized layers.
+        call: arguments of the pipeline call.
+        dtype: of the float parts.
+        progress: hears of measurements.
+    """
 
     model: str
     bench: Bench
     every: dict[str, list[Candidate]]
-    budget: int
     base: tuple[int, int]
     call: dict[str, Any]
     dtype: torch.dtype
-    min_speed: float | None
     progress: Progress
     _speeds: dict[str, float | str] = field(default_factory=dict)
     _timings: Timings | None = None
+
+    def within(self, budget: int, min_speed: float | None = None) -> Planned:
+        """What fits into so many bytes, and is so many times as fast as float.
+
+        Raises:
+            RecipeError: if nothing does, with what would.
+        """
+        ways = self._fast(self._ways(budget), budget, min_speed)
+        others = [way for way in ways[1:] if way.recipes != ways[0].recipes or way.offload != ways[0].offload]
+        seen = self.seen
+        return Planned(
+            model=self.model,
+            device=self.bench.device,
+            dtype=str(self.dtype).removeprefix("torch."),
+            budget=budget,
+            clip=seen.clip,
+            steps=seen.steps,
+            calls=seen.calls,
+            components={name: self._component(name) for name in self.bench.parts},
+            base=self.base[0],
+            best=ways[0],
+            others=others,
+            as_it_is=self._way({slot: self.bench.made(slot, None, 0) for slot in self.bench.slots}, "none"),
+        )
+
+    def _component(self, name: str) -> dict[str, Any]:
+        """A component as its first candidate has it."""
+        part = self.bench.parts[name]
+        first = next(one.parts[name] for slot in self.every.values() for one in slot[:1] if name in one.parts)
+        return {"kind": part.kind, "bytes": part.bytes, "running": first.running}
 
     @property
     def seen(self) -> Rehearsal:
@@ -177,51 +214,50 @@ class _Finder:
         """On a CPU there is nowhere to move components to."""
         return MODES[:1] if self.bench.device == "cpu" else MODES
 
-    def ways(self) -> list[Way]:
-        """Those that fit and are fast enough, the best first.
-
-        Raises:
-            RecipeError: if there is none, with the smallest budget that would do.
-        """
-        fitting = self._fitting(self.every)
-        if not fitting and not any(one.chosen_later for one in self.every[DENOISERS]):
-            fitting = self._by_bits()
+    def _ways(self, budget: int) -> list[Way]:
+        """Those that fit, the best first."""
+        fitting = self._fitting(budget)
+        if not fitting and not self._by_layer:
+            fitting = self._by_bits(budget)
         if not fitting:
-            raise RecipeError(self._nothing())
-        found = [self._way(chosen, mode) for chosen, mode in fitting]
-        fast = [way for way in found if self.min_speed is None or (isinstance(way.speed, float) and way.speed >= self.min_speed)]
+            raise RecipeError(self._nothing(budget))
+        return [self._way(chosen, mode) for chosen, mode in fitting]
+
+    @property
+    def _by_layer(self) -> bool:
+        """Whether the denoisers get formats by layer anyway."""
+        return any(one.chosen_later for one in self.every[DENOISERS])
+
+    def _fast(self, ways: list[Way], budget: int, least: float | None) -> list[Way]:
+        """Those that are fast enough."""
+        fast = [way for way in ways if least is None or (isinstance(way.speed, float) and way.speed >= least)]
         if not fast:
-            best = max((way.speed for way in found if isinstance(way.speed, float)), default=None)
+            best = max((way.speed for way in ways if isinstance(way.speed, float)), default=None)
             told = "no speed is known of what fits" if best is None else f"the fastest that fits is {best:.2f} times as fast as float"
-            raise RecipeError(f"nothing that fits into {size(self.budget)} is {self.min_speed:g} times as fast: {told}; ask for less")
+            raise RecipeError(f"nothing that fits into {size(budget)} is {least:g} times as fast: {told}; ask for less")
         return fast
 
-    def as_it_is(self) -> Way:
-        """The float pipeline without offloading."""
-        slots = {slot: self.bench.made(slot, None, 0) for slot in self.bench.slots}
-        return self._way(slots, "none")
-
-    def _fitting(self, every: Mapping[str, Sequence[Candidate]]) -> list[tuple[dict[str, Candidate], str]]:
+    def _fitting(self, budget: int) -> list[tuple[dict[str, Candidate], str]]:
         """For each offloading and recipe of the denoisers, the least quantized other components with which it fits."""
-        found = []
+        found, every = [], self.every
         others = [slot for slot in every if slot != DENOISERS]
         products = sorted(itertools.product(*(every[slot] for slot in others)), key=lambda some: sum(one.rank for one in some))
         for mode in self.modes:
             for first in every[DENOISERS]:
                 for rest in products:
                     chosen = {DENOISERS: first} | dict(zip(others, rest, strict=True))
-                    if self._peak(chosen, mode) <= self.budget:
+                    if self._peak(chosen, mode) <= budget:
                         found.append((chosen, mode))
                         break
         return found
 
-    def _by_bits(self) -> list[tuple[dict[str, Candidate], str]]:
+    def _by_bits(self, budget: int) -> list[tuple[dict[str, Candidate], str]]:
         """Formats by layer for the denoisers, as many bits as fit beside the smallest other components."""
         for mode in self.modes:
             low, high = (self._smallest(self.bench.allocated(bits), mode) for bits in (LEAST, MOST))
-            if low[1] > self.budget:
+            if low[1] > budget:
                 continue
-            share = (ROOM * self.budget - low[1]) / max(high[1] - low[1], 1)
+            share = (ROOM * budget - low[1]) / max(high[1] - low[1], 1)
             bits = LEAST + (MOST - LEAST) * min(max(share, 0.0), 1.0)
             return [(self._smallest(self.bench.allocated(int(100 * bits) / 100), mode)[0], mode)]
         return []
@@ -232,16 +268,15 @@ class _Finder:
         chosen[DENOISERS] = first
         return chosen, self._peak(chosen, mode)
 
-    def _nothing(self) -> str:
-        low = self.every[DENOISERS] if any(one.chosen_later for one in self.every[DENOISERS]) else [self.bench.allocated(LEAST)]
-        firsts = [*self.every[DENOISERS], *low]
+    def _nothing(self, budget: int) -> str:
+        firsts = [*self.every[DENOISERS], *([] if self._by_layer else [self.bench.allocated(LEAST)])]
         least, mode, first = min(
             ((self._smallest(first, mode)[1], mode, first) for first in firsts for mode in self.modes), key=lambda found: found[0]
         )
         needs = f" with {mode} offload" if mode != "none" else ""
         clip = "x".join(map(str, self.seen.clip))
         return (
-            f"--max-memory {size(self.budget)} is too little for '{self.model}' at {clip}: the smallest way, {first.name}{needs}, takes "
+            f"--max-memory {size(budget)} is too little for '{self.model}' at {clip}: the smallest way, {first.name}{needs}, takes "
             f"{size(least)}; allow --max-memory {-(-least // 10**7) / 100:.2f}GB, or make shorter or smaller clips"
         )
 
