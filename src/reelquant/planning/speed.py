@@ -36,22 +36,18 @@ def seconds(model: nn.Module, trace: Trace, specs: Mapping[str, Specs], timings:
     """
     works, counts = dict[str, Make](), Counter[str]()
     for call, count in trace.calls.items():
-        piece = _piece(model, call, specs, timings.device)
-        if piece is not None:
-            key, make = piece
-            works[key] = make
-            counts[key] += count
+        key, make = _piece(model, call, specs, timings.device)
+        works[key] = make
+        counts[key] += count
     timings.measure(works, progress)
     return sum(count * timings.seconds[key] for key, count in counts.items())
 
 
-def _piece(model: nn.Module, call: Call, specs: Mapping[str, Specs], device: str) -> tuple[str, Make] | None:
-    """What to time for a piece of work, and its key; None if it takes no time of its own."""
+def _piece(model: nn.Module, call: Call, specs: Mapping[str, Specs], device: str) -> tuple[str, Make]:
+    """What to time for a piece of work, and its key. Activations count apart: a layer that computes them saves a pass, and not the work."""
     if isinstance(call, LayerCall):
         stock, own = model.get_submodule(call.layer), specs.get(call.layer)
         return layer_key(stock, own, call.input), lambda: layer_work(stock, own, call, device)
     if isinstance(call, AttentionCall):
         return attention_key(call, bool(specs)), lambda: attention_work(call, bool(specs), device)
-    if call.follows in specs:
-        return None  # the layer computes it with its product
     return operator_key(call), lambda: operator_work(call, device)

@@ -27,7 +27,6 @@ LAYERS: tuple[Callable[..., Tensor], ...] = (F.linear, torch.conv1d, torch.conv2
 ATTENTION = F.scaled_dot_product_attention
 GAP = 8
 NUMBER = torch.ops.aten._local_scalar_dense.default
-ACTIVATIONS = ("aten::gelu", "aten::silu", "aten::relu")  # what a quantized layer computes with its product
 
 
 @dataclass(frozen=True)
@@ -75,14 +74,12 @@ class OperatorCall:
         arguments: of the call; a tensor is its :class:`Shape`.
         options: keyword arguments, as pairs.
         moved: bytes of tensors that it reads and writes.
-        follows: the layer whose output it activates, if that is all it does.
     """
 
     operator: str
     arguments: tuple[Any, ...]
     options: tuple[tuple[str, Any], ...]
     moved: int
-    follows: str = ""
 
 
 Call = LayerCall | AttentionCall | OperatorCall
@@ -126,7 +123,6 @@ class _Alive(TorchDispatchMode):
         super().__init__()
         self.trace, self.now, self.times, self.inside = Trace(), 0, 1, 0
         self.known: set[int] = set()
-        self.made_by: dict[int, str] = {}  # storages of outputs of layers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -167,7 +163,6 @@ class _Alive(TorchDispatchMode):
     def _gone(self, key: int, number: int, size: int) -> None:
         self.known.discard(key)
         self.trace.events.append(Event(number, -size))
-        self.made_by.pop(key, None)
         self.now -= size
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -178,11 +173,8 @@ class _Alive(TorchDispatchMode):
         moved = sum(one.numel() * one.element_size() for one in (*tensors, *made))
         if not tensors or not made:
             return
-        name, follows = func._schema.name, ""
-        if name in ACTIVATIONS:
-            follows = self.made_by.get(tensors[0].untyped_storage()._cdata, "")
-        overload = func._overloadname
-        call = OperatorCall(f"{name}.{overload}", _plain(args), tuple(sorted((k, _plain(v)) for k, v in kwargs.items())), moved, follows)
+        options = tuple(sorted((key, _plain(value)) for key, value in kwargs.items()))
+        call = OperatorCall(f"{func._schema.name}.{func._overloadname}", _plain(args), options, moved)
         self.trace.calls[call] += self.times
 
 
@@ -218,7 +210,6 @@ class _Work(TorchFunctionMode):
         codes = None if bytes_ is None else torch.empty(math.ceil(x.numel() * bytes_), dtype=torch.uint8, device="meta")
         with self._as_one():
             made = func(*args, **kwargs)
-        self.alive.made_by[made.untyped_storage()._cdata] = name
         del codes
         return made
 

@@ -134,7 +134,7 @@ def test_speeds_are_those_of_this_machine_and_kept(tmp_path: Path, monkeypatch: 
     first = made.within(4 * 10**9)
     assert first.device == "cpu" and first.base > 1e8
     speed = first.others[0].speed
-    assert isinstance(speed, float) and 0.5 < speed < 2  # activations count for nothing where they are part of layers
+    assert isinstance(speed, float) and 0.9 < speed < 1.5  # as many pieces of work, but for feed-forwards in blocks
     monkeypatch.setattr("reelquant.planning.timing.seconds_of", None)  # would fail if anything were timed again
     again = replace_timings(made)
     assert again.within(4 * 10**9).others[0].speed == speed
