@@ -206,22 +206,20 @@ def predicted_seconds(subject: Subject, part: Part, plan: Plan | None, latent: t
 # --- sizes ----------------------------------------------------------------------------------------------------------------------------
 
 
-def size_rows(work: Path) -> Iterator[dict[str, Any]]:
-    """Each bundled pipeline and recipe: what ``quantize --dry-run`` says, and the folder."""
+def size_rows(model: str, recipe: str, work: Path) -> Iterator[dict[str, Any]]:
+    """What ``quantize --dry-run`` says, and the folder."""
     import reelquant
     from reelquant.api import folder_job
     from reelquant.engine.sizes import layers_bytes
 
-    for model in ("tiny-dit", "tiny-unet"):
-        for recipe in RECIPES:
-            job = folder_job(model, recipe, None, None, (), None, (), None, "cpu", None, {})
-            folder = work / "sizes" / f"{model}-{recipe}"
-            report = reelquant.quantize_folder(model, folder, recipe, force=True, progress=False)
-            yield {
-                "name": f"size {model} {recipe}", "digest": recipe, "status": "measured",
-                "measured": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()), "predicted": job.estimate().result,
-                "layers": sum(row.bytes_after for row in report.layers), "predicted_layers": sum(map(layers_bytes, job.plans.values())),
-            }  # fmt: skip
+    job = folder_job(model, recipe, None, None, (), None, (), None, "cpu", None, {})
+    folder = work / "sizes" / f"{model}-{recipe}"
+    report = reelquant.quantize_folder(model, folder, recipe, force=True, progress=False)
+    yield {
+        "name": f"size {model} {recipe}", "digest": recipe, "status": "measured",
+        "measured": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()), "predicted": job.estimate().result,
+        "layers": sum(row.bytes_after for row in report.layers), "predicted_layers": sum(map(layers_bytes, job.plans.values())),
+    }  # fmt: skip
 
 
 # --- quality --------------------------------------------------------------------------------------------------------------------------
@@ -315,7 +313,11 @@ def main() -> None:
 
     reelquant.open_pipeline("tiny-dit")  # what is imported for any pipeline at all
     records = Records(args.work / "planning.jsonl")
-    works: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"size": lambda: size_rows(args.work)}
+    works: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+        f"size {model} {recipe}": lambda model=model, recipe=recipe: size_rows(model, recipe, args.work)
+        for recipe in RECIPES
+        for model in BUNDLED
+    }
     for model in args.models:
         works[f"memory {model}"] = lambda model=model: memory_rows(model, args.work)
         works[f"time {model}"] = lambda model=model: time_rows(model, args.work, args.rounds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,6 +50,9 @@ Recipes = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the recipe here if it is not one of the library.", show_default=False)
 ]
+
+
+OWN = "recipe.yaml"  # what commands of a plan call the file of a recipe of their own
 
 
 @more_help("""
@@ -101,6 +106,9 @@ def plan(
     with console.Bars() as bars:
         found = run(model, max_memory=max_memory, **how, progress=bars, **call)
     written = _written(found.best, output)
+    if written is not None:  # the command names the file as the user does
+        command = found.best.command.replace(OWN, shlex.quote(str(output)))
+        found = replace(found, best=replace(found.best, command=command))
     if json:
         console.emit(found.to_json() | {"written": written and str(written)})
         return

@@ -1,10 +1,10 @@
 """How much memory a process holds while tensors come and go: glibc's allocator, which serves the larger part of them from one heap.
 
-A tensor of at least the mapping threshold gets pages of its own, and they go when it goes. Smaller ones lie in one heap: the smallest hole
-that is large enough is taken, else the heap grows, and it shrinks only at its end. So a process holds more than its tensors have. The rules
-are those of malloc(3) and mallopt(3): the threshold starts at 128 KiB and follows the largest mapped chunk that was freed, up to 32 MiB;
-the heap is cut when the hole at its end is twice as large as that. What other threads allocate, and what kernels allocate for themselves,
-is not followed.
+A tensor of at least 32 MiB gets pages of its own, and they go when it goes. Smaller ones lie in one heap: the smallest hole that is large
+enough is taken, else the heap grows, and it shrinks only at its end. So a process holds more than its tensors have. The rules are those of
+malloc(3) and mallopt(3): the mapping threshold follows the largest mapped chunk that was freed, up to 32 MiB, where it is in a process that
+has loaded a model; the heap is cut when the hole at its end is twice as large as that. What other threads allocate, what kernels allocate
+for themselves, and small things that lie between the holes are not followed.
 """
 
 from __future__ import annotations

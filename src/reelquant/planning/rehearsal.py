@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from reelquant._errors import CalibrationError, ReelQuantError, UnsupportedError
+from reelquant._errors import ReelQuantError, UnsupportedError
 from reelquant.models.blank import CLASS
 from reelquant.models.compat import bridged
 from reelquant.models.conditions import reads_texts
@@ -158,15 +158,19 @@ def _on_meta(parts: Mapping[str, Part], seen: Rehearsal, counted: Counter[str]) 
 
 
 def _followed(part: Part, method: str, seen: Rehearsal, counted: Counter[str]) -> Callable[..., Any]:
-    original = getattr(part.model, method)
+    original, answers = getattr(part.model, method), dict[str, Any]()
 
     @torch.no_grad()
     def run(*args: Any, **kwargs: Any) -> Any:
         counted[part.name] += 1
         given, options = to_meta(args), to_meta(kwargs)
+        shapes = str(tree_map(lambda one: (one.shape, one.dtype) if isinstance(one, Tensor) else one, (given, options)))
+        if part.denoises and shapes in answers:  # the steps are alike
+            return _zeros(answers[shapes])
         seen.failed[part.name] = method
         with traced(part.model):
             made = original(*given, **options)
+        answers[shapes] = made
         del seen.failed[part.name]
         seen.scenes.setdefault((part.name, method), Scene(part.model, method, given, options))
         if method == "decode":
@@ -194,6 +198,3 @@ def _zeros(made: Any) -> Any:
         return one
 
     return tree_map(real, made)
-
-
-__all__ = ["CalibrationError", "Rehearsal", "Scene", "rehearse"]

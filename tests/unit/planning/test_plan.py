@@ -24,7 +24,7 @@ from reelquant.recipes.recipe import load_recipe, names
 from reelquant.streaming import parse_bytes
 from tests.unit.cli.test_layout import check
 
-BUNDLED = ("tiny-dit", "tiny-unet")
+BUNDLED = {"tiny-dit": None, "tiny-unet": ["float", "w8a16"]}  # with the usual recipes, and with two
 CARD = "cuda:7"  # a device that no machine of a test has
 ROOM = "1GB"
 
@@ -32,7 +32,7 @@ ROOM = "1GB"
 @pytest.fixture(scope="module")
 def surveys() -> dict[str, Survey]:
     """Of the bundled pipelines, for a card that is elsewhere."""
-    return {model: survey(model, CARD) for model in BUNDLED}
+    return {model: survey(model, CARD, recipes=some) for model, some in BUNDLED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,10 @@ def test_where_nothing_fits_the_smallest_budget_is_named_and_does(surveys: dict[
 def test_longer_and_larger_clips_take_more(plans: dict[str, Planned]) -> None:
     longer = reelquant.plan("tiny-dit", max_memory=ROOM, device=CARD, recipes=["float"], num_frames=25, height=96, width=128)
     assert longer.clip == (25, 96, 128)
-    for name in ("transformer", "vae"):
-        assert longer.components[name]["running"] > 2 * plans["tiny-dit"].components[name]["running"]
+    before = plans["tiny-dit"].components
+    assert longer.components["vae"]["running"] > 2 * before["vae"]["running"]
+    assert longer.components["transformer"]["running"] > before["transformer"]["running"]
+    assert longer.components["text_encoder"] == before["text_encoder"]
 
 
 def test_bits_give_a_recipe_that_quantize_reads(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ def test_bits_give_a_recipe_that_quantize_reads(tmp_path: Path) -> None:
     recipe = load_recipe(file)
     allocated = next(entry.stage for entry in recipe.entries if "choose_specs" in entry.stage.hooks())
     assert allocated.bits == 5.5 and yaml.safe_load(told["best"]["recipe"])["name"] == "planned-w5.5a8"
-    assert told["written"] == str(file) and "-r recipe.yaml" in told["best"]["command"]
+    assert told["written"] == str(file) and f"-r {file}" in told["best"]["command"]
     assert "exists" in CliRunner().invoke(app, words).stderr
     plan = reelquant.plan(reelquant.open_pipeline("tiny-dit"), recipe)
     weights = sum(row.bytes_before / 4 for row in plan.quantized)
