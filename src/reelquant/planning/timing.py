@@ -31,7 +31,7 @@ from reelquant.stages import Specs
 
 ROWS = 1024  # of the input of a linear layer, at most
 PLACES = 4096  # of the output of a convolution, about
-QUERIES, SCORES = 512, 1 << 26  # of attention, at most
+QUERIES, SCORES = 1024, 1 << 26  # of attention, at most; stock attention takes smaller blocks below 768 queries
 NUMBERS = 1 << 24  # of a tensor of another operator
 REPEATS, LEAST = 3, 0.005  # how often, and seconds that a sample takes at least
 
