@@ -52,6 +52,7 @@ Output = Annotated[
 ]
 
 
+FLOAT = "float"
 OWN = "recipe.yaml"  # what commands of a plan call the file of a recipe of their own
 
 
@@ -125,9 +126,14 @@ def _written(best: Way, output: Path | None) -> Path | None:
     """Write the recipe of a way, if it has one of its own; a library recipe needs no file."""
     if output is None or not best.recipe:
         return None
+    from reelquant._errors import CheckpointError
+
     beside = output.with_name(f".{output.name}.partial")
-    beside.write_text(best.recipe, encoding="utf-8")
-    beside.replace(output)
+    try:
+        beside.write_text(best.recipe, encoding="utf-8")
+        beside.replace(output)
+    except OSError as error:
+        raise CheckpointError(f"cannot write '{output}' ({error.strerror}); choose another file") from None
     return output
 
 
@@ -143,14 +149,15 @@ def _answer(found: Planned) -> Plain:
     band = f"\u00b1{100 * found.bands['memory']:.0f} %"
     where = {"none": "", "model": ", one component on the device at a time", "group": ", a block on the device at a time"}[best.offload]
     speed = (
-        best.speed if isinstance(best.speed, str) else f"{best.speed:.2f}x as fast a step as float \u00b1{100 * found.bands['speed']:.0f} %"
+        best.speed if isinstance(best.speed, str) else f"a step {best.speed:.2f}x as fast as float \u00b1{100 * found.bands['speed']:.0f} %"
     )
+    speed = "that of float" if best.quality == FLOAT else speed
     rows = [
         ("fits", f"{best.words}: {size(best.peak)} peak {band} of {size(found.budget)}{where}"),
         ("clip", f"{'x'.join(map(str, found.clip)) or 'not decoded'}, {found.steps} steps, {found.dtype} on {found.device}"),
         ("folder", size(best.size)),
         ("speed", speed),
-        ("quality", best.quality if best.quality in ("float", "not measured") else f"{best.quality} PSNR of clips to float"),
+        ("quality", best.quality if best.quality in (FLOAT, "not measured") else f"{best.quality} PSNR of clips to float"),
         ("run", best.command),
         *([("then", OFFLOAD[best.offload])] if best.offload != "none" else []),
     ]

@@ -132,6 +132,7 @@ def survey(
     call: Mapping[str, Any] | None = None,
 ) -> Survey:
     """What every component takes with every recipe, whatever the budget is; arguments as in :func:`plan_memory`."""
+    here(device)  # an unknown name is an error, an absent device is not
     heard, dtype = progress or Silent(), dtype or native_float(device.partition(":")[0])
     heard.phase("plan", 3)
     source = Source.open(model, dtype)

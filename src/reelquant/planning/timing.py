@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelquant._cache import cache_folder
+from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant.evidence.machine import machine, versions
 from reelquant.kernels import attention as ours
@@ -68,11 +69,13 @@ class Timings:
         if not new:
             return
         heard.phase("kernels", len(new))
-        for key, make in new.items():
-            work, factor = make()
-            self.seconds[key] = factor * seconds_of(work, self.device)
-            heard.advance()
-        self._keep()
+        try:
+            for key, make in new.items():
+                work, factor = make()
+                self.seconds[key] = factor * seconds_of(work, self.device)
+                heard.advance()
+        finally:
+            self._keep()
 
     def _keep(self) -> None:
         """Write the file, complete or not at all; a cache that cannot be written is done without."""
@@ -84,9 +87,16 @@ class Timings:
 
 
 def here(device: str) -> bool:
-    """Whether this machine has a device."""
-    kind = device.partition(":")[0]
-    return kind == "cpu" or (kind == "cuda" and torch.cuda.is_available())
+    """Whether this machine has a device.
+
+    Raises:
+        UnsupportedError: if torch knows no device of this name.
+    """
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise UnsupportedError(f"torch knows no device '{device}'; write cpu, cuda or cuda:1") from None
+    return kind.type == "cpu" or (kind.type == "cuda" and (kind.index or 0) < torch.cuda.device_count())
 
 
 def seconds_of(work: Work, device: str = "cpu", repeats: int = REPEATS) -> float:

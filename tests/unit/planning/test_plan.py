@@ -152,6 +152,8 @@ def replace_timings(made: Survey) -> Survey:
 def test_wrong_wishes_are_told() -> None:
     with pytest.raises(UnsupportedError, match=f"min_speed is measured on the device, and there is no '{CARD}'"):
         reelquant.plan("tiny-dit", max_memory=ROOM, device=CARD, min_speed=1.5)
+    with pytest.raises(UnsupportedError, match="torch knows no device 'card'"):
+        reelquant.plan("tiny-dit", max_memory=ROOM, device="card")
     with pytest.raises(RecipeError, match="plan needs a budget"):
         reelquant.plan("tiny-dit")
     with pytest.raises(RecipeError, match="'much' is not an amount of memory"):
