@@ -240,16 +240,20 @@ class Survey:
 
     def _fitting(self, budget: int) -> list[tuple[dict[str, Candidate], str]]:
         """For each offloading and recipe of the denoisers, the least quantized other components with which it fits."""
-        found, every = [], self.every
+        found, every, known = [], self.every, set[tuple[str, ...]]()
         others = [slot for slot in every if slot != DENOISERS]
         products = sorted(itertools.product(*(every[slot] for slot in others)), key=lambda some: sum(one.rank for one in some))
         for mode in self.modes:
             for first in every[DENOISERS]:
                 for rest in products:
                     chosen = {DENOISERS: first} | dict(zip(others, rest, strict=True))
-                    if self._peak(chosen, mode) <= budget:
+                    if self._peak(chosen, mode) > budget:
+                        continue
+                    names = tuple(one.name for one in chosen.values())
+                    if names not in known:  # with less offloading, that is
                         found.append((chosen, mode))
-                        break
+                    known.add(names)
+                    break
         return found
 
     def _by_bits(self, budget: int) -> list[tuple[dict[str, Candidate], str]]:
@@ -278,7 +282,7 @@ class Survey:
         clip = "x".join(map(str, self.seen.clip))
         return (
             f"--max-memory {size(budget)} is too little for '{self.model}' at {clip}: the smallest way, {first.name}{needs}, takes "
-            f"{size(least)}; allow --max-memory {-(-least // 10**7) / 100:.2f}GB, or make shorter or smaller clips"
+            f"{size(least)}; allow --max-memory {_enough(least)}, or make shorter or smaller clips"
         )
 
     def _peak(self, chosen: Mapping[str, Candidate], mode: str) -> int:
@@ -332,6 +336,11 @@ class Survey:
         recipes = [word for name, recipe in names.items() for word in ("-r", recipe if alone else f"{name}={recipe}")]
         calibrates = any(one.recipe is not None and not one.recipe.data_free for one in chosen.values())
         return shlex.join(["reelquant", "quantize", self.model, *recipes, *(sizes if calibrates else []), *dtype, "-o", "out"])
+
+
+def _enough(least: int) -> str:
+    """An amount of memory as ``--max-memory`` reads it, rounded up."""
+    return f"{-(-least // 10**6)}MB" if least < 10**9 else f"{-(-least // 10**7) / 100:.2f}GB"
 
 
 def recipe_yaml(candidate: Candidate) -> str:

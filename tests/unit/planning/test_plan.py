@@ -85,7 +85,7 @@ def test_longer_and_larger_clips_take_more(plans: dict[str, Planned]) -> None:
     assert longer.components["text_encoder"] == before["text_encoder"]
 
 
-def test_bits_give_a_recipe_that_quantize_reads(tmp_path: Path) -> None:
+def test_bits_give_a_recipe_that_quantize_reads(surveys: dict[str, Survey], tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     words = ["plan", "tiny-dit", "--max-memory", ROOM, "--device", CARD, "--bits", "5.5", "-o", str(file)]
     told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
@@ -94,7 +94,7 @@ def test_bits_give_a_recipe_that_quantize_reads(tmp_path: Path) -> None:
     assert allocated.bits == 5.5 and yaml.safe_load(told["best"]["recipe"])["name"] == "planned-w5.5a8"
     assert told["written"] == str(file) and f"-r {file}" in told["best"]["command"]
     assert "exists" in CliRunner().invoke(app, words).stderr
-    plan = reelquant.plan(reelquant.open_pipeline("tiny-dit"), recipe)
+    plan = surveys["tiny-dit"].bench.allocated(5.5).plans["transformer"]
     weights = sum(row.bytes_before / 4 for row in plan.quantized)
     assert layers_bytes(plan) == pytest.approx(5.5 / 8 * weights, rel=0.05)
     with pytest.raises(RecipeError, match=r"--bits lies between 3\.26 and 8 bits"):
