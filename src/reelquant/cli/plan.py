@@ -146,14 +146,11 @@ def _answer(found: Planned) -> Plain:
     from reelquant.cli.layout import facts
 
     best, size = found.best, console.size
-    band = f"\u00b1{100 * found.bands['memory']:.0f} %"
     where = {"none": "", "model": ", one component on the device at a time", "group": ", a block on the device at a time"}[best.offload]
-    speed = (
-        best.speed if isinstance(best.speed, str) else f"a step {best.speed:.2f}x as fast as float \u00b1{100 * found.bands['speed']:.0f} %"
-    )
+    speed = best.speed if isinstance(best.speed, str) else f"a step {best.speed:.2f}x as fast as float{_band(found, 'speed')}"
     speed = "that of float" if best.quality == FLOAT else speed
     rows = [
-        ("fits", f"{best.words}: {size(best.peak)} peak {band} of {size(found.budget)}{where}"),
+        ("fits", f"{best.words}: {size(best.peak)} peak{_band(found, 'memory')} of {size(found.budget)}{where}"),
         ("clip", f"{'x'.join(map(str, found.clip)) or 'not decoded'}, {found.steps} steps, {found.dtype} on {found.device}"),
         ("folder", size(best.size)),
         ("speed", speed),
@@ -168,6 +165,12 @@ OFFLOAD = {
     "model": "pipe.enable_model_cpu_offload()",
     "group": "pipe.enable_group_offload(torch.device('cuda'), offload_type='block_level')",
 }
+
+
+def _band(found: Planned, what: str) -> str:
+    """How far off a prediction may be."""
+    band = found.bands[what]
+    return " (error not measured on such a device)" if band is None else f" \u00b1{100 * band:.0f} %"
 
 
 def _ways(found: Planned) -> Plain:
