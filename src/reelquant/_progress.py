@@ -35,6 +35,8 @@ class Silent:
 
 
 PHASES = {
+    "plan": "following a clip without computing it",
+    "kernels": "timing kernels on this machine",
     "open": "opening the pipeline",
     "calibrate": "sampling calibration clips",
     "float reference": "sampling held-out clips in float",

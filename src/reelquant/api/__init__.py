@@ -2,7 +2,8 @@
 
 from reelquant.api.folders import configure, export, load, open_pipeline, push_to_hub, save, verify
 from reelquant.api.measuring import benchmark, compare, evaluate, evaluate_several, saturation
-from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder, read_conditions
+from reelquant.api.planning import plan
+from reelquant.api.quantizing import folder_job, plans, quantize, quantize_folder, read_conditions
 from reelquant.api.tuning import tune
 
 __all__ = [

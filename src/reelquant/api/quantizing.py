@@ -221,8 +221,7 @@ def read_conditions(path: str | Path) -> list[Condition]:
     return load_conditions(path)
 
 
-@verb(in_memory)
-def plan(
+def layer_plan(
     pipe: Any,
     recipe: RecipeSource,
     *,

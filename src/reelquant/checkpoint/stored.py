@@ -17,6 +17,7 @@ from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers, scaled_logits
+from reelquant.policies.step_policy import POLICY, RUNTIME, protected_slots, written_policy
 from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
@@ -30,6 +31,7 @@ OPTIONAL: dict[str, type] = {
     "reuse": dict,
     "plugins": dict,
     "logits": dict,
+    RUNTIME: dict,
 }
 TEXTS = ("ignore", "checksums", "sums", "plugins")  # hold texts and nothing else
 REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
@@ -110,6 +112,7 @@ class Stored:
             **reuse,
             **plugins,
             **({"logits": dict(self.logits)} if self.logits else {}),
+            **(written_policy(self.recipe) if self.slots is not None and self.slots.protected else {}),
         }
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -135,7 +138,7 @@ class Stored:
             layers,
             dict(data["checksums"]),
             tuple(data["ignore"]),
-            _slots(data.get("slots")),
+            _slots(data.get("slots"), data.get(RUNTIME) or {}),
             data.get("recipe") or {},
             data.get("recipe_digest", ""),
             data.get("tool_version", ""),
@@ -280,14 +283,17 @@ def _layouts(groups: Mapping[str, Any]) -> dict[str, LayerLayout]:
     return found
 
 
-def _slots(data: Any) -> Slots | None:
+def _slots(data: Any, runtime: Mapping[str, Any]) -> Slots | None:
+    """The slots; where they protect no step, those are protected that a policy of other programs names."""
     if data is None:
         return None
     try:
+        times = tuple(float(time) for time in data["timesteps"])
+        asked = protected_slots(runtime, len(times)) if POLICY in runtime and not data.get("protected") else ()
         found = Slots(
-            tuple(float(time) for time in data["timesteps"]),
+            times,
             str(data["argument"]),
-            tuple(int(slot) for slot in data.get("protected", ())),
+            tuple(int(slot) for slot in data.get("protected", asked)),
             data.get("protected_inputs", "float"),
             data.get("pairs"),
             data.get("latent"),
@@ -297,5 +303,7 @@ def _slots(data: Any) -> Slots | None:
         if found.pairs not in (None, *get_args(Pairs)):
             raise ValueError(f"pairs {found.pairs!r}")
         return found
+    except RecipeError as error:
+        raise CheckpointError(f"quantization_config.{RUNTIME}: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"quantization_config.slots is damaged: {type(error).__name__}: {error}") from None

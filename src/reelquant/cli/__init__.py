@@ -24,6 +24,7 @@ from reelquant.cli.export import export
 from reelquant.cli.generate import generate
 from reelquant.cli.inspect import inspect
 from reelquant.cli.metrics import metrics, weights
+from reelquant.cli.plan import plan
 from reelquant.cli.quantize import quantize
 from reelquant.cli.ranks import only_first_speaks
 from reelquant.cli.recipes import recipes
@@ -73,7 +74,8 @@ def main(
 
     [cyan]reelquant recipes[/cyan]                                   the recipes
     [cyan]reelquant inspect tiny-dit[/cyan]                          look inside
-    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]   the plan
+    [cyan]reelquant plan tiny-dit --max-memory 1GB[/cyan]            which bits fit
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]   every layer
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]      the job
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
@@ -90,5 +92,5 @@ def main(
         load_plugin(name)
 
 
-for verb in (demo, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights, serve):
+for verb in (demo, plan, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights, serve):
     app.command()(verb)

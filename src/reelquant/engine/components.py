@@ -76,11 +76,11 @@ def assign(
         else:
             raise RecipeError(f"component '{name}' has no recipe; the mapping names {', '.join(given)}")
         if kinds[name] not in SEEN:
-            _check_stepless(found[name], name, kinds[name])
+            check_stepless(found[name], name, kinds[name])
     return found
 
 
-def _check_stepless(recipe: Recipe, name: str, kind: str) -> None:
+def check_stepless(recipe: Recipe, name: str, kind: str) -> None:
     """Refuse recipes that cannot be followed without denoising steps. VAEs are calibrated by what they encode and decode."""
     if recipe.data_free:
         return

@@ -73,8 +73,13 @@ class LayerPlan:
     def with_specs(self, specs: Specs) -> LayerPlan:
         """The same layer with other numbers."""
         row = replace(self, specs=specs)
-        added = sum(entry.stage.stored_bytes(row.site) for entry in self.entries)
-        return replace(row, bytes_after=estimated_bytes(specs.weight, self.layer.shape, bias=self._bias) + added)
+        return replace(row, bytes_after=estimated_bytes(specs.weight, self.layer.shape) + row.bytes_beside)
+
+    @property
+    def bytes_beside(self) -> int:
+        """Bytes of what it stores beside codes and scales of its weight: a float32 bias, and what its stages add."""
+        bias = 4 * self.layer.shape[0] if self._bias else 0
+        return bias + sum(entry.stage.stored_bytes(self.site) for entry in self.entries)
 
     @property
     def _bias(self) -> bool:
@@ -289,9 +294,9 @@ def _check(row: LayerPlan) -> None:
         raise RecipeError(f"layer '{name}' gets two '{twice}' steps, {lines} of the recipe; narrow the 'on' of one")
 
 
-def estimated_bytes(spec: QuantSpec, shape: tuple[int, ...], *, bias: bool) -> int:
-    """Storage of a packed weight with its scales and a float32 bias."""
+def estimated_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:
+    """Storage of a packed weight with its scales."""
     width = math.prod(shape[1:])
     units = {"tensor": 1, "channel": shape[0], "group": shape[0] * -(-width // max(spec.granularity.size, 1))}
     scales = units[spec.granularity.kind] * spec.granularity.scale_dtype.itemsize + 4 * spec.granularity.two_levels
-    return shape[0] * -(-width * spec.format.bits // 8) + scales + 4 * shape[0] * bias
+    return shape[0] * -(-width * spec.format.bits // 8) + scales

@@ -12,6 +12,7 @@ from torch import Tensor
 from reelquant._errors import CalibrationError, RecipeError, nearest
 from reelquant.clock import Clock, Inputs
 from reelquant.formats.criteria import latent_psnr
+from reelquant.policies.step_policy import is_policy, read_policy
 from reelquant.stages import ModelWork, Stage
 
 
@@ -43,6 +44,8 @@ class ProtectSteps(Stage):
 
     @classmethod
     def parse_key(cls, value: Any) -> Mapping[str, Any] | None:
+        if is_policy(value):
+            return super().parse_key(read_policy(value))
         return super().parse_key({"steps": value} if isinstance(value, str | list | tuple) else value)
 
     def held_out_runs(self, steps: int) -> int:

@@ -21,6 +21,7 @@ from reelquant.engine.calibration import Expected, templates
 from reelquant.engine.plan import LayerPlan, Plan
 from reelquant.engine.quality import model_bytes
 from reelquant.engine.search import candidates, trial_count
+from reelquant.engine.sizes import quantized_bytes
 from reelquant.nn import get_module
 from reelquant.observe import BUDGET, InputStatistics
 from reelquant.streaming.offload import OnDisk
@@ -166,8 +167,7 @@ class _Part:
 
 def _component(plan: Plan, disk: OnDisk, call: Mapping[str, Any], outside: int) -> _Part:
     model = disk.model
-    floats = sum(model_bytes(get_module(model, row.layer.name)) for row in plan.quantized)
-    result = model_bytes(model) - floats + sum(row.bytes_after for row in plan.quantized)
+    result = quantized_bytes(plan, model, stored=True)
     if plan.recipe.calibrate is None:
         memory, largest = _largest(_building(plan))
         return _Part(memory, largest, result, result)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -17,16 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from reelquant._cache import cache_folder
 from reelquant._errors import CheckpointError
 from reelquant.evidence.networks.published import WEIGHTS, Weights, command, missing, of
 from reelquant.evidence.networks.readers import Tensors
 
 
 def cache() -> Path:
-    """The folder of downloaded weights, in $REELQUANT_CACHE or else ``reelquant`` of $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("REELQUANT_CACHE"):
-        return Path(own).expanduser() / "weights"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "reelquant" / "weights"
+    """The folder of downloaded weights, in the user's cache."""
+    return cache_folder() / "weights"
 
 
 def find(name: str, folder: str | Path | None = None) -> Path | None:

@@ -8,6 +8,7 @@ other tokens or with its place.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,8 +84,8 @@ def block_tokens(model: nn.Module) -> list[str]:
         if any(name.startswith(f"{outer}.") for outer in found) or isinstance(module, Tokenwise):
             continue
         layers = _layers(module)
-        if layers is not None and (width := _answer_width(module, layers)) is not None:
-            rows = max(ACTIVATIONS_AT_ONCE // max(layer.out_features for layer in layers) // ROWS, 1) * ROWS
+        if layers is not None and (width := answer_width(module, layers)) is not None:
+            rows = tokens_at_once(layers)
             names = [part for part, child in module.named_modules() if isinstance(child, QuantLinear)]
             between = [part for part, _ in module.named_modules() if part and part not in names]
             members = {"reelquant_rows": rows, "reelquant_width": width, "reelquant_names": names, "reelquant_between": between}
@@ -92,6 +93,11 @@ def block_tokens(model: nn.Module) -> list[str]:
             module.reelquant_handle = handle_of(module)
             found.append(name)
     return found
+
+
+def tokens_at_once(layers: Sequence[nn.Linear]) -> int:
+    """Tokens in a block of a module with these layers."""
+    return max(ACTIVATIONS_AT_ONCE // max(layer.out_features for layer in layers) // ROWS, 1) * ROWS
 
 
 def unblock_tokens(model: nn.Module) -> None:
@@ -121,8 +127,8 @@ class _NoMixing(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _answer_width(module: nn.Module, layers: list[QuantLinear]) -> int | None:
-    """Channels of the answer if a module treats tokens alone, else None."""
+def answer_width(module: nn.Module, layers: Sequence[nn.Linear]) -> int | None:
+    """Channels of the answer if a module treats tokens alone, else None; its layers may be float ones."""
     first = layers[0]
     x = torch.randn(1, 4, first.in_features, generator=torch.Generator().manual_seed(0)).to(first.weight.device)
     x = x if first.bias is None else x.to(first.bias.dtype)
