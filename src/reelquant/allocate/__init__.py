@@ -14,6 +14,7 @@ from reelquant.allocate.budget import METHODS, Allocation, allocate
 from reelquant.allocate.greedy import Greedy
 from reelquant.allocate.milp import Milp
 from reelquant.allocate.sampled import Sampled
+from reelquant.allocate.steps import StepPlan, allocate_steps
 from reelquant.allocate.surrogate import Surrogate
 from reelquant.allocate.table import Configuration, Damage, LayerFacts, SensitivityTable, load_table
 from reelquant.stages import Stage, register
@@ -32,8 +33,10 @@ __all__ = [
     "Milp",
     "Sampled",
     "SensitivityTable",
+    "StepPlan",
     "Surrogate",
     "allocate",
+    "allocate_steps",
     "load_table",
     "register_allocator",
 ]

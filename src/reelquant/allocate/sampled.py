@@ -14,6 +14,7 @@ from reelquant.allocate.problem import Picks, Problem
 
 ROUNDS, DRAWS, ELITE = 20, 100, 10
 SMOOTHING = 0.7  # weight of the elite of a round in the distribution of the next one
+CHANGED = 0.3  # share of the layers that a draw near an allocation may change
 TRIED = 6  # finalists that are tried out, where trials are possible
 
 
@@ -44,6 +45,14 @@ def random_picks(problem: Problem, count: int) -> list[Picks]:
     generator = np.random.default_rng(problem.seed)
     flat = np.full(problem.damage.shape, 1 / problem.formats)
     return [drawn(problem, flat, generator) for _ in range(count)]
+
+
+def around(problem: Problem, best: Picks, count: int) -> list[Picks]:
+    """Allocations near one of them: a layer in :data:`CHANGED` gets any format, and the rest is made to fit the budget again."""
+    generator = np.random.default_rng(problem.seed)
+    chances = np.full(problem.damage.shape, CHANGED / problem.formats)
+    chances[np.arange(problem.layers), best] += 1 - CHANGED
+    return [drawn(problem, chances, generator) for _ in range(count)]
 
 
 def cross_entropy(problem: Problem) -> Picks:

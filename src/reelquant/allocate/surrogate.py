@@ -12,10 +12,9 @@ from reelquant._errors import RecipeError
 from reelquant.allocate.measured import IN_MEMORY, Measured
 from reelquant.allocate.milp import solve
 from reelquant.allocate.problem import Picks, Problem
-from reelquant.allocate.sampled import drawn, finalists, random_picks
+from reelquant.allocate.sampled import around, finalists, random_picks
 
 RIDGES = tuple(10.0**power for power in range(-3, 5))
-CHANGED = 0.3  # share of the layers that a draw near the best allocation may change
 
 
 def learned(damage: np.ndarray, tried: Sequence[tuple[Sequence[int], float]]) -> np.ndarray:
@@ -72,10 +71,7 @@ def surrogate(problem: Problem, samples: int) -> Picks:
 
 
 def _samples(problem: Problem, near: Picks, count: int) -> list[Picks]:
-    generator = np.random.default_rng(problem.seed)
-    around = np.full(problem.damage.shape, CHANGED / problem.formats)
-    around[np.arange(problem.layers), near] += 1 - CHANGED
-    return [*random_picks(problem, count - count // 2), *(drawn(problem, around, generator) for _ in range(count // 2))]
+    return [*random_picks(problem, count - count // 2), *around(problem, near, count // 2)]
 
 
 @dataclass(frozen=True)

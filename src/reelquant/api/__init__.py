@@ -3,6 +3,7 @@
 from reelquant.api.folders import configure, export, load, open_pipeline, push_to_hub, save, verify
 from reelquant.api.measuring import benchmark, compare, evaluate, saturation
 from reelquant.api.quantizing import folder_job, plan, plans, quantize, quantize_folder, read_conditions
+from reelquant.api.sensing import sensitivity
 from reelquant.api.tuning import tune
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "read_conditions",
     "saturation",
     "save",
+    "sensitivity",
     "tune",
     "verify",
 ]

@@ -25,6 +25,7 @@ from reelquant.cli.inspect import inspect
 from reelquant.cli.metrics import metrics, weights
 from reelquant.cli.quantize import quantize
 from reelquant.cli.recipes import recipes
+from reelquant.cli.sensitivity import sensitivity
 from reelquant.cli.tune import tune
 from reelquant.cli.verify import verify
 
@@ -70,6 +71,7 @@ def main(
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
+    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]           which layers need bits
     [cyan]reelquant tune out -o fast[/cyan]                          more speed: blocks skip steps
     [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
     """
@@ -77,5 +79,5 @@ def main(
         load_plugin(name)
 
 
-for verb in (demo, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights):
+for verb in (demo, quantize, sensitivity, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights):
     app.command()(verb)

@@ -233,16 +233,16 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     how = {"probing": lambda: course.probing, "prepared": {name for name in watched if prepares_input(get_module(denoiser, name))}}
     if part.decodes:
         return Calibration(observe_methods(denoiser, METHODS, watched, run, **how), inputs, course.texts)
-    reader = _timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
+    reader = call_timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
     halves = _reads_half(inputs)
-    looks = {"half_of": _half_reader(denoiser, plan)} if halves else {}
+    looks = {"half_of": half_reader(denoiser, plan)} if halves else {}
     recorder = Recorder.of(denoiser, plan, recorded_calls(plan), expected.calls, halves=halves)
     with recorder.watching(denoiser, lambda: not course.probing):
         steps = observe(denoiser, reader, watched, run, frames_of=_frames_reader(denoiser, plan), **looks, **how)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
 
 
-def _timestep_reader(module: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
+def call_timestep_reader(module: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
     """Reads the timestep of a call; None for an encoder of pictures, which is called without."""
     timed = argument in inspect.signature(module.forward).parameters
     return timestep_reader(module, argument) if timed else lambda args, kwargs: None
@@ -253,7 +253,7 @@ def _reads_half(inputs: Mapping[str, InputStatistics]) -> bool:
     return any(member.reads_half for seen in empty.values() for member in seen.members.values())
 
 
-def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
+def half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
     """Which half of a guidance pair a call computes.
 
     Both, if it holds its latents twice; the second, if the call before had the same latents; else the first.
@@ -316,8 +316,8 @@ class Recorder:
     @classmethod
     def of(cls, denoiser: nn.Module, plan: Plan, wanted: int, expected: int, *, halves: bool) -> Recorder:
         """A recorder of this denoiser's calls that reads the halves of guidance itself: it knows a second call by the one before."""
-        own = {"half_of": _half_reader(denoiser, plan)} if halves else {}
-        return cls(wanted, expected, _timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), **own)
+        own = {"half_of": half_reader(denoiser, plan)} if halves else {}
+        return cls(wanted, expected, call_timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), **own)
 
     @contextmanager
     def watching(self, denoiser: nn.Module, due: Callable[[], bool] = lambda: True) -> Iterator[None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from reelquant._errors import RecipeError
 from reelquant.recipes.recipe import Recipe, load_recipe
 
 
@@ -46,3 +47,21 @@ def recipe_text(recipe: Recipe) -> str:
     """YAML that ``--recipe`` reads."""
     data = recipe.model_dump(mode="json", exclude_unset=True)
     return yaml.safe_dump(data, sort_keys=False, width=120, allow_unicode=True)
+
+
+def with_steps(base: str | Mapping[str, Any] | Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """A recipe with other bits of inputs, and more of them at some steps.
+
+    Args:
+        base: the recipe to change; it has to round inputs.
+        changes: as :meth:`reelquant.allocate.StepPlan.overrides` gives them.
+
+    Raises:
+        RecipeError: if the base leaves inputs float.
+    """
+    recipe = load_recipe(base if isinstance(base, str | Recipe) else dict(base))
+    if recipe.defaults.input is None:
+        raise RecipeError(
+            f"recipe '{recipe.name}' leaves inputs float, so they have no bits to divide; name one that rounds them: minmax-w6a6"
+        )
+    return load_recipe(recipe, {**changes, "name": f"{recipe.name}-steps"})
