@@ -12,7 +12,7 @@ from reelquant.allocate.greedy import climbed
 from reelquant.allocate.measured import IN_MEMORY, Measured
 from reelquant.allocate.problem import Picks, Problem
 
-ROUNDS, DRAWS, ELITE = 20, 100, 10
+ROUNDS, DRAWS, ELITE = 15, 60, 8
 SMOOTHING = 0.7  # weight of the elite of a round in the distribution of the next one
 CHANGED = 0.3  # share of the layers that a draw near an allocation may change
 TRIED = 6  # finalists that are tried out, where trials are possible

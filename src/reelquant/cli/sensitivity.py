@@ -115,9 +115,9 @@ def sensitivity(
 ) -> None:
     """Measure what rounding each layer does to the clips, as a table, and divide budgets of bits by it."""
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
-    if (bits is not None or size is not None or step_bits is not None) and output is None and not _is_table(model):
+    if (bits is not None or size is not None or step_bits is not None) and output is None and not is_table(model):
         raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint="--bits, --size, --step-bits")
-    if _is_table(model):
+    if is_table(model):
         table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
     else:
         told = dict(
@@ -140,7 +140,8 @@ def sensitivity(
     return None
 
 
-def _is_table(model: str) -> bool:
+def is_table(model: str) -> bool:
+    """Whether this is a folder or file that ``reelquant sensitivity`` wrote, and no pipeline."""
     from reelquant.allocate.table import FILE
 
     path = Path(model)

@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from reelquant.allocate.roles import nearest_four, role_of, role_shares
 from reelquant.allocate.sizes import weight_bits
-from reelquant.allocate.table import EVERY, LayerFacts, SensitivityTable
+from reelquant.allocate.table import EVERY, SensitivityTable
 from reelquant.cli.console import size
 from reelquant.cli.layout import facts, table
 
@@ -16,30 +17,12 @@ if TYPE_CHECKING:
     from reelquant.cli.layout import Plain
 
 
-def nearest_four(made: SensitivityTable) -> str:
-    """The weight format whose bits are nearest to four: what layers are ranked by."""
-    return min(made.formats("weight"), key=lambda one: abs(weight_bits(one) - 4))
-
-
-def role_of(layer: LayerFacts) -> str:
-    """What a layer is for, in words: its role, and whether it belongs to attention over the prompt."""
-    return f"{layer.role}, cross attention" if layer.cross and layer.role == "main" else layer.role
-
-
 def role_table(made: SensitivityTable) -> Plain:
     """Which roles hold the damage."""
-    fmt, rows = nearest_four(made), made.select()
-    shown = table(f"Roles, weights as {fmt}, by {made.measures[0]}", ["role"], ["layers", "weights", "damage", "per weight"])
-    weights, damage, counts = Counter[str](), Counter[str](), Counter[str]()
-    for layer in made.layers:
-        role = role_of(layer)
-        counts[role] += 1
-        weights[role] += layer.weights
-        damage[role] += rows[layer.component, layer.name, fmt].damage
-    whole, many = sum(damage.values()) or 1.0, sum(weights.values())
-    for role in sorted(counts, key=lambda one: -damage[one]):
-        share, part = damage[role] / whole, weights[role] / many
-        shown.add_row(role, str(counts[role]), f"{part:.1%}", f"{share:.1%}", f"{share / part:.2f}x")
+    columns = ["layers", "weights", "damage", "per weight"]
+    shown = table(f"Roles, weights as {nearest_four(made)}, by {made.measures[0]}", ["role"], columns)
+    for one in role_shares(made):
+        shown.add_row(one.role, str(one.layers), f"{one.weights:.1%}", f"{one.damage:.1%}", f"{one.per_weight:.2f}x")
     return shown
 
 

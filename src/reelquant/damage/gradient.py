@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from reelquant._progress import Progress
 from reelquant.clock import ANY, BOTH
 from reelquant.damage.kept import Kept
 from reelquant.damage.rounding import input_rounding, rounded_weight, rows_of
-from reelquant.damage.scene import HALVES, Scene, Target
+from reelquant.damage.scene import HALVES, Target
 from reelquant.damage.spread import Seen
 from reelquant.engine.recorded import again
 from reelquant.observe import RecordedCall
 
 
-def by_gradient(scene: Scene, target: Target, weights: Sequence[str], inputs: Sequence[str], kept: Kept) -> Seen:
+def by_gradient(progress: Progress, target: Target, weights: Sequence[str], inputs: Sequence[str], kept: Kept) -> Seen:
     """Damage of every format of every weight and input, to the output of every recorded call.
 
     An error ``d`` of a weight moves the output by ``J d``. For a random vector ``v`` of signs, ``E (v^T J d)^2 = |J d|^2``, and
@@ -33,7 +34,7 @@ def by_gradient(scene: Scene, target: Target, weights: Sequence[str], inputs: Se
     share of a layer in the output; here they are asked for the error.
     """
     jobs = [(number, half) for number, call in enumerate(target.calls) for half in _halves(target, call)]
-    scene.progress.phase(f"{target.component}: gradients", len(jobs))
+    progress.phase(f"{target.component}: gradients", len(jobs))
     deltas = _Deltas(target, weights)
     seen = Seen("gradient", target, tuple(weights), tuple(inputs))
     for number, half in jobs:
@@ -44,7 +45,7 @@ def by_gradient(scene: Scene, target: Target, weights: Sequence[str], inputs: Se
 
         values = kept.of(f"gradient, {target.component}, call {number}, half {half}", measured)
         seen.add(call.step, half if half != ANY else call.half, values)
-        scene.progress.advance()
+        progress.advance()
     return seen
 
 
@@ -71,26 +72,29 @@ def _moved(target: Target, call: RecordedCall, half: int, deltas: _Deltas, input
     """Of every layer, the damage of every weight format and then of every input format, one layer after the other."""
     names = [layer.name for layer in target.layers]
     squares = {name: torch.zeros(len(inputs), dtype=torch.float64) for name in names}
-    with _weights_asked(target), _inputs_asked(target, inputs, squares), torch.enable_grad():
-        leaves = [leaf for leaf in tree_leaves(again(target.denoiser, call)) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        generator, count, variance = torch.Generator().manual_seed(seed), 0, 0.0
-        signs = []
-        for leaf in leaves:
-            part = torch.zeros(leaf.shape)
-            rows = rows_of(half, len(leaf))
-            part[rows] = torch.randint(0, 2, part[rows].shape, generator=generator).float() * 2 - 1
-            signs.append(part.to(leaf.device, leaf.dtype))
-            count, variance = (
-                count + part[rows].numel(),
-                variance + float(leaf.detach()[rows].float().var(correction=0)) * part[rows].numel(),
-            )
-        asked = [target.module(name).weight for name in names]
-        grads = torch.autograd.grad(leaves, asked, signs, allow_unused=True)
-    scale = 1 / max(variance, 1e-30)
+    with _weights_asked(target) as weights, _inputs_asked(target, inputs, squares), torch.enable_grad():
+        outputs = [leaf for leaf in tree_leaves(again(target.denoiser, call)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        # all leaves take part: asked for weights alone, torch would not go on to inputs that no weight comes before
+        torch.autograd.backward(outputs, _signs(outputs, half, seed))
+        grads = {name: weight.grad for name, weight in weights.items()}
+    parts = [output.detach()[rows_of(half, len(output))].float() for output in outputs]
+    scale = 1 / max(sum(float(part.var(correction=0)) * part.numel() for part in parts), 1e-30)
     found = []
-    for name, grad in zip(names, grads, strict=True):
+    for name in names:
+        grad = grads[name]
         errors = [0.0] * len(deltas.formats) if grad is None else [_by_rows(grad, delta) for delta in deltas.of(name)]
         found += [one * scale for one in (*errors, *squares[name].tolist())]
+    return found
+
+
+def _signs(outputs: Sequence[Tensor], half: int, seed: int) -> list[Tensor]:
+    """Random signs in the rows of a half, zeros elsewhere."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    for output in outputs:
+        signs = torch.zeros(output.shape)
+        rows = rows_of(half, len(output))
+        signs[rows] = torch.randint(0, 2, signs[rows].shape, generator=generator).float() * 2 - 1
+        found.append(signs.to(output.device, output.dtype))
     return found
 
 
@@ -100,17 +104,20 @@ def _by_rows(grad: Tensor, delta: Tensor) -> float:
 
 
 @contextmanager
-def _weights_asked(target: Target) -> Iterator[None]:
-    """Inside, gradients of the layers' weights can be asked for, and of no other parameter."""
-    before = [(parameter, parameter.requires_grad) for parameter in target.denoiser.parameters()]
+def _weights_asked(target: Target) -> Iterator[dict[str, nn.Parameter]]:
+    """Inside, a backward pass fills the gradients of the layers' weights, and of no other parameter: the weights by layer."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in target.denoiser.parameters()]
     target.denoiser.requires_grad_(False)
-    for layer in target.layers:
-        target.module(layer.name).weight.requires_grad_(True)
+    weights = {layer.name: target.module(layer.name).weight for layer in target.layers}
+    for weight in weights.values():
+        weight.grad = None
+        weight.requires_grad_(True)
     try:
-        yield
+        yield weights
     finally:
-        for parameter, asked in before:
+        for parameter, asked, grad in before:
             parameter.requires_grad_(asked)
+            parameter.grad = grad
 
 
 @contextmanager

@@ -43,7 +43,7 @@ class Kept:
         self.found[name], self.seconds[name] = values, seconds
 
     def spent(self, start: str) -> float:
-        """Seconds that everything took whose name begins so, in this run and in those before."""
+        """Processor seconds that everything took whose name begins so, in this run and in those before."""
         return sum(seconds for name, seconds in self.seconds.items() if name.startswith(start))
 
     def of(self, name: str, measure: Callable[[], Sequence[float]]) -> list[float]:
@@ -53,9 +53,9 @@ class Kept:
             CheckpointError: if it cannot be noted.
         """
         if name not in self.found:
-            began = time.perf_counter()
+            began = time.process_time()
             values = [float(one) for one in measure()]
-            self._note(name, values, time.perf_counter() - began)
+            self._note(name, values, time.process_time() - began)
             self._append({"name": name, "values": values, "seconds": round(self.seconds[name], 4), "settings": self.settings})
         return self.found[name]
 

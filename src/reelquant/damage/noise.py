@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reelquant._progress import Progress
 from reelquant.damage.kept import Kept
 from reelquant.damage.rounding import disturbed, input_rounding, rounded_weight
-from reelquant.damage.scene import Scene, Target
+from reelquant.damage.scene import Target
 from reelquant.damage.spread import Seen
 from reelquant.engine.recorded import again
 from reelquant.formats.criteria import nmse
@@ -20,7 +21,7 @@ from reelquant.observe import RecordedCall
 POWER = 1e-3  # of the noise at a layer's output over the mean square of that output
 
 
-def by_noise(scene: Scene, target: Target, weights: Sequence[str], inputs: Sequence[str], calls: int, kept: Kept) -> Seen:
+def by_noise(progress: Progress, target: Target, weights: Sequence[str], inputs: Sequence[str], calls: int, kept: Kept) -> Seen:
     """Damage of every format of every weight and input, to the output of some recorded calls.
 
     Two figures are multiplied. One is the noise of rounding at the output of the layer over the mean square of that output, from the error
@@ -35,7 +36,7 @@ def by_noise(scene: Scene, target: Target, weights: Sequence[str], inputs: Seque
         calls: how many recorded calls are used, at steps as different as possible.
     """
     chosen = spread(target.calls, calls)
-    scene.progress.phase(f"{target.component}: noise", len(chosen) * (len(target.layers) + 1))
+    progress.phase(f"{target.component}: noise", len(chosen) * (len(target.layers) + 1))
     deltas = _squares(target, weights)
     seen = Seen("noise", target, tuple(weights), tuple(inputs))
     for number in chosen:
@@ -45,7 +46,7 @@ def by_noise(scene: Scene, target: Target, weights: Sequence[str], inputs: Seque
             return _powers(target, call, deltas, weights, inputs)
 
         power = torch.tensor(kept.of(f"noise, {target.component}, power, call {number}", powers)).reshape(len(target.layers), -1)
-        scene.progress.advance()
+        progress.advance()
         reach = []
         for place, layer in enumerate(target.layers):
 
@@ -53,7 +54,7 @@ def by_noise(scene: Scene, target: Target, weights: Sequence[str], inputs: Seque
                 return [_reach(target, call, name, seed)]
 
             reach += kept.of(f"noise, {target.component}, reach, call {number}, {layer.name}", reached)
-            scene.progress.advance()
+            progress.advance()
         seen.add(call.step, call.half, (power * torch.tensor(reach)[:, None]).flatten().tolist())
     return seen
 

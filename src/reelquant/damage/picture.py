@@ -14,6 +14,7 @@ from reelquant.allocate.table import EVERY, LayerFacts, Measure, SensitivityTabl
 
 NAMED = 90  # layers that are written out; of more, the blocks are
 MAP = "viridis"
+DARKEST = -15  # log10 of a damage that is none
 
 
 def draw(table: SensitivityTable, file: Path) -> None:
@@ -55,7 +56,7 @@ def _steps(figure: Any, axes: Any, table: SensitivityTable, component: str, meas
     fmt = min(table.formats("weight"), key=lambda one: abs(weight_bits(one) - 4))
     rows = [table.select(measure, "weight", steps) for steps in ranges]
     _heat(figure, axes, [[_value(row.get((component, layer.name, fmt))) for row in rows] for layer in layers], layers, named=False)
-    axes.set_xticks(range(len(ranges)), [f"{first}-{last}" for first, last in ranges], fontsize=8)
+    axes.set_xticks(range(len(ranges)), [str(first) if first == last else f"{first}-{last}" for first, last in ranges], fontsize=8)
     axes.set_xlabel("denoising steps")
     axes.set_title(f"the weight as {fmt} at some steps alone, by {measure}", fontsize=9)
 
@@ -69,7 +70,8 @@ def _inputs(axes: Any, table: SensitivityTable, component: str) -> None:
         axes.plot(steps, damage, marker=".", label=fmt)
         axes.fill_between(steps, low, high, alpha=0.2)
     axes.set_xlabel("denoising step")
-    axes.set_title("all inputs rounded at one step alone" + (f", by {measure}" if measure else ": not measured"), fontsize=9)
+    axes.set_title("all inputs at one step alone" + (f", by {measure}" if measure else ": not measured"), fontsize=9)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     if found:
         axes.set_yscale("log")
         axes.set_ylabel("damage")
@@ -81,7 +83,10 @@ def _value(row: Any) -> float:
 
 
 def _heat(figure: Any, axes: Any, values: Sequence[Sequence[float]], layers: Sequence[LayerFacts], *, named: bool = True) -> None:
-    image = axes.imshow(np.log10(np.array(values)), aspect="auto", cmap=MAP, interpolation="nearest")
+    shown = np.log10(np.array(values))
+    finite = shown[shown > DARKEST]
+    floor = float(np.percentile(finite, 2)) if finite.size else DARKEST  # what does nothing at all would take all colours
+    image = axes.imshow(shown, aspect="auto", cmap=MAP, interpolation="nearest", vmin=floor)
     figure.colorbar(image, ax=axes, label="log10 of the damage", shrink=0.6)
     blocks = [layer.block for layer in layers]
     starts = [number for number in range(1, len(blocks)) if blocks[number] != blocks[number - 1]]

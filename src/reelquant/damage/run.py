@@ -94,7 +94,7 @@ class Measured:
 
     Attributes:
         table: the damages.
-        seconds: what each way took, runs before this one included.
+        seconds: of the processor, that each way took, runs before this one included.
         output: the folder with ``sensitivity.json`` and ``sensitivity.png``; None if nothing was written.
     """
 
@@ -120,18 +120,9 @@ def measure(
         pipe: the opened pipeline.
         model: what it was opened from.
     """
-    call = {name: value for name, value in (call or {}).items() if value is not None}
-    check_call(type(pipe), call)
-    recipes = assign(pipe, wanted.recipe, wanted.components)
-    if prompts is None:
-        prompts = calibration_prompts(pipe, wanted.clips) if reads_texts(type(pipe), call) else no_texts(wanted.clips)
-    texts = list(fitted(type(pipe), [prompts[number % len(prompts)] for number in range(wanted.clips)]))
     with undisturbed(modules_of(pipe).values()):
-        call |= missing(pipe, texts, call)
-        check_given(type(pipe), call, texts)
-        plans = plan_components(pipe, recipes, wanted.skip, mapping(pipe, texts, None, call))
-        scene = Scene(pipe, [Target.of(pipe, name, plan) for name, plan in plans.items()], texts, call, progress or Silent())
-        settings = _settings(model, wanted, texts, call)
+        scene = scene_of(pipe, wanted, prompts, progress=progress, call=call)
+        settings = _settings(model, wanted, scene.prompts, scene.call)
         before = None if output is None else _before(output, settings, force=force)
         kept = Kept(output, {key: value for key, value in settings.items() if key not in LATER})
         scene.record()
@@ -140,7 +131,7 @@ def measure(
             mine, tried = _measured(scene, target, wanted, kept)
             rows += mine
             configurations += tried
-    name = next(iter(recipes.values())).name
+    name = scene.targets[0].plan.recipe.name
     table = SensitivityTable(
         settings["model"], name, tuple(layer for target in scene.targets for layer in target.layers), tuple(rows), tuple(configurations),
         {target.component: tuple(target.timesteps) for target in scene.targets}, settings,
@@ -151,6 +142,22 @@ def measure(
         table.save(output / FILE)
         draw(table, output / PICTURE)
     return Measured(table, {one: kept.spent(one) for one in ("gain", "trajectory", "gradient", "noise", "configuration")}, output)
+
+
+def scene_of(
+    pipe: Any, wanted: Wanted, prompts: Prompts | None, *, progress: Progress | None = None, call: Mapping[str, Any] | None = None
+) -> Scene:
+    """What damages of a pipeline are measured on; nothing is sampled yet."""
+    call = {name: value for name, value in (call or {}).items() if value is not None}
+    check_call(type(pipe), call)
+    recipes = assign(pipe, wanted.recipe, wanted.components)
+    if prompts is None:
+        prompts = calibration_prompts(pipe, wanted.clips) if reads_texts(type(pipe), call) else no_texts(wanted.clips)
+    texts = list(fitted(type(pipe), [prompts[number % len(prompts)] for number in range(wanted.clips)]))
+    call |= missing(pipe, texts, call)
+    check_given(type(pipe), call, texts)
+    plans = plan_components(pipe, recipes, wanted.skip, mapping(pipe, texts, None, call))
+    return Scene(pipe, [Target.of(pipe, name, plan) for name, plan in plans.items()], texts, call, progress or Silent())
 
 
 LATER = ("measures", "formats", "inputs", "ranges", "configurations", "noise_calls", "skip")
@@ -201,9 +208,9 @@ def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple
     if set(wanted.measures) & {"gradient", "noise"}:
         found = gains(scene, target, kept)
     if "gradient" in wanted.measures and found:
-        rows += by_gradient(scene, target, wanted.formats, inputs, kept).rows(found, ranges)
+        rows += by_gradient(scene.progress, target, wanted.formats, inputs, kept).rows(found, ranges)
     if "noise" in wanted.measures and found:
-        rows += by_noise(scene, target, wanted.formats, inputs, wanted.noise_calls, kept).rows(found, ranges)
+        rows += by_noise(scene.progress, target, wanted.formats, inputs, wanted.noise_calls, kept).rows(found, ranges)
     if "trajectory" in wanted.measures:
         rows += by_trajectory(scene, target, _changes(target, wanted.formats, inputs), kept)
     if not wanted.configurations:

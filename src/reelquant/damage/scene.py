@@ -20,6 +20,7 @@ from reelquant.engine.plan import Plan
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import get_module
 from reelquant.observe import RecordedCall, Recording, time_of
+from reelquant.sites import DenoiserMap
 
 HALVES = {"first": FIRST, "second": SECOND}
 SEED = 1_000  # of the noise of the first clip
@@ -55,8 +56,8 @@ class Target:
     @classmethod
     def of(cls, pipe: Any, component: str, plan: Plan) -> Target:
         """The target of a plan."""
-        rows = sorted(plan.quantized, key=lambda row: row.layer.order)
-        layers = tuple(facts(component, plan, row.layer.name) for row in rows)
+        quantized = {row.layer.name for row in plan.quantized}
+        layers = tuple(layer for layer in layers_of(component, plan.map) if layer.name in quantized)
         return cls(component, plain(component_of(pipe, component)), plan, layers)
 
     def module(self, layer: str) -> Any:
@@ -83,12 +84,16 @@ class Target:
             handle.remove()
 
 
-def facts(component: str, plan: Plan, name: str) -> LayerFacts:
-    """What the table says of a layer."""
-    layer = plan.map.layers[name]
-    block = next((block for block in plan.map.blocks if name.startswith(f"{block}.")), "")
-    cross = any(site.role == "cross" and site.name and name.startswith(f"{site.name}.") for site in plan.map.attention)
-    return LayerFacts(component, name, layer.kind, layer.role, layer.shape, block, cross)
+def layers_of(component: str, map_: DenoiserMap) -> tuple[LayerFacts, ...]:
+    """What a table says of the layers that run, in execution order."""
+    cross = [f"{site.name}." for site in map_.attention if site.role == "cross" and site.name]
+    found = []
+    for layer in sorted(map_.layers.values(), key=lambda one: one.order):
+        block = next((block for block in map_.blocks if layer.name.startswith(f"{block}.")), "")
+        over_prompt = any(layer.name.startswith(start) for start in cross)
+        if layer.order >= 0:
+            found.append(LayerFacts(component, layer.name, layer.kind, layer.role, layer.shape, block, over_prompt))
+    return tuple(found)
 
 
 @dataclass(eq=False)
