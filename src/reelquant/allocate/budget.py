@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,7 +88,7 @@ def allocate(
         nbytes: most bytes of all quantized weights, instead of ``bits``.
         method: a name of :data:`METHODS`.
         measure: which damages count; by default the most trusted ones of the table.
-        formats: what layers may get; by default all weight formats of the table.
+        formats: what layers may get; by default all weight formats that these damages are of.
         components: the denoisers; by default all.
         seed: of methods that draw.
 
@@ -102,7 +102,8 @@ def allocate(
     """
     if method not in METHODS:
         raise RecipeError(f"unknown method '{method}' of allocation; {nearest(method, METHODS)}")
-    chosen = _formats(table, formats)
+    rows = table.select(measure)
+    chosen = _formats(table, formats, {row.format for row in rows.values()})
     layers = [layer for name in components or table.components for layer in table.of(name)]
     quantized = [layer for layer in layers if not table.skipped(layer)]
     free = [layer for layer in quantized if table.fixed_format(layer) is None]
@@ -118,7 +119,6 @@ def allocate(
     problem = Problem(_damages(table, free, chosen, measure), every, budget - taken, tried=_tried(table, free, chosen), seed=seed)
     picks = METHODS[method](problem) if free else []
     found = {(layer.component, layer.name): chosen[pick] for layer, pick in zip(free, picks, strict=True)} | fixed
-    rows = table.select(measure)
     known = [row.damage for key, fmt in fixed.items() if (row := rows.get((*key, fmt))) is not None]
     uniform = problem.uniform() if free else None
     return Allocation(
@@ -134,8 +134,8 @@ def allocate(
     )
 
 
-def _formats(table: SensitivityTable, wanted: Sequence[str] | None) -> tuple[str, ...]:
-    known = table.formats("weight")
+def _formats(table: SensitivityTable, wanted: Sequence[str] | None, measured: Container[str]) -> tuple[str, ...]:
+    known = [one for one in table.formats("weight") if one in measured]
     for one in wanted or ():
         if one not in known:
             raise RecipeError(f"the table of '{table.model}' was not measured with '{one}'; {nearest(one, known)}")

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from reelquant._errors import CheckpointError, RecipeError, SiteError, nearest
 from reelquant._numbers import is_number
-from reelquant.allocate.sizes import check_weight, weight_bytes
+from reelquant.allocate.sizes import check_weight
 from reelquant.sites import ROLES, Role, matches, select
 
 VERSION = 1
@@ -349,5 +349,4 @@ __all__ = [
     "Part",
     "SensitivityTable",
     "load_table",
-    "weight_bytes",
 ]

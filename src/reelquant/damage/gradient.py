@@ -43,7 +43,7 @@ def by_gradient(progress: Progress, target: Target, weights: Sequence[str], inpu
         def measured(number: int = number, call: RecordedCall = call, half: int = half) -> list[float]:
             return _moved(target, call, half, deltas, inputs, seed=number)
 
-        values = kept.of(f"gradient, {target.component}, call {number}, half {half}", measured)
+        values = kept.of(f"gradient, {target.component}, call {number}, half {half}, {seen.formats}", measured)
         seen.add(call.step, half if half != ANY else call.half, values)
         progress.advance()
     return seen

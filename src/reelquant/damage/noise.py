@@ -45,7 +45,9 @@ def by_noise(progress: Progress, target: Target, weights: Sequence[str], inputs:
         def powers(call: RecordedCall = call) -> list[float]:
             return _powers(target, call, deltas, weights, inputs)
 
-        power = torch.tensor(kept.of(f"noise, {target.component}, power, call {number}", powers)).reshape(len(target.layers), -1)
+        power = torch.tensor(kept.of(f"noise, {target.component}, power, call {number}, {seen.formats}", powers)).reshape(
+            len(target.layers), -1
+        )
         progress.advance()
         reach = []
         for place, layer in enumerate(target.layers):

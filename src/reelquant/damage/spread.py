@@ -35,6 +35,11 @@ class Seen:
     halves: list[int] = field(default_factory=list)
     values: list[Sequence[float]] = field(default_factory=list)
 
+    @property
+    def formats(self) -> str:
+        """The columns in words: what values under a name are of."""
+        return f"weights {', '.join(self.weights)}, inputs {', '.join(self.inputs)}"
+
     def add(self, step: int, half: int, values: Sequence[float]) -> None:
         """Note a call."""
         self.steps.append(step)
