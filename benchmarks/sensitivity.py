@@ -1,10 +1,11 @@
-"""Maps of sensitivity, and what budgets divided by them are worth.
+r"""Maps of sensitivity, and what budgets divided by them are worth.
 
 A layer at a time against gradients and noise, allocations of equal bytes against one format for all, predicted against measured damage, and
 a budget of input bits over the denoising steps. Run it from the repository root::
 
     python -m benchmarks.sensitivity --pipeline tiny-dit --clips 16 --set num_inference_steps=8 --output benchmarks/results
-    python -m benchmarks.sensitivity --pipeline tiny-unet --clips 16 --set num_inference_steps=6 --every 4 --output benchmarks/results
+    python -m benchmarks.sensitivity --pipeline tiny-unet --clips 8 --set num_inference_steps=4 --every 16 --plans 20 --randoms 10 \
+        --noise-calls 1 --output benchmarks/results
 
 Weights are rounded to nearest in the float model, with the ranges of ``w4a16``: the numbers that are multiplied are those of the quantized
 model. Inputs are rounded with a scale per token (per item for convolutions). Maps are measured on other texts than the clips that
@@ -33,7 +34,8 @@ from reelquant.allocate.sizes import weight_bytes
 from reelquant.allocate.steps import StepPlan
 from reelquant.allocate.surrogate import learned
 from reelquant.allocate.table import Configuration, Damage
-from reelquant.damage import Measured, Wanted, measure
+from reelquant.damage import Wanted, measure
+from reelquant.damage.gradient import PROBES
 from reelquant.damage.kept import Kept
 from reelquant.damage.rounding import inputs_rounded, rounded_weight, weights_rounded
 from reelquant.damage.run import scene_of
@@ -46,8 +48,7 @@ FORMATS = ("int3/group-64", "int4/group-64", "int6/channel")
 INPUTS = ("int4/token", "int5/token", "int6/token", "int8/token")
 WIDE = ("int3/group-64", "int3/group-32", "int4/group-64", "int4/group-32", "int5/group-64", "int6/channel", "int8/channel")
 UNIFORM = "int4/group-32"  # 4.5 bits a weight with its scales
-NOISE_CALLS = 5
-MAP_CLIPS, RANGES, PLANS, RANDOM, STEP_BITS = 2, 4, 50, 20, 6.0
+MAP_CLIPS, RANGES, STEP_BITS = 2, 4, 6.0
 
 
 class Told:
@@ -67,10 +68,16 @@ class Bench:
     Attributes:
         clips: those that allocations are judged on.
         every: one of so many layers is measured by trajectories; with 1 their damages divide budgets, else those of gradients do.
+        plans: how many allocations are tried out to compare with predictions.
+        randoms: how many random ones the best is taken of.
+        noise_calls: recorded calls that noise is measured on.
     """
 
     clips: Clips
-    every: int
+    every: int = 1
+    plans: int = 50
+    randoms: int = 20
+    noise_calls: int = 5
 
     @cached_property
     def pipe(self) -> Any:
@@ -82,14 +89,9 @@ class Bench:
 
     @property
     def wanted(self) -> Wanted:
-        ways = ("trajectory", "gradient", "noise") if self.every == 1 else ("gradient", "noise")
-        own = dict(formats=FORMATS, inputs=INPUTS, clips=MAP_CLIPS, ranges=RANGES, configurations=PLANS)
-        return Wanted(measures=ways, noise_calls=NOISE_CALLS if self.every == 1 else 3, **own)
-
-    @cached_property
-    def measured(self) -> Measured:
-        """The map, and plans that no map has seen; goes on where it was stopped."""
-        return measure(self.pipe, self.clips.pipeline, self.folder, self.wanted, call=self.clips.call, progress=Told())
+        ways = ("trajectory", "noise") if self.every == 1 else ("gradient",)
+        own = dict(formats=FORMATS, inputs=INPUTS, clips=MAP_CLIPS, ranges=RANGES, configurations=self.plans)
+        return Wanted(measures=ways, noise_calls=self.noise_calls, **own)
 
     @cached_property
     def wide(self) -> SensitivityTable:
@@ -97,9 +99,14 @@ class Bench:
         wanted = replace(self.wanted, measures=("gradient",), formats=WIDE, configurations=0)
         return measure(self.pipe, self.clips.pipeline, self.folder, wanted, call=self.clips.call, progress=Told()).table
 
-    @property
+    @cached_property
     def table(self) -> SensitivityTable:
-        return self.measured.table
+        """All maps, and plans that no map has seen; goes on where it was stopped."""
+        found = measure(self.pipe, self.clips.pipeline, self.folder, self.wanted, call=self.clips.call, progress=Told()).table
+        known = {row.measure for row in found.rows}
+        made = replace(found, rows=(*found.rows, *(row for row in self.wide.rows if row.measure not in known)))
+        made.save(self.folder / "sensitivity.json")
+        return made
 
     @cached_property
     def scene(self) -> Scene:
@@ -171,20 +178,20 @@ def allocations(bench: Bench) -> dict[str, dict[str, str]]:
     first = table.measures[0]
     found = {f"{UNIFORM} for all": {layer.name: UNIFORM for layer in table.layers}}
     for method in ("milp", "greedy", "sampled", "surrogate"):
-        found[f"{method}, by {first}"] = allocate(table, nbytes=budget, method=method).of(component)
+        found[f"{method}, by {first}"] = allocate(table, nbytes=budget, method=method, formats=FORMATS).of(component)
     for way in table.measures[1:]:
-        found[f"milp, by {way}"] = allocate(table, nbytes=budget, measure=way).of(component)
+        found[f"milp, by {way}"] = allocate(table, nbytes=budget, measure=way, formats=FORMATS).of(component)
     for method in ("milp", "greedy"):
         found[f"{method}, by gradient, {len(WIDE)} formats"] = allocate(bench.wide, nbytes=budget, method=method).of(component)
     best = min(randoms(bench), key=lambda one: one.damage)
-    return found | {f"best of {RANDOM} random ones": dict(best.formats)}
+    return found | {f"best of {bench.randoms} random ones": dict(best.formats)}
 
 
 def randoms(bench: Bench) -> list[Configuration]:
     """Random allocations within the same bytes, tried out on the clips of the map."""
     layers = bench.table.layers
     sizes = np.array([[weight_bytes(fmt, layer.shape) for fmt in FORMATS] for layer in layers], dtype=float)
-    picks = random_picks(Problem(np.zeros(sizes.shape), sizes, uniform_bytes(bench.table)), RANDOM)
+    picks = random_picks(Problem(np.zeros(sizes.shape), sizes, uniform_bytes(bench.table)), bench.randoms)
     formats = [{layer.name: FORMATS[pick] for layer, pick in zip(layers, one, strict=True)} for one in picks]
     return try_configurations(bench.scene, bench.target, formats, bench.kept)
 
@@ -261,19 +268,21 @@ def correlation(one: Sequence[float], other: Sequence[float]) -> str:
 def ways(bench: Bench) -> str:
     """How far gradients and noise agree with a layer at a time, and what each costs in calls of the denoiser."""
     alone, rows = bench.alone, []
-    calls = len(bench.target.calls)
+    calls, layers = len(bench.target.calls), len(bench.table.layers)  # calls of all clips of the map at once
     gains = sum(name.startswith("gain") for name in Kept(bench.folder, _settings(bench)).found)
-    layers, formats = len(bench.table.layers), len(FORMATS)
-    whole = layers * formats * calls
-    noise = bench.wanted.noise_calls * (layers + 1) + gains * calls
-    costs = {"gradient": calls * 3 + gains * calls, "noise": noise}
+    whole = layers * len(FORMATS) * calls * MAP_CLIPS
+    costs = {
+        "gradient": MAP_CLIPS * PROBES * calls * 4,  # forward, forward again, and a backward pass that counts as two
+        "noise": (bench.noise_calls * (layers + 1) + gains * calls) * MAP_CLIPS,
+    }
+    costs = {way: cost for way, cost in costs.items() if way in bench.table.measures}
     for way, cost in costs.items():
         known = bench.table.select(way)  # type: ignore[arg-type]
         pairs = [(row, known[row.component, row.layer, row.format]) for row in alone]
         every = correlation([a.damage for a, _ in pairs], [b.damage for _, b in pairs])
         each = [correlation(*zip(*((a.damage, b.damage) for a, b in pairs if a.format == fmt), strict=True)) for fmt in FORMATS]
         rows.append([way, every, *each, f"{cost:,} of {whole:,} ({cost / whole:.1%})"])
-    return markdown(("map by", "all", *FORMATS, "calls of the denoiser, of those that a layer at a time needs"), rows)
+    return markdown(("map by", "all", *FORMATS, "calls of the denoiser for a clip, of those that a layer at a time needs"), rows)
 
 
 def _settings(bench: Bench) -> dict[str, Any]:
@@ -286,16 +295,17 @@ def step_budget(bench: Bench) -> str:
     """Six input bits on average, divided over the steps, against six everywhere; weights are float."""
     six = next(fmt for fmt in INPUTS if fmt.startswith("int6"))
     rows, plain = [], []
-    plan = allocate_steps(bench.table, STEP_BITS)
-    every = replace(plan, format=six, protected=(), bits=STEP_BITS)
-    for one, name in (
-        (every, "6 bits at all steps"),
-        (plan, f"{plan.format}, 8 bits at steps {', '.join(map(str, plan.protected)) or 'none'}"),
-    ):
+    plans = {way: allocate_steps(bench.table, STEP_BITS, measure=way) for way in bench.table.measures if way != "noise"}
+    every = replace(next(iter(plans.values())), format=six, protected=(), bits=STEP_BITS)
+    for one, name in ((every, "6 bits at all steps"), *((plan, _words(plan, way)) for way, plan in plans.items())):
         values = bench.judged(f"steps {one.format} {one.protected}", lambda one=one: bench.steps(one))
         plain = plain or values
         rows.append([name, f"{one.bits:.2f}", figure(values), "-" if plain is values else gain(values, plain)])
     return markdown(("inputs", "mean bits", "PSNR, dB (95 %)", "over 6 bits, clip by clip, dB (95 %)"), rows)
+
+
+def _words(plan: StepPlan, way: str) -> str:
+    return f"{plan.format}, 8 bits at steps {', '.join(map(str, plan.protected)) or 'none'} (by {way})"
 
 
 def report(bench: Bench) -> str:
@@ -303,8 +313,8 @@ def report(bench: Bench) -> str:
     table, clips = bench.table, bench.clips
     steps = len(table.timesteps[table.components[0]])
     spent = Kept(bench.folder, _settings(bench)).seconds
-    mine = [name for name in spent if name.startswith("gain") or (name.startswith("gradient") and f"weights {', '.join(FORMATS)}," in name)]
-    map_seconds = sum(spent[name] for name in mine)
+    words = f"inputs {', '.join(INPUTS)}"
+    units = [seconds for name, seconds in spent.items() if name.startswith("gradient") and f"weights {', '.join(WIDE)}, {words}" in name]
     some = "all layers" if bench.every == 1 else f"one of {bench.every} layers"
     parts = [
         f"# Sensitivity of {clips.name}\n",
@@ -319,8 +329,8 @@ def report(bench: Bench) -> str:
         f"\n## {STEP_BITS:.0f} input bits on average over the steps, float weights\n",
         step_budget(bench),
         f"\nAllocations choose among {', '.join(FORMATS)}; the {len(WIDE)} formats are {', '.join(WIDE)}.\n"
-        f"\nThe map of {len(table.layers)} layers x {len(FORMATS) + len(INPUTS)} formats x {steps} steps by gradients, with the gains of "
-        f"steps: {map_seconds:.0f} seconds of one core.\n",
+        f"\nThe map of {len(table.layers)} layers x {len(WIDE) + len(INPUTS)} formats x {steps} steps by gradients: {sum(units):.0f} seconds "
+        "of one core.\n",
     ]
     return "\n".join(parts)
 
@@ -329,9 +339,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and write the result."""
     made = parser(__doc__ or "")
     made.add_argument("--every", type=int, default=1, help="measure one of so many layers by trajectories")
+    made.add_argument("--plans", type=int, default=50, help="allocations that predictions are compared with")
+    made.add_argument("--randoms", type=int, default=20, help="random allocations of equal bytes")
+    made.add_argument("--noise-calls", type=int, default=5, help="recorded calls that noise is measured on")
     args = made.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    bench = Bench(Clips(args.pipeline, args.clips, dict(args.set), args.batch), args.every)
+    clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
+    bench = Bench(clips, args.every, args.plans, args.randoms, args.noise_calls)
     text = report(bench)
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / f"sensitivity-{bench.clips.name}.md"

@@ -135,7 +135,7 @@ def allocate(
 
 
 def _formats(table: SensitivityTable, wanted: Sequence[str] | None, measured: Container[str]) -> tuple[str, ...]:
-    known = [one for one in table.formats("weight") if one in measured]
+    known = [one for one in table.formats() if one in measured]
     for one in wanted or ():
         if one not in known:
             raise RecipeError(f"the table of '{table.model}' was not measured with '{one}'; {nearest(one, known)}")

@@ -149,7 +149,7 @@ def _spread(calls: Sequence[RecordedCall], wanted: int) -> list[RecordedCall]:
 def _damage(word: str, work: ModelWork, specs: Mapping[str, Specs], calls: Sequence[RecordedCall]) -> float:
     """What these layers with these numbers do to the outputs of calls, all others in float: error over variance, mean over calls."""
     with work.drafted(specs):
-        errors = [nmse(_flat(call.output), _flat(work.output(call))) for call in calls]
+        errors = [nmse(flat(call.output), flat(work.output(call))) for call in calls]
     work.advance()
     damage = float(torch.stack(errors).double().mean())
     if not math.isfinite(damage):
@@ -165,7 +165,7 @@ def _words(specs: Mapping[str, Specs]) -> str:
     return f"the formats that were tried for all {len(specs)} layers" if others else f"{one.weight} weights in layer '{name}'"
 
 
-def _flat(output: Any) -> Tensor:
+def flat(output: Any) -> Tensor:
     """All tensors of an output, one after the other: ``[values]`` float32."""
     return torch.cat([leaf.float().flatten() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
 

@@ -38,14 +38,14 @@ def role_of(layer: LayerFacts) -> str:
     return f"{layer.role}, cross attention" if layer.cross and layer.role == "main" else layer.role
 
 
-def nearest_four(table: SensitivityTable) -> str:
+def nearest_four(table: SensitivityTable, measure: Measure | None = None) -> str:
     """The weight format whose bits are nearest to four: what layers are ranked by."""
-    return min(table.formats("weight"), key=lambda one: abs(weight_bits(one) - 4))
+    return min(table.formats("weight", measure or table.measures[0]), key=lambda one: abs(weight_bits(one) - 4))
 
 
 def role_shares(table: SensitivityTable, measure: Measure | None = None) -> list[RoleShare]:
     """The roles of a table, those with most damage first, by the weight format that is nearest to four bits."""
-    fmt, rows = nearest_four(table), table.select(measure)
+    fmt, rows = nearest_four(table, measure), table.select(measure)
     weights, damage, members = Counter[str](), Counter[str](), defaultdict[str, list[LayerFacts]](list)
     for layer in table.layers:
         role = role_of(layer)

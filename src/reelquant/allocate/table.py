@@ -142,9 +142,10 @@ class SensitivityTable:
         found = {row.measure for row in self.rows if row.part == "weight" and row.layer != EVERY}
         return tuple(one for one in MEASURES if one in found)
 
-    def formats(self, part: Part = "weight") -> tuple[str, ...]:
-        """The formats that rows are about, in the order in which they were measured."""
-        return tuple(dict.fromkeys(row.format for row in self.rows if row.part == part and row.layer != EVERY))
+    def formats(self, part: Part = "weight", measure: Measure | None = None) -> tuple[str, ...]:
+        """The formats that rows of layers are about, by any measure or by one, in the order in which they were measured."""
+        rows = (row for row in self.rows if row.part == part and row.layer != EVERY and measure in (None, row.measure))
+        return tuple(dict.fromkeys(row.format for row in rows))
 
     def of(self, component: str) -> tuple[LayerFacts, ...]:
         """The layers of a component, in execution order.
@@ -333,20 +334,3 @@ def _row(values: dict[str, Any]) -> Damage:
             raise ValueError(f"{name} of layer '{values['layer']}' is {values[name]!r:.30}, known: {known}")
     steps = values["steps"]
     return Damage(**values | {"steps": None if steps is None else (int(steps[0]), int(steps[1]))})
-
-
-__all__ = [
-    "COLUMNS",
-    "EVERY",
-    "FILE",
-    "HALVES",
-    "MEASURES",
-    "PARTS",
-    "Configuration",
-    "Damage",
-    "LayerFacts",
-    "Measure",
-    "Part",
-    "SensitivityTable",
-    "load_table",
-]

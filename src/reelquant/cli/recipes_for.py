@@ -69,11 +69,10 @@ def _by_others(model: str) -> dict[str, Any]:
     rows = []
     for role, count in counts.most_common():
         trained = {name: one["roles"][role]["per_weight"] for name, one in known["trained"].items() if role in one["roles"]}
-        random = sorted(one["roles"][role]["per_weight"] for one in known["random"].values() if role in one["roles"])
-        rows.append({"role": role, "layers": count, "trained": trained, "random": random})
+        rows.append({"role": role, "layers": count, "trained": trained})
+    ways = ", ".join(f"{name} by {one['measure']}" for name, one in known["trained"].items())
     because = (
-        f"measured on other models, weights as {known['format']}: small trained pipelines by name, and the median (and range) over tiny "
-        "models with random weights, which shows what the wiring does and not what training did; "
+        f"measured on other, small models, weights as {known['format']} ({ways}): no more than a first guess; "
         f"reelquant sensitivity {model} -o map measures this one"
     )
     return {"model": model, "own": False, "roles": rows, "because": because}
@@ -94,15 +93,8 @@ def _shown(data: dict[str, Any]) -> Any:
             shown.add_row(one["role"], ", ".join(one["worst"]), str(one["layers"]), f"{one['damage']:.1%}", f"{one['per_weight']:.2f}x")
         return shown
     names = list(dict.fromkeys(name for one in data["roles"] for name in one["trained"]))
-    shown = table(f"Roles of {data['model']}: damage of a weight over the mean", ["role"], ["layers", *names, "random models"])
+    shown = table(f"Roles of {data['model']}: damage of a weight over the mean", ["role"], ["layers", *names])
     for one in data["roles"]:
         trained = [f"{one['trained'][name]:.2f}x" if name in one["trained"] else "-" for name in names]
-        shown.add_row(one["role"], str(one["layers"]), *trained, _range(one["random"]))
+        shown.add_row(one["role"], str(one["layers"]), *trained)
     return shown
-
-
-def _range(values: list[float]) -> str:
-    if not values:
-        return "-"
-    middle = sorted(values)[len(values) // 2]
-    return f"{middle:.2f}x ({values[0]:.2f} to {values[-1]:.2f}, {len(values)} models)"

@@ -28,7 +28,7 @@ def role_table(made: SensitivityTable) -> Plain:
 
 def layer_tables(made: SensitivityTable, most: int | None) -> list[Plain]:
     """The most sensitive layers of every denoiser."""
-    fmt, rows, formats = nearest_four(made), made.select(), made.formats("weight")
+    fmt, rows, formats = nearest_four(made), made.select(), made.formats("weight", made.measures[0])
     found = []
     for component in made.components:
         layers = sorted(made.of(component), key=lambda layer: -rows[component, layer.name, fmt].damage)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._progress import Progress
+from reelquant.allocate.measured import flat
 from reelquant.damage.kept import Kept
 from reelquant.damage.rounding import disturbed, input_rounding, rounded_weight
 from reelquant.damage.scene import Target
@@ -84,13 +85,7 @@ def _reach(target: Target, call: RecordedCall, name: str, seed: int) -> float:
         found = again(target.denoiser, call)
     finally:
         handle.remove()
-    return float(nmse(_flat(call.output), _flat(found))) / POWER
-
-
-def _flat(output: Any) -> Tensor:
-    from torch.utils._pytree import tree_leaves
-
-    return torch.cat([leaf.float().flatten() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+    return float(nmse(flat(call.output), flat(found))) / POWER
 
 
 def _squares(target: Target, formats: Sequence[str]) -> Callable[[str], list[Tensor]]:

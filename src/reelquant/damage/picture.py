@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from reelquant.allocate.sizes import weight_bits
+from reelquant.allocate.roles import nearest_four
 from reelquant.allocate.table import EVERY, LayerFacts, Measure, SensitivityTable
 
 NAMED = 90  # layers that are written out; of more, the blocks are
@@ -39,7 +39,8 @@ def draw(table: SensitivityTable, file: Path) -> None:
 
 def _formats(figure: Any, axes: Any, table: SensitivityTable, component: str, measure: Measure) -> None:
     layers = table.of(component)
-    columns = [("weight", one) for one in table.formats("weight")] + [("input", one) for one in table.formats("input")]
+    columns = [("weight", one) for one in table.formats("weight", measure)]
+    columns += [("input", one) for one in table.formats("input", measure)]
     rows = {part: table.select(measure, part) for part in ("weight", "input")}  # type: ignore[arg-type]
     values = [[_value(rows[part].get((component, layer.name, fmt))) for part, fmt in columns] for layer in layers]
     _heat(figure, axes, values, layers)
@@ -53,7 +54,7 @@ def _steps(figure: Any, axes: Any, table: SensitivityTable, component: str, meas
         axes.set_title("layers by steps were not measured", fontsize=9)
         return
     layers, ranges = table.of(component), table.step_ranges(component, measure)
-    fmt = min(table.formats("weight"), key=lambda one: abs(weight_bits(one) - 4))
+    fmt = nearest_four(table, measure)
     rows = [table.select(measure, "weight", steps) for steps in ranges]
     _heat(figure, axes, [[_value(row.get((component, layer.name, fmt))) for row in rows] for layer in layers], layers, named=False)
     axes.set_xticks(range(len(ranges)), [str(first) if first == last else f"{first}-{last}" for first, last in ranges], fontsize=8)

@@ -205,10 +205,10 @@ def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple
     ranges = cut(len(target.timesteps), wanted.ranges)
     rows: list[Damage] = []
     found: Gains | None = None
-    if set(wanted.measures) & {"gradient", "noise"}:
+    if "noise" in wanted.measures:
         found = gains(scene, target, kept)
-    if "gradient" in wanted.measures and found:
-        rows += by_gradient(scene.progress, target, wanted.formats, inputs, kept).rows(found, ranges)
+    if "gradient" in wanted.measures:
+        rows += by_gradient(scene, target, wanted.formats, inputs, ranges, kept)
     if "noise" in wanted.measures and found:
         rows += by_noise(scene.progress, target, wanted.formats, inputs, wanted.noise_calls, kept).rows(found, ranges)
     if "trajectory" in wanted.measures:
@@ -234,7 +234,7 @@ def cut(steps: int, ranges: int) -> list[tuple[int, int]]:
 
 def configurations(table: SensitivityTable, component: str, count: int, seed: int = 0) -> list[dict[str, str]]:
     """Formats for all layers, at budgets between the smallest and the largest format: half at random, half near the best allocation."""
-    formats, layers = table.formats(), table.of(component)
+    formats, layers = table.formats("weight", table.measures[0]), table.of(component)
     import numpy as np
 
     sizes = np.array([[weight_bytes(fmt, layer.shape) for fmt in formats] for layer in layers], dtype=float)

@@ -126,6 +126,18 @@ class Scene:
         seeds = range(SEED, SEED + len(self.prompts))
         return sample(self.pipe, self.prompts, seeds=seeds, batch=BATCH, output="latent", **told, **self.call).float()
 
+    def with_gradients(self, clip: int) -> Tensor:
+        """Final latents of one clip, with the graph that made them: pipelines and :func:`sample` switch gradients off around themselves."""
+        owner = next(kind for kind in type(self.pipe).__mro__ if "__call__" in kind.__dict__)
+        guarded = owner.__dict__["__call__"]
+        owner.__call__ = getattr(guarded, "__wrapped__", guarded)
+        try:
+            with torch.enable_grad():
+                sampled = sample.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
+                return sampled(self.pipe, [self.prompts[clip]], seeds=[SEED + clip], first=clip, output="latent", **self.call).float()
+        finally:
+            owner.__call__ = guarded
+
     def damages(self) -> list[float]:
         """Squared error of the final latents over their variance, of every clip, as the pipeline is now.
 

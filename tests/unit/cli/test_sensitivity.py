@@ -83,6 +83,6 @@ def test_roles_of_a_model_without_a_table_come_with_what_was_measured_of_others(
     result = invoke("recipes", "--for", "tiny-dit", "--json")
     data = json.loads(result.stdout)
     roles = {one["role"]: one for one in data["roles"]}
-    assert not data["own"] and roles["prompt"]["layers"] == 14 and len(roles["main"]["random"]) > 10
+    assert not data["own"] and roles["prompt"]["layers"] == 14
     assert set(roles["main"]["trained"]) == {"tiny-dit", "tiny-unet"}
-    assert "measured on other models" in data["because"] and "random weights" in data["because"]
+    assert "measured on other models" in data["because"]
