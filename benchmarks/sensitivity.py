@@ -329,8 +329,8 @@ def report(bench: Bench) -> str:
         f"\n## {STEP_BITS:.0f} input bits on average over the steps, float weights\n",
         step_budget(bench),
         f"\nAllocations choose among {', '.join(FORMATS)}; the {len(WIDE)} formats are {', '.join(WIDE)}.\n"
-        f"\nThe map of {len(table.layers)} layers x {len(WIDE) + len(INPUTS)} formats x {steps} steps by gradients: {sum(units):.0f} seconds "
-        "of one core.\n",
+        f"\nThe map of {len(table.layers)} layers x {len(WIDE) + len(INPUTS)} formats x {steps} steps by gradients took "
+        f"{sum(units):.0f} seconds of one core.\n",
     ]
     return "\n".join(parts)
 
