@@ -6,6 +6,7 @@ report = reelquant.quantize(pipe, "qvd-w8a8")
 reelquant.save(pipe, "out", report)          # a stock diffusers folder; opens again after `import reelquant`
 reelquant.evaluate("out", "tiny-dit")        # what it cost, beside the noise floor
 reelquant.benchmark("out", "tiny-dit")       # what it gained, on this machine
+reelquant.sensitivity("tiny-dit", "map")     # what rounding each layer does, in a table that budgets of bits are divided by
 reelquant.tune("out", "fast")                # blocks that need not be computed at every step: as fast as the gate lets it be
 """
 
@@ -36,6 +37,7 @@ from reelquant.api import (
     read_conditions,
     saturation,
     save,
+    sensitivity,
     tune,
     verify,
 )
@@ -72,6 +74,7 @@ __all__ = [
     "read_conditions",
     "saturation",
     "save",
+    "sensitivity",
     "tune",
     "verify",
 ]

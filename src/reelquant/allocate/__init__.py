@@ -2,17 +2,41 @@
 writes down, do not belong here.
 
 Every member has a parameter ``bits``, the most stored bits per weight, mean over the layers that it chooses for, and a parameter
-``calls``, how many recorded calls of the denoiser it measures on.
+``calls``, how many recorded calls of the denoiser it measures on. :func:`allocate` does the same from a :class:`SensitivityTable`, which
+is measured once for all budgets.
 """
 
 from __future__ import annotations
 
 import functools
 
+from reelquant.allocate.budget import METHODS, Allocation, allocate
+from reelquant.allocate.greedy import Greedy
 from reelquant.allocate.milp import Milp
+from reelquant.allocate.sampled import Sampled
+from reelquant.allocate.steps import StepPlan, allocate_steps
+from reelquant.allocate.surrogate import Surrogate
+from reelquant.allocate.table import Configuration, Damage, LayerFacts, SensitivityTable, load_table
 from reelquant.stages import Stage, register
 
-ALLOCATORS: dict[str, type[Stage]] = {"milp": Milp}
+ALLOCATORS: dict[str, type[Stage]] = {"milp": Milp, "greedy": Greedy, "sampled": Sampled, "surrogate": Surrogate}
 register_allocator = functools.partial(register, ALLOCATORS, "allocator")
 
-__all__ = ["ALLOCATORS", "Milp", "register_allocator"]
+__all__ = [
+    "ALLOCATORS",
+    "METHODS",
+    "Allocation",
+    "Configuration",
+    "Damage",
+    "Greedy",
+    "LayerFacts",
+    "Milp",
+    "Sampled",
+    "SensitivityTable",
+    "StepPlan",
+    "Surrogate",
+    "allocate",
+    "allocate_steps",
+    "load_table",
+    "register_allocator",
+]

@@ -28,6 +28,7 @@ from reelquant.cli.plan import plan
 from reelquant.cli.quantize import quantize
 from reelquant.cli.ranks import only_first_speaks
 from reelquant.cli.recipes import recipes
+from reelquant.cli.sensitivity import sensitivity
 from reelquant.cli.serve import serve
 from reelquant.cli.tune import tune
 from reelquant.cli.verify import verify
@@ -80,6 +81,7 @@ def main(
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
+    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]           which layers need bits
     [cyan]reelquant tune out -o fast[/cyan]                          more speed: blocks skip steps
     [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
     [cyan]reelquant serve[/cyan]                                     all of it on a page in the browser
@@ -92,5 +94,10 @@ def main(
         load_plugin(name)
 
 
-for verb in (demo, plan, quantize, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights, serve):
+VERBS = (
+    demo, plan, quantize, sensitivity, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights,
+    serve,
+)  # fmt: skip
+"""In the order of ``--help``."""
+for verb in VERBS:
     app.command()(verb)

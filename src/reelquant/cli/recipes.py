@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reelquant.cli.options import Json, recipe_names
+from reelquant.cli.options import BUNDLED, Json, recipe_names
 
+For = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="Which roles of a pipeline's layers are sensitive: a pipeline, or its table.",
+        show_default=False,
+        autocompletion=BUNDLED,
+    ),
+]
 Yaml = Annotated[bool, typer.Option("--yaml", help="Print the YAML of one recipe and nothing else.")]
 
 if TYPE_CHECKING:
@@ -22,6 +31,7 @@ def recipes(
         str | None,
         typer.Argument(help="One recipe, by name or as a YAML file; all if left out.", show_default=False, autocompletion=recipe_names),
     ] = None,
+    model: For = None,
     yaml: Yaml = False,
     json: Json = False,
 ) -> None:
@@ -33,12 +43,20 @@ def recipes(
     [cyan]reelquant recipes qvd-w8a8[/cyan]
     [cyan]reelquant recipes qvd-w8a8 --yaml > my.yaml[/cyan]        a start of your own
     [cyan]reelquant recipes my.yaml[/cyan]        also checks the file: unknown keys are errors
+    [cyan]reelquant recipes --for tiny-dit[/cyan]        which roles of its layers need bits, by what was measured of other models
+    [cyan]reelquant recipes --for map[/cyan]        the same by its own table, a folder that reelquant sensitivity wrote
 
     What [cyan]--yaml[/cyan] prints is a file for [cyan]quantize --recipe[/cyan]; docs/adding-a-method.md explains every key.
     """
     from reelquant.cli import console
     from reelquant.recipes.recipe import load_recipe, names
 
+    if model is not None:
+        if name is not None or yaml:
+            raise typer.BadParameter("it is about a model; leave out the recipe and --yaml", param_hint="--for")
+        from reelquant.cli.recipes_for import show
+
+        return show(model, json)
     if yaml and (name is None or json):
         raise typer.BadParameter("name one recipe, and leave out --json", param_hint="--yaml")
     if name is None:

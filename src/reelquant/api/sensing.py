@@ -1,0 +1,99 @@
+"""What rounding each layer does. The verb is a few calls into the layers below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from reelquant.api.asked import anywhere, verb
+
+if TYPE_CHECKING:
+    import torch
+
+    from reelquant._progress import Progress
+    from reelquant.allocate.table import Measure, SensitivityTable
+    from reelquant.engine.components import RecipeSource
+    from reelquant.models.condition import Prompts
+
+
+@verb(anywhere)
+def sensitivity(
+    model: Any,
+    output: str | Path | None = None,
+    *,
+    recipe: RecipeSource = "w4a16",
+    measures: Sequence[Measure] = ("gradient",),
+    formats: Sequence[str] | None = None,
+    inputs: Sequence[str] | None = None,
+    clips: int = 4,
+    ranges: int = 5,
+    configurations: int = 0,
+    components: Sequence[str] | None = None,
+    skip: Sequence[str] = (),
+    prompts: Prompts | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    progress: Progress | Literal[False] | None = None,
+    **call: Any,
+) -> SensitivityTable:
+    """Measure what rounding each layer to each format does to the clips of a float pipeline. The pipeline stays as it is.
+
+    Three ways fill one table. ``trajectory`` samples the clips once for every layer and format: the damage itself. ``gradient`` needs one
+    backward pass for every call of the clips, whatever the number of layers and formats, and tells steps and halves of guidance apart.
+    ``noise`` multiplies the noise of rounding with how far injected noise reaches. All three are in one unit: squared error of the final
+    latents over their variance. See :mod:`reelquant.damage`, and docs/sensitivity.md for the file.
+
+    Args:
+        model: bundled name, folder or hub id of a float pipeline, or one in memory.
+        output: folder for ``sensitivity.json``, its picture, and what was measured so far: a run that was stopped goes on from there.
+        recipe: which layers are quantized, the range rule of their weights, and the granularity of their inputs.
+        measures: ``trajectory``, ``gradient``, ``noise``, any of them.
+        formats: of weights, ``FORMAT/GRANULARITY``; by default 3 to 8 bits.
+        inputs: of inputs; by default the recipe's own with 4, 5, 6 and 8 bits, empty for none.
+        clips: how many are sampled.
+        ranges: into how many ranges the steps are divided for the map of layers over steps.
+        configurations: whole allocations that are tried out beside, for the method ``surrogate``.
+        components: denoisers; by default all.
+        skip: patterns of layers that are left out.
+        prompts: texts or conditions of the clips; by default the pipeline's own or general video prompts.
+        dtype: of a pipeline that is opened, float32 by default.
+        device: where it runs.
+        force: replace the table of another measurement.
+        progress: receives the progress; by default bars where somebody looks, False for none.
+        call: arguments of the pipeline call (``num_inference_steps``, ``num_frames`` ...).
+
+    Returns:
+        The table; :func:`reelquant.allocate.allocate` divides a budget by it.
+
+    Raises:
+        ReelQuantError: for a format or pattern that does not fit, a folder with another measurement, or clips that are not finite.
+
+    Example:
+        >>> table = reelquant.sensitivity("tiny-dit", "map")
+        >>> from reelquant.allocate import allocate
+        >>> allocate(table, bits=4.5).bits
+        4.499
+    """
+    import torch
+
+    from reelquant.damage import Wanted, measure
+    from reelquant.damage.run import FORMATS
+    from reelquant.models.pipelines import open_pipeline
+
+    wanted = Wanted(
+        recipe=recipe,
+        measures=tuple(measures),
+        formats=FORMATS if formats is None else tuple(formats),
+        inputs=None if inputs is None else tuple(inputs),
+        clips=clips,
+        ranges=ranges,
+        configurations=configurations,
+        components=None if components is None else tuple(components),
+        skip=tuple(skip),
+    )
+    opened = open_pipeline(model, dtype=dtype or torch.float32, device=device) if isinstance(model, str | Path) else model
+    folder = None if output is None else Path(output)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    return measure(opened, model, folder, wanted, prompts, force=force, progress=progress or None, call=call).table

@@ -1,0 +1,230 @@
+"""``reelquant sensitivity``: what rounding each layer does, and budgets divided by it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reelquant.cli import console
+from reelquant.cli.options import (
+    Device,
+    Dtype,
+    Force,
+    Frames,
+    Guidance,
+    Height,
+    Json,
+    Prompts,
+    Steps,
+    Width,
+    call_options,
+    check_device,
+    conditions,
+    more_help,
+    one_of,
+    recipe_names,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from reelquant.allocate import Allocation, SensitivityTable, StepPlan
+
+ROWS = 12  # layers that are printed; --all and --json give every one
+
+MapOrModel = Annotated[
+    str,
+    typer.Argument(
+        help="A float pipeline (bundled name, folder, hub id) to measure, or a folder that this verb wrote, to read.", show_default=False
+    ),
+]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the table and its picture.", show_default=False)]
+BaseRecipe = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", "-r", help="Which layers, ranges of weights, granularity of inputs; w4a16.", show_default=False,
+        autocompletion=recipe_names,
+    ),
+]  # fmt: skip
+MeasureBy = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--measure", help="trajectory, gradient or noise; gradient by default. Repeatable.", show_default=False,
+        autocompletion=one_of("trajectory", "gradient", "noise"),
+    ),
+]  # fmt: skip
+Formats = Annotated[str | None, typer.Option("--formats", help="Of weights: int3/group-64,int4/group-64,int6/channel.", show_default=False)]
+Inputs = Annotated[str | None, typer.Option("--inputs", help="Of inputs: int4/token,int8/token; none for none.", show_default=False)]
+Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that are sampled.")]
+Ranges = Annotated[int, typer.Option("--ranges", min=1, help="Ranges of steps in the map of layers over steps.")]
+Configurations = Annotated[int, typer.Option("--configurations", min=0, help="Whole allocations to try out, for --method surrogate.")]
+Components = Annotated[list[str] | None, typer.Option("--component", help="Only this denoiser. Repeatable.", show_default=False)]
+Skip = Annotated[list[str] | None, typer.Option("--skip", help="Pattern of layers that stay float. Repeatable.", show_default=False)]
+Bits = Annotated[float | None, typer.Option("--bits", help="Divide so many bits a weight among the layers, like 4.5.", show_default=False)]
+Size = Annotated[str | None, typer.Option("--size", help="Or so many bytes for all quantized weights, like 2.5GB.", show_default=False)]
+StepBits = Annotated[float | None, typer.Option("--step-bits", help="Divide so many input bits among the steps.", show_default=False)]
+Method = Annotated[
+    str,
+    typer.Option("--method", help="milp, greedy, sampled or surrogate.", autocompletion=one_of("milp", "greedy", "sampled", "surrogate")),
+]
+
+
+@more_help("""
+    [bold]Examples[/bold]
+
+    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]                       measure by gradients
+    [cyan]reelquant sensitivity tiny-dit -o map --measure trajectory[/cyan]  a layer at a time, too
+    [cyan]reelquant sensitivity map[/cyan]                                   read it again
+    [cyan]reelquant sensitivity map --bits 4.5[/cyan]                        and divide a budget: map/recipe.yaml
+    [cyan]reelquant sensitivity map -r minmax-w6a6 --step-bits 6[/cyan]      a budget over the steps
+    [cyan]reelquant quantize tiny-dit -r map/recipe.yaml -o out[/cyan]       follow the recipe
+
+    The table is map/sensitivity.json, the picture map/sensitivity.png. A run that was stopped goes on with the same command.
+
+    Edit the file to have the last word: "skip": ["proj_out"] keeps layers float, "fixed": {"blocks.0.*": "int8/channel"} says what
+    layers get. Every budget that is divided afterwards obeys.
+""")
+def sensitivity(
+    model: MapOrModel,
+    output: Output = None,
+    recipe: BaseRecipe = None,
+    measure: MeasureBy = None,
+    formats: Formats = None,
+    inputs: Inputs = None,
+    clips: Clips = 4,
+    ranges: Ranges = 5,
+    configurations: Configurations = 0,
+    component: Components = None,
+    skip: Skip = None,
+    bits: Bits = None,
+    size: Size = None,
+    step_bits: StepBits = None,
+    method: Method = "milp",
+    everything: Annotated[bool, typer.Option("--all", help="Print every layer.")] = False,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    frames: Frames = None,
+    height: Height = None,
+    width: Width = None,
+    guidance: Guidance = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Measure what rounding each layer does to the clips, as a table, and divide budgets of bits by it."""
+    call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
+    if (bits is not None or size is not None or step_bits is not None) and output is None and not is_table(model):
+        raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint="--bits, --size, --step-bits")
+    if is_table(model):
+        table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
+    else:
+        told = dict(
+            recipe=recipe or "w4a16", measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
+            clips=clips, ranges=ranges, configurations=configurations, components=component, skip=skip or (),
+            prompts=conditions(prompts), device=device, force=force,
+        )  # fmt: skip
+        table, folder = _measure(model, output, dtype, told, call), output
+    found, plans = _divided(table, bits, size, step_bits, method)
+    written = _recipes(table, folder, recipe, found, plans) if folder is not None and (found or plans) else []
+    if json:
+        return console.emit(as_data(table, found, plans, written))
+    for part in tables(table, found, plans, None if everything else ROWS):
+        console.out.print(part)
+        console.out.print()
+    for file in written:
+        console.done(file, f"reelquant quantize MODEL -r {file} -o out")
+    if folder is not None and not written:
+        console.done(folder, "sensitivity.json, sensitivity.png")
+    return None
+
+
+def is_table(model: str) -> bool:
+    """Whether this is a folder or file that ``reelquant sensitivity`` wrote, and no pipeline."""
+    from reelquant.allocate.table import FILE
+
+    path = Path(model)
+    return (path.is_dir() and (path / FILE).is_file() and not (path / "model_index.json").is_file()) or path.suffix == ".json"
+
+
+def _read(model: str, call: dict[str, Any], measure: list[str] | None) -> SensitivityTable:
+    from reelquant.allocate import load_table
+
+    if call or measure:
+        raise typer.BadParameter(f"'{model}' is a table that was measured already, and is only read: name the pipeline to measure")
+    return load_table(model)
+
+
+def _measure(model: str, output: Path | None, dtype: str, told: dict[str, Any], call: dict[str, Any]) -> SensitivityTable:
+    from reelquant.cli.signals import keeping
+    from reelquant.models.pipelines import locate
+
+    locate(model)
+    check_device(told["device"])
+    number = torch_dtype(dtype)
+    console.quiet_loading()
+    from reelquant.api import sensitivity as run
+
+    words = f"what was measured is in '{output}': run the same command again to go on" if output is not None else ""
+    with keeping(lambda: words), console.Bars() as bars:
+        return run(model, output, **told, dtype=number, progress=bars, **call)
+
+
+def _list(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    return () if text == "none" else tuple(part.strip() for part in text.split(","))
+
+
+def _divided(
+    table: SensitivityTable, bits: float | None, size: str | None, step_bits: float | None, method: str
+) -> tuple[Allocation | None, list[StepPlan]]:
+    from reelquant.allocate import allocate, allocate_steps
+    from reelquant.streaming import parse_bytes
+
+    found = None
+    if bits is not None or size is not None:
+        found = allocate(table, bits=bits, nbytes=None if size is None else parse_bytes(size), method=method)
+    return found, [] if step_bits is None else [allocate_steps(table, step_bits, name) for name in table.components]
+
+
+def _recipes(table: SensitivityTable, folder: Path, base: str | None, found: Allocation | None, plans: list[StepPlan]) -> list[Path]:
+    """A recipe for every denoiser, written into the folder of the table."""
+    from reelquant.evidence.store import write_text
+    from reelquant.recipes.allocated import allocated, recipe_text, with_steps
+
+    made = []
+    for name in table.components:
+        recipe: Any = base or table.settings.get("recipe") or table.recipe
+        if found is not None:
+            recipe = allocated(recipe, found.of(name), found.skipped[name])
+        plan = next((one for one in plans if one.component == name), None)
+        if plan is not None:
+            recipe = with_steps(recipe, plan.overrides(table))
+        file = folder / ("recipe.yaml" if len(table.components) == 1 else f"recipe-{name}.yaml")
+        write_text(file, recipe_text(recipe))
+        made.append(file)
+    return made
+
+
+def as_data(table: SensitivityTable, found: Allocation | None, plans: list[StepPlan], written: list[Path]) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    import json
+    from dataclasses import asdict
+
+    return {
+        "table": json.loads(table.to_text()),
+        "allocation": None if found is None else asdict(found) | {"bits": found.bits},
+        "steps": [asdict(plan) for plan in plans],
+        "recipes": [str(file) for file in written],
+    }
+
+
+def tables(table: SensitivityTable, found: Allocation | None, plans: list[StepPlan], rows: int | None) -> list[Any]:
+    """Roles, the most sensitive layers, single steps, and what was divided."""
+    from reelquant.cli.sensitivity_tables import allocation_facts, layer_tables, role_table, step_plan_facts, step_tables
+
+    made = [role_table(table), *layer_tables(table, rows), *step_tables(table)]
+    made += [allocation_facts(found)] if found is not None else []
+    return made + [step_plan_facts(plan) for plan in plans]

@@ -1,0 +1,88 @@
+"""``reelquant sensitivity`` and ``recipes --for``: what they print and write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from reelquant.cli import app
+from reelquant.cli.sensitivity import tables
+from reelquant.recipes.recipe import load_recipe
+from tests.unit.allocate.test_table import made
+from tests.unit.cli.test_layout import WIDTHS, check
+
+
+def invoke(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made().edited(["blocks.0"]).save(tmp_path / "map" / "sensitivity.json")
+    return tmp_path / "map"
+
+
+def test_a_table_is_read_and_a_budget_divided_into_a_recipe(folder: Path) -> None:
+    result = invoke("sensitivity", folder, "--bits", "4.5")
+    said = " ".join(result.output.split())
+    assert result.exit_code == 0, result.output
+    assert "bits a weight with scales" in said and "1 layers, as the table says" in said and "dB worse" in said
+    recipe = load_recipe(folder / "recipe.yaml")
+    assert recipe.name == "w4a16-allocated" and any(rule.skip and rule.on == "blocks.0.to_q" for rule in recipe.rules)
+
+
+def test_both_budgets_make_one_recipe_and_json_is_one_document(folder: Path) -> None:
+    result = invoke("sensitivity", folder, "-r", "minmax-w6a6", "--bits", "4.5", "--step-bits", "6", "--json")
+    data = json.loads(result.stdout)
+    assert data["steps"][0]["protected"] == [1, 4] and data["allocation"]["bits"] <= 4.5 and data["table"]["version"] == 1
+    written = yaml.safe_load(Path(data["recipes"][0]).read_text())
+    assert written["protect_steps"] == {"steps": [1, 4], "inputs": "8-bit"} and written["defaults"]["input"]["format"] == "int5"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--bits", "2"), "is out of reach"),
+        (("--bits", "4.5", "--method", "mlip"), "did you mean 'milp'"),
+        (("--steps", "3"), "was measured already"),
+        (("--step-bits", "6"), "leaves inputs float"),
+    ],
+)
+def test_what_cannot_be_is_said_and_nothing_is_written(folder: Path, words: tuple[str, ...], message: str) -> None:
+    result = invoke("sensitivity", folder, *words)
+    assert result.exit_code != 0 and message in " ".join((result.output + str(result.exception or "")).split())
+    assert [file.name for file in folder.iterdir()] == ["sensitivity.json"]
+
+
+def test_a_budget_without_a_folder_is_refused_before_anything_is_opened() -> None:
+    result = invoke("sensitivity", "tiny-dit", "--bits", "4.5")
+    assert result.exit_code != 0 and "give --output" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_table_fits(width: int) -> None:
+    from reelquant.allocate import allocate, allocate_steps
+
+    table = made()
+    for part in tables(table, allocate(table, bits=4.5), [allocate_steps(table, 6.0)], None):
+        check(part, width)
+
+
+def test_roles_are_told_by_the_models_own_table(folder: Path) -> None:
+    data = json.loads(invoke("recipes", "--for", folder, "--json").stdout)
+    assert data["own"] and data["roles"][0]["role"] == "main" and data["roles"][0]["per_weight"] == pytest.approx(1.0)
+    assert "measured on this model by gradient" in data["because"]
+
+
+def test_roles_of_a_model_without_a_table_come_with_what_was_measured_of_others() -> None:
+    result = invoke("recipes", "--for", "tiny-dit", "--json")
+    data = json.loads(result.stdout)
+    roles = {one["role"]: one for one in data["roles"]}
+    assert not data["own"] and roles["prompt"]["layers"] == 14
+    assert set(roles["main"]["trained"]) == {"tiny-dit", "tiny-unet"}
+    assert "measured on other models" in data["because"]

@@ -1,0 +1,197 @@
+"""Three ways to measure sensitivity on a tiny pipeline: against direct computation, resumed, and without a trace."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
+from reelquant.allocate import SensitivityTable, load_table
+from reelquant.clock import FIRST, SECOND
+from reelquant.damage import Wanted, measure
+from reelquant.damage.kept import Kept
+from reelquant.damage.rounding import rounded_weight, rows_of, weights_rounded
+from reelquant.damage.run import cut, scene_of
+from reelquant.damage.scene import HALVES, Scene, following
+from tests.tiny.configs import TINY
+from tests.tiny.pipelines import FakePipeline
+
+FORMATS, INPUTS = ("int3/channel", "int6/channel"), ("int4/token", "int8/token")
+WANTED = Wanted(recipe="w8a16", formats=FORMATS, inputs=INPUTS, clips=2, ranges=2, noise_calls=4)
+CALL = FakePipeline.__dict__["__call__"]
+TEXTS = ["a red circle", "a blue square"]
+
+
+def pipeline() -> FakePipeline:
+    torch.manual_seed(0)
+    return FakePipeline(TINY["WanTransformer3DModel"](), guided=True)
+
+
+@pytest.fixture(scope="module")
+def scene() -> Scene:
+    made = scene_of(pipeline(), WANTED, TEXTS, call={"num_inference_steps": 3})
+    made.record()
+    return made
+
+
+def test_a_sampler_without_gradients_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pipeline()
+    monkeypatch.setattr(FakePipeline, "denoise", torch.no_grad()(FakePipeline.denoise))
+    with pytest.raises(UnsupportedError, match="no gradient comes back through the sampler of FakePipeline"):
+        measure(made, made, None, WANTED, TEXTS, call={"num_inference_steps": 2})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where everything is measured once, in all three ways."""
+    made = tmp_path_factory.mktemp("map")
+    wanted = replace(WANTED, measures=("trajectory", "gradient", "noise"), configurations=4)
+    measure(pipeline(), "tiny-dit", made, wanted, TEXTS, call={"num_inference_steps": 3})
+    return made
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> SensitivityTable:
+    return load_table(folder)
+
+
+def test_a_trajectory_is_the_error_of_the_pipeline_with_that_layer_rounded(table: SensitivityTable) -> None:
+    pipe = pipeline()
+    layer = next(layer.name for layer in table.layers if layer.name.endswith("ffn.net.2"))
+    generators = lambda: [torch.Generator().manual_seed(seed) for seed in (1000, 1001)]  # noqa: E731
+    with torch.no_grad():
+        before = pipe(TEXTS, generators()).frames
+        weight = pipe.denoiser.get_submodule(layer).weight
+        scale = (weight.abs().amax(1, keepdim=True) / 4).bfloat16().float()  # int3 reaches from -4 to 3
+        weight.copy_((weight / scale).round().clamp(-4, 3) * scale)
+        after = pipe(TEXTS, generators()).frames
+    errors = (after - before).square().flatten(1).mean(1) / before.flatten(1).var(1, correction=0)
+    row = table.select("trajectory")["transformer", layer, "int3/channel"]
+    assert row.damage == pytest.approx(float(errors.log().mean().exp()), rel=0.5)  # the range rule of the scale may differ by a level
+    assert row.low <= row.damage <= row.high
+
+
+def test_gradients_and_noise_rank_layers_as_trajectories_do(table: SensitivityTable) -> None:
+    alone = table.select("trajectory")
+    for way, least in (("gradient", 0.8), ("noise", 0.6)):
+        other = table.select(way)  # type: ignore[arg-type]
+        keys = [key for key in alone if key[1] != "*"]
+        assert spearmanr([alone[key].damage for key in keys], [other[key].damage for key in keys]).statistic > least  # type: ignore[attr-defined]
+
+
+def test_a_gradient_predicts_the_error_of_small_changes(table: SensitivityTable) -> None:
+    alone, predicted = table.select("trajectory"), table.select("gradient")
+    ratios = [
+        predicted[key].damage / row.damage
+        for key, row in alone.items()
+        if key[2] == "int6/channel" and key[1] != "*" and row.damage > 1e-12
+    ]
+    assert len(ratios) > 10 and all(0.1 < ratio < 10 for ratio in ratios), ratios  # rows are summed apart, and probes are few
+    assert 0.5 < sorted(ratios)[len(ratios) // 2] < 2.5
+
+
+def test_all_inputs_at_a_step_are_predicted_by_their_gradients(table: SensitivityTable) -> None:
+    for step in range(3):
+        key, steps = ("transformer", "*", "int8/token"), (step, step)
+        found, true = (table.select(way, "input", steps)[key].damage for way in ("gradient", "trajectory"))  # type: ignore[arg-type]
+        assert 0.2 < found / true < 5
+
+
+def test_ranges_of_steps_and_halves_of_guidance_are_apart(table: SensitivityTable) -> None:
+    for way in ("gradient", "noise"):
+        assert table.step_ranges("transformer", way) == ((0, 1), (2, 2))  # type: ignore[arg-type]
+    whole = table.select("noise")
+    cuts = ([table.select("noise", steps=steps) for steps in ((0, 1), (2, 2))], [table.select("noise", half=half) for half in HALVES])
+    for key in whole:
+        if key[1] != "*":
+            for parts in cuts:  # noise of different steps and halves is independent, so it adds up
+                assert sum(one[key].damage for one in parts) == pytest.approx(whole[key].damage, rel=1e-3)
+    halves = [table.select("gradient", half=half) for half in HALVES]
+    assert all(one.keys() == table.select("gradient").keys() for one in halves)
+    assert any(halves[0][key].damage != halves[1][key].damage for key in halves[0])
+    single = [row for row in table.rows if row.layer == "*" and row.measure == "gradient" and row.format == "int4/token"]
+    assert [row.steps for row in single] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_rounding_holds_at_the_steps_that_are_named_and_nowhere_else(scene: Scene) -> None:
+    (target,) = scene.targets
+    layer = target.layers[3].name
+    rounded = rounded_weight(target, layer, "int3/channel")
+    seen: list[tuple[int, bool]] = []
+    handle = target.module(layer).register_forward_hook(lambda module, *_: seen.append((target.step, torch.equal(module.weight, rounded))))
+    with following(scene.targets), weights_rounded(target, {layer: rounded}, (1, 1)):
+        scene.latents()
+    handle.remove()
+    assert {step for step, _ in seen} == {0, 1, 2} and all(changed == (step == 1) for step, changed in seen)
+    assert not torch.equal(target.module(layer).weight, rounded)
+
+
+def test_a_stopped_run_goes_on_where_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (folder / "measured.jsonl").read_text().splitlines()
+    copy = tmp_path / "map"
+    copy.mkdir()
+    (copy / "measured.jsonl").write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])  # killed while it wrote
+    sampled: list[int] = []
+    real = Scene.damages
+    monkeypatch.setattr(Scene, "damages", lambda self: sampled.append(1) or real(self))
+    wanted = replace(WANTED, measures=("trajectory", "gradient", "noise"), configurations=4)
+    measure(pipeline(), "tiny-dit", copy, wanted, TEXTS, call={"num_inference_steps": 3})
+    assert len(sampled) == 3  # the last three configurations
+    one, other = (load_table(place) for place in (folder, copy))
+    assert one.rows == other.rows and one.configurations == other.configurations
+
+
+def test_what_people_wrote_stays_and_another_measurement_is_refused(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sensitivity.json"
+    (tmp_path / "measured.jsonl").write_text((folder / "measured.jsonl").read_text())
+    file.write_text(json.dumps(json.loads((folder / "sensitivity.json").read_text()) | {"fixed": {"blocks.0": "int8/channel"}}))
+    call: dict[str, Any] = {"num_inference_steps": 3}
+    again = measure(pipeline(), "tiny-dit", tmp_path, WANTED, TEXTS, call=call).table
+    assert again.fixed == load_table(file).fixed == {"blocks.0": "int8/channel"}
+    with pytest.raises(CheckpointError, match="was measured with another prompts"):
+        measure(pipeline(), "tiny-dit", tmp_path, WANTED, ["a red circle", "a green circle"], call=call)
+    assert (folder / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_pipeline_stays_as_it_was() -> None:
+    pipe = pipeline()
+    before = {name: value.clone() for name, value in pipe.denoiser.state_dict().items()}
+    asked = [parameter.requires_grad for parameter in pipe.denoiser.parameters()]
+    measure(pipe, pipe, None, replace(WANTED, measures=("gradient", "noise")), TEXTS, call={"num_inference_steps": 2})
+    assert all(torch.equal(value, before[name]) for name, value in pipe.denoiser.state_dict().items())
+    assert asked == [parameter.requires_grad for parameter in pipe.denoiser.parameters()]
+    assert all(parameter.grad is None for parameter in pipe.denoiser.parameters())
+    assert not any(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in pipe.denoiser.modules())
+    assert "forward" not in vars(pipe.denoiser) and FakePipeline.__dict__["__call__"] is CALL
+
+
+def test_notes_of_other_settings_are_not_used(tmp_path: Path) -> None:
+    assert Kept(tmp_path, {"seed": 1}).of("a", lambda: [1.0]) == [1.0]
+    assert Kept(tmp_path, {"seed": 1}).of("a", lambda: [2.0]) == [1.0]
+    assert Kept(tmp_path, {"seed": 2}).of("a", lambda: [3.0]) == [3.0]
+
+
+def test_halves_and_ranges_cut_without_gaps() -> None:
+    assert (rows_of(FIRST, 4), rows_of(SECOND, 4), rows_of(0, 4)) == (slice(0, 2), slice(2, 4), slice(0, 4))
+    assert cut(10, 3) == [(0, 2), (3, 6), (7, 9)] and cut(2, 5) == [(0, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measures": ("gradients",)}, "did you mean 'gradient'"),
+        ({"formats": ("int4",)}, "FORMAT/GRANULARITY"),
+        ({"inputs": ("int4/group-64",)}, "formats of inputs are written FORMAT/GRANULARITY with tensor, token"),
+        ({"clips": 0}, "clips is at least 1"),
+        ({"configurations": -1}, "configurations is at least 0"),
+    ],
+)
+def test_wrong_wishes_are_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Wanted(**options)
