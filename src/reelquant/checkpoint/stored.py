@@ -17,6 +17,7 @@ from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers
+from reelquant.policies import ChangeResolution, resolution_of
 from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
@@ -29,6 +30,7 @@ OPTIONAL: dict[str, type] = {
     "sums": dict,
     "reuse": dict,
     "plugins": dict,
+    "resolution": dict,
 }
 TEXTS = ("ignore", "checksums", "sums", "plugins")  # hold texts and nothing else
 REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
@@ -73,6 +75,7 @@ class Stored:
         recipe, recipe_digest: the whole recipe as a mapping that ``load_recipe`` reads, and its hash.
         tool_version: the reelquant that wrote this.
         plugins: what layers need of others, see :data:`reelquant.checkpoint.needs.TABLES` -> the module that has it.
+        resolution: the schedule of sizes that our own verbs sample with, or None.
     """
 
     layers: dict[str, LayerLayout]
@@ -86,12 +89,14 @@ class Stored:
     reuse: Mapping[str, Any] = field(default_factory=dict)
     sums: Mapping[str, str] = field(default_factory=dict)
     plugins: Mapping[str, str] = field(default_factory=dict)
+    resolution: ChangeResolution | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
         attention = {} if self.attention is None else {"attention": self.attention.to_json()}
         reuse = {"reuse": dict(self.reuse)} if self.reuse else {}
         plugins = {"plugins": dict(self.plugins)} if self.plugins else {}
+        resolution = {} if self.resolution is None else {"resolution": self.resolution.to_json()}
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -106,6 +111,7 @@ class Stored:
             **attention,
             **reuse,
             **plugins,
+            **resolution,
         }
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -139,6 +145,7 @@ class Stored:
             data.get("reuse") or {},
             data.get("sums") or {},
             data.get("plugins") or {},
+            None if data.get("resolution") is None else ChangeResolution.from_json(data["resolution"]),
         )
         stored._check_slots()
         return stored
@@ -175,7 +182,8 @@ def describe(
     layouts = {name: layer.layout for name, layer in layers.items()}
     reuse = stored_reuse(model)
     asked, plugins = asked_attention(model), needed(layouts.values(), reuse)
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, asked, reuse, sums, plugins)
+    facts = (asked, reuse, sums, plugins, resolution_of(model))
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, *facts)
 
 
 def _attention(data: Mapping[str, Any]) -> AttentionPlan | None:

@@ -41,7 +41,7 @@ from reelquant.nn import (
 )
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.refusals import refuse_saving
-from reelquant.policies.attention import RoundAttention
+from reelquant.policies import ChangeResolution, RoundAttention, put_resolution
 from reelquant.reuse import install_stored, remove_reuse
 from reelquant.sites import DenoiserMap, Group, matches
 
@@ -100,6 +100,7 @@ def start_loaded(model: nn.Module, stored: Stored, *, covered: bool) -> None:
     checked = verify(model, stored.checksums, None if covered else stored.sums)  # before a kernel has taken a weight over
     start_runtime(model, stored.attention)
     install_stored(model, stored.reuse)
+    put_resolution(model, stored.resolution)
     count_weights(model)
     _align(model)
     _log_proof(model, checked)
@@ -172,6 +173,8 @@ class OnTheFly:
         for stage in (entry.stage for entry in self.plan.entries):
             if isinstance(stage, RoundAttention):
                 ask_attention(self.model, stage.plan(self.plan.map))
+            if isinstance(stage, ChangeResolution):
+                put_resolution(self.model, stage)
 
 
 def put_empty_layers(model: nn.Module, stored: Stored) -> None:
@@ -217,6 +220,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
     stop_clock(model)
     stop_runtime(model)
     remove_reuse(model)
+    put_resolution(model, None)
     round_attention(model, None)
     ask_attention(model, None)
     count_tensors(model)

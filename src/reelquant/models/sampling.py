@@ -20,6 +20,7 @@ from reelquant._remarks import remark
 from reelquant.models.blank import read_json
 from reelquant.models.condition import Prompts, fitted, texts_of
 from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, check_texts, lacking, own_noise, reads_texts, unspoken
+from reelquant.models.resolution import following, schedule_of
 
 FEW = 4  # steps in which both experts of a pipeline are called
 MOST = {"num_frames": 10_000, "height": 2**14, "width": 2**14, "num_inference_steps": 10_000, "fps": 10_000}  # of a call
@@ -143,7 +144,8 @@ def sample(
     clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch, prompts)
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
-    with quiet(pipe), _failing(pipe, arguments), _listening(pipe) if output == "latent" else nullcontext():
+    listening = _listening(pipe) if output == "latent" else nullcontext()
+    with quiet(pipe), _failing(pipe, arguments), following(pipe, schedule_of(pipe)), listening:
         made = _together(list(_made(pipe, clips, size, settings)), type(pipe).__name__)
     if output == "frames":
         _tell_sizes(type(pipe).__name__, made, overrides)

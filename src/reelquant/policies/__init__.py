@@ -1,4 +1,4 @@
-"""What holds for a whole denoiser while it runs: protected steps, guidance halves, attention. Layers' numbers do not belong here."""
+"""What holds for a whole denoiser while it runs: protected steps, guidance halves, attention, sizes. Layers' numbers do not belong here."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ import functools
 from reelquant.policies.attention import RoundAttention
 from reelquant.policies.guidance import SeparateGuidance
 from reelquant.policies.protect_steps import ProtectSteps, StepError
+from reelquant.policies.resolution import ChangeResolution, put_resolution, resolution_of
 from reelquant.stages import Stage, register
 
 POLICIES: dict[str, type[Stage]] = {
     "protect_steps": ProtectSteps,
     "guidance": SeparateGuidance,
     "attention": RoundAttention,
+    "resolution": ChangeResolution,
 }
 register_policy = functools.partial(register, POLICIES, "policy")
 
-__all__ = ["POLICIES", "ProtectSteps", "RoundAttention", "SeparateGuidance", "StepError", "register_policy"]
+__all__ = [
+    "POLICIES",
+    "ChangeResolution",
+    "ProtectSteps",
+    "RoundAttention",
+    "SeparateGuidance",
+    "StepError",
+    "put_resolution",
+    "register_policy",
+    "resolution_of",
+]
