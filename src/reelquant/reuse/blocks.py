@@ -94,7 +94,7 @@ class BlockReuse(Reuse):
         timestep, latent = work.map.timestep_argument, work.map.latent_argument
         if timestep is None or latent is None:
             raise UnsupportedError(f"reuse 'blocks' follows the timestep, and '{work.component}' has none; use it for a denoiser")
-        chain = _chain(work.denoiser, work.map.blocks)
+        chain = chain_of(work.denoiser, work.map.blocks)
         blocks = chain or list(work.map.blocks)
         start, end = (share * len(blocks) for share in self.stretch)
         chosen = blocks[int(start) : int(-(-end // 1))]
@@ -109,7 +109,7 @@ class BlockReuse(Reuse):
         return InstalledBlocks(model, self, facts)
 
 
-def _chain(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
+def chain_of(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
     """The list that holds more than half of the blocks; None without one, or if its blocks differ in class, or others run between them.
 
     A UNet has as many blocks up as down, so it has no such list, even if all of its blocks down are of one class.
