@@ -100,6 +100,7 @@ def sample(
     output: Literal["frames", "latent"] = "frames",
     on_step: Callable[[], None] | None = None,
     on_latents: Callable[[int, Tensor], None] | None = None,
+    one_size: bool = False,
     **overrides: Any,
 ) -> Tensor:
     """Sample one clip per prompt; clip ``i`` starts from the noise of seed ``seed + i``, for every batch size.
@@ -115,6 +116,7 @@ def sample(
         on_step: told after every denoising step (progress).
         on_latents: given the index of the step (from 0 in every pipeline call) and the latents after it, a clip per row; never
             called by pipelines that have no step callback.
+        one_size: leave out a schedule of sizes (:mod:`reelquant.models.resolution`) that the denoiser was stored with.
         overrides: arguments of the pipeline call, for example ``num_inference_steps``, ``guidance_scale``, ``num_frames``; and conditions,
             for example ``image``: one for every clip, or a list with one per clip.
 
@@ -145,7 +147,7 @@ def sample(
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
     listening = _listening(pipe) if output == "latent" else nullcontext()
-    with quiet(pipe), _failing(pipe, arguments), following(pipe, schedule_of(pipe)), listening:
+    with quiet(pipe), _failing(pipe, arguments), following(pipe, None if one_size else schedule_of(pipe)), listening:
         made = _together(list(_made(pipe, clips, size, settings)), type(pipe).__name__)
     if output == "frames":
         _tell_sizes(type(pipe).__name__, made, overrides)

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from reelquant._errors import CalibrationError, RecipeError, UnsupportedError
+from reelquant.models.following import Following
 from reelquant.models.noise import PREDICTIONS, Level, check_scheduler
-from reelquant.models.resolution import Following, check_pipeline, low_band, resized
+from reelquant.models.rescale import low_band, resized
+from reelquant.models.resolution import check_pipeline
 from reelquant.policies import ChangeResolution
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}

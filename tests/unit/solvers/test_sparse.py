@@ -98,7 +98,7 @@ def with_zeros(module: Any, pruned: QuantLayer) -> QuantLayer:
 @pytest.mark.parametrize("module", [lambda: nn.Linear(20, 6), lambda: nn.Conv2d(5, 6, 3, padding=1)], ids=["linear", "conv"])
 def test_layers_compute_with_zeros_and_store_none_of_them(weight: tuple[str, str], module: Any) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(module())
+    model: Any = nn.Sequential(module())
     shape = (7, 20) if isinstance(model[0], nn.Linear) else (2, 5, 4, 4)
     calls = [torch.randn(shape) for _ in range(3)]
     spec = {"format": weight[0], "granularity": weight[1]}
