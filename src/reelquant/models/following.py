@@ -64,7 +64,6 @@ class Following:
         size: height and width of its first latents.
         seeds: one per clip, from its first latents.
         left: what the stage before left, in the size of this stage.
-        tokens: height times width of the latents of every step, for whoever counts.
     """
 
     scheduler: Any
@@ -76,7 +75,6 @@ class Following:
     size: tuple[int, int] = (0, 0)
     seeds: list[int] = field(default_factory=list)
     left: Tensor | None = None
-    tokens: list[int] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
@@ -120,7 +118,7 @@ class Following:
         recall(self.scheduler, self.places[0].memory)
         self.shown = _joined(parts)
         recall(self.scheduler, self.shown)
-        self.done, self.size, self.seeds, self.left, self.tokens = 0, (0, 0), [], None, []
+        self.done, self.size, self.seeds, self.left = 0, (0, 0), [], None
 
     def _check_steps(self, total: int) -> int:
         times = self.scheduler.timesteps
@@ -183,7 +181,6 @@ class Following:
         place, after = self.places[self.done], self.places[self.done + 1 :][:1]
         if not self.done:
             self._begin(model_output, sample)
-        self.tokens.append(sample.shape[-2] * sample.shape[-1])
         if place.guided and self.left is not None:
             model_output = self._guided(model_output, sample, place)
         result = self._own("step")(model_output, timestep, sample, *args, **kwargs)

@@ -6,7 +6,7 @@ Here the schedule is checked, put on a denoiser and stored with it. What follows
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -172,8 +172,3 @@ def put_resolution(model: nn.Module, schedule: ChangeResolution | None) -> None:
 def resolution_of(model: nn.Module) -> ChangeResolution | None:
     """The schedule that was put on a denoiser."""
     return vars(model).get(ATTRIBUTE)
-
-
-def tokens_by_stage(schedule: ChangeResolution, steps: int) -> Sequence[tuple[int, float]]:
-    """Steps and scale of every stage of a sampler that takes so many steps."""
-    return list(zip(schedule.counts(steps), (stage.scale for stage in schedule.sizes), strict=True))
