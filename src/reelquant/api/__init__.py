@@ -4,6 +4,7 @@ from reelquant.api.folders import configure, export, load, open_pipeline, push_t
 from reelquant.api.measuring import benchmark, compare, evaluate, evaluate_several, saturation
 from reelquant.api.planning import plan
 from reelquant.api.quantizing import folder_job, plans, quantize, quantize_folder, read_conditions
+from reelquant.api.removing import drop_blocks
 from reelquant.api.sensing import sensitivity
 from reelquant.api.tuning import tune
 
@@ -11,6 +12,7 @@ __all__ = [
     "benchmark",
     "compare",
     "configure",
+    "drop_blocks",
     "evaluate",
     "evaluate_several",
     "export",

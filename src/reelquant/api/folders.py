@@ -158,6 +158,7 @@ def configure(
     temporal_table: bool | None = None,
     attention: str | Mapping[str, str] | Sequence[Mapping[str, Any]] | None = None,
     runtime: str | None = None,
+    resolution: bool | None = None,
 ) -> None:
     """Change how a quantized model is computed, after it was loaded or quantized. Checkpoints do not store these settings.
 
@@ -168,6 +169,9 @@ def configure(
         attention: formats of the operands of attention, ``{"scores": "int8", "values": "float"}`` (or ``"e4m3"``), as in a recipe. They
             are rounded where a kernel takes the call, except at protected steps; ``"float"`` rounds none. A list of rules with ``on``
             (and ``steps``) gives places numbers of their own; denoisers are run on tiny inputs to find them.
+        resolution: whether the pipeline's own calls follow the schedule of sizes that was stored with its denoiser; see
+            ``docs/resolution.md``. The verbs of this library follow it in any case. It is set on the scheduler, so set it again after
+            the pipeline was given another one.
         runtime: ``openvino`` runs quantized denoisers as one graph each, on CPUs; ``torch`` goes back. Other parts stay in torch.
 
     Raises:
@@ -180,5 +184,8 @@ def configure(
         >>> reelquant.configure(pipe, kernels="auto", runtime="openvino")
     """
     from reelquant.graphs.configure import configure_model
+    from reelquant.models.resolution import set_resolution
 
     configure_model(model, dict(kernels=kernels, temporal_table=temporal_table, attention=attention, runtime=runtime))
+    if resolution is not None:
+        set_resolution(model, resolution)

@@ -17,6 +17,7 @@ from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers, scaled_logits
+from reelquant.policies import ChangeResolution, resolution_of
 from reelquant.policies.step_policy import POLICY, RUNTIME, protected_slots, written_policy
 from reelquant.reuse import stored_reuse
 
@@ -32,6 +33,7 @@ OPTIONAL: dict[str, type] = {
     "plugins": dict,
     "logits": dict,
     RUNTIME: dict,
+    "resolution": dict,
 }
 TEXTS = ("ignore", "checksums", "sums", "plugins")  # hold texts and nothing else
 REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
@@ -77,6 +79,7 @@ class Stored:
         tool_version: the reelquant that wrote this.
         logits: usual numbers of tokens by place, see :class:`reelquant.nn.ScaledLogits`; empty where attention does not follow them.
         plugins: what layers need of others, see :data:`reelquant.checkpoint.needs.TABLES` -> the module that has it.
+        resolution: the schedule of sizes that our own verbs sample with, or None.
     """
 
     layers: dict[str, LayerLayout]
@@ -91,12 +94,14 @@ class Stored:
     sums: Mapping[str, str] = field(default_factory=dict)
     plugins: Mapping[str, str] = field(default_factory=dict)
     logits: Mapping[str, int] = field(default_factory=dict)
+    resolution: ChangeResolution | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
         attention = {} if self.attention is None else {"attention": self.attention.to_json()}
         reuse = {"reuse": dict(self.reuse)} if self.reuse else {}
         plugins = {"plugins": dict(self.plugins)} if self.plugins else {}
+        resolution = {} if self.resolution is None else {"resolution": self.resolution.to_json()}
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
@@ -113,6 +118,7 @@ class Stored:
             **plugins,
             **({"logits": dict(self.logits)} if self.logits else {}),
             **(written_policy(self.recipe) if self.slots is not None and self.slots.protected else {}),
+            **resolution,
         }
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -147,6 +153,7 @@ class Stored:
             data.get("sums") or {},
             data.get("plugins") or {},
             data.get("logits") or {},
+            None if data.get("resolution") is None else ChangeResolution.from_json(data["resolution"]),
         )
         stored._check_slots()
         return stored
@@ -183,8 +190,8 @@ def describe(
     layouts = {name: layer.layout for name, layer in layers.items()}
     reuse = stored_reuse(model)
     asked, plugins = asked_attention(model), needed(layouts.values(), reuse)
-    facts = (recipe, digest, __version__, asked, reuse, sums, plugins, scaled_logits(model))
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), *facts)
+    facts = (asked, reuse, sums, plugins, scaled_logits(model), resolution_of(model))
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, *facts)
 
 
 def _attention(data: Mapping[str, Any]) -> AttentionPlan | None:

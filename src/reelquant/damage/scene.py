@@ -16,8 +16,8 @@ from reelquant.allocate.table import LayerFacts
 from reelquant.clock import BOTH, FIRST, SECOND
 from reelquant.discover import component_of, plain
 from reelquant.engine.calibration import STEPS
-from reelquant.engine.recorder import half_reader, timestep_reader_of
 from reelquant.engine.plan import Plan
+from reelquant.engine.recorder import half_reader, timestep_reader_of
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import get_module
 from reelquant.observe import RecordedCall, Recording, time_of

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from reelquant.engine.plan import LayerPlan
-from reelquant.formats import LEVEL_DTYPE, Quantizer, pack, scale_tensors
+from reelquant.formats import LEVEL_DTYPE, Quantizer, scale_tensors
 from reelquant.kernels import Mix
 from reelquant.nn import SHIFT_DTYPE, LayerLayout, LayerTensors, QuantLayer, TensorLayout, mix_name, quantized_class
+from reelquant.nn.weight_codes import stored_codes
 from reelquant.stages import LayerWork, Rewrite, is_plain
 
 
@@ -35,7 +38,7 @@ def _layout(row: LayerPlan, work: LayerWork) -> LayerLayout:
         input_layout = TensorLayout.of(specs.input, work.inputs[0].format if work.inputs else specs.input.format)
     mixes, rotate = _mixes(work.inside)
     return LayerLayout(
-        weight=TensorLayout.of(specs.weight, work.solution.quantizer.format),
+        weight=replace(TensorLayout.of(specs.weight, work.solution.quantizer.format), kept=work.solution.kept),
         input=input_layout,
         slots=len(rows) if rows else 1,
         cfg_halves=work.stored_inputs is not None,
@@ -59,8 +62,7 @@ def _mixes(rewrite: Rewrite) -> tuple[tuple[Mix, ...], bool]:
 def _tensors(work: LayerWork, layout: LayerLayout, bias: Tensor | None) -> LayerTensors:
     assert work.solution is not None
     quantizer = work.solution.quantizer
-    codes = pack(work.solution.codes, quantizer.format.bits)
-    codes = (codes ^ 128).view(torch.int8) if layout.weight.format == "int8" else codes
+    codes = stored_codes(work.solution.codes, quantizer, layout.weight)
     extra: dict[str, Tensor] = {}
     if quantizer.zero_point is not None:
         extra["weight_zero_point"] = quantizer.zero_point.to(torch.uint8)

@@ -208,20 +208,20 @@ class Session:
         return self.arguments.get("num_inference_steps") or STEPS
 
     def held_out_frames(self) -> Tensor:
-        """The held-out clips by the pipeline as it is now, decoded."""
+        """The held-out clips by the pipeline as it is now, decoded; of one size, as the float ones are."""
         first = len(self.texts.written) + len(self.texts.probes)
         options = {"on_step": self.progress.advance} | self.arguments
-        return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, first=first, **options)
+        return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, first=first, one_size=True, **options)
 
     def held_out_latents(self, **overrides: Any) -> Tensor:
-        """Final latents of the held-out clips by the pipeline as it is now."""
+        """Final latents of the held-out clips by the pipeline as it is now; of one size, as the float ones are."""
         return self._begun_latents(**overrides)()
 
     def _begun_latents(self, **overrides: Any) -> Callable[[], Tensor]:
         arguments = {"on_step": self.progress.advance} | self.arguments | overrides
         protected = (self.clock.protected_slots, self.clock.inputs) if self.clock else ()
         first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
-        options = {"seed": self.seed + HELD_OUT_SEED, "first": first, "output": "latent"} | arguments
+        options = {"seed": self.seed + HELD_OUT_SEED, "first": first, "output": "latent", "one_size": True} | arguments
         content = arguments.get("num_inference_steps"), protected
         return self.store.begun("sampled", lambda: sample(self.pipe, self.held_out, **options), *content)
 

@@ -42,8 +42,7 @@ from reelquant.nn import (
 )
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.refusals import refuse_saving
-from reelquant.policies.attention import RoundAttention
-from reelquant.policies.scale_logits import ScaleLogits
+from reelquant.policies import ChangeResolution, RoundAttention, ScaleLogits, put_resolution
 from reelquant.reuse import install_stored, remove_reuse
 from reelquant.sites import DenoiserMap, Group, matches
 
@@ -103,6 +102,7 @@ def start_loaded(model: nn.Module, stored: Stored, *, covered: bool) -> None:
     start_runtime(model, stored.attention)
     install_stored(model, stored.reuse)
     scale_logits(model, stored.logits)
+    put_resolution(model, stored.resolution)
     count_weights(model)
     _align(model)
     _log_proof(model, checked)
@@ -177,6 +177,8 @@ class OnTheFly:
                 ask_attention(self.model, stage.plan(self.plan.map))
             elif isinstance(stage, ScaleLogits):
                 scale_logits(self.model, stage.usual(self.plan.map))
+            elif isinstance(stage, ChangeResolution):
+                put_resolution(self.model, stage)
 
 
 def put_empty_layers(model: nn.Module, stored: Stored) -> None:
@@ -223,6 +225,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
     stop_runtime(model)
     remove_reuse(model)
     scale_logits(model, None)
+    put_resolution(model, None)
     round_attention(model, None)
     ask_attention(model, None)
     count_tensors(model)

@@ -27,6 +27,7 @@ WORDS = {
     "input_groups": "inputs with a scale per group of channels",
     "scale_codes": "scales of eight bits",
     "bands": "inputs whose frames are mixed",
+    "kept": "removed weights",
     "cfg_halves": "input scales for each half of guidance",
 }
 """How messages call the features that are known; others are called by their name."""

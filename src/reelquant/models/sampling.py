@@ -21,6 +21,7 @@ from reelquant._remarks import remark
 from reelquant.models.blank import read_json
 from reelquant.models.condition import Prompts, fitted, texts_of
 from reelquant.models.conditions import CONDITIONS, Clips, at_once, check_given, check_texts, lacking, own_noise, reads_texts, unspoken
+from reelquant.models.resolution import following, schedule_of
 
 FEW = 4  # steps in which both experts of a pipeline are called
 MOST = {"num_frames": 10_000, "height": 2**14, "width": 2**14, "num_inference_steps": 10_000, "fps": 10_000}  # of a call
@@ -157,6 +158,7 @@ def sample(
     output: Literal["frames", "latent"] = "frames",
     on_step: Callable[[], None] | None = None,
     on_latents: Callable[[int, Tensor], None] | None = None,
+    one_size: bool = False,
     **overrides: Any,
 ) -> Tensor:
     """Sample one clip per prompt; clip ``i`` starts from the noise of seed ``seed + i``, for every batch size.
@@ -172,6 +174,7 @@ def sample(
         on_step: told after every denoising step (progress).
         on_latents: given the index of the step (from 0 in every pipeline call) and the latents after it, a clip per row; never
             called by pipelines that have no step callback.
+        one_size: leave out a schedule of sizes (:mod:`reelquant.models.resolution`) that the denoiser was stored with.
         overrides: arguments of the pipeline call, for example ``num_inference_steps``, ``guidance_scale``, ``num_frames``; and conditions,
             for example ``image``: one for every clip, or a list with one per clip.
 
@@ -201,7 +204,8 @@ def sample(
     clips, size = Clips.of(prompts, seeds, arguments, first), at_once(type(pipe), arguments, batch, prompts)
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
-    with quiet(pipe), _failing(pipe, arguments), _listening(pipe) if output == "latent" else nullcontext():
+    listening = _listening(pipe) if output == "latent" else nullcontext()
+    with quiet(pipe), _failing(pipe, arguments), following(pipe, None if one_size else schedule_of(pipe)), listening:
         made = _together(_made(pipe, clips, size, settings), type(pipe).__name__)
     if output == "frames" and made.numel():
         _tell_sizes(type(pipe).__name__, made, overrides)

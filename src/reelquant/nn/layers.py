@@ -10,6 +10,7 @@ Convolutions pad their input *before* the shift, so a shifted zero is what the b
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from reelquant.nn.around.graph import call, handle_of, is_tracing, trace_opaque
 from reelquant.nn.residency import Prepared, Residency
 from reelquant.nn.runners import CallKind, Chain, Mode, assemble
 from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dtype, codes_shape, mixes_of, number_format
+from reelquant.nn.weight_codes import dense_codes, stored_again
 from reelquant.observe import Geometry
 
 CHAINED = ("layout", "clock", "keeps", "watch")  # attributes that decide which links a layer needs
@@ -130,18 +132,26 @@ class QuantLayer(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The stored weight with its quantizer."""
+        """The weight with its quantizer, dense: weights that were removed are zeros."""
+        quantizer, layout = self._weight_quantizer(), self.layout.weight
+        codes = dense_codes(self.codes, quantizer, layout, math.prod(self.weight_shape[1:]))
+        return PackedWeight(codes, quantizer, self.weight_shape, self.weight_scale if layout.scale == "float" else None)
+
+    def _weight_quantizer(self) -> Quantizer:
         layout, zero = self.layout.weight, getattr(self, "weight_zero_point", None)
         fmt = number_format(layout, getattr(self, "weight_levels", None))
         whole = getattr(self, "weight_scale_2", None)
         scale = read_scales(layout.scale, self.weight_scale, whole)
-        quantizer = Quantizer(fmt, layout.grain(), scale, None if zero is None else zero.float(), whole)
-        return PackedWeight(self.codes, quantizer, self.weight_shape, self.weight_scale if layout.scale == "float" else None)
+        return Quantizer(fmt, layout.grain(), scale, None if zero is None else zero.float(), whole)
 
     @property
     def codes(self) -> Tensor:
         """The weight's codes as they are stored, wherever they are now; see :meth:`Residency.codes`."""
         return self.residency.codes()
+
+    def stored_again(self, codes: Tensor) -> Tensor:
+        """The parameter that the dense codes came from, which a kernel gives back."""
+        return stored_again(PackedWeight(codes, self._weight_quantizer(), self.weight_shape), self.layout.weight)
 
     def branch_tensors(self, branch: Branch) -> dict[str, Tensor]:
         """The tensors of one branch, by name."""

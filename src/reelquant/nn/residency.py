@@ -126,7 +126,8 @@ class Residency:
         fits = current is not None and current.fits(weight)
         copied = not fits and _is_placeholder(weight)
         if current is not None and (copied or fits):
-            return current.codes.to(weight.device)
+            codes = self.layer.stored_again(current.codes) if current.owns_weight else current.codes
+            return codes.to(weight.device)
         if copied:
             raise UnsupportedError(
                 f"the weight of a quantized layer ({self.layer}) was moved while a kernel held it, without the layer being asked; load the "

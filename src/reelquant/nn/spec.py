@@ -15,6 +15,7 @@ from reelquant.formats import (
     LEVEL_DTYPE,
     RANGES,
     Granularity,
+    Kept,
     Levels,
     NumberFormat,
     QuantSpec,
@@ -37,6 +38,7 @@ class TensorLayout:
         dynamic: the range is found in the forward (inputs).
         range: name of the range rule that runs in the forward when dynamic.
         scale: which numbers the scales are, a name of :mod:`reelquant.formats.scales`.
+        kept: of a weight: how many of consecutive codes are stored, ``2:4``; the others stand for zero. Empty for all.
     """
 
     format: str
@@ -45,6 +47,7 @@ class TensorLayout:
     dynamic: bool = False
     range: str = "minmax"
     scale: str = "float"
+    kept: str = ""
 
     @classmethod
     def of(cls, spec: QuantSpec, fmt: NumberFormat) -> TensorLayout:
@@ -131,7 +134,8 @@ class LayerLayout:
     def features(self) -> frozenset[str]:
         """Names of what the layer uses beside a weight and a bias. Graphs and exporters refuse layers with a name they do not know."""
         grains = grain_features(self.weight.grain(), None if self.input is None else self.input.grain(-1))
-        return features_in_use(self, PLAIN) | grains | {branch_feature(branch) for branch in self.branches}
+        removed = frozenset({"kept"} if self.weight.kept else ())
+        return features_in_use(self, PLAIN) | grains | removed | {branch_feature(branch) for branch in self.branches}
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, in the wording of ``config.json``."""
@@ -262,9 +266,10 @@ def number_format(layout: TensorLayout, levels: Tensor | None) -> NumberFormat:
 
 def codes_shape(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, int]:
     """Shape of the packed codes of a float weight of this shape."""
-    return shape[0], packed_width(math.prod(shape[1:]), parse_format(layout.format).bits)
+    width, bits = math.prod(shape[1:]), parse_format(layout.format).bits
+    return shape[0], Kept.parse(layout.kept).row_bytes(width, bits) if layout.kept else packed_width(width, bits)
 
 
 def codes_dtype(layout: TensorLayout) -> torch.dtype:
     """Dtype of packed codes."""
-    return torch.int8 if layout.format == "int8" else torch.uint8
+    return torch.int8 if layout.format == "int8" and not layout.kept else torch.uint8

@@ -1,4 +1,4 @@
-"""What holds for a whole denoiser while it runs: protected steps, guidance halves, attention. Layers' numbers do not belong here."""
+"""What holds for a whole denoiser while it runs: protected steps, guidance halves, attention, sizes. Layers' numbers do not belong here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 from reelquant.policies.attention import RoundAttention
 from reelquant.policies.guidance import SeparateGuidance
 from reelquant.policies.protect_steps import ProtectSteps, StepError
+from reelquant.policies.resolution import ChangeResolution, put_resolution, resolution_of
 from reelquant.policies.scale_logits import ScaleLogits
 from reelquant.stages import Stage, register
 
@@ -14,8 +15,20 @@ POLICIES: dict[str, type[Stage]] = {
     "protect_steps": ProtectSteps,
     "guidance": SeparateGuidance,
     "attention": RoundAttention,
+    "resolution": ChangeResolution,
     "scale_logits": ScaleLogits,
 }
 register_policy = functools.partial(register, POLICIES, "policy")
 
-__all__ = ["POLICIES", "ProtectSteps", "RoundAttention", "ScaleLogits", "SeparateGuidance", "StepError", "register_policy"]
+__all__ = [
+    "POLICIES",
+    "ChangeResolution",
+    "ProtectSteps",
+    "RoundAttention",
+    "ScaleLogits",
+    "SeparateGuidance",
+    "StepError",
+    "put_resolution",
+    "register_policy",
+    "resolution_of",
+]

@@ -135,7 +135,7 @@ class BlockReuse(Reuse):
         timestep, latent = work.map.timestep_argument, work.map.latent_argument
         if timestep is None or latent is None:
             raise UnsupportedError(f"reuse 'blocks' follows the timestep, and '{work.component}' has none; use it for a denoiser")
-        chain = _chain(work.denoiser, work.map.blocks)
+        chain = chain_of(work.denoiser, work.map.blocks)
         blocks = chain or list(work.map.blocks)
         common = {"keeps": "change" if chain else "outputs", "timestep": timestep, "latent": latent}
         if self.profiled:
@@ -169,7 +169,7 @@ def _runs(chain: Sequence[str], chosen: Sequence[str]) -> list[list[str]]:
     return [list(names) for wanted, names in groups if wanted]
 
 
-def _chain(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
+def chain_of(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
     """The list that holds more than half of the blocks; None without one, or if its blocks differ in class, or others run between them.
 
     A UNet has as many blocks up as down, so it has no such list, even if all of its blocks down are of one class.

@@ -13,6 +13,7 @@ from reelquant.solvers.nearest import Nearest
 from reelquant.solvers.problem import Problem, problem_of
 from reelquant.solvers.sigma_delta import SigmaDelta
 from reelquant.solvers.solver import Solver
+from reelquant.solvers.sparse import Sparse
 from reelquant.solvers.stored import Stored
 from reelquant.stages import Solution, register
 
@@ -23,6 +24,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "als": Als,
     "sigma_delta": SigmaDelta,
     "adaround": Adaround,
+    "sparse": Sparse,
     "stored": Stored,
 }
 register_solver = functools.partial(register, SOLVERS, "solver")
@@ -38,6 +40,7 @@ __all__ = [
     "SigmaDelta",
     "Solution",
     "Solver",
+    "Sparse",
     "Stored",
     "problem_of",
     "register_solver",

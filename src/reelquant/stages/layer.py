@@ -49,6 +49,7 @@ class Solution:
         input_scale: ``[rows, units]`` float32, other scales of the layer's static input, in the order in which it stores them; None if
             they stay.
         branches: other values of tensors of the layer's branches, by name, in the dtypes in which it stores them.
+        kept: how many of consecutive weights are not zero, as :class:`reelquant.formats.Kept` reads it; empty if nothing was removed.
     """
 
     quantizer: Quantizer
@@ -57,6 +58,7 @@ class Solution:
     replaced: str | None = None
     input_scale: Tensor | None = None
     branches: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: str = ""
 
     @property
     def values(self) -> Tensor:

@@ -1,0 +1,38 @@
+"""Removed weights: two of every four, or a third, chosen with compensation and by size alone, beside the same recipe with all weights.
+
+Run it from the repository root::
+
+    python -m benchmarks.removal --pipeline tiny-dit --clips 64 --output benchmarks/results
+    python -m benchmarks.removal --pipeline tiny-dit --clips 16 --output benchmarks/results --only "keep 60:64" "keep 52:64"
+
+:mod:`benchmarks.beside` says how. The table is ``removal-PIPELINE.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.beside import Rows, main
+from benchmarks.reel import steps_of
+
+PARENT = "prune-35"
+
+
+def keeping(keep: str, *, compensate: bool = True) -> dict[str, Any]:
+    """``prune-35`` with another share of the weights, or with the largest ones as they are."""
+    steps = [step | {"keep": keep, "compensate": compensate} if step.get("solve") == "sparse" else step for step in steps_of(PARENT)]
+    return {"extends": PARENT, "name": f"keep {keep}{'' if compensate else ', largest'}", "steps": steps}
+
+
+SHARES = ("60:64", "52:64", "42:64", "32:64")
+ROWS: Rows = {
+    "qvd-w8a8": ("qvd-w8a8", ""),
+    "2:4, largest": (keeping("2:4", compensate=False), "qvd-w8a8"),
+    "sparse24-w8a8": ("sparse24-w8a8", "2:4, largest"),
+    **{f"keep {keep}, largest": (keeping(keep, compensate=False), "qvd-w8a8") for keep in SHARES},
+    **{f"keep {keep}": (keeping(keep), f"keep {keep}, largest") for keep in SHARES},
+}
+
+
+if __name__ == "__main__":
+    main(ROWS, "removal", __doc__)

@@ -1,0 +1,152 @@
+"""Schedules of sizes: tokens saved, what the judge sees, the distance to the same pipeline without, and the time of both in turns.
+
+Run it from the repository root::
+
+    python -m benchmarks.resolution --pipeline tiny-dit --clips 64 --output benchmarks/results
+    python -m benchmarks.resolution --pipeline tiny-unet --clips 64 --output benchmarks/results
+
+The pipeline is quantized with ``qvd-w8a8`` at its own size; ``calibrated with it`` is the row whose calibration followed the schedule.
+Every schedule is sampled call by call in turns with the pipeline as it is, from the same noise. Clips of twice the size are held against
+clips that the pipeline samples at that size at once. Rows that are already in the output are not measured again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reelquant
+from benchmarks.common import SAMPLING_SEED, Clips, Records, denoiser, judged, markdown, measure, parser
+from reelquant.models.sampling import call_arguments, sample
+from reelquant.policies import ChangeResolution, put_resolution
+from reelquant.recipes.recipe import load_recipe
+
+RECIPE = "qvd-w8a8"
+Stages = Sequence[Mapping[str, float]]
+
+
+def three(first: float, middle: float, scale: float, **last: float) -> Stages:
+    """Full size, another one, full size again."""
+    return [{"share": first}, {"share": middle, "scale": scale}, {"share": round(1 - first - middle, 3)} | last]
+
+
+SCHEDULES: dict[str, Stages] = {
+    "one size in three stages": three(0.2, 0.6, 1.0),
+    "bottleneck 0.5": three(0.2, 0.6, 0.5),
+    "bottleneck 0.75": three(0.2, 0.6, 0.75),
+    "bottleneck 0.5, short": three(0.3, 0.3, 0.5),
+    "bottleneck 0.75, short": three(0.3, 0.4, 0.75),
+    "early 0.75": three(0.05, 0.55, 0.75),
+    "early 0.5": three(0.05, 0.35, 0.5),
+    "early 0.5, last part from more noise": three(0.05, 0.55, 0.5, restart=0.7),
+}
+LARGER: dict[str, Stages] = {
+    "diffuse-high": [{"share": 0.6}, {"share": 0.4, "scale": 2.0, "restart": 0.4, "guide": 0.5}],
+    "diffuse-high, no guidance": [{"share": 0.6}, {"share": 0.4, "scale": 2.0, "restart": 0.4}],
+}
+TRAINED = "bottleneck 0.5, calibrated with it"
+HEADINGS = (
+    "schedule",
+    "tokens, times fewer",
+    "time, times shorter",
+    "PSNR to no schedule, dB (95 %)",
+    "judge: motion, shape, digit, colour",
+)
+
+
+def judge_words(judge: Mapping[str, float]) -> str:
+    """The kinds that a caption states and that a schedule may lose."""
+    return ", ".join(f"{judge[kind]:.2f}" if kind in judge else "-" for kind in ("motion", "shape", "digit", "color"))
+
+
+def in_turns(pipe: Any, clips: Clips, stages: Stages) -> tuple[Tensor, Tensor, list[float]]:
+    """Clips without and with a schedule, call by call in turns, and the seconds of both."""
+    model, seconds = denoiser(pipe)[1], [0.0, 0.0]
+    made: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for start in range(0, clips.count, clips.batch):
+        for which, schedule in enumerate((None, ChangeResolution(tuple(stages)))):
+            put_resolution(model, schedule)
+            began = time.perf_counter()
+            prompts = clips.prompts[start : start + clips.batch]
+            made[which].append(sample(pipe, prompts, seed=SAMPLING_SEED + start, batch=clips.batch, **clips.call).float())
+            seconds[which] += time.perf_counter() - began
+    put_resolution(model, None)
+    return torch.cat(made[0]), torch.cat(made[1]), seconds
+
+
+def scheduled_row(pipe: Any, clips: Clips, stages: Stages) -> dict[str, Any]:
+    """A schedule beside none."""
+    plain, found, seconds = in_turns(pipe, clips, stages)
+    steps = call_arguments(pipe, **clips.call)["num_inference_steps"]
+    fewer = ChangeResolution(tuple(stages)).fewer(steps)
+    facts = {"fewer": fewer, "shorter": seconds[0] / seconds[1], "judge_plain": judged(plain, clips.prompts)}
+    if found.shape != plain.shape:
+        return facts | {"judge": judged(found, clips.prompts)}
+    return facts | measure(found, plain, clips.prompts)
+
+
+def direct_row(pipe: Any, clips: Clips) -> dict[str, Any]:
+    """Clips of twice the size, sampled at once."""
+    own = call_arguments(pipe, **clips.call)
+    call = clips.call | {"height": 2 * own["height"], "width": 2 * own["width"]}
+    return {
+        "fewer": 0.25,
+        "judge": judged(sample(pipe, clips.prompts, seed=SAMPLING_SEED, batch=clips.batch, **call).float(), clips.prompts),
+    }
+
+
+def quantized(clips: Clips, **overrides: Any) -> Any:
+    """The pipeline in eight bits."""
+    pipe = clips.open()
+    reelquant.quantize(pipe, RECIPE, overrides=overrides)
+    return pipe
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The measured rows."""
+    lines = []
+    for label, row in rows.items():
+        distance = f"{row['psnr_mean']:.1f} ({row['psnr_low']:.1f} to {row['psnr_high']:.1f})" if "psnr_mean" in row else "another size"
+        shorter = f"{row['shorter']:.2f}" if "shorter" in row else "-"
+        lines.append([label, f"{row['fewer']:.2f}", shorter, distance, judge_words(row["judge"])])
+    plain = next((row["judge_plain"] for row in rows.values() if "judge_plain" in row), None)
+    first = [["no schedule", "1.00", "1.00", "-", judge_words(plain)]] if plain else []
+    return markdown(HEADINGS, first + lines)
+
+
+def main() -> None:
+    """Parse the command line, measure what is missing, write the table."""
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="*", help="labels of rows")
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
+    records, digest = Records(args.output / "rows.jsonl"), f"{clips.digest}-{load_recipe(RECIPE).digest()}"
+    pipes: dict[str, Any] = {}
+
+    def pipe(label: str) -> Any:
+        if label not in pipes:
+            pipes[label] = quantized(clips, **({"resolution": SCHEDULES["bottleneck 0.5"]} if label == TRAINED else {}))
+        return pipes[label]
+
+    work = {label: lambda stages=stages: scheduled_row(pipe(""), clips, stages) for label, stages in (SCHEDULES | LARGER).items()}
+    work["twice the size at once"] = lambda: direct_row(pipe(""), clips)
+    work[TRAINED] = lambda: scheduled_row(pipe(TRAINED), clips, SCHEDULES["bottleneck 0.5"])
+    for label, make in work.items():
+        if args.table or records.done(f"resolution: {label}", digest) or (args.only and label not in args.only):
+            continue
+        facts = {"name": f"resolution: {label}", "digest": digest, "pipeline": clips.name, "clips": clips.count, "status": "measured"}
+        records.add(facts | make())
+        print(f"{clips.name}: {label}", flush=True)
+    known = {row["name"].removeprefix("resolution: "): row for row in records.load() if row["digest"] == digest}
+    text = f"{clips.name}, {RECIPE}, {clips.count} clips\n\n{table({label: known[label] for label in work if label in known})}"
+    (args.output / f"resolution-{clips.name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
