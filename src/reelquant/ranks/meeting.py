@@ -7,6 +7,7 @@ that a process waits for files only. Every process tells in a file that it lives
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import threading
@@ -198,6 +199,20 @@ def _agreed(rank: Rank, facts: Mapping[str, Any], claim: Callable[[], None]) -> 
     return outcome[0]["run"]
 
 
+_stores: list[Any] = []  # where processes find each other: made once, as its port is taken as long as the process lives
+_meetings = itertools.count()
+
+
+def _store(rank: Rank, limit: timedelta) -> Any:
+    """Where the processes of one meeting find each other. Keys of an earlier meeting of the same processes would lead astray."""
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if not _stores:
+        _stores.append(next(iter(rendezvous("env://", rank=rank.number, world_size=rank.count, timeout=limit)))[0])
+    return dist.PrefixStore(f"reelquant-{next(_meetings)}", _stores[0])
+
+
 @contextmanager
 def _group(rank: Rank) -> Iterator[Any]:
     """A gloo group of all processes for the start: one of its own, or one beside the group that the program has already.
@@ -221,7 +236,7 @@ def _group(rank: Rank) -> Iterator[Any]:
             "it; under srun, export MASTER_ADDR (the first machine) and MASTER_PORT (any free port) before"
         )
     try:
-        dist.init_process_group("gloo", rank=rank.number, world_size=rank.count, timeout=limit)
+        dist.init_process_group("gloo", store=_store(rank, limit), rank=rank.number, world_size=rank.count, timeout=limit)
     except (RuntimeError, ValueError) as error:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = (str(error).splitlines() or ["no reason given"])[0]

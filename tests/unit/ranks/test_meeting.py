@@ -25,9 +25,11 @@ folder = Path(sys.argv[4])
 facts = {"recipe": "a", "prompts": "some"}
 try:
     from contextlib import ExitStack
-    with ExitStack() as stack, meeting(folder / "work", facts, lambda: stack.enter_context(claimed(folder / "work", facts))) as here:
-        units = Units(here, here.folder / "phase")
-        told = units.each(5, lambda n, place: (place / "by").write_text(f"{n} by {number}"), lambda place: (place / "by").read_text())
+    for name in ("earlier", "work"):  # the same processes may meet more than once
+        place = folder / name
+        with ExitStack() as stack, meeting(place, facts, lambda: stack.enter_context(claimed(place, facts))) as here:
+            units = Units(here, here.folder / "phase")
+            told = units.each(5, lambda n, unit: (unit / "by").write_text(f"{n} by {number}"), lambda unit: (unit / "by").read_text())
 except Exception as error:
     told = [type(error).__name__, str(error), error.consequence]
 (folder / f"told-{number}.json").write_text(json.dumps(told))
