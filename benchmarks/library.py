@@ -35,6 +35,7 @@ ROWS: Rows = {
         for name in ("qvd-w8a8", "block-cache-w8a8", "tfm-w8a8", "bct-w8a8", "quarot-w8a8", "dfq-w8a8", "mxfp8-w8a8", "minmax-w8a8-fp8")
     },
     **{name: (name, "qvd-w8a8") for name in ("deepcache", "faster-diffusion", "taylor", "delta-dit", "first-block", "profilingdit")},
+    **{name: (name, "qvd-w8a8") for name in ("ditfastattn", "adaspa")},
     "minmax-w6a6": ("minmax-w6a6", ""),
     "qvd-w6a6": ("qvd-w6a6", "minmax-w6a6"),
     "reel-w6a6": ("reel-w6a6", "qvd-w6a6"),

@@ -474,7 +474,7 @@ class _Nothing:
     def __exit__(self, *_: Any) -> None: ...
 
 
-def plain_like(model: nn.Module) -> nn.Module:
+def plain_like(model: Denoiser) -> Denoiser:
     plain = Denoiser()
     plain.places[1] = type(model.places[1])()
     return plain
