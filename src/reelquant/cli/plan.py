@@ -163,7 +163,7 @@ def _answer(found: Planned) -> Plain:
 
 OFFLOAD = {
     "model": "pipe.enable_model_cpu_offload()",
-    "group": "pipe.enable_group_offload(torch.device('cuda'), offload_type='block_level')",
+    "group": "pipe.enable_group_offload(torch.device('cuda'), offload_type='block_level', num_blocks_per_group=1)",
 }
 
 

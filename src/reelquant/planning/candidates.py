@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from reelquant._errors import ReelQuantError
 from reelquant._progress import Progress
+from reelquant._remarks import remark
 from reelquant.engine.components import check_stepless
 from reelquant.engine.plan import Plan, make_plan
 from reelquant.planning.formats import choose_formats
@@ -96,12 +97,13 @@ class Bench:
         return self.made(DENOISERS, choose_formats(bits), 0, chosen_later=True)
 
     def _try(self, slot: str, name: str, rank: int, *, strict: bool) -> Candidate | None:
-        """A candidate; None if the recipe does not suit the components and nobody asked for it."""
+        """A candidate; None, and a remark, if the recipe does not suit the components and nobody asked for it."""
         try:
             return self.made(slot, None if name == FLOAT else load_recipe(name), rank)
-        except ReelQuantError:
+        except ReelQuantError as error:
             if strict:
                 raise
+            remark(f"{name} is not tried for {', '.join(part.name for part in self.slots[slot])}: {error}")
             return None
 
     def made(self, slot: str, recipe: Recipe | None, rank: int, *, chosen_later: bool = False) -> Candidate:

@@ -43,7 +43,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
 
 
 def test_a_time_is_that_of_one_call() -> None:
-    assert seconds_of(lambda: time.sleep(0.002), "other", repeats=1) == pytest.approx(0.002, rel=0.9)
+    assert 0.002 <= seconds_of(lambda: time.sleep(0.002), "other", repeats=1) < 0.2  # of several in a sample, on a busy machine
 
 
 def test_layers_of_other_numbers_or_inputs_have_other_keys() -> None:
