@@ -30,7 +30,7 @@ HEADINGS = ("model", "order", "full step, s", "reused step, s", "full over reuse
 
 def kept_bytes(installed: Any) -> int:
     """Of all results that the running trajectory holds."""
-    trajectory = installed.stretch.now.trajectory
+    trajectory = installed.stretches[0].now.trajectory
     return sum(
         tensor.numel() * tensor.element_size()
         for history in trajectory.histories.values()
@@ -55,7 +55,7 @@ def row(model: str, order: int, rounds: int) -> list[str]:
             denoiser(**given)
             spent["reused" if installed.counts()["reused"] > before else "computed"].append(time.perf_counter() - began)
         kept = kept_bytes(installed)
-        tokens = next(iter(installed.stretch.now.trajectory.histories.values())).last[0].shape[1]
+        tokens = next(iter(installed.stretches[0].now.trajectory.histories.values())).last[0].shape[1]
     full, reused = (statistics.median(spent[kind]) for kind in ("computed", "reused"))
     whole = kept / tokens * TOKENS[model] / 1e9
     numbers = [f"{full:.1f}", f"{reused:.3f}", f"{full / reused:.0f}", f"{kept / 1e6:.1f}", f"{whole:.2f}"]

@@ -34,7 +34,7 @@ ROWS: Rows = {
         name: (name, "minmax-w8a8")
         for name in ("qvd-w8a8", "block-cache-w8a8", "tfm-w8a8", "bct-w8a8", "quarot-w8a8", "dfq-w8a8", "mxfp8-w8a8", "minmax-w8a8-fp8")
     },
-    **{name: (name, "qvd-w8a8") for name in ("deepcache", "faster-diffusion", "taylor")},
+    **{name: (name, "qvd-w8a8") for name in ("deepcache", "faster-diffusion", "taylor", "delta-dit", "first-block", "profilingdit")},
     "minmax-w6a6": ("minmax-w6a6", ""),
     "qvd-w6a6": ("qvd-w6a6", "minmax-w6a6"),
     "reel-w6a6": ("reel-w6a6", "qvd-w6a6"),

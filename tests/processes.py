@@ -9,8 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,27 @@ def reelquant(words: Sequence[object], errors: Path, prepare: Callable[[], None]
 
 def run(code: str, *arguments: object) -> None:
     """Python code that has imported nothing of reelquant; ``sys.argv[1:]`` are the arguments. It has to succeed."""
-    process = _started(_code, code, [str(word) for word in arguments])
+    process = begin(code, *arguments)
     process.join()
     assert process.exitcode == 0
+
+
+def begin(code: str, *arguments: object) -> BaseProcess:
+    """The same, started."""
+    return _started(_code, code, [str(word) for word in arguments])
+
+
+def as_rank(number: int, count: int, port: int, more: Mapping[str, str] = {}) -> None:
+    """Give this process the variables that torchrun gives one of several processes of a machine."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ.update({"RANK": str(number), "WORLD_SIZE": str(count), "LOCAL_RANK": str(number), **where, **more})
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return int(opened.getsockname()[1])
 
 
 def _started(target: Callable[..., None], *arguments: Any) -> BaseProcess:

@@ -6,6 +6,7 @@
     ├── UnsupportedError(NotImplementedError)   a combination that no mechanism here can compute
     ├── MeasurementError(ValueError)   clips, features or figures that a metric or a report cannot take
     ├── CalibrationError(RuntimeError) the sampling pass failed: no prompts, NaN or inf activations, no denoiser calls
+    ├── RanksError(RuntimeError)       one of several processes failed, is lost, or was asked for something else than the others
     └── CheckpointError(OSError)       a folder or file is missing, truncated, corrupt, or already there
 
 Every message says what went wrong, where, the value that was given, and what would work.
@@ -39,6 +40,18 @@ class MeasurementError(ReelQuantError, ValueError):
 
 class CalibrationError(ReelQuantError, RuntimeError):
     """Calibration could not collect usable statistics."""
+
+
+class RanksError(ReelQuantError, RuntimeError):
+    """One of several processes that work together failed, is lost, or was asked for something else than the others.
+
+    Attributes:
+        consequence: another process has the cause, and tells it.
+    """
+
+    def __init__(self, message: str = "", *, consequence: bool = False) -> None:
+        super().__init__(message)
+        self.consequence = consequence
 
 
 class CheckpointError(ReelQuantError, OSError):

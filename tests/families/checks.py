@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,8 @@ from reelquant import ReelQuantConfig
 from reelquant.discover import discover
 from reelquant.integrations import loading
 from reelquant.nn import QuantLayer, quantized_class, quantized_layers
+from reelquant.reuse import AttentionReuse, BlockReuse
+from reelquant.reuse.attention import MODES
 from reelquant.sites import DenoiserMap
 from tests.families.features import FEATURES, Feature
 from tests.families.models import FAMILIES, Inputs, awake
@@ -330,6 +333,36 @@ def _feature(case: Case, feature: Feature) -> bool:
     return True
 
 
+@torch.no_grad()
+def reuse(case: Case) -> str:
+    """Blocks left out at every second step, and attention in every mode: where all is computed the same bits, elsewhere near them; a second
+    clip equals the first."""
+    model, inputs = case.float(), case.inputs()
+    found = discover(model)
+    stage = BlockReuse(stretch=(0.0, 1.0))
+    facts = stage.facts(SimpleNamespace(denoiser=model, component="transformer", map=found))  # type: ignore[arg-type]
+    later = inputs | {str(found.timestep_argument): inputs[str(found.timestep_argument)] / 2}
+    exact = output(model, later)
+    installed = stage.install(model, facts)
+    clips = [(output(model, inputs), output(model, later)) for _ in range(2)]
+    assert installed.counts() == {"computed": 2, "reused": 2}
+    for computed, reused in clips:
+        assert torch.equal(computed, case.reference) and torch.equal(reused, clips[0][1])
+        assert 0 < float((reused - exact).norm()) < 0.5 * float(exact.norm())
+    installed.remove()
+    for mode in MODES:
+        attention = AttentionReuse(rules=({"on": "*", "mode": mode},))
+        acting = attention.install(model, attention.facts(SimpleNamespace(denoiser=model, component="transformer", map=found)))  # type: ignore[arg-type]
+        clips = [(output(model, inputs), output(model, later)) for _ in range(2)]
+        whole, saved = acting.by_step()[0], acting.by_step()[1]
+        assert mode != "share" or (saved[0], saved[1]) == (0, sum(whole))
+        acting.remove()
+        for computed, reused in clips:
+            assert torch.equal(computed, case.reference) and torch.equal(reused, clips[0][1])
+            assert float((reused - exact).norm()) < 0.5 * float(exact.norm())
+    return f"{facts['keeps']} of {len(facts['blocks'])} blocks, attention of {len(found.attention)} places"
+
+
 # ------------------------------------------------------------------------------------------------------------------------ devices
 
 
@@ -474,8 +507,9 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "cpu_device_map": cpu_device_map,
     "dequantize": dequantize,
     "features": features,
+    "reuse": reuse,
     "training": training,
     "torch_compile": torch_compile,
     "torch_compile_with_group_offload": torch_compile_with_group_offload,
 }
-"""Name in the published matrix -> the check: the seventeen of diffusers, and sharding, a variant of theirs, in a column of its own."""
+"""Name in the published matrix -> the check: the seventeen of diffusers; sharding, a variant of theirs; two of ours."""

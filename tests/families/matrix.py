@@ -23,7 +23,8 @@ from tests.families.sweep import sweep
 FIGURES = {
     "num_parameters": "parameters", "memory_footprint": "bytes of bf16 over bytes of w8a16", "inference": "output error, signal over noise",
     "lora_inference": "what the adapter changes, against the same adapter on float", "quantized_layers": "quantized of all",
-    "training": "gradients of the adapters, against those on float",
+    "training": "gradients of the adapters, against those on float", "features": "mechanisms for which the family has layers",
+    "reuse": "what is kept of a stretch of blocks: the change that a chain makes, or the output of each block; and places of attention",
 }  # fmt: skip
 """Checks whose figures are published in a table of their own, and what they mean."""
 
@@ -82,7 +83,8 @@ Written by `python -m tests.families.matrix --output docs/families.md`, which ru
 
 diffusers tests its own quantization methods with a set of checks. These are those checks, in our words, on one tiny model with random
 weights for every family: {green} of {total} cells are green. A model is saved as a float checkpoint and opened by stock `from_pretrained`
-with `quantization_config=ReelQuantConfig("w8a16")`; the inputs are those of one call of the family's own pipeline.
+with `quantization_config=ReelQuantConfig("w8a16")`; the inputs are those of one call of the family's own pipeline. `features` and `reuse`
+are ours.
 
 {checks}
 

@@ -16,7 +16,7 @@ EXCUSED = {*((name, "device_map") for name in NO_AUTO), ("hunyuanvideo-1.5", "to
 """Cells that the float model of diffusers fails as well: no ``_no_split_modules``, a branch on a tensor's value, no group offloading."""
 
 
-ALWAYS = ("inference", "quantized_layers")
+ALWAYS = ("inference", "quantized_layers", "reuse")
 """Checks whose result depends on the family: they run on every one."""
 
 SOME = ("wan-2.1", "hunyuanvideo", "ltx", "sd")

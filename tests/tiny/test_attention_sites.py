@@ -19,7 +19,8 @@ from reelquant.clock import Clock
 from reelquant.discover import discover
 from reelquant.kernels.attention import REFERENCE, STOCK, AttentionQuant, parse_asked
 from reelquant.nn import asked_attention, attention_facts, best, compare_attention, placed, round_attention, start_clock
-from reelquant.nn.around.attention import PROTECTED, SITE, UNROUNDED
+from reelquant.nn.around.attention import PROTECTED, UNROUNDED
+from reelquant.nn.around.attention_running import SITE
 from reelquant.recipes.recipe import load_recipe
 from reelquant.sites import AttentionSite, select
 from tests.tiny.configs import TINY

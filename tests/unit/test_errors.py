@@ -10,6 +10,7 @@ from reelquant._errors import (
     CalibrationError,
     CheckpointError,
     MeasurementError,
+    RanksError,
     RecipeError,
     ReelQuantError,
     SiteError,
@@ -22,6 +23,7 @@ TREE = {
     SiteError: LookupError,
     UnsupportedError: NotImplementedError,
     MeasurementError: ValueError,
+    RanksError: RuntimeError,
     CalibrationError: RuntimeError,
     CheckpointError: OSError,
 }

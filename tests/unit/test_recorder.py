@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reelquant.engine.calibration import Recorder
+from reelquant.engine.recorder import Recorder
 
 
 class Denoiser(nn.Module):

@@ -47,9 +47,10 @@ def evaluate(
     device: str = "cpu",
     resume: bool = False,
     force: bool = False,
+    shared: bool = False,
     progress: Progress | Literal[False] | None = None,
     **call: Any,
-) -> Evaluation:
+) -> Evaluation | None:
     """Sample a quantized pipeline and its float original from the same texts and noise, and measure what quantization changed.
 
     Args:
@@ -79,12 +80,14 @@ def evaluate(
         variant: of the reference's weight files, ``fp16``, if it has several.
         device: where the pipelines and networks run.
         resume, force: go on with the evaluation in ``output``, or replace it.
+        shared: the processes that torchrun, ``accelerate launch`` or ``srun`` started share the clips, in ``output``; see docs/ranks.md.
         progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions (``image`` ...),
             as in :func:`quantize`.
 
     Returns:
-        Figures with intervals beside the noise floor, the verdict of the gate, everything as JSON.
+        Figures with intervals beside the noise floor, the verdict of the gate, everything as JSON. Where processes share the clips, None in
+        all but the first.
 
     Raises:
         ReelQuantError: one sentence on what is wrong and what would work; NaN, black or constant clips stop a run as soon as they are seen.
@@ -101,7 +104,8 @@ def evaluate(
     reference = float_original(test) if reference is None else reference
     check_sides("evaluate", {"reference": reference})
     folders = dict(output=output, weights=weights, data=data, reuse=reuse)
-    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, speed=speed, progress=progress)
+    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, progress=progress)
+    settings |= dict(speed=speed, shared=shared)
     options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
     return run.evaluate(
         test,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from reelquant.engine.report import Report
     from reelquant.models.condition import Condition, Prompts
     from reelquant.models.lora import Adapters
+    from reelquant.recipes.recipe import Recipe
     from reelquant.streaming import Job
 
 
@@ -33,6 +34,8 @@ def quantize(
     overrides: dict[str, Any] | None = None,
     lora: Adapters = (),
     inputs: Mapping[str, Any] | None = None,
+    shared: str | Path | None = None,
+    force: bool = False,
     progress: Progress | Literal[False] | None = None,
     **call: Any,
 ) -> Report:
@@ -49,6 +52,10 @@ def quantize(
         overrides: dotted changes to the recipe, ``{"calibrate.steps": 10}``.
         lora: adapters to merge into the float weights first, ``{"style.safetensors": 0.8}``; see :mod:`reelquant.models.lora`.
         inputs: arguments of one real call of the denoiser by name (or of several by component), for one that cannot be probed without.
+        shared: a folder in which the processes that torchrun, ``accelerate launch`` or ``srun`` started share the sampling; all make the
+            same call, and all get the same pipeline. A run that was stopped goes on from it; delete it when the result is saved.
+            docs/ranks.md says what is shared.
+        force: give up what ``shared`` holds of other work.
         progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions
             (``image``, ``video``, ``class_labels`` ...): one for every clip, or a list with one per clip.
@@ -78,8 +85,13 @@ def quantize(
         prompts = default_texts(pipe, recipes, call)
     refuse_loaded(pipe)
     source = origin_of(pipe)
-    with remarks() as told, merging(pipe, lora) if lora else nullcontext():
-        report = quantize_components(pipe, recipes, prompts, skip=skip, inputs=inputs, progress=progress or None, **call)[0]
+    how = {"skip": skip, "inputs": inputs, "progress": progress or None, **call}
+    with (
+        remarks() as told,
+        merging(pipe, lora) if lora else nullcontext(),
+        _shared(pipe, recipes, prompts, skip, call, shared, force) as own,
+    ):
+        report = quantize_components(pipe, recipes, prompts, **own, **how)[0]
     report.warnings += told
     report.adapters, report.source = short_names(parse_adapters(lora)), source
     for name, chosen in recipes.items():
@@ -89,6 +101,27 @@ def quantize(
         else:
             adopt_module(part, chosen)
     return report
+
+
+@contextmanager
+def _shared(
+    pipe: Any, recipes: Mapping[str, Recipe], prompts: Any, skip: Sequence[str], call: Mapping[str, Any], folder: Any, force: bool
+) -> Iterator[dict[str, Any]]:
+    """Arguments for :func:`reelquant.engine.run.quantize_components` that let processes share the sampling; none without a folder."""
+    from reelquant.models.described import described
+    from reelquant.streaming import sharing
+
+    if folder is None:
+        yield {}
+        return
+    facts = {
+        "recipe": {name: recipe.digest() for name, recipe in recipes.items()},
+        "skip": list(skip),
+        "prompts": described(prompts),
+        "call": described(dict(call)),
+    }
+    with sharing(Path(folder).absolute(), pipe, facts, force=force) as pool:
+        yield {"store_of": pool.store}
 
 
 @verb(on_disk)

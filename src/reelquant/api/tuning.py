@@ -33,6 +33,7 @@ def tune(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     force: bool = False,
+    shared: bool = False,
     progress: Progress | Literal[False] | None = None,
     **call: Any,
 ) -> Tuned:
@@ -59,6 +60,7 @@ def tune(
         dtype: of the float parts, float32 by default.
         device: where it runs.
         force: replace an existing output.
+        shared: the processes that torchrun, ``accelerate launch`` or ``srun`` started share the sampling; see docs/ranks.md.
         progress: receives the progress; by default bars where somebody looks, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
@@ -77,4 +79,5 @@ def tune(
 
     goal = Goal(target_speedup, gate, dict(limits or {}))
     where = dict(stretch=stretch, clips=clips, recorded=record, held_out=held_out, weights=weights, dtype=dtype, device=device, force=force)
+    where |= {"shared": shared}
     return run(model, output, prompts, goal=goal, progress=progress or None, call=call, **where)

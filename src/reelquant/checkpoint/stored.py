@@ -16,7 +16,7 @@ from reelquant.checkpoint.needs import IMPORT_FIRST, check_here, needed
 from reelquant.checkpoint.verify import layer_sum, tile_checksum
 from reelquant.clock import NAME, Clock, Inputs, Pairs
 from reelquant.models.pipelines import mark_quantized
-from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers
+from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers, scaled_logits
 from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
@@ -29,6 +29,7 @@ OPTIONAL: dict[str, type] = {
     "sums": dict,
     "reuse": dict,
     "plugins": dict,
+    "logits": dict,
 }
 TEXTS = ("ignore", "checksums", "sums", "plugins")  # hold texts and nothing else
 REQUIRED: dict[str, type] = {"format_version": int, "config_groups": dict, "ignore": list, "checksums": dict}
@@ -72,6 +73,7 @@ class Stored:
         reuse: what is not computed at every step: options and facts by name, see :mod:`reelquant.reuse`.
         recipe, recipe_digest: the whole recipe as a mapping that ``load_recipe`` reads, and its hash.
         tool_version: the reelquant that wrote this.
+        logits: usual numbers of tokens by place, see :class:`reelquant.nn.ScaledLogits`; empty where attention does not follow them.
         plugins: what layers need of others, see :data:`reelquant.checkpoint.needs.TABLES` -> the module that has it.
     """
 
@@ -86,6 +88,7 @@ class Stored:
     reuse: Mapping[str, Any] = field(default_factory=dict)
     sums: Mapping[str, str] = field(default_factory=dict)
     plugins: Mapping[str, str] = field(default_factory=dict)
+    logits: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; layers of one layout share a group. Nothing of attention where it is float."""
@@ -106,6 +109,7 @@ class Stored:
             **attention,
             **reuse,
             **plugins,
+            **({"logits": dict(self.logits)} if self.logits else {}),
         }
 
     def _groups(self) -> dict[str, dict[str, Any]]:
@@ -139,6 +143,7 @@ class Stored:
             data.get("reuse") or {},
             data.get("sums") or {},
             data.get("plugins") or {},
+            data.get("logits") or {},
         )
         stored._check_slots()
         return stored
@@ -175,7 +180,8 @@ def describe(
     layouts = {name: layer.layout for name, layer in layers.items()}
     reuse = stored_reuse(model)
     asked, plugins = asked_attention(model), needed(layouts.values(), reuse)
-    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), recipe, digest, __version__, asked, reuse, sums, plugins)
+    facts = (recipe, digest, __version__, asked, reuse, sums, plugins, scaled_logits(model))
+    return Stored(layouts, checksums, tuple(kept), _clock_slots(model), *facts)
 
 
 def _attention(data: Mapping[str, Any]) -> AttentionPlan | None:
@@ -237,6 +243,8 @@ def _check_keys(data: Mapping[str, Any]) -> None:
     for key, kind in OPTIONAL.items():
         if data.get(key) is not None:
             _check_kind(key, data[key], kind)
+    if any(type(count) is not int or count < 1 for count in (data.get("logits") or {}).values()):
+        raise CheckpointError(f"quantization_config.logits holds numbers of tokens, got {data['logits']!r:.60}; save the model again")
     if unknown := sorted(str(key) for key in data.keys() - KNOWN):
         written = data.get("tool_version")
         what = f"quantization_config has the settings {', '.join(unknown)[:200]}, which reelquant {__version__} does not know"

@@ -24,6 +24,7 @@ from reelquant.cli.generate import generate
 from reelquant.cli.inspect import inspect
 from reelquant.cli.metrics import metrics, weights
 from reelquant.cli.quantize import quantize
+from reelquant.cli.ranks import only_first_speaks
 from reelquant.cli.recipes import recipes
 from reelquant.cli.tune import tune
 from reelquant.cli.verify import verify
@@ -46,6 +47,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback(epilog="Start with [bold]reelquant demo[/bold]: two minutes, no network, no GPU, and you see what quantization does.")
 def main(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
@@ -73,6 +75,7 @@ def main(
     [cyan]reelquant tune out -o fast[/cyan]                          more speed: blocks skip steps
     [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
     """
+    only_first_speaks(context.invoked_subcommand)
     for name in plugin or ():
         load_plugin(name)
 

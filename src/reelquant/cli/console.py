@@ -76,6 +76,15 @@ class _Remarks(logging.Handler):
         typer.echo(printable(f"reelquant: {' '.join(record.getMessage().split())}"), err=True)
 
 
+def only_errors() -> None:
+    """Another process of the same command talks to the user: of this one nothing is heard but why it failed."""
+    to_nowhere()
+    err.quiet = True
+    for one in logging.getLogger("reelquant").handlers:
+        if isinstance(one, _Remarks):
+            one.setLevel(logging.ERROR)
+
+
 def quiet_libraries() -> None:
     """Keep the bars and remarks of libraries off the screen; must run before they are imported."""
     for name, value in QUIET.items():

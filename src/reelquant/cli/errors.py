@@ -7,10 +7,12 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from reelquant._errors import ReelQuantError, printable
+from reelquant._errors import RanksError, RecipeError, ReelQuantError, SiteError, UnsupportedError, printable
 from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable, told
+from reelquant.ranks import Rank, this_rank
 
 FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # as shells have them: 128 and the number of the signal
+ASKED = (RecipeError.__name__, SiteError.__name__, UnsupportedError.__name__)  # about what was asked for
 NOTHING = "nothing is left behind: run the same command again"
 _USAGE: Any = typer.BadParameter.__mro__[2]  # errors of usage, which typer itself explains
 _INSTEAD = {"-r": "--reference"}  # what verbs without a recipe once called their reference
@@ -51,9 +53,15 @@ class Verbs(TyperGroup):
         except _USAGE as error:
             if (instead := _INSTEAD.get(getattr(error, "option_name", ""))) is not None:
                 error.possibilities = [instead]
+            if not _own().first:
+                raise typer.Exit(error.exit_code) from None
             if json:
                 _document("UsageError", error.format_message(), error.exit_code)
             raise
+        except RanksError as error:
+            if error.consequence and not _own().first:  # the first process, or the one that failed, tells it
+                raise typer.Exit(FAILED) from None
+            _end(type(error).__name__, one_line(error), FAILED, json)
         except KeyboardInterrupt as error:
             _end("interrupted", f"reelquant: interrupted, {told(error) or NOTHING}", INTERRUPTED, json)
         except Terminated as error:
@@ -75,10 +83,23 @@ def _end(kind: str, line: str, code: int, json: bool) -> NoReturn:
     Raises:
         typer.Exit: with the code.
     """
+    rank = _own()
+    if not rank.first:
+        if code in (INTERRUPTED, TERMINATED) or kind in ASKED:  # as in all processes, and the first one says so
+            raise typer.Exit(code) from None
+        line = line.replace("reelquant: ", f"reelquant: process {rank.number} of {rank.count}: ", 1)
     if json:
         _document(kind, line.removeprefix("reelquant: "), code)
     typer.echo(printable(line), err=True)
     raise typer.Exit(code) from None
+
+
+def _own() -> Rank:
+    """Which process this is; the first, if what its launcher says is what went wrong."""
+    try:
+        return this_rank()
+    except RanksError:
+        return Rank()
 
 
 def _document(kind: str, message: str, code: int) -> None:

@@ -30,6 +30,7 @@ from reelquant.cli.options import (
     more_help,
     torch_dtype,
 )
+from reelquant.cli.ranks import sharing
 
 if TYPE_CHECKING:
     from reelquant.evidence.run import Options
@@ -157,7 +158,8 @@ def evaluate(
         locate(name)  # before the slow imports
     folders = dict(output=output or _default_output(models), weights=weights, data=data, reuse=reuse)
     figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames, speed=speed)
-    options = make_options(device=device, resume=resume, force=force, shown=shown, **folders, **figures)
+    shared = sharing(folders["output"])
+    options = make_options(device=device, resume=resume, force=force, shown=shown, shared=shared, **folders, **figures)
     check_device(device)
     clip = dict(seed=seed, batch=batch, dtype=torch_dtype(dtype), files=variant) | _clips(prompts, clips)
     floors = dict(floor=None if floor is None else floor.split(","), grain_steps=_steps(grain_steps))
@@ -169,7 +171,8 @@ def evaluate(
             made = run.evaluate(models[0], reference, options=heard, **clip, **floors, **call)
         else:
             made = several.evaluate_several(models, reference, options=heard, **clip, **floors, **call)
-    finish(made, json)
+    if made is not None:  # another process of the same command has it
+        finish(made, json)
 
 
 def _default_output(models: list[str]) -> Path:

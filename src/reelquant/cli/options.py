@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from reelquant._errors import RecipeError, UnsupportedError, nearest
+from reelquant.cli.ranks import of_this_process
 
 if TYPE_CHECKING:
     from reelquant.models.condition import Condition
@@ -47,7 +48,10 @@ Reference = Annotated[
         autocompletion=BUNDLED,
     ),
 ]
-Device = Annotated[str, typer.Option("--device", help="Where to compute: cpu, cuda, cuda:1, mps ...")]
+Device = Annotated[
+    str,
+    typer.Option("--device", help="cpu, cuda, cuda:1, mps ...; cuda is a GPU for each of several processes.", callback=of_this_process),
+]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="Type of the float parts: float32, bfloat16 or float16.", autocompletion=one_of(*DTYPES))
 ]
@@ -167,6 +171,8 @@ def check_device(device: str) -> None:
     ]
     if device.split(":")[0] not in here:
         raise UnsupportedError(f"no device '{device}' on this machine; it has {', '.join(here)}")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
 
 
 def conditions(file: Path | None) -> list[Condition] | None:

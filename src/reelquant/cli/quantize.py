@@ -31,6 +31,7 @@ from reelquant.cli.options import (
 )
 from reelquant.cli.request import Request, stream
 from reelquant.cli.signals import keeping
+from reelquant.ranks import this_rank
 from reelquant.sites import by_component
 
 if TYPE_CHECKING:
@@ -259,6 +260,12 @@ def _recipe(source: str, changes: dict[str, Any], seed: int | None) -> Recipe:
 
 def _run(request: Request, delivery: Delivery) -> None:
     """Plan, then stream or quantize in memory, then evaluate if a gate was asked for."""
+    rank = this_rank()
+    if not rank.first and (delivery.dry_run or request.data_free):
+        return  # nothing is sampled, and the first process does it all
+    if not rank.alone and not delivery.dry_run and not request.data_free:
+        _run_shared(request, delivery)
+        return
     job = request.job(streaming=delivery.resume)
     streams = job is not None and not job.fits
     if job is not None and streams:
@@ -274,10 +281,28 @@ def _run(request: Request, delivery: Delivery) -> None:
         report, path = stream(job, delivery.output, resume=delivery.resume, force=delivery.force)
     else:
         report, path = request.run(delivery.output, force=delivery.force)
+    _deliver(request, delivery, report, path)
+
+
+def _deliver(request: Request, delivery: Delivery, report: Report, path: Path) -> None:
+    """Show what was done, and evaluate it if a gate was asked for."""
+    assert delivery.output is not None
     _show_proof(report, path, delivery.json)
     with keeping(lambda: f"'{path}' is complete: go on with `{_compared(request, delivery)}`"):
         evaluation = None if delivery.gate is None else request.evaluate(delivery.output, delivery.gate)
     _finish(report.to_json() | {"output": str(path)}, evaluation, delivery.json)
+
+
+def _run_shared(request: Request, delivery: Delivery) -> None:
+    """Sample together with the other processes; the first one writes, shows and evaluates."""
+    if delivery.resume or request.max_memory is not None:
+        option = "--resume" if delivery.resume else "--max-memory"
+        message = "several processes sample with a pipeline that each holds in memory; leave it out, or start one process"
+        raise typer.BadParameter(message, param_hint=option)
+    assert delivery.output is not None
+    report, path = request.run(delivery.output, force=delivery.force)
+    if this_rank().first:
+        _deliver(request, delivery, report, path)
 
 
 def _too_large(request: Request, delivery: Delivery) -> str:

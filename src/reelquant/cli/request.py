@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reelquant.cli.options import check_device, opened, torch_dtype
+from reelquant.cli.ranks import meeting_place
+from reelquant.cli.signals import left_in
+from reelquant.ranks import this_rank
 
 if TYPE_CHECKING:
     from reelquant.engine.plan import Plan
@@ -48,6 +51,12 @@ class Request:
     device: str = "cpu"
     max_memory: str | None = None
     call: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_free(self) -> bool:
+        """Whether no clip is made, so that processes have nothing to share."""
+        recipes = self.recipe.values() if isinstance(self.recipe, dict) else [self.recipe]
+        return all(one.data_free for one in recipes)
 
     def open(self) -> Any:
         """The float pipeline, in memory."""
@@ -101,12 +110,14 @@ class Request:
         return plans(self.open(), self.recipe, components=self.components, skip=self.skip)
 
     def run(self, output: Path, *, force: bool) -> tuple[Report, Path]:
-        """Quantize in memory and save the pipeline."""
+        """Quantize in memory and save the pipeline; of several processes, the first one saves it."""
+        import shutil
+
         from reelquant import api
         from reelquant.cli import console
 
-        pipe = self.open()
-        with console.Bars() as bars:
+        pipe, shared = self.open(), None if self.data_free else meeting_place(output)
+        with left_in(shared, "start the same command again"), console.Bars() as bars:
             report = api.quantize(
                 pipe,
                 self.recipe,
@@ -114,11 +125,18 @@ class Request:
                 components=self.components,
                 skip=self.skip,
                 lora=self.lora,
+                shared=shared,
+                force=force,
                 progress=bars,
                 **self.call,
             )
+            if not this_rank().first:
+                return report, output
             bars.phase("write", 1)
-            return report, api.save(pipe, output, report, force=force)
+            path = api.save(pipe, output, report, force=force)
+            if shared is not None:
+                shutil.rmtree(shared, ignore_errors=True)
+            return report, path
 
     def evaluate(self, output: Path, gate: str) -> Evaluation:
         """A short evaluation of what was written: 8 clips, figures that need no downloaded network, no noise floor."""
@@ -142,7 +160,6 @@ def stream(job: Job, output: Path, *, resume: bool, force: bool) -> tuple[Report
     """Quantize from disk to disk."""
     from reelquant.checkpoint import absolute, work_folder
     from reelquant.cli import console
-    from reelquant.cli.signals import left_in
     from reelquant.streaming import quantize_folder
 
     path = absolute(output)

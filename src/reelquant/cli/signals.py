@@ -31,11 +31,11 @@ def keeping(words: Callable[[], str]) -> Iterator[None]:
         raise type(stop)(told(stop) or words()) from None
 
 
-def left_in(folder: Path | None) -> AbstractContextManager[None]:
-    """Inside, Ctrl-C and SIGTERM name the folder that holds the finished work, if that folder exists."""
+def left_in(folder: Path | None, further: str = "continue with --resume") -> AbstractContextManager[None]:
+    """Inside, Ctrl-C and SIGTERM name the folder that holds the finished work, if that folder exists, and say how to go on."""
 
     def words() -> str:
-        return f"finished work is in '{folder}': continue with --resume" if folder is not None and folder.is_dir() else ""
+        return f"finished work is in '{folder}': {further}" if folder is not None and folder.is_dir() else ""
 
     return keeping(words)
 

@@ -211,11 +211,13 @@ def _figure(name: str, value: float) -> str:
 
 
 def reused(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """At which steps blocks were computed."""
+    """How much of what may be reused was computed, and at which steps, if it was not all of them."""
     if not found:
         return []
     steps = [str(step + 1) for step, computed, _ in found["steps"] if computed]
-    return [("reuse", f"{len(found['parts'])} blocks, {found['share']:.0%} of their calls computed: in steps {', '.join(steps)}")]
+    things, unit = found.get("things", "blocks"), found.get("unit", "calls")
+    said = f"{len(found['parts'])} {things}, {found['share']:.0%} of their {unit} computed"
+    return [("reuse", said if len(steps) == len(found["steps"]) else f"{said}: in steps {', '.join(steps)}")]
 
 
 def clipped(saturation: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -26,6 +26,7 @@ from reelquant.cli.options import (
     more_help,
     torch_dtype,
 )
+from reelquant.cli.ranks import sharing
 
 if TYPE_CHECKING:
     from reelquant.cli.layout import Plain
@@ -113,7 +114,7 @@ def tune(
         stretch=share, clips=clips, record=record, prompts=conditions(prompts), device=device, dtype=number, weights=weights, force=force
     )
     with _kept(output), console.Bars() as bars:
-        made = run(model, output, **goal, **where, progress=bars, **call)
+        made = run(model, output, **goal, **where, shared=sharing(_work(output)), progress=bars, **call)
     if json:
         console.emit(made.to_json())
     else:
@@ -129,10 +130,16 @@ def tune(
 def _kept(output: Path) -> Any:
     """Say after Ctrl-C where the work lies, and how to go on."""
     from reelquant.cli.signals import keeping
+
+    work = _work(output)
+    return keeping(lambda: f"what was tried is in '{work}': run the same command again to go on" if work.is_dir() else "")
+
+
+def _work(output: Path) -> Path:
+    """Where what is tried lies."""
     from reelquant.tuning.run import WORK
 
-    work = output.with_name(output.name + WORK)
-    return keeping(lambda: f"what was tried is in '{work}': run the same command again to go on" if work.is_dir() else "")
+    return output.with_name(output.name + WORK)
 
 
 def _stretch(text: str) -> tuple[float, float]:

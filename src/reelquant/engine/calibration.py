@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -14,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.clock import ANY, BOTH, SECOND, Clock, Pairs, holds_twice, timestep_reader
+from reelquant.clock import BOTH, SECOND, Pairs
 from reelquant.discover import takes_timestep
 from reelquant.engine.plan import LayerPlan, Plan
+from reelquant.engine.recorder import Recorder, frames_reader, half_reader, timestep_reader_of
 from reelquant.engine.texts import Texts
 from reelquant.models.condition import Condition, Prompts
 from reelquant.models.conditions import at_once
 from reelquant.models.defaults import own_pictures
 from reelquant.models.parts import METHODS, encode, seen
 from reelquant.models.probes import own_size
-from reelquant.models.sampling import sample
+from reelquant.models.sampling import partial, sample
 from reelquant.nn import get_module, prepares_input
-from reelquant.observe import Geometry, InputStatistics, RecordedCall, Recording, Steps, Watched, observe, observe_methods, time_of
+from reelquant.observe import Call, Geometry, InputStatistics, Recording, Steps, Watched, observe, observe_methods
 
 STEPS = 50
 """Denoising steps of pipelines that are not told how many to take."""
@@ -43,6 +42,14 @@ class Keeper(Protocol):
             make: gives empty statistics: those to fill by the name of a layer, and those by every layer's name.
             generator: draws the rows that are sampled.
         """
+        ...
+
+    def saw(self, call: Call) -> None:
+        """Hears of every call of the denoiser, before it is made."""
+        ...
+
+    def run(self) -> int | None:
+        """The number of the sampler run that is going on, where runs before it may have been left out."""
         ...
 
 
@@ -164,7 +171,8 @@ def calibrate_together(
     batch = at_once(type(pipe), arguments, recipe.calibrate.batch if recipe.calibrate else 4, texts.written)
     gathered: list[Calibration] = []
     course = Course(Expected.of(len(texts.written), batch, arguments), seed, (*texts.written, *texts.probes))
-    vaes = [part.denoiser for part in parts if part.decodes]
+    apart = partial()  # runs are made for others to read: what keepers keep counts, and nothing else
+    vaes = [part.denoiser for part in parts if part.decodes and not apart]
     options = {"batch": batch, "output": "frames" if vaes else "latent", "on_step": on_step} | arguments
 
     def sampled(texts: Prompts, first: int, **size: int) -> None:
@@ -174,12 +182,13 @@ def calibrate_together(
                 encode(vae, made)
 
     def run(rest: Sequence[Part]) -> None:
+        rest = [part for part in rest if not apart or part.keeper is not None]
         if rest:
             gathered.insert(0, _observed(rest[0], course, lambda: run(rest[1:])))
             return
         sampled(texts.written, 0)
         course.probing = True
-        if recipe.calibrate is not None and recipe.calibrate.probe_count:
+        if recipe.calibrate is not None and recipe.calibrate.probe_count and not apart:
             _show_pictures([part.denoiser for part in parts])
         some, size = _in_own_size(pipe, parts, texts.probes, arguments)
         sampled(texts.probes[some:], len(texts.written) + some)
@@ -233,127 +242,35 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     how = {"probing": lambda: course.probing, "prepared": {name for name in watched if prepares_input(get_module(denoiser, name))}}
     if part.decodes:
         return Calibration(observe_methods(denoiser, METHODS, watched, run, **how), inputs, course.texts)
-    reader = _timestep_reader(denoiser, plan.map.timestep_argument or "timestep")
-    halves = _reads_half(inputs)
-    looks = {"half_of": _half_reader(denoiser, plan)} if halves else {}
-    recorder = Recorder.of(denoiser, plan, recorded_calls(plan), expected.calls, halves=halves)
+    reader = timestep_reader_of(denoiser, plan.map.timestep_argument or "timestep")
+    halves, apart = _reads_half(inputs), partial()
+    looks = {"half_of": half_reader(denoiser, plan)} if halves else {}
+    recorder = Recorder.of(denoiser, plan, 0 if apart else recorded_calls(plan), expected.calls, halves=halves)
+    how |= {"on_call": _Beginning(generator if takes_timestep(denoiser) else None, seed, keeper)}
+    if keeper is not None:
+        how |= {"part_of": lambda: keeper.run() if expected.steps > 1 else None, "whole": not apart}  # one timestep tells no runs apart
     with recorder.watching(denoiser, lambda: not course.probing):
-        steps = observe(denoiser, reader, watched, run, frames_of=_frames_reader(denoiser, plan), **looks, **how)
+        steps = observe(denoiser, reader, watched, run, frames_of=frames_reader(denoiser, plan), **looks, **how)
     return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
 
 
-def _timestep_reader(module: nn.Module, argument: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Any]:
-    """Reads the timestep of a call; None for an encoder of pictures, which is called without."""
-    timed = argument in inspect.signature(module.forward).parameters
-    return timestep_reader(module, argument) if timed else lambda args, kwargs: None
+class _Beginning:
+    """Hears of every call of a denoiser. Rows of every run are drawn alike whatever came before it: another process may have made that."""
+
+    def __init__(self, generator: torch.Generator | None, seed: int, keeper: Keeper | None) -> None:
+        self.generator, self.seed, self.keeper, self.part = generator, seed, keeper, -1
+
+    def __call__(self, call: Call) -> None:
+        if self.generator is not None and call.part != self.part:
+            self.generator.manual_seed(self.seed + call.part)
+        self.part = call.part
+        if self.keeper is not None:
+            self.keeper.saw(call)
 
 
 def _reads_half(inputs: Mapping[str, InputStatistics]) -> bool:
     empty = inputs.empty if hasattr(inputs, "empty") else inputs
     return any(member.reads_half for seen in empty.values() for member in seen.members.values())
-
-
-def _half_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
-    """Which half of a guidance pair a call computes.
-
-    Both, if it holds its latents twice; the second, if the call before had the same latents; else the first.
-    """
-    argument = plan.map.latent_argument or "hidden_states"
-    if argument not in inspect.signature(denoiser.forward).parameters:  # an encoder of pictures
-        return lambda args, kwargs: 1
-    read = timestep_reader(denoiser, argument)
-    clock = Clock([], pairs="sequential")
-
-    def half_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        latent = read(args, kwargs).detach().cpu()
-        if bool(holds_twice(latent)):
-            return BOTH
-        clock.look(latent)
-        return int(clock.which)
-
-    return half_of
-
-
-def _frames_reader(denoiser: nn.Module, plan: Plan) -> Callable[[tuple[Any, ...], dict[str, Any]], int]:
-    """The frames of a call's latents: ``[B, C, F, H, W]`` or ``[B, F, C, H, W]``; of packed latents what the call says; else 1."""
-    argument = plan.map.latent_argument or "hidden_states"
-    if argument not in inspect.signature(denoiser.forward).parameters:  # an encoder of pictures
-        return lambda args, kwargs: 1
-    read = timestep_reader(denoiser, argument)
-    channels = getattr(getattr(denoiser, "config", None), "in_channels", None)
-
-    def frames_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        latent, told = read(args, kwargs), kwargs.get("num_frames")
-        if isinstance(latent, Tensor) and latent.ndim == 5:
-            return latent.shape[1] if latent.shape[2] == channels != latent.shape[1] else latent.shape[2]
-        return told if isinstance(told, int) else 1
-
-    return frames_of
-
-
-GOLDEN = (math.sqrt(5) - 1) / 2
-"""Multiples of it, modulo 1, are spread evenly over [0, 1), however many there are."""
-
-
-class Recorder:
-    """Records calls of a denoiser, evenly over all that are made: one of every ``stride`` calls.
-
-    The place of the recorded call among its ``stride`` calls changes from one recorded call to the next. A fixed place would meet the
-    same denoising step of every run, or the same half of every guidance pair, where the stride is a multiple of their number.
-
-    Whenever it holds twice as many as wanted, one of every two goes, and from then on half as many are taken. Which of the two goes follows
-    the same rule: of pairs of guidance halves, both kinds stay.
-    """
-
-    def __init__(
-        self, wanted: int, expected: int, timestep_of: Callable[..., Any], half_of: Callable[..., int] = lambda args, kwargs: ANY
-    ) -> None:
-        self.wanted, self.timestep_of, self.half_of = wanted, timestep_of, half_of
-        self.stride, self.calls = max(expected // max(wanted, 1), 1), 0
-        self._recording = Recording()
-        self._timesteps: list[float] = []
-
-    @classmethod
-    def of(cls, denoiser: nn.Module, plan: Plan, wanted: int, expected: int, *, halves: bool) -> Recorder:
-        """A recorder of this denoiser's calls that reads the halves of guidance itself: it knows a second call by the one before."""
-        own = {"half_of": _half_reader(denoiser, plan)} if halves else {}
-        return cls(wanted, expected, _timestep_reader(denoiser, plan.map.timestep_argument or "timestep"), **own)
-
-    @contextmanager
-    def watching(self, denoiser: nn.Module, due: Callable[[], bool] = lambda: True) -> Iterator[None]:
-        """Inside, calls are recorded while ``due`` says so."""
-
-        def see(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if due():
-                self._see(args, kwargs, output)
-
-        hooks = [denoiser.register_forward_hook(see, with_kwargs=True)] if self.wanted else []
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _see(self, args: Any, kwargs: Any, output: Any) -> None:
-        (part, place), self.calls = divmod(self.calls, self.stride), self.calls + 1
-        half = self.half_of(args, kwargs)
-        if place != int(self.stride * (part * GOLDEN % 1)):
-            return
-        self._timesteps.append(time_of(self.timestep_of(args, kwargs)))
-        self._recording.append(RecordedCall(args, kwargs, output, half=half))
-        if len(self._recording) >= 2 * self.wanted:
-            self._thin()
-
-    def _thin(self) -> None:
-        kept = [2 * pair + int(2 * (pair * GOLDEN % 1)) for pair in range(len(self._recording) // 2)]
-        self._recording.keep(kept)
-        self._timesteps = [self._timesteps[number] for number in kept]
-        self.stride *= 2
-
-    def recording(self, timesteps: Sequence[float]) -> Recording:
-        """The calls, each with the index of its timestep."""
-        self._recording.number([timesteps.index(timestep) for timestep in self._timesteps])
-        return self._recording
 
 
 def templates(plan: Plan, denoiser: nn.Module, generator: torch.Generator, expected: Expected) -> Empty:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reelquant.engine.build import BuiltGroup
-from reelquant.engine.calibration import Expected, Recorder
+from reelquant.engine.calibration import Expected
+from reelquant.engine.recorder import Recorder
 from reelquant.engine.session import Session
 from reelquant.models.conditions import at_once
 from reelquant.models.sampling import sample
@@ -24,13 +25,13 @@ def record_again(session: Session, entry: Entry, groups: Sequence[BuiltGroup]) -
     assert session.recipe.calibrate is not None
     batch = at_once(type(session.pipe), session.arguments, session.recipe.calibrate.batch, session.texts.written)
     expected = Expected.of(len(session.texts.written), batch, session.arguments)
-    recorder = Recorder.of(session.denoiser, session.plan, entry.stage.records, expected.calls, halves=session.halves)
     options = {"batch": batch, "output": "latent", "on_step": session.advance} | session.arguments
-    with (
-        session.timed(f"sample for {entry.name}", expected.calls),
-        session.having(groups),
-        session.store.sampling("resampled", entry.position),
-        recorder.watching(session.denoiser),
-    ):
-        sample(session.pipe, session.texts.written, seed=session.seed, first=0, **options)
-    return recorder.recording(session.timesteps)
+
+    def run() -> Recorder:
+        recorder = Recorder.of(session.denoiser, session.plan, entry.stage.records, expected.calls, halves=session.halves)
+        with recorder.watching(session.denoiser):
+            sample(session.pipe, session.texts.written, seed=session.seed, first=0, **options)
+        return recorder
+
+    with session.timed(f"sample for {entry.name}", expected.calls), session.having(groups):
+        return session.store.begun("resampled", run, entry.position)().recording(session.timesteps)

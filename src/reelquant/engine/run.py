@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from reelquant._errors import CalibrationError, UnsupportedError
 from reelquant._progress import Progress, Silent
@@ -21,7 +22,7 @@ from reelquant.engine.quality import layer_bytes, model_bytes
 from reelquant.engine.report import Report, total
 from reelquant.engine.search import Assignment, Trial, choose, family
 from reelquant.engine.session import Session
-from reelquant.engine.store import Memory
+from reelquant.engine.store import Memory, Store
 from reelquant.engine.undisturbed import undisturbed
 from reelquant.formats.criteria import latent_psnrs
 from reelquant.models.condition import Prompts, as_condition, fitted, texts_of
@@ -68,6 +69,7 @@ def quantize_components(
     progress: Progress | None = None,
     calibrations: Mapping[str, Calibration] | None = None,
     inputs: Inputs | None = None,
+    store_of: Callable[[str, nn.Module], Store] = lambda name, module: Memory(module),
     **overrides: Any,
 ) -> tuple[Report, dict[str, Calibration]]:
     """Quantize components of a pipeline in place, one after the other.
@@ -83,6 +85,7 @@ def quantize_components(
         progress: hears how far the run is.
         calibrations: statistics of an earlier run on the same float models; used if they hold what the recipes need.
         inputs: arguments of a real call, to map denoisers that take no made-up ones; see :func:`reelquant.engine.components.mapping`.
+        store_of: the store of a component, by its name and module.
         overrides: arguments of the pipeline call during calibration (``num_inference_steps``, ``num_frames`` ...).
 
     Returns:
@@ -101,7 +104,7 @@ def quantize_components(
         bundled = missing(pipe, prompts, overrides) if any(recipe.calibrate is not None for recipe in recipes.values()) else {}
     overrides |= bundled
     plans = plan_components(pipe, recipes, skip, mapping(pipe, prompts, inputs, overrides))
-    sessions = [Session(pipe, name, module, plans[name], Memory(module), progress or Silent()) for name, module in modules.items()]
+    sessions = [Session(pipe, name, module, plans[name], store_of(name, module), progress or Silent()) for name, module in modules.items()]
     with undisturbed(modules_of(pipe).values()):
         reports = run_all(sessions, calibrations or {}, prompts, overrides, [notice(type(pipe), bundled)])
     for session in sessions:
@@ -142,6 +145,8 @@ def run(sessions: Sequence[Session], known: Mapping[str, Calibration]) -> dict[s
         for entry in session.plan.acting("before_observing"):
             entry.stage.before_observing(session)
     _observe(sessions, known)
+    for session in sessions:
+        session.end_float_latents()
     return {session.component: _finish(session) for session in sessions}
 
 
@@ -159,9 +164,9 @@ def _reference(session: Session, known: Calibration | None) -> None:
             if session.decodes:
                 session.decode = start_decoding(session.denoiser, session.held_out_frames)
             else:
-                session.float_latents()
+                session.begin_float_latents()
                 if session.trials:
-                    session.float_latents(**session.trial_arguments)
+                    session.begin_float_latents(**session.trial_arguments)
     if not session.denoises:
         try:
             session.measure = start_measuring(session.pipe, session.component, session.denoiser, texts_of(session.texts.written))
@@ -191,8 +196,9 @@ def _observe_together(together: Sequence[Session]) -> None:
     parts = [Part(session.denoiser, session.plan, session.store.keeper) for session in together]
     size = at_once(type(first.pipe), first.arguments, wanted.batch, first.texts.written)
     runs = sum(-(-len(texts) // size) for texts in first.texts)
-    with first.timed("calibrate", first.steps * runs), first.store.sampling("calibrate"):
-        calibrations = calibrate_together(first.pipe, parts, first.texts, seed=first.seed, arguments=first.arguments, on_step=first.advance)
+    how = {"seed": first.seed, "arguments": first.arguments, "on_step": first.advance}
+    with first.timed("calibrate", first.steps * runs):
+        calibrations = first.store.begun("calibrate", lambda: calibrate_together(first.pipe, parts, first.texts, **how))()
     timed = [calibration for session, calibration in zip(together, calibrations, strict=True) if session.denoises]
     times = {timestep for calibration in timed for timestep in calibration.steps.timesteps}
     for session, calibration in zip(together, calibrations, strict=True):
@@ -236,11 +242,14 @@ def _start_clock(session: Session) -> None:
 
 def _search(session: Session) -> tuple[Assignment, list[Trial]]:
     if not session.trials:
-        return choose(session.plan, session.groups, lambda assignment: 0.0)
+        return choose(session.plan, session.groups, lambda assignments: [0.0] * len(assignments))
     with session.timed("search", session.trials):
         reference = session.float_latents(**session.trial_arguments)
 
-        def evaluate(assignment: Assignment) -> float:
+        def evaluate(assignments: Sequence[Assignment]) -> list[float]:
+            return session.store.each("trials", [functools.partial(attempt, one) for one in assignments])
+
+        def attempt(assignment: Assignment) -> float:
             psnr = session.trial(assignment, reference)
             session.advance()
             return psnr

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,17 @@ def family(group: Group) -> str:
 
 
 def choose(
-    plan: Plan, groups: Iterable[Group], evaluate: Callable[[Assignment], float], on_trial: Callable[[Trial], None] = lambda trial: None
+    plan: Plan,
+    groups: Iterable[Group],
+    evaluate: Callable[[Sequence[Assignment]], Sequence[float]],
+    on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> tuple[Assignment, list[Trial]]:
     """The assignment with the best trajectory.
 
     Args:
         plan: its recipe holds the choices and the scope.
         groups: all groups with quantized layers.
-        evaluate: samples with an assignment and returns the PSNR of its latents in dB.
+        evaluate: samples with each of several assignments and returns the PSNRs of their latents in dB.
     """
     choices = candidates(plan)
     sizes: dict[str, int] = defaultdict(int)
@@ -60,20 +63,23 @@ def choose(
     if len(choices) == 1:
         return assignment, trials
 
-    def attempt(name: str, trial: Assignment, chosen: Choice) -> float:
-        trials.append(Trial(name, chosen.named(plan.entries), evaluate(trial)))
-        on_trial(trials[-1])
-        return trials[-1].psnr
+    def attempt(name: str, tried: Sequence[Choice], assignments: Sequence[Assignment]) -> list[float]:
+        scores = list(evaluate(assignments))
+        for one, score in zip(tried, scores, strict=True):
+            trials.append(Trial(name, one.named(plan.entries), score))
+            on_trial(trials[-1])
+        return scores
 
-    scores = [attempt("all", dict.fromkeys(sizes, one), one) for one in choices]
+    scores = attempt("all", choices, [dict.fromkeys(sizes, one) for one in choices])
     best = max(scores)
     assignment = {name: choices[scores.index(best)] for name in sizes}
     if plan.recipe.search.scope == "family":
         for name in sorted(sizes, key=lambda name: -sizes[name]):
-            known = assignment[name]
-            for one in choices:
-                if one != known and (score := attempt(name, assignment | {name: one}, one)) > best:
-                    best, assignment = score, assignment | {name: one}
+            others = [one for one in choices if one != assignment[name]]
+            attempts = [assignment | {name: one} for one in others]
+            for other, score in zip(attempts, attempt(name, others, attempts), strict=True):
+                if score > best:
+                    best, assignment = score, other
     return assignment, trials
 
 

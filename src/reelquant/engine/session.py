@@ -50,6 +50,8 @@ class Session:
         held_out: the texts that choices and the final check are made on, see :func:`reelquant.engine.texts.divided`.
         sampled: timesteps of the whole sampler, of which a denoiser may see a part.
         measure, decode: figures of a component that does not denoise, once it is quantized: of made-up inputs, and of the held-out clips.
+        references: final latents of the float pipeline, by what they were sampled with.
+        begun: what gives those that have been begun.
         undos: what a failed run has to undo, first done first.
     """
 
@@ -67,6 +69,7 @@ class Session:
     decode: Measure = dict
     calibration: Calibration | None = None
     references: dict[str, Tensor] = field(default_factory=dict)
+    begun: dict[str, Callable[[], Tensor]] = field(default_factory=dict)
     clock: Clock | None = None
     sampled: list[float] = field(default_factory=list)
     floats: dict[str, nn.Module] = field(default_factory=dict)
@@ -212,19 +215,37 @@ class Session:
 
     def held_out_latents(self, **overrides: Any) -> Tensor:
         """Final latents of the held-out clips by the pipeline as it is now."""
+        return self._begun_latents(**overrides)()
+
+    def _begun_latents(self, **overrides: Any) -> Callable[[], Tensor]:
         arguments = {"on_step": self.progress.advance} | self.arguments | overrides
         protected = (self.clock.protected_slots, self.clock.inputs) if self.clock else ()
-        with self.store.sampling("sampled", arguments.get("num_inference_steps"), protected):
-            first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
-            return sample(self.pipe, self.held_out, seed=self.seed + HELD_OUT_SEED, first=first, output="latent", **arguments)
+        first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
+        options = {"seed": self.seed + HELD_OUT_SEED, "first": first, "output": "latent"} | arguments
+        content = arguments.get("num_inference_steps"), protected
+        return self.store.begun("sampled", lambda: sample(self.pipe, self.held_out, **options), *content)
+
+    def begin_float_latents(self, **overrides: Any) -> None:
+        """Sample the same by the float pipeline, once for all recipes that share a calibration, before anything is changed."""
+        key = self._reference(overrides)
+        if key not in self.references and key not in self.begun:
+            self.begun[key] = self._begun_latents(**overrides)
+
+    def end_float_latents(self) -> None:
+        """Take what was begun; until then processes that share the sampling go on with something else."""
+        while self.begun:
+            key, result = self.begun.popitem()
+            self.references[key] = result()
 
     def float_latents(self, **overrides: Any) -> Tensor:
-        """The same by the float pipeline; sampled once for all recipes that share a calibration, before anything is changed."""
+        """Final latents of the held-out clips by the float pipeline."""
+        self.begin_float_latents(**overrides)
+        self.end_float_latents()
+        return self.references[self._reference(overrides)]
+
+    def _reference(self, overrides: Mapping[str, Any]) -> str:
         steps = overrides.get("num_inference_steps")
-        key = repr((described(self.held_out), self.seed, sorted(described(self.arguments).items()), steps))
-        if key not in self.references:
-            self.references[key] = self.held_out_latents(**overrides)
-        return self.references[key]
+        return repr((described(self.held_out), self.seed, sorted(described(self.arguments).items()), steps))
 
     @property
     def trials(self) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from reelquant.engine.choice import Choice
 from reelquant.engine.plan import Plan
 from reelquant.nn import KernelFacts, get_module, kernels_of, widened_layer
 from reelquant.sites import Group
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -47,8 +49,18 @@ class Store(Protocol):
         """Inside, the denoiser can be called."""
         ...
 
-    def sampling(self, phase: str, *content: Any) -> AbstractContextManager[None]:
-        """Inside, the pipeline samples; ``content`` is what else decides the result beside the phase."""
+    def begun(self, phase: str, run: Callable[[], T], *content: Any) -> Callable[[], T]:
+        """Sample, or as much of it as has to be done now; the answer, called later, gives the result.
+
+        Args:
+            phase: what is sampled for.
+            run: samples; it may be called more than once, and once more when the result is asked for.
+            content: what else decides the result.
+        """
+        ...
+
+    def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
+        """Scores that do not depend on each other, in order; processes may share them."""
         ...
 
     def observed(self) -> None:
@@ -114,9 +126,12 @@ class Memory:
     def running(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    @contextmanager
-    def sampling(self, phase: str, *content: Any) -> Iterator[None]:
-        yield
+    def begun(self, phase: str, run: Callable[[], T], *content: Any) -> Callable[[], T]:
+        result = run()
+        return lambda: result
+
+    def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
+        return [score() for score in scores]
 
     def observed(self) -> None:
         """Statistics stay in memory."""

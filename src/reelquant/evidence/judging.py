@@ -48,6 +48,7 @@ class Options:
     tests_after: int = 0  # that are evaluated after this one, for the expected time
     resume: bool = False
     force: bool = False
+    shared: bool = False
     shown: int = SHOWN
     command: str | None = None
     progress: Progress = field(default_factory=Silent)

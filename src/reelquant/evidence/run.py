@@ -27,6 +27,7 @@ from reelquant.evidence.machine import multiplies_bf16
 from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
+from reelquant.evidence.shared import SharedClips, sharing
 from reelquant.evidence.store import Store
 from reelquant.models.blank import QUANTIZATION, read_config
 from reelquant.models.condition import Condition, Prompts, as_condition, fitted, texts_of
@@ -61,10 +62,13 @@ def evaluate(
     options: Options | None = None,
     checked: bool = False,
     **call: Any,
-) -> Evaluation:
+) -> Evaluation | None:
     """Sample both pipelines and the noise floor, measure, judge, report; see :func:`reelquant.api.evaluate`.
 
     ``checked``: the caller has read all weights of this pair and found them whole.
+
+    Returns:
+        The evaluation; where processes share the clips, None in all but the first.
     """
     options = options or Options()
     _check_places(options)
@@ -90,27 +94,34 @@ def evaluate(
         refuse_pair(reference, test, files)
     causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
     number = str(dtype).removeprefix("torch.")
-    with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as store:
+    with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as (store, shared):
         times = Times()
-        job, expected = _job(SamplingJob(store, drawn, seeds, call, batch, options.progress), variants, options)
+        job = SamplingJob(store, drawn, seeds, call, batch, options.progress, shared)
+        job, expected = _expecting(job, variants, options)
         for name, variant in variants.items():
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
-        grain = _grain(replace(job, progress=options.progress), variants, grain_steps, own, times)
+        if shared is not None:
+            if not job.take_over(variants):
+                return None
+            shared.end()
+        job = replace(job, shared=None, progress=options.progress)
+        grain = _grain(job, variants, grain_steps, own, times)
         origin = _origin(variants, number, job, proof, grain) | _counted(job)
         origin |= {"bytes": folder_bytes(test, reference, files), "speed": None}
         if options.speed:
-            with times.of("speed"):
-                how = dict(device=options.device, files=files, progress=options.progress, call=call)
-                origin["speed"] = speed(store, test, reference, drawn[0], **how)
+            origin["speed"] = _speed(job, test, reference, files, options, times)
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *told, *([sentence] if (sentence := job.saturation("test").sentence()) else [])]
         sets = {name: job.clips(name) for name in variants}
-        return judge(options, store, Subject(sets, origin, *named, warnings=warnings, expected=expected.seconds), times)
+        seconds = None if expected is None else expected.seconds
+        return judge(options, store, Subject(sets, origin, *named, warnings=warnings, expected=seconds), times)
 
 
-def _job(job: SamplingJob, variants: Mapping[str, Variant], options: Options) -> tuple[SamplingJob, Expected]:
-    """The job with somebody on the line who tells how long it will take."""
+def _expecting(job: SamplingJob, variants: Mapping[str, Variant], options: Options) -> tuple[SamplingJob, Expected | None]:
+    """The job with a progress that tells how long it will take; where processes share the clips, nothing is told."""
+    if job.shared is not None:
+        return job, None
     calls = {f"sample {variant.words}": len(job.left(name, variant)) for name, variant in variants.items()}
     timed = 2 * (ROUNDS + 1) / job.batch if options.speed else 0.0  # one clip at a time
     first = job.names[0]
@@ -126,6 +137,13 @@ def _job(job: SamplingJob, variants: Mapping[str, Variant], options: Options) ->
         options.tests_after * (-(-len(job.names) // job.batch) + timed) + timed,
     )
     return replace(job, progress=expected), expected
+
+
+def _speed(job: SamplingJob, test: Any, reference: Any, files: str | None, options: Options, times: Times) -> dict[str, Any]:
+    """Times and memory of both pipelines, which make the first clip in turns."""
+    with times.of("speed"):
+        how = dict(device=options.device, files=files, progress=options.progress, call=job.call)
+        return speed(job.store, test, reference, as_condition(job.prompts[0]), **how)
 
 
 def _counted(job: SamplingJob) -> dict[str, Any]:
@@ -319,7 +337,7 @@ def compare(
         warnings=[*told, *([] if whole else _left_out(alone)), *unequal_rates(**sets)],
         paired=not alone if whole else bool(pairs),
     )
-    with _store(options, settings) as store:
+    with _store(options, settings) as (store, _):
         return judge(options, store, subject, Times())
 
 
@@ -348,14 +366,28 @@ def _identity(clips: Mapping[str, Clip]) -> list[str]:
 
 
 @contextmanager
-def _store(options: Options, settings: Mapping[str, Any]) -> Iterator[Store]:
-    """The folder that was asked for, or one that is deleted when the evaluation is done."""
-    if options.output is not None:
-        store = Store(options.output)
+def _store(options: Options, settings: Mapping[str, Any]) -> Iterator[tuple[Store, SharedClips | None]]:
+    """The folder that was asked for, or one that is deleted when the evaluation is done; and what processes share of its clips.
+
+    Raises:
+        RecipeError: if processes are to share and no folder was asked for, in which they could.
+    """
+    if options.output is None:
+        if options.shared:
+            raise RecipeError("processes share the clips of an evaluation in its folder, and none was given: output='...' (--output)")
+        with tempfile.TemporaryDirectory(prefix="reelquant-") as folder:
+            yield Store(Path(folder)), None
+        return
+    store = Store(options.output)
+
+    def begin() -> None:
         store.begin(settings, resume=options.resume, force=options.force)
         if options.reuse is not None:
             store.borrow(options.reuse, settings)
-        yield store
+
+    if not options.shared:
+        begin()
+        yield store, None
         return
-    with tempfile.TemporaryDirectory(prefix="reelquant-") as folder:
-        yield Store(Path(folder))
+    with sharing(store, settings, begin, force=options.force) as shared:
+        yield store, shared

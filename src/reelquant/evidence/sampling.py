@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from reelquant.evidence.media import FPS
 from reelquant.evidence.reading import read_video
 from reelquant.evidence.reused import ReusedSteps
 from reelquant.evidence.rounded import round_to_bf16
+from reelquant.evidence.shared import SharedClips
 from reelquant.evidence.store import Store
 from reelquant.evidence.temporal import BROKEN
 from reelquant.evidence.tripwires import check_frames, check_latents, find_in_frames
@@ -164,6 +165,7 @@ class SamplingJob:
         call: arguments of the pipeline call, conditions among them.
         batch: clips per call; a resumed run cuts the clips in the same places.
         progress: receives the progress.
+        shared: the calls of several processes, of which this one makes some; None to make all.
     """
 
     store: Store
@@ -172,6 +174,7 @@ class SamplingJob:
     call: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 4
     progress: Progress = field(default_factory=Silent)
+    shared: SharedClips | None = None
 
     @property
     def names(self) -> list[str]:
@@ -193,17 +196,31 @@ class SamplingJob:
         ]
 
     def make(self, name: str, variant: Variant) -> None:
-        """Make what is missing of a variant's clips."""
-        left = self.left(name, variant)
+        """Make what is missing of a variant's clips; of several processes, each makes its own and writes them where they are shared."""
+        left, units = self.left(name, variant), None if self.shared is None else self.shared.units(name)
+        left = [chunk for chunk in left if units is None or units.due(self._number(chunk))]
         if not left:
             return
         pipe = variant.source.open()
         steps = call_arguments(pipe, **self.call).get("num_inference_steps") or 50
         self.progress.phase(f"sample {variant.words or name}", len(left) * steps)
         for chunk in left:
-            self._chunk(pipe, name, variant, chunk)
+            with nullcontext(self.store.root) if units is None else units.making(self._number(chunk)) as folder:
+                replace(self, store=Store(folder))._chunk(pipe, name, variant, chunk)
         del pipe
         gc.collect()
+
+    def _number(self, chunk: range) -> int:
+        return chunk[0] // self.batch
+
+    def take_over(self, variants: Mapping[str, Variant]) -> bool:
+        """Put what all processes made into the evaluation's folder; False in all processes but the first, which does it."""
+        assert self.shared is not None
+        if not self.shared.meeting.rank.first:
+            return False
+        for name, variant in variants.items():
+            self.shared.take_over(name, [self._number(chunk) for chunk in self.left(name, variant)])
+        return True
 
     def _chunk(self, pipe: Any, name: str, variant: Variant, chunk: range) -> None:
         course: list[Tensor] = []
@@ -266,7 +283,8 @@ class SamplingJob:
         """End the run if a clip is not finite, or is all black, of one colour or saturated and the reference is not."""
         if not bool(clip.isfinite().all()):
             check_frames(clip, words)
-        file = self.store.clip("reference", self.names[i])
+        name = self.names[i]
+        file = self.store.clip("reference", name) if self.shared is None else self.shared.reference(i // self.batch, name)
         reference = read_video(file) if variant != "reference" and file.is_file() else None
         for broken in BROKEN.values():
             frames = broken(clip.cpu())

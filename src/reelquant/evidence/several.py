@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from reelquant._errors import CheckpointError, RecipeError, printable
+from reelquant._errors import CheckpointError, RecipeError, UnsupportedError, printable
 from reelquant._markup import table
 from reelquant._numbers import count
 from reelquant._progress import tell
@@ -102,8 +102,11 @@ def evaluate_several(
     Raises:
         RecipeError: for fewer than two tests, or the same one twice.
         CheckpointError: if the output holds something else.
+        UnsupportedError: where processes share the clips.
     """
     options = options or Options()
+    if options.shared:
+        raise UnsupportedError("several tests are not shared by processes; evaluate each of them so, or all in one process")
     names = names_of(tests)
     for test in tests:  # all of them before the first is sampled
         check_described(test)
@@ -115,15 +118,17 @@ def evaluate_several(
             own = replace(
                 options, output=root / name, reuse=root / names[0] if number else options.reuse, tests_after=len(names) - 1 - number
             )
-            made[name] = evaluate(test, reference, prompts, options=own, files=files, checked=True, **how)
+            one = evaluate(test, reference, prompts, options=own, files=files, checked=True, **how)
+            assert one is not None  # no other process has it
+            made[name] = one
         data = _data(made)
         found = Evaluations(made, data, None if options.output is None else root)
         if found.folder is not None:
             options.progress.phase("write", 1)
             _write(found, options.shown)
         else:
-            for one in made.values():
-                one.folder = None
+            for evaluation in made.values():
+                evaluation.folder = None
     return found
 
 

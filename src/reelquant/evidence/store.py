@@ -80,7 +80,7 @@ class Store:
         for source in sorted(other.rglob("*"), key=lambda file: (file.name != Sealed.LIST, file)):  # a file is listed before it is there
             place = source.relative_to(other)
             if source.is_file() and _of_float(place):
-                _take_over(source, self.root / place)
+                take_over(source, self.root / place)
 
     def _clear(self) -> None:
         import shutil
@@ -126,11 +126,15 @@ class Store:
 
     def counts(self, variant: str) -> dict[int, Any]:
         """What layers clipped while clips were sampled, by the first clip of each call; a call that was made again counts once."""
-        return {row["first"]: row["layers"] for row in self._lines("saturation", variant)}
+        return {row["first"]: row["layers"] for row in self.counted(variant)}
 
     def reused(self, variant: str) -> dict[int, Any]:
         """What was computed and what was reused, like :meth:`counts`; empty rows without reuse."""
-        return {row["first"]: row.get("reuse") or {} for row in self._lines("saturation", variant)}
+        return {row["first"]: row.get("reuse") or {} for row in self.counted(variant)}
+
+    def counted(self, variant: str) -> list[dict[str, Any]]:
+        """Rows as :meth:`add_counts` takes them."""
+        return [{key: value for key, value in row.items() if key != OWN} for row in self._lines("saturation", variant)]
 
     def add_counts(self, variant: str, row: Mapping[str, Any]) -> None:
         """Append what was counted in one call: ``first``, the number of its first clip, what ``layers`` clipped, and ``reuse``."""
@@ -229,7 +233,7 @@ def _of_float(place: Path) -> bool:
     return folder in ("clips", "latents", "features") and rest[0] != "test" and not rest[0].startswith("test-")
 
 
-def _take_over(source: Path, target: Path) -> None:
+def take_over(source: Path, target: Path) -> None:
     """Link a file that nothing changes, copy one that grows; a list of sums is appended to the one that is there."""
     import shutil
 

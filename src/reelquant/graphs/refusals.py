@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from reelquant._errors import UnsupportedError
 from reelquant.kernels import not_taken
 from reelquant.nn import quantized_layers
-from reelquant.nn.around.attention import rounded_attention
+from reelquant.nn.around.attention import around_attention, rounded_attention
 
 TAKES = frozenset({"input", "shift", "scale", "rotate", "mix", "window", "slots", "table", "unused", "step_invariant"})
 """Features of layers (:attr:`reelquant.nn.QuantLayer.features`) that :mod:`reelquant.graphs.convert` emits."""
@@ -73,6 +73,8 @@ def _refuse_adapters(model: nn.Module) -> None:
 
 
 def _refuse_attention(model: nn.Module) -> None:
+    if around_attention(model):
+        _refuse(model, "its attention is reused, or follows the number of tokens", "use runtime='torch', or a recipe without that")
     if rounded := rounded_attention(model):
         _refuse(model, f"its attention is asked for with {rounded.plan}", "call reelquant.configure(pipe, attention='float') first")
 

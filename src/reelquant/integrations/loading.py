@@ -33,6 +33,7 @@ from reelquant.nn import (
     quantized_class,
     quantized_layers,
     round_attention,
+    scale_logits,
     set_module,
     start_runtime,
     stop_clock,
@@ -42,6 +43,7 @@ from reelquant.nn import (
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.refusals import refuse_saving
 from reelquant.policies.attention import RoundAttention
+from reelquant.policies.scale_logits import ScaleLogits
 from reelquant.reuse import install_stored, remove_reuse
 from reelquant.sites import DenoiserMap, Group, matches
 
@@ -100,6 +102,7 @@ def start_loaded(model: nn.Module, stored: Stored, *, covered: bool) -> None:
     checked = verify(model, stored.checksums, None if covered else stored.sums)  # before a kernel has taken a weight over
     start_runtime(model, stored.attention)
     install_stored(model, stored.reuse)
+    scale_logits(model, stored.logits)
     count_weights(model)
     _align(model)
     _log_proof(model, checked)
@@ -172,6 +175,8 @@ class OnTheFly:
         for stage in (entry.stage for entry in self.plan.entries):
             if isinstance(stage, RoundAttention):
                 ask_attention(self.model, stage.plan(self.plan.map))
+            elif isinstance(stage, ScaleLogits):
+                scale_logits(self.model, stage.usual(self.plan.map))
 
 
 def put_empty_layers(model: nn.Module, stored: Stored) -> None:
@@ -217,6 +222,7 @@ def put_float_layers(model: nn.Module, dtype: torch.dtype) -> None:
     stop_clock(model)
     stop_runtime(model)
     remove_reuse(model)
+    scale_logits(model, None)
     round_attention(model, None)
     ask_attention(model, None)
     count_tensors(model)

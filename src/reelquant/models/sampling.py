@@ -7,9 +7,10 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -87,6 +88,63 @@ def call_names(kind: type) -> list[str]:
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+class Turns(Protocol):
+    """Decides which calls of the pipeline this process makes. Several processes may share the clips of one :func:`sample`."""
+
+    def turn(self) -> AbstractContextManager[bool]:
+        """The next call of the pipeline happens inside, if this is true; else it is left out."""
+        ...
+
+    def run(self, number: int) -> None:
+        """Hears, before the sampler runs, the number of the run among all of this :func:`sample`, those that are left out included."""
+        ...
+
+    @property
+    def partial(self) -> bool:
+        """Whether calls may be left out: what :func:`sample` gives is then of no use to who asked for it."""
+        ...
+
+    @property
+    def heard(self) -> bool:
+        """Whether the steps of the present turn are told to who listens for progress."""
+        ...
+
+
+class EveryTurn:
+    """A :class:`Turns` of a process that makes all calls."""
+
+    def turn(self) -> AbstractContextManager[bool]:
+        """Every call is made."""
+        return nullcontext(True)
+
+    def run(self, number: int) -> None:
+        """Ignored."""
+
+    partial, heard = False, True
+
+
+_turns: ContextVar[Turns | None] = ContextVar("reelquant_turns", default=None)
+
+
+def _present() -> Turns:
+    return _turns.get() or EveryTurn()
+
+
+def partial() -> bool:
+    """Whether calls of the pipeline may be left out at present."""
+    return _present().partial
+
+
+@contextmanager
+def taking(turns: Turns) -> Iterator[None]:
+    """Inside, these decide which calls are made; :func:`sample` then gives the clips of those, or an empty tensor."""
+    token = _turns.set(turns)
+    try:
+        yield
+    finally:
+        _turns.reset(token)
+
+
 @torch.no_grad()
 def sample(
     pipe: Any,
@@ -144,8 +202,8 @@ def sample(
     settings = {name: value for name, value in arguments.items() if name not in CONDITIONS and name not in clips.conditions}
     settings |= {"output_type": "latent" if output == "latent" else "pt", **_callback(pipe, on_step, on_latents)}
     with quiet(pipe), _failing(pipe, arguments), _listening(pipe) if output == "latent" else nullcontext():
-        made = _together(list(_made(pipe, clips, size, settings)), type(pipe).__name__)
-    if output == "frames":
+        made = _together(_made(pipe, clips, size, settings), type(pipe).__name__)
+    if output == "frames" and made.numel():
         _tell_sizes(type(pipe).__name__, made, overrides)
     return made
 
@@ -177,26 +235,30 @@ def _together(parts: Sequence[Tensor], pipeline: str) -> Tensor:
         raise CalibrationError(
             f"{pipeline} made clips or latents of {sizes} from the conditions of one run; give conditions of one kind and size together"
         )
-    return torch.cat(list(parts))
+    return torch.cat(list(parts)) if parts else torch.empty(0)
 
 
-def _made(pipe: Any, clips: Clips, size: int, settings: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Clips of every call. If the pipeline itself refuses lists, it is called with one clip at a time."""
-    alone = size == 1 and bool(clips.conditions)
-    for part in clips.cut(size):
-        if not alone:
-            try:
-                made = _called(pipe, part, settings, alone=False)
-            except (ValueError, TypeError) as error:
-                if _refused_in(pipe, error) is None:
-                    raise
-                alone = True
-            else:
-                yield made
+def _made(pipe: Any, clips: Clips, size: int, settings: Mapping[str, Any]) -> list[Tensor]:
+    """Clips of every call that is this process's turn. If the pipeline itself refuses lists, it is called with one clip at a time."""
+    alone, turns, made = size == 1 and bool(clips.conditions), _present(), list[Tensor]()
+    for number, part in enumerate(clips.cut(size)):
+        with turns.turn() as due:
+            if not due:
                 continue
-        for one in part.cut(1):
-            with refusing(pipe):
-                yield _called(pipe, one, settings, alone=True)
+            if not alone:
+                turns.run(number)
+                try:
+                    made.append(_called(pipe, part, settings, alone=False))
+                    continue
+                except (ValueError, TypeError) as error:
+                    if _refused_in(pipe, error) is None:
+                        raise
+                    alone = True
+            for place, one in enumerate(part.cut(1)):
+                turns.run(number * size + place)
+                with refusing(pipe):
+                    made.append(_called(pipe, one, settings, alone=True))
+    return made
 
 
 def _called(pipe: Any, clips: Clips, settings: Mapping[str, Any], *, alone: bool) -> Tensor:
@@ -299,7 +361,7 @@ def _callback(pipe: Any, on_step: Callable[[], None] | None, on_latents: Callabl
         return {}
 
     def told(step: int, latents: Tensor | None) -> None:
-        if on_step is not None:
+        if on_step is not None and _present().heard:
             on_step()
         if on_latents is not None and latents is not None:
             on_latents(step, latents)

@@ -1,9 +1,21 @@
 """Layers: quantized replacements of linear and convolution layers, and how they enter a model. How products are computed does not belong
 here."""
 
-from reelquant.nn.around.attention import ask_attention, asked_attention, attention_facts, round_attention, stock_attention, stop_attention
+from reelquant.nn.around.attention import (
+    around_attention,
+    ask_attention,
+    asked_attention,
+    attention_facts,
+    put_around_attention,
+    remove_around_attention,
+    round_attention,
+    stock_attention,
+    stop_attention,
+)
+from reelquant.nn.around.attention_around import AroundAttention, AttentionCall
 from reelquant.nn.around.attention_choice import best, compare_attention
 from reelquant.nn.around.attention_facts import AttentionFacts, expected_attention
+from reelquant.nn.around.attention_logits import ScaledLogits, count_tokens, scale_logits, scaled_logits
 from reelquant.nn.around.attention_plan import AttentionPlan, placed
 from reelquant.nn.extended import prepares_input, quantized_class
 from reelquant.nn.finite import broken, check_finite, check_tensors, is_finite
@@ -30,6 +42,8 @@ from reelquant.nn.transplant import take_over_codes
 __all__ = [
     "LAYERS",
     "SHIFT_DTYPE",
+    "AroundAttention",
+    "AttentionCall",
     "AttentionFacts",
     "AttentionPlan",
     "Clipped",
@@ -42,7 +56,9 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "Saturation",
+    "ScaledLogits",
     "TensorLayout",
+    "around_attention",
     "ask_attention",
     "asked_attention",
     "attention_facts",
@@ -53,6 +69,7 @@ __all__ = [
     "check_tensors",
     "compare_attention",
     "count_tensors",
+    "count_tokens",
     "count_weights",
     "dequantized",
     "expected_attention",
@@ -64,9 +81,13 @@ __all__ = [
     "mix_name",
     "placed",
     "prepares_input",
+    "put_around_attention",
     "quantized_class",
     "quantized_layers",
+    "remove_around_attention",
     "round_attention",
+    "scale_logits",
+    "scaled_logits",
     "set_attention",
     "set_kernels",
     "set_module",

@@ -43,17 +43,20 @@ class Steps:
     example: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     halves: Counter[int] = field(default_factory=Counter)
 
-    def see(self, timestep: Tensor | float | None) -> None:
+    def see(self, timestep: Tensor | float | None, part: int | None = None) -> None:
         """Count a call of the denoiser with this timestep; of several timesteps, with the largest.
 
         Without one, as encoders of pictures are called, every call is a run of its own.
+
+        Args:
+            part: number of the sampler run, where it is known; else a timestep that was seen before the present one begins the next.
         """
         value = time_of(timestep)
         if value not in self.timesteps:
             self.timesteps.append(value)
         index = self.timesteps.index(value)
         again = self.calls > 0 if timestep is None else index < self.current
-        self.part += again  # back to an earlier step: the sampler started again
+        self.part = self.part + again if part is None else part  # back to an earlier step: the sampler started again
         self.current = index
         self.calls += 1
 
@@ -74,11 +77,13 @@ def observe(
     timestep_of: Callable[[tuple[Any, ...], dict[str, Any]], Any],
     watched: Mapping[str, InputStatistics],
     run: Callable[[], None],
-    on_call: Callable[[int], None] = lambda calls: None,
+    on_call: Callable[[Call], None] = lambda call: None,
     half_of: Callable[[tuple[Any, ...], dict[str, Any]], int] = lambda args, kwargs: ANY,
     probing: Callable[[], bool] = lambda: False,
     prepared: Container[str] = (),
     frames_of: Callable[[tuple[Any, ...], dict[str, Any]], int] = lambda args, kwargs: 1,
+    part_of: Callable[[], int | None] = lambda: None,
+    whole: bool = True,
 ) -> Steps:
     """Run the pipeline once and fill the statistics.
 
@@ -87,29 +92,34 @@ def observe(
         timestep_of: reads the timestep out of ``(args, kwargs)`` of a denoiser call.
         watched: layer name -> statistics of its input.
         run: samples with the real pipeline.
-        on_call: gets the number of denoiser calls so far, for progress.
+        on_call: hears of every call of the denoiser, before it is made.
         half_of: which half of a guidance pair a denoiser call computes, as :mod:`reelquant.clock` numbers them.
         probing: whether the run that is going on samples probes.
         prepared: layers that change their input before they multiply; what they multiply is looked at.
         frames_of: how many frames the latents of a denoiser call have.
+        part_of: the number of the sampler run that is going on, where it is known.
+        whole: all runs are made here; else there may be none.
 
     Raises:
         CalibrationError: if the denoiser was never called, or an input was NaN or infinite.
     """
     steps, half, frames = Steps(), [ANY], [1]
 
+    def here() -> Call:
+        return Call(steps.current, steps.part, half[0], probing(), frames[0])
+
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        steps.see(timestep_of(args, kwargs))
+        steps.see(timestep_of(args, kwargs), part_of())
         steps.example = steps.example or (args, kwargs)
         half[0], frames[0] = half_of(args, kwargs), frames_of(args, kwargs)
         steps.halves[half[0]] += 1
-        on_call(steps.calls)
+        on_call(here())
 
     with _hooks() as handles:
         handles.append(denoiser.register_forward_pre_hook(before, with_kwargs=True))
-        handles += _looks(denoiser, watched, prepared, lambda: Call(steps.current, steps.part, half[0], probing(), frames[0]))
+        handles += _looks(denoiser, watched, prepared, here)
         run()
-    if not steps.calls:
+    if whole and not steps.calls:
         raise CalibrationError(f"sampling never called the denoiser ({type(denoiser).__name__}): is it the pipeline's own module?")
     # The first step with NaN comes first, and the sort is stable: of the layers that broke at that step, the one that ran first.
     for statistics in sorted(watched.values(), key=lambda statistics: statistics.bad_from()):

@@ -10,12 +10,13 @@ from typing import Any, cast
 from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError
+from reelquant.reuse.attention import AttentionReuse
 from reelquant.reuse.blocks import BlockReuse
 from reelquant.reuse.reuse import Installed, Reuse, all_computed, installed_reuse, put, remove_reuse, stored_reuse
 from reelquant.reuse.temporal_table import TemporalTable, add_table, drop_unused
 from reelquant.stages import Stage, register
 
-REUSES: dict[str, type[Stage]] = {"blocks": BlockReuse, "temporal_table": TemporalTable}
+REUSES: dict[str, type[Stage]] = {"blocks": BlockReuse, "attention": AttentionReuse, "temporal_table": TemporalTable}
 register_reuse = functools.partial(register, REUSES, "reuse")
 
 
@@ -38,6 +39,7 @@ def install_stored(model: nn.Module, stored: Mapping[str, Any]) -> None:
 
 __all__ = [
     "REUSES",
+    "AttentionReuse",
     "BlockReuse",
     "Installed",
     "Reuse",

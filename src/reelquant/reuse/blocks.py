@@ -4,15 +4,20 @@ Papers: FORA (arXiv 2407.01425) reuses the outputs of attention and feed-forward
 reuses the change that a stretch of blocks makes, so that what earlier blocks computed at this step is not lost. TaylorSeer (arXiv
 2503.06923) forecasts instead of repeating. CacheQuant (arXiv 2503.01323) fits what it reuses to recorded features. DeepCache (arXiv
 2312.00858) keeps the output of a UNet's deep blocks, Faster Diffusion (arXiv 2312.09608) those of its encoder. Ours is one mechanism
-with these as its settings. Deviations: one stretch serves all steps (Delta-DiT moves it from the last to the first blocks in the course
-of a clip); every tensor that flows through a chain of blocks has a change of its own (hidden states and text); so has every call of a
-step (the two halves of guidance); fitted are weights of the last results, the same for all channels (CacheQuant: a scale and an offset
-for every channel of the last one); a UNet's blocks are kept or computed as a whole (DeepCache cuts between their layers); steps of
-Faster Diffusion do not run in parallel.
+with these as its settings. Deviations: every tensor that flows through a chain of blocks has a change of its own (hidden states and
+text); so has every call of a step (the two halves of guidance); the steps at which Delta-DiT's stretch moves from the last to the first
+blocks are told by their timesteps; ProfilingDiT (arXiv 2504.03140) looks at attention maps for the blocks that can be reused, ours at
+how much their change differs from step to step; fitted are weights of the last results, the same for all channels (CacheQuant: a scale
+and an offset for every channel of the last one); a UNet's blocks are kept or computed as a whole (DeepCache cuts between their layers);
+steps of Faster Diffusion do not run in parallel. A step can also be computed because the blocks before the stretch say that much has
+changed, as in TeaCache (arXiv 2411.19108) and the first-block cache of ParaAttention; compared is what enters the stretch (theirs: the
+modulated input of the first block, or the change that it makes).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +31,7 @@ from reelquant.nn import get_module
 from reelquant.reuse.chain import Link
 from reelquant.reuse.history import check_order
 from reelquant.reuse.outputs import Output
+from reelquant.reuse.profile import steadiest
 from reelquant.reuse.reuse import Reuse
 from reelquant.reuse.schedule import Schedule
 from reelquant.reuse.stretch import StandIn, Stretch, Watcher
@@ -57,6 +63,13 @@ class BlockReuse(Reuse):
         fitted: weights of the last ``order + 1`` results at steps that are not computed, instead of those of the polynomial: for every such
             step its timestep and the weights, oldest first, all in one list. ``reelquant tune`` fits them. Timesteps that are not listed
             get the polynomial.
+        threshold: the stretch is also computed where what enters it has changed by more than this since it was last computed: the mean
+            absolute difference over the mean absolute value. 0 leaves this test out. ``every`` then says after how many steps the stretch
+            is computed at the latest.
+        profiled: instead of a stretch, this share of the blocks of a chain: those whose change differs least from step to step, see
+            :mod:`reelquant.reuse.profile`. 0 for none.
+        late: another stretch, which takes the place of ``stretch`` late in a trajectory; empty for none.
+        boundary: ``late`` begins at this share of the first timestep.
     """
 
     every: int = 2
@@ -65,6 +78,10 @@ class BlockReuse(Reuse):
     stretch: tuple[float, float] = (0.25, 0.75)
     order: int = 0
     fitted: tuple[float, ...] = ()
+    threshold: float = 0.0
+    profiled: float = 0.0
+    late: tuple[float, ...] = ()
+    boundary: float = 0.5
     always: ClassVar[Mapping[str, Any]] = {"every": 1}
 
     def __post_init__(self) -> None:
@@ -75,8 +92,17 @@ class BlockReuse(Reuse):
                 f"'fitted' of reuse 'blocks' lists a timestep and {self.order + 1} weights for every step, {self.order + 2} numbers each, "
                 f"got {len(self.fitted)} numbers"
             )
-        if len(self.stretch) != 2 or not 0 <= self.stretch[0] < self.stretch[1] <= 1:
-            raise RecipeError(f"'stretch' of reuse 'blocks' is a start and an end, like [0.25, 0.75], got {list(self.stretch)}")
+        for name, part in {"stretch": self.stretch, "late": self.late or self.stretch}.items():
+            if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+                raise RecipeError(f"'{name}' of reuse 'blocks' is a start and an end, like [0.25, 0.75], got {list(part)}")
+        if not self.threshold >= 0:
+            raise RecipeError(f"'threshold' of reuse 'blocks' is a relative change like 0.1, or 0 for none, got {self.threshold}")
+        if not 0 <= self.profiled <= 1:
+            raise RecipeError(f"'profiled' of reuse 'blocks' is a share of the blocks, 0 to 1, got {self.profiled}")
+        if self.profiled and self.late:
+            raise RecipeError(f"'profiled' of reuse 'blocks' takes the place of stretches; drop it, or 'late': {list(self.late)}")
+        if not 0 < self.boundary < 1:
+            raise RecipeError(f"'boundary' of reuse 'blocks' lies between 0 and 1, got {self.boundary}")
 
     @property
     def schedule(self) -> Schedule:
@@ -89,24 +115,58 @@ class BlockReuse(Reuse):
         width = self.order + 2
         return [tuple(self.fitted[start : start + width]) for start in range(0, len(self.fitted), width)]
 
+    @property
+    def in_memory(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "reuse 'blocks' samples it to profile its blocks; give a stretch instead of 'profiled'" if self.profiled else None
+
+    @property
+    def needs_data(self) -> bool:
+        return bool(self.profiled)
+
+    def held_out_runs(self, steps: int) -> int:
+        return 1 if self.profiled else 0
+
     def facts(self, work: ModelWork) -> dict[str, Any]:
-        """Paths of the blocks in execution order, what is kept of them, and the names of two arguments of the denoiser."""
+        """Paths of the blocks in execution order, what is kept of them, and the names of two arguments of the denoiser.
+
+        ``late`` are the blocks of the late stretch, where there is one; ``runs`` the blocks in groups of consecutive ones, if they are
+        more than one stretch.
+        """
         timestep, latent = work.map.timestep_argument, work.map.latent_argument
         if timestep is None or latent is None:
             raise UnsupportedError(f"reuse 'blocks' follows the timestep, and '{work.component}' has none; use it for a denoiser")
         chain = _chain(work.denoiser, work.map.blocks)
         blocks = chain or list(work.map.blocks)
-        start, end = (share * len(blocks) for share in self.stretch)
-        chosen = blocks[int(start) : int(-(-end // 1))]
-        if len(chosen) < 2:
-            raise UnsupportedError(
-                f"reuse 'blocks' needs two blocks or more, and the stretch {list(self.stretch)} of the {len(blocks)} blocks of "
-                f"{work.map.cls} holds {len(chosen)}; give a wider stretch"
-            )
-        return {"blocks": chosen, "keeps": "change" if chain else "outputs", "timestep": timestep, "latent": latent}
+        common = {"keeps": "change" if chain else "outputs", "timestep": timestep, "latent": latent}
+        if self.profiled:
+            if chain is None:
+                raise UnsupportedError(f"'profiled' of reuse 'blocks' needs a chain of blocks, and {work.map.cls} has none; give a stretch")
+            chosen = steadiest(work, chain, self.profiled, BlockReuse(every=1), {"blocks": chain} | common)
+            return {"blocks": chosen, "runs": _runs(chain, chosen)} | common
+        late = {"late": _inside(blocks, self.late, work.map.cls)} if self.late else {}
+        chosen = _inside(blocks, self.stretch, work.map.cls)
+        return {"blocks": chosen} | common | late
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledBlocks:
         return InstalledBlocks(model, self, facts)
+
+
+def _inside(blocks: Sequence[str], stretch: Sequence[float], cls: str) -> list[str]:
+    """The blocks of a stretch."""
+    start, end = (share * len(blocks) for share in stretch)
+    chosen = [*blocks[int(start) : int(-(-end // 1))]]
+    if len(chosen) < 2:
+        raise UnsupportedError(
+            f"reuse 'blocks' needs two blocks or more, and the stretch {list(stretch)} of the {len(blocks)} blocks of {cls} holds "
+            f"{len(chosen)}; give a wider stretch"
+        )
+    return chosen
+
+
+def _runs(chain: Sequence[str], chosen: Sequence[str]) -> list[list[str]]:
+    """Some blocks of a chain in groups of consecutive ones."""
+    groups = itertools.groupby(chain, key=lambda name: name in chosen)
+    return [list(names) for wanted, names in groups if wanted]
 
 
 def _chain(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
@@ -125,16 +185,24 @@ def _chain(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
 
 
 class InstalledBlocks:
-    """A stretch of blocks that is reused."""
+    """Stretches of blocks that are reused: one, several at once, or one early and one late in a trajectory."""
 
     def __init__(self, model: nn.Module, stage: BlockReuse, facts: Mapping[str, Any]) -> None:
         self.read_timestep, self.read_latent = (timestep_reader(model, facts[key]) for key in ("timestep", "latent"))
-        self.stretch, names = Stretch(stage.schedule, stage.order, stage.rows), facts["blocks"]
-        stands = KEEPS[facts.get("keeps", "change")]
-        ends = {"first": names[0], "last": names[-1]}
-        self.blocks = [
-            stands(name, get_module(model, name), self.stretch, **{end: name == one for end, one in ends.items()}) for name in names
-        ]
+        self.boundary, stands = stage.boundary, KEEPS[facts.get("keeps", "change")]
+        self.blocks: list[StandIn] = []
+
+        def made(names: Sequence[str]) -> Stretch:
+            stretch = Stretch(stage.schedule, stage.order, stage.rows, stage.threshold)
+            ends = {"first": names[0], "last": names[-1]}
+            self.blocks += [
+                stands(name, get_module(model, name), stretch, **{end: name == one for end, one in ends.items()}) for name in names
+            ]
+            return stretch
+
+        self.early = [made(names) for names in facts.get("runs", [facts["blocks"]])]
+        self.late = [made(facts["late"])] if "late" in facts else []
+        self.stretches = [*self.early, *self.late]
         self.handle = model.register_forward_pre_hook(self.begin, with_kwargs=True)
 
     @torch.compiler.disable
@@ -144,13 +212,18 @@ class InstalledBlocks:
             raise UnsupportedError(f"{type(model).__name__} reuses blocks already; call disable_cache() to undo diffusers' own cache")
         timestep, latent = self.read_timestep(args, kwargs), self.read_latent(args, kwargs)
         if torch.is_grad_enabled() or timestep is None or not isinstance(latent, Tensor):
-            self.stretch.compute()
-        else:
-            self.stretch.begin(float(torch.as_tensor(timestep).float().amax()), latent)
+            for stretch in self.stretches:
+                stretch.compute() if stretch in self.early else stretch.rest()
+            return
+        trajectories = [stretch.follow(float(torch.as_tensor(timestep).float().amax()), latent) for stretch in self.stretches]
+        late = bool(self.late) and trajectories[0].timestep <= self.boundary * trajectories[0].start
+        for stretch, trajectory in zip(self.stretches, trajectories, strict=True):
+            stretch.begin() if (stretch in self.late) == late else stretch.rest(trajectory)
 
     def watch(self, watcher: Watcher | None) -> None:
         """Let somebody hear what is kept, or nobody."""
-        self.stretch.watcher = watcher
+        for stretch in self.stretches:
+            stretch.watcher = watcher
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -161,21 +234,26 @@ class InstalledBlocks:
 
     def reset(self) -> None:
         """Forget every trajectory, its tensors and all counts."""
-        self.stretch.reset()
+        for stretch in self.stretches:
+            stretch.reset()
 
     def counts(self) -> dict[str, int]:
-        """Passes through the stretch."""
+        """Passes through stretches."""
         found = {"computed": 0, "reused": 0}
-        for (name, _), count in self.stretch.counted.items():
+        for (name, _), count in self._counted.items():
             found[name] += count
         return found
 
     def by_step(self) -> dict[int, tuple[int, int]]:
-        """Passes through the stretch that were computed, and those that were reused, by the number of the step."""
-        counted = self.stretch.counted
+        """Passes through stretches that were computed, and those that were reused, by the number of the step."""
+        counted = self._counted
         return {step: (counted["computed", step], counted["reused", step]) for step in sorted({step for _, step in counted})}
 
     @property
+    def _counted(self) -> Counter[tuple[str, int]]:
+        return sum((stretch.counted for stretch in self.stretches), Counter())
+
+    @property
     def parts(self) -> list[str]:
-        """Module paths of the blocks that are reused."""
-        return [block.name for block in self.blocks]
+        """Module paths of the blocks that are reused at some time."""
+        return list(dict.fromkeys(block.name for block in self.blocks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,6 +13,8 @@ from reelquant.reuse.trajectory import Trajectory, kind
 
 CHANGE = "change"
 """The name of what a chain keeps."""
+MISSING = ""
+"""A slot that no block takes anything in."""
 
 
 class Wiring(NamedTuple):
@@ -79,10 +81,22 @@ class Link(StandIn):
         facts["slots"] = tuple(places)
 
     def _keep(self, facts: dict[str, Any], *, single: bool) -> None:
-        given, wiring = facts["given"], Wiring(facts["slots"], single, tuple(one is not None for one in facts["given"]))
+        given, slots = facts["given"], facts.get("slots") or _alike(facts["given"], self.stretch.running.entered)
+        wiring = Wiring(slots, single, tuple(one is not None for one in given))
         entered = [self.stretch.running.entered.get(slot) for slot in wiring.slots]
         if len(entered) != len(given) or any(kind(a) != kind(b) for a, b in zip(entered, given, strict=True) if b is not None):
             raise self.refusal(f"'{self.name}' does not give tensors like those that the first block of the stretch takes")
         trajectory = self.stretch.trajectory
         trajectory.notes[trajectory.call] = wiring
         self.stretch.keep(CHANGE, [after - before for after, before in zip(given, entered, strict=True) if after is not None])
+
+
+def _alike(given: Sequence[Any], taken: Mapping[Slot, Any]) -> tuple[Slot, ...]:
+    """Where a single block takes what it gives: for each tensor the first slot with one of its form, in the order of the slots."""
+    left = {slot: kind(value) for slot, value in taken.items() if isinstance(value, Tensor)}
+    found: list[Slot] = []
+    for one in given:
+        slot = next((slot for slot, form in left.items() if form == kind(one)), MISSING)
+        left.pop(slot, None)
+        found.append(slot)
+    return tuple(found)

@@ -28,7 +28,7 @@ class Installed(Protocol):
         ...
 
     def counts(self) -> dict[str, int]:
-        """How often a part was computed, and how often an earlier result stood for it: ``computed`` and ``reused``."""
+        """How much was computed, and what earlier results stood for, in the stage's ``unit``: ``computed`` and ``reused``."""
         ...
 
     def by_step(self) -> dict[int, tuple[int, int]]:
@@ -51,9 +51,13 @@ class Reuse(Stage):
 
     Attributes:
         always: parameters with which everything is computed; results are then those without the reuse, bit for bit.
+        unit: what is counted, in the plural, for reports.
+        things: what the parts are, in the plural, for reports.
     """
 
     always: ClassVar[Mapping[str, Any]]
+    unit: ClassVar[str] = "calls"
+    things: ClassVar[str] = "blocks"
     samples: ClassVar[bool] = False
     exclusive: ClassVar[bool] = True
     default_on: ClassVar[str] = "*"

@@ -23,6 +23,10 @@ Watcher = Callable[[Trajectory, Any, tuple[Tensor, ...]], None]
 """Hears what is kept: the trajectory, what it belongs to, the tensors."""
 
 
+ENTERED = "features that entered"
+"""A note of a trajectory, by the number of the call: for the test of how much they change."""
+
+
 @dataclass(eq=False)
 class Pass:
     """One way through the stretch.
@@ -48,14 +52,14 @@ class _Now(threading.local):
 class Stretch:
     """What the blocks of a stretch share. A copy starts with nothing to reuse."""
 
-    def __init__(self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = ()) -> None:
-        self.schedule, self.order, self.fitted = schedule, order, tuple(fitted)
+    def __init__(self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = (), threshold: float = 0.0) -> None:
+        self.schedule, self.order, self.fitted, self.threshold = schedule, order, tuple(fitted), threshold
         self.now = _Now()
         self.counted: Counter[tuple[str, int]] = Counter()  # passes that were computed or reused, and at which step
         self.watcher: Watcher | None = None
 
     def __reduce__(self) -> Any:
-        return Stretch, (self.schedule, self.order, self.fitted)
+        return Stretch, (self.schedule, self.order, self.fitted, self.threshold)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -69,30 +73,50 @@ class Stretch:
         assert self.now.running is not None
         return self.now.running
 
-    def begin(self, timestep: float, latent: Tensor) -> None:
-        """The denoiser is called."""
+    def follow(self, timestep: float, latent: Tensor) -> Trajectory:
+        """The denoiser is called: take the call into the trajectory, or begin another one."""
         now = self.now
         if now.trajectory is None or not now.trajectory.goes_on(timestep, latent):
             now.trajectory = Trajectory(timestep, latent)
+        return now.trajectory
+
+    def begin(self) -> None:
+        """The stretch acts in this call of the denoiser."""
         if self._computes_always() and self.watcher is None:
-            self.compute(now.trajectory)
+            self.compute(self.now.trajectory)
         else:
-            now.running = Pass()
+            self.now.running = Pass()
 
     def _computes_always(self) -> bool:
         return not self.schedule.at and self.schedule.every == 1
 
+    def rest(self, trajectory: Trajectory | None = None) -> None:
+        """Another stretch acts in this call of the denoiser; without a trajectory the next call begins one."""
+        self.now.trajectory, self.now.running = trajectory, None
+
     def compute(self, trajectory: Trajectory | None = None) -> None:
         """The denoiser is called, computes everything, and keeps nothing; without a trajectory the next call begins one."""
-        self.now.trajectory, self.now.running = trajectory, None
+        self.rest(trajectory)
         self.counted["computed", 0 if trajectory is None else trajectory.step] += 1
 
     def enter(self, taken: Mapping[Slot, Any], fits: Callable[[Trajectory], bool]) -> None:
         """The first block is called: decide whether the stretch is computed."""
         running, trajectory = self.running, self.trajectory
-        computes = self.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before)
+        computes = self.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before) or self._changed(taken)
         running.entered, running.reuses = taken, not computes and fits(trajectory)
         self.counted["reused" if running.reuses else "computed", trajectory.step] += 1
+        if self.threshold and not running.reuses:
+            trajectory.notes[ENTERED, trajectory.call] = _features(taken).clone()  # a block may write into what it takes
+
+    def _changed(self, taken: Mapping[Slot, Any]) -> bool:
+        """Whether what enters has changed too much since the stretch was last computed."""
+        before = self.trajectory.notes.get((ENTERED, self.trajectory.call))
+        if before is None:
+            return False
+        now = _features(taken)
+        if now.shape != before.shape:
+            return True
+        return float((now - before).float().abs().mean()) > self.threshold * float(before.float().abs().mean())
 
     def history(self, name: Any) -> History | None:
         """What this call of earlier steps gave, or None."""
@@ -118,6 +142,12 @@ class Stretch:
     def leave(self) -> None:
         """The last block was called."""
         self.now.running = None
+
+
+def _features(taken: Mapping[Slot, Any]) -> Tensor:
+    """What a block takes first of all tensors that are more than vectors: the hidden states. Embeddings of the timestep are vectors."""
+    tensors = [value for value in taken.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return next((one for one in tensors if one.ndim > 2), tensors[0])
 
 
 class StandIn(ABC):

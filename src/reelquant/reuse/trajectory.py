@@ -25,6 +25,7 @@ class Trajectory:
 
     Attributes:
         timestep, latent: of the last call.
+        start: the timestep of the first step.
         before: the timestep of the step before; None in the first.
         step: the number of the step, counted from 0.
         call: the number of the call in this step: the two halves of guidance are two calls, or one.
@@ -39,6 +40,10 @@ class Trajectory:
     call: int = 0
     histories: dict[Hashable, History] = field(default_factory=dict)
     notes: dict[Hashable, Any] = field(default_factory=dict)
+    start: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.timestep
 
     def goes_on(self, timestep: float, latent: Tensor) -> bool:
         """Take one more call, unless it belongs to another trajectory. Two calls of a step have the same latents."""

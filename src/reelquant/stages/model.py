@@ -35,6 +35,11 @@ class ModelWork(Protocol):
         ...
 
     @property
+    def steps(self) -> int:
+        """Denoising steps of a full run."""
+        ...
+
+    @property
     def timesteps(self) -> list[float]:
         """Timesteps at which this denoiser was calibrated, in sampling order; empty without calibration."""
         ...

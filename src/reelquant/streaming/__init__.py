@@ -3,6 +3,7 @@
 from reelquant.streaming.estimate import Estimate, free_memory, parse_bytes
 from reelquant.streaming.job import Job
 from reelquant.streaming.run import quantize_folder
+from reelquant.streaming.shared import sharing
 from reelquant.streaming.source import Source
 
-__all__ = ["Estimate", "Job", "Source", "free_memory", "parse_bytes", "quantize_folder"]
+__all__ = ["Estimate", "Job", "Source", "free_memory", "parse_bytes", "quantize_folder", "sharing"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from reelquant.streaming.journal import Journal
 from reelquant.streaming.log import digest
 from reelquant.streaming.offload import OnDisk
 from reelquant.streaming.pieces import about, empty_layer, intact, read_about, record_in, write_piece
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -89,9 +91,8 @@ class DiskStore:
         """Inside, the denoiser runs block by block."""
         return self.disk.running(self.disk.present(self.plan.map.blocks), self.plan.map.apart)
 
-    @contextmanager
-    def sampling(self, phase: str, *content: Any) -> Iterator[None]:
-        """Inside, the pipeline samples block by block, and denoiser calls of an interrupted run answer from disk."""
+    def begun(self, phase: str, run: Callable[[], T], *content: Any) -> Callable[[], T]:
+        """The pipeline samples block by block, and denoiser calls of an interrupted run answer from disk."""
         self._phase = f"{phase}-{self.component}-{digest(content, self._installed_files())}"
         with ExitStack() as stack:
             for name, disk in self.job.source.disks.items():
@@ -99,7 +100,12 @@ class DiskStore:
                 stack.enter_context(disk.running(disk.present(plan.map.blocks), disk.present(plan.map.apart)))
             for peer in self.peers:
                 stack.enter_context(peer.keeper.remembering(peer.disk.model, self._phase))
-            yield
+            result = run()
+        return lambda: result
+
+    def each(self, phase: str, scores: Sequence[Callable[[], float]]) -> list[float]:
+        """One after the other."""
+        return [score() for score in scores]
 
     def _installed_files(self) -> dict[str, str]:
         return {

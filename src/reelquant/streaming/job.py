@@ -40,7 +40,7 @@ LARGE = 4  # a text encoder beyond this part of the budget stays on disk, too
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Those of the libraries that sample and compute, where they are installed."""
     found: dict[str, str] = {}
     for name in LIBRARIES:
@@ -147,7 +147,7 @@ class Job:
         return {
             "reelquant": __version__,
             "work": WORK,
-            **_versions(),
+            **versions(),
             "recipe": {name: plan.recipe.digest() for name, plan in self.plans.items()},
             "layers": digest(skipped),
             "dtype": str(self.source.dtype),

@@ -110,9 +110,17 @@ class Journal:
         tensors = load_file(record)
         if self._generator is not None:
             self._generator.set_state(tensors.pop("generator"))
-        values = [_own(tensors[str(i)], self.device) for i in range(len(tensors))]
+        values = [own_copy(tensors[str(i)], self.device) for i in range(len(tensors))]
         keys = _about(record, "keys")
-        return tuple(values) if keys is None else _output(dict(zip(keys, values, strict=True)))
+        return tuple(values) if keys is None else model_output(dict(zip(keys, values, strict=True)))
+
+    # --- a reelquant.engine.calibration.Keeper --------------------------------------------------------------------------------------
+
+    def saw(self, call: Call) -> None:
+        """Looks say which call they are of."""
+
+    def run(self) -> int | None:
+        """All runs are made, one after the other."""
 
     # --- statistics ---------------------------------------------------------------------------------------------------------------
 
@@ -208,15 +216,15 @@ class Journal:
             tensors = load_file(state)
             through = int(tensors.pop("call"))
             del tensors["looks"]
-            member.state = {name: _own(value, self.device) if value.dim() else value for name, value in tensors.items()}
+            member.state = {name: own_copy(value, self.device) if value.dim() else value for name, value in tensors.items()}
         for _, frame in self._log(number, kind).frames(through):
-            call = _call_of(frame)
+            call = call_in(frame)
             member.absorb({name: value.to(self.device) for name, value in frame.items()}, call)
 
     def read(self, number: int, own: InputStatistics) -> InputStatistics:
         """Fill empty statistics."""
         for _, frame in self._log(number, INPUTS).frames():
-            call = _call_of(frame)
+            call = call_in(frame)
             own.absorb({name: self._as_seen(name, value) for name, value in frame.items()}, call)
         for kind, member in _compacting(own).items():
             self._fill(number, kind, member)
@@ -239,17 +247,17 @@ def _compacting(own: InputStatistics) -> dict[str, Statistic]:
     return {name: member for name, member in own.members.items() if member.compacts}
 
 
-def _call_of(frame: dict[str, Tensor]) -> Call:
+def call_in(frame: dict[str, Tensor]) -> Call:
     """Take the call out of a frame."""
     return Call(**{field.name: frame.pop(field.name).item() for field in fields(Call)})
 
 
-def _own(value: Tensor, device: str) -> Tensor:
+def own_copy(value: Tensor, device: str) -> Tensor:
     """In memory of its own, not mapped from the file."""
     return value.to(device, copy=True)
 
 
-def _output(values: dict[str, Tensor]) -> Any:
+def model_output(values: dict[str, Tensor]) -> Any:
     """A model output with these members, as diffusers makes them."""
     from diffusers.utils import BaseOutput
 

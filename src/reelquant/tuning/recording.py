@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
 from reelquant._progress import Progress
+from reelquant._remarks import remark
 from reelquant.discover import denoisers_of, discover, plain
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.reuse import BlockReuse, installed_reuse, put, remove_reuse
 from reelquant.reuse.trajectory import Trajectory
 from reelquant.sites import DenoiserMap
+from reelquant.tuning.fresh_noise import noisy_steps
 from reelquant.tuning.schedules import Errors
+from reelquant.tuning.shared import Together
 
 ELEMENTS = 65_536
 """Values of a result that are looked at, of every clip's call and tensor."""
@@ -140,13 +143,19 @@ def timesteps_and_gram(
 
         installed.watch(watch)
         progress.phase("record", clips.steps(pipe))
-        latents = clips.latents(pipe, progress)
+        with noisy_steps(pipe.scheduler) as drawn:
+            latents = clips.latents(pipe, progress)
     steps = len(times)
     wanted = clips.steps(pipe)
     if steps < min(3, wanted) or sorted(times) != list(range(steps)):
         raise UnsupportedError(
             f"{type(pipe.scheduler).__name__} calls the denoiser in {wanted} steps of which {steps} follow each other: nothing can be "
             "reused from step to step; choose a sampler that calls it once a step, with falling timesteps"
+        )
+    if noisy := sum(drawn[: wanted - 1]):  # of one run; the last step may well add none
+        remark(
+            f"{type(pipe.scheduler).__name__} adds fresh noise at {noisy} of {wanted} steps: what was computed at one step says less about "
+            "the next, so expect to leave out few; a sampler without fresh noise lets you leave out more"
         )
     columns = [torch.stack([values[step] for step in range(steps)]) for values in seen.values() if len(values) == steps]
     gram = sum((column.double() @ column.double().T for column in columns), start=torch.zeros(steps, steps, dtype=torch.float64))
@@ -167,31 +176,47 @@ def single(timesteps: Sequence[float], step: int, stage: BlockReuse, order: int 
 
 
 def record(
-    pipe: Any, site: Site, stretch: tuple[float, float], clips: Clips, progress: Progress, done: Callable[[int], float | None], keep: Any
+    pipe: Any,
+    site: Site,
+    stretch: tuple[float, float],
+    clips: Clips,
+    progress: Progress,
+    done: Callable[[int], float | None],
+    keep: Any,
+    shared: Together | None = None,
 ) -> tuple[Errors, Seconds]:
     """Record trajectories, and measure what reusing each single step does to the final latents.
 
     Args:
         done: the damage of a step that an earlier run measured, or None.
-        keep: called with the number of a step and its damage.
+        keep: called with the number of a step and its damage, in the process that writes.
+        shared: processes that measure some of the steps each.
 
     Returns:
         What schedules are planned with, and what a call of the denoiser takes.
     """
     always = BlockReuse(every=1, stretch=stretch)
     timesteps, gram, latents = timesteps_and_gram(pipe, site, always, clips, progress)
-    flat = Errors(timesteps, gram, np.ones(len(timesteps)))
+    flat, shared = Errors(timesteps, gram, np.ones(len(timesteps))), shared or Together()
     weight = np.zeros(len(timesteps))
     progress.phase("errors of single steps", len(timesteps) - 1)
-    for step in range(1, len(timesteps)):
-        damage = done(step)
+
+    def measured(number: int) -> float:
+        damage = done(number + 1)
         if damage is None:
-            with reusing(site, single(timesteps, step, always)):
+            with reusing(site, single(timesteps, number + 1, always)):
                 damage = _damage(clips.latents(pipe), latents)
-            keep(step, damage)
-        weight[step] = damage / max(float(flat.of((step - 1,), [step])[0]), 1e-30)
+            if shared.first:
+                keep(number + 1, damage)
         progress.advance()
-    return Errors(timesteps, gram, weight, fitted=True), _seconds(pipe, site, always, clips, timesteps)
+        return damage
+
+    for step, damage in enumerate(shared.each("errors", len(timesteps) - 1, measured), 1):
+        weight[step] = damage / max(float(flat.of((step - 1,), [step])[0]), 1e-30)
+        if shared.first and done(step) is None:
+            keep(step, damage)
+    spent = shared.once("seconds", lambda: asdict(_seconds(pipe, site, always, clips, timesteps)))
+    return Errors(timesteps, gram, weight, fitted=True), Seconds(**spent)
 
 
 def _damage(found: Tensor, wanted: Tensor) -> float:

@@ -15,6 +15,7 @@ import torch
 
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant._progress import Progress, Silent
+from reelquant._version import __version__
 from reelquant.checkpoint import check_target, check_writable, refuse_source, save
 from reelquant.evidence.sampling import ClipSource
 from reelquant.evidence.store import write_json, write_text
@@ -28,7 +29,8 @@ from reelquant.reuse import BlockReuse, put
 from reelquant.tuning.curve import draw
 from reelquant.tuning.recording import Clips, Seconds, Site, record, reusing, site_of
 from reelquant.tuning.search import Goal, Search
-from reelquant.tuning.trials import Trial, Trials
+from reelquant.tuning.shared import together
+from reelquant.tuning.trials import Trial, Trials, name_of
 from reelquant.tuning.written import recipe_text, report_of
 
 RECORDED = 4  # clips that schedules are planned from
@@ -99,6 +101,7 @@ def tune(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     force: bool = False,
+    shared: bool = False,
     progress: Progress | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> Tuned:
@@ -127,26 +130,39 @@ def tune(
             "make them in more steps, or leave a pipeline for so few steps as it is"
         )
     identity = (Path(str(model)).name, ClipSource(model).identity)
-    known = KnownDamage(work, [identity, [str(text) for text in texts], call, stretch])
-    errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep)
+    settings = [identity, [str(text) for text in texts], call, stretch]
     judged = _held_out(pipe, held_out, clips, texts)
-    seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
-    trials = Trials(
-        pipe, site, work / "trials", identity, judged, seeds, call, goal.preset, goal.limits, None if weights is None else Path(weights),
-        progress,
-    )  # fmt: skip
-    trials.base()
-    search = Search(stretch, errors, seconds, trials)
-    chosen, speedup = _chosen(search, goal, lambda stage: in_turns(pipe, site, stage, trajectories, progress))
-    stage = None if chosen is None else search.stage(chosen.computed, chosen.order)
-    made = Tuned(stage, chosen, search.tried_all(), seconds, speedup, None if stage is None else output.absolute(), work)
-    write_json(work / "tuning.json", made.to_json())
-    draw(made.trials, chosen, work / "curve.png")
-    if stage is not None:
-        write_text(work / "recipe.yaml", recipe_text(site.denoiser, stage))
-        put(site.denoiser, "blocks", stage, stage.facts(site))
-        save(pipe, output, report_of(model), force=force)
+    facts = {"tried": [str(text) for text in judged], "goal": repr(goal), "settings": settings, "version": __version__}
+    with together(work, facts, shared=shared) as processes:
+        known = KnownDamage(work, settings)
+        errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes)
+        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
+        networks = None if weights is None else Path(weights)
+        trials = Trials(
+            pipe, site, work / "trials", identity, judged, seeds, call, goal.preset, goal.limits, networks, progress, shared=processes
+        )
+        trials.base()
+        search = Search(stretch, errors, seconds, trials)
+
+        def timed(stage: BlockReuse) -> float:
+            return processes.once(f"time-{name_of(stage)}", lambda: in_turns(pipe, site, stage, trajectories, progress))
+
+        chosen, speedup = _chosen(search, goal, timed)
+        stage = None if chosen is None else search.stage(chosen.computed, chosen.order)
+        made = Tuned(stage, chosen, search.tried_all(), seconds, speedup, None if stage is None else output.absolute(), work)
+        if processes.first:
+            _write(made, pipe, site, model, force=force)
     return made
+
+
+def _write(made: Tuned, pipe: Any, site: Site, model: str | Path, *, force: bool) -> None:
+    """What was found, as files; and the pipeline with the schedule, if there is one."""
+    write_json(made.work / "tuning.json", made.to_json())
+    draw(made.trials, made.chosen, made.work / "curve.png")
+    if made.stage is not None and made.output is not None:
+        write_text(made.work / "recipe.yaml", recipe_text(site.denoiser, made.stage))
+        put(site.denoiser, "blocks", made.stage, made.stage.facts(site))
+        save(pipe, made.output, report_of(model), force=force)
 
 
 def _chosen(search: Search, goal: Goal, timed: Any) -> tuple[Trial | None, float | None]:

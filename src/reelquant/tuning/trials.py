@@ -20,6 +20,7 @@ from reelquant.models.condition import texts_of
 from reelquant.models.described import described
 from reelquant.reuse import BlockReuse
 from reelquant.tuning.recording import Site, reusing
+from reelquant.tuning.shared import Together
 
 FIGURES = ("quick", "lpips_alex")
 """What is measured of every trial."""
@@ -83,6 +84,7 @@ class Trials:
         weights: folder with the networks of metrics.
         progress: receives the progress.
         batch: clips per call.
+        shared: processes that make some of the clips each; the first one measures.
     """
 
     pipe: Any
@@ -97,6 +99,7 @@ class Trials:
     weights: Path | None = None
     progress: Progress = field(default_factory=Silent)
     batch: int = 4
+    shared: Together = field(default_factory=Together)
 
     def base(self) -> None:
         """Make the clips without reuse."""
@@ -104,9 +107,13 @@ class Trials:
 
     def run(self, stage: BlockReuse, computed: Sequence[int], steps: int, speedup: float) -> Trial:
         """Make the clips with a schedule, and measure them against those without."""
-        key = hashlib.sha256(repr(stage).encode()).hexdigest()[:12]
-        name = f"{len(computed):02d}-of-{steps}-order-{stage.order}-{key}"
+        name = f"{len(computed):02d}-of-{steps}-order-{stage.order}-{name_of(stage)}"
         store, job = self._store(name, stage, self._settings(repr(stage)), self.folder / "base")
+        found = self.shared.once(f"trial-{name}", lambda: asdict(self._judged(store, job, stage, computed, steps, speedup)))
+        return Trial(**found | {"computed": tuple(found["computed"]), "failures": tuple(found["failures"])})
+
+    def _judged(self, store: Store, job: SamplingJob, stage: BlockReuse, computed: Sequence[int], steps: int, speedup: float) -> Trial:
+        """Measure the clips of a trial."""
         subject = Subject(self._clips(job), self._origin(), *self._named(job))
         made = judge(self._options(), store, subject, Times())
         trial = Trial(tuple(computed), steps, stage.order, _figures(made), _worst(made), _failures(made), round(speedup, 3))
@@ -116,13 +123,18 @@ class Trials:
     def _store(self, name: str, stage: BlockReuse | None, settings: Mapping[str, Any], base: Path | None = None) -> Any:
         """A folder with the clips of one variant in it."""
         store = Store(self.folder / name)
-        store.begin(settings, resume=True, force=False)
-        if base is not None:
-            store.borrow(base, settings)
-        job = SamplingJob(store, self.prompts, self.seeds, self.call, self.batch, self.progress)
+        if self.shared.first:
+            store.begin(settings, resume=True, force=False)
+            if base is not None:
+                store.borrow(base, settings)
+        shared = self.shared.clips(store, name)
+        job = SamplingJob(store, self.prompts, self.seeds, self.call, self.batch, self.progress, shared)
         words = "without reuse" if stage is None else name.partition("-order")[0].replace("-", " ") + f" steps, order {stage.order}"
+        side, variant = "reference" if stage is None else "test", Variant(Source(self.pipe, known_as=settings["test"]), words=words)
         with reusing(self.site, stage):
-            job.make("reference" if stage is None else "test", Variant(Source(self.pipe, known_as=settings["test"]), words=words))
+            job.make(side, variant)
+        if shared is not None:
+            job.take_over({side: variant})
         return store, job
 
     def _clips(self, job: SamplingJob) -> dict[str, dict[str, Clip]]:
@@ -151,6 +163,11 @@ class Trials:
 
     def _options(self) -> Options:
         return Options(FIGURES, weights=self.weights, gate=self.gate, fail_under=self.limits, progress=self.progress)
+
+
+def name_of(stage: BlockReuse) -> str:
+    """A short name for a schedule."""
+    return hashlib.sha256(repr(stage).encode()).hexdigest()[:12]
 
 
 def _figures(made: Evaluation) -> dict[str, float]:

@@ -57,9 +57,10 @@ def test_the_best_trajectory_wins_for_all() -> None:
     found = plan("model", CHOICE)
     seen: list[dict[str, float]] = []
 
-    def evaluate(assignment: Any) -> float:
-        seen.append({name: power(options) for name, options in assignment.items()})
-        return -abs(seen[-1]["blocks.*.wide"] - 0.5)
+    def evaluate(assignments: Any) -> list[float]:
+        tried = [{name: power(options) for name, options in one.items()} for one in assignments]
+        seen.extend(tried)
+        return [-abs(one["blocks.*.wide"] - 0.5) for one in tried]
 
     assignment, trials = choose(found, found.map.groups, evaluate)
     assert {name: power(options) for name, options in assignment.items()} == {"blocks.*.wide": 0.5, "blocks.*.slim": 0.5}
@@ -71,8 +72,8 @@ def test_families_are_refined_widest_first() -> None:
     found = plan("family", CHOICE)
     told = []
 
-    def evaluate(assignment: Any) -> float:
-        return -abs(power(assignment["blocks.*.wide"]) - 1.0) - 0.1 * abs(power(assignment["blocks.*.slim"]) - 0.0)
+    def evaluate(assignments: Any) -> list[float]:
+        return [-abs(power(one["blocks.*.wide"]) - 1.0) - 0.1 * abs(power(one["blocks.*.slim"]) - 0.0) for one in assignments]
 
     assignment, trials = choose(found, found.map.groups, evaluate, told.append)
     assert power(assignment["blocks.*.wide"]) == 1.0 and power(assignment["blocks.*.slim"]) == 0.0
@@ -83,7 +84,7 @@ def test_families_are_refined_widest_first() -> None:
 def test_nothing_open_samples_nothing() -> None:
     found = plan("family", [{"transform": "shift"}])
 
-    def evaluate(assignment: Any) -> float:
+    def evaluate(assignments: Any) -> list[float]:
         raise AssertionError
 
     assignment, trials = choose(found, found.map.groups, evaluate)

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import reelquant
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
+from reelquant._progress import Silent
+from reelquant._remarks import remarks
 from reelquant.models.sampling import sample
 from reelquant.recipes.recipe import load_recipe
 from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.tuning import Tuned
-from reelquant.tuning.recording import Seconds, reusing, site_of
+from reelquant.tuning.recording import Clips, Seconds, reusing, site_of, timesteps_and_gram
 from reelquant.tuning.trials import Trials
 from tests.tiny.stock import CALL, PROMPTS, stored_pipeline, wan_pipeline
 
@@ -176,6 +178,17 @@ def test_recording_changes_no_bit(quantized: Path) -> None:
         installed.watch(lambda trajectory, name, tensors: seen.append(trajectory.step))
         found = sample(pipe, PROMPTS, output="latent", **RUN)
     assert torch.equal(found, expected) and sorted(set(seen)) == list(range(STEPS))
+
+
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_a_sampler_that_adds_fresh_noise_is_named_before_anything_is_tried(quantized: Path, ancestral: bool) -> None:
+    pipe = reelquant.open_pipeline(quantized)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=ancestral)
+    with remarks() as said:
+        timesteps_and_gram(pipe, site_of(pipe), BlockReuse(every=1), Clips(PROMPTS[:1], [0], RUN), Silent())
+    noisy = f"adds fresh noise at {STEPS - 1} of {STEPS} steps"
+    assert [noisy in sentence for sentence in said] == [True] * ancestral
+    assert "step" not in vars(pipe.scheduler)
 
 
 def test_an_evaluation_says_which_blocks_were_computed_when(tuned: Tuned, quantized: Path, tmp_path: Path) -> None:

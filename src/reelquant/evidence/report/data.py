@@ -298,6 +298,8 @@ class ReuseData(Part):
     parts: Texts = ()
     share: Number = None
     steps: tuple[tuple[int, int, int], ...] = ()
+    unit: str = "calls"
+    things: str = "blocks"
 
 
 class SpreadData(Part):

@@ -107,13 +107,13 @@ def saturation_chart(found: SaturationData) -> Chart:
 
 
 def reuse_chart(found: ReuseData) -> Chart:
-    """The share of calls in which the blocks of a stretch were computed, step by step."""
-    title, about = "Blocks computed, step by step", "1: the blocks were computed; 0: earlier results stood for them."
+    """The share of what may be reused that was computed, step by step."""
+    title, about = f"{found.things.capitalize()} computed, step by step", "1: they were computed; 0: earlier results stood for them."
     if not found.steps:
         return Chart(title, about, missing="steps were not counted")
     x = [step + 1 for step, *_ in found.steps]
     y = [computed / max(computed + reused, 1) for _, computed, reused in found.steps]
-    return charts.line_chart(title, about, [Line("computed", "s-test", x, y)], "step", "share of calls", marks=True)
+    return charts.line_chart(title, about, [Line("computed", "s-test", x, y)], "step", f"share of {found.unit}", marks=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

@@ -145,8 +145,8 @@ def reuse(data: ReportData) -> str | None:
     found = data.reuse
     if found is None or found.share is None:
         return None
-    blocks = found.parts[0] if len(found.parts) == 1 else f"{len(found.parts)} blocks ({found.parts[0]} to {found.parts[-1]})"
-    return f"{percent(found.share)} of the calls of {blocks} were computed; earlier results stood for the others"
+    parts = found.parts[0] if len(found.parts) == 1 else f"{len(found.parts)} {found.things} ({found.parts[0]} to {found.parts[-1]})"
+    return f"{percent(found.share)} of the {found.unit} of {parts} were computed; earlier results stood for the others"
 
 
 def verdict(data: ReportData) -> tuple[Tone, list[str]]:

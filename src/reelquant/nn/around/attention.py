@@ -12,37 +12,38 @@ denoiser has a :class:`RoundedAttention`, the rounded one.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
-import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from reelquant.clock import NAME, Clock
+from reelquant.clock import NAME
 from reelquant.kernels import attention as fast
 from reelquant.kernels.attention import AttentionQuant, RoundedKernel
+from reelquant.nn.around.attention_around import PAIRS, AroundAttention, AttentionCall
 from reelquant.nn.around.attention_facts import STOCK, AttentionFacts, expected_attention
 from reelquant.nn.around.attention_plan import AttentionPlan
+from reelquant.nn.around.attention_running import Running, Where, end, enter_model, mark, row_in_graph, running, stack, unmark
 from reelquant.nn.around.graph import by_handle, handle_of, is_tracing
-from reelquant.nn.swap import get_module
 
 logger = logging.getLogger(__name__)
 HOOKS = "_reelquant_attention_hooks"
 ROUNDED = "_reelquant_rounded_attention"
 ASKED = "_reelquant_asked_attention"
-SITE = "_reelquant_attention_row"  # of a module that asks for attention, while it matters which one does
-SITE_HOOKS = "_reelquant_attention_site_hooks"
+STARTED = "_reelquant_started_attention"
+AROUND = "_reelquant_around_attention"
 PROTECTED = f"{STOCK}: protected step"
 UNROUNDED = f"{STOCK}: left in float here"
 WANTED = (PROTECTED, UNROUNDED)  # reasons for stock attention that a recipe has
-_thread = threading.local()
+_inside: tuple[int, int, list[Tensor]] | None = None
+"""For compiled graphs, which cannot look at threads: handles of what is around attention and of what rounds it (-1: none); step, and if it
+is protected."""
 
 
 class RoundedAttention:
@@ -92,85 +93,89 @@ class RoundedAttention:
         self.calls[reason] += 1
 
 
-@dataclass(frozen=True)
-class Where:
-    """Where a call of attention stands.
-
-    Attributes:
-        row: of the plan, by the module that asks.
-        slot: index of the denoising step.
-        protected: whether the step is protected.
-    """
-
-    row: int = 0
-    slot: int = 0
-    protected: bool = False
-
-
-@dataclass
-class Running:
-    """A denoiser that is being called."""
-
-    model: int  # its identity
-    rounded: RoundedAttention | None
-    clock: Clock | None
-    row: int = 0  # of the plan, by the module that is running
-
-    @property
-    def where(self) -> Where:
-        """Where a call of attention stands now."""
-        now = None if self.clock is None else self.clock.now()
-        return Where(self.row) if now is None else Where(self.row, int(now.slot), now.protected)
-
-
-_inside: tuple[int, list[Tensor]] | None = None
-"""The same for compiled graphs, which cannot look at threads: handle of the rounded attention (-1: none); step, and if it is protected."""
-_row = 0
-"""For compiled graphs, too: row of the plan, by the module that is running."""
-
-
 def start_attention(model: nn.Module) -> None:
     """Let a denoiser's attention be computed by :mod:`reelquant.kernels`; once or more often."""
-    _wrap()
-    if HOOKS not in vars(model):
-        handles = model.register_forward_pre_hook(_enter), model.register_forward_hook(_leave, always_call=True)
-        object.__setattr__(model, HOOKS, handles)
+    object.__setattr__(model, STARTED, True)
+    _settle(model)
 
 
 def stop_attention(model: nn.Module) -> None:
     """Undo :func:`start_attention`; what :func:`round_attention` asked for holds again after the next start."""
-    for handle in vars(model).pop(HOOKS, ()):
-        handle.remove()
-    _end(model)
+    vars(model).pop(STARTED, None)
+    _settle(model)
+    end(model)
+
+
+def put_around_attention(model: nn.Module, around: AroundAttention) -> None:
+    """Let an object decide what becomes of a denoiser's attention, whatever computes it then; another one of its order goes."""
+    others = [one for one in around_attention(model) if one.order != around.order]
+    object.__setattr__(model, AROUND, tuple(sorted([*others, around], key=lambda one: one.order)))
+    _settle(model)
+
+
+def remove_around_attention(model: nn.Module, around: AroundAttention) -> None:
+    """Undo :func:`put_around_attention`; nothing happens if it is not there."""
+    if around in around_attention(model):
+        rest = tuple(one for one in vars(model).pop(AROUND) if one is not around)
+        if rest:
+            object.__setattr__(model, AROUND, rest)
+        _settle(model)
+
+
+def around_attention(model: nn.Module) -> tuple[AroundAttention, ...]:
+    """What :func:`put_around_attention` put there, the outermost first."""
+    return getattr(model, AROUND, ())
+
+
+def _settle(model: nn.Module) -> None:
+    """Hang hooks on a denoiser, and on the modules that ask for attention, where something wants them, and nowhere else."""
+    around, rounded, started = around_attention(model), vars(model).get(ROUNDED), bool(vars(model).get(STARTED))
+    hooks = vars(model).get(HOOKS)
+    if hooks is None and (started or around):
+        _wrap()
+        handles = model.register_forward_pre_hook(_enter), model.register_forward_hook(_leave, always_call=True)
+        object.__setattr__(model, HOOKS, handles)
+    elif hooks is not None and not started and not around:
+        for handle in vars(model).pop(HOOKS):
+            handle.remove()
+    unmark(model)
+    plans = [] if rounded is None or rounded.plan.uniform else [rounded.plan.sites]
+    if around:
+        named = dict.fromkeys(name for sites in (*plans, *(one.sites for one in around)) for name in sites if name)
+        rows = {name: row for row, name in enumerate(("", *named))}
+        for one, inner in itertools.zip_longest(around, around[1:]):
+            one.names, one.inner, one.rounded, one.faster = tuple(rows), inner, rounded, started
+        mark(model, named, lambda name: rows.get(name, 0))
+    elif rounded is not None and plans:
+        mark(model, rounded.plan.sites, rounded.plan.row_of)
 
 
 @contextmanager
 def stock_attention(model: nn.Module) -> Iterator[None]:
     """Inside, nothing of ours computes a denoiser's attention; afterwards everything is as before."""
-    hooks, rounded = vars(model).get(HOOKS), vars(model).pop(ROUNDED, None)
+    started, rounded = vars(model).get(STARTED), vars(model).pop(ROUNDED, None)
     stop_attention(model)
     try:
         yield
     finally:
         if rounded is not None:
             object.__setattr__(model, ROUNDED, rounded)
-        if hooks is not None:
+        if started:
             start_attention(model)
 
 
 def round_attention(model: nn.Module, asked: AttentionPlan | AttentionQuant | None, kernels: str = "auto") -> None:
     """Let a denoiser's attention be rounded from its next call on, or not any more (None)."""
     vars(model).pop(ROUNDED, None)
-    _unmark(model)
-    if asked is not None:
+    if asked is None:
+        _settle(model)
+    else:
         plan = AttentionPlan.everywhere(asked) if isinstance(asked, AttentionQuant) else asked
         install_attention(model, RoundedAttention(plan, kernels))
 
 
 def install_attention(model: nn.Module, rounded: RoundedAttention) -> None:
     """Let an object of one's own compute a denoiser's attention, in the place of what :func:`round_attention` would make."""
-    _unmark(model)
-    _mark(model, rounded.plan)
     object.__setattr__(model, ROUNDED, rounded)
     start_attention(model)
 
@@ -187,93 +192,29 @@ def asked_attention(model: nn.Module) -> AttentionPlan | None:
     return vars(model).get(ASKED)
 
 
-def _mark(model: nn.Module, plan: AttentionPlan) -> None:
-    """Let calls of attention tell which module they come from, where that matters.
-
-    All modules of the classes that a plan names are marked: compiled code of one block serves the next one unless it has looked at
-    something in which they differ, and hooks are not looked at.
-    """
-    if plan.uniform:
-        return
-    kinds = tuple({type(get_module(model, name)) for name in plan.sites if name})
-    rows = {name: plan.row_of(name) for name, module in model.named_modules() if not name or isinstance(module, kinds)}
-    handles: list[RemovableHandle] = []
-    for name, row in rows.items():
-        if name:
-            module, outer = get_module(model, name), max((one for one in rows if _holds(one, name)), key=len)
-            object.__setattr__(module, SITE, (row, rows[outer]))
-            handles += [module.register_forward_pre_hook(_enter_site), module.register_forward_hook(_leave_site)]
-    object.__setattr__(model, SITE_HOOKS, handles)
-
-
-def _holds(outer: str, name: str) -> bool:
-    return not outer or name.startswith(f"{outer}.")
-
-
-def _unmark(model: nn.Module) -> None:
-    for handle in vars(model).pop(SITE_HOOKS, ()):
-        handle.remove()
-    for module in model.modules():
-        vars(module).pop(SITE, None)
-
-
-def _enter_site(module: nn.Module, args: Any) -> None:
-    _go(getattr(module, SITE)[0])
-
-
-def _leave_site(module: nn.Module, args: Any, output: Any) -> None:
-    _go(getattr(module, SITE)[1])
-
-
-def _go(row: int) -> None:
-    global _row
-    if torch.compiler.is_compiling():
-        _row = row
-    elif stack := _stack():
-        stack[-1].row = row
-
-
 def rounded_attention(model: nn.Module) -> RoundedAttention | None:
     """What :func:`round_attention` asked for."""
     return vars(model).get(ROUNDED)
 
 
-def running() -> bool:
-    """Whether a started denoiser is being called in this thread."""
-    return bool(_stack())
-
-
-def _stack() -> list[Running]:
-    """The denoisers that are being called in this thread, outermost first."""
-    if not hasattr(_thread, "stack"):
-        _thread.stack = []
-    return _thread.stack
-
-
-def _end(module: nn.Module) -> None:
-    """Take a denoiser, and those called inside of it, from the stack; nothing happens if it is not there."""
-    stack = _stack()
-    places = [place for place, one in enumerate(stack) if one.model == id(module)]
-    if places:
-        del stack[places[0] :]
-
-
 def _enter(module: nn.Module, args: Any) -> None:
-    global _inside, _row
-    rounded, clock = getattr(module, ROUNDED, None), getattr(module, NAME, None)
+    global _inside
+    outermost, rounded, clock = getattr(module, AROUND, (None,))[0], getattr(module, ROUNDED, None), getattr(module, NAME, None)
     watched = rounded is not None and clock is not None and (clock.protected_slots or rounded.plan.follows_steps)
-    _inside = -1 if rounded is None else rounded.handle, [clock.slot, clock.protected] if watched and clock is not None else []
-    _row = 0 if rounded is None else rounded.outside
+    step = [clock.slot, clock.protected] if watched and clock is not None else []
+    _inside = -1 if outermost is None else outermost.handle, -1 if rounded is None else rounded.handle, step
+    row = 0 if outermost is not None or rounded is None else rounded.outside
+    enter_model(row)
     if not torch.compiler.is_compiling():
-        _end(module)  # what an interrupt left behind
-        _stack().append(Running(id(module), rounded, clock, _row))
+        end(module)  # what an interrupt left behind
+        stack().append(Running(id(module), outermost or rounded, clock, row))
 
 
 def _leave(module: nn.Module, args: Any, output: Any) -> None:
     global _inside
     _inside = None
     if not torch.compiler.is_compiling():
-        _end(module)
+        end(module)
 
 
 def _wrap() -> None:
@@ -293,25 +234,41 @@ def _wrap() -> None:
     ) -> Tensor:
         more, scale = _more(dropout_p, is_causal, options), options.get("scale")
         masked = attn_mask is not None and not fast.over_keys(attn_mask, query, key)
+        usual = more is None and query.ndim == 4 and key.shape[:2] == query.shape[:2]
         if torch.compiler.is_compiling():
-            if _inside is not None and more is None and query.ndim == 4 and key.shape[:2] == query.shape[:2]:
-                handle, step = _inside
-                if handle < 0 and attn_mask is None:
+            if _inside is not None and usual:
+                around, handle, step = _inside
+                if around >= 0 and _fits(attn_mask, query, key):
+                    return torch.ops.reelquant.around_attention(query, key, value, scale, step, around, row_in_graph(), attn_mask)
+                if around < 0 and handle < 0 and attn_mask is None:
                     return torch.ops.reelquant.attention(query, key, value, scale)
-                if handle >= 0 and not masked:
-                    return torch.ops.reelquant.rounded_attention(query, key, value, scale, step, handle, _row, attn_mask)
+                if around < 0 <= handle and not masked:
+                    return torch.ops.reelquant.rounded_attention(query, key, value, scale, step, handle, row_in_graph(), attn_mask)
         elif running() and not is_tracing():
-            inner = _stack()[-1]
-            if inner.rounded is not None and (masked or more is not None):
-                inner.rounded.fall_back(f"{STOCK}: {more or 'a mask over pairs of tokens'}")
-            elif inner.rounded is not None:
-                return inner.rounded.attend(query, key, value, scale, inner.where, attn_mask)
-            elif attn_mask is None and more is None and fast.refuses(query, key, value) is None:
+            inner = stack()[-1]
+            acting, where, faster = inner.acting, inner.where, True
+            if isinstance(acting, AroundAttention):
+                if usual and _fits(attn_mask, query, key):
+                    return acting.attend(AttentionCall(query, key, value, scale, attn_mask), where)
+                acting, where, faster = acting.rounded, acting.within(where), acting.faster
+            if acting is not None and (masked or more is not None):
+                acting.fall_back(f"{STOCK}: {more}" if more else PAIRS)
+            elif acting is not None:
+                return acting.attend(query, key, value, scale, where, attn_mask)
+            elif faster and attn_mask is None and more is None and fast.refuses(query, key, value) is None:
                 return fast.attention(query, key, value, scale)
         return stock(query, key, value, attn_mask, dropout_p, is_causal, **options)
 
     scaled_dot_product_attention.reelquant = True  # type: ignore[attr-defined]
     F.scaled_dot_product_attention = scaled_dot_product_attention
+
+
+def _fits(mask: Tensor | None, query: Tensor, key: Tensor) -> bool:
+    """Whether a mask has the four axes of :class:`AttentionCall`."""
+    if mask is None:
+        return True
+    whole = *query.shape[:3], key.shape[2]
+    return mask.ndim == 4 and mask.shape[3] == whole[3] and all(size in (1, full) for size, full in zip(mask.shape, whole, strict=True))
 
 
 def _more(dropout: float, causal: bool, options: Mapping[str, Any]) -> str | None:
@@ -347,3 +304,16 @@ def _shape(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None, step: Sequence[Tensor], handle: int, row: int, mask: Tensor | None
 ) -> Tensor:
     return fast.declared(query, value)
+
+
+@torch.library.custom_op("reelquant::around_attention", mutates_args=())
+def _run_around(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, step: Sequence[Tensor], handle: int, row: int, mask: Tensor | None
+) -> Tensor:
+    """:meth:`AroundAttention.attend` in the same way."""
+    around: AroundAttention = by_handle(handle)
+    where = Where(row, int(step[0]), bool(step[1])) if step else Where(row)
+    return fast.declared(query, value).copy_(around.attend(AttentionCall(query, key, value, scale, mask), where))
+
+
+_run_around.register_fake(_shape)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from reelquant.kernels import attention as fast
 from reelquant.kernels.attention import REFERENCE, AttentionQuant
-from reelquant.nn.around.attention import RoundedAttention, Where, install_attention, round_attention, stop_attention
+from reelquant.nn.around.attention import RoundedAttention, install_attention, round_attention, stop_attention
 from reelquant.nn.around.attention_plan import AttentionPlan, Placed
+from reelquant.nn.around.attention_running import Where
 
 Errors = Mapping[str, Mapping[int, Sequence[float]]]
 """By site and slot: squared error of the output for each candidate, over the squares of the float output."""
