@@ -105,8 +105,8 @@ def evaluate(
     reference = float_original(test) if reference is None else reference
     check_sides("evaluate", {"reference": reference})
     folders = dict(output=output, weights=weights, data=data, reuse=reuse)
-    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, speed=speed)
-    settings |= {"progress": progress, "shared": shared}
+    settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, progress=progress)
+    settings |= dict(speed=speed, shared=shared)
     options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)
     return run.evaluate(
         test,

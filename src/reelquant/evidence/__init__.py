@@ -3,7 +3,8 @@ during quantization do not belong here.
 
 ``run`` evaluates and compares. It uses ``sampling`` (clips of each variant), ``measure`` (a row of figures per clip),
 ``evaluation`` (means, intervals, noise floor), ``gate`` (limits), ``judging`` (all of these, then the report) and
-``report`` (the page). ``metrics`` is the table of figures, ``mechanisms`` computes them, ``media`` reads and writes
+``report`` (the page); ``several`` does so for each of several tests. ``expected`` tells how long it will take, ``costs`` measures
+bytes and speed. ``metrics`` is the table of figures, ``mechanisms`` computes them, ``media`` reads and writes
 clips.
 """
 

@@ -96,7 +96,8 @@ def evaluate(
     number = str(dtype).removeprefix("torch.")
     with remarks() as told, _store(options, _settings(variants, number, drawn, seeds, call, batch)) as (store, shared):
         times = Times()
-        job, expected = _job(SamplingJob(store, drawn, seeds, call, batch, options.progress, shared), variants, options)
+        job = SamplingJob(store, drawn, seeds, call, batch, options.progress, shared)
+        job, expected = _expecting(job, variants, options)
         for name, variant in variants.items():
             with times.of(f"sample {variant.words}"):
                 job.make(name, variant)
@@ -104,22 +105,23 @@ def evaluate(
             if not job.take_over(variants):
                 return None
             shared.end()
-            job = replace(job, shared=None)
-        grain = _grain(replace(job, progress=options.progress), variants, grain_steps, own, times)
+        job = replace(job, shared=None, progress=options.progress)
+        grain = _grain(job, variants, grain_steps, own, times)
         origin = _origin(variants, number, job, proof, grain) | _counted(job)
         origin |= {"bytes": folder_bytes(test, reference, files), "speed": None}
         if options.speed:
-            with times.of("speed"):
-                how = dict(device=options.device, files=files, progress=options.progress, call=call)
-                origin["speed"] = speed(store, test, reference, drawn[0], **how)
+            origin["speed"] = _speed(job, test, reference, files, options, times)
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))
         warnings = [*causes, *told, *([sentence] if (sentence := job.saturation("test").sentence()) else [])]
         sets = {name: job.clips(name) for name in variants}
-        return judge(options, store, Subject(sets, origin, *named, warnings=warnings, expected=expected.seconds), times)
+        seconds = None if expected is None else expected.seconds
+        return judge(options, store, Subject(sets, origin, *named, warnings=warnings, expected=seconds), times)
 
 
-def _job(job: SamplingJob, variants: Mapping[str, Variant], options: Options) -> tuple[SamplingJob, Expected]:
-    """The job with somebody on the line who tells how long it will take."""
+def _expecting(job: SamplingJob, variants: Mapping[str, Variant], options: Options) -> tuple[SamplingJob, Expected | None]:
+    """The job with a progress that tells how long it will take; where processes share the clips, nothing is told."""
+    if job.shared is not None:
+        return job, None
     calls = {f"sample {variant.words}": len(job.left(name, variant)) for name, variant in variants.items()}
     timed = 2 * (ROUNDS + 1) / job.batch if options.speed else 0.0  # one clip at a time
     first = job.names[0]
@@ -131,10 +133,17 @@ def _job(job: SamplingJob, variants: Mapping[str, Variant], options: Options) ->
         options.progress,
         calls,
         len(job.names) * (len(variants) + options.tests_after),
-        look if hasattr(options.progress, "tell") and job.shared is None else None,  # shared clips are elsewhere at first
+        look if hasattr(options.progress, "tell") else None,
         options.tests_after * (-(-len(job.names) // job.batch) + timed) + timed,
     )
     return replace(job, progress=expected), expected
+
+
+def _speed(job: SamplingJob, test: Any, reference: Any, files: str | None, options: Options, times: Times) -> dict[str, Any]:
+    """Times and memory of both pipelines, which make the first clip in turns."""
+    with times.of("speed"):
+        how = dict(device=options.device, files=files, progress=options.progress, call=job.call)
+        return speed(job.store, test, reference, as_condition(job.prompts[0]), **how)
 
 
 def _counted(job: SamplingJob) -> dict[str, Any]:

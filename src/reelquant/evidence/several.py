@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from reelquant._errors import CheckpointError, RecipeError, printable
+from reelquant._errors import CheckpointError, RecipeError, UnsupportedError, printable
 from reelquant._markup import table
 from reelquant._numbers import count
 from reelquant._progress import tell
@@ -100,16 +100,14 @@ def evaluate_several(
         reference, prompts, options, files, how: as for :func:`reelquant.evidence.run.evaluate`.
 
     Raises:
-        RecipeError: for fewer than two tests, the same one twice, or if several processes are to share the work.
+        RecipeError: for fewer than two tests, or the same one twice.
         CheckpointError: if the output holds something else.
+        UnsupportedError: where processes share the clips.
     """
     options = options or Options()
-    names = names_of(tests)
     if options.shared:
-        raise RecipeError(
-            f"processes share the clips of one test, got {len(tests)}; evaluate each by itself, the others with the float clips of the "
-            "first (--reuse), or start one process"
-        )
+        raise UnsupportedError("several tests are not shared by processes; evaluate each of them so, or all in one process")
+    names = names_of(tests)
     for test in tests:  # all of them before the first is sampled
         check_described(test)
         refuse_pair(reference, test, files)
@@ -121,7 +119,7 @@ def evaluate_several(
                 options, output=root / name, reuse=root / names[0] if number else options.reuse, tests_after=len(names) - 1 - number
             )
             one = evaluate(test, reference, prompts, options=own, files=files, checked=True, **how)
-            assert one is not None  # nothing is shared
+            assert one is not None  # no other process has it
             made[name] = one
         data = _data(made)
         found = Evaluations(made, data, None if options.output is None else root)
@@ -129,8 +127,8 @@ def evaluate_several(
             options.progress.phase("write", 1)
             _write(found, options.shown)
         else:
-            for one in made.values():
-                one.folder = None
+            for evaluation in made.values():
+                evaluation.folder = None
     return found
 
 
