@@ -226,7 +226,11 @@ def _default(value: Any) -> str:
         return "required"
     if isinstance(value, BaseModel):
         return "see below"
-    return {None: "`null`", (): "none", "": "none"}.get(value, f"`{str(value).lower() if isinstance(value, bool) else value}`")
+    if value is None:
+        return "`null`"
+    if value in ((), "", {}):
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _keyed() -> Iterator[str]:
