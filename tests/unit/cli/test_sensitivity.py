@@ -85,4 +85,4 @@ def test_roles_of_a_model_without_a_table_come_with_what_was_measured_of_others(
     roles = {one["role"]: one for one in data["roles"]}
     assert not data["own"] and roles["prompt"]["layers"] == 14
     assert set(roles["main"]["trained"]) == {"tiny-dit", "tiny-unet"}
-    assert "measured on other, small models" in data["because"]
+    assert "measured on the small bundled pipelines" in data["because"]
