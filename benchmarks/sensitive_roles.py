@@ -18,20 +18,21 @@ from reelquant.allocate import SensitivityTable, load_table
 from reelquant.allocate.roles import nearest_four, role_shares
 from reelquant.models.pipelines import BUNDLED
 
+MEASURE = "gradient"
 FILE = Path("src/reelquant/recipes/roles.json")
 
 
 def roles(table: SensitivityTable) -> dict[str, Any]:
     """What the file says of a pipeline."""
-    shares = role_shares(table)
+    shares = role_shares(table, MEASURE)
     found = {one.role: {"layers": one.layers, "weights": round(one.weights, 4), "per_weight": round(one.per_weight, 3)} for one in shares}
-    return {"measure": table.measures[0], "clips": len(table.settings["prompts"]), "roles": found}
+    return {"measure": MEASURE, "clips": len(table.settings["prompts"]), "roles": found}
 
 
 def main() -> None:
     """Read the tables and write the file."""
     tables = {name: load_table(KEPT / name) for name in BUNDLED}
-    data = {"format": nearest_four(tables[BUNDLED[0]]), "trained": {name: roles(table) for name, table in tables.items()}}
+    data = {"format": nearest_four(tables[BUNDLED[0]], MEASURE), "trained": {name: roles(table) for name, table in tables.items()}}
     FILE.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     print(FILE)
 

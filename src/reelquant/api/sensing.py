@@ -40,8 +40,9 @@ def sensitivity(
 ) -> SensitivityTable:
     """Measure what rounding each layer to each format does to the clips of a float pipeline. The pipeline stays as it is.
 
-    Three ways fill one table. ``trajectory`` samples the clips once for every layer and format: the damage itself. ``gradient`` needs one
-    backward pass for every call of the clips, whatever the number of layers and formats, and tells steps and halves of guidance apart.
+    Three ways fill one table. ``trajectory`` samples the clips once for every layer and format: the damage itself. ``gradient`` needs three
+    backward passes through the sampler for every clip, whatever the number of layers and formats, and tells steps and halves of guidance
+    apart.
     ``noise`` multiplies the noise of rounding with how far injected noise reaches. All three are in one unit: squared error of the final
     latents over their variance. See :mod:`reelquant.damage`, and docs/sensitivity.md for the file.
 

@@ -43,7 +43,7 @@ def recipes(
     [cyan]reelquant recipes qvd-w8a8[/cyan]
     [cyan]reelquant recipes qvd-w8a8 --yaml > my.yaml[/cyan]        a start of your own
     [cyan]reelquant recipes my.yaml[/cyan]        also checks the file: unknown keys are errors
-    [cyan]reelquant recipes --for tiny-dit[/cyan]        which roles of its layers need bits, by what was measured of other models
+    [cyan]reelquant recipes --for tiny-dit[/cyan]        which roles of layers need bits
     [cyan]reelquant recipes --for map[/cyan]        the same by its own table, a folder that reelquant sensitivity wrote
 
     What [cyan]--yaml[/cyan] prints is a file for [cyan]quantize --recipe[/cyan]; docs/adding-a-method.md explains every key.

@@ -72,7 +72,7 @@ def _by_others(model: str) -> dict[str, Any]:
         rows.append({"role": role, "layers": count, "trained": trained})
     ways = ", ".join(f"{name} by {one['measure']}" for name, one in known["trained"].items())
     because = (
-        f"measured on other, small models, weights as {known['format']} ({ways}): no more than a first guess; "
+        f"measured on the small bundled pipelines, weights as {known['format']} ({ways}): for other models a first guess; "
         f"reelquant sensitivity {model} -o map measures this one"
     )
     return {"model": model, "own": False, "roles": rows, "because": because}

@@ -73,12 +73,12 @@ Method = Annotated[
 @more_help("""
     [bold]Examples[/bold]
 
-    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]                       measure by gradients
-    [cyan]reelquant sensitivity tiny-dit -o map --measure trajectory[/cyan]  a layer at a time, too
-    [cyan]reelquant sensitivity map[/cyan]                                   read it again
-    [cyan]reelquant sensitivity map --bits 4.5[/cyan]                        and divide a budget: map/recipe.yaml
-    [cyan]reelquant sensitivity map -r minmax-w6a6 --step-bits 6[/cyan]      a budget over the steps
-    [cyan]reelquant quantize tiny-dit -r map/recipe.yaml -o out[/cyan]       follow the recipe
+    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]          measure, by gradients
+    [cyan]reelquant sensitivity tiny-dit -o map --measure trajectory[/cyan]
+    [cyan]reelquant sensitivity map[/cyan]                      read it again
+    [cyan]reelquant sensitivity map --bits 4.5[/cyan]           divide: map/recipe.yaml
+    [cyan]reelquant sensitivity map -r minmax-w6a6 --step-bits 6[/cyan]
+    [cyan]reelquant quantize tiny-dit -r map/recipe.yaml -o out[/cyan]
 
     The table is map/sensitivity.json, the picture map/sensitivity.png. A run that was stopped goes on with the same command.
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from reelquant._errors import UnsupportedError
@@ -99,42 +98,33 @@ class _Deltas:
         return self._known[layer]
 
 
+Place = tuple[int, int]  # step and half of a call
+
+
 @dataclass(eq=False)
 class _Pass:
     """One trajectory forward and back.
 
     Attributes:
-        moved: for every call, in backward order: its step and half, what the error of each row of each layer moves ``[formats, rows]``,
-            and the squares of what inputs move ``[formats]``.
+        rows: by place and layer, what the error of each row of the weight moves, ``[formats, rows]``.
+        squares: by place and layer, the squares of what errors of the input move, ``[formats]``.
     """
 
     scene: Scene
     target: Target
     deltas: _Deltas
     inputs: tuple[str, ...]
-    moved: list[tuple[int, int, list[Tensor], list[Tensor]]] = field(default_factory=list)
-    _now: tuple[int, int] | None = None
+    rows: dict[tuple[Place, str], Tensor] = field(default_factory=dict)
+    squares: dict[tuple[Place, str], Tensor] = field(default_factory=dict)
 
     def run(self, clip: int, probe: int, cuts: Sequence[Cut]) -> np.ndarray:
         """Damages ``[cuts, layers, formats of weights and then of inputs]``."""
-        names = [layer.name for layer in self.target.layers]
-        squares = {name: torch.zeros(len(self.inputs), dtype=torch.float64) for name in names}
         with ExitStack() as stack:
-            weights = stack.enter_context(_weights_asked(self.scene.pipe, self.target))
+            stack.enter_context(_weights_asked(self.scene.pipe, self.target))
             stack.enter_context(following(self.scene.targets))
             stack.enter_context(_checkpointed(self.target.denoiser))
-            stack.enter_context(_inputs_asked(self.target, self.inputs, squares))
-
-            def flush() -> None:
-                if self._now is not None:
-                    rows = [self._by_rows(name, weight.grad) for name, weight in weights.items()]
-                    self.moved.append((*self._now, rows, [squares[name].clone() for name in names]))
-                for weight in weights.values():
-                    weight.grad = None
-                for one in squares.values():
-                    one.zero_()
-
-            stack.callback(self.target.denoiser.register_forward_hook(self._marking(flush)).remove)
+            for layer in self.target.layers:
+                self._listen(stack, layer.name)
             latents = self.scene.with_gradients(clip)
             if not latents.requires_grad:
                 raise UnsupportedError(
@@ -144,60 +134,90 @@ class _Pass:
             generator = torch.Generator().manual_seed(1000 * clip + probe)
             signs = torch.randint(0, 2, latents.shape, generator=generator).to(latents.device, latents.dtype) * 2 - 1
             latents.backward(signs)
-            flush()
-            self._now = None
         scale = 1 / max(float(latents.detach().float().var(correction=0)) * latents.numel(), 1e-30)
-        return np.stack([self._cut(cut, len(names)) for cut in cuts]) * scale
+        return np.stack([self._cut(cut) for cut in cuts]) * scale
 
-    def _marking(self, flush: Callable[[], None]) -> Callable[..., None]:
-        """Marks the output of every call: on the way back, whatever came before belongs to later calls."""
+    def _listen(self, stack: ExitStack, name: str) -> None:
+        """Hear the gradients of a layer's weight and input in every call by itself.
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        A parameter gets its gradient once, when all calls have given their share; so each call multiplies with a view of its own, which
+        stands before the parameter in the module while the layer runs.
+        """
+        module = self.target.module(name)
+        weight, axis = module.weight, self.target.plan.map.layers[name].channel_axis
+        roundings = [input_rounding(self.target, name, written) for written in self.inputs]
+
+        def before(module: nn.Module, args: Any) -> Any:
             place = (self.target.step, self.target.half)
-            leaf = next((one for one in tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad), None)
+            view = weight.view_as(weight)
+            view.register_hook(lambda grad: _add(self.rows, (place, name), self._moved(name, grad)))
+            module.__dict__["weight"] = view
+            if not roundings or not args or not isinstance(args[0], Tensor):
+                return None
+            x = args[0].detach().requires_grad_() if not args[0].requires_grad else args[0].view_as(args[0])
+            value = x.detach()
+            x.register_hook(lambda grad: _add(self.squares, (place, name), _squares(grad, value, roundings, axis)))
+            return (x, *args[1:])
 
-            def reached(grad: Tensor) -> None:
-                flush()
-                self._now = place
+        def after(*_: Any) -> None:
+            module.__dict__.pop("weight", None)
 
-            if leaf is not None:
-                leaf.register_hook(reached)
+        stack.callback(after)  # a call that is computed again ends as soon as it has what it needs, and then no hook runs
+        stack.callback(module.register_forward_pre_hook(before).remove)
+        stack.callback(module.register_forward_hook(after).remove)
 
-        return after
+    def _moved(self, name: str, grad: Tensor) -> Tensor:
+        return torch.stack([(grad.flatten(1).float() * delta.float()).sum(1) for delta in self.deltas.of(name)])
 
-    def _by_rows(self, name: str, grad: Tensor | None) -> Tensor:
-        """What the error of each row moves, ``[formats, rows]``."""
-        deltas = self.deltas.of(name)
-        if grad is None:
-            return torch.zeros(len(deltas), len(deltas[0]) if deltas else 0)
-        return torch.stack([(grad.flatten(1).float() * delta.float()).sum(1) for delta in deltas])
-
-    def _cut(self, cut: Cut, layers: int) -> np.ndarray:
+    def _cut(self, cut: Cut) -> np.ndarray:
         steps, half = cut
         wanted = None if half is None else HALVES[half]
-        mine = [one for one in self.moved if (steps is None or steps[0] <= one[0] <= steps[1]) and wanted in (None, one[1])]
-        found = np.zeros((layers, len(self.deltas.formats) + len(self.inputs)))
-        for layer in range(layers if mine else 0):
-            rows = torch.stack([rows[layer] for _, _, rows, _ in mine]).double().sum(0)
-            inputs = torch.stack([squares[layer] for _, _, _, squares in mine]).sum(0)
-            found[layer] = torch.cat([rows.square().sum(1), inputs]).numpy()
+        found = np.zeros((len(self.target.layers), len(self.deltas.formats) + len(self.inputs)))
+        for number, layer in enumerate(self.target.layers):
+            for start, kept, of in ((0, self.rows, _summed_rows), (len(self.deltas.formats), self.squares, _summed)):
+                mine = [
+                    value
+                    for ((step, its), name), value in kept.items()
+                    if name == layer.name and (steps is None or steps[0] <= step <= steps[1]) and wanted in (None, its)
+                ]
+                if mine:
+                    values = of(mine)
+                    found[number, start : start + len(values)] = values
         return found
 
 
+def _add(kept: dict[tuple[Place, str], Tensor], key: tuple[Place, str], value: Tensor) -> None:
+    kept[key] = kept[key] + value if key in kept else value
+
+
+def _squares(grad: Tensor, value: Tensor, roundings: Sequence[Callable[[Tensor], Tensor]], axis: int) -> Tensor:
+    """Sum over positions of the square of what each position's error moves, for every format."""
+    moved = [(grad.float() * (rounding(value) - value).float()).sum(axis) for rounding in roundings]
+    return torch.stack([one.double().square().sum() for one in moved])
+
+
+def _summed_rows(values: Sequence[Tensor]) -> np.ndarray:
+    """Errors of a weight are the same in all calls: what they move is added up before it is squared."""
+    return torch.stack(list(values)).double().sum(0).square().sum(1).cpu().numpy()
+
+
+def _summed(values: Sequence[Tensor]) -> np.ndarray:
+    return torch.stack(list(values)).sum(0).cpu().numpy()
+
+
 @contextmanager
-def _weights_asked(pipe: Any, target: Target) -> Iterator[dict[str, nn.Parameter]]:
-    """Inside, a backward pass fills the gradients of the layers' weights, and of no other parameter: the weights by layer."""
+def _weights_asked(pipe: Any, target: Target) -> Iterator[None]:
+    """Inside, gradients go to the layers' weights, and to no other parameter."""
     modules = [one for one in pipe.components.values() if isinstance(one, nn.Module)]
     every = {id(parameter): parameter for module in [*modules, target.denoiser] for parameter in module.parameters()}.values()
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in every]
     for parameter in every:
         parameter.requires_grad_(False)
-    weights = {layer.name: target.module(layer.name).weight for layer in target.layers}
-    for weight in weights.values():
+    for weight in (target.module(layer.name).weight for layer in target.layers):
         weight.grad = None
         weight.requires_grad_(True)
     try:
-        yield weights
+        yield
     finally:
         for parameter, asked, grad in before:
             parameter.requires_grad_(asked)
@@ -213,33 +233,3 @@ def _checkpointed(denoiser: nn.Module) -> Iterator[None]:
         yield
     finally:
         del denoiser.forward
-
-
-@contextmanager
-def _inputs_asked(target: Target, formats: Sequence[str], squares: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, a backward pass adds to ``squares`` what rounding each input to each format moves."""
-    with ExitStack() as stack:
-        for layer in target.layers if formats else ():
-            roundings = [input_rounding(target, layer.name, written) for written in formats]
-            axis = target.plan.map.layers[layer.name].channel_axis
-            handle = target.module(layer.name).register_forward_pre_hook(_asking(roundings, axis, squares[layer.name]))
-            stack.callback(handle.remove)
-        yield
-
-
-def _asking(roundings: Sequence[Callable[[Tensor], Tensor]], axis: int, into: Tensor) -> Callable[..., Any]:
-    def before(module: nn.Module, args: Any) -> Any:
-        if not args or not isinstance(args[0], Tensor):
-            return None
-        x = args[0].detach().requires_grad_() if not args[0].requires_grad else args[0].view_as(args[0])
-        value = x.detach()
-
-        def backward(grad: Tensor) -> None:
-            for number, rounding in enumerate(roundings):
-                moved = grad.float() * (rounding(value) - value).float()
-                into[number] += float(moved.sum(axis).double().square().sum())
-
-        x.register_hook(backward)
-        return (x, *args[1:])
-
-    return before

@@ -115,6 +115,9 @@ def test_ranges_of_steps_and_halves_of_guidance_are_apart(table: SensitivityTabl
     halves = [table.select("gradient", half=half) for half in HALVES]
     assert all(one.keys() == table.select("gradient").keys() for one in halves)
     assert any(halves[0][key].damage != halves[1][key].damage for key in halves[0])
+    parts = [table.select("gradient", steps=steps) for steps in ((0, 1), (2, 2))]
+    for one in (*halves, *parts):  # every call gives its own share
+        assert sum(row.damage > 0 for row in one.values()) > 0.8 * len(one)
     single = [row for row in table.rows if row.layer == "*" and row.measure == "gradient" and row.format == "int4/token"]
     assert [row.steps for row in single] == [(0, 0), (1, 1), (2, 2)]
 
