@@ -27,6 +27,7 @@ from reelquant.integrations.diffusers import ReelQuantConfig
 from reelquant.kernels import hadamard
 from reelquant.nn import QuantConv2d, QuantLayer, QuantLinear, get_module, quantized_layers
 from reelquant.recipes.recipe import load_recipe
+from reelquant.reuse import installed_reuse
 from tests.tiny.configs import TINY
 from tests.tiny.stock import CALL, MIXED, PROMPTS, Bare, realigned, run, wan_pipeline
 
@@ -123,6 +124,16 @@ def test_a_loaded_unet_saves_the_same_bytes_again_whatever_it_is_loaded_as(share
     half = UNetMotionModel.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
     assert half.get_parameter(made).dtype == torch.float16
     assert half.get_parameter("conv_in.bias").dtype == torch.bfloat16
+
+
+def test_a_recipe_without_data_that_reuses_blocks_does_so_in_a_model_quantized_while_loading(tmp_path: Path) -> None:
+    stored = Path(wan_pipeline().transformer.save_pretrained(tmp_path / "float") or tmp_path / "float")
+    recipe = {"extends": "w8a16", "name": "reusing", "steps": [{"reuse": "blocks", "every": 2, "stretch": [0.0, 1.0]}]}
+    model = WanTransformer3DModel.from_pretrained(stored, quantization_config=ReelQuantConfig(recipe))
+    assert installed_reuse(model)["blocks"].facts["blocks"] == ["blocks.0", "blocks.1"]
+    model.save_pretrained(tmp_path / "again")
+    again = WanTransformer3DModel.from_pretrained(tmp_path / "again")
+    assert installed_reuse(again)["blocks"].stage == installed_reuse(model)["blocks"].stage
 
 
 def test_a_data_free_model_has_no_clock_and_comes_back_bit_equal(tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ def plan(
         min_speed: how many times faster than in float a denoising step has to be.
         bits: denoisers get a format for every layer, so many bits per weight on average with scales.
         recipes: those that denoisers may get, in order of preference.
-        skip, overrides, inputs: as in :func:`quantize`, with a recipe.
+        skip: as in :func:`quantize`, with a recipe.
+        overrides: as in :func:`quantize`, with a recipe.
+        inputs: as in :func:`quantize`, with a recipe.
         progress: hears how far it is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_frames``, ``height``, ``width``, ``num_inference_steps`` ...).
 

@@ -42,7 +42,7 @@ from reelquant.nn import (
 )
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.refusals import refuse_saving
-from reelquant.policies import ChangeResolution, RoundAttention, ScaleLogits, put_resolution
+from reelquant.policies import put_resolution
 from reelquant.reuse import install_stored, remove_reuse
 from reelquant.sites import DenoiserMap, Group, matches
 
@@ -100,6 +100,7 @@ def start_loaded(model: nn.Module, stored: Stored, *, covered: bool) -> None:
     """
     checked = verify(model, stored.checksums, None if covered else stored.sums)  # before a kernel has taken a weight over
     start_runtime(model, stored.attention)
+    remove_reuse(model)  # of a model that was quantized while it was loaded; the same comes back
     install_stored(model, stored.reuse)
     scale_logits(model, stored.logits)
     put_resolution(model, stored.resolution)
@@ -160,7 +161,7 @@ class OnTheFly:
         set_module(self.model, path, quantized)
 
     def finish(self) -> None:
-        """Nothing may be left; what the recipe asks of attention is noted.
+        """Nothing may be left; stages that act on the model as a whole do so.
 
         Raises:
             CheckpointError: naming the first tensor that the checkpoint lacks.
@@ -172,13 +173,8 @@ class OnTheFly:
                 f"the checkpoint of {type(self.model).__name__} lacks {len(missing)} tensors that were to be quantized: '{missing[0]}'"
                 f"{' ...' if len(missing) > 1 else ''}; download it again"
             )
-        for stage in (entry.stage for entry in self.plan.entries):
-            if isinstance(stage, RoundAttention):
-                ask_attention(self.model, stage.plan(self.plan.map))
-            elif isinstance(stage, ScaleLogits):
-                scale_logits(self.model, stage.usual(self.plan.map))
-            elif isinstance(stage, ChangeResolution):
-                put_resolution(self.model, stage)
+        for entry in self.plan.entries:
+            entry.stage.loaded(entry.name, self.model, self.plan.map)
 
 
 def put_empty_layers(model: nn.Module, stored: Stored) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from torch import nn
+
 from reelquant._errors import RecipeError
 from reelquant.kernels.attention import Asked, AttentionQuant, AttentionRule, parse_asked
 from reelquant.nn import (
@@ -106,6 +108,9 @@ class RoundAttention(Stage):
         rules = asked if isinstance(asked, tuple) else (AttentionRule("", asked),)
         found = expected_attention(AttentionPlan(tuple(Placed(one) for rule in rules for one in rule.candidates or (None,))), device)
         return found.by if found.refused else f"by {found.by}"
+
+    def loaded(self, name: str, model: nn.Module, map_: DenoiserMap) -> None:
+        ask_attention(model, self.plan(map_))
 
     def before_choosing(self, work: ModelWork) -> None:
         plan = self.plan(work.map, work)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import nn
 
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError, nearest
+from reelquant.sites import DenoiserMap
 from reelquant.stages import ModelWork, Stage
 
 ATTRIBUTE = "_reelquant_resolution"
@@ -156,6 +157,9 @@ class ChangeResolution(Stage):
             return cls(tuple(data["stages"]), data.get("enlarge", "bicubic"))
         except (KeyError, TypeError, RecipeError) as error:
             raise CheckpointError(f"quantization_config.resolution is no schedule of sizes ({type(error).__name__}: {error})") from None
+
+    def loaded(self, name: str, model: nn.Module, map_: DenoiserMap) -> None:
+        put_resolution(model, self)
 
     def before_observing(self, work: ModelWork) -> None:
         put_resolution(work.denoiser, self)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
+
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.nn import count_tokens, scale_logits
 from reelquant.observe import RecordedCall
@@ -51,6 +53,9 @@ class ScaleLogits(Stage):
         if not sites:
             raise UnsupportedError(f"policy 'scale_logits' scales self-attention, and nothing of {map_.cls} is known to have some")
         return dict.fromkeys(sites, self.tokens)
+
+    def loaded(self, name: str, model: nn.Module, map_: DenoiserMap) -> None:
+        scale_logits(model, self.usual(map_))
 
     def before_choosing(self, work: ModelWork) -> None:
         tokens = self.usual(work.map)

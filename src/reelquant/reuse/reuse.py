@@ -6,11 +6,12 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 from torch import nn
 
 from reelquant._errors import RecipeError
+from reelquant.sites import DenoiserMap
 from reelquant.stages import ModelWork, Stage
 
 ATTRIBUTE = "_reelquant_reuse"
@@ -75,6 +76,9 @@ class Reuse(Stage):
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> Installed:
         """Act on a model from its next call on."""
 
+    def loaded(self, name: str, model: nn.Module, map_: DenoiserMap) -> None:
+        put(model, name, self, self.facts(cast(ModelWork, Loaded(model, type(model).__name__, map_))))
+
     def before_observing(self, work: ModelWork) -> None:
         put(work.denoiser, work.name_of(self), self, self.facts(work))
         work.undo(lambda: remove_reuse(work.denoiser))
@@ -86,6 +90,14 @@ class Reuse(Stage):
     def after_check(self, work: ModelWork) -> None:
         name = work.name_of(self)
         work.report.reuse[name] = installed_reuse(work.denoiser)[name].installed.counts()
+
+
+class Loaded(NamedTuple):
+    """What :meth:`Reuse.facts` may ask for where nothing is sampled."""
+
+    denoiser: nn.Module
+    component: str
+    map: DenoiserMap
 
 
 class Acting(NamedTuple):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from reelquant._errors import RecipeError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from reelquant.sites import DenoiserMap
     from reelquant.stages.block import BlockWork
     from reelquant.stages.group import GroupView
@@ -150,6 +152,15 @@ class Stage:
         """What is known before the run of what the stage will do on a type of device, in words for plans; None for nothing."""
         del device
         return None
+
+    def loaded(self, name: str, model: nn.Module, map_: DenoiserMap) -> None:
+        """Act on a model that was quantized while its weights were loaded, when no hook is called because nothing is sampled.
+
+        Args:
+            name: what the recipe calls this stage.
+            model: with all its layers.
+            map_: what discovery knows.
+        """
 
     # --- hooks, in the order of a run ---------------------------------------------------------------------------------------
 
