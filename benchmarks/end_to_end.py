@@ -4,6 +4,7 @@ Run it from the repository root::
 
     python -m benchmarks.end_to_end --pipeline tiny-dit --output benchmarks/results
     python -m benchmarks.end_to_end --pipeline tiny-unet --quantized out/mine --rounds 5
+    python -m benchmarks.end_to_end --pipeline tiny-dit --cores        # one and two threads, free cores and shared ones
 
 A time is one pipeline call: text encoder, all denoising steps, decoder. Besides it: PSNR of the clips to those of float32, and of the
 quantized pipeline to itself on the reference kernels, which tells whether the fast ones compute the same. These models are small
@@ -13,8 +14,13 @@ quantized pipeline to itself on the reference kernels, which tells whether the f
 from __future__ import annotations
 
 import argparse
+import functools
+import subprocess
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,7 @@ import torch
 from torch import Tensor
 
 import reelquant
-from benchmarks.common import Clips, Records, denoiser, number
+from benchmarks.common import Clips, Records, denoiser, markdown, number
 from benchmarks.speed import machine, tables
 from benchmarks.speed.tables import Row
 from benchmarks.speed.timing import Samples, clock_for, interleaved, speedup
@@ -107,6 +113,35 @@ def run(clips: Clips, pipes: dict[str, Any], rounds: int, threads: int) -> list[
     return [row(name, pipe, frames, times, clips) for name, pipe in pipes.items()]
 
 
+@contextmanager
+def neighbours(count: int) -> Iterator[None]:
+    """Inside, so many other processes keep a core each busy, the first cores of the machine."""
+    endless = "import os\nos.sched_setaffinity(0, {%d})\nwhile True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", endless % core]) for core in range(count)]
+    try:
+        yield
+    finally:
+        for one in busy:
+            one.kill()
+            one.wait()
+
+
+def on_cores(clips: Clips, recipe: str, work: Path, rounds: int) -> str:
+    """A table: speed over float32 by one thread and by two, on free cores and on cores that a busy process shares. By wall time."""
+    pipes = {"float": clips.open(), "quantized": open_pipeline(quantized(clips, recipe, work))}
+    functions = {name: functools.partial(clips.frames, pipe) for name, pipe in pipes.items()}
+    found = []
+    for shared in (False, True):
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with neighbours(2 if shared else 0):
+                times = interleaved(functions, rounds=rounds, clock=time.perf_counter)
+            ratio = speedup(times["float"], times["quantized"])
+            where = "a busy neighbour each" if shared else "free"
+            found.append([str(threads), where, f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"])
+    return markdown(("threads", "two cores", f"{recipe} over float32, quartiles"), found)
+
+
 def line(row: Row) -> list[str]:
     """A row of the Markdown table."""
     decibels = [f"{row[key]:.1f}" if row.get(key) is not None else "-" for key in ("psnr", "psnr_kernels")]
@@ -125,11 +160,18 @@ def main() -> None:
     options.add_argument("--set", type=number, nargs="*", default=[], metavar="KEY=NUMBER", help="arguments of the pipeline call")
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--cores", action="store_true", help="only the first recipe, by one and two threads, on free and on shared cores")
     options.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options.add_argument("--work", type=Path, default=Path("runs/speed"), help="quantized folders, made once")
     args = options.parse_args()
+    clips = Clips(args.pipeline, args.clips, dict(args.set))
+    if args.cores:
+        text = f"{clips.name}, {clips.count} clips, {machine.cpu()['name']}\n\n{on_cores(clips, args.recipes[0], args.work, args.rounds)}"
+        (args.output / f"cores-{clips.name}.md").write_text(text)
+        print(text)
+        return
     torch.set_num_threads(args.threads)
-    clips, limits = Clips(args.pipeline, args.clips, dict(args.set)), machine.known(args.output, args.threads)
+    limits = machine.known(args.output, args.threads)
     rows = run(clips, pipelines(clips, args.recipes, args.quantized, args.work), args.rounds, args.threads)
     for one in rows:
         Records(args.output / "end_to_end.jsonl").add(one | {"digest": clips.digest, "threads": args.threads, "torch": torch.__version__})

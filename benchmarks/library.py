@@ -28,14 +28,21 @@ def static(weight: dict[str, Any], inputs: str, parent: str = "minmax-w4a8") -> 
 
 INT4, INT4_10, STATIC4 = "int4, groups of 32", "int4, groups of 10, inputs in groups of 64", "int4, groups of 64, inputs uint4 per tensor"
 W4A6, W8A4 = "int4, groups of 64, inputs uint6 per tensor", "int8, inputs uint4 per tensor"
+ELSEWHERE = {"bottleneck": "resolution", "diffuse-high": "resolution"}
+"""Recipes that another benchmark measures: their clips are not those of the float pipeline, or of another size."""
 ROWS: Rows = {
     "minmax-w8a8": ("minmax-w8a8", ""),
     **{
         name: (name, "minmax-w8a8")
         for name in ("qvd-w8a8", "block-cache-w8a8", "tfm-w8a8", "bct-w8a8", "quarot-w8a8", "dfq-w8a8", "mxfp8-w8a8", "minmax-w8a8-fp8")
     },
-    **{name: (name, "qvd-w8a8") for name in ("deepcache", "faster-diffusion", "taylor", "delta-dit", "first-block", "profilingdit")},
-    **{name: (name, "qvd-w8a8") for name in ("ditfastattn", "adaspa")},
+    **{
+        name: (name, "qvd-w8a8")
+        for name in (
+            "deepcache", "faster-diffusion", "taylor", "delta-dit", "first-block", "profilingdit", "ditfastattn", "adaspa", "sparse24-w8a8",
+            "prune-35",
+        )
+    },
     "minmax-w6a6": ("minmax-w6a6", ""),
     "qvd-w6a6": ("qvd-w6a6", "minmax-w6a6"),
     "reel-w6a6": ("reel-w6a6", "qvd-w6a6"),

@@ -69,7 +69,7 @@ class Work:
 
     def layer_bytes(self, name: str, specs: Specs) -> int:
         layer = self.float_layer(name)
-        return estimated_bytes(specs.weight, tuple(layer.weight.shape), bias=layer.bias is not None)
+        return estimated_bytes(specs.weight, tuple(layer.weight.shape)) + 4 * len(layer.weight) * (layer.bias is not None)
 
     @contextmanager
     def drafted(self, specs: Mapping[str, Specs]) -> Iterator[None]:

@@ -366,6 +366,6 @@ def test_the_page_says_it() -> None:
 
     attention = {"asked": "int8 scores, float values", "kernel": "triton int8 attention", "refused": None, "simulated": False}
     data = {"quantization": {"simulated": False, "kernel": {}, "attention": attention}}
-    assert "attention with int8 scores, float values, real (kernel triton int8 attention)" in str(arithmetic(ReportData.from_json(data)))
+    assert "attention with int8 scores, float values: computed so, by triton int8 attention" in str(arithmetic(ReportData.from_json(data)))
     refused = {"quantization": {"simulated": False, "attention": attention | {"refused": "there is no kernel for mps"}}}
     assert "was asked for and not used: there is no kernel for mps" in str(arithmetic(ReportData.from_json(refused)))

@@ -17,6 +17,7 @@ from reelquant.checkpoint.stored import Stored
 from reelquant.discover import denoiser_of
 from reelquant.models.sampling import sample
 from reelquant.policies import resolution_of
+from reelquant.recipes.recipe import load_recipe
 from tests.tiny.bundled import quiet
 
 STAGES = [{"share": 0.34}, {"share": 0.33, "scale": 0.5}, {"share": 0.33}]
@@ -109,3 +110,13 @@ def test_what_has_no_schedule_cannot_follow_one() -> None:
     with pytest.raises(UnsupportedError, match="stores no schedule of sizes"):
         reelquant.configure(pipe, resolution=True)
     reelquant.configure(pipe, resolution=False)
+
+
+@pytest.mark.parametrize(("name", "size"), [("bottleneck", 64), ("diffuse-high", 128)])
+def test_recipes_of_the_library_that_change_sizes_run_as_they_are(name: str, size: int) -> None:
+    pipe = quiet(reelquant.open_pipeline("tiny-dit"))
+    chosen = load_recipe(name)
+    plain = load_recipe({"extends": "w8a16", "name": name, "resolution": chosen.model_dump()["resolution"]})
+    reelquant.quantize(pipe, plain)
+    assert resolution_of(denoiser_of(pipe)[1]) is not None
+    assert sample(pipe, ["a red ball"], num_inference_steps=8, num_frames=5).shape[-1] == size

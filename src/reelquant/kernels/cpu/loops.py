@@ -7,6 +7,7 @@ in a buffer that stays in the first-level cache.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -21,7 +22,7 @@ from torch import Tensor
 from reelquant.kernels.cpu.hadamard import rotate
 from reelquant.kernels.cpu.options import EXACT, FAST, PART, SUMS, compiled
 
-SMALL = 1 << 16  # elements below which a second thread costs more than it saves
+SMALL = 1 << 20  # elements below which a second thread costs more than it saves (benchmarks.end_to_end --cores)
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
 NONE = np.empty(0, np.float32)  # a vector that is not there
 
@@ -33,14 +34,21 @@ def view(x: Tensor) -> np.ndarray[Any, Any]:
 
 
 def spread(loop: Callable[..., bool | None], rows: int, elements: int, *arguments: Any) -> bool:
-    """Run a loop over all rows, by as many threads as torch uses; whether any share of it answered True."""
+    """Run a loop over all rows, by as many threads as torch uses; whether any share of it answered True.
+
+    A share that no thread has begun when the caller is done with its own is taken back: PyTorch's own threads keep a core for a while
+    after each of their products, and a thread of ours would wait for it longer than the share takes.
+    """
     threads = min(torch.get_num_threads(), rows) if elements > SMALL else 1
     if threads <= 1:
         return bool(loop(0, rows, *arguments))
     edges = [rows * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(loop, *edges[i : i + 2], *arguments) for i in range(1, threads)]
-    first = bool(loop(edges[0], edges[1], *arguments))
-    return any([first, *[bool(other.result()) for other in others]])
+    shares = list(itertools.pairwise(edges))
+    others = [_pool(threads - 1).submit(loop, *share, *arguments) for share in shares[1:]]
+    found = [bool(loop(*shares[0], *arguments))]
+    for share, other in zip(shares[1:], others, strict=True):
+        found.append(bool(loop(*share, *arguments) if other.cancel() else other.result()))
+    return any(found)
 
 
 @lru_cache(maxsize=4)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
 from reelquant.kernels import attention as fast
 from reelquant.nn.around.attention_facts import STOCK
+from reelquant.nn.around.attention_plan import AttentionPlan
 from reelquant.nn.around.attention_running import Where
 from reelquant.nn.around.graph import handle_of
-
-if TYPE_CHECKING:
-    from reelquant.nn.around.attention import RoundedAttention
 
 PAIRS = f"{STOCK}: a mask over pairs of tokens"
 
@@ -48,6 +46,20 @@ class AttentionCall(NamedTuple):
         return batch * heads * queries * self.key.shape[2] * (width + self.value.shape[3])
 
 
+class Rounding(Protocol):
+    """What is asked of :class:`reelquant.nn.around.attention.RoundedAttention`."""
+
+    plan: AttentionPlan
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, where: Where, mask: Tensor | None = None) -> Tensor:
+        """Rounded attention, or stock attention where nothing is to be rounded."""
+        ...
+
+    def fall_back(self, reason: str) -> None:
+        """Count a call of stock attention."""
+        ...
+
+
 class AroundAttention(ABC):
     """Takes every call of a denoiser's attention, and computes it or does not; causal calls and those with dropout it does not get.
 
@@ -69,7 +81,7 @@ class AroundAttention(ABC):
         self.sites = tuple(sites)
         self.names: tuple[str, ...] = ("",)
         self.inner: AroundAttention | None = None
-        self.rounded: RoundedAttention | None = None
+        self.rounded: Rounding | None = None
         self.faster = False
         self.handle = handle_of(self)
 
