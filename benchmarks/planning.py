@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.common import Records, markdown
+from benchmarks.beside import measured
+from benchmarks.common import Clips, Records, markdown
 from benchmarks.memory import BASE, float_folder, folder_of
 from benchmarks.speed import memory
 from benchmarks.speed.denoisers import DENOISERS, Subject
@@ -229,15 +230,13 @@ def write_quality(rows: Path, target: Path) -> None:
     """The measured figures that plans quote: bundled pipelines, recipes of the library as they are now, the row with most clips."""
     from reelquant.recipes.recipe import names
 
-    library, found = {load_recipe(name).digest(): name for name in names()}, dict[str, dict[str, Any]]()
-    for row in map(json.loads, rows.read_text().splitlines()):
-        recipe = library.get(row["digest"].rpartition("-")[2])
-        if row["status"] != "measured" or recipe is None or row["pipeline"] not in BUNDLED:
-            continue
-        figures = {key: round(row[f"psnr_{key}"], 2) for key in ("mean", "low", "high")} | {"clips": row["clips"]}
-        before = found.setdefault(row["pipeline"], {}).get(recipe)
-        if before is None or before["clips"] <= row["clips"]:
-            found[row["pipeline"]][recipe] = figures
+    records, found = Records(rows), dict[str, dict[str, Any]]()
+    for pipeline in BUNDLED:
+        found[pipeline] = {}
+        for name in names():
+            known = (measured(records, Clips(pipeline, count, {}, 4), name) for count in (64, 16))
+            if row := next(filter(None, known), None):
+                found[pipeline][name] = {key: round(row[f"psnr_{key}"], 2) for key in ("mean", "low", "high")} | {"clips": row["clips"]}
     target.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 

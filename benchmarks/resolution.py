@@ -125,7 +125,8 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
-    records, digest = Records(args.output / "rows.jsonl"), f"{clips.digest}-{load_recipe(RECIPE).digest()}"
+    records = Records(args.output / "rows.jsonl")
+    digest = f"{clips.digest}-resolution-{load_recipe(RECIPE).digest()}"  # another one than that of the recipe's own rows
     pipes: dict[str, Any] = {}
 
     def pipe(label: str) -> Any:

@@ -81,10 +81,10 @@ def main(
     [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
     [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
-    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]           which layers need bits
-    [cyan]reelquant tune out -o fast[/cyan]                          more speed: blocks skip steps
-    [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      the same for other programs
-    [cyan]reelquant serve[/cyan]                                     all of it on a page in the browser
+    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]               layers that need bits
+    [cyan]reelquant tune out -o fast[/cyan]                          blocks skip steps
+    [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      for other programs
+    [cyan]reelquant serve[/cyan]                                     a page for all of it
     """
     from reelquant.cli.console import show_progress_as
 
