@@ -117,6 +117,7 @@ def test_play_advances_all_clips_and_pause_leaves_them_together(page: Any) -> No
     wait(page, "[...document.querySelectorAll('article.clip')].every(x => Number(x.dataset.frame) >= 2)")
     page.keyboard.press("ArrowRight")  # a step pauses
     assert page.locator("#play").get_attribute("aria-pressed") == "false"
+    wait(page, "[...document.querySelectorAll('article.clip')].every(x => x.dataset.frame === document.getElementById('scrub').value)")
     assert all_at(page, int(page.locator("#scrub").input_value()))
 
 

@@ -222,11 +222,14 @@ class Queue:
 
 
 def _ask(pid: int, asked: float) -> float:
-    """Ask a process to stop as Ctrl-C does, once; kill it if it does not end. When it was asked."""
+    """Ask a process to stop, once; kill it if it does not end. When it was asked.
+
+    By SIGTERM: a process of a server in the background begins its life deaf to Ctrl-C.
+    """
     now = time.monotonic()
     try:
         if not asked:
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, signal.SIGTERM)
             return now
         if now - asked > GRACE:
             os.kill(pid, signal.SIGKILL)

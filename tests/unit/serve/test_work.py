@@ -24,7 +24,7 @@ from tests.unit.serve.models import pipeline
 
 FORM = {"model": "./m", "recipe": "w8a16", "name": "out", "device": "cpu", "dtype": "float32", "resumable": True}
 MADE = {"bytes_model_float": 400, "bytes_model": 100}
-STOPPED = {"error": {"kind": "interrupted", "message": "interrupted, finished work is in 'x': continue with --resume", "exit_code": 130}}
+STOPPED = {"error": {"kind": "terminated", "message": "terminated, finished work is in 'x': continue with --resume", "exit_code": 143}}
 PROGRESS = {"progress": {"bar": 0, "phase": "sampling", "done": 1, "total": 4, "seconds": 2.0}}
 
 
@@ -36,12 +36,12 @@ def ends(document: object, code: int = 0, errors: str = "") -> str:
 WAITS = f"""
 import json, signal, sys, time
 def stop(*_):
-    sys.stdout.write({json.dumps(STOPPED)!r}); sys.stdout.flush(); sys.exit(130)
-signal.signal(signal.SIGINT, stop)
+    sys.stdout.write({json.dumps(STOPPED)!r}); sys.stdout.flush(); sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
 sys.stderr.write({json.dumps(PROGRESS)!r} + "\\n"); sys.stderr.flush()
 time.sleep(60)
 """
-DEAF = 'import signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.stderr.write("up"); sys.stderr.flush(); time.sleep(60)'
+DEAF = 'import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.stderr.write("up"); sys.stderr.flush(); time.sleep(60)'
 
 
 class Scripts:
