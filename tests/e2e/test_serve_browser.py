@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,7 +28,11 @@ from tests.unit.serve.models import evaluation
 
 pytest.importorskip("gradio", reason="needs gradio: pip install 'reelquant[serve]'")
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gradio asks old things of pandas with every event
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # gradio asks old things of pandas with every event
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # and leaves event loops and their sockets to the garbage collector
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 SECONDS = 120_000  # milliseconds that a step of a visit may take; on an idle machine a few seconds are enough
 
@@ -78,6 +84,9 @@ def visited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Visited]:
         yield Visited(root, server.address(listening), listening.getsockname()[1])
         running.should_exit = running.force_exit = True
         thread.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of what gradio left, before another test hears of it
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
