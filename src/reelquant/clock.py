@@ -93,6 +93,7 @@ class Clock(nn.Module):
     stored: Tensor
     protects: Tensor
     protected: Tensor
+    inputs: Inputs
     which: Tensor
     seen: Tensor
     home: weakref.ref[nn.Module] | None

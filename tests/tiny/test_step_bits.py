@@ -56,7 +56,10 @@ def expected(layer: QuantLayer, x: Tensor, widths: Widths, row: int = 0) -> Tens
     return Reference(replace(given, weight=weight, input=inputs))(x, row)
 
 
-@pytest.mark.parametrize("keys", [{}, {"defaults.input.slots": "per_step"}, {"defaults.input": TOKENS}], ids=["shared", "per step", "dynamic"])
+SCALES = {"shared": {}, "per step": {"defaults.input.slots": "per_step"}, "dynamic": {"defaults.input": TOKENS}}
+
+
+@pytest.mark.parametrize("keys", SCALES.values(), ids=list(SCALES))
 def test_every_step_has_its_bits_from_the_same_stored_tensors(keys: dict[str, Any]) -> None:
     bits = {"inputs": [8, 4, 6, 3], "weights": [8, 4, 8, 5]}
     pipe, report = quantized(step_bits=bits, **keys)
@@ -166,7 +169,7 @@ def test_bits_that_cannot_be(value: Any, message: str) -> None:
 
 def test_as_many_numbers_as_steps() -> None:
     pipe = FakePipeline(TINY["WanTransformer3DModel"]())
-    with pytest.raises(RecipeError, match="step_bits.inputs has 3 numbers, and the sampler that calibrates takes 4 steps"):
+    with pytest.raises(RecipeError, match=r"step_bits\.inputs has 3 numbers, and the sampler that calibrates takes 4 steps"):
         quantized(pipe, step_bits=[8, 8, 6])
     assert not layers(pipe.denoiser)
 

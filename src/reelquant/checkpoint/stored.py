@@ -242,7 +242,9 @@ def _clock_slots(model: nn.Module) -> Slots | None:
     clock = getattr(model, NAME, None)
     if not isinstance(clock, Clock):
         return None
-    return Slots(tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs, clock.pairs, clock.latent, clock.widths)
+    return Slots(
+        tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs, clock.pairs, clock.latent, clock.widths
+    )
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:

@@ -66,7 +66,9 @@ Size = Annotated[str | None, typer.Option("--size", help="Or so many bytes for a
 StepBits = Annotated[float | None, typer.Option("--step-bits", help="Divide so many input bits among the steps.", show_default=False)]
 StepWeightBits = Annotated[
     float | None,
-    typer.Option("--step-weight-bits", help="Read so many bits of each weight, mean over the steps; stored as -r says.", show_default=False),
+    typer.Option(
+        "--step-weight-bits", help="Read so many bits of each weight, mean over the steps; stored as -r says.", show_default=False
+    ),
 ]
 Method = Annotated[
     str,

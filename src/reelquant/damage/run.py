@@ -15,7 +15,7 @@ from reelquant.allocate.budget import allocate
 from reelquant.allocate.problem import Problem
 from reelquant.allocate.sampled import around, random_picks
 from reelquant.allocate.sizes import check_weight, weight_bytes
-from reelquant.allocate.table import EVERY, FILE, Configuration, Damage, Measure, Part, SensitivityTable, load_table
+from reelquant.allocate.table import FILE, Configuration, Damage, Measure, Part, SensitivityTable, load_table
 from reelquant.damage.gains import Gains, gains
 from reelquant.damage.gradient import by_gradient
 from reelquant.damage.kept import Kept

@@ -68,8 +68,8 @@ def with_steps(base: str | Mapping[str, Any] | Recipe, changes: Mapping[str, Any
     most = max((max(bits) for key, bits in changes.items() if key.endswith(".weights")), default=0)
     if most > _integer_bits(recipe.defaults.weight.format):
         raise RecipeError(
-            f"recipe '{recipe.name}' stores weights as {recipe.defaults.weight.format}, and a step is to read {most} bits of them: name one "
-            "that stores integers of as many bits, as minmax-w8a8 does"
+            f"recipe '{recipe.name}' stores weights as {recipe.defaults.weight.format}, and a step is to read {most} bits of them: "
+            "name one that stores integers of as many bits, as minmax-w8a8 does"
         )
     return load_recipe(recipe, {**changes, "name": f"{recipe.name}-steps"})
 
