@@ -34,6 +34,9 @@ TEXTS = ["a red circle", "a blue square", "a green star", "held out"]
 TOKENS = {"format": "int8", "granularity": "token", "dynamic": True}
 
 
+GROUPS = {"format": "int8", "granularity": "group-16", "dynamic": True}
+
+
 def recipe(base: str = "minmax-w8a8", **keys: Any) -> Recipe:
     return load_recipe(base, {"calibrate.prompts": 2, "search.prompts": 1, **keys})
 
@@ -56,7 +59,12 @@ def expected(layer: QuantLayer, x: Tensor, widths: Widths, row: int = 0) -> Tens
     return Reference(replace(given, weight=weight, input=inputs))(x, row)
 
 
-SCALES = {"shared": {}, "per step": {"defaults.input.slots": "per_step"}, "dynamic": {"defaults.input": TOKENS}}
+SCALES = {
+    "shared": {},
+    "per step": {"defaults.input.slots": "per_step"},
+    "dynamic": {"defaults.input": TOKENS},
+    "groups": {"defaults.input": GROUPS},
+}
 
 
 @pytest.mark.parametrize("keys", SCALES.values(), ids=list(SCALES))

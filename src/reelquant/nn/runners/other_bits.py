@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from reelquant._remarks import remark
 from reelquant._torch_state import stock_torch
 from reelquant.clock import FLOAT, OWN, Moment, Widths
 from reelquant.formats import Int, parse_format
@@ -52,6 +53,9 @@ class OtherBits(Link):
             ready.narrow = None  # the old one goes before the new one is made
             operands = self._read_at(ready, bits)
             kernel, refused = self._select(operands)
+            if ready.kernel.low_bit and not kernel.low_bit and operands.input is not None:
+                remark(f"steps that read weights in {bits} bits are simulated in layers that '{ready.kernel.name}' computes: no integer "
+                       f"product takes such weights here")  # fmt: skip
             ready.narrow = bits, Prepared(kernel.prepare(operands), kernel, refused, ready.weight)
         return ready.narrow[1]
 
