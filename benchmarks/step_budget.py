@@ -27,10 +27,13 @@ from reelquant.allocate.table import Measure
 from reelquant.clock import NAME, Widths
 from reelquant.damage import Wanted, measure
 from reelquant.damage.kept import Kept
+from reelquant.damage.rounding import own_inputs, own_weights
+from reelquant.damage.run import INPUT_BITS, STEP_BITS, scene_of
+from reelquant.damage.trajectory import steps_by_trajectory
 from reelquant.evidence import bootstrap, psnr
 
 KEPT = Path("runs/step-budget")
-BITS, CHOICES, MAP_CLIPS = 6, (3, 4, 5, 6, 7, 8), 4
+BITS, MAP_CLIPS = 6, 4
 MSE = {"name": "mse", "p": 2.0}
 STORED: dict[str, Any] = {
     "extends": "minmax-w8a8",
@@ -57,7 +60,7 @@ class Bench:
 
     recipes: ClassVar[Mapping[str, dict[str, Any]]] = {"stored": STORED, "dedicated": DEDICATED, "four": FOUR}
     clips: Clips
-    way: Measure = "gradient"
+    way: Measure = "trajectory"
 
     @property
     def folder(self) -> Path:
@@ -65,11 +68,21 @@ class Bench:
 
     @cached_property
     def table(self) -> SensitivityTable:
-        """The map, which goes on where it was stopped."""
-        weights = tuple(f"int{one}/channel" for one in CHOICES)
-        own = dict(formats=weights, step_weights=weights, clips=MAP_CLIPS, ranges=1)
-        wanted = Wanted(recipe=STORED, measures=(self.way,), **own)  # type: ignore[arg-type]
-        return measure(self.clips.open(), self.clips.pipeline, self.folder / "map", wanted, call=self.clips.call).table
+        """The map of single steps; goes on where it was stopped."""
+        formats = tuple(f"int{bits}/channel" for bits in INPUT_BITS)
+        wanted = Wanted(recipe=STORED, formats=formats, clips=MAP_CLIPS, ranges=1)
+        if self.way == "gradient":
+            return measure(self.clips.open(), self.clips.pipeline, self.folder / "map", wanted, call=self.clips.call).table
+        scene = scene_of(self.clips.open(), wanted, None, call=self.clips.call)
+        scene.record()
+        kept, target = Kept(self.folder / "map", MAP_CLIPS), scene.targets[0]
+        rows, together = [], {}
+        for part, formats in (("input", own_inputs(target, STEP_BITS)), ("weight", own_weights(target, STEP_BITS))):
+            mine, cosines = steps_by_trajectory(scene, target, part, formats, kept)  # type: ignore[arg-type]
+            rows += mine
+            together[target.component, part, "trajectory"] = cosines
+        times = {target.component: tuple(target.timesteps)}
+        return SensitivityTable(self.clips.name, "stored", target.layers, tuple(rows), timesteps=times, together=together)
 
     @cached_property
     def kept(self) -> Kept:
@@ -107,7 +120,7 @@ class Bench:
 
     def plan(self, part: Any, method: str = "milp") -> StepPlan:
         """The plan of a budget of :data:`BITS`."""
-        return allocate_steps(self.table, BITS, part=part, method=method)
+        return allocate_steps(self.table, BITS, part=part, measure=self.way, method=method)
 
 
 def figure(values: Sequence[float]) -> str:
@@ -165,7 +178,7 @@ def _predicted(bench: Bench, plan: StepPlan) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing and write the result."""
     made = parser(__doc__ or "")
-    made.add_argument("--measure", default="gradient", choices=("gradient", "trajectory"), help="how single steps are measured")
+    made.add_argument("--measure", default="trajectory", choices=("gradient", "trajectory"), help="how single steps are measured")
     args = made.parse_args(arguments)
     torch.set_num_threads(args.threads)
     bench = Bench(Clips(args.pipeline, args.clips, dict(args.set), args.batch), args.measure)

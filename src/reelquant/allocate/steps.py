@@ -13,8 +13,9 @@ from reelquant._errors import RecipeError, nearest
 from reelquant.allocate.greedy import greedy
 from reelquant.allocate.milp import solve
 from reelquant.allocate.problem import Picks, Problem
-from reelquant.allocate.table import EVERY, Measure, Part, SensitivityTable
+from reelquant.allocate.table import EVERY, MEASURES, Measure, Part, SensitivityTable
 
+TAKEN: dict[Measure, int] = {"gradient": 1, "noise": 1}  # bits below the budget that a step may get, by what holds for small errors only
 KEYS: dict[Part, str] = {"input": "inputs", "weight": "weights"}  # of ``step_bits`` in recipes
 STARTS: dict[str, Callable[[Problem], Picks]] = {
     "milp": lambda problem: solve(problem.damage, problem.sizes, problem.budget),
@@ -74,6 +75,10 @@ def allocate_steps(
     whose rounding error is the same at all steps, and small for inputs. Errors of different bits are taken to be independent. The plan
     begins at the best one by damages alone, and steps exchange bits as long as the predicted square of the sum becomes less.
 
+    Damages count with the upper end of their interval: where few bits change what a clip shows, they do it in one clip of many. Between
+    numbers of bits that were measured the logarithm of the damage is interpolated. Damages by gradients or noise hold for small errors,
+    so plans made of them take one bit at most from a step.
+
     Args:
         table: with damages of all inputs, or of all weights, at single steps.
         bits: most bits, mean over the steps.
@@ -90,7 +95,7 @@ def allocate_steps(
     name = component or table.components[0]
     table.of(name)
     chosen, damages = _by_step(table, name, measure, part)
-    choices = sorted(damages)
+    choices = [one for one in sorted(damages) if one >= int(bits) - TAKEN.get(chosen, one)]
     if len(choices) < 2 or choices[0] > bits:
         raise RecipeError(
             f"{bits} bits a step are out of reach: {KEYS[part]} were measured at single steps with {', '.join(map(str, choices)) or 'no'} "
@@ -157,7 +162,7 @@ def _by_step(table: SensitivityTable, component: str, measure: Measure | None, p
         for row in table.rows
         if (row.component, row.layer, row.part) == (component, EVERY, part) and row.steps is not None and row.steps[0] == row.steps[1]
     ]
-    measures = [one for one in table.measures if any(row.measure == one for row in rows)]
+    measures = [one for one in MEASURES if any(row.measure == one for row in rows)]
     chosen = measure or next(iter(measures), None)
     if chosen is None or chosen not in measures:
         raise RecipeError(
@@ -167,8 +172,16 @@ def _by_step(table: SensitivityTable, component: str, measure: Measure | None, p
     found: dict[str, dict[int, dict[int, float]]] = {}
     for row in rows:
         if row.measure == chosen and row.steps is not None and (bits := bits_of(row.format)):
-            found.setdefault(row.format.partition("/")[2], {}).setdefault(bits, {})[row.steps[0]] = row.damage
+            found.setdefault(row.format.partition("/")[2], {}).setdefault(bits, {})[row.steps[0]] = max(row.high, row.damage)
     complete = [
         {bits: [one[step] for step in range(steps)] for bits, one in by_bits.items() if len(one) == steps} for by_bits in found.values()
     ]
-    return chosen, max(complete, key=len, default={})
+    return chosen, _between(max(complete, key=len, default={}))
+
+
+def _between(measured: Mapping[int, list[float]]) -> Mapping[int, list[float]]:
+    """The same with all numbers of bits from the fewest to the most: the logarithm of a damage falls evenly in between."""
+    known = sorted(measured)
+    logs = np.log(np.maximum(np.array([measured[one] for one in known]), 1e-300))  # [bits, steps]
+    every = range(known[0], known[-1] + 1) if known else ()
+    return {bits: [float(np.exp(np.interp(bits, known, step))) for step in logs.T] for bits in every}

@@ -59,6 +59,9 @@ Inputs = Annotated[str | None, typer.Option("--inputs", help="Of inputs: int4/to
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that are sampled.")]
 Ranges = Annotated[int, typer.Option("--ranges", min=1, help="Ranges of steps in the map of layers over steps.")]
 Configurations = Annotated[int, typer.Option("--configurations", min=0, help="Whole allocations to try out, for --method surrogate.")]
+BySteps = Annotated[
+    bool, typer.Option("--by-step", help="Sample the clips with every single step rounded, too: for --step-bits, --step-weight-bits.")
+]
 Components = Annotated[list[str] | None, typer.Option("--component", help="Only this denoiser. Repeatable.", show_default=False)]
 Skip = Annotated[list[str] | None, typer.Option("--skip", help="Pattern of layers that stay float. Repeatable.", show_default=False)]
 Bits = Annotated[float | None, typer.Option("--bits", help="Divide so many bits a weight among the layers, like 4.5.", show_default=False)]
@@ -81,6 +84,7 @@ Method = Annotated[
 
     [cyan]reelquant sensitivity tiny-dit -o map[/cyan]          measure, by gradients
     [cyan]reelquant sensitivity tiny-dit -o map --measure trajectory[/cyan]
+    [cyan]reelquant sensitivity tiny-dit -o map -r minmax-w8a8 --by-step[/cyan]
     [cyan]reelquant sensitivity map[/cyan]                      read it again
     [cyan]reelquant sensitivity map --bits 4.5[/cyan]           divide: map/recipe.yaml
     [cyan]reelquant sensitivity map -r minmax-w6a6 --step-bits 6[/cyan]
@@ -102,6 +106,7 @@ def sensitivity(
     clips: Clips = 4,
     ranges: Ranges = 5,
     configurations: Configurations = 0,
+    by_step: BySteps = False,
     component: Components = None,
     skip: Skip = None,
     bits: Bits = None,
@@ -132,7 +137,7 @@ def sensitivity(
     else:
         told = dict(
             recipe=recipe or "w4a16", measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
-            clips=clips, ranges=ranges, configurations=configurations, components=component, skip=skip or (),
+            clips=clips, ranges=ranges, configurations=configurations, components=component, steps=by_step, skip=skip or (),
             prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
         table, folder = _measure(model, output, dtype, told, call), output

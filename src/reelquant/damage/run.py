@@ -21,7 +21,7 @@ from reelquant.damage.gradient import by_gradient
 from reelquant.damage.kept import Kept
 from reelquant.damage.noise import by_noise
 from reelquant.damage.picture import draw
-from reelquant.damage.rounding import check_input, own_inputs
+from reelquant.damage.rounding import check_input, own_inputs, own_weights
 from reelquant.damage.scene import SEED, Scene, Target
 from reelquant.damage.trajectory import by_trajectory, steps_by_trajectory, try_configurations
 from reelquant.discover import modules_of
@@ -36,7 +36,7 @@ from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import check_call
 
 FORMATS = ("int3/group-64", "int4/group-64", "int5/channel", "int6/channel", "int8/channel")
-INPUT_BITS = (3, 4, 5, 6, 7, 8)
+INPUT_BITS, STEP_BITS = (3, 4, 5, 6, 7, 8), (4, 6, 8)
 PICTURE = "sensitivity.png"
 
 
@@ -49,7 +49,8 @@ class Wanted:
         measures: how, of ``trajectory``, ``gradient``, ``noise``.
         formats: of weights.
         inputs: of inputs; None: the recipe's own with 3 to 8 bits; none to leave inputs alone.
-        step_weights: formats that all weights are rounded to at single steps, by ``trajectory``; ``gradient`` has those of ``formats``.
+        steps: whether all inputs, and all weights, are rounded at single steps and sampled, as ``trajectory`` always does; the recipe's own
+            formats with 4, 6 and 8 bits, for inputs those of ``inputs`` where these are named. Others lie between them.
         clips: how many are sampled at a time.
         ranges: into how many ranges the steps are divided, for the map of layers over steps.
         noise_calls: recorded calls that noise is measured on.
@@ -62,7 +63,7 @@ class Wanted:
     measures: tuple[Measure, ...] = ("gradient",)
     formats: tuple[str, ...] = FORMATS
     inputs: tuple[str, ...] | None = None
-    step_weights: tuple[str, ...] = ()
+    steps: bool = False
     clips: int = 4
     ranges: int = 5
     noise_calls: int = 5
@@ -79,7 +80,7 @@ class Wanted:
             raise RecipeError(f"name at least one way to measure: {', '.join(known)}")
         if len(set(self.formats)) != len(self.formats) or not self.formats:
             raise RecipeError(f"formats are different ones, one at least; got {list(self.formats)}")
-        for one in (*self.formats, *self.step_weights):
+        for one in self.formats:
             check_weight(one, "formats")
         for one in self.inputs or ():
             check_input(one)
@@ -163,7 +164,7 @@ def scene_of(
     return Scene(pipe, [Target.of(pipe, name, plan) for name, plan in plans.items()], texts, call, progress or Silent())
 
 
-LATER = ("measures", "formats", "inputs", "ranges", "configurations", "noise_calls", "skip", "step_weights")
+LATER = ("measures", "formats", "inputs", "ranges", "configurations", "noise_calls", "skip", "steps")
 """Settings that may change from run to run of one folder: what they ask for is measured beside what is there."""
 
 
@@ -221,7 +222,12 @@ def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple
         rows += by_noise(scene.progress, target, wanted.formats, inputs, wanted.noise_calls, kept).rows(found, ranges)
     if "trajectory" in wanted.measures:
         rows += by_trajectory(scene, target, [(layer.name, "weight", fmt, None) for layer in target.layers for fmt in wanted.formats], kept)
-        for part, formats in (("input", inputs), ("weight", wanted.step_weights)):
+    if "trajectory" in wanted.measures or wanted.steps:
+        parts: dict[Part, Sequence[str]] = {
+            "input": own_inputs(target, STEP_BITS) if wanted.inputs is None else inputs,
+            "weight": own_weights(target, STEP_BITS),
+        }
+        for part, formats in parts.items():
             mine, cosines[part, "trajectory"] = steps_by_trajectory(scene, target, part, formats, kept)
             rows += mine
     if not wanted.configurations:

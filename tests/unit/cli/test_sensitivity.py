@@ -78,7 +78,7 @@ def test_every_table_fits(width: int) -> None:
 def test_weights_are_read_in_bits_of_a_budget(tmp_path: Path) -> None:
     table = made()
     rows = [
-        Damage("transformer", "*", "weight", f"int{bits}/channel", "gradient", 4.0**-bits * 10**step, 0.0, 1.0, (step, step))
+        Damage("transformer", "*", "weight", f"int{bits}/channel", "gradient", 4.0**-bits * 10**step, 0.0, 0.0, (step, step))
         for bits in (4, 6, 8)
         for step in range(6)
     ]

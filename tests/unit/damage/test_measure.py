@@ -53,7 +53,7 @@ def test_a_sampler_without_gradients_is_said(monkeypatch: pytest.MonkeyPatch) ->
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where everything is measured once, in all three ways."""
     made = tmp_path_factory.mktemp("map")
-    wanted = replace(WANTED, measures=("trajectory", "gradient", "noise"), configurations=4, step_weights=("int6/channel",))
+    wanted = replace(WANTED, measures=("trajectory", "gradient", "noise"), configurations=4)
     measure(pipeline(), "tiny-dit", made, wanted, TEXTS, call={"num_inference_steps": 3})
     return made
 
@@ -163,7 +163,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder: Path, tmp_path: Path, monkey
     sampled: list[int] = []
     real = Scene.damages
     monkeypatch.setattr(Scene, "damages", lambda self: sampled.append(1) or real(self))
-    wanted = replace(WANTED, measures=("trajectory", "gradient", "noise"), configurations=4, step_weights=("int6/channel",))
+    wanted = replace(WANTED, measures=("trajectory", "gradient", "noise"), configurations=4)
     measure(pipeline(), "tiny-dit", copy, wanted, TEXTS, call={"num_inference_steps": 3})
     assert len(sampled) == 3  # the last three configurations
     one, other = (load_table(place) for place in (folder, copy))
