@@ -84,11 +84,10 @@ Method = Annotated[
 
     [cyan]reelquant sensitivity tiny-dit -o map[/cyan]          measure, by gradients
     [cyan]reelquant sensitivity tiny-dit -o map --measure trajectory[/cyan]
-    [cyan]reelquant sensitivity tiny-dit -o map -r minmax-w8a8 --by-step[/cyan]
+    [cyan]reelquant sensitivity tiny-dit -o steps -r minmax-w8a8 --by-step[/cyan]
     [cyan]reelquant sensitivity map[/cyan]                      read it again
     [cyan]reelquant sensitivity map --bits 4.5[/cyan]           divide: map/recipe.yaml
-    [cyan]reelquant sensitivity map -r minmax-w6a6 --step-bits 6[/cyan]
-    [cyan]reelquant sensitivity map -r minmax-w8a8 --step-bits 6 --step-weight-bits 6[/cyan]
+    [cyan]reelquant sensitivity steps --step-bits 6 --step-weight-bits 6[/cyan]
     [cyan]reelquant quantize tiny-dit -r map/recipe.yaml -o out[/cyan]
 
     The table is map/sensitivity.json, the picture map/sensitivity.png. A run that was stopped goes on with the same command.
