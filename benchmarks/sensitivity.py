@@ -1,7 +1,7 @@
 r"""Maps of sensitivity, and what budgets divided by them are worth.
 
-A layer at a time against gradients and noise, allocations of equal bytes against one format for all, predicted against measured damage, and
-a budget of input bits over the denoising steps. Run it from the repository root::
+A layer at a time against gradients and noise, allocations of equal bytes against one format for all, and predicted against measured damage.
+A budget over the denoising steps is in :mod:`benchmarks.step_budget`. Run it from the repository root::
 
     python -m benchmarks.sensitivity --pipeline tiny-dit --clips 16 --set num_inference_steps=8 --output benchmarks/results
     python -m benchmarks.sensitivity --pipeline tiny-unet --clips 8 --set num_inference_steps=4 --every 16 --plans 20 --randoms 10 \
@@ -15,7 +15,7 @@ allocations are judged on. What is measured is kept in ``runs/sensitivity``; the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,17 +27,16 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.common import Clips, markdown, parser
-from reelquant.allocate import SensitivityTable, allocate, allocate_steps
+from reelquant.allocate import SensitivityTable, allocate
 from reelquant.allocate.problem import Problem
 from reelquant.allocate.sampled import random_picks
 from reelquant.allocate.sizes import weight_bytes
-from reelquant.allocate.steps import StepPlan
 from reelquant.allocate.surrogate import learned
 from reelquant.allocate.table import Configuration, Damage
 from reelquant.damage import Wanted, measure
 from reelquant.damage.gradient import PROBES
 from reelquant.damage.kept import Kept
-from reelquant.damage.rounding import inputs_rounded, rounded_weight, weights_rounded
+from reelquant.damage.rounding import rounded_weight, weights_rounded
 from reelquant.damage.run import scene_of
 from reelquant.damage.scene import Scene, Target, following
 from reelquant.damage.trajectory import by_trajectory, try_configurations
@@ -48,7 +47,7 @@ FORMATS = ("int3/group-64", "int4/group-64", "int6/channel")
 INPUTS = ("int4/token", "int5/token", "int6/token", "int8/token")
 WIDE = ("int3/group-64", "int3/group-32", "int4/group-64", "int4/group-32", "int5/group-64", "int6/channel", "int8/channel")
 UNIFORM = "int4/group-32"  # 4.5 bits a weight with its scales
-MAP_CLIPS, RANGES, STEP_BITS = 2, 4, 6.0
+MAP_CLIPS, RANGES = 2, 4
 
 
 class Told:
@@ -153,14 +152,6 @@ class Bench:
     def weights(self, formats: Mapping[str, str]) -> AbstractContextManager[None]:
         """Inside, layers have these formats."""
         return weights_rounded(self.target, {name: rounded_weight(self.target, name, fmt) for name, fmt in formats.items()})
-
-    def steps(self, plan: StepPlan) -> AbstractContextManager[Any]:
-        """Inside, inputs have the bits that a plan gives them at each step."""
-        stack, names = ExitStack(), [layer.name for layer in self.target.layers]
-        for step in range(len(self.target.timesteps)):
-            fmt = plan.fine if step in plan.protected else plan.format
-            stack.enter_context(inputs_rounded(self.target, dict.fromkeys(names, fmt), (step, step)))
-        return stack
 
 
 # --- allocations of equal bytes -----------------------------------------------------------------------------------------------
@@ -291,23 +282,6 @@ def _settings(bench: Bench) -> dict[str, Any]:
     return {key: value for key, value in bench.table.settings.items() if key not in LATER}
 
 
-def step_budget(bench: Bench) -> str:
-    """Six input bits on average, divided over the steps, against six everywhere; weights are float."""
-    six = next(fmt for fmt in INPUTS if fmt.startswith("int6"))
-    rows, plain = [], []
-    plans = {way: allocate_steps(bench.table, STEP_BITS, measure=way) for way in bench.table.measures if way != "noise"}
-    every = replace(next(iter(plans.values())), format=six, protected=(), bits=STEP_BITS)
-    for one, name in ((every, "6 bits at all steps"), *((plan, _words(plan, way)) for way, plan in plans.items())):
-        values = bench.judged(f"steps {one.format} {one.protected}", lambda one=one: bench.steps(one))
-        plain = plain or values
-        rows.append([name, f"{one.bits:.2f}", figure(values), "-" if plain is values else gain(values, plain)])
-    return markdown(("inputs", "mean bits", "PSNR, dB (95 %)", "over 6 bits, clip by clip, dB (95 %)"), rows)
-
-
-def _words(plan: StepPlan, way: str) -> str:
-    return f"{plan.format}, 8 bits at steps {', '.join(map(str, plan.protected)) or 'none'} (by {way})"
-
-
 def report(bench: Bench) -> str:
     """The whole result."""
     table, clips = bench.table, bench.clips
@@ -326,8 +300,6 @@ def report(bench: Bench) -> str:
         predictions(bench),
         f"\n## Maps beside a layer at a time ({some}), Spearman\n",
         ways(bench),
-        f"\n## {STEP_BITS:.0f} input bits on average over the steps, float weights\n",
-        step_budget(bench),
         f"\nAllocations choose among {', '.join(FORMATS)}; the {len(WIDE)} formats are {', '.join(WIDE)}.\n"
         f"\nThe map of {len(table.layers)} layers x {len(WIDE) + len(INPUTS)} formats x {steps} steps by gradients took "
         f"{sum(units):.0f} seconds of one core.\n",

@@ -22,9 +22,27 @@ from torch.utils.hooks import RemovableHandle
 logger = logging.getLogger(__name__)
 NAME = "reelquant_clock"  # the denoiser's submodule
 Inputs = Literal["float", "8-bit"]  # of protected steps
+OWN, FLOAT = 0, 16  # bits at a step: those of the layer; none are rounded
+FEWEST, MOST = 2, 8  # bits at a step, otherwise
+PROTECTED: dict[Inputs, int] = {"float": FLOAT, "8-bit": 8}  # bits of inputs at protected steps
 Pairs = Literal["batched", "sequential"]  # how a pipeline calls its denoiser for classifier-free guidance
 ANY, FIRST, SECOND, BOTH = range(4)  # which half of a guidance pair a call computes; any: not told apart
 TOLERANCE = 2**-11  # relative: timesteps are stored as float32 and may come back as float16; neighbouring integers stay apart
+
+
+class Widths(NamedTuple):
+    """Bits at one denoising step.
+
+    Attributes:
+        inputs: of integers that inputs are rounded to; :data:`OWN`, or :data:`FLOAT` for inputs that are not rounded.
+        weights: at which integer weights of more bits are read; :data:`OWN` for all that are stored.
+    """
+
+    inputs: int = OWN
+    weights: int = OWN
+
+
+AS_STORED = Widths()
 
 
 class Moment(NamedTuple):
@@ -36,6 +54,7 @@ class Moment(NamedTuple):
         protected: whether the step is protected.
         half: which half of a guidance pair the call computes.
         row: row of the layer's input scales; None where it is ``slot``.
+        widths: bits at this step.
     """
 
     slot: int | Tensor = 0
@@ -43,6 +62,7 @@ class Moment(NamedTuple):
     protected: bool = False
     half: int = ANY
     row: int | Tensor | None = None
+    widths: Widths = AS_STORED
 
 
 class Clock(nn.Module):
@@ -53,6 +73,7 @@ class Clock(nn.Module):
         slot: 0-d int64, index of the stored timestep nearest to the current one.
         stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
             be used.
+        widths: bits of every slot, in a recipe's words; empty where all steps have the same. Protected steps keep theirs beside it.
         protected_slots: steps at which layers do not round their inputs, or do it more finely; set by :meth:`protect`.
         protects: ``[slots]`` bool, the same as a table.
         protected: 0-d bool, whether the current slot is one of them.
@@ -72,6 +93,7 @@ class Clock(nn.Module):
     stored: Tensor
     protects: Tensor
     protected: Tensor
+    inputs: Inputs
     which: Tensor
     seen: Tensor
     home: weakref.ref[nn.Module] | None
@@ -83,8 +105,10 @@ class Clock(nn.Module):
         inputs: Inputs = "float",
         pairs: Pairs | None = None,
         latent: str | None = None,
+        widths: Sequence[Widths] = (),
     ) -> None:
         super().__init__()
+        self.widths = tuple(widths)
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("stored", torch.zeros((), dtype=torch.bool), persistent=False)
@@ -108,6 +132,21 @@ class Clock(nn.Module):
         self.protects[chosen] = True
         self.protected_slots, self.inputs = tuple(chosen), inputs
         self._now = {}
+
+    def change_bits(self, widths: Sequence[Widths]) -> None:
+        """Give every slot its bits; none for the same at all steps. Protected steps stay protected."""
+        self.widths = tuple(widths)
+        self._now = {}
+
+    @property
+    def changes_bits(self) -> bool:
+        """Whether layers compute some steps in other bits than they store."""
+        return bool(self.protected_slots or self.widths)
+
+    def at(self, slot: int) -> Widths:
+        """The bits of a step."""
+        widths = self.widths[slot] if self.widths else AS_STORED
+        return widths._replace(inputs=PROTECTED[self.inputs]) if slot in self.protected_slots else widths
 
     @contextmanager
     def computing(self, half: int) -> Generator[None]:
@@ -176,7 +215,7 @@ class Clock(nn.Module):
         if isinstance(kept, Moment):
             return kept
         slot, stored, protected, which = kept or self.state  # autograd recomputes in threads of its own
-        moment = Moment(int(slot), bool(stored), bool(protected) and bool(self.protected_slots), int(which) if self.pairs else ANY)
+        moment = self._moment(slot, stored, protected, which)
         if kept is not None:
             self._now[thread] = moment
         return moment
@@ -188,9 +227,11 @@ class Clock(nn.Module):
 
     def follow(self, state: Sequence[Tensor]) -> None:
         """Answer :meth:`now` with the :attr:`state` of a compiled graph: :meth:`tick` is a part of it, and keeps no Python value."""
-        slot, stored, protected, which = state
-        half = int(which) if self.pairs else ANY
-        self._now[threading.get_ident()] = Moment(int(slot), bool(stored), bool(protected), half)
+        self._now[threading.get_ident()] = self._moment(*state)
+
+    def _moment(self, slot: Tensor, stored: Tensor, protected: Tensor, which: Tensor) -> Moment:
+        number, protects = int(slot), bool(protected) and bool(self.protected_slots)
+        return Moment(number, bool(stored), protects, int(which) if self.pairs else ANY, widths=self.at(number))
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""

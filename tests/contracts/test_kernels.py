@@ -81,7 +81,7 @@ def test_protected_steps_mix_channels_too(name: str) -> None:
     """A kernel that rounds protected steps from the same repacked weight gets an input that is mixed once, not twice."""
     layer, x = make(name, ("int8", "channel"), INPUTS["int6"], **REWRITES["mix"])
     operands = layer.operands
-    finer = replace(operands, input=operands.input.widened())
+    finer = replace(operands, input=operands.input.with_bits(8))
     runner = layer.kernel.prepare(operands)
     if not hasattr(runner, "rounding"):
         pytest.skip(f"{layer.kernel.name} prepares protected steps anew")

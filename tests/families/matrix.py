@@ -24,6 +24,7 @@ FIGURES = {
     "num_parameters": "parameters", "memory_footprint": "bytes of bf16 over bytes of w8a16", "inference": "output error, signal over noise",
     "lora_inference": "what the adapter changes, against the same adapter on float", "quantized_layers": "quantized of all",
     "training": "gradients of the adapters, against those on float", "features": "mechanisms for which the family has layers",
+    "step_bits": "a step of W4A6 beside one of W8A8, signal over noise",
     "reuse": "what is kept of a stretch of blocks: the change that a chain makes, or the output of each block; and places of attention",
 }  # fmt: skip
 """Checks whose figures are published in a table of their own, and what they mean."""

@@ -22,7 +22,7 @@ from torch import Tensor
 import reelquant
 from reelquant._errors import CalibrationError, CheckpointError, RecipeError
 from reelquant.checkpoint.stored import Slots, Stored
-from reelquant.clock import ANY, BOTH, FIRST, NAME, SECOND, Clock, Moment
+from reelquant.clock import ANY, BOTH, FIRST, FLOAT, NAME, SECOND, Clock, Moment, Widths
 from reelquant.discover import discover
 from reelquant.engine import components
 from reelquant.engine.report import Report
@@ -101,7 +101,7 @@ def test_eight_bits_at_protected_steps_come_from_the_same_bytes() -> None:
     before = {name: layer.codes.clone() for name, layer in quantized_layers(pipe.denoiser).items()}
     outputs = {timestep: call(pipe.denoiser, timestep) for timestep in report.timesteps}
     fast = [layer for layer in quantized_layers(pipe.denoiser).values() if layer.kernel.name == "onednn int8"]
-    assert all(layer.prepare().finer.packed is layer.prepare().runner.packed for layer in fast)  # type: ignore[union-attr]
+    assert all(layer.prepare().roundings[8].packed is layer.prepare().runner.packed for layer in fast)  # type: ignore[union-attr]
     assert all(torch.equal(layer.codes, before[name]) for name, layer in quantized_layers(pipe.denoiser).items())
     with reelquant.kernels.backend("reference"):  # type: ignore[attr-defined]
         for layer in quantized_layers(pipe.denoiser).values():
@@ -120,9 +120,9 @@ def test_every_level_of_few_bits_is_a_level_of_eight(signed: bool) -> None:
     few = InputQuant(Int(6, signed), Granularity(), torch.tensor([[0.3]]), zero)
     codes = torch.arange(64, dtype=torch.uint8)
     levels = few.quantizer(torch.zeros(1), 0).dequantize(codes)
-    finer = few.widened().quantizer(torch.zeros(1), 0)
+    finer = few.with_bits(8).quantizer(torch.zeros(1), 0)
     assert finer.format == Int(8, signed) and torch.allclose(finer(levels), levels, atol=1e-6)
-    assert few.widened().widened() is not few and InputQuant(Int(8), Granularity(), torch.ones(1, 1)).widened().format == Int(8)
+    assert few.with_bits(6) is few
 
 
 def test_compiled_graphs_follow_protection_with_one_compilation() -> None:
@@ -280,7 +280,7 @@ def test_the_noisiest_token_counts() -> None:
     noisy = clock.timesteps[0].expand(2, 6).clone()
     noisy[:, :2] = 0
     clock.tick(noisy)
-    assert clock.now() == Moment(0, False, True, ANY)
+    assert clock.now() == Moment(0, False, True, ANY, widths=Widths(FLOAT))
     clock.tick(torch.zeros(2, 6) + float(clock.timesteps[30]))
     assert clock.now() == Moment(30, True, False, ANY)
 

@@ -220,7 +220,12 @@ def test_one_of_two_experts(two: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out" / "transformer") == contents(two / "transformer")
 
 
-@pytest.mark.parametrize("change", [{"protect_steps": "auto"}, {"protect_steps": [0, -1]}, {"guidance": "apart"}], ids=str)
+STEP_BITS = {"inputs": [4, 8, 6], "weights": [3, 8, 8]}
+
+
+@pytest.mark.parametrize(
+    "change", [{"protect_steps": "auto"}, {"protect_steps": [0, -1]}, {"guidance": "apart"}, {"step_bits": STEP_BITS}], ids=str
+)
 def test_steps_and_halves_that_differ(model: Path, change: dict[str, Any], tmp_path: Path) -> None:
     recipe = MIXED | change
     expected = quantized_in_memory(model, recipe, tmp_path / "memory")

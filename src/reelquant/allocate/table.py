@@ -117,6 +117,9 @@ class SensitivityTable:
         configurations: whole models that were tried.
         skip: patterns of layers that have to stay float; for people to edit.
         fixed: pattern -> weight format that its layers have to get; later ones win; for people to edit.
+        together: (component, part, measure) -> ``[steps][steps]``, cosines between the errors of the final latents that rounding at two
+            single steps makes, in the same format, all layers together; mean over formats and clips. Steps that were not compared
+            have independent errors.
     """
 
     model: str
@@ -128,6 +131,7 @@ class SensitivityTable:
     settings: Mapping[str, Any] = field(default_factory=dict)
     skip: tuple[str, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
+    together: Mapping[tuple[str, Part, Measure], Sequence[Sequence[float]]] = field(default_factory=dict)
 
     # --- reading ------------------------------------------------------------------------------------------------------------
 
@@ -238,6 +242,7 @@ class SensitivityTable:
             "columns": [json.dumps(name) for name in COLUMNS],
             "rows": [json.dumps(_line(row)) for row in self.rows],
             "configurations": [json.dumps(asdict(one)) for one in self.configurations],
+            "together": [json.dumps([*key, [[round(one, 3) for one in row] for row in rows]]) for key, rows in self.together.items()],
         }
         parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         parts += [
@@ -316,6 +321,7 @@ def _parsed(data: Mapping[str, Any]) -> SensitivityTable:
         dict(data["settings"]),
         tuple(_text(one, "skip") for one in data.get("skip", ())),
         {_text(key, "fixed"): _text(value, "fixed") for key, value in dict(data.get("fixed", {})).items()},
+        dict(_cosines(data, *one) for one in data.get("together", ())),
     )
 
 
@@ -323,6 +329,15 @@ def _text(value: Any, key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"'{key}' holds {value!r:.40}, which is not a text")
     return value
+
+
+def _cosines(data: Mapping[str, Any], component: str, part: Any, measure: Any, rows: Any) -> tuple[tuple[str, Part, Measure], Any]:
+    steps = len(data["timesteps"][component])
+    if part not in PARTS or measure not in MEASURES:
+        raise ValueError(f"'together' of {component!r:.40} is of {part!r:.20}, {measure!r:.20}")
+    if len(rows) != steps or any(len(row) != steps or not all(is_number(one) and abs(one) <= 1 for one in row) for row in rows):
+        raise ValueError(f"'together' of {component!r:.40} holds cosines between {steps} steps")
+    return (component, part, measure), rows
 
 
 def _row(values: dict[str, Any]) -> Damage:

@@ -30,6 +30,7 @@ def sensitivity(
     ranges: int = 5,
     configurations: int = 0,
     components: Sequence[str] | None = None,
+    steps: bool = False,
     skip: Sequence[str] = (),
     prompts: Prompts | None = None,
     dtype: torch.dtype | None = None,
@@ -52,11 +53,13 @@ def sensitivity(
         recipe: which layers are quantized, the range rule of their weights, and the granularity of their inputs.
         measures: ``trajectory``, ``gradient``, ``noise``, any of them.
         formats: of weights, ``FORMAT/GRANULARITY``; by default 3 to 8 bits.
-        inputs: of inputs; by default the recipe's own with 4, 5, 6 and 8 bits, empty for none.
+        inputs: of inputs; by default the recipe's own with 3 to 8 bits, empty for none.
         clips: how many are sampled.
         ranges: into how many ranges the steps are divided for the map of layers over steps.
         configurations: whole allocations that are tried out beside, for the method ``surrogate``.
         components: denoisers; by default all.
+        steps: whether all inputs, and all weights, are rounded at single steps and sampled, for budgets over the steps;
+            ``trajectory`` does it anyway.
         skip: patterns of layers that are left out.
         prompts: texts or conditions of the clips; by default the pipeline's own or general video prompts.
         dtype: of a pipeline that is opened, float32 by default.
@@ -92,6 +95,7 @@ def sensitivity(
         ranges=ranges,
         configurations=configurations,
         components=None if components is None else tuple(components),
+        steps=steps,
         skip=tuple(skip),
     )
     opened = open_pipeline(model, dtype=dtype or torch.float32, device=device) if isinstance(model, str | Path) else model

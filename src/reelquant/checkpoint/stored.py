@@ -14,7 +14,7 @@ from reelquant._remarks import remark
 from reelquant._version import __version__
 from reelquant.checkpoint.needs import IMPORT_FIRST, check_here, needed
 from reelquant.checkpoint.verify import layer_sum, tile_checksum
-from reelquant.clock import NAME, Clock, Inputs, Pairs
+from reelquant.clock import FEWEST, MOST, NAME, OWN, Clock, Inputs, Pairs, Widths
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers, scaled_logits
 from reelquant.policies import ChangeResolution, resolution_of
@@ -22,6 +22,7 @@ from reelquant.policies.step_policy import POLICY, RUNTIME, protected_slots, wri
 from reelquant.reuse import stored_reuse
 
 METHOD = "reelquant"
+BITS = {"inputs": "input_bits", "weights": "weight_bits"}  # fields of Widths -> keys of slots, a number for each step; 0: as stored
 FORMAT_VERSION = 1
 OPTIONAL: dict[str, type] = {
     "recipe": dict,
@@ -43,7 +44,7 @@ KNOWN = {"quant_method", "attention", *WISHES, *OPTIONAL, *REQUIRED}
 
 @dataclass(frozen=True)
 class Slots:
-    """The calibrated timesteps, in sampling order, the denoiser's argument that carries the timestep, and which steps are protected."""
+    """The calibrated timesteps, in sampling order, the denoiser's argument that carries the timestep, and the bits of steps."""
 
     timesteps: tuple[float, ...]
     argument: str
@@ -51,16 +52,19 @@ class Slots:
     inputs: Inputs = "float"
     pairs: Pairs | None = None
     latent: str | None = None
+    widths: tuple[Widths, ...] = ()
 
     def clock(self) -> Clock:
         """The clock of a loaded denoiser."""
-        return Clock(self.timesteps, self.protected, self.inputs, self.pairs, self.latent)
+        return Clock(self.timesteps, self.protected, self.inputs, self.pairs, self.latent, self.widths)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; nothing of protection and guidance where there is none."""
         protection = {"protected": list(self.protected), "protected_inputs": self.inputs} if self.protected else {}
         guidance = {"pairs": self.pairs, "latent": self.latent} if self.pairs else {}
-        return {"timesteps": list(self.timesteps), "argument": self.argument, **protection, **guidance}
+        bits = {name: [getattr(one, name) for one in self.widths] for name in Widths._fields}
+        bits = {BITS[name]: numbers for name, numbers in bits.items() if any(numbers)}
+        return {"timesteps": list(self.timesteps), "argument": self.argument, **protection, **guidance, **bits}
 
 
 @dataclass(frozen=True)
@@ -238,7 +242,9 @@ def _clock_slots(model: nn.Module) -> Slots | None:
     clock = getattr(model, NAME, None)
     if not isinstance(clock, Clock):
         return None
-    return Slots(tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs, clock.pairs, clock.latent)
+    return Slots(
+        tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs, clock.pairs, clock.latent, clock.widths
+    )
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
@@ -290,6 +296,14 @@ def _layouts(groups: Mapping[str, Any]) -> dict[str, LayerLayout]:
     return found
 
 
+def _widths(data: Mapping[str, Any], steps: int) -> tuple[Widths, ...]:
+    given = {name: data[key] for name, key in BITS.items() if key in data}
+    for name, bits in given.items():
+        if len(bits) != steps or any(type(one) is not int or (one != OWN and not FEWEST <= one <= MOST) for one in bits):
+            raise ValueError(f"{BITS[name]} {bits!r:.60}")
+    return tuple(Widths(**dict(zip(given, numbers, strict=True))) for numbers in zip(*given.values(), strict=True))
+
+
 def _slots(data: Any, runtime: Mapping[str, Any]) -> Slots | None:
     """The slots; where they protect no step, those are protected that a policy of other programs names."""
     if data is None:
@@ -304,6 +318,7 @@ def _slots(data: Any, runtime: Mapping[str, Any]) -> Slots | None:
             data.get("protected_inputs", "float"),
             data.get("pairs"),
             data.get("latent"),
+            _widths(data, len(times)),
         )
         if found.inputs not in get_args(Inputs) or any(slot not in range(len(found.timesteps)) for slot in found.protected):
             raise ValueError(f"protected {list(found.protected)}, {found.inputs!r}")

@@ -59,11 +59,20 @@ Inputs = Annotated[str | None, typer.Option("--inputs", help="Of inputs: int4/to
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that are sampled.")]
 Ranges = Annotated[int, typer.Option("--ranges", min=1, help="Ranges of steps in the map of layers over steps.")]
 Configurations = Annotated[int, typer.Option("--configurations", min=0, help="Whole allocations to try out, for --method surrogate.")]
+BySteps = Annotated[
+    bool, typer.Option("--by-step", help="Sample the clips with every single step rounded, too: for --step-bits, --step-weight-bits.")
+]
 Components = Annotated[list[str] | None, typer.Option("--component", help="Only this denoiser. Repeatable.", show_default=False)]
 Skip = Annotated[list[str] | None, typer.Option("--skip", help="Pattern of layers that stay float. Repeatable.", show_default=False)]
 Bits = Annotated[float | None, typer.Option("--bits", help="Divide so many bits a weight among the layers, like 4.5.", show_default=False)]
 Size = Annotated[str | None, typer.Option("--size", help="Or so many bytes for all quantized weights, like 2.5GB.", show_default=False)]
 StepBits = Annotated[float | None, typer.Option("--step-bits", help="Divide so many input bits among the steps.", show_default=False)]
+StepWeightBits = Annotated[
+    float | None,
+    typer.Option(
+        "--step-weight-bits", help="Read so many bits of each weight, mean over the steps; stored as -r says.", show_default=False
+    ),
+]
 Method = Annotated[
     str,
     typer.Option("--method", help="milp, greedy, sampled or surrogate.", autocompletion=one_of("milp", "greedy", "sampled", "surrogate")),
@@ -75,9 +84,10 @@ Method = Annotated[
 
     [cyan]reelquant sensitivity tiny-dit -o map[/cyan]          measure, by gradients
     [cyan]reelquant sensitivity tiny-dit -o map --measure trajectory[/cyan]
+    [cyan]reelquant sensitivity tiny-dit -o steps -r minmax-w8a8 --by-step[/cyan]
     [cyan]reelquant sensitivity map[/cyan]                      read it again
     [cyan]reelquant sensitivity map --bits 4.5[/cyan]           divide: map/recipe.yaml
-    [cyan]reelquant sensitivity map -r minmax-w6a6 --step-bits 6[/cyan]
+    [cyan]reelquant sensitivity steps --step-bits 6 --step-weight-bits 6[/cyan]
     [cyan]reelquant quantize tiny-dit -r map/recipe.yaml -o out[/cyan]
 
     The table is map/sensitivity.json, the picture map/sensitivity.png. A run that was stopped goes on with the same command.
@@ -95,11 +105,13 @@ def sensitivity(
     clips: Clips = 4,
     ranges: Ranges = 5,
     configurations: Configurations = 0,
+    by_step: BySteps = False,
     component: Components = None,
     skip: Skip = None,
     bits: Bits = None,
     size: Size = None,
     step_bits: StepBits = None,
+    step_weight_bits: StepWeightBits = None,
     method: Method = "milp",
     everything: Annotated[bool, typer.Option("--all", help="Print every layer.")] = False,
     prompts: Prompts = None,
@@ -115,18 +127,20 @@ def sensitivity(
 ) -> None:
     """Measure what rounding each layer does to the clips, as a table, and divide budgets of bits by it."""
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
-    if (bits is not None or size is not None or step_bits is not None) and output is None and not is_table(model):
-        raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint="--bits, --size, --step-bits")
+    over_steps = {"input": step_bits, "weight": step_weight_bits}
+    if any(one is not None for one in (bits, size, *over_steps.values())) and output is None and not is_table(model):
+        names = "--bits, --size, --step-bits, --step-weight-bits"
+        raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint=names)
     if is_table(model):
         table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
     else:
         told = dict(
             recipe=recipe or "w4a16", measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
-            clips=clips, ranges=ranges, configurations=configurations, components=component, skip=skip or (),
+            clips=clips, ranges=ranges, configurations=configurations, components=component, steps=by_step, skip=skip or (),
             prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
         table, folder = _measure(model, output, dtype, told, call), output
-    found, plans = _divided(table, bits, size, step_bits, method)
+    found, plans = _divided(table, bits, size, over_steps, method)
     written = _recipes(table, folder, recipe, found, plans) if folder is not None and (found or plans) else []
     if json:
         return console.emit(as_data(table, found, plans, written))
@@ -178,7 +192,7 @@ def _list(text: str | None) -> tuple[str, ...] | None:
 
 
 def _divided(
-    table: SensitivityTable, bits: float | None, size: str | None, step_bits: float | None, method: str
+    table: SensitivityTable, bits: float | None, size: str | None, over_steps: dict[Any, float | None], method: str
 ) -> tuple[Allocation | None, list[StepPlan]]:
     from reelquant.allocate import allocate, allocate_steps
     from reelquant.streaming import parse_bytes
@@ -186,7 +200,8 @@ def _divided(
     found = None
     if bits is not None or size is not None:
         found = allocate(table, bits=bits, nbytes=None if size is None else parse_bytes(size), method=method)
-    return found, [] if step_bits is None else [allocate_steps(table, step_bits, name) for name in table.components]
+    wanted = [(part, budget) for part, budget in over_steps.items() if budget is not None]
+    return found, [allocate_steps(table, budget, name, part=part) for name in table.components for part, budget in wanted]
 
 
 def _recipes(table: SensitivityTable, folder: Path, base: str | None, found: Allocation | None, plans: list[StepPlan]) -> list[Path]:
@@ -199,9 +214,9 @@ def _recipes(table: SensitivityTable, folder: Path, base: str | None, found: All
         recipe: Any = base or table.settings.get("recipe") or table.recipe
         if found is not None:
             recipe = allocated(recipe, found.of(name), found.skipped[name])
-        plan = next((one for one in plans if one.component == name), None)
-        if plan is not None:
-            recipe = with_steps(recipe, plan.overrides(table))
+        mine = [one.overrides(table) for one in plans if one.component == name]
+        if mine:
+            recipe = with_steps(recipe, {key: value for one in mine for key, value in one.items()})
         file = folder / ("recipe.yaml" if len(table.components) == 1 else f"recipe-{name}.yaml")
         write_text(file, recipe_text(recipe))
         made.append(file)

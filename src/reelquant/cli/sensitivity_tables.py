@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from reelquant.cli.layout import facts, table
 if TYPE_CHECKING:
     from reelquant.allocate import Allocation, StepPlan
     from reelquant.cli.layout import Plain
+
+WORDS = {"input": "inputs", "weight": "weights"}  # part of a layer -> what all of them are called
 
 
 def role_table(made: SensitivityTable) -> Plain:
@@ -49,16 +52,16 @@ def _hides(formats: tuple[str, ...], kept: str) -> list[str]:
 
 
 def step_tables(made: SensitivityTable) -> list[Plain]:
-    """All inputs rounded at single steps."""
+    """All inputs, and all weights, rounded at single steps."""
     found = []
-    for component in made.components:
-        rows = [row for row in made.rows if row.component == component and row.layer == EVERY and row.steps is not None]
+    for component, (part, words) in itertools.product(made.components, WORDS.items()):
+        rows = [row for row in made.rows if (row.component, row.layer, row.part) == (component, EVERY, part) and row.steps is not None]
         measure = next((one for one in made.measures if any(row.measure == one for row in rows)), None)
-        formats = tuple(dict.fromkeys(row.format for row in rows))
+        formats = tuple(dict.fromkeys(row.format for row in rows if row.measure == measure))
         if not rows:
             continue
         values = {(row.format, row.steps): row.damage for row in rows if row.measure == measure}
-        shown = table(f"All inputs of {component} rounded at one step alone, by {measure}", ["step"], ["timestep", *formats])
+        shown = table(f"All {words} of {component} rounded at one step alone, by {measure}", ["step"], ["timestep", *formats])
         for step, timestep in enumerate(made.timesteps[component]):
             shown.add_row(str(step), f"{timestep:.4g}", *(_figure(values.get((fmt, (step, step)))) for fmt in formats))
         found.append(shown)
@@ -80,9 +83,8 @@ def allocation_facts(found: Allocation) -> Plain:
 
 
 def step_plan_facts(plan: StepPlan) -> Plain:
-    """How bits of inputs were divided among the steps."""
-    steps = ", ".join(map(str, plan.protected)) or "none"
-    rows = [("inputs", f"{plan.format}; 8 bits at steps {steps}"), ("bits", f"{plan.bits:.2f} a step, mean")]
+    """How bits of inputs or of weights were divided among the steps."""
+    rows = [(WORDS[plan.part], f"{', '.join(map(str, plan.bits))} bits"), ("bits", f"{plan.mean:.2f} a step, mean")]
     rows.append(("damage", f"{_figure(plan.damage)} predicted"))
     rows.append(("uniform", f"{plan.uniform[0]} at all steps: {_figure(plan.uniform[1])}, {_gain(plan.uniform[1], plan.damage)} dB worse"))
     return facts(f"Steps of {plan.component}", rows)

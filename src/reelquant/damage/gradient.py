@@ -27,7 +27,7 @@ Cut = tuple[Steps, str | None]  # steps and half of guidance that count; None fo
 
 def by_gradient(
     scene: Scene, target: Target, weights: Sequence[str], inputs: Sequence[str], ranges: Sequence[tuple[int, int]], kept: Kept
-) -> list[Damage]:
+) -> tuple[list[Damage], np.ndarray | None]:
     """Damage of every format of every weight and input to the final latents, to first order.
 
     An error ``d`` of a weight, the same at all steps, moves the final latents by ``J d``. For a random vector ``v`` of signs,
@@ -50,24 +50,35 @@ def by_gradient(
     cuts: list[Cut] = [(None, None), *((steps, None) for steps in ranges)]
     halved = target.halves and not any(call.half == BOTH for call in target.calls)
     cuts += [(None, half) for half in HALVES] if halved else []
-    cuts += [((step, step), None) for step in range(len(target.timesteps))] if inputs else []
-    values = []
+    steps = len(target.timesteps)
+    cuts += [((step, step), None) for step in range(steps)]
+    values, pairs = [], len(weights) * steps * steps
     words = f"weights {', '.join(weights)}, inputs {', '.join(inputs)}, {len(ranges)} ranges"
     for clip in range(len(scene.prompts)):
         for probe in range(PROBES):
 
             def measured(clip: int = clip, probe: int = probe) -> list[float]:
-                return _Pass(scene, target, deltas, tuple(inputs)).run(clip, probe, cuts).flatten().tolist()
+                one = _Pass(scene, target, deltas, tuple(inputs))
+                return [*one.run(clip, probe, cuts).flatten().tolist(), *one.products(steps).flatten().tolist()]
 
-            values.append(kept.of(f"gradient, {target.component}, clip {clip}, probe {probe}, {words}", measured))
+            values.append(kept.of(f"gradient, {target.component}, clip {clip}, probe {probe}, {words}, products of steps", measured))
             scene.progress.advance()
-    found = np.array(values).reshape(len(values), len(cuts), len(target.layers), -1)
+    damages, products = np.split(np.array(values), [-pairs] if pairs else [len(values[0])], axis=1)
+    found = damages.reshape(len(values), len(cuts), len(target.layers), -1)
     columns: list[tuple[Part, str]] = [*(("weight", one) for one in weights), *(("input", one) for one in inputs)]  # type: ignore[list-item]
-    return _rows(target, columns, cuts, found, singles=len(target.timesteps) if inputs else 0)
+    cosines = _cosines(products.reshape(len(values), len(weights), steps, steps)) if pairs else None
+    return _rows(target, columns, cuts, found, singles=steps), cosines
+
+
+def _cosines(products: np.ndarray) -> np.ndarray:
+    """``[steps, steps]`` from products ``[passes, formats, steps, steps]``: mean over formats."""
+    grams = products.sum(0)
+    sizes = np.sqrt(np.maximum(np.diagonal(grams, axis1=1, axis2=2), 1e-300))
+    return (grams / (sizes[:, :, None] * sizes[:, None])).mean(0).clip(-1, 1)
 
 
 def _rows(target: Target, columns: Sequence[tuple[Part, str]], cuts: Sequence[Cut], found: np.ndarray, singles: int) -> list[Damage]:
-    """Rows of all layers, and of all inputs together at single steps, which are the last cuts."""
+    """Rows of all layers, and of all weights or inputs together at single steps, which are the last cuts."""
     rows = []
     for number, (steps, half) in enumerate(cuts[: len(cuts) - singles]):
         for place, layer in enumerate(target.layers):
@@ -77,9 +88,8 @@ def _rows(target: Target, columns: Sequence[tuple[Part, str]], cuts: Sequence[Cu
                 rows.append(Damage(target.component, layer.name, part, written, "gradient", *values, steps, half))
     for number, (steps, _) in enumerate(cuts[len(cuts) - singles :], len(cuts) - singles):
         for column, (part, written) in enumerate(columns):
-            if part == "input":
-                mean = bootstrap(found[:, number, :, column].sum(1).tolist(), resamples=200)
-                rows.append(Damage(target.component, EVERY, part, written, "gradient", mean.mean, mean.low, mean.high, steps))
+            mean = bootstrap(found[:, number, :, column].sum(1).tolist(), resamples=200)
+            rows.append(Damage(target.component, EVERY, part, written, "gradient", mean.mean, mean.low, mean.high, steps))
     return rows
 
 
@@ -108,6 +118,7 @@ class _Pass:
     Attributes:
         rows: by place and layer, what the error of each row of the weight moves, ``[formats, rows]``.
         squares: by place and layer, the squares of what errors of the input move, ``[formats]``.
+        scale: one over the squared error that has the damage 1.
     """
 
     scene: Scene
@@ -116,6 +127,7 @@ class _Pass:
     inputs: tuple[str, ...]
     rows: dict[tuple[Place, str], Tensor] = field(default_factory=dict)
     squares: dict[tuple[Place, str], Tensor] = field(default_factory=dict)
+    scale: float = 1.0
 
     def run(self, clip: int, probe: int, cuts: Sequence[Cut]) -> np.ndarray:
         """Damages ``[cuts, layers, formats of weights and then of inputs]``."""
@@ -134,8 +146,20 @@ class _Pass:
             generator = torch.Generator().manual_seed(1000 * clip + probe)
             signs = torch.randint(0, 2, latents.shape, generator=generator).to(latents.device, latents.dtype) * 2 - 1
             latents.backward(signs)
-        scale = 1 / max(float(latents.detach().float().var(correction=0)) * latents.numel(), 1e-30)
-        return np.stack([self._cut(cut) for cut in cuts]) * scale
+        self.scale = 1 / max(float(latents.detach().float().var(correction=0)) * latents.numel(), 1e-30)
+        return np.stack([self._cut(cut) for cut in cuts]) * self.scale
+
+    def products(self, steps: int) -> np.ndarray:
+        """``[formats, steps, steps]``, after :meth:`run`: products of what rounding all weights at two steps moves, over the variance."""
+        found = np.zeros((len(self.deltas.formats), steps, steps))
+        for layer in self.target.layers:
+            moved = torch.zeros(steps, *next((one.shape for (_, name), one in self.rows.items() if name == layer.name), (0, 0)))
+            for ((step, _), name), value in self.rows.items():
+                if name == layer.name:
+                    moved[step] += value.cpu()
+            if moved.numel():
+                found += torch.einsum("sfr,tfr->fst", moved.double(), moved.double()).numpy()
+        return found * self.scale
 
     def _listen(self, stack: ExitStack, name: str) -> None:
         """Hear the gradients of a layer's weight and input in every call by itself.

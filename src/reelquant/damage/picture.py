@@ -63,9 +63,9 @@ def _steps(figure: Any, axes: Any, table: SensitivityTable, component: str, meas
 
 
 def _inputs(axes: Any, table: SensitivityTable, component: str) -> None:
-    found = [row for row in table.rows if row.component == component and row.layer == EVERY and row.steps is not None]
+    found = [row for row in table.rows if (row.component, row.layer, row.part) == (component, EVERY, "input") and row.steps is not None]
     measure = next((one for one in table.measures if any(row.measure == one for row in found)), None)
-    for fmt in dict.fromkeys(row.format for row in found):
+    for fmt in dict.fromkeys(row.format for row in found if row.measure == measure):
         mine = sorted((row.steps[0], row.damage, row.low, row.high) for row in found if (row.format, row.measure) == (fmt, measure))  # type: ignore[index]
         steps, damage, low, high = zip(*mine, strict=True)
         axes.plot(steps, damage, marker=".", label=fmt)

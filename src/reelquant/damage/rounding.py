@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -65,6 +66,13 @@ def own_inputs(target: Target, bits: Sequence[int]) -> tuple[str, ...]:
     family = re.match(r"u?int(?=\d+$)", name)
     known = grain if grain in (*FOUND_AT_RUN_TIME, "tensor", "channel") else "tensor"
     return tuple(f"{family.group() if family else 'int'}{count}/{known}" for count in bits)
+
+
+def own_weights(target: Target, bits: Sequence[int]) -> tuple[str, ...]:
+    """Integers of these numbers of bits in the granularity that the recipe gives most weights; scales of groups are floats."""
+    grains = Counter(str(row.specs.weight.granularity) for row in target.plan.quantized if row.specs)
+    grain = next((one for one, _ in grains.most_common()), "channel")
+    return tuple(f"int{count}/{grain}" for count in bits)
 
 
 def _within(step: int, steps: Steps) -> bool:

@@ -15,15 +15,15 @@ from reelquant.allocate.budget import allocate
 from reelquant.allocate.problem import Problem
 from reelquant.allocate.sampled import around, random_picks
 from reelquant.allocate.sizes import check_weight, weight_bytes
-from reelquant.allocate.table import EVERY, FILE, Configuration, Damage, Measure, SensitivityTable, load_table
+from reelquant.allocate.table import FILE, Configuration, Damage, Measure, Part, SensitivityTable, load_table
 from reelquant.damage.gains import Gains, gains
 from reelquant.damage.gradient import by_gradient
 from reelquant.damage.kept import Kept
 from reelquant.damage.noise import by_noise
 from reelquant.damage.picture import draw
-from reelquant.damage.rounding import check_input, own_inputs
+from reelquant.damage.rounding import check_input, own_inputs, own_weights
 from reelquant.damage.scene import SEED, Scene, Target
-from reelquant.damage.trajectory import Change, by_trajectory, try_configurations
+from reelquant.damage.trajectory import by_trajectory, steps_by_trajectory, try_configurations
 from reelquant.discover import modules_of
 from reelquant.engine.components import assign, mapping, plan_components
 from reelquant.engine.undisturbed import undisturbed
@@ -36,7 +36,7 @@ from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import check_call
 
 FORMATS = ("int3/group-64", "int4/group-64", "int5/channel", "int6/channel", "int8/channel")
-INPUT_BITS = (4, 5, 6, 8)
+INPUT_BITS, STEP_BITS = (3, 4, 5, 6, 7, 8), (4, 6, 8)
 PICTURE = "sensitivity.png"
 
 
@@ -48,7 +48,9 @@ class Wanted:
         recipe: ranges of weights, formats of inputs, and which layers stay float come from it.
         measures: how, of ``trajectory``, ``gradient``, ``noise``.
         formats: of weights.
-        inputs: of inputs; None: the recipe's own with 4, 5, 6 and 8 bits; none to leave inputs alone.
+        inputs: of inputs; None: the recipe's own with 3 to 8 bits; none to leave inputs alone.
+        steps: whether all inputs, and all weights, are rounded at single steps and sampled, as ``trajectory`` always does; the recipe's own
+            formats with 4, 6 and 8 bits, for inputs those of ``inputs`` where these are named. Others lie between them.
         clips: how many are sampled at a time.
         ranges: into how many ranges the steps are divided, for the map of layers over steps.
         noise_calls: recorded calls that noise is measured on.
@@ -61,6 +63,7 @@ class Wanted:
     measures: tuple[Measure, ...] = ("gradient",)
     formats: tuple[str, ...] = FORMATS
     inputs: tuple[str, ...] | None = None
+    steps: bool = False
     clips: int = 4
     ranges: int = 5
     noise_calls: int = 5
@@ -126,15 +129,16 @@ def measure(
         before = None if output is None else _before(output, settings, force=force)
         kept = Kept(output, {key: value for key, value in settings.items() if key not in LATER})
         scene.record()
-        rows, configurations = [], []
+        rows, configurations, together = [], [], {}
         for target in scene.targets:
-            mine, tried = _measured(scene, target, wanted, kept)
+            mine, tried, cosines = _measured(scene, target, wanted, kept)
             rows += mine
             configurations += tried
+            together |= {(target.component, *key): found.tolist() for key, found in cosines.items() if found is not None}
     name = scene.targets[0].plan.recipe.name
     table = SensitivityTable(
         settings["model"], name, tuple(layer for target in scene.targets for layer in target.layers), tuple(rows), tuple(configurations),
-        {target.component: tuple(target.timesteps) for target in scene.targets}, settings,
+        {target.component: tuple(target.timesteps) for target in scene.targets}, settings, together=together,
     )  # fmt: skip
     if before is not None:  # what people wrote into the file stays there
         table = replace(table, skip=before.skip, fixed=before.fixed)
@@ -160,7 +164,7 @@ def scene_of(
     return Scene(pipe, [Target.of(pipe, name, plan) for name, plan in plans.items()], texts, call, progress or Silent())
 
 
-LATER = ("measures", "formats", "inputs", "ranges", "configurations", "noise_calls", "skip")
+LATER = ("measures", "formats", "inputs", "ranges", "configurations", "noise_calls", "skip", "steps")
 """Settings that may change from run to run of one folder: what they ask for is measured beside what is there."""
 
 
@@ -199,30 +203,37 @@ def _before(output: Path, settings: Mapping[str, Any], *, force: bool) -> Sensit
     return before
 
 
-def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple[list[Damage], list[Configuration]]:
+Cosines = dict[tuple[Part, Measure], Any]  # between the errors of single steps, see SensitivityTable.together
+
+
+def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple[list[Damage], list[Configuration], Cosines]:
     """Everything that is wanted of one denoiser."""
     inputs = own_inputs(target, INPUT_BITS) if wanted.inputs is None else wanted.inputs
     ranges = cut(len(target.timesteps), wanted.ranges)
     rows: list[Damage] = []
+    cosines: Cosines = {}
     found: Gains | None = None
     if "noise" in wanted.measures:
         found = gains(scene, target, kept)
     if "gradient" in wanted.measures:
-        rows += by_gradient(scene, target, wanted.formats, inputs, ranges, kept)
+        mine, cosines["weight", "gradient"] = by_gradient(scene, target, wanted.formats, inputs, ranges, kept)
+        rows += mine
     if "noise" in wanted.measures and found:
         rows += by_noise(scene.progress, target, wanted.formats, inputs, wanted.noise_calls, kept).rows(found, ranges)
     if "trajectory" in wanted.measures:
-        rows += by_trajectory(scene, target, _changes(target, wanted.formats, inputs), kept)
+        rows += by_trajectory(scene, target, [(layer.name, "weight", fmt, None) for layer in target.layers for fmt in wanted.formats], kept)
+    if "trajectory" in wanted.measures or wanted.steps:
+        parts: dict[Part, Sequence[str]] = {
+            "input": own_inputs(target, STEP_BITS) if wanted.inputs is None else inputs,
+            "weight": own_weights(target, STEP_BITS),
+        }
+        for part, formats in parts.items():
+            mine, cosines[part, "trajectory"] = steps_by_trajectory(scene, target, part, formats, kept)
+            rows += mine
     if not wanted.configurations:
-        return rows, []
+        return rows, [], cosines
     table = SensitivityTable("", "", target.layers, tuple(rows))
-    return rows, try_configurations(scene, target, configurations(table, target.component, wanted.configurations), kept)
-
-
-def _changes(target: Target, formats: Sequence[str], inputs: Sequence[str]) -> list[Change]:
-    """Every weight alone with every format, and all inputs together at every step; those of single layers would double the price."""
-    alone: list[Change] = [(layer.name, "weight", fmt, None) for layer in target.layers for fmt in formats]
-    return alone + [(EVERY, "input", fmt, (step, step)) for fmt in inputs for step in range(len(target.timesteps))]
+    return rows, try_configurations(scene, target, configurations(table, target.component, wanted.configurations), kept), cosines
 
 
 def cut(steps: int, ranges: int) -> list[tuple[int, int]]:

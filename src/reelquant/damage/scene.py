@@ -108,6 +108,7 @@ class Scene:
         call: arguments of the pipeline call.
         progress: hears of every unit of work.
         reference: final latents of the float pipeline, ``[clips, ...]``.
+        found: those that :meth:`damages` sampled last.
     """
 
     pipe: Any
@@ -116,6 +117,7 @@ class Scene:
     call: Mapping[str, Any]
     progress: Progress
     reference: Tensor = field(default_factory=lambda: torch.empty(0))
+    found: Tensor = field(default_factory=lambda: torch.empty(0))
 
     @property
     def steps(self) -> int:
@@ -145,8 +147,8 @@ class Scene:
         Raises:
             CalibrationError: if they are not finite.
         """
-        found = self.latents()
-        errors = (found - self.reference).square().flatten(1).mean(1)
+        self.found = self.latents()
+        errors = (self.found - self.reference).square().flatten(1).mean(1)
         damages = (errors / self.reference.flatten(1).var(1, correction=0).clamp(min=1e-20)).clamp(min=1e-20)
         if not bool(damages.isfinite().all()):
             raise CalibrationError("the clips hold NaN or inf with the format that is measured; take it out of the formats")

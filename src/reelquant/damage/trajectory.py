@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-from reelquant.allocate.table import EVERY, Configuration, Damage
+import numpy as np
+import torch
+
+from reelquant.allocate.table import EVERY, Configuration, Damage, Part
 from reelquant.damage.kept import Kept
 from reelquant.damage.rounding import Steps, inputs_rounded, rounded_weight, weights_rounded
 from reelquant.damage.scene import Scene, Target, following, typical
 from reelquant.evidence import bootstrap
 
+SAMPLES = 512  # numbers of an error by which errors of two steps are compared: their cosine is then known to about 0.04
 Change = tuple[str, str, str, Steps]  # layer, part, format, steps
 
 
@@ -26,6 +30,44 @@ def by_trajectory(scene: Scene, target: Target, changes: Sequence[Change], kept:
         found.append(_row(target, (layer, part, written, steps), kept.of(name, _measuring(scene, target, (layer, part, written, steps)))))
         scene.progress.advance()
     return found
+
+
+def steps_by_trajectory(
+    scene: Scene, target: Target, part: Part, formats: Sequence[str], kept: Kept
+) -> tuple[list[Damage], np.ndarray | None]:
+    """Sample the clips once for every step and format, with all weights or all inputs rounded at that step alone.
+
+    Beside the damages there are the cosines ``[steps, steps]`` between the errors of the final latents, mean over clips and formats, from
+    at most :data:`SAMPLES` numbers of each clip; None without formats.
+    """
+    steps, clips = range(len(target.timesteps)), len(scene.prompts)
+    scene.progress.phase(f"{target.component}: steps one at a time", len(formats) * len(steps))
+    rows, cosines = [], []
+    for written in formats:
+        samples = []
+        for step in steps:
+            change = (EVERY, part, written, (step, step))
+
+            def measured(change: Change = change) -> list[float]:
+                with following(scene.targets), _changed(target, change):
+                    return [*scene.damages(), *_sampled(scene)]
+
+            name = f"trajectory, {target.component}, {EVERY}, {part}, {written}, {(step, step)}, with samples"
+            values = kept.of(name, measured)
+            rows.append(_row(target, change, values[:clips]))
+            samples.append(np.array(values[clips:]).reshape(clips, -1))
+            scene.progress.advance()
+        errors = np.stack(samples, 1)  # [clips, steps, samples]
+        errors = errors / np.maximum(np.linalg.norm(errors, axis=2, keepdims=True), 1e-30)
+        cosines.append(np.einsum("csn,ctn->st", errors, errors) / clips)
+    return rows, np.mean(cosines, 0).clip(-1, 1) if cosines else None
+
+
+def _sampled(scene: Scene) -> list[float]:
+    """Some numbers of every clip's error of the final latents, evenly spread, three digits each."""
+    errors = (scene.found - scene.reference).flatten(1)
+    places = torch.linspace(0, errors.shape[1] - 1, min(SAMPLES, errors.shape[1])).long()
+    return [float(f"{one:.3g}") for one in errors[:, places.to(errors.device)].flatten().tolist()]
 
 
 def _measuring(scene: Scene, target: Target, change: Change) -> Callable[[], list[float]]:
@@ -52,8 +94,6 @@ def _row(target: Target, change: Change, damages: Sequence[float]) -> Damage:
 
 def interval(damages: Sequence[float]) -> tuple[float, float]:
     """95 % interval of :func:`reelquant.damage.scene.typical`, over clips."""
-    import numpy as np
-
     found = bootstrap(np.log(damages).tolist(), resamples=500)
     return float(np.exp(found.low)), float(np.exp(found.high))
 

@@ -219,10 +219,10 @@ class Session:
 
     def _begun_latents(self, **overrides: Any) -> Callable[[], Tensor]:
         arguments = {"on_step": self.progress.advance} | self.arguments | overrides
-        protected = (self.clock.protected_slots, self.clock.inputs) if self.clock else ()
+        bits = [tuple(self.clock.at(slot)) for slot in range(len(self.clock.timesteps))] if self.clock else []
         first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
         options = {"seed": self.seed + HELD_OUT_SEED, "first": first, "output": "latent", "one_size": True} | arguments
-        content = arguments.get("num_inference_steps"), protected
+        content = arguments.get("num_inference_steps"), bits
         return self.store.begun("sampled", lambda: sample(self.pipe, self.held_out, **options), *content)
 
     def begin_float_latents(self, **overrides: Any) -> None:

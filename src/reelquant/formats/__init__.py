@@ -10,7 +10,7 @@ from reelquant.formats.granularity import FOUND_AT_RUN_TIME, Granularity, parse_
 from reelquant.formats.kept import Kept
 from reelquant.formats.number import LEVEL_DTYPE, Criterion, Int, LevelFormat, Levels, MiniFloat, NumberFormat
 from reelquant.formats.packing import pack, packed_width, unpack
-from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit
+from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit, in_bits
 from reelquant.formats.ranges import CRITERIA, RANGES, ByCriterion, MinMax, Mse, Percentile, RangeRule
 from reelquant.formats.scales import SCALES, read_scales, scale_tensors
 from reelquant.formats.skewed import Log2, LogUniform, Power
@@ -43,6 +43,7 @@ __all__ = [
     "bind",
     "dynamic",
     "fit",
+    "in_bits",
     "pack",
     "packed_width",
     "parse_format",

@@ -142,6 +142,19 @@ class Quantizer:
         return unit * self.scale[units, None]
 
 
+def in_bits(fmt: Int, bits: int, scale: Tensor, zero_point: Tensor | None) -> tuple[Int, Tensor, Tensor | None]:
+    """Integers of other bits that cover the same range: format, scale, zero point.
+
+    With more bits every old level is a level: the scale is divided by a power of two, the zero point multiplied by it. With fewer bits the
+    zero point is rounded, which moves a range by half of a new step at most.
+    """
+    other = Int(bits, fmt.signed)
+    if zero_point is None:
+        return other, scale * max(fmt.low / other.low, fmt.high / other.high), None
+    factor = 2.0 ** (fmt.bits - bits) if bits > fmt.bits else fmt.high / other.high
+    return other, scale * factor, (zero_point / factor).round()
+
+
 def bind(fmt: NumberFormat, granularity: Granularity, low: Tensor, high: Tensor) -> Quantizer:
     """The quantizer that covers ``[low, high]`` (each ``[units]``), as far as its scales allow (:mod:`reelquant.formats.scales`)."""
     if granularity.scale != FLOAT:

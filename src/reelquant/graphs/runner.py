@@ -2,7 +2,7 @@
 
 A graph holds for one arrangement of arguments, their shapes and dtypes, and all arguments that are not tensors; a call of another form
 compiles another one, and the least recently used goes. It holds copies of the numbers of the model, so it is compiled again if these move
-or change. Steps that are protected are computed in torch.
+or change. Steps with bits of their own are computed in torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from reelquant._errors import UnsupportedError
 from reelquant._torch_state import version_of
-from reelquant.clock import NAME, Moment
+from reelquant.clock import AS_STORED, NAME, Moment
 from reelquant.graphs.convert import in_integers
 from reelquant.graphs.parts import SubgraphCache, split_invariant, step_invariant
 from reelquant.graphs.refusals import refuse_call, refuse_model
@@ -227,7 +227,7 @@ def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     graphs = vars(model)[GRAPHS]
     if graphs is None:
         graphs = start(model)
-    if now.protected or _oracle(graphs):
+    if now.widths != AS_STORED or _oracle(graphs):
         return type(model).forward(model, *args, **kwargs)
     if graphs.tables and not now.exact:
         clock.fall_back()

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant.formats import Granularity, Int, NumberFormat, Quantizer, QuantSpec, dynamic, unpack
+from reelquant.formats import Granularity, Int, Mse, NumberFormat, Quantizer, QuantSpec, dynamic, fit, in_bits, pack, unpack
 from reelquant.kernels.features import features_in_use, grain_features
 from reelquant.kernels.hadamard import hadamard
 from reelquant.kernels.mixing import Mix
 
 PLAIN = frozenset({"weight", "bias"})  # fields of Operands that every kernel takes
+NARROWED = 16  # ranges that are tried for a weight in fewer bits
 CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -66,6 +67,25 @@ class PackedWeight:
         """The weight as floats, in its original shape."""
         return self.quantizer.dequantize(self.unpacked().reshape(self.shape), dtype)
 
+    def narrowed(self, bits: int, quantizer: Quantizer | None = None) -> PackedWeight:
+        """An integer weight in fewer bits, from its own codes.
+
+        Every scale is found again, by the least square error to the weight that the codes stand for, so that nothing beside these is
+        stored. Papers: Double Rounding (arXiv 2502.01101) and Matryoshka quantization (arXiv 2502.06786) read the upper bits of a code
+        with the scale it has, and train the weight for that. Deviation: codes are rounded, not cut, and ranges are searched; the
+        result lacks only what rounding to the stored bits took away before.
+
+        Args:
+            bits: fewer than it has.
+            quantizer: of an earlier call for this weight and these bits, whose scales need no search.
+        """
+        own, values = self.quantizer, self.dequantize()
+        assert isinstance(own.format, Int), "only integers are read in fewer bits"
+        if quantizer is None:
+            spec = QuantSpec(Int(bits, own.format.signed), replace(own.granularity, scale="float"), Mse(p=2, candidates=NARROWED))
+            quantizer = fit(spec, values)
+        return PackedWeight(pack(quantizer.codes(values).flatten(1), bits), quantizer, self.shape)
+
 
 @dataclass(frozen=True, eq=False)
 class InputQuant:
@@ -84,18 +104,16 @@ class InputQuant:
     zero_point: Tensor | None = None
     rule: QuantSpec | None = None
 
-    def widened(self, bits: int = 8) -> InputQuant:
-        """The same range in finer steps: integers of fewer bits become integers of ``bits``, everything else stays as it is.
-
-        ``(code - zero) * scale`` covers the old range to within one new step: the scale is divided, the zero point multiplied.
-        """
-        if not isinstance(self.format, Int) or self.format.bits >= bits:
+    def with_bits(self, bits: int) -> InputQuant:
+        """The same range in finer or coarser steps, see :func:`reelquant.formats.in_bits`; what is no integer stays as it is."""
+        if not isinstance(self.format, Int) or self.format.bits == bits:
             return self
-        wide, finer = Int(bits, self.format.signed), 2 ** (bits - self.format.bits)
         if self.rule is not None:
-            return replace(self, format=wide, rule=replace(self.rule, format=wide))
+            fmt = Int(bits, self.format.signed)
+            return replace(self, format=fmt, rule=replace(self.rule, format=fmt))
         assert self.scale is not None
-        return replace(self, format=wide, scale=self.scale / finer, zero_point=None if self.zero_point is None else self.zero_point * finer)
+        fmt, scale, zero = in_bits(self.format, bits, self.scale, self.zero_point)
+        return replace(self, format=fmt, scale=scale, zero_point=zero)
 
     def quantizer(self, x: Tensor, slot: int | Tensor) -> Quantizer:
         """The quantizer of this input at this step."""

@@ -262,7 +262,7 @@ class QuantLayer(nn.Module):
         """The links of this layer, assembled in the first call after something changed that they depend on."""
         if input.requires_grad and torch.is_grad_enabled():
             mode = "training"
-        kind = CallKind(mode, moment.protected)
+        kind = CallKind(mode, moment.widths)
         if (chain := self._chains.get(kind)) is None:
             chain = self._chains[kind] = assemble(self, kind)
         return chain

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from reelquant._errors import UnsupportedError
 from reelquant._torch_state import stock_torch
+from reelquant.formats import Quantizer
 from reelquant.kernels import Kernel, select
 from reelquant.nn.host_memory import release_mmap_pages, trim_heap
 from reelquant.nn.layer_view import LayerView
@@ -37,7 +38,9 @@ class Prepared:
         kernel: made the runner.
         refused: why each better kernel did not take the layer.
         weight: the parameter's memory when the kernel was prepared. It is kept, so that no other weight can get the same address.
-        finer: computes protected steps from the same repacked weight, once there was one.
+        roundings: bits of inputs -> what computes steps with these from the same repacked weight, once there was one.
+        narrow: the weight in fewer bits, ready to run, and these bits, since the first step that reads it so.
+        scales: bits -> the quantizer of the weight in fewer bits.
         outputs: outputs of earlier steps.
     """
 
@@ -45,7 +48,9 @@ class Prepared:
     kernel: Kernel
     refused: dict[str, str]
     weight: Tensor
-    finer: Any = None
+    roundings: dict[int, Any] = field(default_factory=dict)
+    narrow: tuple[int, Prepared] | None = None
+    scales: dict[int, Quantizer] = field(default_factory=dict)
     outputs: OutputCache = field(default_factory=OutputCache)
 
     @property

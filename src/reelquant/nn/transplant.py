@@ -136,7 +136,7 @@ def _clock_for(module: nn.Module, name: str, layout: LayerLayout, source: QuantL
     clock = next(iter(source.clock), None) if source is not None else None
     if clock is not None and _ticks_for(clock, module):
         return clock
-    if layout.steps > 1 or layout.cfg_halves or (clock is not None and clock.protected_slots):
+    if layout.steps > 1 or layout.cfg_halves or (clock is not None and clock.changes_bits):
         raise UnsupportedError(
             f"layer '{name or type(module).__name__}' was calibrated by denoising step, and is copied into another model, which would not "
             "tell it the step; build that model in float first and quantize the pipeline then"

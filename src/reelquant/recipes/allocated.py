@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from reelquant._errors import RecipeError
+from reelquant.formats import Int, parse_format
 from reelquant.recipes.recipe import Recipe, load_recipe
 
 
@@ -50,18 +51,29 @@ def recipe_text(recipe: Recipe) -> str:
 
 
 def with_steps(base: str | Mapping[str, Any] | Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """A recipe with other bits of inputs, and more of them at some steps.
+    """A recipe with bits of inputs or of weights that change over the steps.
 
     Args:
-        base: the recipe to change; it has to round inputs.
+        base: the recipe to change; it has to round what gets the bits to integers, weights to more of them.
         changes: as :meth:`reelquant.allocate.StepPlan.overrides` gives them.
 
     Raises:
-        RecipeError: if the base leaves inputs float.
+        RecipeError: if the base has no such inputs or weights.
     """
     recipe = load_recipe(base if isinstance(base, str | Recipe) else dict(base))
-    if recipe.defaults.input is None:
+    if recipe.defaults.input is None and any(key.endswith(".inputs") for key in changes):
         raise RecipeError(
             f"recipe '{recipe.name}' leaves inputs float, so they have no bits to divide; name one that rounds them: minmax-w6a6"
         )
+    most = max((max(bits) for key, bits in changes.items() if key.endswith(".weights")), default=0)
+    if most > _integer_bits(recipe.defaults.weight.format):
+        raise RecipeError(
+            f"recipe '{recipe.name}' stores weights as {recipe.defaults.weight.format}, and a step is to read {most} bits of them: "
+            "name one that stores integers of as many bits, as minmax-w8a8 does"
+        )
     return load_recipe(recipe, {**changes, "name": f"{recipe.name}-steps"})
+
+
+def _integer_bits(name: str | Sequence[str]) -> int:
+    fmt = parse_format(name) if isinstance(name, str) else None
+    return fmt.bits if isinstance(fmt, Int) else 0

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from reelquant.branches import Branch
-from reelquant.clock import Moment
+from reelquant.clock import FLOAT, OWN, Moment
 from reelquant.kernels import InputQuant, Window
 from reelquant.nn import LayerLayout, QuantLayer, get_module, set_module
 from reelquant.nn.runners.branch import with_branches
@@ -125,14 +125,14 @@ class SoftLayer(nn.Module):
         return found if self.hard or self.drop is None else self.drop(found, x)
 
     def _input_quant(self, moment: Moment) -> InputQuant | None:
-        """How the input is rounded at this step; protected steps round more finely or not at all."""
-        inputs = self.layer.operands.input
-        if inputs is None or (moment.protected and self.layer.clock[0].inputs == "float"):
+        """How the input is rounded at this step, in the bits of this step."""
+        inputs, bits = self.layer.operands.input, moment.widths.inputs
+        if inputs is None or bits == FLOAT:
             return None
         if self._given is not None:
             inputs = replace(inputs, scale=self._given)
         inputs = inputs if self.scales is None else self.scales.of(inputs)
-        return inputs.widened() if moment.protected else inputs
+        return inputs if bits == OWN else inputs.with_bits(bits)
 
     def _bias(self, values: Tensor) -> Tensor | None:
         """The bias as the layer would store it, float32."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from reelquant._errors import CheckpointError, RecipeError, SiteError
 from reelquant.allocate import METHODS, Configuration, Damage, LayerFacts, SensitivityTable, allocate, allocate_steps, load_table
 from reelquant.allocate.sizes import weight_bytes
+from reelquant.allocate.steps import together
 from reelquant.recipes.allocated import allocated, recipe_text, with_steps
 from reelquant.recipes.recipe import load_recipe
 
@@ -122,8 +125,6 @@ def test_a_budget_that_cannot_be_divided_is_one_sentence(asked: dict[str, object
 def test_a_recipe_says_the_allocation() -> None:
     found = allocate(made().edited(["blocks.0"]), bits=4.5)
     text = recipe_text(allocated("mixed-w4.5a8", found.of(), found.skipped["transformer"]))
-    import yaml
-
     read = load_recipe(yaml.safe_load(text))
     assert not any(entry.axis == "allocate" for entry in read.entries)  # formats are chosen now
     numbers = {}
@@ -134,32 +135,88 @@ def test_a_recipe_says_the_allocation() -> None:
     assert {str(rule.weight.range["name"]) for rule in read.rules if rule.weight} == {"mse"}  # pyright: ignore[reportArgumentType]
 
 
-def test_steps_get_eight_bits_where_that_saves_most() -> None:
-    plan = allocate_steps(made(), 6.0)
-    # two of six steps may have 8 bits beside 5: steps 1 and 4 hold almost all of the damage
-    assert (plan.format, plan.protected, plan.bits) == ("int5/token", (1, 4), 6.0)
-    assert plan.damage == pytest.approx(4 * 64 + 100 + 50) and plan.uniform == ("int6/token", pytest.approx(16 * 154))
+def brute(grams: np.ndarray, choices: list[int], budget: float) -> float:
+    """The least damage of all plans."""
+    plans = itertools.product(range(len(choices)), repeat=grams.shape[1])
+    return min(together(grams, one) for one in plans if sum(choices[pick] for pick in one) <= budget)
+
+
+@pytest.mark.parametrize("method", ["milp", "greedy"])
+def test_bits_go_to_the_steps_that_hold_the_damage(method: str) -> None:
+    plan = allocate_steps(made(), 6.0, method=method)
+    # steps 1 and 4 do almost all of the damage: 8 bits each; the others share what is left, 20 bits of the 36
+    assert plan.bits == (5, 8, 5, 5, 8, 5) and plan.mean == 6.0 and plan.part == "input"
+    assert plan.damage == pytest.approx(4 * 64 + 100 + 50) and plan.uniform == (6, pytest.approx(16 * 154))
     recipe = with_steps("minmax-w6a6", plan.overrides(made()))
-    assert recipe.defaults.input is not None and recipe.defaults.input.format == "int5"
-    assert next(entry.stage for entry in recipe.entries if entry.name == "protect_steps").steps == (1, 4)
+    assert recipe.defaults.input is not None and recipe.defaults.input.format == "uint6"
+    assert next(entry.stage for entry in recipe.entries if entry.name == "step_bits").inputs == plan.bits
+    assert load_recipe(yaml.safe_load(recipe_text(recipe))).digest() == recipe.digest()
+
+
+@pytest.mark.parametrize("method", ["milp", "greedy"])
+@pytest.mark.parametrize("seed", range(8))
+def test_plans_are_the_best_of_all_or_near_it(method: str, seed: int) -> None:
+    """Where errors of steps go together as much as those of weights do."""
+    table, steps, generator = made(), 5, np.random.default_rng(seed)
+    sizes, near = generator.lognormal(0, 2, steps), generator.uniform(0.3, 0.95)
+    cosines = np.array([[near ** abs(one - other) for other in range(steps)] for one in range(steps)])
+    choices = [4, 5, 6, 7, 8]
+    rows = [
+        Damage("transformer", "*", "weight", f"int{bits}/channel", "gradient", 4.0**-bits * size, 0.0, 0.0, (step, step))
+        for bits in (4, 5, 6, 8)
+        for step, size in enumerate(sizes)
+    ]
+    times, key = {"transformer": table.timesteps["transformer"][:steps]}, ("transformer", "weight", "gradient")
+    table = replace(table, rows=(*(row for row in table.rows if row.layer != "*"), *rows), timesteps=times, together={key: cosines})  # type: ignore[dict-item]
+    plan = allocate_steps(table, 5.6, part="weight", method=method)
+    grams = cosines * np.array([4.0**-bits * np.sqrt(np.outer(sizes, sizes)) for bits in choices])
+    assert plan.damage == pytest.approx(together(grams, [choices.index(one) for one in plan.bits]))
+    best = brute(grams, choices, 5.6 * steps)
+    assert best * (1 - 1e-9) <= plan.damage <= 1.03 * best and plan.mean <= 5.6 and plan.damage <= plan.uniform[1]
+
+
+def test_steps_whose_errors_point_the_same_way_do_more_together() -> None:
+    grams = np.array([[[1.0, 0.9], [0.9, 1.0]], [[4.0, 3.6], [3.6, 4.0]]])
+    assert together(grams, [0, 0]) == pytest.approx(3.8) and together(grams, [1, 1]) == pytest.approx(15.2)
+    assert together(grams, [0, 1]) == pytest.approx(5.0)  # errors of different bits are independent
+
+
+def test_cosines_are_saved_and_checked(tmp_path: Path) -> None:
+    cosines = [[round(0.5 ** abs(one - other), 3) for other in range(6)] for one in range(6)]
+    table = replace(made(), together={("transformer", "weight", "gradient"): cosines})
+    file = table.save(tmp_path / "sensitivity.json")
+    assert load_table(file).together == table.together
+    data = json.loads(file.read_text())
+    for wrong in ([["transformer", "weight", "gradient", cosines[:5]]], [["transformer", "bias", "gradient", cosines]]):
+        file.write_text(json.dumps(data | {"together": wrong}))
+        with pytest.raises(CheckpointError, match="'together' of"):
+            load_table(file)
+    file.write_text(json.dumps({key: value for key, value in data.items() if key != "together"}))  # of an earlier version
+    assert load_table(file).together == {}
 
 
 def test_steps_of_the_second_expert_are_numbered_through_the_whole_sampler() -> None:
     table = replace(made("transformer", "transformer_2"))
     late = {"transformer": (900.0, 800.0, 700.0, 600.0, 500.0, 400.0), "transformer_2": (350.0, 300.0, 250.0, 200.0, 150.0, 100.0)}
     table = replace(table, timesteps=late)
-    assert allocate_steps(table, 6.0, "transformer_2").overrides(table)["protect_steps"]["steps"] == [7, 10]
+    assert allocate_steps(table, 6.0, "transformer_2").overrides(table) == {"step_bits.inputs": [6] * 6 + [5, 8, 5, 5, 8, 5]}
 
 
 def test_equal_steps_keep_one_number_of_bits() -> None:
     table = made()
     flat = tuple(replace(row, damage=4.0 ** (8 - int(row.format[3]))) if row.part == "input" else row for row in table.rows)
     plan = allocate_steps(replace(table, rows=flat), 6.0)
-    assert (plan.format, plan.protected) == ("int6/token", ()) and plan.damage == plan.uniform[1]
+    assert plan.bits == (6,) * 6 and plan.damage == plan.uniform[1]
 
 
-def test_recipes_without_inputs_have_no_bits_to_divide() -> None:
+def test_what_has_no_bits_to_divide_is_said() -> None:
     with pytest.raises(RecipeError, match="leaves inputs float"):
         with_steps("w4a16", allocate_steps(made(), 6.0).overrides(made()))
-    with pytest.raises(RecipeError, match="out of reach: inputs were measured with 4 bits and more"):
+    with pytest.raises(RecipeError, match="stores weights as int4, and a step is to read 8 bits"):
+        with_steps("minmax-w4a8", {"step_bits.weights": [8, 4]})
+    with pytest.raises(RecipeError, match="out of reach: inputs were measured at single steps with 4, 5, 6, 7, 8 bits"):
         allocate_steps(made(), 3.0)
+    with pytest.raises(RecipeError, match="holds no damages of weights at single steps"):
+        allocate_steps(made(), 6.0, part="weight")
+    with pytest.raises(RecipeError, match="did you mean 'greedy'"):
+        allocate_steps(made(), 6.0, method="gredy")

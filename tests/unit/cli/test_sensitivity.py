@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from reelquant.allocate import Damage
 from reelquant.cli import app
 from reelquant.cli.sensitivity import tables
 from reelquant.recipes.recipe import load_recipe
@@ -39,9 +41,9 @@ def test_a_table_is_read_and_a_budget_divided_into_a_recipe(folder: Path) -> Non
 def test_both_budgets_make_one_recipe_and_json_is_one_document(folder: Path) -> None:
     result = invoke("sensitivity", folder, "-r", "minmax-w6a6", "--bits", "4.5", "--step-bits", "6", "--json")
     data = json.loads(result.stdout)
-    assert data["steps"][0]["protected"] == [1, 4] and data["allocation"]["bits"] <= 4.5 and data["table"]["version"] == 1
+    assert data["steps"][0]["bits"] == [5, 8, 5, 5, 8, 5] and data["allocation"]["bits"] <= 4.5 and data["table"]["version"] == 1
     written = yaml.safe_load(Path(data["recipes"][0]).read_text())
-    assert written["protect_steps"] == {"steps": [1, 4], "inputs": "8-bit"} and written["defaults"]["input"]["format"] == "int5"
+    assert written["step_bits"] == {"inputs": [5, 8, 5, 5, 8, 5]}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,22 @@ def test_every_table_fits(width: int) -> None:
     table = made()
     for part in tables(table, allocate(table, bits=4.5), [allocate_steps(table, 6.0)], None):
         check(part, width)
+
+
+def test_weights_are_read_in_bits_of_a_budget(tmp_path: Path) -> None:
+    table = made()
+    rows = [
+        Damage("transformer", "*", "weight", f"int{bits}/channel", "gradient", 4.0**-bits * 10**step, 0.0, 0.0, (step, step))
+        for bits in (4, 6, 8)
+        for step in range(6)
+    ]
+    replace(table, rows=(*table.rows, *rows)).save(tmp_path / "sensitivity.json")
+    result = invoke("sensitivity", tmp_path, "-r", "minmax-w8a8", "--step-bits", "6", "--step-weight-bits", "5", "--json")
+    plans = {one["part"]: one["bits"] for one in json.loads(result.stdout)["steps"]}
+    assert set(plans) == {"input", "weight"} and sum(plans["weight"]) <= 30 and plans["weight"] == sorted(plans["weight"])
+    written = load_recipe(tmp_path / "recipe.yaml")
+    stage = next(entry.stage for entry in written.entries if entry.name == "step_bits")
+    assert (list(stage.inputs), list(stage.weights)) == (plans["input"], plans["weight"])  # type: ignore[attr-defined]
 
 
 def test_roles_are_told_by_the_models_own_table(folder: Path) -> None:

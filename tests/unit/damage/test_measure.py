@@ -7,18 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
 from reelquant.allocate import SensitivityTable, load_table
+from reelquant.allocate.steps import together
 from reelquant.clock import FIRST, SECOND
 from reelquant.damage import Wanted, measure
 from reelquant.damage.kept import Kept
 from reelquant.damage.rounding import rounded_weight, rows_of, weights_rounded
 from reelquant.damage.run import cut, scene_of
-from reelquant.damage.scene import HALVES, Scene, following
+from reelquant.damage.scene import HALVES, Scene, following, typical
 from tests.tiny.configs import TINY
 from tests.tiny.pipelines import FakePipeline
 
@@ -118,8 +120,26 @@ def test_ranges_of_steps_and_halves_of_guidance_are_apart(table: SensitivityTabl
     parts = [table.select("gradient", steps=steps) for steps in ((0, 1), (2, 2))]
     for one in (*halves, *parts):  # every call gives its own share
         assert sum(row.damage > 0 for row in one.values()) > 0.8 * len(one)
-    single = [row for row in table.rows if row.layer == "*" and row.measure == "gradient" and row.format == "int4/token"]
-    assert [row.steps for row in single] == [(0, 0), (1, 1), (2, 2)]
+    for written in ("int4/token", "int3/channel"):
+        single = [row for row in table.rows if row.layer == "*" and row.measure == "gradient" and row.format == written]
+        assert [row.steps for row in single] == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_errors_of_steps_add_up_as_vectors(table: SensitivityTable, scene: Scene) -> None:
+    """All weights rounded at all steps: damages and cosines of single steps say how much that is, by trajectories and by gradients."""
+    (target,), key = scene.targets, ("transformer", "*", "int6/channel")
+    weights = {layer.name: rounded_weight(target, layer.name, "int6/channel") for layer in target.layers}
+    with following(scene.targets), weights_rounded(target, weights):
+        true = typical(scene.damages())
+    predicted, cosines = {}, {}
+    for way in ("trajectory", "gradient"):
+        damages = [table.select(way, steps=(step, step))[key].damage for step in range(3)]  # type: ignore[arg-type]
+        cosines[way] = np.array(table.together["transformer", "weight", way])  # type: ignore[index]
+        predicted[way] = together(cosines[way][None] * np.sqrt(np.outer(damages, damages)), [0, 0, 0])
+        assert np.allclose(cosines[way], cosines[way].T, atol=2e-3) and np.allclose(np.diag(cosines[way]), 1, atol=2e-3)
+    assert predicted["trajectory"] == pytest.approx(true, rel=0.25) and 0.2 < predicted["gradient"] / true < 5
+    assert np.abs(cosines["trajectory"] - cosines["gradient"]).max() < 0.4
+    assert ("transformer", "input", "trajectory") in table.together
 
 
 def test_rounding_holds_at_the_steps_that_are_named_and_nowhere_else(scene: Scene) -> None:

@@ -16,7 +16,7 @@ from reelquant.clock import Clock
 from reelquant.nn import output_cache, quantized_layers, start_clock, start_runtime, stop_runtime
 from reelquant.nn.output_cache import OutputCache
 from reelquant.nn.runners.kernel import KernelProduct
-from reelquant.nn.runners.protected import ProtectedSteps
+from reelquant.nn.runners.other_bits import OtherBits
 from tests.single import build
 
 WIDTH = 16
@@ -165,18 +165,18 @@ def model() -> Attending:
 def watch(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers that compute, as they do."""
     names, computed = {id(layer.residency): name for name, layer in quantized_layers(model).items()}, []
-    call, protect = KernelProduct.__call__, ProtectedSteps._runner
+    call, protect = KernelProduct.__call__, OtherBits._runner
 
     def product(link: KernelProduct, *args: Any) -> Tensor:
         computed.append(names[id(link.residency)])
         return call(link, *args)
 
-    def protected(link: ProtectedSteps) -> Any:
+    def protected(link: OtherBits) -> Any:
         computed.append(names[id(link.layer.residency)])
         return protect(link)
 
     monkeypatch.setattr(KernelProduct, "__call__", product)
-    monkeypatch.setattr(ProtectedSteps, "_runner", protected)
+    monkeypatch.setattr(OtherBits, "_runner", protected)
     return computed
 
 

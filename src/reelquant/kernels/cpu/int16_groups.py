@@ -7,6 +7,7 @@ products are exact; only the order of the float32 additions differs from the ref
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,13 @@ class GroupProduct:
 
     def _stored_bytes(self) -> Tensor:
         return unpanelled(torch.from_numpy(self.panels)[:, None], self.rows).flatten(1)[:, : self.channels].contiguous()
+
+    def rounding(self, operands: Operands) -> GroupProduct:
+        """The same weight, in the same memory, with another rounding of its inputs in the same groups."""
+        twin = copy.copy(self)
+        twin.inputs = GroupInputs(operands)
+        twin.scales = self.scales * np.float32(twin.inputs.unit / self.inputs.unit)
+        return twin
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
         dtype = x.dtype if x.dtype in NATIVE else torch.float32

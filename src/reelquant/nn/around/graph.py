@@ -128,9 +128,10 @@ def _moment(layer: LayerView, x: Tensor, step: Sequence[Tensor]) -> Moment:
     if not step:
         return Moment()
     layout, (slot, stored, protected, half) = layer.layout, step
-    exact = bool(stored) if layout.table else False
-    protects = bool(protected) if layout.input is not None and layer.clock[0].protected_slots else False
-    return Moment(slot if x.is_cuda and not exact else int(slot), exact, protects, int(half) if layout.cfg_halves else ANY)
+    exact, half = bool(stored) if layout.table else False, int(half) if layout.cfg_halves else ANY
+    if not layer.clock[0].changes_bits:
+        return Moment(slot if x.is_cuda and not exact else int(slot), exact, half=half)
+    return Moment(int(slot), exact, bool(protected), half, widths=layer.clock[0].at(int(slot)))
 
 
 def _as_declared(layer: LayerView, out: Tensor) -> Tensor:

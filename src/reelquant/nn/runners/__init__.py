@@ -10,7 +10,7 @@ from reelquant.nn.runners.frame_bands import MixedFrames
 from reelquant.nn.runners.guidance import GuidanceHalves
 from reelquant.nn.runners.kernel import KernelProduct
 from reelquant.nn.runners.link import CallKind, Chain, Link, Mode
-from reelquant.nn.runners.protected import ProtectedSteps
+from reelquant.nn.runners.other_bits import OtherBits
 from reelquant.nn.runners.saturation import CountClipped
 from reelquant.nn.runners.table import OutputTable
 from reelquant.nn.runners.training import StraightThrough
@@ -23,7 +23,7 @@ LINKS: tuple[type[Link], ...] = (
     StraightThrough,
     GuidanceHalves,
     CountClipped,
-    ProtectedSteps,
+    OtherBits,
     Branched,
     MixedFrames,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from reelquant.clock import Moment
+from reelquant.clock import AS_STORED, Moment
 from reelquant.nn.layer_view import LayerView
 from reelquant.nn.output_cache import stamp
 from reelquant.nn.runners.link import CallKind, Link
@@ -15,7 +15,7 @@ class CachedOutput(Link):
 
     @staticmethod
     def wanted(layer: LayerView, kind: CallKind) -> bool:
-        return layer.keeps and kind.mode == "eager" and not kind.protected
+        return layer.keeps and kind.mode == "eager" and kind.widths == AS_STORED
 
     def __call__(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
         layer = self.layer

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from reelquant.clock import Moment
+from reelquant.clock import AS_STORED, Moment, Widths
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.nn.layer_view import LayerView
 
@@ -22,11 +22,11 @@ class CallKind(NamedTuple):
 
     Attributes:
         mode: who calls.
-        protected: whether the step is protected.
+        widths: bits at the step.
     """
 
     mode: Mode
-    protected: bool = False
+    widths: Widths = AS_STORED
 
 
 Chain = Callable[[Tensor, Moment, str], Tensor]

@@ -122,7 +122,7 @@ def test_protected_steps_share_the_weight(name: str, weight: Any, numbers: str) 
     operands = layer.to(DEVICE).operands
     built: Any = select(operands, "cuda")[0].prepare(operands)
     assert operands.input is not None
-    given = replace(operands, input=operands.input.widened())
+    given = replace(operands, input=operands.input.with_bits(8))
     finer = built.rounding(given)
     assert finer.weight is built.weight
     for slot in range(2):
