@@ -11,7 +11,8 @@ from torch import Tensor
 
 from reelquant._errors import RecipeError
 from reelquant.nn import QuantLayer
-from reelquant.reconstruct.between import Between, made_again, share
+from reelquant.reconstruct.between import Between
+from reelquant.reconstruct.between import undecided as undecided_of
 from reelquant.reconstruct.soft import SoftLayer
 from reelquant.reconstruct.trained import Rated, Trained
 from reelquant.stages import LayerWork
@@ -77,5 +78,6 @@ def _weights(soft: Sequence[SoftLayer]) -> Iterator[Between]:
 
 def undecided(soft: Sequence[SoftLayer], beta: float) -> Tensor:
     """Mean of ``1 - |2 h - 1| ** beta`` over the weights of all layers: 0 once each has chosen a level."""
-    total = sum((made_again(lambda v: (2 * share(v) - 1).abs().pow(beta).sum(), one.v) for one in _weights(soft)), start=torch.zeros(()))
-    return 1 - total / sum(weight.v.numel() for weight in _weights(soft))
+    weights = [weight.v for weight in _weights(soft)]
+    total = sum((undecided_of(v, beta) for v in weights), start=torch.zeros(()))
+    return total / sum(v.numel() for v in weights)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from reelquant.formats import Quantizer
 from reelquant.nn import QuantLayer
@@ -44,7 +43,7 @@ class Between(SoftWeight):
     def values(self, *, hard: bool) -> Tensor:
         if hard:
             return torch.where(self.v.detach() >= 0, self.high, self.low)
-        return made_again(lambda v: self.low + share(v) * (self.high - self.low), self.v)
+        return _Mixed.apply(self.v, self.low, self.high)  # type: ignore[return-value]
 
     def solution(self) -> Solution:
         return Solution(self.quantizer, torch.where(self.v.detach() >= 0, self.upper, self.lower))
@@ -55,9 +54,49 @@ def share(v: Tensor) -> Tensor:
     return (torch.sigmoid(v) * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
 
 
-def made_again(function: Callable[[Tensor], Tensor], parameter: Tensor) -> Tensor:
-    """``function(parameter)``, computed once more on the way back: what lies between is as large as the weight, and is not kept."""
-    return checkpoint(function, parameter, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+class _Mixed(torch.autograd.Function):
+    """``low + share(v) * (high - low)``. What lies between is as large as the weight: the way back makes it again, and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(v, low, high)
+        return torch.lerp(low, high, share(v))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        v, low, high = ctx.saved_tensors
+        return (high - low).mul_(_slope(v)[1]).mul_(grads[0]), None, None
+
+
+class _Undecided(torch.autograd.Function):
+    """Sum of ``1 - |2 h - 1| ** beta``, with ``h`` the share; nothing is kept, as above."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
+        ctx.save_for_backward(v)
+        ctx.beta = beta
+        return v.numel() - (2 * share(v) - 1).abs_().pow_(beta).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (v,) = ctx.saved_tensors
+        h, slope = _slope(v)
+        side = h.mul_(2).sub_(1)
+        pull = side.abs().pow_(ctx.beta - 1).mul_(side.sign_()).mul_(slope)
+        return pull.mul_(-2 * ctx.beta * grads[0]), None
+
+
+def _slope(v: Tensor) -> tuple[Tensor, Tensor]:
+    """The share, and its derivative: zero where the sigmoid is clipped."""
+    sigmoid = torch.sigmoid(v)
+    unclipped = sigmoid * (1 + 2 * STRETCH) - STRETCH
+    h = unclipped.clamp(0, 1)
+    return h, (sigmoid * (1 - sigmoid)).mul_(1 + 2 * STRETCH).mul_(unclipped == h)
+
+
+def undecided(v: Tensor, beta: float) -> Tensor:
+    """Sum over all elements of ``1 - |2 h - 1| ** beta``, with ``h`` the :func:`share`: 0 once each has chosen a level."""
+    return _Undecided.apply(v, beta)  # type: ignore[return-value]
 
 
 def neighbours(quantizer: Quantizer, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from reelquant.kernels import backend
 from reelquant.nn import QuantLayer
 from reelquant.reconstruct import AdaRound
 from reelquant.reconstruct.adaround import undecided
-from reelquant.reconstruct.between import Between, neighbours, share
+from reelquant.reconstruct.between import Between, _Mixed, neighbours, share
+from reelquant.reconstruct.between import undecided as undecided_in
 from reelquant.reconstruct.error import mean_error, output_error, split
 from reelquant.reconstruct.soft import Fixed, SoftLayer, soften
 from reelquant.sites import DenoiserMap, Layer, Role
@@ -246,3 +247,17 @@ def test_layers_are_refused_when_planning(weight: Any, options: dict[str, Any], 
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UnsupportedError, match=message):
         plan_of(model, one_group(model, ["0"]), weight, None, [{"reconstruct": "adaround", **options}])
+
+
+def test_gradients_of_the_soft_weight_and_of_the_regularizer_are_those_of_their_formulas() -> None:
+    torch.manual_seed(0)
+    v, low, high = torch.linspace(-6, 6, 25, requires_grad=True), torch.randn(25), 2 + torch.randn(25)
+
+    def formulas(v: Tensor) -> tuple[Tensor, Tensor]:
+        return low + share(v) * (high - low), (1 - (2 * share(v) - 1).abs().pow(3.7)).sum()
+
+    found, wanted = (_Mixed.apply(v, low, high), undecided_in(v, 3.7)), formulas(v)
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(found, wanted, strict=True):
+        grads = [torch.autograd.grad((tensor * torch.arange(25)).sum() if tensor.ndim else tensor, v)[0] for tensor in (one, other)]
+        torch.testing.assert_close(*grads)
