@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from reelquant._errors import RecipeError
 from reelquant.nn import QuantLayer
-from reelquant.reconstruct.between import Between
-from reelquant.reconstruct.between import undecided as undecided_of
+from reelquant.reconstruct.between import Between, pull, share
 from reelquant.reconstruct.soft import SoftLayer
 from reelquant.reconstruct.trained import Rated, Trained
 from reelquant.stages import LayerWork
@@ -61,9 +59,14 @@ class AdaRound(Trained):
     def rated(self, soft: Sequence[SoftLayer]) -> Sequence[Rated]:
         return [Rated([weight.v for weight in _weights(soft)], self.rate, falls=False)]
 
-    def penalty(self, soft: Sequence[SoftLayer], done: float) -> Tensor | None:
-        beta = self.beta(done)
-        return None if beta is None else self.weight * undecided(soft, beta)
+    def regularize(self, soft: Sequence[SoftLayer], done: float) -> None:
+        if (beta := self.beta(done)) is None:
+            return
+        weights = [weight.v for weight in _weights(soft)]
+        share_of_each = self.weight / sum(v.numel() for v in weights)
+        for v in weights:
+            gradient = pull(v, beta).mul_(share_of_each)
+            v.grad = gradient if v.grad is None else v.grad.add_(gradient)
 
     def beta(self, done: float) -> float | None:
         """Exponent of the regularizer, which falls linearly; None during the warm-up."""
@@ -76,8 +79,7 @@ def _weights(soft: Sequence[SoftLayer]) -> Iterator[Between]:
     return (layer.weight for layer in soft if isinstance(layer.weight, Between))
 
 
-def undecided(soft: Sequence[SoftLayer], beta: float) -> Tensor:
+def undecided(soft: Sequence[SoftLayer], beta: float) -> float:
     """Mean of ``1 - |2 h - 1| ** beta`` over the weights of all layers: 0 once each has chosen a level."""
-    weights = [weight.v for weight in _weights(soft)]
-    total = sum((undecided_of(v, beta) for v in weights), start=torch.zeros(()))
-    return total / sum(v.numel() for v in weights)
+    shares = torch.cat([share(weight.v).flatten() for weight in _weights(soft)])
+    return float((1 - (2 * shares - 1).abs().pow(beta)).mean())

@@ -50,8 +50,8 @@ class Between(SoftWeight):
 
 
 def share(v: Tensor) -> Tensor:
-    """Share of the upper level in every element, in ``[0, 1]``: the rectified sigmoid of the parameter."""
-    return (torch.sigmoid(v) * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
+    """Share of the upper level in every element, in ``[0, 1]``: the rectified sigmoid of the parameter. It has no gradient here."""
+    return torch.sigmoid(v.detach()).mul_(1 + 2 * STRETCH).sub_(STRETCH).clamp_(0, 1)
 
 
 class _Mixed(torch.autograd.Function):
@@ -65,38 +65,28 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         v, low, high = ctx.saved_tensors
-        return (high - low).mul_(_slope(v)[1]).mul_(grads[0]), None, None
+        return _slope(_side(v)).mul_(high - low).mul_(grads[0]), None, None
 
 
-class _Undecided(torch.autograd.Function):
-    """Sum of ``1 - |2 h - 1| ** beta``, with ``h`` the share; nothing is kept, as above."""
+def pull(v: Tensor, beta: float) -> Tensor:
+    """Gradient of the sum of ``1 - |2 h - 1| ** beta`` over all elements, with ``h`` the :func:`share`: towards the two levels.
 
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, beta: float) -> Tensor:
-        ctx.save_for_backward(v)
-        ctx.beta = beta
-        return v.numel() - (2 * share(v) - 1).abs_().pow_(beta).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (v,) = ctx.saved_tensors
-        h, slope = _slope(v)
-        side = h.mul_(2).sub_(1)
-        pull = side.abs().pow_(ctx.beta - 1).mul_(side.sign_()).mul_(slope)
-        return pull.mul_(-2 * ctx.beta * grads[0]), None
+    Written out, because the sum itself is of no interest, and a power with its way back takes longer than a step of training else does.
+    """
+    side = _side(v.detach())
+    grown = side.abs().log_().mul_(beta - 1).exp_()  # zero to a positive power is zero here as well
+    return grown.copysign_(side).mul_(_slope(side)).mul_(-2 * beta)
 
 
-def _slope(v: Tensor) -> tuple[Tensor, Tensor]:
-    """The share, and its derivative: zero where the sigmoid is clipped."""
-    sigmoid = torch.sigmoid(v)
-    unclipped = sigmoid * (1 + 2 * STRETCH) - STRETCH
-    h = unclipped.clamp(0, 1)
-    return h, (sigmoid * (1 - sigmoid)).mul_(1 + 2 * STRETCH).mul_(unclipped == h)
+def _side(v: Tensor) -> Tensor:
+    """``2 h - 1`` before ``h`` is clipped."""
+    return (v / 2).tanh_().mul_(1 + 2 * STRETCH)
 
 
-def undecided(v: Tensor, beta: float) -> Tensor:
-    """Sum over all elements of ``1 - |2 h - 1| ** beta``, with ``h`` the :func:`share`: 0 once each has chosen a level."""
-    return _Undecided.apply(v, beta)  # type: ignore[return-value]
+def _slope(side: Tensor) -> Tensor:
+    """Derivative of the :func:`share`: zero where it is clipped."""
+    stretched = 1 + 2 * STRETCH
+    return (side / stretched).square_().neg_().add_(1).mul_(stretched / 4).mul_(side.abs() <= 1)
 
 
 def neighbours(quantizer: Quantizer, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
