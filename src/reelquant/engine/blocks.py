@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from reelquant.engine.build import BuiltGroup, GroupWork, build_layer, finish_layer, prepare_group
 from reelquant.engine.choice import Choice
-from reelquant.engine.clips import of_clips
-from reelquant.engine.recorded import again, replay
+from reelquant.engine.recorded import replay
 from reelquant.engine.resampled import record_again
 from reelquant.engine.search import Assignment, family
 from reelquant.engine.session import Session
@@ -43,18 +41,11 @@ def solve_blocks(session: Session, assignment: Assignment, groups: Sequence[Buil
         calls = record_again(session, entry, groups) if entry.stage.resamples else session.calls
         told: dict[str, list[str]] = {}
         with session.timed(f"{entry.axis}: {entry.name}", len(units)):
-            calls = _of_clips(session, calls)
             for unit in units:
                 for sentence in _solve_unit(session, entry, unit, assignment, groups, calls):
                     told.setdefault(sentence, []).append(unit or "the denoiser")
                 session.advance()
         session.warnings += [_summary(sentence, those, len(units)) for sentence, those in told.items()]
-
-
-def _of_clips(session: Session, calls: Sequence[RecordedCall]) -> Sequence[RecordedCall]:
-    """The calls, clip by clip: steps of training on one clip cost a fraction of those on its batch."""
-    with session.store.running(), stock_attention(session.denoiser), torch.no_grad():
-        return of_clips(calls, lambda call: again(session.denoiser, call))
 
 
 def _summary(sentence: str, units: Sequence[str], total: int) -> str:
