@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from reelquant._errors import RecipeError
 from reelquant.nn import QuantLayer
-from reelquant.reconstruct.between import Between, made_again, share
+from reelquant.reconstruct.between import Between, pull, share
 from reelquant.reconstruct.soft import SoftLayer
 from reelquant.reconstruct.trained import Rated, Trained
 from reelquant.stages import LayerWork
@@ -60,9 +59,14 @@ class AdaRound(Trained):
     def rated(self, soft: Sequence[SoftLayer]) -> Sequence[Rated]:
         return [Rated([weight.v for weight in _weights(soft)], self.rate, falls=False)]
 
-    def penalty(self, soft: Sequence[SoftLayer], done: float) -> Tensor | None:
-        beta = self.beta(done)
-        return None if beta is None else self.weight * undecided(soft, beta)
+    def regularize(self, soft: Sequence[SoftLayer], done: float) -> None:
+        if (beta := self.beta(done)) is None:
+            return
+        weights = [weight.v for weight in _weights(soft)]
+        share_of_each = self.weight / sum(v.numel() for v in weights)
+        for v in weights:
+            gradient = pull(v, beta).mul_(share_of_each)
+            v.grad = gradient if v.grad is None else v.grad.add_(gradient)
 
     def beta(self, done: float) -> float | None:
         """Exponent of the regularizer, which falls linearly; None during the warm-up."""
@@ -75,7 +79,7 @@ def _weights(soft: Sequence[SoftLayer]) -> Iterator[Between]:
     return (layer.weight for layer in soft if isinstance(layer.weight, Between))
 
 
-def undecided(soft: Sequence[SoftLayer], beta: float) -> Tensor:
+def undecided(soft: Sequence[SoftLayer], beta: float) -> float:
     """Mean of ``1 - |2 h - 1| ** beta`` over the weights of all layers: 0 once each has chosen a level."""
-    total = sum((made_again(lambda v: (2 * share(v) - 1).abs().pow(beta).sum(), one.v) for one in _weights(soft)), start=torch.zeros(()))
-    return 1 - total / sum(weight.v.numel() for weight in _weights(soft))
+    shares = torch.cat([share(weight.v).flatten() for weight in _weights(soft)])
+    return float((1 - (2 * shares - 1).abs().pow(beta)).mean())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from reelquant.formats import Quantizer
 from reelquant.nn import QuantLayer
@@ -44,20 +43,50 @@ class Between(SoftWeight):
     def values(self, *, hard: bool) -> Tensor:
         if hard:
             return torch.where(self.v.detach() >= 0, self.high, self.low)
-        return made_again(lambda v: self.low + share(v) * (self.high - self.low), self.v)
+        return _Mixed.apply(self.v, self.low, self.high)  # type: ignore[return-value]
 
     def solution(self) -> Solution:
         return Solution(self.quantizer, torch.where(self.v.detach() >= 0, self.upper, self.lower))
 
 
 def share(v: Tensor) -> Tensor:
-    """Share of the upper level in every element, in ``[0, 1]``: the rectified sigmoid of the parameter."""
-    return (torch.sigmoid(v) * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1)
+    """Share of the upper level in every element, in ``[0, 1]``: the rectified sigmoid of the parameter. It has no gradient here."""
+    return torch.sigmoid(v.detach()).mul_(1 + 2 * STRETCH).sub_(STRETCH).clamp_(0, 1)
 
 
-def made_again(function: Callable[[Tensor], Tensor], parameter: Tensor) -> Tensor:
-    """``function(parameter)``, computed once more on the way back: what lies between is as large as the weight, and is not kept."""
-    return checkpoint(function, parameter, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+class _Mixed(torch.autograd.Function):
+    """``low + share(v) * (high - low)``. What lies between is as large as the weight: the way back makes it again, and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        ctx.save_for_backward(v, low, high)
+        return torch.lerp(low, high, share(v))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        v, low, high = ctx.saved_tensors
+        return _slope(_side(v)).mul_(high - low).mul_(grads[0]), None, None
+
+
+def pull(v: Tensor, beta: float) -> Tensor:
+    """Gradient of the sum of ``1 - |2 h - 1| ** beta`` over all elements, with ``h`` the :func:`share`: towards the two levels.
+
+    Written out, because the sum itself is of no interest, and a power with its way back takes longer than a step of training else does.
+    """
+    side = _side(v.detach())
+    grown = side.abs().log_().mul_(beta - 1).exp_()  # zero to a positive power is zero here as well
+    return grown.copysign_(side).mul_(_slope(side)).mul_(-2 * beta)
+
+
+def _side(v: Tensor) -> Tensor:
+    """``2 h - 1`` before ``h`` is clipped."""
+    return (v / 2).tanh_().mul_(1 + 2 * STRETCH)
+
+
+def _slope(side: Tensor) -> Tensor:
+    """Derivative of the :func:`share`: zero where it is clipped."""
+    stretched = 1 + 2 * STRETCH
+    return (side / stretched).square_().neg_().add_(1).mul_(stretched / 4).mul_(side.abs() <= 1)
 
 
 def neighbours(quantizer: Quantizer, target: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:

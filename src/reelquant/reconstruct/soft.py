@@ -78,6 +78,7 @@ class SoftLayer(nn.Module):
         self.drop: Drop | None = None
         self._given: Tensor | None = None
         self._taken: Mapping[str, Tensor] = {}
+        self._bias_terms: tuple[Tensor | None, Tensor | None] | None = None
         self.tensors = nn.ParameterDict({name: nn.Parameter(layer._buffers[name].float()) for name in tensors})  # type: ignore[union-attr]
 
     @property
@@ -136,12 +137,24 @@ class SoftLayer(nn.Module):
 
     def _bias(self, values: Tensor) -> Tensor | None:
         """The bias as the layer would store it, float32."""
-        bias, stored = self._work().bias_for(values), self.layer.bias
+        bias, stored = self._bias_for(values), self.layer.bias
         return None if bias is None or stored is None else bias.to(stored.dtype).float()
+
+    def _bias_for(self, values: Tensor) -> Tensor | None:
+        if self.hard or self._branches_move:
+            return self._work().bias_for(values)
+        if self._bias_terms is None:
+            self._bias_terms = self.work.bias_terms()
+        constant, direction = self._bias_terms
+        return constant if constant is None or direction is None else constant - values @ direction
+
+    @property
+    def _branches_move(self) -> bool:
+        return bool(self.tensors or self._taken)
 
     def _work(self) -> LayerWork:
         """What the layer was made of, with its branches as they are now."""
-        if not self.tensors and not self._taken:
+        if not self._branches_move:
             return self.work
         return self.work.with_branch_tensors(
             {name: value for one in self.layout.branches for name, value in self.branch_tensors(one).items()}

@@ -143,10 +143,12 @@ class Trained(Stage):
     def rated(self, soft: Sequence[SoftLayer]) -> Sequence[Rated]:
         """Parameters of weights with their learning rates."""
 
-    def penalty(self, soft: Sequence[SoftLayer], done: float) -> Tensor | None:
-        """What is added to the error, in units of the error at the start; ``done`` is the share of the iterations that are over."""
+    def regularize(self, soft: Sequence[SoftLayer], done: float) -> None:
+        """Add to the gradients those of what is wanted beside a small error, in units of the error at the start.
+
+        ``done`` is the share of the iterations that are over.
+        """
         del soft, done
-        return None
 
     def solve_block(self, block: BlockWork) -> Mapping[str, Solution]:
         calls = block.calls(self.inputs != "float")
@@ -180,7 +182,7 @@ class Trained(Stage):
         """Train the soft layers on these calls; they are hard again afterwards."""
         start = max(mean_error(block, calls, numbers), torch.finfo(torch.float32).tiny)
         groups = [group for group in (*self.rated(soft), self._rated_scales(soft), self._rated_branches(soft)) if group.parameters]
-        optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in groups])
+        optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in groups], fused=True)
         generator = torch.Generator().manual_seed(block.seed)
         picks = torch.randint(len(numbers), (self.iterations,), generator=generator).tolist()
         pick_call = self._dropping(block, soft, calls)
@@ -189,12 +191,11 @@ class Trained(Stage):
             for iteration, pick in enumerate(picks):
                 call, done = pick_call(numbers[pick]), iteration / self.iterations
                 loss = self._loss(block, call) / start
-                if (penalty := self.penalty(soft, done)) is not None:
-                    loss = loss + penalty
                 for state, group in zip(optimizer.param_groups, groups, strict=True):
                     state["lr"] = group.rate * (1 - done) if group.falls else group.rate
                 optimizer.zero_grad()
                 loss.backward()
+                self.regularize(soft, done)
                 optimizer.step()
         harden(soft, True)
 

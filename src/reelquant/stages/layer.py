@@ -161,16 +161,30 @@ class LayerWork:
         Args:
             values: ``[out, channels * taps]`` float32; gradients flow through.
         """
-        correct = self.correct_bias and self.statistics is not None
-        if not correct and self.rewrite.shift is None:
+        if (mean := self._compensated_input()) is None:
             return self.bias
-        matrix = self.weight.flatten(1)
-        mean = self._mean_input() if correct else matrix.new_zeros(matrix.shape[1])
-        extra = matrix @ mean - values @ self.rewrite.per_tap(self.taps).input(mean)
+        extra = self.weight.flatten(1) @ mean - values @ self.rewrite.per_tap(self.taps).input(mean)
         branch = self.branch_weight()
         if isinstance(branch, Tensor):
             extra = extra - branch.flatten(1) @ self.outside.per_tap(self.taps).input(mean)
         return extra if self.bias is None else self.bias + extra
+
+    def bias_terms(self) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`bias_for` in two parts, for values that change often: ``constant - values @ direction``.
+
+        Returns:
+            constant: ``[out]``; None if no layer with these codes needs a bias.
+            direction: ``[channels * taps]``; None if the bias does not follow the values.
+        """
+        if (mean := self._compensated_input()) is None:
+            return self.bias, None
+        return self.bias_for(self.matrix.new_zeros(self.matrix.shape)), self.rewrite.per_tap(self.taps).input(mean)
+
+    def _compensated_input(self) -> Tensor | None:
+        """The input whose output the bias keeps, ``[channels * taps]``: the mean one, or zero; None if the bias stays as it is."""
+        if self.correct_bias and self.statistics is not None:
+            return self._mean_input()
+        return None if self.rewrite.shift is None else self.weight.new_zeros(self.weight[0].numel())
 
     def _mean_input(self) -> Tensor:
         """Mean of the raw input, ``[channels * taps]``, from the best statistic there is."""

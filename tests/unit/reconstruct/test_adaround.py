@@ -17,7 +17,7 @@ from reelquant.kernels import backend
 from reelquant.nn import QuantLayer
 from reelquant.reconstruct import AdaRound
 from reelquant.reconstruct.adaround import undecided
-from reelquant.reconstruct.between import Between, neighbours, share
+from reelquant.reconstruct.between import Between, _Mixed, neighbours, pull, share
 from reelquant.reconstruct.error import mean_error, output_error, split
 from reelquant.reconstruct.soft import Fixed, SoftLayer, soften
 from reelquant.sites import DenoiserMap, Layer, Role
@@ -126,6 +126,17 @@ def test_hardened_layers_give_the_bits_of_the_reference_kernel(case: str, bias: 
             assert torch.equal(soft(x), layer(x))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_soft_layer_has_the_bias_of_its_values(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BRANCHES, "doubled", Doubled)
+    torch.manual_seed(1)
+    (kind, *shape), weight, inputs, steps = CASES[case]
+    pieces = Pieces(kind(*shape), [3 + torch.randn(*((6, 12) if kind is nn.Linear else (2, 12, 5, 5)))], weight, inputs, steps)
+    soft = SoftLayer(pieces.built.layer, pieces.built.work, Between(pieces.built.layer, pieces.built.work))
+    soft.hard, values = False, torch.randn(pieces.built.work.matrix.shape)
+    torch.testing.assert_close(soft._bias(values), pieces.built.work.bias_for(values))
+
+
 def test_the_input_gets_the_gradient_of_a_float_layer() -> None:
     pieces = Pieces(nn.Linear(6, 4), [torch.randn(9, 6)], INT4, {"format": "int8"}, [{"solve": "nearest"}])
     soft = SoftLayer(pieces.built.layer, pieces.built.work, Fixed.of(pieces.built.layer, pieces.built.work))
@@ -153,7 +164,7 @@ def test_the_regularizer_by_hand() -> None:
     layer = Between(pieces.built.layer, pieces.built.work)
     layer.v.data = torch.tensor([[0.0, 9.0], [-9.0, float(torch.logit(torch.tensor((0.75 + 0.1) / 1.2)))]])  # h: 0.5, 1, 0, 0.75
     soft = SoftLayer(pieces.built.layer, pieces.built.work, layer)
-    assert float(undecided([soft], 2.0).detach()) == pytest.approx((1 + 0.75) / 4)
+    assert undecided([soft], 2.0) == pytest.approx((1 + 0.75) / 4)
 
 
 def test_the_exponent_falls_after_the_warm_up() -> None:
@@ -183,7 +194,7 @@ def test_training_lowers_the_error_on_held_out_calls() -> None:
     trained, soft = soften(start, Between)
     stage.train(trained, list(soft.values()), calls, split(12)[0])
     assert mean_error(trained, calls, split(12)[1]) < 0.7 * before
-    assert float(undecided(list(soft.values()), 2.0).detach()) < 0.1
+    assert undecided(list(soft.values()), 2.0) < 0.1
 
 
 def test_one_seed_gives_the_same_codes_and_the_result_names_its_solver() -> None:
@@ -246,3 +257,15 @@ def test_layers_are_refused_when_planning(weight: Any, options: dict[str, Any], 
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(UnsupportedError, match=message):
         plan_of(model, one_group(model, ["0"]), weight, None, [{"reconstruct": "adaround", **options}])
+
+
+def test_gradients_of_the_soft_weight_and_of_the_regularizer_are_those_of_their_formulas() -> None:
+    torch.manual_seed(0)
+    v, low, high = torch.linspace(-6, 6, 25, requires_grad=True), torch.randn(25), 2 + torch.randn(25)
+    h = (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
+    found, wanted = _Mixed.apply(v, low, high), low + h * (high - low)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad((one * torch.arange(25)).sum(), v, retain_graph=True)[0] for one in (found, wanted)))
+    for beta in (2.0, 3.7, 20.0):
+        (expected,) = torch.autograd.grad((1 - (2 * h - 1).abs().pow(beta)).sum(), v, retain_graph=True)
+        torch.testing.assert_close(pull(v, beta), expected)
