@@ -221,8 +221,8 @@ def flicker(clip: Tensor) -> float:
 def flicker_deviation(reference: Tensor, test: Tensor) -> float:
     """How much more (+) or less (-) the test flickers, in levels: what of :func:`flicker` comes and goes at places of its own.
 
-    With ``e`` the RMS of the test's spikes in a square of 4x4 pixels of one frame, minus that of the reference's, this is the signed root of
-    ``mean(sign(e) e^2)``. Over a reference that does not spike it is the test's flicker, and independent noise adds its own. What moves
+    With ``e`` the RMS of the test's spikes in a square of 4x4 pixels of one frame, minus that of the reference's, this is the signed root
+    of ``mean(sign(e) e^2)``. Over a reference that does not spike it is the test's flicker, and independent noise adds its own. What moves
     up and down by itself within three frames, as a ball that bounces, spikes alike in both clips and leaves little, whatever its
     contrast, and if an edge of it lands a pixel further. The difference of the two flickers' squares, which this replaces, counts one
     percent of contrast in such a clip as five levels, and takes noise beside its object for less flicker.
