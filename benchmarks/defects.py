@@ -22,8 +22,9 @@ from benchmarks.common import markdown
 from reelquant.evidence import gate
 from reelquant.evidence.clips import find_clips
 from reelquant.evidence.defects import CALLED, OVER_TIME, PLANT
-from reelquant.evidence.media import read_video, write_video
+from reelquant.evidence.media import write_video
 from reelquant.evidence.metrics import METRICS
+from reelquant.evidence.reading import read_video
 from reelquant.evidence.run import Options, compare
 from reelquant.models.shapes import random_clip
 
@@ -53,6 +54,7 @@ def harmless(folder: Path) -> dict[str, Callable[[Tensor], Tensor]]:
         "noise at 40 dB": lambda clip: (clip + 0.01 * torch.randn(clip.shape, generator=noise)).clamp(0, 1),
         "H.264, crf 12": recompressed(folder),
         "bfloat16": lambda clip: clip.bfloat16().float(),
+        "1 % of contrast": lambda clip: (1.01 * clip).clamp(0, 1),
     }
 
 

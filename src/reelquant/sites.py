@@ -44,6 +44,9 @@ class Addressed(Protocol):
     @property
     def role(self) -> str: ...
 
+    @property
+    def last(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Site:
@@ -69,6 +72,7 @@ class Layer:
         channel_axis: axis of the input that holds the input channels (-1 for linear layers, 1 for convolutions).
         calls: how many times the layer ran in one call of the denoiser (0: never).
         order: position of the first call, -1 if it never ran.
+        last: whether it lies in the last block, of a block that is built of lists in the last member of one of them.
     """
 
     roles: ClassVar[tuple[str, ...]] = ROLES
@@ -81,6 +85,7 @@ class Layer:
     channel_axis: int = -1
     calls: int = 1
     order: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class AttentionSite:
     """
 
     roles: ClassVar[tuple[str, ...]] = ("self", "cross")
+    last: ClassVar[bool] = False  # not known
     name: str
     kind: str
     role: AttentionRole
@@ -173,11 +179,11 @@ class DenoiserMap:
 def matches(pattern: str, layer: Addressed) -> bool:
     r"""Does a pattern name this layer, or this place of attention?
 
-    A pattern is alternatives separated by ``|``; each is one of: ``role:temporal``; ``class:Conv2d``; ``re:REGEX`` (full match on the
-    name); a glob (``blocks.*.attn1.to_q``); an exact name, which also stands for everything below it (``blocks.0``); ``maybe:GLOB`` for
-    layers that not every denoiser has. A leading ``!`` negates a term and binds tightest; terms joined by ``&`` must all hold. A regex
-    may hold ``|`` and ``&``, so it runs to the end of the pattern and comes last: ``role:main & re:blocks\.(0|1)\..*``. Roles of
-    attention are ``self`` and ``cross``.
+    A pattern is alternatives separated by ``|``; each is one of: ``role:temporal``; ``class:Conv2d``; ``block:last`` (of a UNet the last
+    member of each list in its last block); ``re:REGEX`` (full match on the name); a glob (``blocks.*.attn1.to_q``); an exact name, which
+    also stands for everything below it (``blocks.0``); ``maybe:GLOB`` for layers that not every denoiser has. A leading ``!`` negates a
+    term and binds tightest; terms joined by ``&`` must all hold. A regex may hold ``|`` and ``&``, so it runs to the end of the pattern and
+    comes last: ``role:main & re:blocks\.(0|1)\..*``. Roles of attention are ``self`` and ``cross``.
 
     Raises:
         SiteError: for an unknown role, an invalid regex or an empty term.
@@ -195,7 +201,7 @@ def _options(pattern: str) -> list[list[str]]:
 
 def _named(term: str, pattern: str) -> str:
     if not term.lstrip("! "):
-        raise SiteError(f"pattern '{pattern}' has an empty term; write a layer name, a glob, re:, role: or class:")
+        raise SiteError(f"pattern '{pattern}' has an empty term; write a layer name, a glob, re:, role:, class: or block:")
     return term
 
 
@@ -210,6 +216,10 @@ def _term(term: str, layer: Addressed) -> bool:
         return layer.role == role
     if term.startswith("class:"):
         return layer.kind == term[6:].strip()
+    if term.startswith("block:"):
+        if (place := term[6:].strip()) != "last":
+            raise SiteError(f"pattern '{term}' names no place of blocks; 'block:last' is known, got '{place}'")
+        return layer.last
     if term.startswith("re:"):
         return _fits(term[3:], layer.name)
     term = term.removeprefix("maybe:").strip()
@@ -227,11 +237,12 @@ def select(pattern: str, layers: Iterable[Addressed], noun: str = "layers") -> t
     """Names of the layers (or of what ``noun`` says) that a pattern matches.
 
     Raises:
-        SiteError: if an alternative that names layers (not by role, class or ``maybe:``) matches none; the message gives the nearest name.
+        SiteError: if an alternative that names layers (not by role, class, block or ``maybe:``) matches none; the message gives the
+            nearest name.
     """
     known = list(layers)
     for option in _options(pattern):
-        strict = not all(term.lstrip("! ").startswith(("role:", "class:", "maybe:")) for term in option)
+        strict = not all(term.lstrip("! ").startswith(("role:", "class:", "block:", "maybe:")) for term in option)
         if strict and not any(all(_term(term, layer) for term in option) for layer in known):
             written = " & ".join(option)
             raise SiteError(f"pattern '{written}' matches none of {len(known)} {noun}; {nearest(written, (x.name for x in known))}")

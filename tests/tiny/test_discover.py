@@ -251,6 +251,19 @@ def test_blocks_and_arguments(cls: str) -> None:
     assert [layer.order for layer in map_.layers.values()] == list(range(len(map_.layers)))  # in these models every layer runs
 
 
+def test_the_end_of_a_transformer_is_its_last_block_and_of_a_unet_the_last_member_of_each_list() -> None:
+    def ends(cls: str) -> set[str]:
+        return {name for name, layer in found(cls).layers.items() if layer.last}
+
+    single = ends("HunyuanVideoTransformer3DModel")
+    assert single and all(name.startswith("single_transformer_blocks.1.") for name in single)
+    assert len(single) == sum(name.startswith("single_transformer_blocks.1.") for name in found("HunyuanVideoTransformer3DModel").layers)
+    unet = found("UNetMotionModel")
+    parts = {part for name in ends("UNetMotionModel") for part in [".".join(name.split(".")[:4])]}
+    last = {name.split(".")[2]: ".".join(name.split(".")[:4]) for name in unet.layers if name.startswith(f"{unet.blocks[-1]}.")}
+    assert parts == {last[kind] for kind in ("resnets", "attentions", "motion_modules")}
+
+
 def test_dependencies_are_recorded_exactly() -> None:
     sdxl, svd = found("UNet2DConditionModel").layers, found("UNetSpatioTemporalConditionModel").layers
     assert sdxl["time_embedding.linear_1"].depends == {"timestep"}

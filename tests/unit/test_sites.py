@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,15 @@ def test_patterns(pattern: str, expected: list[str] | None) -> None:
         assert not any(matches(pattern, x) for x in LAYERS)
     else:
         assert list(select(pattern, LAYERS)) == expected
+
+
+def test_the_last_block_is_named_by_what_discovery_found() -> None:
+    layers = [replace(one, last=one.name.startswith("blocks.10.")) for one in LAYERS]
+    assert select("block:last & role:main", layers) == ("blocks.10.attn1.to_q",)
+    assert select("block: last | conv_in", layers) == ("conv_in", "blocks.10.attn1.to_q")
+    assert select("block:last", LAYERS) == ()  # where it is not known
+    with pytest.raises(SiteError, match="pattern 'block:0' names no place of blocks; 'block:last' is known, got '0'"):
+        select("block:0", LAYERS)
 
 
 def test_a_pattern_that_names_no_layer_is_an_error_with_the_nearest_name() -> None:

@@ -43,6 +43,7 @@ class LayerFacts:
         shape: of the weight.
         block: the block of the denoiser that holds it; empty outside of blocks.
         cross: whether it belongs to attention that reads the prompt.
+        last: whether it is at the end of the denoiser, see :class:`reelquant.sites.Layer`.
     """
 
     roles: ClassVar[tuple[str, ...]] = ROLES
@@ -53,6 +54,7 @@ class LayerFacts:
     shape: tuple[int, ...]
     block: str = ""
     cross: bool = False
+    last: bool = False
 
     @property
     def weights(self) -> int:

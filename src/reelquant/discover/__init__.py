@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from reelquant._errors import UnsupportedError
 from reelquant.discover.arguments import argument_of, bind, kinds, own_kinds
-from reelquant.discover.blocks import called_apart, find_blocks
+from reelquant.discover.blocks import called_apart, find_blocks, last_parts
 from reelquant.discover.components import (
     TIMED,
     component_of,
@@ -88,6 +89,8 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
         layers = _layers(denoiser, depends, traced)
         groups = with_sources(denoiser, inputs, find_groups(denoiser, layers, traced), layers, traced)
     blocks = find_blocks(denoiser, layers)
+    ends = tuple(f"{part}." for part in last_parts(denoiser, blocks, layers))
+    layers = {name: replace(layer, last=name.startswith(ends)) for name, layer in layers.items()}
     return DenoiserMap(
         cls=type(denoiser).__name__,
         layers=layers,

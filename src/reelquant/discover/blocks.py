@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
 from torch import nn
@@ -20,6 +20,23 @@ def find_blocks(denoiser: nn.Module, layers: dict[str, Layer]) -> tuple[str, ...
     following = {layer.name: layer.order for layer in layers.values() if "latent" in layer.depends}
     found = _blocks_below(denoiser, "", following)
     return tuple(sorted(found, key=lambda name: min(order for layer, order in following.items() if layer.startswith(name + "."))))
+
+
+def last_parts(denoiser: nn.Module, blocks: Sequence[str], layers: Mapping[str, Layer]) -> tuple[str, ...]:
+    """The end of the denoiser: its last block, or, where that is built of lists itself (a UNet's), the last member of each of them.
+
+    What it adds goes into the output past no other block. Members count as blocks do: by two layers that follow the latent.
+
+    Args:
+        blocks: of :func:`find_blocks`.
+    """
+    if not blocks:
+        return ()
+    following = {layer.name: layer.order for layer in layers.values() if "latent" in layer.depends}
+    block = blocks[-1]
+    lists = [(name, child) for name, child in denoiser.get_submodule(block).named_children() if isinstance(child, nn.ModuleList)]
+    members = [[one for index in range(len(child)) if _weighs(one := f"{block}.{name}.{index}", following)] for name, child in lists]
+    return tuple(some[-1] for some in members if some) or (block,)
 
 
 def called_apart(blocks: Iterable[str], callers: Mapping[str, AbstractSet[str]]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,9 +127,11 @@ SINGLE: dict[str, Callable[[Tensor], float]] = {
 }
 PAIRED: dict[str, Callable[[Tensor, Tensor], float]] = {
     "motion_deviation": temporal.motion_deviation,
+    "flicker_deviation": temporal.flicker_deviation,
     "color_shift": temporal.color_shift,
     "dropped": temporal.dropped,
 }
+DIFFERENT = ("motion_energy", "flicker")  # whose deviations are no differences, but among PAIRED
 
 
 def figures(reference: Tensor, test: Tensor) -> Figures:
@@ -138,8 +139,8 @@ def figures(reference: Tensor, test: Tensor) -> Figures:
 
     Returns:
         The test's own figures under their names, ``NAME_deviation`` (test minus reference, in the same unit; of
-        ``motion`` and ``sharpness`` relative to the reference; of ``flicker`` what would have to be added to the
-        reference's as independent noise), the paired figures, and counts of frames that only the test has broken.
+        ``motion`` and ``sharpness`` relative to the reference; of ``flicker`` see
+        :func:`~reelquant.evidence.temporal.flicker_deviation`), the paired figures, and counts of frames that only the test has broken.
 
     Raises:
         MeasurementError: if the shapes differ or there is one frame only.
@@ -150,9 +151,8 @@ def figures(reference: Tensor, test: Tensor) -> Figures:
     reference, test = reference.detach().float().cpu(), test.detach().float().cpu()
     before = {name: measure(reference) for name, measure in SINGLE.items()}
     after = {name: measure(test) for name, measure in SINGLE.items()}
-    change = {f"{name}_deviation": after[name] - before[name] for name in SINGLE if name != "motion_energy"}
+    change = {f"{name}_deviation": after[name] - before[name] for name in SINGLE if name not in DIFFERENT}
     change["sharpness_deviation"] /= before["sharpness"] + 1  # one level: flat frames give 0
-    change["flicker_deviation"] = _added(before["flicker"], after["flicker"])
     speed, confidence = temporal.tempo(reference, test)
     return {
         **after,
@@ -162,12 +162,6 @@ def figures(reference: Tensor, test: Tensor) -> Figures:
         "tempo_confidence": confidence,
         **{f"{name}_frames": float(count) for name, count in temporal.newly_broken(reference, test).items()},
     }
-
-
-def _added(before: float, after: float) -> float:
-    """Root of the difference of squares, with its sign."""
-    difference = after**2 - before**2
-    return math.copysign(abs(difference) ** 0.5, difference)
 
 
 # ------------------------------------------------------------------------------------------------------------ diagnosis

@@ -72,7 +72,7 @@ METRICS: dict[str, Metric] = {
     "grain_deviation": Metric("Grain deviation", "temporal", "levels", "zero", "grain minus the reference's", "temporal", 2),
     "flicker": Metric("Flicker", "temporal", "levels", "none", "change that comes and goes from frame to frame", "temporal", 2),
     "flicker_deviation": Metric(
-        "Flicker deviation", "temporal", "levels", "zero", "noise over time that would make the reference flicker as much", "temporal", 2
+        "Flicker deviation", "temporal", "levels", "zero", "change that comes and goes where the reference has none", "temporal", 2
     ),
     "frame_consistency": Metric("Frame consistency", "temporal", "", "none", "similarity of neighbouring frames", "temporal", 4),
     "length_deviation": Metric("Length", "temporal", "", "zero", "number of frames over the reference's, minus one", "temporal"),

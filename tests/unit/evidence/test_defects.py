@@ -41,6 +41,7 @@ HARMLESS: dict[str, Callable[[Tensor, Path], Tensor]] = {
     "noise at 40 dB": noise(40),
     "H.264 at crf 12": recompressed,
     "bfloat16": lambda clip, folder: clip.bfloat16().float(),
+    "one percent of contrast": lambda clip, folder: (1.01 * clip).clamp(0, 1),
 }
 
 

@@ -141,6 +141,37 @@ def test_noise_flickers_but_not_in_brightness():
 
 def test_two_frames_cannot_flicker():
     assert temporal.flicker(flat(0, 1)) == temporal.brightness_flicker(flat(0, 1)) == 0
+    assert temporal.flicker_deviation(flat(0, 1), flat(1, 0)) == 0
+
+
+def bouncing(frames: int = 9, contrast: float = 1.0) -> Tensor:
+    """A bar that is at one of two places in turn, before a still background: its two places spike in every frame."""
+    clip = flat(*[0.2] * frames, side=32)
+    clip[::2, :, 10:18, 2:10] = clip[1::2, :, 10:18, 20:28] = 0.2 + 0.7 * contrast
+    return clip
+
+
+def test_flicker_over_a_still_reference_is_the_flicker_of_the_test():
+    still, test = flat(0.5, 0.5, 0.5, 0.5), flat(0.5, 0.6, 0.5, 0.6)
+    assert temporal.flicker_deviation(still, test) == pytest.approx(temporal.flicker(test), rel=1e-6)
+    assert temporal.flicker_deviation(test, still) == pytest.approx(-temporal.flicker(test), rel=1e-6)
+    assert temporal.flicker_deviation(test, test) == 0
+
+
+def test_one_percent_of_contrast_does_not_flicker_in_a_clip_that_bounces():
+    reference, test = bouncing(), bouncing(contrast=1.01)
+    before, after = temporal.flicker(reference), temporal.flicker(test)
+    assert before > 50 and (after**2 - before**2) ** 0.5 > 8
+    assert temporal.flicker_deviation(reference, test) == pytest.approx(0.01 * before, rel=0.01)
+
+
+def test_noise_beside_a_small_object_that_bounces_flickers_as_over_a_still_clip():
+    torch.manual_seed(0)
+    still = flat(*[0.2] * 9, side=96)
+    reference = still.clone()
+    reference[:, :, :32, :32] = bouncing()
+    noise = noisy(still, 6) - still
+    assert temporal.flicker_deviation(reference, reference + noise) == pytest.approx(temporal.flicker(still + noise), rel=0.05)
 
 
 def test_frame_consistency_is_one_for_equal_frames_and_the_luminance_term_for_flat_ones():
