@@ -56,7 +56,7 @@ class Search:
         planned: the best schedules, by order and the number of computed steps.
     """
 
-    stretch: tuple[float, float]
+    stretch: tuple[float, ...]
     errors: Errors
     seconds: Seconds
     trials: Trials

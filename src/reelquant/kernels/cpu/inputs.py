@@ -77,7 +77,7 @@ class Inputs:
         offset = self.offset = OFFSET if numbers.format.signed and self.dtype == np.uint8 else 0
         self.low, self.high = np.float32(numbers.format.low + offset), np.float32(numbers.format.high + offset)
         self.levels = np.array([-numbers.format.low, numbers.format.high], np.float32)
-        self.border = np.float32(max(-self.add.min(initial=0) / self.levels[0], self.add.max(initial=0) / self.levels[1], loops.LEAST))
+        self.border = loops.LEAST if numbers.rule is None else _reach(self.add, self.levels)
         self.scales, self.zeros = _tables(numbers, offset)
         self.rounds = [
             (np.float32(1 / one), np.float32(zero), self.low, self.high) for one, zero in zip(self.scales, self.zeros, strict=True)
@@ -214,6 +214,11 @@ class Inputs:
         digest.update(self.multiply.tobytes())
         digest.update(self.add.tobytes())
         return digest.digest()
+
+
+def _reach(values: np.ndarray[Any, Any], levels: np.ndarray[Any, Any]) -> np.float32:
+    """The smallest symmetric scale that covers these values."""
+    return np.float32(max(-values.min(initial=0) / levels[0], values.max(initial=0) / levels[1], loops.LEAST))
 
 
 def scratch(size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:

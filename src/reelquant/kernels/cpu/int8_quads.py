@@ -24,7 +24,7 @@ from reelquant.kernels.cpu.int16_madd import LARGEST, ORIGIN, SUM, pixels_of, ro
 from reelquant.kernels.cpu.page_alloc import alloc_pages
 from reelquant.kernels.cpu.powers import ACTIVATION_CODES
 from reelquant.kernels.cpu.quad_tile import COLUMNS, ROWS_AT_ONCE, multiply
-from reelquant.kernels.operands import Operands, PackedWeight, Window
+from reelquant.kernels.operands import Operands, Window
 
 SMALL = 1 << 19  # weights up to which a call of oneDNN costs more than its blocking of large weights saves (docs/kernels-notebook.md)
 

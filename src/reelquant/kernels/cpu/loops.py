@@ -233,7 +233,7 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
 
 @compiled(**EXACT)
 def quantize_plane_quads(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
-    """The same for bytes of a multiple of four channels: four of them are written at once, a third of the time of one by one.
+    """The same for bytes of a multiple of four channels: four of them are written at once, in two thirds of the time.
 
     Args:
         codes: ``[N, D', H', W', C / 4]`` int32, written.
