@@ -1,4 +1,4 @@
-"""Exact integer products on processors with AVX512-VNNI: one instruction multiplies four unsigned and four signed bytes and adds in 32 bits.
+"""Exact integer products on processors with AVX512-VNNI: four products of bytes are added in 32 bits by one instruction.
 
 oneDNN has the same instruction. What it costs beside its products (35 microseconds a call, and convolutions of few channels over few places
 at a quarter of the instruction's rate) is more than the products of small layers take; a call of this loop costs 8 microseconds.
