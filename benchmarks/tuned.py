@@ -195,6 +195,9 @@ def main() -> None:
     """Parse the command line, measure what is missing, write the table."""
     made = parser(__doc__)
     made.add_argument("--gate", nargs="*", default=["default"], help="gates to tune for; none to leave tuning out")
+    made.add_argument(
+        "--shares", type=float, nargs="*", default=SHARES, help="of computed steps, whose rows are measured; none to only tune"
+    )
     args = made.parse_args()
     torch.set_num_threads(args.threads)
     clips, records, folder = Clips(args.pipeline, args.clips, {}, args.batch), Records(args.output / "rows.jsonl"), KEPT
@@ -204,7 +207,8 @@ def main() -> None:
     known = schedules(own, of_float)
     labels = {(round(share * steps), label): make(round(share * steps)) for share in SHARES for label, make in known.items()}
     if not args.table:
-        run(clips, records, folder, labels)
+        asked = {round(share * steps) for share in args.shares}
+        run(clips, records, folder, {key: one for key, one in labels.items() if key[0] in asked})
     text = f"{clips.name}, {clips.count} clips, `{RECIPE}`\n\n{table(clips, records, labels, steps)}"
     for gate in () if args.table else args.gate:
         text += f"\n{whole(clips, folder, gate)}"
