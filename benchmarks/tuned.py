@@ -9,7 +9,7 @@ Run it from the repository root::
 
 Clips of evaluation captions, held against the same quantized pipeline without reuse; gains are clip by clip. Rows and recordings that are
 there are not made again. Rows are kept in ``rows.jsonl``; the table is ``tuned-PIPELINE.md``; pipelines, recordings and trials are kept in
-``runs/tuned``. Whole clips are timed in turns (A B, B A), against the quantized and against the float pipeline.
+``runs/tuned``. Whole clips are timed in turns (A B, B A), in CPU time, against the quantized and against the float pipeline.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from reelquant._progress import Silent
 from reelquant.evidence import bootstrap
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
-from reelquant.reuse import BlockReuse
+from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.tuning.recording import Clips as Recorded
 from reelquant.tuning.recording import Seconds, record, reusing, site_of
 from reelquant.tuning.run import RECORDED, SEED, tune
@@ -42,7 +42,7 @@ from reelquant.tuning.trials import Trial
 
 RECIPE = "qvd-w8a8"
 SHARES = (0.6, 0.5, 0.4)
-STRETCH = (0.0, 1.0)
+STRETCH: tuple[float, ...] = (0.0, 1.0)
 HEADINGS = ("computed", "schedule", "PSNR to no reuse, dB (95 %)", "worst clip, dB", "planned over this, clip by clip, dB (95 %)")
 PLANNED, ROUNDS = "planned, fitted weights of two", 5
 KEPT = Path("runs/tuned")
@@ -153,13 +153,15 @@ def whole(clips: Clips, folder: Path, gate: str) -> str:
     if made.chosen is None or made.output is None:
         return f"`reelquant tune --gate {gate} --clips {clips.count}`: no schedule passes.\n"
     fast, plain = in_turns(clips, made.output, source), in_turns(clips, made.output, None)
+    graph = in_turns(clips, made.output, None, runtime="openvino") if _kept(made.output) == "answer" else None
+    beside = f" ({graph} as an OpenVINO graph)" if graph else ""
     chosen, tried = made.chosen, "; ".join(map(_tried, made.trials))
     computed = ", ".join(str(step + 1) for step in chosen.computed)
     return (
         f"`reelquant tune --gate {gate} --clips {clips.count}`: blocks are computed at {len(chosen.computed)} of {chosen.steps} steps "
         f"({computed}), {chosen.figures['psnr']:.1f} dB to no reuse (worst clip {chosen.worst:.1f}), motion "
         f"{chosen.figures['motion_deviation']:+.3f}. Whole clips in turns, one thread: {fast} times as fast as without reuse, {plain} "
-        f"as fast as eager float32. Tried, by computed steps: {tried}.\n"
+        f"as fast as eager float32{beside}. Tried, by computed steps: {tried}.\n"
     )
 
 
@@ -168,16 +170,22 @@ def _tried(trial: Trial) -> str:
     return f"{len(trial.computed)} from {forecast}: {trial.figures['psnr']:.1f} dB, {'passes' if trial.passed else 'fails'}"
 
 
-def in_turns(clips: Clips, fast: Path, other: Path | None) -> str:
-    """Ratio of the times of whole clips, median and extremes; the other one is float if no folder is given."""
+def _kept(folder: Path) -> str:
+    """What a tuned pipeline keeps from step to step."""
+    return installed_reuse(site_of(reelquant.open_pipeline(folder)).denoiser)["blocks"].facts["keeps"]
+
+
+def in_turns(clips: Clips, fast: Path, other: Path | None, runtime: str = "torch") -> str:
+    """Ratio of the CPU times of whole clips, median and extremes; the other one is float if no folder is given."""
     pipes = [reelquant.open_pipeline(fast), clips.open() if other is None else reelquant.open_pipeline(other)]
+    reelquant.configure(pipes[0], runtime=runtime)
     ratios = []
     for number in range(ROUNDS + 1):
         spent = [0.0, 0.0]
         for which in ((0, 1), (1, 0))[number % 2]:
-            began = time.perf_counter()
+            began = time.process_time()
             sample(pipes[which], clips.prompts[:1], seed=SAMPLING_SEED)
-            spent[which] = time.perf_counter() - began
+            spent[which] = time.process_time() - began
         if number:
             ratios.append(spent[1] / spent[0])
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
@@ -187,6 +195,9 @@ def main() -> None:
     """Parse the command line, measure what is missing, write the table."""
     made = parser(__doc__)
     made.add_argument("--gate", nargs="*", default=["default"], help="gates to tune for; none to leave tuning out")
+    made.add_argument(
+        "--shares", type=float, nargs="*", default=SHARES, help="of computed steps, whose rows are measured; none to only tune"
+    )
     args = made.parse_args()
     torch.set_num_threads(args.threads)
     clips, records, folder = Clips(args.pipeline, args.clips, {}, args.batch), Records(args.output / "rows.jsonl"), KEPT
@@ -196,7 +207,8 @@ def main() -> None:
     known = schedules(own, of_float)
     labels = {(round(share * steps), label): make(round(share * steps)) for share in SHARES for label, make in known.items()}
     if not args.table:
-        run(clips, records, folder, labels)
+        asked = {round(share * steps) for share in args.shares}
+        run(clips, records, folder, {key: one for key, one in labels.items() if key[0] in asked})
     text = f"{clips.name}, {clips.count} clips, `{RECIPE}`\n\n{table(clips, records, labels, steps)}"
     for gate in () if args.table else args.gate:
         text += f"\n{whole(clips, folder, gate)}"

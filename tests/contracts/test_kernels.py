@@ -20,7 +20,9 @@ from reelquant.clock import Clock
 from reelquant.formats import fit, pack
 from reelquant.kernels import KERNELS, Kernel, Reference, backend, current_backend, select
 from reelquant.kernels.activations import ACTIVATIONS
-from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, int16_madd, loops, nibbles
+from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, int8_quads, int16_madd, loops, nibbles, quad_tile
+from reelquant.kernels.cpu import inputs as inputs_module
+from reelquant.kernels.cpu.inputs import Inputs
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
 from tests.contracts.layers import INPUTS, LAYERS, REWRITES, WEIGHTS, make, one_code, oracle
 from tests.grids import sampled
@@ -98,17 +100,64 @@ def kernels_of(name: str, weight: Any, numbers: str, rewrite: str = "") -> tuple
 
 @vnni
 def test_the_table_says_what_runs_and_why_the_better_ones_do_not() -> None:
-    assert kernels_of("Linear", ("int8", "channel"), "int8") == ("onednn int8", {})
-    assert kernels_of("Conv3d", ("int6", "channel"), "uint8") == ("onednn int8", {})
+    assert kernels_of("Linear", ("int8", "channel"), "int8") == ("int8 quads", {})
+    assert kernels_of("Conv3d", ("int6", "channel"), "uint8") == ("int8 quads", {})
     name, refused = kernels_of("Linear", ("int4", "group-64"), "int8 token")
-    assert name == "onednn int8 from int4" and refused == {"onednn int8": "weights have a scale per group-64"}
+    grouped = "weights have a scale per group-64"
+    assert name == "onednn int8 from int4" and refused == {"int8 quads": grouped, "onednn int8": grouped}
     name, refused = kernels_of("Linear", ("int8", "channel"), "float")
     assert name == "float products" and refused["onednn int8"] == "the input stays float"
-    name, refused = kernels_of("Conv1d", ("int8", "channel"), "int8")
-    assert name == "int16 pairs" and "one-dimensional" in refused["onednn int8"]
+    assert kernels_of("Conv1d", ("int8", "channel"), "int8") == ("int8 quads", {})
     layer, _ = make("Linear", ("e4m3", "channel"), INPUTS["int8"])
     assert layer.kernel.name == "reference" and layer.simulated
     assert set(layer.selected[1]) == {kernel.name for kernel in KERNELS["cpu"]()} and "e4m3" in layer.selected[1]["onednn int8"]
+
+
+@vnni
+def test_large_layers_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_quads, "SMALL", 10)
+    assert kernels_of("Linear", ("int8", "channel"), "int8") == ("onednn int8", {"int8 quads": "more than 10 weights"})
+    name, refused = kernels_of("Conv1d", ("int8", "channel"), "int8")
+    assert name == "int16 pairs" and "one-dimensional" in refused["onednn int8"]
+
+
+@vnni
+@pytest.mark.parametrize("channels", [3, 64, 509])
+@pytest.mark.parametrize("zero", [0, 128, 255])
+def test_products_of_the_largest_codes_are_exact(channels: int, zero: int) -> None:
+    """Four products of 8-bit numbers are added in 32 bits, not in 16; also where rows end within four numbers."""
+    weight = torch.full((33, channels), -128, dtype=torch.int8)
+    weight[::2] = 127
+    panels = int8_quads.panelled(weight[..., None])
+    assert torch.equal(int8_quads.unpanelled(panels, 33, channels), weight)
+    codes = np.full(97 * channels + 3, 255, np.uint8)
+    scale, bias, sums = np.ones(64, np.float32), np.zeros(64, np.float32), np.zeros(64, np.int32)
+    sums[:33] = weight.sum(1, dtype=torch.int32).numpy()
+    rows, out = np.arange(97, dtype=np.int64) * channels, np.empty((97, 33), np.float32)
+    given = codes, rows, np.zeros(1, np.int64), panels.numpy(), scale, sums, bias, zero, np.float32(1), loops.NONE, 1, 0
+    quad_tile.multiply(0, 2, *given, out)
+    assert np.array_equal(out, np.tile((255 - zero) * sums[:33].astype(np.float32), (97, 1)))
+
+
+@pytest.mark.parametrize("rewrite", ["", "shift and scale"])
+@pytest.mark.parametrize("numbers", ["int8", "uint8", "int8 sample"])
+@pytest.mark.parametrize("channels", [5, 8])
+def test_codes_of_planes_are_those_of_pixels(channels: int, numbers: str, rewrite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of an input's memory; narrow planes are turned before."""
+    layer, _ = make("Conv2d", ("int8", "channel"), INPUTS[numbers], **REWRITES[rewrite])
+    operands = layer.operands
+    some = {name: None if (one := getattr(operands, name)) is None else one[:channels] for name in ("shift", "scale")}
+    weight = replace(operands.weight, shape=(operands.weight.shape[0], channels, *operands.weight.shape[2:]))
+    inputs = Inputs(replace(operands, weight=weight, **some))
+    x = torch.randn(2, channels, 18, 15, generator=torch.Generator().manual_seed(0))
+    expected = inputs.pixels(x.contiguous(memory_format=torch.channels_last), 0, (1, 1, 2, 0))
+    kept = expected.codes.astype(np.int32)
+    for narrow in (0, 1 << 20):
+        monkeypatch.setattr(inputs_module, "NARROW", narrow)
+        found = inputs.pixels(x, 0, (1, 1, 2, 0))
+        away = np.abs(found.codes.astype(np.int32) - kept)
+        assert away.max() <= 1 and away.mean() < 1e-3 and not found.poisoned
+        assert found.scales is None or np.allclose(found.scales, expected.scales, rtol=1e-6)
 
 
 @pytest.mark.skipif(int16_madd.available() is not None, reason=str(int16_madd.available()))

@@ -355,8 +355,8 @@ def step_bits(case: Case) -> str:
 
 @torch.no_grad()
 def reuse(case: Case) -> str:
-    """Blocks left out at every second step, and attention in every mode: where all is computed the same bits, elsewhere near them; a second
-    clip equals the first."""
+    """Blocks left out at every second step, the whole answer, and attention in every mode: where all is computed the same bits, elsewhere
+    near them; a second clip equals the first."""
     model, inputs = case.float(), case.inputs()
     found = discover(model)
     stage = BlockReuse(stretch=(0.0, 1.0))
@@ -369,6 +369,11 @@ def reuse(case: Case) -> str:
     for computed, reused in clips:
         assert torch.equal(computed, case.reference) and torch.equal(reused, clips[0][1])
         assert 0 < float((reused - exact).norm()) < 0.5 * float(exact.norm())
+    installed.remove()
+    answers = BlockReuse(stretch=())
+    installed = answers.install(model, answers.facts(SimpleNamespace(denoiser=model, component="transformer", map=found)))  # type: ignore[arg-type]
+    assert all(torch.equal(output(model, given), case.reference) for given in (inputs, later))
+    assert installed.counts() == {"computed": 1, "reused": 1}
     installed.remove()
     for mode in MODES:
         attention = AttentionReuse(rules=({"on": "*", "mode": mode},))

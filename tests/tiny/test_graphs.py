@@ -18,6 +18,7 @@ from reelquant import RecipeError, UnsupportedError
 from reelquant.kernels import backend
 from reelquant.kernels.attention import AttentionQuant
 from reelquant.nn import kernels_of, quantized_layers, set_attention
+from reelquant.reuse import BlockReuse, installed_reuse, put, remove_reuse
 from tests.tiny import bundled
 from tests.tiny.bundled import CPU, PIPELINES, denoiser
 
@@ -217,6 +218,27 @@ def test_protected_steps_are_computed_in_torch(small: tuple[Any, list[Call]]) ->
     finally:
         clock.protect(())
     assert torch.equal(found, expected) and not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("first", ["reuse", "graph"])
+def test_a_reuse_of_whole_answers_stands_before_the_graph(small: tuple[Any, list[Call]], first: str) -> None:
+    model, calls = copy.deepcopy(small[0]), small[1]
+    now, next_step = calls[0], next(call for call in calls if call[1]["timestep"] != calls[0][1]["timestep"])
+    found = answer(model, now)
+    stage = BlockReuse(stretch=(), every=2)
+    facts = {"blocks": [""], "keeps": "answer", "timestep": "timestep", "latent": "hidden_states"}
+    if first == "reuse":
+        runner.stop(model)
+    put(model, "blocks", stage, facts)
+    if first == "reuse":
+        runner.start(model)
+    assert all(torch.equal(answer(model, call), found) for call in (now, next_step))
+    installed = installed_reuse(model)["blocks"].installed
+    assert installed.counts() == {"computed": 1, "reused": 1}
+    runner.stop(model)
+    assert not torch.equal(answer(model, now), found) and installed.counts() == {"computed": 2, "reused": 1}  # layers, not the graph
+    remove_reuse(model)
+    assert "forward" not in vars(model)
 
 
 def test_the_way_back_leaves_nothing(small: tuple[Any, list[Call]]) -> None:

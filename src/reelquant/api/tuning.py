@@ -28,7 +28,7 @@ def tune(
     prompts: Prompts | None = None,
     held_out: Prompts | None = None,
     record: int = 4,
-    stretch: tuple[float, float] = (0.0, 1.0),
+    stretch: tuple[float, ...] = (0.0, 1.0),
     weights: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -55,7 +55,7 @@ def tune(
             prompts.
         held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
         record: clips that schedules are planned from. They are sampled once for every step.
-        stretch: the share of the blocks that is reused, in the order in which they run.
+        stretch: the share of the blocks that is reused, in the order in which they run; empty for the whole answer of the denoiser.
         weights: folder with networks of metrics; else the user's cache.
         dtype: of the float parts, float32 by default.
         device: where it runs.

@@ -52,7 +52,12 @@ MaxLpips = Annotated[
 FailUnder = Annotated[list[str] | None, typer.Option("--fail-under", metavar="METRIC=VALUE", help="A further limit: psnr=30. Repeatable.")]
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that every schedule is tried on.")]
 Record = Annotated[int, typer.Option("--record", min=1, help="Clips that schedules are planned from; each is sampled once for every step.")]
-Stretch = Annotated[str, typer.Option("--stretch", metavar="START:END", help="The share of the blocks that is reused; 0:1 is all of them.")]
+Stretch = Annotated[
+    str,
+    typer.Option(
+        "--stretch", metavar="START:END", help="The share of the blocks that is reused; 0:1 is all of them, answer the whole denoiser."
+    ),
+]
 Weights = Annotated[
     Path | None, typer.Option("--weights", help="Folder with networks of metrics; else the user's cache.", show_default=False)
 ]
@@ -142,13 +147,15 @@ def _work(output: Path) -> Path:
     return output.with_name(output.name + WORK)
 
 
-def _stretch(text: str) -> tuple[float, float]:
+def _stretch(text: str) -> tuple[float, ...]:
     from reelquant._errors import RecipeError
 
+    if text == "answer":
+        return ()
     try:
         start, end = (float(one) for one in text.split(":"))
     except ValueError:
-        raise RecipeError(f"--stretch takes a start and an end, got '{text}'; for example --stretch 0.25:0.75") from None
+        raise RecipeError(f"--stretch takes a start and an end, or 'answer', got '{text}'; for example --stretch 0.25:0.75") from None
     return start, end
 
 

@@ -32,6 +32,7 @@ from reelquant.graphs.refusals import refuse_call, refuse_model
 from reelquant.graphs.trace import Traced, as_number, last_line, trace
 from reelquant.kernels import REFERENCE, Kernel, current_backend
 from reelquant.nn import QuantLayer, quantized_layers
+from reelquant.reuse.answer import Answer
 
 logger = logging.getLogger(__name__)
 GRAPHS = "_reelquant_graphs"
@@ -270,17 +271,27 @@ def start(model: nn.Module) -> Graphs:
     refuse_model(model)
     graphs = Graphs.of(model)
     object.__setattr__(model, GRAPHS, graphs)
-    object.__setattr__(model, "forward", MethodType(_like(type(model)), model))  # its class, which checkpoints name, stays what it is
+    _place(model, MethodType(_like(type(model)), model))  # its class, which checkpoints name, stays what it is
     for layer in graphs.layers.values():
         layer.runtime_kernel = computed_by(layer)
     return graphs
+
+
+def _place(model: nn.Module, answers: Any) -> None:
+    """Let a model's forward ask this, or its class; a reuse of whole answers stays before it."""
+    if isinstance(before := vars(model).get("forward"), Answer):
+        before.before = answers
+    elif answers is None:
+        vars(model).pop("forward", None)
+    else:
+        object.__setattr__(model, "forward", answers)
 
 
 def stop(model: nn.Module) -> None:
     """Undo :func:`start`."""
     if vars(model).pop(GRAPHS, None) is None and "forward" not in vars(model):
         return
-    vars(model).pop("forward", None)
+    _place(model, None)
     for layer in quantized_layers(model).values():
         layer.runtime_kernel = None
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.clock import timestep_reader
 from reelquant.nn import get_module
+from reelquant.reuse.answer import Answer
 from reelquant.reuse.chain import Link
 from reelquant.reuse.history import check_order
 from reelquant.reuse.outputs import Output
@@ -37,7 +38,7 @@ from reelquant.reuse.schedule import Schedule
 from reelquant.reuse.stretch import StandIn, Stretch, Watcher
 from reelquant.stages import ModelWork
 
-KEEPS: dict[str, type[StandIn]] = {"change": Link, "outputs": Output}
+KEEPS: dict[str, type[StandIn]] = {"change": Link, "outputs": Output, "answer": Answer}
 """What is kept of a stretch."""
 
 
@@ -47,7 +48,8 @@ class BlockReuse(Reuse):
 
     Where more than half of the blocks are a list of one class, the stretch lies in this chain, and the change that it makes is kept.
     Elsewhere (in UNets, and where other blocks run between those of the list) the stretch lies in all blocks in the order in which they
-    run, and the output of each of them is kept.
+    run, and the output of each of them is kept. Without a stretch it is the answer of the denoiser that is kept; nothing is computed at
+    other steps then.
 
     A call under autograd computes everything. A new trajectory begins when the timestep rises, or when the latents change in shape, dtype
     or device; after an interrupted clip, call ``reset()`` of what is installed.
@@ -58,7 +60,7 @@ class BlockReuse(Reuse):
             are left.
         at: timesteps at which the stretch is computed instead of every n-th, falling; see :class:`reelquant.reuse.schedule.Schedule`.
             ``reelquant tune`` finds them.
-        stretch: the share of the blocks, from 0 to 1; blocks that lie partly inside belong to it.
+        stretch: the share of the blocks, from 0 to 1; blocks that lie partly inside belong to it. Empty: the whole answer of the denoiser.
         order: 0 repeats the last result, 1 and 2 forecast from the last two and three; see :class:`reelquant.reuse.history.History`.
         fitted: weights of the last ``order + 1`` results at steps that are not computed, instead of those of the polynomial: for every such
             step its timestep and the weights, oldest first, all in one list. ``reelquant tune`` fits them. Timesteps that are not listed
@@ -75,7 +77,7 @@ class BlockReuse(Reuse):
     every: int = 2
     first: int = 1
     at: tuple[float, ...] = ()
-    stretch: tuple[float, float] = (0.25, 0.75)
+    stretch: tuple[float, ...] = (0.25, 0.75)
     order: int = 0
     fitted: tuple[float, ...] = ()
     threshold: float = 0.0
@@ -92,9 +94,11 @@ class BlockReuse(Reuse):
                 f"'fitted' of reuse 'blocks' lists a timestep and {self.order + 1} weights for every step, {self.order + 2} numbers each, "
                 f"got {len(self.fitted)} numbers"
             )
-        for name, part in {"stretch": self.stretch, "late": self.late or self.stretch}.items():
-            if len(part) != 2 or not 0 <= part[0] < part[1] <= 1:
+        for name, part in {"stretch": self.stretch, "late": self.late}.items():
+            if part and (len(part) != 2 or not 0 <= part[0] < part[1] <= 1):
                 raise RecipeError(f"'{name}' of reuse 'blocks' is a start and an end, like [0.25, 0.75], got {list(part)}")
+        if (self.late or self.profiled) and not self.stretch:
+            raise RecipeError("reuse 'blocks' without a stretch keeps the whole answer; drop 'late' and 'profiled', or give a stretch")
         if not self.threshold >= 0:
             raise RecipeError(f"'threshold' of reuse 'blocks' is a relative change like 0.1, or 0 for none, got {self.threshold}")
         if not 0 <= self.profiled <= 1:
@@ -135,6 +139,8 @@ class BlockReuse(Reuse):
         timestep, latent = work.map.timestep_argument, work.map.latent_argument
         if timestep is None or latent is None:
             raise UnsupportedError(f"reuse 'blocks' follows the timestep, and '{work.component}' has none; use it for a denoiser")
+        if not self.stretch:
+            return {"blocks": [""], "keeps": "answer", "timestep": timestep, "latent": latent}
         chain = chain_of(work.denoiser, work.map.blocks)
         blocks = chain or list(work.map.blocks)
         common = {"keeps": "change" if chain else "outputs", "timestep": timestep, "latent": latent}
@@ -256,4 +262,4 @@ class InstalledBlocks:
     @property
     def parts(self) -> list[str]:
         """Module paths of the blocks that are reused at some time."""
-        return list(dict.fromkeys(block.name for block in self.blocks))
+        return list(dict.fromkeys(block.name or type(block.block).__name__ for block in self.blocks))

@@ -156,11 +156,16 @@ class StandIn(ABC):
     def __init__(self, name: str, block: nn.Module, stretch: Stretch, *, first: bool, last: bool) -> None:
         self.name, self.block, self.stretch, self.first, self.last = name, block, stretch, first, last
         self.before = vars(block).get("forward")  # of hooks that wrapped it earlier
-        block.forward = self.forward
+        block.forward = self.placed
+
+    @property
+    def placed(self) -> Any:
+        """What is put in the place of the block's forward."""
+        return self.forward
 
     def remove(self) -> None:
         """Put the forward back. Hooks that wrapped this one later keep it, and it only calls the block from now on."""
-        if vars(self.block).get("forward") != self.forward:
+        if vars(self.block).get("forward") != self.placed:
             return
         del self.block.forward
         if self.before is not None:

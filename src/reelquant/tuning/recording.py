@@ -178,7 +178,7 @@ def single(timesteps: Sequence[float], step: int, stage: BlockReuse, order: int 
 def record(
     pipe: Any,
     site: Site,
-    stretch: tuple[float, float],
+    stretch: tuple[float, ...],
     clips: Clips,
     progress: Progress,
     done: Callable[[int], float | None],

@@ -26,6 +26,7 @@ from reelquant.models.sampling import check_call, notes, sample
 from reelquant.models.shapes import evaluation_prompts, understood
 from reelquant.nn import quantized_layers
 from reelquant.reuse import BlockReuse, put
+from reelquant.reuse.blocks import chain_of
 from reelquant.tuning.curve import draw
 from reelquant.tuning.recording import Clips, Seconds, Site, record, reusing, site_of
 from reelquant.tuning.search import Goal, Search
@@ -37,6 +38,7 @@ RECORDED = 4  # clips that schedules are planned from
 LEAST_STEPS = 4  # of a clip: with fewer there is nothing to leave out
 SEED, HELD_OUT_SEED = 1_000, 50_000
 WORK = ".tuning"
+ALL = (0.0, 1.0)  # of the blocks
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def tune(
     prompts: Prompts | None = None,
     *,
     goal: Goal | None = None,
-    stretch: tuple[float, float] = (0.0, 1.0),
+    stretch: tuple[float, ...] = ALL,
     clips: int = 8,
     recorded: int = RECORDED,
     held_out: Prompts | None = None,
@@ -120,6 +122,8 @@ def tune(
             f"'{model}' is not quantized, and a schedule fits the model that it was found on: quantize it first, "
             f"for example reelquant quantize {model} -r w8a16 -o out"
         )
+    if tuple(stretch) == ALL and chain_of(site.denoiser, site.map.blocks) is None:
+        stretch = ()  # outputs of all blocks are forecast like the answer that is made of them, and the answer costs nothing
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
     texts = list(calibration_prompts(pipe, recorded) if prompts is None else prompts)[:recorded]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,6 +58,14 @@ class Errors:
     gram: Array
     weight: Array
     fitted: bool = False
+
+    @property
+    def steady(self) -> Errors:
+        """The same with weights that change evenly from step to step, by a line through their logarithms: what single steps did to a few
+        clips is noisy."""
+        later = np.arange(1, len(self.weight))
+        line = np.polynomial.Polynomial.fit(later, np.log(np.maximum(self.weight[1:], 1e-30)), 1)
+        return replace(self, weight=np.concatenate([self.weight[:1], np.exp(line(later))]))
 
     def shares(self, history: Steps, steps: Sequence[int]) -> Array:
         """Weights of earlier results in the forecast of each step, ``[steps, history]``."""

@@ -12,8 +12,9 @@ from reelquant.tuning.recording import Seconds
 from reelquant.tuning.schedules import Errors, Plan, plans
 from reelquant.tuning.trials import Trial, Trials
 
-ORDERS = (1, 0)
-"""Forecasts that are tried, from the last two results and from the last one. A third brought nothing on the bundled pipelines."""
+VARIANTS = ((1, False), (1, True), (0, False))
+"""What is tried for a number of computed steps: forecasts from the last two results and from the last one (a third brought nothing on the
+bundled pipelines), and whether the schedule is planned with the damage of every step as it was measured, or as an even trend."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,11 @@ class Search:
         errors: what schedules are planned with.
         seconds: of calls of the denoiser.
         trials: makes them.
-        found: those that were made, by the number of computed steps and the order.
-        planned: the best schedules, by order and the number of computed steps.
+        found: those that were made, by the number of computed steps and the number of the variant.
+        planned: the best schedules of every variant, by the number of computed steps.
     """
 
-    stretch: tuple[float, float]
+    stretch: tuple[float, ...]
     errors: Errors
     seconds: Seconds
     trials: Trials
@@ -64,7 +65,8 @@ class Search:
     planned: dict[int, dict[int, Plan]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.planned = {order: plans(self.errors, order) for order in ORDERS}
+        kinds = {False: self.errors, True: self.errors.steady}
+        self.planned = {variant: plans(kinds[steady], order) for variant, (order, steady) in enumerate(VARIANTS)}
 
     @property
     def steps(self) -> int:
@@ -90,22 +92,25 @@ class Search:
         """Expected of a clip in which so many steps are computed."""
         return self.seconds.speedup(self.steps, number)
 
-    def tried(self, number: int, order: int) -> Trial:
-        """The trial of the best schedule with so many computed steps."""
-        if (number, order) not in self.found:
-            plan = self.planned[order][number]
-            self.found[number, order] = self.trials.run(self.stage(plan.steps, order), plan.steps, self.steps, self.speedup(number))
-        return self.found[number, order]
+    def tried(self, number: int, variant: int) -> Trial:
+        """The trial of the best schedule of a variant with so many computed steps."""
+        if (number, variant) not in self.found:
+            plan, order = self.planned[variant][number], VARIANTS[variant][0]
+            self.found[number, variant] = self.trials.run(self.stage(plan.steps, order), plan.steps, self.steps, self.speedup(number))
+        return self.found[number, variant]
 
     def tried_all(self) -> tuple[Trial, ...]:
         """Every trial, from the most computed steps to the fewest."""
-        return tuple(self.found[key] for key in sorted(self.found, key=lambda one: (-one[0], -one[1])))
+        return tuple(self.found[key] for key in sorted(self.found, key=lambda one: (-one[0], one[1])))
 
     def all_of(self, number: int) -> Iterator[Trial]:
-        """Trials of all orders, the one that promises most first."""
-        for order in ORDERS:
-            if number in self.planned[order]:
-                yield self.tried(number, order)
+        """Trials of all variants, the one that promises most first; schedules that are the same are tried once."""
+        seen = set()
+        for variant, (order, _) in enumerate(VARIANTS):
+            plan = self.planned[variant].get(number)
+            if plan is not None and (order, plan.steps) not in seen:
+                seen.add((order, plan.steps))
+                yield self.tried(number, variant)
 
     def fastest(self) -> Trial | None:
         """The trial with the fewest computed steps that keeps the limits: by bisection, as quality falls with the steps."""

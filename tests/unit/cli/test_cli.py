@@ -162,7 +162,7 @@ def test_notes_of_a_verb_are_paragraphs_and_commands_keep_their_lines() -> None:
 def test_quantize_ends_with_the_proof(quantized: tuple[Path, Any]) -> None:
     out, result = quantized
     assert result.exit_code == 0, result.output
-    kernel = next(name for name, here in (("onednn int8", int8), ("int16 pairs", int16_madd)) if here.available() is None)
+    kernel = next(name for name, here in (("int8 quads", int8), ("int16 pairs", int16_madd)) if here.available() is None)
     layers = "quantized, 2 skipped (they stay float)"
     for words in (layers, "smaller than float32", kernel, "simulated", "Largest errors", "TDScore", str(out)):
         assert words in result.stdout

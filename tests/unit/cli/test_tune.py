@@ -67,6 +67,7 @@ def test_json_is_one_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         (["--target-speedup", "1.8"], {"target_speedup": 1.8, "gate": "default"}),
         (["--max-lpips", "0.1"], {"gate": None, "limits": {"lpips_alex": 0.1}}),
         (["--gate", "strict", "--fail-under", "PSNR=30"], {"gate": "strict", "limits": {"psnr": 30.0}}),
+        (["--stretch", "answer"], {"stretch": ()}),
         (["--stretch", "0.25:0.75", "--steps", "30"], {"stretch": (0.25, 0.75), "num_inference_steps": 30}),
     ],
 )
@@ -79,7 +80,7 @@ def test_options_become_wishes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--stretch", "half"], "--stretch takes a start and an end, got 'half'"),
+        (["--stretch", "half"], "--stretch takes a start and an end, or 'answer', got 'half'"),
         (["--target-speedup", "2", "--gate", "default"], "give one of them"),
         (["--fail-under", "psnrr=3"], "unknown metric 'psnrr'"),
         (["--fail-under", "psnr=much"], "'much' is not a number"),

@@ -69,3 +69,11 @@ def test_the_longest_pause_bounds_how_few_steps_are_computed() -> None:
 
 def test_even_spacing() -> None:
     assert even(20, 10) == tuple(range(0, 20, 2)) and even(5, 5) == (0, 1, 2, 3, 4) and even(7, 1) == (0,)
+
+
+def test_steady_weights_follow_the_trend_of_noisy_ones() -> None:
+    trend = np.exp(-0.3 * np.arange(8))
+    noisy = trend * np.array([1.0, 5.0, 0.2, 1.0, 1.0, 1.0, 0.2, 5.0])
+    noisy[0] = 0.0
+    found = Errors(range(8, 0, -1), np.eye(8), noisy).steady.weight
+    assert found[0] == 0.0 and found[1:] == pytest.approx(trend[1:], rel=1e-9)

@@ -12,6 +12,7 @@ from reelquant.kernels.operands import Operands
 
 FEW = 8  # rows up to which codes are multiplied as they are: a product of few rows waits for memory
 PIECE = 8 << 20  # bytes of widened weights at a time
+KEPT = 1 << 15  # weights of layers whose floats are kept: widening them in every call would take as long as their product
 
 
 def refuses(operands: Operands) -> str | None:
@@ -46,6 +47,7 @@ class FloatProduct:
         self.exact = operands.input is not None or operands.rewritten
         self.quantized_input = operands.quantized_input if levels.refuses(operands) else levels.LevelInputs(operands)
         self.bias = None if operands.bias is None else operands.bias.detach().float()
+        self.kept: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.given
@@ -77,7 +79,7 @@ class FloatProduct:
         step = max(PIECE // (self.given.weight.width * x.element_size()), 64)
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         if rows <= step:
-            return F.linear(x, self._widened(0, rows, x.dtype), bias)
+            return F.linear(x, self._whole(x.dtype), bias)
         out = x.new_empty(len(x), rows)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
@@ -85,8 +87,18 @@ class FloatProduct:
         return out
 
     def _convolved(self, x: Tensor) -> Tensor:
-        weight = self._widened(0, self.given.weight.shape[0], x.dtype).view(self.given.weight.shape)
+        weight = self._whole(x.dtype).view(self.given.weight.shape)
         return self.given.product(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def _whole(self, dtype: torch.dtype) -> Tensor:
+        """All of the weight as floats; those of a small layer are kept."""
+        if (kept := self.kept.get(dtype)) is not None:
+            return kept
+        rows, width = self.given.weight.shape[0], self.given.weight.width
+        made = self._widened(0, rows, dtype)
+        if rows * width <= KEPT:
+            self.kept[dtype] = made
+        return made
 
     def _widened(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the weight as floats, ``[stop - start, width]``."""

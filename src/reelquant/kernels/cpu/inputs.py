@@ -18,6 +18,8 @@ from reelquant.kernels.input_code_cache import forget, recall, remember
 from reelquant.kernels.operands import InputQuant, Operands
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
+NARROW = 128  # places of a plane below which channels are brought to the end before: starting a row takes as long as the row there, too
+MORE = 3  # bytes behind the codes that may be read
 PARTS = 8  # in which a sample is searched for its extremes, where its places divide by it: threads share the work on a single clip
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
 _last = threading.local()  # memory of codes, per thread
@@ -75,6 +77,7 @@ class Inputs:
         offset = self.offset = OFFSET if numbers.format.signed and self.dtype == np.uint8 else 0
         self.low, self.high = np.float32(numbers.format.low + offset), np.float32(numbers.format.high + offset)
         self.levels = np.array([-numbers.format.low, numbers.format.high], np.float32)
+        self.border = loops.LEAST if numbers.rule is None else _reach(self.add, self.levels)
         self.scales, self.zeros = _tables(numbers, offset)
         self.rounds = [
             (np.float32(1 / one), np.float32(zero), self.low, self.high) for one, zero in zip(self.scales, self.zeros, strict=True)
@@ -132,6 +135,8 @@ class Inputs:
         Returns:
             Codes ``[N, *padded places, C]``.
         """
+        if not self._by_pixel(x) and math.prod(x.shape[-2:]) < NARROW:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
         scales = self._of_samples(x, any(border)) if self.dynamic else None
         numbers = self._numbers(len(x), slot, scales)
         places, dims = x.shape[2:], x.ndim - 2
@@ -141,7 +146,7 @@ class Inputs:
         shape = (x.shape[0], *lead, *size, x.shape[1])
         memory = scratch(math.prod(shape), self.dtype).reshape(shape)
         if any(border):
-            memory[:] = self._zero_codes(*numbers)
+            self._write_border(memory, *numbers)
         way = self._from_last if self._by_pixel(x) else self._from_first
         strange = way(x, lead, [0] * (3 - dims) + list(before), numbers, memory)
         bad = strange and bool(x.isnan().any() if scales is None else not x.isfinite().all())
@@ -149,28 +154,21 @@ class Inputs:
 
     def _of_samples(self, x: Tensor, bordered: bool) -> np.ndarray[Any, Any]:
         """``[N]``: the smallest scale with which symmetric codes cover a sample, its border included."""
-        lowest, highest = self._ends(x)
-        if self.multiply.size:
-            ends = lowest * self.multiply + self.add, highest * self.multiply + self.add
-            lowest, highest = np.minimum(*ends), np.maximum(*ends)
-            if bordered:
-                lowest, highest = np.minimum(lowest, self.add), np.maximum(highest, self.add)
-        scale = np.maximum(-lowest.min(1) / self.levels[0], highest.max(1) / self.levels[1])
-        return np.maximum(scale, np.finfo(np.float32).tiny)
-
-    def _ends(self, x: Tensor) -> np.ndarray[Any, Any]:
-        """``[2, N, C]``: the smallest and the largest value of every channel of every sample, rotated without the factor."""
-        if not self._by_pixel(x):
-            planes = x.flatten(2)
-            return torch.stack([planes.amin(2), planes.amax(2)]).float().numpy()
         samples, channels = x.shape[:2]
+        least = self.border if bordered else loops.LEAST
+        if not self._by_pixel(x):
+            plain = not self.multiply.size  # channels do not differ then, and a sample is one row
+            planes, scales = loops.view(readable(x)).reshape(samples, 1 if plain else channels, -1), np.empty(samples, np.float32)
+            loops.spread(loops.plane_scales, samples, planes.size, planes, self.multiply, self.add, self.levels, least, scales)
+            return scales
         places = math.prod(x.shape[2:])
-        joined, parts = math.gcd(places, self.joined), math.gcd(places // math.gcd(places, self.joined), PARTS)
+        joined = math.gcd(places, self.joined)
+        parts = math.gcd(places // joined, PARTS)
         lines = loops.view(readable(x.movedim(1, -1))).reshape(samples * parts, places // (joined * parts), joined * channels)
-        ends = np.empty((2, len(lines), joined * channels), np.float32)
-        loops.spread(loops.column_ends, len(lines), lines.size, lines, self.block, ends)
-        ends = ends.reshape(2, samples, parts * joined, channels)
-        return np.stack([ends[0].min(1), ends[1].max(1)])
+        numbers = self.block, *self._lines(joined * channels), self.levels, least
+        scales = np.empty(len(lines), np.float32)
+        loops.spread(loops.pixel_scales, len(lines), lines.size, lines, *numbers, scales)
+        return scales.reshape(samples, parts).max(1)
 
     def _numbers(self, samples: int, slot: Any, scales: np.ndarray[Any, Any] | None) -> tuple[Any, ...]:
         """What rounds the samples of a convolution: a reciprocal of the scale each; zero point, smallest and largest code."""
@@ -198,13 +196,18 @@ class Inputs:
         places = x.shape[2:]
         data = readable(x).view(*x.shape[:2], math.prod(places[:-2]), -1)
         offset, planes = np.array([*inside, places[-1]]), x.shape[0] * math.prod(places[:-2])
-        vectors = (self.multiply, self.add)
-        return loops.spread(loops.quantize_planes, planes, x.numel(), loops.view(data), *vectors, *numbers, offset, memory)
+        loop, target = loops.quantize_planes, memory
+        if self.dtype == np.uint8 and x.shape[1] % 4 == 0:
+            loop, target = loops.quantize_plane_quads, memory.view(np.int32)
+        return loops.spread(loop, planes, x.numel(), loops.view(data), self.multiply, self.add, *numbers, offset, target)
 
-    def _zero_codes(self, inverse: np.ndarray[Any, Any], zero: Any, low: Any, high: Any) -> np.ndarray[Any, Any]:
-        """The code of zero of every sample, ``[N, 1, 1, 1, C]``; one for all channels where they do not differ."""
-        value = inverse[:, None] * (self.add if self.add.size else np.zeros(1, np.float32))
-        return np.clip(np.rint(value + zero), low, high).astype(self.dtype)[:, None, None, None]
+    def _write_border(self, memory: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], zero: Any, low: Any, high: Any) -> None:
+        """Write the code of zero everywhere; it is another one in every channel and sample where the rewrite adds something."""
+        if not self.add.size:
+            memory.fill(np.clip(np.rint(zero), low, high))
+            return
+        value = inverse[:, None] * self.add
+        memory[:] = np.clip(np.rint(value + zero), low, high).astype(self.dtype)[:, None, None, None]
 
     def _digest(self) -> bytes:
         digest = hashlib.sha256(repr((self.block, self.scales, self.zeros, self.low, self.high, self.dtype)).encode())
@@ -213,11 +216,16 @@ class Inputs:
         return digest.digest()
 
 
+def _reach(values: np.ndarray[Any, Any], levels: np.ndarray[Any, Any]) -> np.float32:
+    """The smallest symmetric scale that covers these values."""
+    return np.float32(max(-values.min(initial=0) / levels[0], values.max(initial=0) / levels[1], loops.LEAST))
+
+
 def scratch(size: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     """Memory for codes. There is one for each thread, as large as the largest input so far: fresh pages for every layer cost more than
-    the codes that are written to them. A code more may be read than there are, and is multiplied by zero."""
+    the codes that are written to them. A few bytes more may be read than there are codes, and are multiplied by zero."""
     forget()
-    memory, needed = getattr(_last, "memory", None), (size + 1) * dtype.itemsize
+    memory, needed = getattr(_last, "memory", None), size * dtype.itemsize + MORE
     if memory is None or memory.size < needed:
         memory = _last.memory = np.empty(needed, np.uint8)
     return memory[: size * dtype.itemsize].view(dtype)

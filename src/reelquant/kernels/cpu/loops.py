@@ -25,6 +25,7 @@ from reelquant.kernels.cpu.options import EXACT, FAST, PART, SUMS, compiled
 SMALL = 1 << 20  # elements below which a second thread costs more than it saves (benchmarks.end_to_end --cores)
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
 NONE = np.empty(0, np.float32)  # a vector that is not there
+LEAST = np.finfo(np.float32).tiny  # of scales
 
 
 def view(x: Tensor) -> np.ndarray[Any, Any]:
@@ -126,6 +127,26 @@ def _strange(buffer: Any) -> bool:
     return not abs(total) < np.float32(3e38)
 
 
+@compiled(**EXACT)
+def _scale(buffer: Any, levels: Any, least: Any, ends: Any) -> Any:
+    """The smallest symmetric scale that covers a row, at least ``least``.
+
+    The ends of the row are found among integers that are ordered like the floats of the same bits: a smallest float would have to heed
+    NaN, number by number.
+
+    Args:
+        levels: the largest magnitudes that a negative and a positive code stand for, 128 and 127 for 8 bits.
+        ends: memory for two float32.
+    """
+    lowest, highest = np.int32(0), np.int32(0)
+    bits, found = buffer.view(np.int32), ends.view(np.int32)
+    for j in range(bits.shape[0]):
+        ordered = np.int32(bits[j] ^ ((bits[j] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+        lowest, highest = min(lowest, ordered), max(highest, ordered)
+    found[0], found[1] = lowest ^ ((lowest >> np.int32(31)) & np.int32(0x7FFFFFFF)), highest
+    return max(max(-ends[0] / levels[0], ends[1] / levels[1]), least)
+
+
 # --- inputs: floats to codes ----------------------------------------------------------------------------------------------------------
 
 
@@ -160,23 +181,18 @@ def quantize_tokens(start, stop, x, block, multiply, add, zero, levels, codes, s
 
     Args:
         zero: the code that stands for zero.
-        levels: the largest magnitudes that a negative and a positive code stand for, 128 and 127 for 8 bits.
+        levels: see :func:`_scale`.
         scales: ``[rows]`` float32, written.
     """
     strange = False
-    buffer = np.empty(x.shape[1], np.float32)
+    buffer, ends = np.empty(x.shape[1], np.float32), np.empty(2, np.float32)
     for i in range(start, stop):
         read(x[i], buffer)
         if block > 1:
             rotate(buffer, block)
         _affine(buffer, multiply, add)
         strange |= _strange(buffer)
-        lowest, highest = np.float32(0), np.float32(0)
-        for j in range(buffer.shape[0]):
-            lowest = min(lowest, buffer[j])
-            highest = max(highest, buffer[j])
-        scale = max(-lowest / levels[0], highest / levels[1])
-        scales[i] = max(scale, np.finfo(np.float32).tiny)
+        scales[i] = _scale(buffer, levels, LEAST, ends)
         _encode(buffer, np.float32(1) / scales[i], zero, zero - levels[0], zero + levels[1], codes[i])
     return strange
 
@@ -216,6 +232,47 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
 
 
 @compiled(**EXACT)
+def quantize_plane_quads(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
+    """The same for bytes of a multiple of four channels: four of them are written at once, in two thirds of the time.
+
+    Args:
+        codes: ``[N, D', H', W', C / 4]`` int32, written.
+    """
+    depth, places = x.shape[2:]
+    affine, strange = multiply.shape[0] > 0, False
+    piece = min(places, PIECE)
+    four, words, pixels = np.empty(4 * piece, np.float32), np.empty(piece, np.int32), np.empty(piece, np.int64)
+    for plane in range(start, stop):
+        n, d = plane // depth, plane % depth
+        target = codes[n, d + offset[0]]
+        flat = target.reshape((-1, target.shape[2]))
+        for first in range(0, places, piece):
+            count = min(piece, places - first)
+            for p in range(count):
+                h, w = (first + p) // offset[3], (first + p) % offset[3]
+                pixels[p] = (h + offset[1]) * target.shape[1] + w + offset[2]
+            for quad in range(target.shape[2]):
+                for k in range(4):
+                    read(x[n, 4 * quad + k, d, first : first + count], four[k * count : (k + 1) * count])
+                strange |= _strange(four[: 4 * count])
+                words[:count] = 0
+                for k in range(4):
+                    c = 4 * quad + k
+                    slope, level = (multiply[c] * inverse[n], add[c] * inverse[n] + zero) if affine else (inverse[n], zero)
+                    _add_byte(four[k * count : (k + 1) * count], slope, level, low, high, np.int32(8 * k), words[:count])
+                for p in range(count):
+                    flat[pixels[p], quad] = words[p]
+    return strange
+
+
+@compiled(**EXACT)
+def _add_byte(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, shift: Any, words: Any) -> None:
+    for j in range(buffer.shape[0]):
+        code = np.int32(min(max(np.rint(buffer[j] * inverse + zero), low), high))
+        words[j] |= np.int32(code << shift)
+
+
+@compiled(**EXACT)
 def quantize_pixels(start, stop, x, block, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """The same from channels last, several pixels of a line joined.
 
@@ -244,19 +301,36 @@ def quantize_pixels(start, stop, x, block, multiply, add, inverse, zero, low, hi
 
 
 @compiled(**EXACT)
-def column_ends(start, stop, x, block, ends):  # type: ignore[no-untyped-def]
-    """``ends`` ``[2, parts, columns]``: the smallest and largest value of a column of ``x`` ``[parts, rows, columns]``, rows rotated."""
-    buffer = np.empty(x.shape[2], np.float32)
-    for i in range(start, stop):
-        low, high = ends[0, i], ends[1, i]
-        low[:], high[:] = np.inf, -np.inf
+def pixel_scales(start, stop, x, block, multiply, add, levels, least, scales):  # type: ignore[no-untyped-def]
+    """``scales[part]``: the smallest symmetric scale that covers the rows ``x[part]``, which are rewritten as in :func:`quantize_rows`.
+
+    Args:
+        x: ``[parts, rows, columns]`` float32, or bfloat16 as int16.
+        levels, least: see :func:`_scale`.
+    """
+    buffer, ends = np.empty(x.shape[2], np.float32), np.empty(2, np.float32)
+    for part in range(start, stop):
+        scales[part] = least
         for row in range(x.shape[1]):
-            read(x[i, row], buffer)
+            read(x[part, row], buffer)
             if block > 1:
                 rotate(buffer, block)
-            for j in range(buffer.shape[0]):
-                low[j] = min(low[j], buffer[j])
-                high[j] = max(high[j], buffer[j])
+            _affine(buffer, multiply, add)
+            scales[part] = _scale(buffer, levels, scales[part], ends)
+
+
+@compiled(**EXACT)
+def plane_scales(start, stop, x, multiply, add, levels, least, scales):  # type: ignore[no-untyped-def]
+    """The same for every sample ``[channels, places]`` of ``x``; ``multiply`` and ``add`` are of channels, or empty."""
+    buffer, ends = np.empty(x.shape[2], np.float32), np.empty(2, np.float32)
+    for sample in range(start, stop):
+        scales[sample] = least
+        for c in range(x.shape[1]):
+            read(x[sample, c], buffer)
+            if multiply.shape[0]:
+                for j in range(buffer.shape[0]):
+                    buffer[j] = buffer[j] * multiply[c] + add[c]
+            scales[sample] = _scale(buffer, levels, scales[sample], ends)
 
 
 # --- products of rows -----------------------------------------------------------------------------------------------------------------
