@@ -293,11 +293,13 @@ class SaturationData(Part):
 
 
 class ReuseData(Part):
-    """What was not computed at every step: :meth:`reelquant.evidence.reused.ReusedSteps.facts`; steps are number, computed, reused."""
+    """What was not computed at every step: :meth:`reelquant.evidence.reused.ReusedSteps.facts`; steps are number, computed, reused, and
+    cells the same of single parts."""
 
     parts: Texts = ()
     share: Number = None
     steps: tuple[tuple[int, int, int], ...] = ()
+    cells: dict[str, tuple[tuple[int, int, int], ...]] = {}
     unit: str = "calls"
     things: str = "blocks"
 

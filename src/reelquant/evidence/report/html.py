@@ -79,6 +79,7 @@ def render(
         **_saturation(found),
         reuse=sentences.reuse(found),
         reuse_steps=plots.reuse_chart(found.reuse or ReuseData()),
+        reuse_map=plots.reuse_map(found.reuse or ReuseData()),
     )
 
 
