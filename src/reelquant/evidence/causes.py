@@ -129,11 +129,13 @@ def _refuse_kinds(sides: Mapping[str, tuple[Any, Mapping[str, Part]]], give: str
     names = [_name(model) for model in (test, reference)]
     classes = [pipeline_class(model).__name__ for model in (test, reference)]
     if classes[0] != classes[1]:
-        raise UnsupportedError(f"'{names[0]}' is a {classes[0]} and its reference '{names[1]}' a {classes[1]}; {give}")
+        raise UnsupportedError(f"'{names[0]}' is of type {classes[0]} and its reference '{names[1]}' of type {classes[1]}; {give}")
     for part in sorted(before.keys() & after.keys()):
         kinds = [after[part].kind, before[part].kind]
         if kinds[0] != kinds[1] and before[part].tensors:
-            raise UnsupportedError(f"'{part}' of '{names[0]}' is a {kinds[0]} and that of its reference '{names[1]}' a {kinds[1]}; {give}")
+            raise UnsupportedError(
+                f"'{part}' of '{names[0]}' is of type {kinds[0]} and that of its reference '{names[1]}' of type {kinds[1]}; {give}"
+            )
         floats = before[part].tensors
         shapes = {key: (one.shape, floats[key].shape) for key, one in after[part].tensors.items() if key in floats}
         for key, (shape, other) in shapes.items():
@@ -226,7 +228,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _between(name: str, before: Part, after: Part) -> list[str]:
     if before.kind != after.kind:
-        return [f"'{name}' of the test is a {after.kind}, that of the reference a {before.kind}: {TOO}"]
+        return [f"'{name}' of the test is of type {after.kind}, that of the reference of type {before.kind}: {TOO}"]
     if before.quantized:
         return [f"'{name}' of the reference is quantized itself: give the float original"]
     other = [key for key in sorted(before.config.keys() & after.config.keys()) if before.config[key] != after.config[key]]

@@ -60,7 +60,8 @@ class Tools:
         from reelquant.evidence.text import load_clip
 
         local = None if self.weights is None else self.weights / "clip"
-        return load_clip(str(local) if local is not None and local.is_dir() else self.clip_model)
+        source = str(local) if local is not None and local.is_dir() else self.clip_model
+        return load_clip(source, download=source != CLIP)  # the hub is asked for a model that was named, not for the default
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,14 @@ class Clip:
     tokenizer: Any
 
 
-def load_clip(source: str | Path = CLIP, device: str = "cpu") -> Clip:
+def load_clip(source: str | Path = CLIP, device: str = "cpu", download: bool = True) -> Clip:
     """A CLIP in float32, in evaluation mode; safetensors only, and no torchvision needed.
 
     Args:
         source: a folder written by ``save_pretrained``, or a hub id: what :func:`fetch_clip` kept, else the hub and its
             cache.
         device: where the model shall run.
+        download: ask the hub for what is not on this machine.
 
     Raises:
         CheckpointError: if it is not there, is broken, or holds pickled weights only.
@@ -60,12 +61,13 @@ def load_clip(source: str | Path = CLIP, device: str = "cpu") -> Clip:
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise CheckpointError(f"folder '{source}' is not a CLIP model: it has no config.json; {GET}")
     source = kept(source) if kept(source).is_dir() else source
+    where = {} if download else {"local_files_only": True}
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **where)
         if config.model_type != "clip":
-            raise UnsupportedError(f"'{source}' is a {config.model_type} model and not a CLIP; {GET}")
-        model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            raise UnsupportedError(f"'{source}' is of type {config.model_type} and not a CLIP; {GET}")
+        model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, **where)
     except UnsupportedError:
         raise
     except Exception as error:

@@ -236,7 +236,7 @@ def _float_layer(model: nn.Module, name: str) -> Any:
     except SiteError as error:
         raise CheckpointError(f"quantization_config names a layer that does not exist: {error}") from None
     if quantized_class(module) is None:
-        raise CheckpointError(f"quantization_config names '{name}', which is a {type(module).__name__} and has no quantized form")
+        raise CheckpointError(f"quantization_config names '{name}', which is of type {type(module).__name__} and has no quantized form")
     return module
 
 

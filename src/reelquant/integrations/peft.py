@@ -55,7 +55,7 @@ def _guard_variants(layer: Any) -> None:
         variant = resolve(self, **kwargs)
         if variant is not None and isinstance(self.get_base_layer(), QuantLayer):
             raise UnsupportedError(
-                f"this adapter is a {type(variant).__name__.removesuffix('Variant')}, which computes with the float weight of its layer; "
+                f"this adapter's type is {type(variant).__name__.removesuffix('Variant')}, which needs the float weight of its layer; "
                 "beside quantized layers plain LoRA runs. Merge it before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"
             )
         return variant

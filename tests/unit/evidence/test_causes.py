@@ -52,7 +52,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "scheduler": (
         lambda pipe: setattr(pipe, "scheduler", UniPCMultistepScheduler()),
-        "'scheduler' of the test is a FlowMatchEulerDiscreteScheduler, that of the reference a UniPCMultistepScheduler: "
+        "'scheduler' of the test is of type FlowMatchEulerDiscreteScheduler, that of the reference of type UniPCMultistepScheduler: "
         "figures show that, too",
     ),
     "vae": (
@@ -124,7 +124,7 @@ def test_pairs_that_say_nothing_are_named() -> None:
     [
         (NAME, lambda: NAME, "'tiny-dit' holds no quantized layer; give a folder that reelquant quantize wrote"),
         ("QUANTIZED", quantized, "is both the pipeline under test and its reference"),
-        ("tiny-unet", quantized, "is a WanPipeline and its reference 'tiny-unet' a AnimateDiffPipeline"),
+        ("tiny-unet", quantized, "is of type WanPipeline and its reference 'tiny-unet' of type AnimateDiffPipeline"),
         (stored_pipeline, quantized, "is another model than that of its reference"),
         (stored_pipeline, lambda: reelquant.load(quantized()), "of 'WanPipeline' is another model than that of its reference"),
     ],

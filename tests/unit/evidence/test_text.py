@@ -10,6 +10,7 @@ import torch
 
 from reelquant import CheckpointError, UnsupportedError
 from reelquant._errors import MeasurementError
+from reelquant.evidence.mechanisms import Tools
 from reelquant.evidence.text import Clip, clip_scores, fetch_clip, frame_embeddings, load_clip, prepared, text_embedding
 
 
@@ -106,6 +107,17 @@ def test_an_absent_clip_names_the_command_that_gets_it(tmp_path: Path):
         load_clip("nobody/no-such-clip")
 
 
+def test_the_hub_is_not_asked_for_a_clip_that_was_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REELQUANT_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", lambda *_, **__: pytest.fail("a download began"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", lambda url, **_: asked.append(url))
+    with pytest.raises(CheckpointError, match="reelquant weights clip"):
+        _ = Tools().clip
+    assert not asked
+
+
 def test_pickled_weights_are_refused(tiny_clip: Path, tmp_path: Path):
     for file in tiny_clip.iterdir():
         if file.suffix == ".json":
@@ -117,7 +129,7 @@ def test_pickled_weights_are_refused(tiny_clip: Path, tmp_path: Path):
 
 def test_another_kind_of_model_is_told_from_a_clip(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(UnsupportedError, match="t5 model and not a CLIP"):
+    with pytest.raises(UnsupportedError, match="of type t5 and not a CLIP"):
         load_clip(tmp_path)
 
 
