@@ -14,6 +14,7 @@ from reelquant._numbers import figure, is_number
 WIDTH, HEIGHT = 380, 224
 LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 42  # pixels around the plotted area
 LEAST_CELL, MOST_CELL = 5.0, 16.0  # pixels of a row of a map
+LEAST_NAME = 56.0  # pixels of a column whose name fits beside its neighbours
 LOG_FROM = 30.0  # spans of this factor get a logarithmic axis
 
 
@@ -65,12 +66,14 @@ class Bubble:
 
 @dataclass(frozen=True)
 class Cell:
-    """A rectangle of a map: its column and row, counted from 0, its shade from 0 (empty) to 1, and the text that hovering shows."""
+    """A rectangle of a map: its column and row, counted from 0, its shade from 0 (empty) to 1, the text that hovering shows, and whether
+    it is framed."""
 
     column: int
     row: int
     shade: float
     tip: str
+    framed: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,8 +277,11 @@ def scatter_chart(
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
 
 
-def map_chart(title: str, about: str, cells: Sequence[Cell], x_title: str, y_title: str) -> Chart:
-    """Cells in columns and rows, both named by their numbers from 1; the first row is on top, and many rows make the drawing higher."""
+def map_chart(title: str, about: str, cells: Sequence[Cell], x_title: str, y_title: str, named: Sequence[str] = ()) -> Chart:
+    """Cells in columns and rows; the first row is on top, and many rows make the drawing higher.
+
+    Rows are named by their numbers from 1, columns as ``named`` says, else by numbers as well.
+    """
     if not cells:
         return Chart(title, about, missing="the data hold no cells")
     columns, rows = max(cell.column for cell in cells) + 1, max(cell.row for cell in cells) + 1
@@ -283,11 +289,16 @@ def map_chart(title: str, about: str, cells: Sequence[Cell], x_title: str, y_tit
     bottom = TOP + high * rows
     wide = (WIDTH - RIGHT - LEFT) / columns
     body = []
-    for one in cells:
-        place = {"x": round(LEFT + wide * one.column, 2), "y": round(TOP + high * one.row, 2), "width": round(wide, 2), "height": round(high, 2)}
-        body.append(tag("rect", tip(one.tip), css="cell s-test", fill_opacity=round(min(max(one.shade, 0.0), 1.0), 3), **place))
+    size = {"width": round(wide, 2), "height": round(high, 2)}
+    for one in sorted(cells, key=lambda cell: cell.framed):  # frames lie above their neighbours
+        place = {"x": round(LEFT + wide * one.column, 2), "y": round(TOP + high * one.row, 2)}
+        shade, css = round(min(max(one.shade, 0.0), 1.0), 3), "cell s-test framed" if one.framed else "cell s-test"
+        body.append(tag("rect", tip(one.tip), css=css, fill_opacity=shade, **place, **size))
     body += [text(LEFT - 7, TOP + high * (one - 0.5) + 3.5, label(one), css="tick end") for one in _named(rows, int(12 / high) + 1)]
-    body += [text(LEFT + wide * (one - 0.5), bottom + 16, label(one), css="tick middle") for one in _named(columns, int(24 / wide) + 1)]
+    ticks = dict(enumerate(named, 1)) if named else {one: label(one) for one in _named(columns, int(24 / wide) + 1)}
+    lines = 2 if named and wide < LEAST_NAME else 1  # names that would touch each other stand in turns on two lines
+    for one, words in ticks.items():
+        body.append(text(LEFT + wide * (one - 0.5), bottom + 16 + 11 * (one % lines), words, css="tick middle"))
     middle = (TOP + bottom) / 2
     body.append(text((LEFT + WIDTH - RIGHT) / 2, bottom + BOTTOM - 5, x_title, css="axis middle"))
     body.append(text(22, middle, y_title, css="axis middle", transform=f"rotate(-90 22 {middle})"))

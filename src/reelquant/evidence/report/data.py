@@ -304,6 +304,21 @@ class ReuseData(Part):
     things: str = "blocks"
 
 
+class SensitivityData(Part):
+    """What rounding does to the layers of a denoiser: :func:`reelquant.evidence.sensitivity_map.read_map`. ``damage`` is layers x formats,
+    ``step_damage`` layers x ranges of steps, ``chosen`` the format that each layer of the test got."""
+
+    component: str = "denoiser"
+    measure: str | None = None
+    layers: Texts = ()
+    formats: Texts = ()
+    damage: tuple[Numbers, ...] = ()
+    chosen: tuple[str | None, ...] = ()
+    steps: tuple[tuple[int, int], ...] = ()
+    step_format: str | None = None
+    step_damage: tuple[Numbers, ...] = ()
+
+
 class SpreadData(Part):
     """A median and the quartiles around it."""
 
@@ -355,6 +370,7 @@ class ReportData(Part):
     bias: BiasData | None = None
     saturation: SaturationData | None = None
     reuse: ReuseData | None = None
+    sensitivity: tuple[SensitivityData, ...] = ()
     speed: SpeedData | None = None
     bytes: BytesData = BytesData()
     floor_words: dict[str, str] = Field(default={}, validation_alias="floors")
