@@ -37,6 +37,7 @@ def evaluate(
     weights: str | Path | None = None,
     data: str | Path | None = None,
     reuse: str | Path | None = None,
+    sensitivity: str | Path | None = None,
     fid_frames: int = 0,
     clip_model: str | None = None,
     speed: bool = False,
@@ -71,6 +72,7 @@ def evaluate(
         weights: folder with networks; else the user's cache.
         data: folder of real clips, for distances to data.
         reuse: folder of another evaluation of the same float pipeline, texts, noise and call, whose float clips are taken over.
+        sensitivity: folder of :func:`sensitivity`, to draw its map into the report beside what every layer got.
         fid_frames: frames of a clip that FID and KID look at, evenly spaced; 0 for all.
         clip_model: CLIP for text metrics, a folder or hub id that transformers loads.
         speed: also time both pipelines in turns and measure their peak memory, as :func:`benchmark`; they must be on disk.
@@ -104,7 +106,7 @@ def evaluate(
 
     reference = float_original(test) if reference is None else reference
     check_sides("evaluate", {"reference": reference})
-    folders = dict(output=output, weights=weights, data=data, reuse=reuse)
+    folders = dict(output=output, weights=weights, data=data, reuse=reuse, sensitivity=sensitivity)
     settings = dict(gate=gate, fail_under=fail_under, fid_frames=fid_frames, clip_model=clip_model, progress=progress)
     settings |= dict(speed=speed, shared=shared)
     options = _options(metrics, folders, device=device, resume=resume, force=force, **settings)

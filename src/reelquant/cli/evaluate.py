@@ -98,6 +98,10 @@ Reuse = Annotated[
     Path | None,
     typer.Option("--reuse", help="Evaluation with the same float clips.", show_default=False),
 ]
+Map = Annotated[
+    Path | None,
+    typer.Option("--map", help="Folder of `reelquant sensitivity`: draw its map into the report.", show_default=False),
+]
 
 
 @more_help("""
@@ -143,6 +147,7 @@ def evaluate(
     clip_model: ClipModel = None,
     shown: Shown = 12,
     reuse: Reuse = None,
+    sensitivity: Map = None,
     speed: Speed = False,
     fid_frames: FidFrames = 0,
     resume: Resume = False,
@@ -156,7 +161,7 @@ def evaluate(
     reference = reference or float_original(models[0])
     for name in (*models, reference):
         locate(name)  # before the slow imports
-    folders = dict(output=output or _default_output(models), weights=weights, data=data, reuse=reuse)
+    folders = dict(output=output or _default_output(models), weights=weights, data=data, reuse=reuse, sensitivity=sensitivity)
     figures = dict(metrics=metrics, gate=gate, fail_under=fail_under, clip_model=clip_model, fid_frames=fid_frames, speed=speed)
     shared = sharing(folders["output"])
     options = make_options(device=device, resume=resume, force=force, shown=shown, shared=shared, **folders, **figures)

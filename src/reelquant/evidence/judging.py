@@ -43,6 +43,7 @@ class Options:
     clip_model: str = CLIP
     device: str = "cpu"
     reuse: Path | None = None
+    sensitivity: Path | None = None
     fid_frames: int = 0
     speed: bool = False
     tests_after: int = 0  # that are evaluated after this one, for the expected time

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from reelquant.discover.components import plain
-from reelquant.reuse import Reuse, installed_reuse
+from reelquant.reuse import CountsCells, Reuse, installed_reuse
+
+Steps = Mapping[int, tuple[int, int]]
+"""Number of the step -> how much was computed, and how much was reused."""
+
+
+def _minus(now: Steps, before: Steps) -> dict[int, tuple[int, int]]:
+    """Without what was counted before, and without steps at which nothing is left."""
+    pairs = {step: (counts, before.get(step, (0, 0))) for step, counts in now.items()}
+    return {step: (a[0] - b[0], a[1] - b[1]) for step, (a, b) in pairs.items() if a != b}
+
+
+def _plus(one: Steps, other: Steps) -> dict[int, tuple[int, int]]:
+    pairs = {step: (one.get(step, (0, 0)), other.get(step, (0, 0))) for step in sorted({*one, *other})}
+    return {step: (a[0] + b[0], a[1] + b[1]) for step, (a, b) in pairs.items()}
+
+
+def _rows(steps: Steps) -> list[list[int]]:
+    return [[step, *counts] for step, counts in steps.items()]
+
+
+def _steps(rows: Iterable[Sequence[int]]) -> dict[int, tuple[int, int]]:
+    return {int(step): (int(computed), int(reused)) for step, computed, reused in rows}
 
 
 @dataclass(frozen=True)
@@ -18,12 +40,14 @@ class ReusedSteps:
 
     Attributes:
         parts: module paths of what may be reused; empty without reuse.
-        steps: number of the step -> how much of them was computed, and how much was reused.
+        steps: of all parts together.
+        cells: of single parts, where the reuse counts them: part -> the same.
         unit, things: what is counted, and what the parts are; see :class:`reelquant.reuse.Reuse`.
     """
 
     parts: tuple[str, ...] = ()
-    steps: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    steps: Steps = field(default_factory=dict)
+    cells: Mapping[str, Steps] = field(default_factory=dict)
     unit: str = Reuse.unit
     things: str = Reuse.things
 
@@ -31,32 +55,36 @@ class ReusedSteps:
     def of(cls, denoiser: nn.Module) -> ReusedSteps:
         """What a denoiser counted so far."""
         for acting in installed_reuse(plain(denoiser)).values():
-            return cls(tuple(acting.installed.parts), acting.installed.by_step(), acting.stage.unit, acting.stage.things)
+            installed = acting.installed
+            cells = installed.by_cell() if isinstance(installed, CountsCells) else {}
+            return cls(tuple(installed.parts), installed.by_step(), cells, acting.stage.unit, acting.stage.things)
         return cls()
 
     def since(self, before: ReusedSteps) -> ReusedSteps:
         """Without what was counted before."""
-        left = {step: tuple(a - b for a, b in zip(now, before.steps.get(step, (0, 0)), strict=True)) for step, now in self.steps.items()}
-        return replace(self, steps={step: (left[step][0], left[step][1]) for step in left if any(left[step])})
+        cells = {part: _minus(steps, before.cells.get(part, {})) for part, steps in self.cells.items()}
+        return replace(self, steps=_minus(self.steps, before.steps), cells=cells)
 
     def plus(self, other: ReusedSteps) -> ReusedSteps:
         """Both together."""
-        known = [*self.steps, *(step for step in other.steps if step not in self.steps)]
-        pairs = {step: (self.steps.get(step, (0, 0)), other.steps.get(step, (0, 0))) for step in sorted(known)}
-        return replace(self if self.parts else other, steps={step: (a[0] + b[0], a[1] + b[1]) for step, (a, b) in pairs.items()})
+        parts = dict.fromkeys([*self.cells, *other.cells])
+        cells = {part: _plus(self.cells.get(part, {}), other.cells.get(part, {})) for part in parts}
+        return replace(self if self.parts else other, steps=_plus(self.steps, other.steps), cells=cells)
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; nothing without reuse."""
         if not self.parts:
             return {}
         words = {"unit": self.unit, "things": self.things} if (self.unit, self.things) != (Reuse.unit, Reuse.things) else {}
-        return {"parts": list(self.parts), "steps": [[step, *counts] for step, counts in self.steps.items()]} | words
+        cells = {"cells": {part: _rows(steps) for part, steps in self.cells.items()}} if self.cells else {}
+        return {"parts": list(self.parts), "steps": _rows(self.steps)} | cells | words
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ReusedSteps:
         """What :meth:`to_json` gave."""
-        steps = {int(step): (int(a), int(b)) for step, a, b in data.get("steps", ())}
-        return cls(tuple(data.get("parts", ())), steps, data.get("unit", Reuse.unit), data.get("things", Reuse.things))
+        cells = {part: _steps(rows) for part, rows in data.get("cells", {}).items()}
+        words = data.get("unit", Reuse.unit), data.get("things", Reuse.things)
+        return cls(tuple(data.get("parts", ())), _steps(data.get("steps", ())), cells, *words)
 
     def facts(self) -> dict[str, Any] | None:
         """For reports: the parts, the share of them that was computed, and counts by step; None without reuse."""

@@ -27,6 +27,7 @@ from reelquant.evidence.machine import multiplies_bf16
 from reelquant.evidence.mechanisms import MECHANISMS, Tools
 from reelquant.evidence.metrics import METRICS
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant, floors
+from reelquant.evidence.sensitivity_map import read_map
 from reelquant.evidence.shared import SharedClips, sharing
 from reelquant.evidence.store import Store
 from reelquant.models.blank import QUANTIZATION, read_config
@@ -90,6 +91,7 @@ def evaluate(
     if grain_steps and not any(texts):
         raise RecipeError(f"grain_steps: flat scenes are asked for by their texts, and {kind.__name__} takes no prompt; leave it out")
     variants, proof = _variants(test, float_, floor, options), _proof(test)
+    maps = [] if options.sensitivity is None else read_map(options.sensitivity, proof)
     if not checked:
         refuse_pair(reference, test, files)
     causes = [*differences(reference, test, files), *filter(None, [notice(kind, bundled)])]
@@ -108,7 +110,7 @@ def evaluate(
         job = replace(job, shared=None, progress=options.progress)
         grain = _grain(job, variants, grain_steps, own, times)
         origin = _origin(variants, number, job, proof, grain) | _counted(job)
-        origin |= {"bytes": folder_bytes(test, reference, files), "speed": None}
+        origin |= {"bytes": folder_bytes(test, reference, files), "speed": None, "sensitivity": maps}
         if options.speed:
             origin["speed"] = _speed(job, test, reference, files, options, times)
         named = (dict(zip(job.names, values, strict=True)) if any(values) else {} for values in (texts, seeds))

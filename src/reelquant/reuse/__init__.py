@@ -12,7 +12,7 @@ from torch import nn
 from reelquant._errors import CheckpointError, RecipeError
 from reelquant.reuse.attention import AttentionReuse
 from reelquant.reuse.blocks import BlockReuse
-from reelquant.reuse.reuse import Installed, Reuse, all_computed, installed_reuse, put, remove_reuse, stored_reuse
+from reelquant.reuse.reuse import CountsCells, Installed, Reuse, all_computed, installed_reuse, put, remove_reuse, stored_reuse
 from reelquant.reuse.temporal_table import TemporalTable, add_table, drop_unused
 from reelquant.stages import Stage, register
 
@@ -41,6 +41,7 @@ __all__ = [
     "REUSES",
     "AttentionReuse",
     "BlockReuse",
+    "CountsCells",
     "Installed",
     "Reuse",
     "TemporalTable",

@@ -6,7 +6,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, cast, runtime_checkable
 
 from torch import nn
 
@@ -39,6 +39,15 @@ class Installed(Protocol):
     @property
     def parts(self) -> list[str]:
         """Module paths of what is computed or reused."""
+        ...
+
+
+@runtime_checkable
+class CountsCells(Protocol):
+    """A reuse whose parts are not computed at the same steps, and which counts each."""
+
+    def by_cell(self) -> dict[str, dict[int, tuple[int, int]]]:
+        """By part and the number of the step: computed, reused. A step that a part does not name was computed."""
         ...
 
 

@@ -13,6 +13,8 @@ from reelquant._numbers import figure, is_number
 
 WIDTH, HEIGHT = 380, 224
 LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 42  # pixels around the plotted area
+LEAST_CELL, MOST_CELL = 5.0, 16.0  # pixels of a row of a map
+LEAST_NAME = 56.0  # pixels of a column whose name fits beside its neighbours
 LOG_FROM = 30.0  # spans of this factor get a logarithmic axis
 
 
@@ -60,6 +62,18 @@ class Bubble:
     mark: str
     name: str
     tip: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A rectangle of a map: its column and row, counted from 0, its shade from 0 (empty) to 1, the text that hovering shows, and whether
+    it is framed."""
+
+    column: int
+    row: int
+    shade: float
+    tip: str
+    framed: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,6 +275,40 @@ def scatter_chart(
     body = axes(frame, x_title, y_title, whole_x=True)
     body += [tag("circle", tip(dot.tip), css=f"dot {dot.style}", cx=frame.x(dot.x), cy=frame.y(dot.y), r=3.2) for dot in dots]
     return Chart(title, about, drawing(f"{title}. {about}", body), legend)
+
+
+def map_chart(title: str, about: str, cells: Sequence[Cell], x_title: str, y_title: str, named: Sequence[str] = ()) -> Chart:
+    """Cells in columns and rows; the first row is on top, and many rows make the drawing higher.
+
+    Rows are named by their numbers from 1, columns as ``named`` says, else by numbers as well.
+    """
+    if not cells:
+        return Chart(title, about, missing="the data hold no cells")
+    columns, rows = max(cell.column for cell in cells) + 1, max(cell.row for cell in cells) + 1
+    high = min(max((HEIGHT - TOP - BOTTOM) / rows, LEAST_CELL), MOST_CELL)
+    bottom = TOP + high * rows
+    wide = (WIDTH - RIGHT - LEFT) / columns
+    body = []
+    size = {"width": round(wide, 2), "height": round(high, 2)}
+    for one in sorted(cells, key=lambda cell: cell.framed):  # frames lie above their neighbours
+        place = {"x": round(LEFT + wide * one.column, 2), "y": round(TOP + high * one.row, 2)}
+        shade, css = round(min(max(one.shade, 0.0), 1.0), 3), "cell s-test framed" if one.framed else "cell s-test"
+        body.append(tag("rect", tip(one.tip), css=css, fill_opacity=shade, **place, **size))
+    body += [text(LEFT - 7, TOP + high * (one - 0.5) + 3.5, label(one), css="tick end") for one in _named(rows, int(12 / high) + 1)]
+    ticks = dict(enumerate(named, 1)) if named else {one: label(one) for one in _named(columns, int(24 / wide) + 1)}
+    lines = 2 if named and wide < LEAST_NAME else 1  # names that would touch each other stand in turns on two lines
+    for one, words in ticks.items():
+        body.append(text(LEFT + wide * (one - 0.5), bottom + 16 + 11 * (one % lines), words, css="tick middle"))
+    middle = (TOP + bottom) / 2
+    body.append(text((LEFT + WIDTH - RIGHT) / 2, bottom + BOTTOM - 5, x_title, css="axis middle"))
+    body.append(text(22, middle, y_title, css="axis middle", transform=f"rotate(-90 22 {middle})"))
+    return Chart(title, about, drawing(f"{title}. {about}", body, bottom + BOTTOM))
+
+
+def _named(count: int, apart: int) -> list[int]:
+    """Numbers from 1 to ``count`` that get a label, at least so far apart."""
+    every = next(one for one in (1, 2, 5, 10, 20, 50, 100, 200, 500, count + apart) if one >= apart)
+    return [1, *range(every, count + 1, every)] if every > 1 else [*range(1, count + 1)]
 
 
 def bubble_chart(title: str, about: str, bubbles: Sequence[Bubble], x_title: str, y_title: str) -> Chart:

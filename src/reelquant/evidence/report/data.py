@@ -293,13 +293,30 @@ class SaturationData(Part):
 
 
 class ReuseData(Part):
-    """What was not computed at every step: :meth:`reelquant.evidence.reused.ReusedSteps.facts`; steps are number, computed, reused."""
+    """What was not computed at every step: :meth:`reelquant.evidence.reused.ReusedSteps.facts`; steps are number, computed, reused, and
+    cells the same of single parts."""
 
     parts: Texts = ()
     share: Number = None
     steps: tuple[tuple[int, int, int], ...] = ()
+    cells: dict[str, tuple[tuple[int, int, int], ...]] = {}
     unit: str = "calls"
     things: str = "blocks"
+
+
+class SensitivityData(Part):
+    """What rounding does to the layers of a denoiser: :func:`reelquant.evidence.sensitivity_map.read_map`. ``damage`` is layers x formats,
+    ``step_damage`` layers x ranges of steps, ``chosen`` the format that each layer of the test got."""
+
+    component: str = "denoiser"
+    measure: str | None = None
+    layers: Texts = ()
+    formats: Texts = ()
+    damage: tuple[Numbers, ...] = ()
+    chosen: tuple[str | None, ...] = ()
+    steps: tuple[tuple[int, int], ...] = ()
+    step_format: str | None = None
+    step_damage: tuple[Numbers, ...] = ()
 
 
 class SpreadData(Part):
@@ -353,6 +370,7 @@ class ReportData(Part):
     bias: BiasData | None = None
     saturation: SaturationData | None = None
     reuse: ReuseData | None = None
+    sensitivity: tuple[SensitivityData, ...] = ()
     speed: SpeedData | None = None
     bytes: BytesData = BytesData()
     floor_words: dict[str, str] = Field(default={}, validation_alias="floors")

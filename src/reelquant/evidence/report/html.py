@@ -8,7 +8,7 @@ from typing import Any
 
 from reelquant import _numbers as numbers
 from reelquant.evidence.media import FPS
-from reelquant.evidence.report import clip_cards, metric_table, plots, proof, sentences
+from reelquant.evidence.report import clip_cards, metric_table, plots, proof, sensitivity_charts, sentences
 from reelquant.evidence.report.data import QuantizationData, ReportData, ReuseData, SaturationData
 from reelquant.evidence.report.glossary import WORDS
 from reelquant.evidence.report.page import ClipSection, check_panels, embedded, rendered, views
@@ -79,6 +79,8 @@ def render(
         **_saturation(found),
         reuse=sentences.reuse(found),
         reuse_steps=plots.reuse_chart(found.reuse or ReuseData()),
+        reuse_map=plots.reuse_map(found.reuse or ReuseData()),
+        sensitivity_maps=sensitivity_charts.sensitivity_maps(found.sensitivity),
     )
 
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from reelquant._numbers import figure, is_number
 from reelquant.evidence.report import cell_charts, charts
-from reelquant.evidence.report.charts import Chart, Dot, Line
+from reelquant.evidence.report.charts import Cell, Chart, Dot, Line
 from reelquant.evidence.report.data import LayerData, MetricData, QuantizationData, ReportData, ReuseData, SaturationData
 from reelquant.evidence.report.sentences import BETTER, capitalised, sides
 
@@ -114,6 +114,23 @@ def reuse_chart(found: ReuseData) -> Chart:
     x = [step + 1 for step, *_ in found.steps]
     y = [computed / max(computed + reused, 1) for _, computed, reused in found.steps]
     return charts.line_chart(title, about, [Line("computed", "s-test", x, y)], "step", f"share of {found.unit}", marks=True)
+
+
+def reuse_map(found: ReuseData) -> Chart:
+    """What was computed, step by part; steps that a part was not counted at were computed."""
+    title = f"{found.things.capitalize()} computed, step by step and place by place"
+    about = "Full colour: computed; empty: earlier results stood for it. Hover a cell for its place."
+    if not found.cells:
+        return Chart(title, about, missing="single places were not counted")
+    steps = range(max(step for step, *_ in found.steps) + 1)
+    cells = []
+    for row, part in enumerate(found.parts):
+        counted = {step: (computed, reused) for step, computed, reused in found.cells.get(part, ())}
+        for step in steps:
+            computed, reused = counted.get(step, (1, 0))
+            share = computed / max(computed + reused, 1)
+            cells.append(Cell(step, row, share, f"{part}, step {step + 1}: {share:.0%} of its {found.unit}"))
+    return charts.map_chart(title, about, cells, "step", f"{found.things}, in order")
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

@@ -72,7 +72,7 @@ class Following(AroundAttention):
             return None
         number, trajectory = now.calls[where.row], now.trajectory
         now.calls[where.row] += 1
-        at = (where.row, number), trajectory.call, trajectory.step, now.twice
+        at = (where.row, number), trajectory.call, trajectory.step, now.twice, trajectory.timestep
         return Place(call, lambda one: self.compute(one, where), trajectory.notes, trajectory.notes, *at), trajectory
 
     def remove(self) -> None:

@@ -81,6 +81,11 @@ class InstalledAttention(Following):
         """The same by module, of :attr:`parts`."""
         return {site: self._counts(site=site) for site in self.parts}
 
+    def by_cell(self) -> dict[str, dict[int, tuple[int, int]]]:
+        """The same by module, of :attr:`parts`, and step."""
+        steps = sorted({step for *_, step in self.counted})
+        return {site: {step: self._counts(site, step) for step in steps if self.counted["all", site, step]} for site in self.parts}
+
     def _counts(self, site: str | None = None, step: int | None = None) -> tuple[int, int]:
         known = [(kind, count) for (kind, name, at), count in self.counted.items() if site in (None, name) and step in (None, at)]
         every, made = (sum(count for kind, count in known if kind == word) for word in ("all", "made"))

@@ -26,6 +26,7 @@ class Place:
         half: the number of the denoiser's call within its step.
         step: the number of the step.
         twice: whether the denoiser computes both halves of guidance in this call.
+        timestep: of the step.
         multiplied: multiplications of attention so far.
         done: names of what was kept here.
     """
@@ -38,6 +39,7 @@ class Place:
     half: int = 0
     step: int = 0
     twice: bool = False
+    timestep: float = 0.0
     multiplied: int = 0
     done: set[Hashable] = field(default_factory=set)
 

@@ -1,7 +1,8 @@
-"""The output of the last computed step stands for that of this one.
+"""What earlier steps gave stands for the output of this one: the last of them, or a polynomial through the last ones.
 
-Paper: attention sharing across timesteps of DiTFastAttn (arXiv 2406.08552). Ours shares the output of
-``scaled_dot_product_attention``; theirs that of the attention layer, so that its projections are not computed either.
+Papers: attention sharing across timesteps of DiTFastAttn (arXiv 2406.08552). Ours shares the output of
+``scaled_dot_product_attention``; theirs that of the attention layer, so that its projections are not computed either. A polynomial is
+TaylorSeer's forecast (arXiv 2503.06923), which has it for whole blocks; see :class:`reelquant.reuse.history.History`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,29 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from reelquant.reuse.attention.mode import Mode, Place
+from reelquant.reuse.history import History, check_order
 
 
 @dataclass(frozen=True)
 class Share(Mode):
-    """Nothing is computed. Copies are kept and given: a model may write into what attention gives."""
+    """Nothing is computed. Copies are kept and given: a model may write into what attention gives.
+
+    Attributes:
+        order: 0 repeats the last output; 1 and 2 are a line and a parabola through the last two and three, in the timestep.
+    """
+
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
 
     def attend(self, place: Place) -> Tensor | None:
-        output = place.recall(self)
-        return output.clone() if place.fits(output) else None
+        history: History | None = place.recall(self)
+        return history.at(place.timestep)[0].clone() if history is not None and place.fits(history.last[0]) else None
 
     def keep(self, place: Place, output: Tensor) -> None:
-        place.keep(self, output.clone)
+        history: History | None = place.recall(self)
+        if history is None or not place.fits(history.last[0]):
+            history = History(self.order)
+        history.keep(place.timestep, [output.clone()])
+        place.keep(self, lambda: history)
