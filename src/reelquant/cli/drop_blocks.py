@@ -64,9 +64,9 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the recorded clips and the
     [cyan]reelquant drop-blocks tiny-dit -o smaller --blocks 3 --iterations 0[/cyan]      what the block does, nothing trained
     [cyan]reelquant quantize smaller -r qvd-w8a8 -o out --reference tiny-dit[/cyan]
 
-    Blocks of a transformer are a chain, and a chain without one of them is a smaller model of the same class. Clips are sampled, and calls of
-    the denoiser are recorded. The blocks without which held-out calls change least go, and the weights of the others are trained to
-    give what was recorded. Training that does not lower the error on held-out calls is undone.
+    Blocks of a transformer are a chain, and a chain without one of them is a smaller model of the same class. Clips are sampled, and
+    calls of the denoiser are recorded. The blocks without which held-out calls change least go, and the weights of the others are trained
+    to give what was recorded. Training that does not lower the error on held-out calls is undone.
 
     The result is a float pipeline: stock from_pretrained opens it, its files are smaller, and a clip takes less time. It is another
     model: look at [cyan]reelquant compare[/cyan] before you keep it. UNets hand skips from block to block, and are refused.

@@ -11,7 +11,6 @@ from torch import nn
 from reelquant.discover.components import plain
 from reelquant.reuse import CountsCells, Reuse, installed_reuse
 
-
 Steps = Mapping[int, tuple[int, int]]
 """Number of the step -> how much was computed, and how much was reused."""
 

@@ -1,4 +1,4 @@
-"""What a run that drops blocks keeps, so that one that was stopped goes on: recorded calls, the choice, and training every few iterations."""
+"""What a run that drops blocks keeps, so that one that was stopped goes on: recorded calls, the choice, and training from time to time."""
 
 from __future__ import annotations
 

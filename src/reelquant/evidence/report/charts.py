@@ -284,7 +284,12 @@ def map_chart(title: str, about: str, cells: Sequence[Cell], x_title: str, y_tit
     wide = (WIDTH - RIGHT - LEFT) / columns
     body = []
     for one in cells:
-        place = {"x": round(LEFT + wide * one.column, 2), "y": round(TOP + high * one.row, 2), "width": round(wide, 2), "height": round(high, 2)}
+        place = {
+            "x": round(LEFT + wide * one.column, 2),
+            "y": round(TOP + high * one.row, 2),
+            "width": round(wide, 2),
+            "height": round(high, 2),
+        }
         body.append(tag("rect", tip(one.tip), css="cell s-test", fill_opacity=round(min(max(one.shade, 0.0), 1.0), 3), **place))
     body += [text(LEFT - 7, TOP + high * (one - 0.5) + 3.5, label(one), css="tick end") for one in _named(rows, int(12 / high) + 1)]
     body += [text(LEFT + wide * (one - 0.5), bottom + 16, label(one), css="tick middle") for one in _named(columns, int(24 / wide) + 1)]
