@@ -155,10 +155,10 @@ def recorded(pipe: Any, site: Site, file: Path) -> Recorded:
         texts = calibration_prompts(pipe, RECORDED)
         found = record(site, names_of(site), lambda: sample(pipe, texts, seed=SEED, output="latent"))  # type: ignore[arg-type]
         file.parent.mkdir(parents=True, exist_ok=True)
-        arrays = [{key: torch.from_numpy(value) for key, value in one.items()} for one in (found.grams, found.weights)]
-        torch.save([list(found.timesteps), *arrays, dict(found.multiplications)], file)
-    times, grams, weights, counts = torch.load(file, weights_only=True)
-    return Recorded(tuple(times), *({key: value.numpy() for key, value in one.items()} for one in (grams, weights)), counts)
+        grams = {key: torch.from_numpy(value) for key, value in found.grams.items()}
+        torch.save([list(found.timesteps), grams, dict(found.multiplications)], file)
+    times, grams, counts = torch.load(file, weights_only=True)
+    return Recorded(tuple(times), {key: value.numpy() for key, value in grams.items()}, counts)
 
 
 def settings(site: Site, compared: Compared, timesteps: list[float], folder: Path, name: str) -> dict[str, Callable[[], Made]]:

@@ -4,8 +4,11 @@ What is shared is a weighted sum of the last one or two computed outputs, with t
 products give. For a price of a computed step the best schedule of a place is found by dynamic programming; the price is raised until all
 places together keep the budget (Lagrange's method: the choice is the best one for the multiplications that it takes).
 
-Paper: CacheQuant (arXiv 2503.01323), its dynamic programming over recorded errors, for blocks. Ours plans for every place of attention
-with the reach of its errors, so that a place whose errors ruin a clip stays computed however cheap its attention is to share.
+Paper: CacheQuant (arXiv 2503.01323), its dynamic programming over recorded errors, for blocks. Ours plans for every place of attention.
+Damage is the squared error of a place's output, not over its size: places that add much to the features, as those over frames do, stay
+computed. Weights for how far an error reaches (at the denoiser's output place by place, and at the final latents step by step) were
+measured, and brought nothing: tiny-unet 42.2 dB with them and without, tiny-dit 52.0 with them and 54.5 without, at half of the
+multiplications.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ def pauses(recorded: Recorded, site: str, order: int) -> dict[Steps, Pauses]:
 
     Errors of steps that follow each other are alike, so within a pause they are added, and squared then.
     """
-    steps, gram, weight = len(recorded.timesteps), recorded.grams[site], recorded.weights[site]
+    steps, gram = len(recorded.timesteps), recorded.grams[site]
     gap = max(8, steps // 3)
     found = {}
     for last in range(steps):
@@ -55,7 +58,7 @@ def pauses(recorded: Recorded, site: str, order: int) -> dict[Steps, Pauses]:
             weights = np.linalg.solve(damped, gram[np.ix_(history, following)]).T
             crossed = (weights * gram[np.ix_(following, history)]).sum(1)
             squares = gram[following, following] - 2 * crossed + np.einsum("si,ij,sj->s", weights, within, weights)
-            single = np.sqrt(weight[following] * squares.clip(min=0))
+            single = np.sqrt(squares.clip(min=0))
             found[tuple(history)] = Pauses(np.concatenate([[0.0], single.cumsum() ** 2]), weights)
     return found
 

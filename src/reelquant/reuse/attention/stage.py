@@ -21,7 +21,7 @@ from reelquant.reuse.attention.installed import InstalledAttention
 from reelquant.reuse.attention.mode import Mode
 from reelquant.reuse.attention.modes import parse_mode
 from reelquant.reuse.attention.planned import forecasting, plan
-from reelquant.reuse.attention.recorded import record, samplings
+from reelquant.reuse.attention.recorded import record
 from reelquant.reuse.reuse import Reuse
 from reelquant.stages import ModelWork
 
@@ -44,8 +44,8 @@ class AttentionReuse(Reuse):
             than this, relative to its size, in the clips that choices are made on. Early places and steps get less: the n-th of L places
             n / L of it, and the share of the steps that have passed of that. 0 computes everything.
         budget: instead of rules: the share of attention's multiplications that is made. Which places are computed at which steps, and what
-            weights of their last outputs stand for the others, is planned from recorded outputs and from how far errors of each place
-            reach, see :mod:`reelquant.reuse.attention.planned`. 1 computes everything.
+            weights of their last outputs stand for the others, is planned from outputs that are recorded in the clips that choices are
+            made on, see :mod:`reelquant.reuse.attention.planned`. 1 computes everything.
         candidates: mappings with ``mode`` and its options.
         longest: with a threshold, what was computed once stands for so many steps at most.
     """
@@ -101,7 +101,8 @@ class AttentionReuse(Reuse):
         return "what attention's errors do is tried out on the whole denoiser; give rules" if self.needs_data else None
 
     def held_out_runs(self, steps: int) -> int:
-        return samplings(steps) if self._plans else 1 if self.threshold else 0
+        del steps
+        return 1 if self.needs_data else 0
 
     def facts(self, work: ModelWork) -> dict[str, Any]:
         """Paths of the modules that ask for attention, names of two arguments of the denoiser, and what each site does."""
@@ -141,7 +142,7 @@ class AttentionReuse(Reuse):
 
 def planned(work: ModelWork, names: Mapping[str, Any], budget: float) -> dict[str, Any]:
     """``timesteps``, and ``forecasts``: by site the weights of its last outputs at every step, None where it is computed."""
-    with work.timed("compare attention", samplings(work.steps) * work.steps):
+    with work.timed("compare attention", work.steps):
         recorded = record(work, names, work.held_out_latents)
     rows = plan(recorded, budget)
     return {"timesteps": list(recorded.timesteps), "forecasts": {site: [row and list(row) for row in rows[site]] for site in rows}}
