@@ -62,7 +62,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the recorded clips and the
     [cyan]reelquant drop-blocks tiny-dit -o smaller[/cyan]      one block less, and 300 steps of training
     [cyan]reelquant drop-blocks tiny-dit -o smaller --count 2 --iterations 2000 --calls 256[/cyan]
     [cyan]reelquant drop-blocks tiny-dit -o smaller --blocks 3 --iterations 0[/cyan]      what the block does, nothing trained
-    [cyan]reelquant quantize smaller -r qvd-w8a8 -o out --reference tiny-dit[/cyan]
+    [cyan]reelquant quantize smaller -r qvd-w8a8 -o out[/cyan]
 
     Blocks of a transformer are a chain, and a chain without one of them is a smaller model of the same class. Clips are sampled, and
     calls of the denoiser are recorded. The blocks without which held-out calls change least go, and the weights of the others are trained
