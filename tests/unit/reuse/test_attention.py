@@ -412,9 +412,10 @@ def test_copies_start_over_and_count_alone(twin_of: Any) -> None:
     assert HOOKS not in vars(twin) and HOOKS in vars(model)
 
 
+@pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "places"])
-def test_compiled_models_reuse_the_same_way(whole: bool) -> None:
-    model, reuse = installed()
+def test_compiled_models_reuse_the_same_way(whole: bool, order: int) -> None:
+    model, reuse = installed({"on": "*", "mode": "share", "order": order})
     expected, counts = outputs(model), reuse.counts()
     reuse.reset()
     torch._dynamo.reset()
