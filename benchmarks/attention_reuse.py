@@ -366,6 +366,19 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+PARTS: Mapping[str, Callable[[Clips], str]] = {"recall": recall, "sizes": sizes, "times": lambda _: times()}
+"""Option -> a table beside the rows."""
+
+
+def page(clips: Clips, records: Records) -> str:
+    """A section for every number of clips that is measured, and the other tables."""
+    own = [row for row in records.load() if row["name"].startswith("attention reuse") and row["pipeline"] == clips.name]
+    counts = sorted({row["clips"] for row in own if "psnr" in row}, reverse=True)
+    found = {count: table(Clips(clips.pipeline, count, clips.call, clips.batch), records) for count in counts}
+    rows = [f"{clips.name}, {count} clips, `{RECIPE}`\n\n{text}" for count, text in found.items() if text.count("\n") > 2]
+    return "\n".join([*rows, *(f"{row['clips']} clips\n\n{row['table']}" for row in own if "table" in row)])
+
+
 def main() -> None:
     """Parse the command line, measure what is missing, write the table."""
     made = parser(__doc__)
@@ -379,12 +392,11 @@ def main() -> None:
     KEPT.mkdir(parents=True, exist_ok=True)
     if not args.table:
         run(clips, records, KEPT, args.only)
-    text = f"{clips.name}, {clips.count} clips, `{RECIPE}`\n\n{table(clips, records)}"
-    text += "".join(
-        f"\n{part()}"
-        for part, wanted in ((lambda: recall(clips), args.recall), (lambda: sizes(clips), args.sizes), (times, args.times))
-        if wanted
-    )
+        for part in (part for part in PARTS if getattr(args, part)):
+            if not records.done(f"attention reuse: {part}", clips.digest):
+                facts = {"name": f"attention reuse: {part}", "digest": clips.digest, "pipeline": clips.name, "clips": clips.count}
+                records.add(facts | {"status": "measured", "table": PARTS[part](clips)})
+    text = page(clips, records)
     (args.output / f"attention-reuse-{clips.name}.md").write_text(text)
     print(text)
 
