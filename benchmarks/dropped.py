@@ -59,7 +59,7 @@ class Way(NamedTuple):
 ROWS: Mapping[str, Way] = {
     "measured, not trained": Way("measured"),
     "measured, 300 iterations": Way("measured", 300, beside="measured, not trained"),
-    "measured, 1000 iterations on 400 calls": Way("measured", 1000, 400, 12, 1e-3, "measured, not trained"),
+    "measured, 500 iterations on 400 calls": Way("measured", 500, 400, 12, 1e-3, "measured, not trained"),
     "shallow, not trained": Way("shallow"),
     "shallow, 300 iterations": Way("shallow", 300, beside="shallow, not trained"),
     "deep, not trained": Way("deep"),
