@@ -23,6 +23,8 @@ LEAST = 16
 """Blocks of keys, and groups of queries. With fewer there would be little to choose from."""
 QUERIES = 256
 """Queries that see the same blocks, at most. Products of fewer are slow: 64 take twice as long on processors."""
+AT_ONCE = 64
+"""Queries whose weights are held at once."""
 GATHERED = 2**26
 """At most so many values of keys are gathered at once."""
 
@@ -116,10 +118,14 @@ def masses(call: AttentionCall, rows: int, block: int) -> Tensor:
     query, key, scale = call.query.float(), call.key.float(), call.query.shape[3] ** -0.5 if call.scale is None else call.scale
     bias, found = key_bias(call.mask), []
     for group in query.split(rows, 2):
-        scores = group @ key.mT * scale
-        weights = (scores if bias is None else scores + bias[:, :, None]).softmax(-1)
-        found.append(F.pad(weights.mean(2), (0, -key.shape[2] % block)).unflatten(2, (-1, block)).sum(3))
+        mean = sum(_weights(some, key, scale, bias).sum(2) for some in group.split(AT_ONCE, 2)) / group.shape[2]
+        found.append(F.pad(mean, (0, -key.shape[2] % block)).unflatten(2, (-1, block)).sum(3))
     return torch.stack(found, 2)
+
+
+def _weights(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    scores = query @ key.mT * scale
+    return (scores if bias is None else scores + bias[:, :, None]).softmax(-1)
 
 
 def heaviest(mass: Tensor, density: float) -> list[Tensor]:
