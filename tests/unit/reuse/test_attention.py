@@ -197,6 +197,16 @@ def test_blocks_by_need_hold_more_weight_than_as_many_for_every_head() -> None:
     assert float(torch.stack(held).mean()) > float(equal) > 0.5
 
 
+def test_fewer_queries_of_a_group_and_finer_blocks_hold_more_weight() -> None:
+    one = call(queries=64, keys=64)
+    held = []
+    for mode in (Sparse(), Sparse(block=2, queries=2)):
+        mass = masses(one, *mode.sizes(one))
+        blocks = heaviest(mass, mode.density)
+        held.append(float(torch.stack([mass[:, head].gather(2, chosen_).sum(2).mean() for head, chosen_ in enumerate(blocks)]).mean()))
+    assert Sparse().sizes(one) == (4, 4) and Sparse(queries=2).sizes(one) == (2, 4) and held[1] > held[0] + 0.02
+
+
 def test_a_gather_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     clip, one, mode = Clip(), call(), Sparse(density=0.5, block=2)
     clip.compute(mode, 0, one)
@@ -222,6 +232,7 @@ def test_a_gather_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
             {"rules": ({"on": "*", "mode": "sparse", "block": 0},)},
             "'block' of attention's mode 'sparse' is a number of tokens, 1 or more, got 0",
         ),
+        ({"rules": ({"on": "*", "mode": "sparse", "queries": 0},)}, "'queries' of attention's mode 'sparse' is a number of tokens"),
         ({"rules": ({"on": "*", "mode": "share", "every": 0},)}, "rules.0 .*1 or more, got 0 and 1"),
         ({"rules": ({"on": "*", "mode": "share", "every": "2"},)}, "'every' and 'first' are whole numbers"),
         ({"rules": ({"on": "*", "mode": "share", "at": ["a"]},)}, "'at' is a list of timesteps, got"),

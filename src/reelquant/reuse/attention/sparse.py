@@ -21,8 +21,6 @@ from reelquant.reuse.attention.mode import Mode, Place, check_share
 
 LEAST = 16
 """Blocks of keys, and groups of queries. With fewer there would be little to choose from."""
-QUERIES = 256
-"""Queries that see the same blocks, at most. Products of fewer are slow: 64 take twice as long on processors."""
 AT_ONCE = 64
 """Queries whose weights are held at once."""
 GATHERED = 2**26
@@ -35,16 +33,20 @@ class Sparse(Mode):
 
     Attributes:
         density: the share of all blocks that is computed.
-        block: keys of a block at most; there are sixteen blocks at least, and sixteen groups of up to 256 queries.
+        block: keys of a block at most; there are sixteen blocks at least.
+        queries: of a group, at most; there are sixteen groups at least. Fewer hold more of the weights, and their products are slow: on
+            processors 64 take twice as long as 256.
     """
 
     density: float = 0.5
     block: int = 64
+    queries: int = 256
 
     def __post_init__(self) -> None:
         check_share("sparse", "density", self.density)
-        if type(self.block) is not int or self.block < 1:
-            raise RecipeError(f"'block' of attention's mode 'sparse' is a number of tokens, 1 or more, got {self.block!r}")
+        for name, value in (("block", self.block), ("queries", self.queries)):
+            if type(value) is not int or value < 1:
+                raise RecipeError(f"'{name}' of attention's mode 'sparse' is a number of tokens, 1 or more, got {value!r}")
 
     def attend(self, place: Place) -> Tensor | None:
         found = place.recall(self)
@@ -67,7 +69,7 @@ class Sparse(Mode):
 
     def sizes(self, call: AttentionCall) -> tuple[int, int]:
         """Queries of a group, and keys of a block, of this call."""
-        return max(min(QUERIES, call.query.shape[2] // LEAST), 1), max(min(self.block, call.key.shape[2] // LEAST), 1)
+        return max(min(self.queries, call.query.shape[2] // LEAST), 1), max(min(self.block, call.key.shape[2] // LEAST), 1)
 
     def _head(self, place: Place, head: int, blocks: Tensor) -> Tensor:
         """Attention of one head, ``[batch, queries, head]``, to blocks ``[batch, groups, chosen]``."""
