@@ -1,11 +1,13 @@
-"""Attention that is not computed, under ``qvd-w8a8``: every mode alone at two numbers of computed steps, and all modes together where
-a threshold chooses; clips of half the size with scaled scores; and the time of one large attention in each mode.
+"""Attention that is not computed, under ``qvd-w8a8``: every mode alone at two numbers of computed steps, all modes together where a
+threshold chooses, plans for a budget of multiplications; clips of half the size with scaled scores; and the time of one large attention.
 
 Run it from the repository root::
 
     python -m benchmarks.attention_reuse --pipeline tiny-dit --clips 64 --output benchmarks/results
     python -m benchmarks.attention_reuse --pipeline tiny-unet --clips 64 --output benchmarks/results
     python -m benchmarks.attention_reuse --pipeline tiny-dit --clips 64 --output benchmarks/results --recall --sizes --times
+    python -m benchmarks.attention_reuse --pipeline tiny-unet --clips 64 --output benchmarks/results --only "everything computed, 100 %" \\
+        "share, fewer steps" "a plan for 50%"
 
 Clips of evaluation captions, held against the same quantized pipeline without reuse. Rows that are there are not made again. Rows are
 kept in ``rows.jsonl``; the table is ``attention-reuse-PIPELINE.md``; quantized pipelines are kept in ``runs/tuned``. ``--recall`` tells how
@@ -20,7 +22,7 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -42,6 +44,8 @@ from reelquant.reuse.attention.choosing import Comparing, compare, table_of
 from reelquant.reuse.attention.following import Following
 from reelquant.reuse.attention.installed import InstalledAttention
 from reelquant.reuse.attention.mode import Mode, Place
+from reelquant.reuse.attention.planned import plan
+from reelquant.reuse.attention.recorded import Recorded, record
 from reelquant.reuse.attention.share import Share
 from reelquant.reuse.attention.sparse import Sparse, heaviest, masses
 from reelquant.reuse.attention.window import Window
@@ -67,6 +71,13 @@ ALONE: Mapping[str, tuple[Mapping[str, Any], float]] = {
 """A rule, and the share of the steps that are computed: the first ones, and as many again that are evenly spaced."""
 DISTANCES = (0, 1, 2, 4, 8)
 TOGETHER = (0.75, 0.5)
+PLANNED = (0.5, 0.4, 0.3)
+
+
+def labels() -> list[str]:
+    """Of all rows."""
+    chosen = [f"a threshold chooses, {share:.0%}" for share in TOGETHER]
+    return ["everything computed, 100 %", *ALONE, *chosen, *(f"a plan for {share:.0%}" for share in PLANNED)]
 
 
 def alone(rule: Mapping[str, Any], share: float, timesteps: list[float]) -> AttentionReuse:
@@ -138,7 +149,19 @@ def names_of(site: Site) -> dict[str, Any]:
 Made = tuple[AttentionReuse, dict[str, Any]]
 
 
-def settings(site: Site, compared: Compared, timesteps: list[float]) -> dict[str, Callable[[], Made]]:
+def recorded(pipe: Any, site: Site, file: Path) -> Recorded:
+    """What plans are made from, recorded once."""
+    if not file.is_file():
+        texts = calibration_prompts(pipe, RECORDED)
+        found = record(site, names_of(site), lambda: sample(pipe, texts, seed=SEED, output="latent"))  # type: ignore[arg-type]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        grams = {key: torch.from_numpy(value) for key, value in found.grams.items()}
+        torch.save([list(found.timesteps), grams, dict(found.multiplications)], file)
+    times, grams, counts = torch.load(file, weights_only=True)
+    return Recorded(tuple(times), {key: value.numpy() for key, value in grams.items()}, counts)
+
+
+def settings(site: Site, compared: Compared, timesteps: list[float], folder: Path, name: str) -> dict[str, Callable[[], Made]]:
     """Label -> a stage and its facts."""
 
     def ruled(rule: Mapping[str, Any], share: float) -> Made:
@@ -149,25 +172,32 @@ def settings(site: Site, compared: Compared, timesteps: list[float]) -> dict[str
         threshold = threshold_for(compared(), share)
         return AttentionReuse(threshold=threshold), names_of(site) | table_of(compared(), threshold)
 
+    def budgeted(share: float) -> Made:
+        found = recorded(compared.pipe, site, folder / f"attention-{name}.pt")
+        stage, rows = AttentionReuse(budget=share), plan(found, share)
+        forecasts = {place: [row and list(row) for row in rows[place]] for place in rows}
+        return stage, names_of(site) | {"timesteps": list(found.timesteps), "forecasts": forecasts}
+
     def everything() -> Made:
         stage = AttentionReuse(threshold=0.0)
         return stage, names_of(site)
 
     found: dict[str, Callable[[], Made]] = {"everything computed, 100 %": everything}
     found |= {f"a threshold chooses, {share:.0%}": lambda share=share: together(share) for share in TOGETHER}
+    found |= {f"a plan for {share:.0%}": lambda share=share: budgeted(share) for share in PLANNED}
     return found | {label: lambda rule=rule, share=share: ruled(rule, share) for label, (rule, share) in ALONE.items()}
 
 
-def run(clips: Clips, records: Records, folder: Path) -> None:
-    """Measure the rows that are missing."""
-    labels = ["everything computed, 100 %", *ALONE, *(f"a threshold chooses, {share:.0%}" for share in TOGETHER)]
-    if all(records.done(*key(clips, label)) for label in labels):
+def run(clips: Clips, records: Records, folder: Path, only: Sequence[str] = ()) -> None:
+    """Measure the rows that are missing, of all or of some labels."""
+    wanted = [label for label in only or labels() if not records.done(*key(clips, label))]
+    if not wanted:
         return
     pipe = reelquant.open_pipeline(quantized(clips, folder))
     site = site_of(pipe)
     reference, timesteps = clips.frames(pipe), timesteps_of(pipe, site)
-    for label, make in settings(site, Compared(pipe, site), timesteps).items():
-        if records.done(*key(clips, label)):
+    for label, make in settings(site, Compared(pipe, site), timesteps, folder, clips.name).items():
+        if label not in wanted:
             continue
         stage, facts = make()
         put(site.denoiser, "attention", stage, facts)
@@ -203,15 +233,14 @@ def timesteps_of(pipe: Any, site: Site) -> list[float]:
 
 def key(clips: Clips, label: str) -> tuple[str, str]:
     """Name and digest of a row."""
-    said = json.dumps([RECIPE, ALONE.get(label), [TOGETHER, "by step"] if label.startswith("a threshold") else None])
+    said = json.dumps([RECIPE, ALONE.get(label), [TOGETHER, "by step"] if label.startswith("a threshold") else None])  # plans: by name
     return f"attention reuse {label}", f"{clips.digest}-{hashlib.sha256(said.encode()).hexdigest()[:12]}"
 
 
 def table(clips: Clips, records: Records) -> str:
     """The rows of these clips, as far as they are measured."""
     known = {(row["name"], row["digest"]): row for row in records.load()}
-    labels = ["everything computed, 100 %", *ALONE, *(f"a threshold chooses, {share:.0%}" for share in TOGETHER)]
-    rows = [(label, row) for label in labels if (row := known.get(key(clips, label)))]
+    rows = [(label, row) for label in labels() if (row := known.get(key(clips, label)))]
     return markdown(HEADINGS, [_line(label, row) for label, row in rows])
 
 
@@ -240,7 +269,7 @@ class Recalling(Following):
     def attend(self, call: AttentionCall, where: Where) -> torch.Tensor:
         if (placed := self.placed(call, where)) is not None:
             place, trajectory = placed
-            mass = masses(call, self.sparse.size(call))
+            mass = masses(call, *self.sparse.sizes(call))
             known = trajectory.notes.setdefault(("blocks", place.name, place.half), {})
             known[place.step] = heaviest(mass, self.sparse.density)
             for distance in DISTANCES:
@@ -337,9 +366,23 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+PARTS: Mapping[str, Callable[[Clips], str]] = {"recall": recall, "sizes": sizes, "times": lambda _: times()}
+"""Option -> a table beside the rows."""
+
+
+def page(clips: Clips, records: Records) -> str:
+    """A section for every number of clips that is measured, and the other tables."""
+    own = [row for row in records.load() if row["name"].startswith("attention reuse") and row["pipeline"] == clips.name]
+    counts = sorted({row["clips"] for row in own if "psnr" in row}, reverse=True)
+    found = {count: table(Clips(clips.pipeline, count, clips.call, clips.batch), records) for count in counts}
+    rows = [f"{clips.name}, {count} clips, `{RECIPE}`\n\n{text}" for count, text in found.items() if text.count("\n") > 2]
+    return "\n".join([*rows, *(f"{row['clips']} clips\n\n{row['table']}" for row in own if "table" in row)])
+
+
 def main() -> None:
     """Parse the command line, measure what is missing, write the table."""
     made = parser(__doc__)
+    made.add_argument("--only", nargs="*", default=(), metavar="LABEL", help=f"some rows: {'; '.join(labels())}".replace("%", "%%"))
     made.add_argument("--recall", action="store_true", help="what half of the blocks hold, too")
     made.add_argument("--sizes", action="store_true", help="clips of half the size, too")
     made.add_argument("--times", action="store_true", help="the time of one large attention, too")
@@ -348,13 +391,12 @@ def main() -> None:
     clips, records = Clips(args.pipeline, args.clips, {}, args.batch), Records(args.output / "rows.jsonl")
     KEPT.mkdir(parents=True, exist_ok=True)
     if not args.table:
-        run(clips, records, KEPT)
-    text = f"{clips.name}, {clips.count} clips, `{RECIPE}`\n\n{table(clips, records)}"
-    text += "".join(
-        f"\n{part()}"
-        for part, wanted in ((lambda: recall(clips), args.recall), (lambda: sizes(clips), args.sizes), (times, args.times))
-        if wanted
-    )
+        run(clips, records, KEPT, args.only)
+        for part in (part for part in PARTS if getattr(args, part)):
+            if not records.done(f"attention reuse: {part}", clips.digest):
+                facts = {"name": f"attention reuse: {part}", "digest": clips.digest, "pipeline": clips.name, "clips": clips.count}
+                records.add(facts | {"status": "measured", "table": PARTS[part](clips)})
+    text = page(clips, records)
     (args.output / f"attention-reuse-{clips.name}.md").write_text(text)
     print(text)
 

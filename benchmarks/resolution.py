@@ -7,7 +7,9 @@ Run it from the repository root::
 
 The pipeline is quantized with ``qvd-w8a8`` at its own size; ``calibrated with it`` is the row whose calibration followed the schedule.
 Every schedule is sampled call by call in turns with the pipeline as it is, from the same noise. Clips of twice the size are held against
-clips that the pipeline samples at that size at once. Rows that are already in the output are not measured again.
+clips that the pipeline samples at that size at once. Rows of ``float at`` are clips of the float pipeline that are sampled at a smaller
+size from the first step to the last, and enlarged for the judge: no schedule that rests on that size can see more. Rows that are already
+in the output are not measured again.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import reelquant
 from benchmarks.common import SAMPLING_SEED, Clips, Records, denoiser, judged, markdown, measure, parser
@@ -48,7 +51,12 @@ LARGER: dict[str, Stages] = {
     "diffuse-high": [{"share": 0.6}, {"share": 0.4, "scale": 2.0, "restart": 0.4, "guide": 0.5}],
     "diffuse-high, no guidance": [{"share": 0.6}, {"share": 0.4, "scale": 2.0, "restart": 0.4}],
 }
+SMALLER: dict[str, tuple[float, float]] = {
+    f"float at {height:g} x {width:g}": (height, width) for height, width in ((1, 1), (0.75, 0.75), (0.5, 1), (0.5, 0.5))
+}
+"""Height and width over those of the call."""
 TRAINED = "bottleneck 0.5, calibrated with it"
+FLOAT = "float"
 HEADINGS = (
     "schedule",
     "tokens, times fewer",
@@ -99,6 +107,16 @@ def direct_row(pipe: Any, clips: Clips) -> dict[str, Any]:
     }
 
 
+def smaller_row(pipe: Any, clips: Clips, share: tuple[float, float]) -> dict[str, Any]:
+    """Clips of a smaller size, enlarged."""
+    own = call_arguments(pipe, **clips.call)
+    height, width = own["height"], own["width"]
+    call = clips.call | {"height": round(height * share[0]), "width": round(width * share[1])}
+    frames = sample(pipe, clips.prompts, seed=SAMPLING_SEED, batch=clips.batch, **call).float()
+    large = F.interpolate(frames.flatten(0, 1), size=(height, width), mode="bilinear").unflatten(0, frames.shape[:2])
+    return {"fewer": 1 / (share[0] * share[1]), "judge": judged(large, clips.prompts)}
+
+
 def quantized(clips: Clips, **overrides: Any) -> Any:
     """The pipeline in eight bits."""
     pipe = clips.open()
@@ -130,11 +148,14 @@ def main() -> None:
     pipes: dict[str, Any] = {}
 
     def pipe(label: str) -> Any:
+        if label == FLOAT and label not in pipes:
+            pipes[label] = clips.open()
         if label not in pipes:
             pipes[label] = quantized(clips, **({"resolution": SCHEDULES["bottleneck 0.5"]} if label == TRAINED else {}))
         return pipes[label]
 
     work = {label: lambda stages=stages: scheduled_row(pipe(""), clips, stages) for label, stages in (SCHEDULES | LARGER).items()}
+    work |= {label: lambda share=share: smaller_row(pipe(FLOAT), clips, share) for label, share in SMALLER.items()}
     work["twice the size at once"] = lambda: direct_row(pipe(""), clips)
     work[TRAINED] = lambda: scheduled_row(pipe(TRAINED), clips, SCHEDULES["bottleneck 0.5"])
     for label, make in work.items():

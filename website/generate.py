@@ -77,7 +77,7 @@ def verbs() -> dict[str, tuple[str, list[Parameter]]]:
     for registered in app.registered_commands:
         verb: Any = registered.callback
         parameters = [Parameter.of(one) for one in inspect.signature(verb, eval_str=True).parameters.values()]
-        found[registered.name or verb.__name__] = (verb.__doc__ or "", parameters)
+        found[registered.name or verb.__name__.replace("_", "-")] = (verb.__doc__ or "", parameters)
     return found
 
 

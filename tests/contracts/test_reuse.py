@@ -256,3 +256,15 @@ def test_what_a_newer_version_stored_is_refused(made: Any, member: str) -> None:
     for broken in ({"newer": stored[member]}, {member: stored[member] | {"options": {"newer": 1}}}):
         with pytest.raises(CheckpointError, match=r"cannot be installed .*or upgrade reelquant"):
             install_stored(wan_pipeline().transformer, broken)
+
+
+def test_a_budget_of_attention_is_kept_and_opens_as_it_was_planned(tmp_path: Path) -> None:
+    pipe, report = quantized(step("attention", {"budget": 0.5}))
+    made = report.reuse["attention"]
+    assert 0 < made["computed"] <= made["reused"]
+    expected = latents(pipe)
+    reelquant.save(pipe, tmp_path / "out")
+    facts = installed_reuse(pipe.transformer)["attention"].facts
+    pipe.transformer = WanTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    assert installed_reuse(pipe.transformer)["attention"].facts == facts and len(facts["timesteps"]) == STEPS
+    assert torch.equal(latents(pipe), expected) and counts(pipe.transformer, "attention")["reused"] > 0

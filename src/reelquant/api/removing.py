@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reelquant.api.asked import in_memory, verb
@@ -25,6 +26,7 @@ def drop_blocks(
     rate: float = 3e-4,
     motion: float = 1.0,
     seed: int = 0,
+    work: str | Path | None = None,
     progress: Progress | Literal[False] | None = None,
     **call: Any,
 ) -> Dropped:
@@ -43,6 +45,7 @@ def drop_blocks(
         rate: learning rate of Adam, which falls to zero.
         motion: weight of the differences of neighbouring frames beside the output.
         seed: of the recorded clips and the order of training.
+        work: a folder that keeps what is done, so that the same call goes on where one was stopped; remove it when the pipeline is saved.
         progress: hears how far the run is; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...), and conditions.
 
@@ -63,4 +66,15 @@ def drop_blocks(
 
     how = Distillation(iterations, rate, motion, seed)
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return drop(pipe, blocks, choose=choose, prompts=texts, calls=calls, how=how, seed=seed, progress=progress or None, **call)
+    return drop(
+        pipe,
+        blocks,
+        choose=choose,
+        prompts=texts,
+        calls=calls,
+        how=how,
+        seed=seed,
+        work=None if work is None else Path(work),
+        progress=progress or None,
+        **call,
+    )

@@ -18,6 +18,7 @@ from reelquant._version import __version__
 from reelquant.cli.benchmark import benchmark
 from reelquant.cli.compare import compare
 from reelquant.cli.demo import demo
+from reelquant.cli.drop_blocks import drop_blocks
 from reelquant.cli.errors import Verbs
 from reelquant.cli.evaluate import evaluate
 from reelquant.cli.export import export
@@ -83,6 +84,7 @@ def main(
     [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
     [cyan]reelquant sensitivity tiny-dit -o map[/cyan]               layers that need bits
     [cyan]reelquant tune out -o fast[/cyan]                          blocks skip steps
+    [cyan]reelquant drop-blocks tiny-dit -o smaller[/cyan]           a smaller model
     [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      for other programs
     [cyan]reelquant serve[/cyan]                                     a page for all of it
     """
@@ -95,8 +97,8 @@ def main(
 
 
 VERBS = (
-    demo, plan, quantize, sensitivity, tune, generate, evaluate, compare, benchmark, export, verify, inspect, recipes, metrics, weights,
-    serve,
+    demo, plan, quantize, sensitivity, tune, drop_blocks, generate, evaluate, compare, benchmark, export, verify, inspect, recipes,
+    metrics, weights, serve,
 )  # fmt: skip
 """In the order of ``--help``."""
 for verb in VERBS:

@@ -16,6 +16,7 @@ from reelquant.models.sampling import sample
 from reelquant.observe import RecordedCall, Recording
 from reelquant.reconstruct.error import HELD_OUT, output_error
 from reelquant.reconstruct.frame_relation import frame_axis
+from reelquant.removal.kept import Kept
 
 __all__ = ["HELD_OUT", "Distillation", "mean_error", "record"]
 
@@ -80,7 +81,13 @@ class Distillation:
             )
 
     def train(
-        self, model: nn.Module, parts: nn.Module, calls: Sequence[RecordedCall], numbers: Sequence[int], told: Callable[[], None]
+        self,
+        model: nn.Module,
+        parts: nn.Module,
+        calls: Sequence[RecordedCall],
+        numbers: Sequence[int],
+        told: Callable[[], None],
+        kept: Kept | None = None,
     ) -> None:
         """Train the parameters of some parts of a model; which of its parameters want gradients is as before afterwards.
 
@@ -88,21 +95,28 @@ class Distillation:
             parts: whose parameters are trained.
             calls: recorded calls, of which ``numbers`` are trained on.
             told: is told of every iteration.
+            kept: where a run that was stopped goes on from.
         """
         wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         model.requires_grad_(False)
         parts.requires_grad_(True)
         optimizer = torch.optim.Adam(parts.parameters(), self.rate)
+        done = _gone_on(parts, optimizer, kept)
         picks = torch.randint(len(numbers), (self.iterations,), generator=torch.Generator().manual_seed(self.seed)).tolist()
         try:
             with torch.enable_grad():
                 for iteration, pick in enumerate(picks):
+                    if iteration < done:
+                        told()
+                        continue
                     call = calls[numbers[pick]]
                     loss = self.loss(model, again(model, call), call.output)
                     optimizer.param_groups[0]["lr"] = self.rate * (1 - iteration / self.iterations)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
+                    if kept is not None:
+                        kept.trained(iteration + 1, parts.state_dict(), optimizer, last=iteration + 1 == self.iterations)
                     told()
         finally:
             for name, parameter in model.named_parameters():
@@ -116,3 +130,14 @@ class Distillation:
             return error
         one, other = (next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)) for output in (found, wanted))
         return error if one.shape[axis] < 2 else error + self.motion * nmse(other.diff(dim=axis), one.diff(dim=axis))
+
+
+@torch.no_grad()
+def _gone_on(parts: nn.Module, optimizer: torch.optim.Optimizer, kept: Kept | None) -> int:
+    """Take weights and moments of a run that was stopped; how many iterations it did."""
+    known = None if kept is None else kept.training()
+    if known is None:
+        return 0
+    parts.load_state_dict(known["weights"])
+    optimizer.load_state_dict(known["optimizer"])
+    return int(known["iteration"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from reelquant.observe import RecordedCall
 from reelquant.reconstruct.error import split
 from reelquant.removal.chain import Chain
 from reelquant.removal.distill import HELD_OUT, Distillation, mean_error, record
+from reelquant.removal.kept import Kept
 
 CLIPS = 8
 """Clips whose calls are recorded, where the caller gives no texts."""
@@ -56,9 +58,14 @@ def drop(
     how: Distillation | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    work: Path | None = None,
     **call: Any,
 ) -> Dropped:
-    """Drop blocks of a pipeline's denoiser in place, and train the others on what it gave; see :func:`reelquant.drop_blocks`."""
+    """Drop blocks of a pipeline's denoiser in place, and train the others on what it gave; see :func:`reelquant.drop_blocks`.
+
+    Args:
+        work: a folder for what a run that is stopped goes on from; the caller removes it.
+    """
     how, progress = how or Distillation(seed=seed), progress or Silent()
     component, model = _denoiser(pipe)
     chain = Chain.of(model)
@@ -68,15 +75,21 @@ def drop(
         raise CalibrationError(f"calls is at least {HELD_OUT}, of which one is held out, got {calls}")
     texts = list(calibration_prompts(pipe, CLIPS) if prompts is None else prompts)
     steps = call_arguments(pipe, **call).get("num_inference_steps") or 50
-    progress.phase("record", -(-len(texts) // 4) * steps)
-    calls_made = record(pipe, model, texts, calls, seed=seed, on_step=progress.advance, **call)
+    settings = {"model": str(pipe.config.get("_name_or_path")), "blocks": blocks, "choose": choose, "calls": calls, "how": asdict(how)}
+    kept = Kept(work, settings | {"seed": seed, "texts": [str(text) for text in texts], "call": call})
+
+    def recorded() -> Sequence[RecordedCall]:
+        progress.phase("record", -(-len(texts) // 4) * steps)
+        return record(pipe, model, texts, calls, seed=seed, on_step=progress.advance, **call)
+
+    calls_made = kept.calls(recorded)
     trained, held_out = split(len(calls_made))
     before, size = list(chain.blocks), _parameters(model)
     with _undone(lambda: chain.put(before)):
-        gone = wanted if isinstance(wanted, tuple) else CHOICES[choose](chain, wanted, calls_made, held_out, progress)
+        gone = wanted if isinstance(wanted, tuple) else kept.choice(lambda: CHOICES[choose](chain, wanted, calls_made, held_out, progress))
         chain.keep([number for number in range(count) if number not in gone])
         error = mean_error(model, calls_made, held_out)
-        after = _trained(chain, how, calls_made, trained, held_out, error, progress) if how.iterations else error
+        after = _trained(chain, how, calls_made, trained, held_out, error, progress, kept) if how.iterations else error
     return Dropped(component, gone, chain.setting, len(chain.blocks), (size, _parameters(model)), (error, after))
 
 
@@ -123,12 +136,13 @@ def _trained(
     held_out: Sequence[int],
     error: float,
     progress: Progress,
+    kept: Kept,
 ) -> float:
     """The error after training; the weights are as before if it is not lower, or if training fails."""
     before = {name: value.clone() for name, value in chain.blocks.state_dict().items()}
     progress.phase("train", how.iterations)
     with _undone(lambda: _restore(chain.blocks, before)):
-        how.train(chain.model, chain.blocks, calls, trained, progress.advance)
+        how.train(chain.model, chain.blocks, calls, trained, progress.advance, kept)
         after = mean_error(chain.model, calls, held_out)
     if after < error:
         return after

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,8 @@ from reelquant.reuse.attention.courses import ByTable
 from reelquant.reuse.attention.halves import Halves
 from reelquant.reuse.attention.installed import InstalledAttention
 from reelquant.reuse.attention.mode import Mode, Place
+from reelquant.reuse.attention.planned import cheapest, forecasts, pauses, plan
+from reelquant.reuse.attention.recorded import Recorded, record
 from reelquant.reuse.attention.share import Share
 from reelquant.reuse.attention.sparse import Sparse, heaviest, masses
 from reelquant.reuse.attention.window import Window
@@ -50,8 +54,8 @@ class Clip:
     def __init__(self) -> None:
         self.notes: dict[Any, Any] = {}
 
-    def at(self, step: int, one: AttentionCall, half: int = 0, twice: bool = False) -> Place:
-        return Place(one, computed, self.notes, self.notes, half=half, step=step, twice=twice)
+    def at(self, step: int, one: AttentionCall, half: int = 0, twice: bool = False, timestep: float = 0.0) -> Place:
+        return Place(one, computed, self.notes, self.notes, half=half, step=step, twice=twice, timestep=timestep)
 
     def compute(self, mode: Mode, step: int, one: AttentionCall, **more: Any) -> Tensor:
         place = self.at(step, one, **more)
@@ -117,6 +121,15 @@ def test_windows_are_for_attention_to_the_same_tokens() -> None:
     assert Window().attend(clip.at(1, one)) is None
 
 
+def test_a_line_goes_through_the_last_two_outputs_in_the_timestep() -> None:
+    clip, calls = Clip(), [call(seed) for seed in range(3)]
+    first, second = (clip.compute(Share(1), step, calls[step], timestep=10.0 - 2 * step).clone() for step in (0, 1))
+    expected = second + 1.5 * (second - first)  # 10, 8, and 5
+    torch.testing.assert_close(Share(1).attend(clip.at(2, calls[2], timestep=5.0)), expected)
+    fitted = Share(1, fitted=(0.25, 0.5)).attend(clip.at(2, calls[2], timestep=5.0))
+    torch.testing.assert_close(fitted, 0.25 * first + 0.5 * second)  # remembers the same outputs as the line
+
+
 @pytest.mark.parametrize("window", [1.0, 0.5])
 def test_the_second_half_of_one_call_stands_for_both(window: float) -> None:
     clip, one, mode = Clip(), call(), Halves(window)
@@ -142,14 +155,14 @@ def test_sparse_attention_sees_its_blocks_and_no_other(keys: int, masked: bool) 
         mask[0, 1, :, 7:30] = -torch.inf
     one, mode, clip = call(queries=50, keys=keys, mask=mask), Sparse(density=0.25, block=4), Clip()
     clip.compute(mode, 0, one)
-    blocks = heaviest(masses(one, mode.size(one)), 0.25)
-    size = mode.size(one)
+    rows, size = mode.sizes(one)
+    blocks = heaviest(masses(one, rows, size), 0.25)
     seen = torch.zeros(2, 3, 50, keys, dtype=torch.bool)
     for head, chosen_ in enumerate(blocks):
         for item in range(2):
             for row, columns in enumerate(chosen_[item]):
                 for column in columns.tolist():
-                    seen[item, head, row * size : (row + 1) * size, column * size : (column + 1) * size] = True
+                    seen[item, head, row * rows : (row + 1) * rows, column * size : (column + 1) * size] = True
     later, place = call(1, queries=50, keys=keys, mask=mask), clip.at(1, call(1, queries=50, keys=keys, mask=mask))
     bias = torch.zeros(2, 3, 50, keys).masked_fill(~seen, -torch.inf) + (0 if mask is None else mask)
     expected = F.scaled_dot_product_attention(later.query, later.key, later.value, bias)
@@ -177,11 +190,21 @@ def test_blocks_by_need_hold_more_weight_than_as_many_for_every_head() -> None:
     """Where half of the blocks hold nine tenths of the weights, and the heads are not alike."""
     one = call(heads=4, queries=64, keys=64)
     one = one._replace(query=one.query * torch.tensor([0.1, 0.5, 1.5, 4.0]).view(1, 4, 1, 1))
-    mass = masses(one, 4)
+    mass = masses(one, 4, 4)
     torch.testing.assert_close(mass.sum(-1), torch.ones(2, 4, 16))
     held = [mass[:, head].gather(2, blocks).sum(2).mean() for head, blocks in enumerate(heaviest(mass, 0.5))]
     equal = mass.sort(-1, descending=True)[0][..., :8].sum(-1).mean()
     assert float(torch.stack(held).mean()) > float(equal) > 0.5
+
+
+def test_fewer_queries_of_a_group_and_finer_blocks_hold_more_weight() -> None:
+    one = call(queries=64, keys=64)
+    held = []
+    for mode in (Sparse(), Sparse(block=2, queries=2)):
+        mass = masses(one, *mode.sizes(one))
+        blocks = heaviest(mass, mode.density)
+        held.append(float(torch.stack([mass[:, head].gather(2, chosen_).sum(2).mean() for head, chosen_ in enumerate(blocks)]).mean()))
+    assert Sparse().sizes(one) == (4, 4) and Sparse(queries=2).sizes(one) == (2, 4) and held[1] > held[0] + 0.02
 
 
 def test_a_gather_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +232,7 @@ def test_a_gather_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
             {"rules": ({"on": "*", "mode": "sparse", "block": 0},)},
             "'block' of attention's mode 'sparse' is a number of tokens, 1 or more, got 0",
         ),
+        ({"rules": ({"on": "*", "mode": "sparse", "queries": 0},)}, "'queries' of attention's mode 'sparse' is a number of tokens"),
         ({"rules": ({"on": "*", "mode": "share", "every": 0},)}, "rules.0 .*1 or more, got 0 and 1"),
         ({"rules": ({"on": "*", "mode": "share", "every": "2"},)}, "'every' and 'first' are whole numbers"),
         ({"rules": ({"on": "*", "mode": "share", "at": ["a"]},)}, "'at' is a list of timesteps, got"),
@@ -216,7 +240,11 @@ def test_a_gather_in_parts_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> No
         ({"threshold": 1.5}, "from 0 to 1, got 1.5"),
         ({"threshold": 0.1, "longest": 0}, "'longest' of reuse 'attention' is 1 or more"),
         ({"longest": 3}, "belong to a threshold"),
-        ({"threshold": 0.1, "rules": ({"on": "*", "mode": "halves"},)}, "rules and a threshold beside them; keep one"),
+        ({"threshold": 0.1, "rules": ({"on": "*", "mode": "halves"},)}, "has rules and threshold beside each other; keep one"),
+        ({"threshold": 0.1, "budget": 0.5}, "has threshold and budget beside each other; keep one"),
+        ({"budget": 0.0}, "'budget' of reuse 'attention' is a share of its multiplications, above 0 and up to 1, got 0.0"),
+        ({"rules": ({"on": "*", "mode": "share", "order": 3},)}, "'order' of a reuse is 0 .*got 3"),
+        ({"rules": ({"on": "*", "mode": "share", "fitted": (0.5, 0.5)},)}, "of order 0 has up to 1 weights"),
         ({"threshold": 0.1, "candidates": ({"mode": "half"},)}, r"candidates.0 .*no mode 'half' of attention; did you mean 'halves'"),
     ],
 )
@@ -395,9 +423,10 @@ def test_copies_start_over_and_count_alone(twin_of: Any) -> None:
     assert HOOKS not in vars(twin) and HOOKS in vars(model)
 
 
+@pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("whole", [True, False], ids=["model", "places"])
-def test_compiled_models_reuse_the_same_way(whole: bool) -> None:
-    model, reuse = installed()
+def test_compiled_models_reuse_the_same_way(whole: bool, order: int) -> None:
+    model, reuse = installed({"on": "*", "mode": "share", "order": order})
     expected, counts = outputs(model), reuse.counts()
     reuse.reset()
     torch._dynamo.reset()
@@ -495,3 +524,80 @@ def test_a_table_serves_samplers_with_other_steps() -> None:
     assert course(9.0, 7.0, 5.0, 3.0) == [False, True, False, True]
     assert course(9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0) == [False, False, True, True, False, False, True]
     assert course(7.0, 3.0) == [False, False]  # the step at 5 was to be computed in between
+
+
+# --- a budget -----------------------------------------------------------------------------------------------------------------------
+
+
+def recorded(grams: dict[str, Any], steps: int = 6) -> Recorded:
+    return Recorded(tuple(float(steps - step) for step in range(steps)), grams, {"a": 3.0, "b": 1.0})
+
+
+def products(values: Any) -> Any:
+    return np.asarray(values, float) @ np.asarray(values, float).T
+
+
+WALK = np.random.default_rng(0).normal(size=(6, 40)).cumsum(0)
+
+
+def share_of(rows: dict[str, Any], cost: dict[str, float]) -> float:
+    return sum(cost[name] * sum(cell is None for cell in row) for name, row in rows.items()) / (sum(cost.values()) * len(rows["a"]))
+
+
+def test_a_plan_keeps_its_budget_and_computes_the_place_whose_errors_are_large() -> None:
+    rows = plan(recorded({"a": products(WALK / 1000), "b": products(WALK)}), 0.5)
+    assert share_of(rows, {"a": 3.0, "b": 1.0}) <= 0.5
+    assert rows["b"] == (None,) * 6 and sum(cell is None for cell in rows["a"]) <= 2
+    swapped = plan(recorded({"a": products(WALK), "b": products(WALK / 1000)}), 0.5)
+    assert sum(cell is None for cell in swapped["b"]) < 6 == sum(cell is None for cell in rows["b"])
+
+
+def test_the_schedule_of_a_price_is_the_best_of_all_schedules() -> None:
+    found = recorded({"a": products(WALK)})
+    known = pauses(found, "a", 1)
+
+    def total(computed: tuple[int, ...], price: float) -> float:
+        ends, value = [*computed[1:], 6], price * len(computed)
+        for number, (last, end) in enumerate(zip(computed, ends, strict=True)):
+            value += float(known[computed[max(number - 1, 0) : number + 1]].damage[end - last - 1])
+        return value
+
+    for price in (1.0, 20.0, 200.0):
+        every = [(0, *rest) for count in range(6) for rest in itertools.combinations(range(1, 6), count)]
+        best, computed = cheapest(known, 6, price)
+        assert best == pytest.approx(min(total(one, price) for one in every)) == pytest.approx(total(computed, price))
+
+
+def test_what_a_line_tells_is_forecast_without_error() -> None:
+    line = np.arange(6)[:, None] * np.ones((1, 8)) + np.linspace(1, 9, 8)
+    found = recorded({"a": products(line), "b": products(line)})
+    known = pauses(found, "a", 1)
+    assert known[0, 1].damage[-1] < 1e-3 * pauses(found, "a", 0)[(1,)].damage[-1]
+    weights = forecasts(known, (0, 1), 6)[3]
+    assert weights is not None and np.allclose(weights, (-2, 3), atol=0.1)
+
+
+def test_a_budget_is_measured_planned_and_acts() -> None:
+    model = Denoiser()
+
+    @torch.no_grad()
+    def sample() -> Tensor:
+        return outputs(model, (9.0, 7.0, 5.0, 3.0))[-1]
+
+    names = {"timestep": "timestep", "latent": "x"}
+    found = record(work(model), names, sample)
+    assert found.timesteps == (9.0, 7.0, 5.0, 3.0) and set(found.grams) == {"places.0", "places.1", "places.2"}
+    plain = outputs(model, (9.0, 7.0, 5.0, 3.0))
+    rows = plan(found, 0.5)
+    stage = AttentionReuse(budget=0.5)
+    facts = names | {"timesteps": list(found.timesteps), "forecasts": {site: [row and list(row) for row in rows[site]] for site in rows}}
+    reuse = stage.install(model, facts)
+    reused = outputs(model, (9.0, 7.0, 5.0, 3.0))
+    counts = reuse.counts()
+    assert counts["computed"] <= counts["reused"] and torch.equal(reused[0], plain[0])
+    assert [reuse.by_cell()["places.0"][step][0] > 0 for step in range(4)] == [cell is None for cell in rows["places.0"]]
+    reuse.remove()
+    again = AttentionReuse(budget=1.0)
+    everything = again.install(model, again.facts(work(model)))
+    assert all(torch.equal(one, other) for one, other in zip(outputs(model, (9.0, 7.0, 5.0, 3.0)), plain, strict=True))
+    everything.remove()

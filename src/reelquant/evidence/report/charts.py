@@ -13,7 +13,7 @@ from reelquant._numbers import figure, is_number
 
 WIDTH, HEIGHT = 380, 224
 LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 42  # pixels around the plotted area
-LEAST_CELL, MOST_CELL = 5.0, 16.0  # pixels of a row of a map
+LEAST_CELL, MOST_CELL = 5.0, 24.0  # pixels of a row of a map
 LEAST_NAME = 56.0  # pixels of a column whose name fits beside its neighbours
 LOG_FROM = 30.0  # spans of this factor get a logarithmic axis
 
@@ -308,7 +308,7 @@ def map_chart(title: str, about: str, cells: Sequence[Cell], x_title: str, y_tit
 def _named(count: int, apart: int) -> list[int]:
     """Numbers from 1 to ``count`` that get a label, at least so far apart."""
     every = next(one for one in (1, 2, 5, 10, 20, 50, 100, 200, 500, count + apart) if one >= apart)
-    return [1, *range(every, count + 1, every)] if every > 1 else [*range(1, count + 1)]
+    return [1, *(one for one in range(every, count + 1, every) if one > apart)]
 
 
 def bubble_chart(title: str, about: str, bubbles: Sequence[Bubble], x_title: str, y_title: str) -> Chart:

@@ -119,7 +119,7 @@ def reuse_chart(found: ReuseData) -> Chart:
 def reuse_map(found: ReuseData) -> Chart:
     """What was computed, step by part; steps that a part was not counted at were computed."""
     title = f"{found.things.capitalize()} computed, step by step and place by place"
-    about = "Full colour: computed; empty: earlier results stood for it. Hover a cell for its place."
+    about = "Full colour: computed; empty: earlier results stood for it. Places are in order; hover a cell for its name."
     if not found.cells:
         return Chart(title, about, missing="single places were not counted")
     steps = range(max(step for step, *_ in found.steps) + 1)
@@ -130,7 +130,7 @@ def reuse_map(found: ReuseData) -> Chart:
             computed, reused = counted.get(step, (1, 0))
             share = computed / max(computed + reused, 1)
             cells.append(Cell(step, row, share, f"{part}, step {step + 1}: {share:.0%} of its {found.unit}"))
-    return charts.map_chart(title, about, cells, "step", f"{found.things}, in order")
+    return charts.map_chart(title, about, cells, "step", "place")
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

@@ -101,7 +101,8 @@ class ByRule:
 
     def upcoming(self, trajectory: Trajectory) -> tuple[Mode, ...]:
         schedule = self.rule.schedule
-        return () if not schedule.at and schedule.computes(trajectory.step + 1) else self.modes
+        lasting = any(mode.lasting for mode in self.modes)
+        return () if not lasting and not schedule.at and schedule.computes(trajectory.step + 1) else self.modes
 
 
 @dataclass(frozen=True)
@@ -132,4 +133,6 @@ class ByTable:
     def upcoming(self, trajectory: Trajectory) -> tuple[Mode, ...]:
         now = trajectory.timestep
         rest = [cell for time, cell in zip(self.timesteps, self.cells, strict=True) if time < now - TOLERANCE * abs(now)]
-        return tuple(dict.fromkeys(cell for cell in itertools.takewhile(lambda cell: cell is not None, rest) if cell is not None))
+        pause = itertools.takewhile(lambda cell: cell is not None, rest)
+        later = (cell for cell in rest if cell is not None and cell.lasting)
+        return tuple(dict.fromkeys(cell for cell in itertools.chain(pause, later) if cell is not None))

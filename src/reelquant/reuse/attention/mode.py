@@ -81,6 +81,11 @@ class Mode(ABC):
     A member keeps nothing in itself: a place remembers for it, under its own value as the name.
     """
 
+    @property
+    def lasting(self) -> bool:
+        """Whether it needs something of every computed step, not of the last one alone."""
+        return False
+
     @abstractmethod
     def attend(self, place: Place) -> Tensor | None:
         """What stands for the output of a call, or None where the mode cannot give it: the call is then computed."""

@@ -20,27 +20,33 @@ from reelquant.nn import AttentionCall
 from reelquant.reuse.attention.mode import Mode, Place, check_share
 
 LEAST = 16
-"""Blocks of keys. With fewer there would be little to choose from."""
+"""Blocks of keys, and groups of queries. With fewer there would be little to choose from."""
+AT_ONCE = 64
+"""Queries whose weights are held at once."""
 GATHERED = 2**26
 """At most so many values of keys are gathered at once."""
 
 
 @dataclass(frozen=True)
 class Sparse(Mode):
-    """Every block of queries sees its heaviest blocks of keys. Calls with a mask over pairs of tokens are computed.
+    """Every group of queries sees its heaviest blocks of keys. Calls with a mask over pairs of tokens are computed.
 
     Attributes:
         density: the share of all blocks that is computed.
-        block: tokens of a block at most; there are sixteen blocks of keys at least.
+        block: keys of a block at most; there are sixteen blocks at least.
+        queries: of a group, at most; there are sixteen groups at least. Fewer hold more of the weights, and their products are slow: on
+            processors 64 take twice as long as 256.
     """
 
     density: float = 0.5
     block: int = 64
+    queries: int = 256
 
     def __post_init__(self) -> None:
         check_share("sparse", "density", self.density)
-        if type(self.block) is not int or self.block < 1:
-            raise RecipeError(f"'block' of attention's mode 'sparse' is a number of tokens, 1 or more, got {self.block!r}")
+        for name, value in (("block", self.block), ("queries", self.queries)):
+            if type(value) is not int or value < 1:
+                raise RecipeError(f"'{name}' of attention's mode 'sparse' is a number of tokens, 1 or more, got {value!r}")
 
     def attend(self, place: Place) -> Tensor | None:
         found = place.recall(self)
@@ -59,16 +65,16 @@ class Sparse(Mode):
             place.keep(self, lambda: (_kind(call), None))
             return
         place.multiplied += query[..., 0].numel() * key.shape[2] * query.shape[3]
-        place.keep(self, lambda: (_kind(call), heaviest(masses(call, self.size(call)), self.density)))
+        place.keep(self, lambda: (_kind(call), heaviest(masses(call, *self.sizes(call)), self.density)))
 
-    def size(self, call: AttentionCall) -> int:
-        """Tokens of a block of this call."""
-        return max(min(self.block, call.key.shape[2] // LEAST), 1)
+    def sizes(self, call: AttentionCall) -> tuple[int, int]:
+        """Queries of a group, and keys of a block, of this call."""
+        return max(min(self.queries, call.query.shape[2] // LEAST), 1), max(min(self.block, call.key.shape[2] // LEAST), 1)
 
     def _head(self, place: Place, head: int, blocks: Tensor) -> Tensor:
-        """Attention of one head, ``[batch, queries, head]``, to blocks ``[batch, query blocks, chosen]``."""
-        call, size = place.call, self.size(place.call)
-        query, key, value = (_blocks(one[:, head], size) for one in (call.query, call.key, call.value))
+        """Attention of one head, ``[batch, queries, head]``, to blocks ``[batch, groups, chosen]``."""
+        call, (rows, size) = place.call, self.sizes(place.call)
+        query, key, value = _blocks(call.query[:, head], rows), _blocks(call.key[:, head], size), _blocks(call.value[:, head], size)
         bias = _bias(call, head, size)
         batch, _, chosen = blocks.shape
         at_once = max(GATHERED // (batch * chosen * key[0, 0].numel()), 1)
@@ -101,19 +107,27 @@ def _bias(call: AttentionCall, head: int, size: int) -> Tensor | None:
     return F.pad(own, (0, -keys % size), value=-torch.inf).unflatten(1, (-1, size)).to(call.query.dtype)
 
 
-def masses(call: AttentionCall, block: int) -> Tensor:
-    """The weights of attention summed over blocks of keys, the mean over a block's queries.
+def masses(call: AttentionCall, rows: int, block: int) -> Tensor:
+    """The weights of attention summed over blocks of keys, the mean over a group of queries.
+
+    Args:
+        rows: queries of a group.
+        block: keys of a block.
 
     Returns:
-        ``[batch, heads, query blocks, key blocks]`` float32; the last axis sums to 1.
+        ``[batch, heads, groups, blocks]`` float32; the last axis sums to 1.
     """
     query, key, scale = call.query.float(), call.key.float(), call.query.shape[3] ** -0.5 if call.scale is None else call.scale
     bias, found = key_bias(call.mask), []
-    for rows in query.split(block, 2):
-        scores = rows @ key.mT * scale
-        weights = (scores if bias is None else scores + bias[:, :, None]).softmax(-1)
-        found.append(F.pad(weights.mean(2), (0, -key.shape[2] % block)).unflatten(2, (-1, block)).sum(3))
+    for group in query.split(rows, 2):
+        mean = sum(_weights(some, key, scale, bias).sum(2) for some in group.split(AT_ONCE, 2)) / group.shape[2]
+        found.append(F.pad(mean, (0, -key.shape[2] % block)).unflatten(2, (-1, block)).sum(3))
     return torch.stack(found, 2)
+
+
+def _weights(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    scores = query @ key.mT * scale
+    return (scores if bias is None else scores + bias[:, :, None]).softmax(-1)
 
 
 def heaviest(mass: Tensor, density: float) -> list[Tensor]:

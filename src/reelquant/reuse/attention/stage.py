@@ -20,6 +20,8 @@ from reelquant.reuse.attention.courses import ByRule, ByTable, Course, Rule, par
 from reelquant.reuse.attention.installed import InstalledAttention
 from reelquant.reuse.attention.mode import Mode
 from reelquant.reuse.attention.modes import parse_mode
+from reelquant.reuse.attention.planned import forecasting, plan
+from reelquant.reuse.attention.recorded import record
 from reelquant.reuse.reuse import Reuse
 from reelquant.stages import ModelWork
 
@@ -41,12 +43,16 @@ class AttentionReuse(Reuse):
         threshold: instead of rules: every place and step gets the cheapest of the candidates that changes the output of attention by less
             than this, relative to its size, in the clips that choices are made on. Early places and steps get less: the n-th of L places
             n / L of it, and the share of the steps that have passed of that. 0 computes everything.
+        budget: instead of rules: the share of attention's multiplications that is made. Which places are computed at which steps, and what
+            weights of their last outputs stand for the others, is planned from outputs that are recorded in the clips that choices are
+            made on, see :mod:`reelquant.reuse.attention.planned`. 1 computes everything.
         candidates: mappings with ``mode`` and its options.
         longest: with a threshold, what was computed once stands for so many steps at most.
     """
 
     rules: tuple[Mapping[str, Any], ...] = RULES
     threshold: float | None = None
+    budget: float | None = None
     candidates: tuple[Mapping[str, Any], ...] = CANDIDATES
     longest: int = 4
     always: ClassVar[Mapping[str, Any]] = {"threshold": 0.0}
@@ -54,8 +60,11 @@ class AttentionReuse(Reuse):
     things: ClassVar[str] = "attention sites"
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and tuple(self.rules) != RULES:
-            raise RecipeError("reuse 'attention' has rules and a threshold beside them; keep one")
+        given = {"rules": tuple(self.rules) != RULES, "threshold": self.threshold is not None, "budget": self.budget is not None}
+        if sum(given.values()) > 1:
+            raise RecipeError(f"reuse 'attention' has {' and '.join(name for name in given if given[name])} beside each other; keep one")
+        if self.budget is not None and not 0 < self.budget <= 1:
+            raise RecipeError(f"'budget' of reuse 'attention' is a share of its multiplications, above 0 and up to 1, got {self.budget}")
         if self.threshold is None and (tuple(self.candidates), self.longest) != (CANDIDATES, 4):
             raise RecipeError("'candidates' and 'longest' of reuse 'attention' belong to a threshold; add one, like threshold: 0.05")
         if self.threshold is not None and not 0 <= self.threshold < 1:
@@ -81,15 +90,19 @@ class AttentionReuse(Reuse):
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.threshold)
+        return bool(self.threshold) or self._plans
+
+    @property
+    def _plans(self) -> bool:
+        return self.budget is not None and self.budget < 1
 
     @property
     def in_memory(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "a threshold of attention's error is tried out on the whole denoiser; give rules" if self.threshold else None
+        return "what attention's errors do is tried out on the whole denoiser; give rules" if self.needs_data else None
 
     def held_out_runs(self, steps: int) -> int:
         del steps
-        return 1 if self.threshold else 0
+        return 1 if self.needs_data else 0
 
     def facts(self, work: ModelWork) -> dict[str, Any]:
         """Paths of the modules that ask for attention, names of two arguments of the denoiser, and what each site does."""
@@ -99,6 +112,8 @@ class AttentionReuse(Reuse):
         if not work.map.attention:
             raise UnsupportedError(f"nothing of {work.map.cls} calls scaled_dot_product_attention, so reuse 'attention' has nothing to do")
         names = {"timestep": timestep, "latent": latent}
+        if self.budget is not None:
+            return names | (planned(work, names, self.budget) if self._plans else {})
         if self.threshold is None:
             if not (found := ruled(self.parsed, work.map.attention)):
                 count = len(work.map.attention)
@@ -114,10 +129,20 @@ class AttentionReuse(Reuse):
         if "rules" in facts:
             parsed = dict(enumerate(self.parsed))
             return {site: ByRule(parsed[number]) for site, number in facts["rules"].items()}
-        modes: dict[int, Mode | None] = {-1: None, **dict(enumerate(self.modes))}
-        times, table = tuple(facts.get("timesteps", ())), facts.get("table", {})
+        times, table = tuple(facts.get("timesteps", ())), facts.get("table", facts.get("forecasts", {}))
         if any(len(row) != len(times) for row in table.values()):
             raise RecipeError(
                 f"a table of reuse 'attention' has a mode for each of its {len(times)} timesteps in every row, and one has not"
             )
+        if "forecasts" in facts:
+            return {site: ByTable(times, forecasting(row)) for site, row in table.items()}
+        modes: dict[int, Mode | None] = {-1: None, **dict(enumerate(self.modes))}
         return {site: ByTable(times, tuple(modes[cell] for cell in row)) for site, row in table.items()}
+
+
+def planned(work: ModelWork, names: Mapping[str, Any], budget: float) -> dict[str, Any]:
+    """``timesteps``, and ``forecasts``: by site the weights of its last outputs at every step, None where it is computed."""
+    with work.timed("compare attention", work.steps):
+        recorded = record(work, names, work.held_out_latents)
+    rows = plan(recorded, budget)
+    return {"timesteps": list(recorded.timesteps), "forecasts": {site: [row and list(row) for row in rows[site]] for site in rows}}
