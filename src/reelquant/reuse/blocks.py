@@ -255,6 +255,14 @@ class InstalledBlocks:
         counted = self._counted
         return {step: (counted["computed", step], counted["reused", step]) for step in sorted({step for _, step in counted})}
 
+    def by_cell(self) -> dict[str, dict[int, tuple[int, int]]]:
+        """The same by block; a block that only stretches at rest hold at a step is not counted there, and computes."""
+        found: dict[str, Counter[tuple[str, int]]] = {}
+        for block in self.blocks:
+            found[block.name] = found.get(block.name, Counter()) + block.stretch.counted
+        steps = {name: sorted({step for _, step in counted}) for name, counted in found.items()}
+        return {name: {step: (found[name]["computed", step], found[name]["reused", step]) for step in steps[name]} for name in found}
+
     @property
     def _counted(self) -> Counter[tuple[str, int]]:
         return sum((stretch.counted for stretch in self.stretches), Counter())

@@ -503,3 +503,12 @@ def test_counts_are_kept_by_step() -> None:
         added(model, time)
     assert reuse.by_step() == {0: (2, 0), 1: (0, 2), 2: (1, 0)}
     assert reuse.parts == ["blocks.1", "blocks.2"]
+
+
+def test_blocks_are_counted_by_themselves_where_stretches_take_turns() -> None:
+    model = Denoiser()
+    reuse = BlockReuse(every=9, late=(0.0, 0.5)).install(model, FACTS | {"late": ["blocks.0", "blocks.1", "blocks.2"]})
+    for time in (10.0, 6.0, 5.0, 4.0):
+        added(model, time)
+    both = {0: (1, 0), 1: (0, 1), 2: (1, 0), 3: (0, 1)}
+    assert reuse.by_cell() == {"blocks.1": both, "blocks.2": both, "blocks.0": {2: (1, 0), 3: (0, 1)}}
