@@ -18,16 +18,16 @@ import reelquant
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.allocate import Damage, SensitivityTable
 from reelquant.cli import app
-from reelquant.cli.plan import tables
+from reelquant.cli.plan import _written, tables
 from reelquant.damage.scene import layers_of
 from reelquant.engine.sizes import layers_bytes, quantized_bytes
 from reelquant.models.sampling import sample
 from reelquant.nn import quantized_layers
-from reelquant.planning import Planned, quality
-from reelquant.planning.candidates import Bench
+from reelquant.planning import Planned, Way, quality
+from reelquant.planning.candidates import Bench, Candidate
 from reelquant.planning.formats import MEASURED, Formats
 from reelquant.planning.memory import Footprint, peak
-from reelquant.planning.plan import Survey, survey
+from reelquant.planning.plan import Survey, files_of, recipe_yaml, survey
 from reelquant.recipes.recipe import load_recipe, names
 from reelquant.reuse import installed_reuse
 from reelquant.streaming import parse_bytes
@@ -171,6 +171,18 @@ def test_a_map_is_measured_where_there_is_none_and_kept(tmp_path: Path, monkeypa
     assert reelquant.plan("tiny-dit", **how).best == first.best
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
     assert "allocate: milp" in reelquant.plan("tiny-dit", **how | {"num_frames": 9}).best.own["recipe.yaml"]
+
+
+def test_experts_with_formats_of_their_own_get_a_file_each(tmp_path: Path) -> None:
+    one, other = load_recipe("w8a16"), load_recipe("w4a16")
+    made = Candidate("denoisers", "planned", one, {}, {}, 0, own={"transformer": one, "transformer_2": other})
+    files = files_of(made)
+    assert files == {"transformer": "recipe-transformer.yaml", "transformer_2": "recipe-transformer_2.yaml"}
+    assert set(files_of(replace(made, own={"transformer": one, "transformer_2": one})).values()) == {"recipe.yaml"}
+    way = Way({}, "none", 0, 0, 1.0, "", "", own={file: recipe_yaml(made.own[name]) for name, file in files.items()})
+    written = _written(way, tmp_path / "mine.yaml")
+    assert {name: file.name for name, file in written.items()}["recipe-transformer_2.yaml"] == "mine-transformer_2.yaml"
+    assert load_recipe(written["recipe-transformer_2.yaml"]).digest() == other.digest()
 
 
 def test_commands_are_what_they_say(surveys: dict[str, Survey], plans: dict[str, Planned]) -> None:
