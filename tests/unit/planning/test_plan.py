@@ -293,6 +293,16 @@ def test_what_is_kept_from_step_to_step_is_counted(small: Survey, steps: dict[st
     assert tables <= counted <= 1.2 * tables  # the first layer of the embedding turns out not to be read
 
 
+def test_what_data_will_choose_is_counted_as_if_most_was_kept(small: Survey) -> None:
+    kept = {name: small.bench.made("denoisers", load_recipe(name), 0).parts["transformer"].kept for name in REUSING}
+    change = kept["block-cache-w8a8"]
+    assert kept["profilingdit"] == 3 * change  # half of six blocks, no two of them neighbours
+    assert kept["ditfastattn"] > kept["adaspa"] > change > 0  # all places, self-attention, and one change of a stretch
+
+
+REUSING = ("block-cache-w8a8", "profilingdit", "ditfastattn", "adaspa")
+
+
 def _tensors(value: Any) -> list[torch.Tensor]:
     """Those that a reuse keeps of a trajectory."""
     held = [one.installed for one in value.values()]
