@@ -5,7 +5,8 @@
     python -m benchmarks.planning --quality                                    # what plans say of quality, from rows.jsonl
 
 Denoisers have the true widths of Wan-1.3B and CogVideoX-5B, random weights and one or two blocks: every block is alike, so the weights of
-the others are added to both sides (*full depth*), and a step of all blocks takes as many times as long. Peaks are high-water marks of
+the others are added to both sides (*full depth*), and a step of all blocks takes as many times as long. VAEs are whole, with random
+weights. Peaks are high-water marks of
 resident memory of one call, a process each. Times are processor time
 of one thread, the float and the quantized model in turns. The quantized one has 8-bit weights and inputs in 8 bits with a scale per
 token, which needs no data.
@@ -48,6 +49,21 @@ SIZES = {
     "cogvideox-5b": {"17x160x240": (1, 5, 16, 20, 30), "17x240x416": (1, 5, 16, 30, 52), "17x320x480": (1, 5, 16, 40, 60)},
 }
 DEPTH = {"wan-1.3b": (2, 30), "cogvideox-5b": (1, 42)}  # blocks here, blocks of the published model
+VAES: dict[str, tuple[str, dict[str, Any]]] = {
+    "wan-1.3b": ("AutoencoderKLWan", {}),
+    "cogvideox-5b": (
+        "AutoencoderKLCogVideoX",
+        {
+            "block_out_channels": (128, 256, 256, 512), "latent_channels": 16, "layers_per_block": 3, "temporal_compression_ratio": 4,
+            "down_block_types": ("CogVideoXDownBlock3D",) * 4, "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+        },
+    ),
+}  # fmt: skip
+VAE_SIZES = {  # latents of small clips: a larger one takes hours of one core
+    "wan-1.3b": {"5x96x128": (1, 16, 2, 12, 16), "5x128x192": (1, 16, 2, 16, 24)},
+    "cogvideox-5b": {"5x96x128": (1, 16, 2, 12, 16), "5x128x192": (1, 16, 2, 16, 24)},
+}
+TILES = {"tile_sample_min_height": 64, "tile_sample_min_width": 64}
 QUANTIZED = "ours w8a8"
 VARIANTS = (BASE, QUANTIZED)
 RECIPES = ("w8a16", "w4a16", "qvd-w8a8")
@@ -64,6 +80,17 @@ MEMORY_HEADINGS = (
     "predicted, MB",
 )
 TIME_HEADINGS = ("model", "clip", "variant", "measured, s", "predicted, s", "error", "speed-up", "predicted", "error")
+VAE_HEADINGS = (
+    "VAE of",
+    "clip",
+    "decoded",
+    "measured, MB",
+    "predicted, MB",
+    "error",
+    "beside weights, MB",
+    "predicted, MB",
+    "its tensors, MB",
+)
 SIZE_HEADINGS = ("pipeline", "recipe", "folder, kB", "dry run, kB", "error", "layers, kB", "dry run, kB", "error")
 
 
@@ -156,6 +183,62 @@ def memory_rows(model: str, work: Path) -> Iterator[dict[str, Any]]:
                 "beside": peaks["rss_mb"] - (bases[name] + found.weights) / 1e6, "running": found.running / 1e6,
                 "base": bases[name] / 1e6, "bare": peaks["rss_bare_mb"],
             }  # fmt: skip
+
+
+# --- VAEs -----------------------------------------------------------------------------------------------------------------------------
+
+
+def vae_folder(model: str, work: Path) -> Path:
+    """The bf16 checkpoint of a VAE with random weights, made if it is not there yet."""
+    import diffusers
+
+    cls, config = VAES[model]
+    folder = work / "vae" / model
+    if not folder.is_dir():
+        torch.manual_seed(0)
+        getattr(diffusers, cls)(**config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def decoding(vae: Any, latent: tuple[int, ...], tiled: bool, device: str | None = None) -> Callable[[], object]:
+    """One call of a VAE's decoder, whole or in tiles."""
+    if tiled:
+        vae.enable_tiling(**TILES)
+    latents = torch.zeros(latent, dtype=torch.bfloat16, device=device)
+
+    def call() -> object:
+        with torch.no_grad():
+            return vae.decode(latents, return_dict=False)
+
+    return call
+
+
+def vae_rows(model: str, clip: str, work: Path) -> Iterator[dict[str, Any]]:
+    """A size, whole and in tiles."""
+    import diffusers
+
+    folder, kind = vae_folder(model, work), getattr(diffusers, VAES[model][0])
+    base = base_of(BASE)
+    latent = VAE_SIZES[model][clip]
+    for tiled in (False, True):
+        part = Part("vae", "vae", hollow(folder, torch.bfloat16), 0)
+        call = decoding(part.model, latent, tiled, "meta")
+        with traced(part.model) as trace:
+            call()
+        found = footprint(part, None, [trace], "cpu")
+
+        def opened(tiled: bool = tiled) -> Callable[[], object]:
+            vae = kind.from_pretrained(folder, torch_dtype=torch.bfloat16).eval()
+            for weight in vae.parameters():  # files are mapped, and pages of an encoder that nobody calls would not count
+                weight.data = weight.data.clone()
+            return decoding(vae, latent, tiled)
+
+        peaks = forked(lambda opened=opened: memory.peaks(opened, 1))
+        yield {
+            "name": f"vae {model} {clip} {'tiles' if tiled else 'whole'}", "digest": str(latent), "status": "measured",
+            "measured": peaks["rss_mb"], "predicted": (base + found.weights + found.running) / 1e6,
+            "beside": peaks["rss_mb"] - (base + found.weights) / 1e6, "running": found.running / 1e6, "tensors": trace.peak / 1e6,
+        }  # fmt: skip
 
 
 # --- time -----------------------------------------------------------------------------------------------------------------------------
@@ -257,6 +340,13 @@ def memory_line(row: dict[str, Any]) -> list[str]:
     return [model, clip, variant, f"{measured:.0f}", f"{predicted:.0f}", error(predicted, measured), *whole, *beside]
 
 
+def vae_line(row: dict[str, Any]) -> list[str]:
+    """A row of the table of VAEs."""
+    _, model, clip, variant = row["name"].split(" ", 3)
+    figures = [f"{row['measured']:.0f}", f"{row['predicted']:.0f}", error(row["predicted"], row["measured"])]
+    return [model, clip, variant, *figures, *(f"{row[key]:.0f}" for key in ("beside", "running", "tensors"))]
+
+
 def time_line(row: dict[str, Any]) -> list[str]:
     """A row of the table of times."""
     _, model, clip, variant = row["name"].split(" ", 3)
@@ -275,6 +365,7 @@ def size_line(row: dict[str, Any]) -> list[str]:
 
 TABLES = {
     "memory": ("Peak memory of one call of a denoiser", MEMORY_HEADINGS, memory_line),
+    "vae": ("Peak memory of one call of a VAE's decoder", VAE_HEADINGS, vae_line),
     "time": ("Time of one call of a denoiser", TIME_HEADINGS, time_line),
     "size": ("Sizes that dry runs and plans say", SIZE_HEADINGS, size_line),
 }
@@ -319,6 +410,8 @@ def main() -> None:
     }
     for model in args.models:
         works[f"memory {model}"] = lambda model=model: memory_rows(model, args.work)
+        for clip in VAE_SIZES[model]:
+            works[f"vae {model} {clip}"] = lambda model=model, clip=clip: vae_rows(model, clip, args.work)
         works[f"time {model}"] = lambda model=model: time_rows(model, args.work, args.rounds)
     done = [row["name"] for row in records.load()]
     for name, rows in works.items():

@@ -134,6 +134,22 @@ def allocate(
     )
 
 
+def reach(table: SensitivityTable, formats: Sequence[str] | None = None) -> tuple[float, float]:
+    """Fewest and most stored bits per weight that :func:`allocate` can divide: every layer in its smallest format, and in its largest.
+
+    Args:
+        table: what was measured; layers that it skips do not count.
+        formats: what layers may get; by default all weight formats of the most trusted measure.
+    """
+    chosen = formats or table.formats("weight", table.measures[0])
+    layers = [layer for layer in table.layers if not table.skipped(layer)]
+    fixed = [table.fixed_format(layer) for layer in layers]
+    formats_of = [chosen if own is None else (own,) for own in fixed]
+    sizes = [[weight_bytes(fmt, layer.shape) for fmt in some] for layer, some in zip(layers, formats_of, strict=True)]
+    weights = max(sum(layer.weights for layer in layers), 1)
+    return 8 * sum(map(min, sizes)) / weights, 8 * sum(map(max, sizes)) / weights
+
+
 def _formats(table: SensitivityTable, wanted: Sequence[str] | None, measured: Container[str]) -> tuple[str, ...]:
     known = [one for one in table.formats() if one in measured]
     for one in wanted or ():

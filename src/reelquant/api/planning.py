@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -14,9 +16,13 @@ if TYPE_CHECKING:
     import torch
 
     from reelquant._progress import Progress
+    from reelquant.allocate import SensitivityTable
     from reelquant.engine.components import RecipeSource
     from reelquant.engine.plan import Plan
     from reelquant.planning import Planned
+    from reelquant.planning.parts import Part
+
+TRIED = 48  # whole allocations that the method surrogate learns from
 
 
 @overload
@@ -34,6 +40,8 @@ def plan(
     min_speed: float | None = None,
     bits: float | None = None,
     recipes: Sequence[str] | None = None,
+    map: str | Path | SensitivityTable | None = None,
+    allocate: str = "milp",
     skip: Sequence[str] = (),
     overrides: dict[str, Any] | None = None,
     inputs: Mapping[str, Any] | None = None,
@@ -42,9 +50,11 @@ def plan(
 ) -> Planned | Plan:
     """Which recipes let a pipeline fit into a budget of memory; or, with a pipeline in memory and a recipe, what that does to its layers.
 
-    The first reads config files and headers of weights, and loads no weight. The stock pipeline makes one clip whose models run on the meta
+    The first reads config files and headers of weights. The stock pipeline makes one clip whose models run on the meta
     device, so that every component, the activations at this size, and every way of offloading count. Speeds are those of kernels that
-    are timed on this machine at the shapes of the model's layers (once; they are kept in the user's cache).
+    are timed on this machine at the shapes of the model's layers (once; they are kept in the user's cache). Weights are loaded only
+    where denoisers get formats by layer, with ``bits`` or because no whole recipe fits: what rounding each layer does is read from a
+    map, or measured by gradients if the pipeline fits into the memory of this machine. Else formats are chosen while quantizing.
 
     Args:
         model: bundled name, folder or hub id of a float pipeline; or a pipeline in memory.
@@ -55,6 +65,9 @@ def plan(
         min_speed: how many times faster than in float a denoising step has to be.
         bits: denoisers get a format for every layer, so many bits per weight on average with scales.
         recipes: those that denoisers may get, in order of preference.
+        map: a table of :func:`sensitivity`, its folder, or the folder to measure one into, which goes on where it was stopped. By default
+            the user's cache. Its ``skip`` and ``fixed`` are followed.
+        allocate: how bits are divided: ``milp``, ``greedy``, ``sampled`` or ``surrogate``.
         skip: as in :func:`quantize`, with a recipe.
         overrides: as in :func:`quantize`, with a recipe.
         inputs: as in :func:`quantize`, with a recipe.
@@ -80,6 +93,62 @@ def plan(
     if max_memory is None:
         raise RecipeError(f"plan needs a budget: reelquant.plan('{model}', max_memory='12GB')")
     from reelquant.planning import plan_memory
+    from reelquant.planning.formats import Formats
 
-    how = dict(device=device, dtype=dtype, min_speed=min_speed, bits=bits, recipes=recipes, progress=progress or None)
+    heard = progress or None
+
+    def formats(parts: Mapping[str, Part]) -> Formats:
+        table = _table(model, map, allocate, parts, device, heard, call) if map is None or isinstance(map, str | Path) else map
+        return Formats(table, allocate)
+
+    Formats(method=allocate)  # an unknown name is an error before anything is opened
+    how = dict(device=device, dtype=dtype, min_speed=min_speed, bits=bits, recipes=recipes, formats=formats, progress=heard)
     return plan_memory(model, max_memory, call=call, **how)
+
+
+def _table(
+    model: str | Path,
+    folder: str | Path | None,
+    method: str,
+    parts: Mapping[str, Part],
+    device: str,
+    progress: Progress | None,
+    call: Mapping[str, Any],
+) -> SensitivityTable | None:
+    """The map of a model: read, or measured. None, and a remark, if this machine has no room to measure one."""
+    import psutil
+
+    from reelquant._numbers import size
+    from reelquant._remarks import remark
+    from reelquant.allocate.table import FILE, load_table
+    from reelquant.api.sensing import sensitivity
+    from reelquant.planning.formats import BASE, MEASURED, measuring_bytes
+    from reelquant.planning.timing import here
+    from reelquant.recipes.allocated import allocated
+
+    tried = TRIED if method == "surrogate" else 0
+    place = Path(folder) if folder is not None else _own_folder(model, call, tried)
+    if place.suffix == ".json" or (place / FILE).is_file():
+        return load_table(place)
+    needed, free = measuring_bytes(parts), psutil.virtual_memory().available
+    if needed > free:
+        remark(
+            f"what each layer of '{model}' does was not measured: that takes {size(needed)} of memory and {size(free)} are free; "
+            "formats are chosen while quantizing"
+        )
+        return None
+    where = device if here(device) else "cpu"
+    return sensitivity(
+        model, place, recipe=allocated(BASE, {}, name=BASE), formats=MEASURED, inputs=(), configurations=tried, ranges=1, device=where,
+        progress=progress or False, **call,
+    )  # fmt: skip
+
+
+def _own_folder(model: str | Path, call: Mapping[str, Any], tried: int) -> Path:
+    """Where a map of these files at this size lies in the user's cache."""
+    from reelquant._cache import cache_folder
+    from reelquant.evidence.sampling import ClipSource
+
+    source = ClipSource(model)
+    about = json.dumps([source.identity, tried, {key: str(value) for key, value in sorted(call.items())}])
+    return cache_folder() / "maps" / f"{source.name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}"

@@ -22,6 +22,7 @@ from reelquant.cli.options import (
     Width,
     call_options,
     more_help,
+    one_of,
     recipe_names,
     torch_dtype,
 )
@@ -47,13 +48,25 @@ Recipes = Annotated[
         "--recipes", help="Those that the denoiser may get, with commas, the best first.", show_default=False, autocompletion=recipe_names
     ),
 ]
+Map = Annotated[
+    Path | None,
+    typer.Option(
+        "--map", help="A map of reelquant sensitivity to choose formats by; measured into this folder if none is there.", show_default=False
+    ),
+]
+Allocate = Annotated[
+    str,
+    typer.Option(
+        "--allocate", help="How bits are divided among layers: milp, greedy, sampled, surrogate.",
+        autocompletion=one_of("milp", "greedy", "sampled", "surrogate"),
+    ),
+]  # fmt: skip
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the recipe here if it is not one of the library.", show_default=False)
 ]
 
 
 FLOAT = "float"
-OWN = "recipe.yaml"  # what commands of a plan call the file of a recipe of their own
 
 
 @more_help("""
@@ -63,10 +76,13 @@ OWN = "recipe.yaml"  # what commands of a plan call the file of a recipe of thei
     [cyan]reelquant plan wan-1.3b --max-memory 12GB --frames 81 --height 480 --width 832[/cyan]
     [cyan]reelquant plan wan-1.3b --max-memory 12GB --device cuda[/cyan]      for a card that is elsewhere: no speeds
     [cyan]reelquant plan wan-1.3b --max-memory 12GB --min-speed 1.5 --recipes qvd-w8a8,qvd-w4a8[/cyan]
-    [cyan]reelquant plan wan-1.3b --max-memory 6GB --bits 4.5 -o recipe.yaml[/cyan]
+    [cyan]reelquant plan wan-1.3b --max-memory 6GB --bits 4.5 --map map -o recipe.yaml[/cyan]
 
-    No weight is loaded: the stock pipeline makes a clip of this size whose models compute nothing. Speeds are of kernels that are timed
+    The stock pipeline makes a clip of this size whose models compute nothing. Speeds are of kernels that are timed
     on this machine, once, at the shapes of the layers. Quality is told where it was measured, and nowhere else.
+
+    Weights are loaded only for formats by layer (--bits, or where no whole recipe fits): what rounding each layer does is measured, unless
+    --map names a folder where it was. A run that was stopped goes on with the same command.
 """)
 def plan(
     model: Model,
@@ -81,6 +97,8 @@ def plan(
     min_speed: MinSpeed = None,
     bits: Bits = None,
     recipes: Recipes = None,
+    map: Map = None,
+    allocate: Allocate = "milp",
     threads: Threads = None,
     output: Output = None,
     force: Force = False,
@@ -103,38 +121,37 @@ def plan(
 
     names = [name.strip() for name in recipes.split(",") if name.strip()] if recipes else None
     call = call_options(frames=frames, height=height, width=width, steps=steps, guidance=guidance)
-    how = dict(device=device, dtype=kind, min_speed=min_speed, bits=bits, recipes=names)
+    how = dict(device=device, dtype=kind, min_speed=min_speed, bits=bits, recipes=names, map=map, allocate=allocate)
     with console.Bars() as bars:
         found = run(model, max_memory=max_memory, **how, progress=bars, **call)
     written = _written(found.best, output)
-    if written is not None:  # the command names the file as the user does
-        command = found.best.command.replace(OWN, shlex.quote(str(output)))
-        found = replace(found, best=replace(found.best, command=command))
+    command = found.best.command
+    for name, file in written.items():  # the command names files as the user does
+        command = command.replace(name, shlex.quote(str(file)))
+    found = replace(found, best=replace(found.best, command=command))
     if json:
-        console.emit(found.to_json() | {"written": written and str(written)})
+        console.emit(found.to_json() | {"written": [str(file) for file in written.values()]})
         return
     for part in tables(found):
         console.out.print(part)
         console.out.print()
-    if written is not None:
-        console.done(written)
-    elif found.best.recipe:
+    for file in written.values():
+        console.done(file)
+    if found.best.own and not written:
         console.out.print("[dim]the recipe is not in the library: -o recipe.yaml writes it[/dim]")
 
 
-def _written(best: Way, output: Path | None) -> Path | None:
-    """Write the recipe of a way, if it has one of its own; a library recipe needs no file."""
-    if output is None or not best.recipe:
-        return None
-    from reelquant._errors import CheckpointError
+def _written(best: Way, output: Path | None) -> dict[str, Path]:
+    """Write the recipes of a way that are not in the library, by the names that its command has for them. Several have the name of their
+    component at the end."""
+    from reelquant.evidence.store import write_text
 
-    beside = output.with_name(f".{output.name}.partial")
-    try:
-        beside.write_text(best.recipe, encoding="utf-8")
-        beside.replace(output)
-    except OSError as error:
-        raise CheckpointError(f"cannot write '{output}' ({error.strerror}); choose another file") from None
-    return output
+    if output is None:
+        return {}
+    places = {name: output.with_stem(output.stem + name.removeprefix("recipe").removesuffix(".yaml")) for name in best.own}
+    for name, file in places.items():
+        write_text(file, best.own[name])
+    return places
 
 
 def tables(found: Planned) -> list[Plain]:

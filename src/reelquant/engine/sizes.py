@@ -45,5 +45,11 @@ def layers_bytes(plan: Plan) -> int:
     return round(total) + sum(row.bytes_after for row in plan.quantized if row.layer.name not in chosen)
 
 
+def table_bytes(plan: Plan, steps: int) -> int:
+    """Bytes of what stages store of layers for every step of a sampler, at most: some of it turns out not to be read, and is dropped."""
+    rows = ((row, entry, number) for row in plan.quantized for number, entry in enumerate(row.entries))
+    return steps * sum(entry.stage.stored_by_step(row.site_before(number)) for row, entry, number in rows)
+
+
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import nn
 
 from reelquant.engine.plan import Plan
 from reelquant.engine.quality import model_bytes
-from reelquant.engine.sizes import quantized_bytes
+from reelquant.engine.sizes import quantized_bytes, table_bytes
 from reelquant.planning.heap import held
 from reelquant.planning.parts import Part
 from reelquant.planning.trace import Trace
@@ -29,6 +29,7 @@ class Footprint:
         weights: in memory.
         outside, block: of its weights those outside of blocks, and the largest block; all and 0 if it has no blocks.
         running: what its calls hold beside the weights, at most.
+        kept: results that it keeps from step to step, as long as the clip is made and after it.
     """
 
     stored: int
@@ -36,13 +37,26 @@ class Footprint:
     outside: int
     block: int
     running: int
+    kept: int = 0
 
 
-def footprint(part: Part, plan: Plan | None, traces: Sequence[Trace], device: str) -> Footprint:
-    """Of a component, float (``plan`` is None) or quantized."""
+def between(low: Footprint, high: Footprint, share: float) -> Footprint:
+    """Bytes of a component with numbers between those of two footprints, at a share of the way from the first to the second."""
+    return Footprint(*(round(one + share * (other - one)) for one, other in zip(astuple(low), astuple(high), strict=True)))
+
+
+def footprint(part: Part, plan: Plan | None, traces: Sequence[Trace], device: str, kept: int = 0, steps: int = 0) -> Footprint:
+    """Of a component, float (``plan`` is None) or quantized.
+
+    Args:
+        traces: of its calls.
+        kept: bytes that it keeps from step to step.
+        steps: of the sampler, for tables that have a row for each.
+    """
     model = part.model
-    weights = part.bytes if plan is None else quantized_bytes(plan, model)
-    stored = part.stored if plan is None else quantized_bytes(plan, model, stored=True)  # what stays float is written as it was
+    tables = 0 if plan is None else table_bytes(plan, steps)
+    weights = part.bytes if plan is None else quantized_bytes(plan, model) + tables
+    stored = part.stored if plan is None else quantized_bytes(plan, model, stored=True) + tables  # what stays float is written as it was
     blocks = [model_bytes(block) for block in _blocks(model)]
     share = weights / max(part.bytes, 1)
     return Footprint(
@@ -51,6 +65,7 @@ def footprint(part: Part, plan: Plan | None, traces: Sequence[Trace], device: st
         round((part.bytes - sum(blocks)) * share),
         round(max(blocks, default=0) * share),
         max((running(trace, device) for trace in traces), default=0),
+        kept,
     )
 
 
@@ -89,6 +104,7 @@ def peak(parts: Mapping[str, Footprint], base: int, clip: Sequence[int], mode: s
     """
     every = list(parts.values())
     frames = clip_bytes(clip) if base else clip_bytes(clip) // FRAMES
+    base += sum(one.kept for one in every)  # nothing moves it, and nothing forgets it before the next clip
     if mode == "none":
         return base + sum(one.weights for one in every) + max([frames, *(one.running for one in every)])
     if mode == "model":

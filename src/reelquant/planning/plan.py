@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,21 @@ from reelquant._numbers import size
 from reelquant._progress import Progress, Silent
 from reelquant.kernels import native_float
 from reelquant.planning.candidates import DENOISERS, FLOAT, Bench, Candidate
-from reelquant.planning.formats import LEAST, MOST
-from reelquant.planning.memory import MODES, peak
-from reelquant.planning.parts import parts_of
+from reelquant.planning.formats import Formats
+from reelquant.planning.memory import MODES, between, peak
+from reelquant.planning.parts import Part, parts_of
 from reelquant.planning.process import process_bytes
 from reelquant.planning.quality import NOT_MEASURED, measured
 from reelquant.planning.rehearsal import Rehearsal, rehearse
 from reelquant.planning.timing import Timings, here
+from reelquant.recipes.recipe import Recipe
 from reelquant.streaming import Source, parse_bytes
 
 BANDS = {"memory": 0.10, "speed": 0.25}
 """Relative errors of predictions on a CPU, as far off as ``benchmarks/planning.py`` has found them; see benchmarks/results/planning.md."""
-ROOM = 0.98  # of the budget that formats by layer may fill
+FINEST = 0.01  # bits per weight: budgets of formats by layer are multiples of it
+AskFormats = Callable[[Mapping[str, Part]], Formats]
+"""Gives, or measures, what formats by layer are chosen by; it is asked if a plan needs them."""
 OPTIONS = {"num_frames": "--frames", "height": "--height", "width": "--width", "num_inference_steps": "--steps"}
 
 
@@ -44,7 +48,7 @@ class Way:
         speed: how many times faster a denoising step is than in float, or why that is not known.
         quality: PSNR of clips to float, or that it was not measured.
         command: what to run.
-        recipe: YAML of a recipe that is not in the library, or empty.
+        own: recipes that are not in the library: YAML by the name of the file that the command reads.
     """
 
     recipes: dict[str, str]
@@ -54,7 +58,7 @@ class Way:
     speed: float | str
     quality: str
     command: str
-    recipe: str = ""
+    own: dict[str, str] = field(default_factory=dict)
 
     @property
     def words(self) -> str:
@@ -112,6 +116,7 @@ def plan_memory(
     min_speed: float | None = None,
     bits: float | None = None,
     recipes: Sequence[str] | None = None,
+    formats: AskFormats | None = None,
     progress: Progress | None = None,
     call: Mapping[str, Any] | None = None,
 ) -> Planned:
@@ -119,7 +124,7 @@ def plan_memory(
     budget = parse_bytes(max_memory)
     if min_speed is not None and not here(device):
         raise UnsupportedError(f"min_speed is measured on the device, and there is no '{device}' on this machine; leave it out")
-    return survey(model, device, dtype, bits, recipes, progress, call).within(budget, min_speed)
+    return survey(model, device, dtype, bits, recipes, progress, call, formats).within(budget, min_speed)
 
 
 def survey(
@@ -130,6 +135,7 @@ def survey(
     recipes: Sequence[str] | None = None,
     progress: Progress | None = None,
     call: Mapping[str, Any] | None = None,
+    formats: AskFormats | None = None,
 ) -> Survey:
     """What every component takes with every recipe, whatever the budget is; arguments as in :func:`plan_memory`."""
     here(device)  # an unknown name is an error, an absent device is not
@@ -141,10 +147,15 @@ def survey(
     seen = rehearse(source, parts, call or {})
     base = _base(device, dtype)
     heard.advance()
-    bench = Bench(parts, seen, device)
+    bench = Bench(parts, seen, device, lambda scale: rehearse(source, parts, _enlarged(call or {}, seen.clip, scale)), formats)
     every = bench.candidates(recipes, bits)
     heard.advance()
     return Survey(str(model), bench, every, base, dict(call or {}), dtype, heard)
+
+
+def _enlarged(call: Mapping[str, Any], clip: tuple[int, ...], scale: float) -> dict[str, Any]:
+    """Arguments of the call for a clip of other height and width."""
+    return {**call, "height": round(scale * clip[-2]), "width": round(scale * clip[-1])}
 
 
 def _base(device: str, dtype: torch.dtype) -> tuple[int, int]:
@@ -228,7 +239,7 @@ class Survey:
     @property
     def _by_layer(self) -> bool:
         """Whether the denoisers get formats by layer anyway."""
-        return any(one.chosen_later for one in self.every[DENOISERS])
+        return any(one.own for one in self.every[DENOISERS])
 
     def _fast(self, ways: list[Way], budget: int, least: float | None) -> list[Way]:
         """Those that are fast enough."""
@@ -258,14 +269,22 @@ class Survey:
         return found
 
     def _by_bits(self, budget: int) -> list[tuple[dict[str, Candidate], str]]:
-        """Formats by layer for the denoisers, as many bits as fit beside the smallest other components."""
+        """Formats by layer for the denoisers, as many bits as fit beside everything else, other components as small as they get."""
+        rough = self.bench.smallest()
+        if all(self._smallest(rough, mode)[1] > budget for mode in self.modes):
+            return []
+        least, most = self.bench.formats.reach
+        low, high = self.bench.allocated(least), self.bench.allocated(most)
         for mode in self.modes:
-            low, high = (self._smallest(self.bench.allocated(bits), mode) for bits in (LEAST, MOST))
-            if low[1] > budget:
+            if self._smallest(low, mode)[1] > budget:
                 continue
-            share = (ROOM * budget - low[1]) / max(high[1] - low[1], 1)
-            bits = LEAST + (MOST - LEAST) * min(max(share, 0.0), 1.0)
-            return [(self._smallest(self.bench.allocated(int(100 * bits) / 100), mode)[0], mode)]
+            share = _largest(lambda share, mode=mode: self._smallest(_between(low, high, share), mode)[1] <= budget)
+            bits = max(math.floor((least + share * (most - least)) / FINEST) * FINEST, least)
+            chosen = self._smallest(self.bench.allocated(bits), mode)
+            while chosen[1] > budget and bits > least:  # what lies between two allocations is a straight line only nearly
+                bits = max(bits - FINEST, least)
+                chosen = self._smallest(self.bench.allocated(bits), mode)
+            return [(chosen[0], mode)]
         return []
 
     def _smallest(self, first: Candidate, mode: str) -> tuple[dict[str, Candidate], int]:
@@ -275,7 +294,7 @@ class Survey:
         return chosen, self._peak(chosen, mode)
 
     def _nothing(self, budget: int) -> str:
-        firsts = [*self.every[DENOISERS], *([] if self._by_layer else [self.bench.allocated(LEAST)])]
+        firsts = [*self.every[DENOISERS], *([] if self._by_layer else [self.bench.smallest()])]
         least, mode, first = min(
             ((self._smallest(first, mode)[1], mode, first) for first in firsts for mode in self.modes), key=lambda found: found[0]
         )
@@ -288,7 +307,11 @@ class Survey:
 
     def _peak(self, chosen: Mapping[str, Candidate], mode: str) -> int:
         base = self.base[any(one.recipe is not None for one in chosen.values())]
-        return peak({name: one for slot in chosen.values() for name, one in slot.parts.items()}, base, self.seen.clip, mode)
+        last, clip = chosen[DENOISERS].last, self.seen.clip
+        if last != 1 and clip:  # what comes after the denoisers sees another size
+            clip = (clip[0], round(last * clip[-2]), round(last * clip[-1]))
+            chosen = {slot: one if slot == DENOISERS else self.bench.resized(one, last) for slot, one in chosen.items()}
+        return peak({name: one for slot in chosen.values() for name, one in slot.parts.items()}, base, clip, mode)
 
     def _way(self, chosen: Mapping[str, Candidate], mode: str) -> Way:
         by_part = {name: one for one in chosen.values() for name in one.parts}
@@ -304,7 +327,7 @@ class Survey:
             speed=self._speed(first),
             quality=quality,
             command=self._command({name: by_part[name] for name in order}),
-            recipe=recipe_yaml(first) if first.chosen_later else "",
+            own={file: recipe_yaml(first.own[name]) for name, file in files_of(first).items()},
         )
 
     def _speed(self, first: Candidate) -> float | str:
@@ -326,13 +349,13 @@ class Survey:
         return usual / mine
 
     def _command(self, by_part: Mapping[str, Candidate]) -> str:
-        """The command that makes it; ``recipe.yaml`` is where a recipe of our own was written."""
+        """The command that makes it; recipes of our own lie in the files of :func:`files_of`."""
         chosen = {name: one for name, one in by_part.items() if one.recipe is not None}
         dtype = [] if self.dtype == torch.float32 else ["--dtype", str(self.dtype).removeprefix("torch.")]
         sizes = [word for name, option in OPTIONS.items() if name in self.call for word in (option, str(self.call[name]))]
         if not chosen:
             return shlex.join(["reelquant", "generate", self.model, "-p", "...", *sizes, *dtype, "-o", "clip.mp4"])
-        names = {name: "recipe.yaml" if one.chosen_later else one.name for name, one in chosen.items()}
+        names = {name: files_of(one).get(name, one.name) for name, one in chosen.items()}
         alone = set(chosen) == {part.name for part in self.bench.slots[DENOISERS]} and len(chosen) == 1
         recipes = [word for name, recipe in names.items() for word in ("-r", recipe if alone else f"{name}={recipe}")]
         calibrates = any(one.recipe is not None and not one.recipe.data_free for one in chosen.values())
@@ -344,7 +367,29 @@ def _enough(least: int) -> str:
     return f"{-(-least // 10**6)}MB" if least < 10**9 else f"{-(-least // 10**7) / 100:.2f}GB"
 
 
-def recipe_yaml(candidate: Candidate) -> str:
+def _largest(fits: Callable[[float], bool], rounds: int = 30) -> float:
+    """The largest share between 0, which fits, and 1 that fits."""
+    if fits(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(rounds):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _between(low: Candidate, high: Candidate, share: float) -> Candidate:
+    """A candidate whose formats lie between those of two others."""
+    return replace(low, parts={name: between(one, high.parts[name], share) for name, one in low.parts.items()})
+
+
+def files_of(candidate: Candidate) -> dict[str, str]:
+    """The file of each component's recipe that is not in the library: one if all are the same."""
+    texts = {name: recipe_yaml(recipe) for name, recipe in candidate.own.items()}
+    alone = len(set(texts.values())) == 1
+    return {name: "recipe.yaml" if alone else f"recipe-{name}.yaml" for name in texts}
+
+
+def recipe_yaml(recipe: Recipe) -> str:
     """A recipe as ``reelquant quantize -r`` reads it."""
-    assert candidate.recipe is not None
-    return yaml.safe_dump(candidate.recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)

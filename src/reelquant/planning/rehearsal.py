@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from reelquant._errors import ReelQuantError, UnsupportedError
+from reelquant.clock import timestep_reader
 from reelquant.models.blank import CLASS
 from reelquant.models.compat import bridged
 from reelquant.models.conditions import reads_texts
@@ -62,6 +63,7 @@ class Rehearsal:
         clip: frames, height and width; empty if the pipeline decodes nothing.
         scenes: by component and method.
         calls: how often each denoiser is called in a step, mean over the steps.
+        most: how often in a step at which it is called: one of two experts is not called at every step.
         failed: components whose call could not be followed, and why.
     """
 
@@ -69,6 +71,7 @@ class Rehearsal:
     clip: tuple[int, ...] = ()
     scenes: dict[tuple[str, str], Scene] = field(default_factory=dict)
     calls: dict[str, float] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def scenes_of(self, name: str) -> list[Scene]:
@@ -159,10 +162,16 @@ def _on_meta(parts: Mapping[str, Part], seen: Rehearsal, counted: Counter[str]) 
 
 def _followed(part: Part, method: str, seen: Rehearsal, counted: Counter[str]) -> Callable[..., Any]:
     original, answers = getattr(part.model, method), dict[str, Any]()
+    argument = part.map.timestep_argument if part.denoises else None
+    timestep = timestep_reader(part.model, argument) if argument is not None else lambda args, kwargs: None
+    in_step = Counter[str]()
 
     @torch.no_grad()
     def run(*args: Any, **kwargs: Any) -> Any:
         counted[part.name] += 1
+        if part.denoises:
+            in_step[str(timestep(args, kwargs))] += 1
+            seen.most[part.name] = max(in_step.values())
         given, options = to_meta(args), to_meta(kwargs)
         shapes = str(tree_map(lambda one: (one.shape, one.dtype) if isinstance(one, Tensor) else one, (given, options)))
         if part.denoises and shapes in answers:  # the steps are alike

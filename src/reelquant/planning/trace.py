@@ -91,11 +91,13 @@ class Trace:
 
     Attributes:
         peak: most bytes that tensors held at a time, parameters and what the caller holds left out.
+        alive: bytes that tensors hold now.
         calls: how often each piece of work was done.
         events: memory that was taken and given back, in order.
     """
 
     peak: int = 0
+    alive: int = 0
     events: list[Event] = field(default_factory=list)
     calls: Counter[Call] = field(default_factory=Counter)
 
@@ -121,7 +123,7 @@ class _Alive(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.trace, self.now, self.times, self.inside = Trace(), 0, 1, 0
+        self.trace, self.times, self.inside = Trace(), 1, 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -149,8 +151,8 @@ class _Alive(TorchDispatchMode):
             return
         self.known.add(key)
         size, number = storage.nbytes(), len(self.trace.events)
-        self.now += size
-        self.trace.peak = max(self.trace.peak, self.now)
+        self.trace.alive += size
+        self.trace.peak = max(self.trace.peak, self.trace.alive)
         self.trace.events.append(Event(number, size))
         weakref.finalize(storage, self._gone, key, number, size)
 
@@ -163,7 +165,7 @@ class _Alive(TorchDispatchMode):
     def _gone(self, key: int, number: int, size: int) -> None:
         self.known.discard(key)
         self.trace.events.append(Event(number, -size))
-        self.now -= size
+        self.trace.alive -= size
 
     def _note(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         if any(info is not None and not info.is_write for info in (one.alias_info for one in func._schema.returns)):

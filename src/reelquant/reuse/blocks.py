@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -152,6 +152,20 @@ class BlockReuse(Reuse):
         late = {"late": _inside(blocks, self.late, work.map.cls)} if self.late else {}
         chosen = _inside(blocks, self.stretch, work.map.cls)
         return {"blocks": chosen} | common | late
+
+    @property
+    def remembers(self) -> int:
+        return self.order + 1
+
+    def widest(self, work: ModelWork) -> tuple[BlockReuse, dict[str, Any]]:
+        """Profiled blocks keep most where none of them are neighbours: each has a change of its own then."""
+        if not self.profiled:
+            return self, self.facts(work)
+        plain = replace(self, profiled=0.0, stretch=(0.0, 1.0))
+        facts = plain.facts(work)
+        blocks = facts["blocks"]
+        alone = blocks[::2][: max(round(self.profiled * len(blocks)), 1)]
+        return plain, facts | {"blocks": alone, "runs": [[name] for name in alone]}
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledBlocks:
         return InstalledBlocks(model, self, facts)

@@ -85,6 +85,15 @@ class Reuse(Stage):
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> Installed:
         """Act on a model from its next call on."""
 
+    @property
+    def remembers(self) -> int:
+        """How many results of each part are kept at a time."""
+        return 1
+
+    def widest(self, work: ModelWork) -> tuple[Reuse, dict[str, Any]]:
+        """A reuse that needs no data and keeps as much as this one at most will, and its facts: for plans."""
+        return self, self.facts(work)
+
     def loaded(self, name: str, model: nn.Module, map_: DenoiserMap) -> None:
         put(model, name, self, self.facts(cast(ModelWork, Loaded(model, type(model).__name__, map_))))
 

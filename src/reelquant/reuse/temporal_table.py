@@ -39,6 +39,9 @@ class TemporalTable(Stage):
     def needs(self, site: StageSite) -> frozenset[str]:
         return self.statistics if site.layer.role == "temporal" else frozenset()
 
+    def stored_by_step(self, site: StageSite) -> int:
+        return 4 * site.layer.shape[0] if site.layer.role == "temporal" else 0
+
     def after_installing(self, work: ModelWork) -> None:
         tabled: dict[str, QuantLayer] = {}
         for name, layer in work.quantized().items():

@@ -132,6 +132,11 @@ class Stage:
         del site
         return 0
 
+    def stored_by_step(self, site: StageSite) -> int:
+        """What the stage stores of a layer for every step of the sampler, bytes at most (for estimates)."""
+        del site
+        return 0
+
     def held_out_runs(self, steps: int) -> int:
         """How often the stage samples the held-out texts with a sampler of so many steps (for estimates)."""
         del steps

@@ -102,5 +102,9 @@ def test_roles_of_a_model_without_a_table_come_with_what_was_measured_of_others(
     data = json.loads(result.stdout)
     roles = {one["role"]: one for one in data["roles"]}
     assert not data["own"] and roles["prompt"]["layers"] == 14
-    assert set(roles["main"]["trained"]) == {"tiny-dit", "tiny-unet"}
-    assert "measured on the small bundled pipelines" in data["because"]
+    assert set(roles["main"]["trained"]) == {"tiny-dit", "tiny-unet", "tiny-ltx"} and len(roles["main"]["random"]) > 20
+    assert all(one["always"] == (min(one["trained"].values()) > 1) for one in roles.values() if len(one["trained"]) == 3)
+    assert roles["entry"]["names"] and "what their wiring does with an error" in data["because"]
+    shown = " ".join(invoke("recipes", "--for", "tiny-dit").output.split())
+    always = [one["role"] for one in roles.values() if one["always"]]
+    assert "sensitive in every trained pipeline: " + (always[0] if always else "no role") in shown

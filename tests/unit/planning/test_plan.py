@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +16,20 @@ from typer.testing import CliRunner
 
 import reelquant
 from reelquant._errors import RecipeError, UnsupportedError
+from reelquant.allocate import Damage, SensitivityTable
 from reelquant.cli import app
-from reelquant.cli.plan import tables
-from reelquant.engine.sizes import layers_bytes
-from reelquant.planning import Planned, quality
-from reelquant.planning.formats import choose_formats
+from reelquant.cli.plan import _written, tables
+from reelquant.damage.scene import layers_of
+from reelquant.engine.sizes import layers_bytes, quantized_bytes
+from reelquant.models.sampling import sample
+from reelquant.nn import quantized_layers
+from reelquant.planning import Planned, Way, quality
+from reelquant.planning.candidates import Bench, Candidate
+from reelquant.planning.formats import MEASURED, Formats
 from reelquant.planning.memory import Footprint, peak
-from reelquant.planning.plan import Survey, survey
+from reelquant.planning.plan import Survey, files_of, recipe_yaml, survey
 from reelquant.recipes.recipe import load_recipe, names
+from reelquant.reuse import installed_reuse
 from reelquant.streaming import parse_bytes
 from tests.unit.cli.test_layout import check
 
@@ -86,20 +95,94 @@ def test_longer_and_larger_clips_take_more(plans: dict[str, Planned]) -> None:
     assert longer.components["text_encoder"] == before["text_encoder"]
 
 
-def test_bits_give_a_recipe_that_quantize_reads(surveys: dict[str, Survey], tmp_path: Path) -> None:
-    file = tmp_path / "recipe.yaml"
-    words = ["plan", "tiny-dit", "--max-memory", ROOM, "--device", CARD, "--bits", "5.5", "-o", str(file)]
-    told = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
-    recipe = load_recipe(file)
-    allocated = next(entry.stage for entry in recipe.entries if "choose_specs" in entry.stage.hooks())
-    assert allocated.bits == 5.5 and yaml.safe_load(told["best"]["recipe"])["name"] == "planned-w5.5a8"
-    assert told["written"] == str(file) and f"-r {file}" in told["best"]["command"]
-    assert "exists" in CliRunner().invoke(app, words).stderr
-    plan = surveys["tiny-dit"].bench.allocated(5.5).plans["transformer"]
+def test_without_a_map_formats_are_chosen_while_quantizing(surveys: dict[str, Survey]) -> None:
+    bench = surveys["tiny-dit"].bench  # nobody gives it a map
+    made = bench.allocated(5.5)
+    step = next(entry.stage for entry in made.own["transformer"].entries if "choose_specs" in entry.stage.hooks())
+    assert made.chosen_later and step.bits == 5.5 and made.own["transformer"].name == "planned-w5.5a8"
+    plan = made.plans["transformer"]
     weights = sum(row.bytes_before / 4 for row in plan.quantized)
     assert layers_bytes(plan) == pytest.approx(5.5 / 8 * weights, rel=0.05)
-    with pytest.raises(RecipeError, match=r"--bits lies between 3\.26 and 8 bits"):
-        choose_formats(2.0)
+    greedy = Formats(method="greedy").recipes(4.0, ["transformer"])["transformer"]
+    assert [type(entry.stage).__name__ for entry in greedy.entries][-1] == "Greedy"
+    with pytest.raises(RecipeError, match=r"--bits lies between 3\.26 and 8\.00 bits"):
+        Formats().recipes(2.0, ["transformer"])
+    with pytest.raises(RecipeError, match="unknown method 'mlip' of allocation; did you mean 'milp'"):
+        reelquant.plan("tiny-dit", max_memory=ROOM, allocate="mlip")
+
+
+@pytest.fixture(scope="module")
+def table(surveys: dict[str, Survey]) -> SensitivityTable:
+    """A map of tiny-dit with made-up damages."""
+    layers = [one for one in layers_of("transformer", surveys["tiny-dit"].bench.parts["transformer"].map) if one.role not in ENDS]
+    rows = [
+        Damage("transformer", layer.name, "weight", fmt, "gradient", *3 * ((1 + number % 7) * layer.weights * 4.0**-bits,))
+        for number, layer in enumerate(layers)
+        for fmt, bits in zip(MEASURED, (3, 4, 6, 8), strict=True)
+    ]
+    return SensitivityTable("tiny-dit", "w4a16", tuple(layers), tuple(rows))
+
+
+ENDS = ("entry", "exit")
+
+
+def test_a_map_gives_formats_by_layer_and_has_the_last_word(table: SensitivityTable, tmp_path: Path) -> None:
+    edited = table.edited(["blocks.0.attn1.to_q"], {"blocks.1.*": "int8/channel"})
+    edited.save(tmp_path / "map" / "sensitivity.json")
+    file = tmp_path / "recipe.yaml"
+    words = ["plan", "tiny-dit", "--max-memory", ROOM, "--device", CARD, "--bits", "5.5", "--map", str(tmp_path / "map"), "-o", str(file)]
+    told = json.loads(CliRunner().invoke(app, [*words, "--allocate", "greedy", "--json"]).stdout)
+    assert told["written"] == [str(file)] and f"-r {file}" in told["best"]["command"]
+    assert "exists" in CliRunner().invoke(app, words).stderr
+    recipe = load_recipe(file)
+    assert recipe.name == "planned-w5.5a8" and not any("choose_specs" in entry.stage.hooks() for entry in recipe.entries)
+    rows = reelquant.plan(reelquant.open_pipeline("tiny-dit"), recipe).layers
+    assert rows["blocks.0.attn1.to_q"].skipped == "the allocation leaves it float"
+    assert all(row.specs is not None and row.specs.weight.format.bits == 8 for name, row in rows.items() if name.startswith("blocks.1."))
+    mine = [rows[layer.name] for layer in table.layers if rows[layer.name].skipped is None]
+    bits = 8 * sum(row.bytes_after - row.bytes_beside for row in mine) / sum(math.prod(row.layer.shape) for row in mine)
+    assert 0.99 * 5.5 <= bits <= 5.5
+
+
+@pytest.mark.parametrize("bits", [3.5, 6.5])
+def test_what_is_left_of_the_memory_is_divided_among_the_layers(surveys: dict[str, Survey], table: SensitivityTable, bits: float) -> None:
+    plain = surveys["tiny-dit"]
+    made = replace(plain, bench=Bench(plain.bench.parts, plain.seen, CARD, plain.bench.seen_at, lambda parts: Formats(table)))
+    _, budget = made._smallest(made.bench.allocated(bits), "none")
+    chosen, mode = made._by_bits(budget)[0]
+    found = made._way(chosen, mode)
+    assert mode == "none" and 0.99 * budget <= found.peak <= budget
+    assert float(found.recipes["transformer"].removeprefix("planned-w").removesuffix("a8")) == pytest.approx(bits, abs=0.02)
+    assert list(found.own) == ["recipe.yaml"] and "-r transformer=recipe.yaml" in found.command
+
+
+def test_a_map_of_another_model_is_refused(table: SensitivityTable) -> None:
+    other = replace(table, layers=(replace(table.layers[0], shape=(3, 5)), *table.layers[1:]))
+    with pytest.raises(RecipeError, match=r"of another model: layer '.*' of 'transformer' has a weight of \(3, 5\) there, and here it has"):
+        reelquant.plan("tiny-dit", max_memory=ROOM, device=CARD, bits=4.5, map=other)
+
+
+def test_a_map_is_measured_where_there_is_none_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REELQUANT_CACHE", str(tmp_path))
+    how: dict[str, Any] = dict(max_memory=ROOM, device=CARD, bits=4.5, num_inference_steps=1, num_frames=5, height=32, width=32)
+    first = reelquant.plan("tiny-dit", **how)
+    assert "allocate" not in first.best.own["recipe.yaml"] and len([*tmp_path.glob("maps/*/sensitivity.json")]) == 1
+    monkeypatch.setattr("reelquant.api.sensing.sensitivity", None)  # would fail if it were measured again
+    assert reelquant.plan("tiny-dit", **how).best == first.best
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**6))
+    assert "allocate: milp" in reelquant.plan("tiny-dit", **how | {"num_frames": 9}).best.own["recipe.yaml"]
+
+
+def test_experts_with_formats_of_their_own_get_a_file_each(tmp_path: Path) -> None:
+    one, other = load_recipe("w8a16"), load_recipe("w4a16")
+    made = Candidate("denoisers", "planned", one, {}, {}, 0, own={"transformer": one, "transformer_2": other})
+    files = files_of(made)
+    assert files == {"transformer": "recipe-transformer.yaml", "transformer_2": "recipe-transformer_2.yaml"}
+    assert set(files_of(replace(made, own={"transformer": one, "transformer_2": one})).values()) == {"recipe.yaml"}
+    way = Way({}, "none", 0, 0, 1.0, "", "", own={file: recipe_yaml(made.own[name]) for name, file in files.items()})
+    written = _written(way, tmp_path / "mine.yaml")
+    assert {name: file.name for name, file in written.items()}["recipe-transformer_2.yaml"] == "mine-transformer_2.yaml"
+    assert load_recipe(written["recipe-transformer_2.yaml"]).digest() == other.digest()
 
 
 def test_commands_are_what_they_say(surveys: dict[str, Survey], plans: dict[str, Planned]) -> None:
@@ -127,6 +210,20 @@ def test_dry_runs_and_plans_say_the_size_of_the_folder(plans: dict[str, Planned]
     assert told["bytes_after"] == pytest.approx(sum(row.bytes_after for row in report.layers), rel=0.05)
     way = next(way for way in plans[model].others if "w8a16" in way.command and way.offload == "none")
     assert way.size == pytest.approx(written, rel=0.05)
+
+
+def test_a_recipe_by_layer_has_the_size_that_was_planned(table: SensitivityTable, tmp_path: Path) -> None:
+    way = reelquant.plan("tiny-dit", max_memory=ROOM, device=CARD, bits=4.5, map=table).best
+    # without data: static ranges and codes by GPTQ take as many bytes
+    data = yaml.safe_load(way.own["recipe.yaml"]) | {"calibrate": None, "steps": []}
+    data["defaults"]["input"] = {"format": "int8", "granularity": "token", "dynamic": True}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(data))
+    words = ["quantize", "tiny-dit", "-r", str(file), "--dry-run", "--json", "--dtype", "bfloat16"]
+    told = json.loads(CliRunner().invoke(app, words).stdout)
+    reelquant.quantize_folder("tiny-dit", tmp_path / "out", str(file), dtype=torch.bfloat16)
+    written = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+    assert told["estimate"]["result"] == pytest.approx(written, rel=0.05) and way.size == pytest.approx(written, rel=0.05)
 
 
 def test_speeds_are_those_of_this_machine_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +265,64 @@ def test_wrong_wishes_are_told() -> None:
 def test_the_tables_fit_80_columns(plans: dict[str, Planned]) -> None:
     for made in tables(plans["tiny-unet"]):
         check(made, 80)
+
+
+KEEP = {"num_inference_steps": 4, "num_frames": 5, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def small() -> Survey:
+    """Of a small clip of tiny-dit, in float32 as it is sampled in tests."""
+    return survey("tiny-dit", CARD, torch.float32, recipes=["float"], call=KEEP)
+
+
+@pytest.mark.parametrize("steps", [{"reuse": "blocks", "order": 1, "stretch": [0.0, 1.0]}, {"reuse": "attention"}, {"temporal": "table"}])
+def test_what_is_kept_from_step_to_step_is_counted(small: Survey, steps: dict[str, Any]) -> None:
+    data = {"name": "kept", "defaults": {"weight": {"format": "int8", "granularity": "channel"}}, "calibrate": {"prompts": 1, "steps": 4}}
+    recipe = load_recipe(data | (steps if "temporal" in steps else {"steps": [steps]}))
+    made = small.bench.made("denoisers", recipe, 0)
+    found, plan = made.parts["transformer"], made.plans["transformer"]
+    pipe = reelquant.open_pipeline("tiny-dit")
+    reelquant.quantize(pipe, recipe, ["a red ball"], components=["transformer"], **KEEP)
+    tables = sum(4 * one.output_table.numel() for one in quantized_layers(pipe.transformer).values() if hasattr(one, "output_table"))
+    sample(pipe, ["a red ball"], output="latent", **KEEP)
+    alive = sum(one.untyped_storage().nbytes() for one in _tensors(installed_reuse(pipe.transformer)))
+    assert found.kept == alive
+    assert (alive > 0) == ("reuse" in steps)
+    counted = found.weights - quantized_bytes(plan, small.bench.parts["transformer"].model)
+    assert tables <= counted <= 1.2 * tables  # the first layer of the embedding turns out not to be read
+
+
+def test_what_data_will_choose_is_counted_as_if_most_was_kept(small: Survey) -> None:
+    kept = {name: small.bench.made("denoisers", load_recipe(name), 0).parts["transformer"].kept for name in REUSING}
+    change = kept["block-cache-w8a8"]
+    assert kept["profilingdit"] == 3 * change  # half of six blocks, no two of them neighbours
+    assert kept["ditfastattn"] > kept["adaspa"] > change > 0  # all places, self-attention, and one change of a stretch
+
+
+REUSING = ("block-cache-w8a8", "profilingdit", "ditfastattn", "adaspa")
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Those that a reuse keeps of a trajectory."""
+    held = [one.installed for one in value.values()]
+    courses = [part.now.trajectory for one in held for part in getattr(one, "stretches", [one])]
+    found = [tensor for one in courses for history in one.histories.values() for _, some in history.kept for tensor in some]
+    return found + [one for course in courses for one in course.notes.values() if isinstance(one, torch.Tensor)]
+
+
+def test_clips_that_grow_take_the_memory_of_their_last_size(small: Survey) -> None:
+    data = {"name": "grows", "defaults": {"weight": {"format": "int8", "granularity": "channel"}}, "calibrate": None}
+    plain = small.bench.made("denoisers", load_recipe(data), 0)
+    grows = small.bench.made("denoisers", load_recipe(data | {"resolution": [{"share": 0.5}, {"share": 0.5, "scale": 2.0}]}), 0)
+    shrinks = small.bench.made("denoisers", load_recipe(data | {"resolution": [{"share": 0.5}, {"share": 0.5, "scale": 0.5}]}), 0)
+    wide = survey("tiny-dit", CARD, torch.float32, recipes=["float"], call=KEEP | {"height": 64, "width": 64})
+    assert grows.parts["transformer"].running == wide.bench.made("denoisers", load_recipe(data), 0).parts["transformer"].running
+    assert shrinks.parts == plain.parts
+    assert [small._smallest(one, "none")[1] for one in (shrinks, plain, grows)] == sorted(
+        small._smallest(one, "none")[1] for one in (shrinks, plain, grows)
+    )
+    assert small._smallest(grows, "none")[1] == wide._smallest(wide.bench.made("denoisers", load_recipe(data), 0), "none")[1]
 
 
 PARTS = {"a": Footprint(0, 100, 10, 20, 7), "b": Footprint(0, 40, 40, 0, 30)}

@@ -9,7 +9,7 @@ blocks only. Ours is one mechanism with these as its modes; what is ours in a mo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -120,6 +120,12 @@ class AttentionReuse(Reuse):
                 raise SiteError(f"the rules of reuse 'attention' name none of the {count} places where {work.map.cls} attends; try on: '*'")
             return names | {"rules": found}
         return names | (table_of(compare(work, names, self.modes, self.longest), self.threshold) if self.threshold else {})
+
+    def widest(self, work: ModelWork) -> tuple[AttentionReuse, dict[str, Any]]:
+        """Every place that is not always computed keeps its output from the first call on: no mode keeps more than that size."""
+        rules = tuple({"on": rule["on"], "mode": "computed" if rule["mode"] == "computed" else "share"} for rule in self.rules)
+        found = replace(self, threshold=None, rules=RULES if self.threshold is not None else rules, candidates=CANDIDATES, longest=4)
+        return found, found.facts(work)
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledAttention:
         return InstalledAttention(model, facts, self.courses(facts))
