@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from reelquant.checkpoint.workspace import whole_file
 from reelquant.observe import RecordedCall
 
-SETTINGS, CALLS, CHOICE, TRAINING = "settings.json", "calls.pt", "choice.json", "training.pt"
+SETTINGS, CALLS, CHOICE, TRAINING = "settings.json", "calls.safetensors", "choice.json", "training.safetensors"
+TREE = "tree"
+"""Key of the metadata that holds what is no tensor."""
 EVERY = 50
 """Iterations between two files of training."""
 
@@ -44,7 +47,7 @@ class Kept:
             plain = [
                 (tuple(one.args), dict(one.kwargs), [leaf for leaf in tree_leaves(one.output) if isinstance(leaf, Tensor)]) for one in made
             ]
-            self._write(CALLS, lambda file: torch.save(plain, file))
+            self._save(CALLS, plain)
         return made
 
     def choice(self, make: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
@@ -63,7 +66,7 @@ class Kept:
         """Keep where training is, from time to time and at the end."""
         if self.folder is not None and (last or iteration % EVERY == 0):
             state = {"iteration": iteration, "weights": dict(weights), "optimizer": optimizer.state_dict()}
-            self._write(TRAINING, lambda file: torch.save(state, file))
+            self._save(TRAINING, state)
 
     def clear(self) -> None:
         """Remove what is kept."""
@@ -78,9 +81,18 @@ class Kept:
         if self.folder is None or not (self.folder / name).is_file():
             return None
         try:
-            return torch.load(self.folder / name, weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # made again
+            with safe_open(self.folder / name, "pt") as opened:
+                return _tree(json.loads(opened.metadata()[TREE]), opened.get_tensor)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):  # damaged: made again
             return None
+
+    def _save(self, name: str, tree: Any) -> None:
+        tensors: dict[str, Tensor] = {}
+        try:
+            plain = json.dumps(_plain(tree, tensors))
+        except TypeError:  # an argument of the denoiser is neither data nor a tensor: a run that is stopped starts again
+            return
+        self._write(name, lambda file: save_file(tensors, file, {TREE: plain}))
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         if self.folder is not None:
@@ -90,3 +102,35 @@ class Kept:
 
 def _read(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A tree of dicts, lists and tuples as JSON; tensors go to ``tensors`` under numbers.
+
+    Raises:
+        TypeError: for a leaf that is neither plain data nor a tensor.
+    """
+    if isinstance(value, Tensor):
+        tensors[name := str(len(tensors))] = value.detach().cpu().contiguous().clone()
+        return {"tensor": [name, str(value.device)]}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _plain(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"tuple" if isinstance(value, tuple) else "list": [_plain(item, tensors) for item in value]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__} is not kept")
+
+
+def _tree(plain: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """What :func:`_plain` was given."""
+    if not isinstance(plain, Mapping):
+        return plain
+    ((kind, content),) = plain.items()
+    if kind == "tensor":
+        name, device = content
+        return tensor(name).to(device)
+    if kind == "dict":
+        return {key: _tree(item, tensor) for key, item in content}
+    items = [_tree(item, tensor) for item in content]
+    return tuple(items) if kind == "tuple" else items
