@@ -28,6 +28,7 @@ def tune(
     prompts: Prompts | None = None,
     held_out: Prompts | None = None,
     record: int = 4,
+    component: str | None = None,
     stretch: tuple[float, ...] = (0.0, 1.0),
     weights: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -44,7 +45,7 @@ def tune(
     ``from_pretrained``; see :class:`reelquant.reuse.BlockReuse`.
 
     Args:
-        model: folder of a quantized pipeline with one denoiser.
+        model: folder of a quantized pipeline.
         output: the folder to write. What was tried is kept beside it, in ``<output>.tuning``; a run that was stopped goes on from there.
         target_speedup: times faster that a whole clip has to be; the best schedule that is so fast is chosen, if it keeps the limits.
         gate: preset that trials have to pass, ``strict``, ``default`` or ``loose``; the fastest that passes is chosen. None for the limits
@@ -55,6 +56,8 @@ def tune(
             prompts.
         held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
         record: clips that schedules are planned from. They are sampled once for every step.
+        component: which denoiser, where there are several (two experts). The others stay as they are: what they reuse already they go on to
+            reuse, and the limits are held against clips in which nothing is reused.
         stretch: the share of the blocks that is reused, in the order in which they run; empty for the whole answer of the denoiser.
         weights: folder with networks of metrics; else the user's cache.
         dtype: of the float parts, float32 by default.
@@ -68,7 +71,7 @@ def tune(
         What was chosen, everything that was tried, and the measured speed. ``output`` is None if no schedule kept the limits.
 
     Raises:
-        ReelQuantError: if the pipeline is not quantized, has several denoisers or too few steps, or cannot be as fast.
+        ReelQuantError: if the pipeline is not quantized, has several denoisers and none is named, or too few steps, or cannot be as fast.
 
     Example:
         >>> made = reelquant.tune("out", "fast", target_speedup=1.8)
@@ -79,5 +82,5 @@ def tune(
 
     goal = Goal(target_speedup, gate, dict(limits or {}))
     where = dict(stretch=stretch, clips=clips, recorded=record, held_out=held_out, weights=weights, dtype=dtype, device=device, force=force)
-    where |= {"shared": shared}
+    where |= {"shared": shared, "component": component}
     return run(model, output, prompts, goal=goal, progress=progress or None, call=call, **where)

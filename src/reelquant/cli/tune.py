@@ -58,6 +58,10 @@ Stretch = Annotated[
         "--stretch", metavar="START:END", help="The share of the blocks that is reused; 0:1 is all of them, answer the whole denoiser."
     ),
 ]
+Component = Annotated[
+    str | None,
+    typer.Option("--component", help="Which denoiser, where there are several: transformer_2.", show_default=False),
+]
 Weights = Annotated[
     Path | None, typer.Option("--weights", help="Folder with networks of metrics; else the user's cache.", show_default=False)
 ]
@@ -69,6 +73,8 @@ Weights = Annotated[
     [cyan]reelquant tune out -o fast[/cyan]      as fast as the default gate lets it be
     [cyan]reelquant tune out -o fast --target-speedup 1.8[/cyan]
     [cyan]reelquant tune out -o fast --max-lpips 0.1 --fail-under psnr=30[/cyan]
+    [cyan]reelquant tune out -o half --component transformer[/cyan]      two experts, one after the other
+    [cyan]reelquant tune half -o fast --component transformer_2[/cyan]
     [cyan]reelquant tune out -o fast --steps 30 --clips 16 --prompts texts.txt[/cyan]
 
     Blocks change little from step to step. Where that is so, their last results stand for them, or a line through the last two.
@@ -87,6 +93,7 @@ def tune(
     fail_under: FailUnder = None,
     clips: Clips = 8,
     record: Record = 4,
+    component: Component = None,
     stretch: Stretch = "0:1",
     prompts: Prompts = None,
     steps: Steps = None,
@@ -116,7 +123,15 @@ def tune(
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     goal = dict(target_speedup=target_speedup, gate=gate or (None if wanted else "default"), limits=wanted)
     where = dict(
-        stretch=share, clips=clips, record=record, prompts=conditions(prompts), device=device, dtype=number, weights=weights, force=force
+        component=component,
+        stretch=share,
+        clips=clips,
+        record=record,
+        prompts=conditions(prompts),
+        device=device,
+        dtype=number,
+        weights=weights,
+        force=force,
     )
     with _kept(output), console.Bars() as bars:
         made = run(model, output, **goal, **where, shared=sharing(_work(output)), progress=bars, **call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from reelquant._errors import UnsupportedError
+from reelquant._errors import SiteError, UnsupportedError, nearest
 from reelquant._progress import Progress
 from reelquant._remarks import remark
 from reelquant.discover import denoisers_of, discover, plain
 from reelquant.models.sampling import call_arguments, sample
-from reelquant.reuse import BlockReuse, installed_reuse, put, remove_reuse
+from reelquant.reuse import BlockReuse, all_computed, installed_reuse, put, remove_reuse
 from reelquant.reuse.trajectory import Trajectory
 from reelquant.sites import DenoiserMap
 from reelquant.tuning.fresh_noise import noisy_steps
 from reelquant.tuning.schedules import Errors
 from reelquant.tuning.shared import Together
 
+LEAST_STEPS = 4  # of a denoiser: with fewer there is nothing to leave out
 ELEMENTS = 65_536
 """Values of a result that are looked at, of every clip's call and tensor."""
 
@@ -36,33 +37,47 @@ class Site(NamedTuple):
         denoiser: the module.
         component: its name in the pipeline.
         map: what discovery knows.
+        others: further denoisers of the pipeline. Each has a schedule of its own, or none.
     """
 
     denoiser: nn.Module
     component: str
     map: DenoiserMap
+    others: tuple[nn.Module, ...] = ()
 
 
-def site_of(pipe: Any) -> Site:
-    """The denoiser of a pipeline.
+def site_of(pipe: Any, component: str | None = None) -> Site:
+    """The denoiser of a pipeline, or the one that is named.
 
     Raises:
-        UnsupportedError: if there are several; each would need a schedule of its own.
+        UnsupportedError: if there are several and none is named: each needs a schedule of its own.
+        SiteError: if there is none of that name.
     """
-    found = denoisers_of(pipe)
-    if len(found) != 1:
-        raise UnsupportedError(f"{type(pipe).__name__} has {len(found)} denoisers ({', '.join(found)}), and tune finds a schedule for one")
-    ((component, module),) = found.items()
-    denoiser = plain(module)
-    return Site(denoiser, component, discover(denoiser))
+    found = {name: plain(module) for name, module in denoisers_of(pipe).items()}
+    if component is not None and component not in found:
+        raise SiteError(f"{type(pipe).__name__} has no denoiser '{component}'; {nearest(component, tuple(found))}")
+    if component is None and len(found) != 1:
+        raise UnsupportedError(
+            f"{type(pipe).__name__} has {len(found)} denoisers ({', '.join(found)}), each with a schedule of its own: name one "
+            "(component=, --component), and tune the result for the next"
+        )
+    name = component or next(iter(found))
+    denoiser = found.pop(name)
+    return Site(denoiser, name, discover(denoiser), tuple(found.values()))
 
 
 @contextmanager
 def reusing(site: Site, stage: BlockReuse | None) -> Iterator[Any]:
-    """Inside, the denoiser reuses as a stage says, and nothing else; None for nothing. Afterwards nothing is reused."""
+    """Inside, the denoiser reuses as a stage says, and nothing else. Afterwards it reuses nothing.
+
+    None for nothing: then the other denoisers reuse nothing either, inside. Else they do what they did.
+    """
     remove_reuse(site.denoiser)
     if stage is None:
-        yield None
+        with ExitStack() as computing:
+            for other in site.others:
+                computing.enter_context(all_computed(other))
+            yield None
         return
     facts = stage.facts(site)  # type: ignore[arg-type]  (it asks for no more than a site has)
     put(site.denoiser, "blocks", stage, facts)
@@ -147,6 +162,11 @@ def timesteps_and_gram(
             latents = clips.latents(pipe, progress)
     steps = len(times)
     wanted = clips.steps(pipe)
+    if site.others and steps < LEAST_STEPS:
+        raise UnsupportedError(
+            f"'{site.component}' runs at {steps} of the {wanted} steps, and with fewer than {LEAST_STEPS} nothing can be left out; make "
+            "clips in more steps, or leave it as it is"
+        )
     if steps < min(3, wanted) or sorted(times) != list(range(steps)):
         raise UnsupportedError(
             f"{type(pipe.scheduler).__name__} calls the denoiser in {wanted} steps of which {steps} follow each other: nothing can be "

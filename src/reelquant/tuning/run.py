@@ -28,14 +28,13 @@ from reelquant.nn import quantized_layers
 from reelquant.reuse import BlockReuse, put
 from reelquant.reuse.blocks import chain_of
 from reelquant.tuning.curve import draw
-from reelquant.tuning.recording import Clips, Seconds, Site, record, reusing, site_of
+from reelquant.tuning.recording import LEAST_STEPS, Clips, Seconds, Site, record, reusing, site_of
 from reelquant.tuning.search import Goal, Search
 from reelquant.tuning.shared import together
 from reelquant.tuning.trials import Trial, Trials, name_of
 from reelquant.tuning.written import recipe_text, report_of
 
 RECORDED = 4  # clips that schedules are planned from
-LEAST_STEPS = 4  # of a clip: with fewer there is nothing to leave out
 SEED, HELD_OUT_SEED = 1_000, 50_000
 WORK = ".tuning"
 ALL = (0.0, 1.0)  # of the blocks
@@ -95,6 +94,7 @@ def tune(
     prompts: Prompts | None = None,
     *,
     goal: Goal | None = None,
+    component: str | None = None,
     stretch: tuple[float, ...] = ALL,
     clips: int = 8,
     recorded: int = RECORDED,
@@ -116,7 +116,7 @@ def tune(
     check_writable(output)
     _ = BlockReuse(stretch=stretch)
     pipe = open_pipeline(model, dtype=dtype or torch.float32, device=device)
-    site = site_of(pipe)
+    site = site_of(pipe, component)
     if not quantized_layers(site.denoiser):
         raise UnsupportedError(
             f"'{model}' is not quantized, and a schedule fits the model that it was found on: quantize it first, "
@@ -134,7 +134,7 @@ def tune(
             "make them in more steps, or leave a pipeline for so few steps as it is"
         )
     identity = (Path(str(model)).name, ClipSource(model).identity)
-    settings = [identity, [str(text) for text in texts], call, stretch]
+    settings = [identity, [str(text) for text in texts], call, stretch, site.component]
     judged = _held_out(pipe, held_out, clips, texts)
     facts = {"tried": [str(text) for text in judged], "goal": repr(goal), "settings": settings, "version": __version__}
     with together(work, facts, shared=shared) as processes:

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import reelquant
-from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
+from reelquant._errors import CheckpointError, RecipeError, SiteError, UnsupportedError
 from reelquant._progress import Silent
 from reelquant._remarks import remarks
 from reelquant.models.sampling import sample
@@ -23,6 +23,7 @@ from reelquant.tuning import Tuned
 from reelquant.tuning.recording import Clips, Seconds, reusing, site_of, timesteps_and_gram
 from reelquant.tuning.trials import Trials
 from tests.tiny.stock import CALL, PROMPTS, stored_pipeline, wan_pipeline
+from tests.tiny.test_components import experts
 
 STEPS = 6
 RUN: dict[str, Any] = CALL | {"num_inference_steps": STEPS}
@@ -134,10 +135,35 @@ def test_a_float_pipeline_and_an_existing_output_are_refused(quantized: Path, tm
 @pytest.mark.parametrize(
     ("names", "message"), [((), "has no denoiser"), (("transformer", "transformer_2"), r"has 2 denoisers \(transformer, transformer_2\)")]
 )
-def test_a_pipeline_has_to_have_one_denoiser(names: tuple[str, ...], message: str) -> None:
+def test_one_denoiser_is_tuned_or_named(names: tuple[str, ...], message: str) -> None:
     pipe = SimpleNamespace(components={name: wan_pipeline().transformer for name in names})
     with pytest.raises(UnsupportedError, match=message):
         site_of(pipe)
+
+
+def test_experts_are_tuned_one_after_the_other(tmp_path: Path) -> None:
+    pipe = experts()
+    reelquant.save(pipe, tmp_path / "w8a16", reelquant.quantize(pipe, {"transformer": "w8a16", "transformer_2": "w8a16"}))
+    call = {"num_inference_steps": 10, "clips": 1, "record": 1, **EASY}  # five steps of each
+    half = tune(tmp_path / "w8a16", tmp_path / "half", component="transformer", **call)
+    both = tune(tmp_path / "half", tmp_path / "both", component="transformer_2", **call)
+    assert half.chosen is not None and both.chosen is not None and half.chosen.steps == both.chosen.steps == 5
+    found = DiffusionPipeline.from_pretrained(tmp_path / "both")
+    sample(found, PROMPTS[:1], **RUN | {"num_inference_steps": 10})
+    for one, made in ((found.transformer, half), (found.transformer_2, both)):
+        counts = installed_reuse(one)["blocks"].installed.counts()
+        assert counts["computed"] / (counts["computed"] + counts["reused"]) == len(made.chosen.computed) / 5  # type: ignore[union-attr]
+    bases = [one.work / "trials" / "base" / "clips" / "reference" / "0000.mp4" for one in (half, both)]
+    assert bases[0].read_bytes() == bases[1].read_bytes()  # limits are held against clips in which neither reuses anything
+
+
+def test_an_expert_of_too_few_steps_and_a_wrong_name_are_refused(tmp_path: Path) -> None:
+    pipe = experts()
+    reelquant.save(pipe, tmp_path / "w8a16", reelquant.quantize(pipe, {"transformer": "w8a16", "transformer_2": "w8a16"}))
+    with pytest.raises(UnsupportedError, match="'transformer' runs at 3 of the 6 steps, and with fewer than 4 nothing can be left out"):
+        tune(tmp_path / "w8a16", tmp_path / "out", component="transformer", clips=1, record=1)
+    with pytest.raises(SiteError, match=r"has no denoiser 'transformer_3'; .*'transformer"):
+        tune(tmp_path / "w8a16", tmp_path / "out", component="transformer_3")
 
 
 def test_a_wanted_speed_that_misses_a_limit_leaves_no_output(quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
