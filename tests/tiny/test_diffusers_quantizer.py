@@ -395,7 +395,7 @@ def _drop(config: dict[str, Any]) -> None:
         (lambda c: c["slots"].update(timesteps=[1.0, 2.0]), "parameters for 3 denoising steps, quantization_config.slots lists 2"),
         (lambda c: c.update(slots={"timesteps": None}), "slots is damaged"),
         (_rename, "no layer 'blocks.0.attn1.to_p'; did you mean"),
-        (_norm, "'blocks.0.attn1.norm_q', which is a RMSNorm"),
+        (_norm, "'blocks.0.attn1.norm_q', which is of type RMSNorm"),
         (_drop, "does not describe"),
     ],
 )  # fmt: skip

@@ -391,7 +391,7 @@ def test_pairs_that_say_nothing_are_refused_before_any_work(
     for test, reference, says in (
         (model, model, "holds no quantized layer"),
         (tmp_path / "out", tmp_path / "out", "both the pipeline under test and its reference"),
-        (tmp_path / "out", "tiny-unet", "is a WanPipeline and its reference 'tiny-unet' a AnimateDiffPipeline"),
+        (tmp_path / "out", "tiny-unet", "is of type WanPipeline and its reference 'tiny-unet' of type AnimateDiffPipeline"),
         (tmp_path / "out", "tiny-dit", "is another model than that of its reference 'tiny-dit'"),
     ):
         result = invoke(verb, test, "--reference", reference, *(("-o", tmp_path / "proof") if verb == "evaluate" else ()))

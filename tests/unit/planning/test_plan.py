@@ -30,6 +30,7 @@ from reelquant.planning.memory import Footprint, peak
 from reelquant.planning.plan import Survey, files_of, recipe_yaml, survey
 from reelquant.recipes.recipe import load_recipe, names
 from reelquant.reuse import installed_reuse
+from reelquant.reuse.history import History
 from reelquant.streaming import parse_bytes
 from tests.unit.cli.test_layout import check
 
@@ -307,8 +308,10 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     """Those that a reuse keeps of a trajectory."""
     held = [one.installed for one in value.values()]
     courses = [part.now.trajectory for one in held for part in getattr(one, "stretches", [one])]
-    found = [tensor for one in courses for history in one.histories.values() for _, some in history.kept for tensor in some]
-    return found + [one for course in courses for one in course.notes.values() if isinstance(one, torch.Tensor)]
+    notes = [note for one in courses for note in one.notes.values()]
+    histories = [one for course in courses for one in course.histories.values()] + [one for one in notes if isinstance(one, History)]
+    found = [tensor for history in histories for _, some in history.kept for tensor in some]
+    return found + [one for one in notes if isinstance(one, torch.Tensor)]
 
 
 def test_clips_that_grow_take_the_memory_of_their_last_size(small: Survey) -> None:
