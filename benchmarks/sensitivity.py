@@ -6,6 +6,8 @@ A budget over the denoising steps is in :mod:`benchmarks.step_budget`. Run it fr
     python -m benchmarks.sensitivity --pipeline tiny-dit --clips 16 --set num_inference_steps=8 --output benchmarks/results
     python -m benchmarks.sensitivity --pipeline tiny-unet --clips 8 --set num_inference_steps=4 --every 16 --plans 20 --randoms 10 \
         --noise-calls 1 --output benchmarks/results
+    python -m benchmarks.sensitivity --pipeline tiny-dit --clips 64 --set num_inference_steps=8 --every 16 --plans 20 --equal-bytes \
+        --output benchmarks/results
 
 Weights are rounded to nearest in the float model, with the ranges of ``w4a16``: the numbers that are multiplied are those of the quantized
 model. Inputs are rounded with a scale per token (per item for convolutions). Maps are measured on other texts than the clips that
@@ -304,6 +306,17 @@ def _settings(bench: Bench) -> dict[str, Any]:
     return {key: value for key, value in bench.table.settings.items() if key not in LATER}
 
 
+def allocated(bench: Bench) -> str:
+    """What allocations of equal bytes are worth, and nothing else."""
+    table, clips = bench.table, bench.clips
+    return "\n".join([
+        f"# {UNIFORM} and allocations within its bytes, {clips.name}\n",
+        f"{len(table.layers)} layers, {len(table.timesteps[table.components[0]])} steps, {clips.count} clips of evaluation captions; the map by "
+        f"gradients on {MAP_CLIPS} other clips. Weights are rounded to nearest, inputs are float. `benchmarks/sensitivity.py --equal-bytes`.\n",
+        equal_bytes(bench),
+    ])  # fmt: skip
+
+
 def report(bench: Bench) -> str:
     """The whole result."""
     table, clips = bench.table, bench.clips
@@ -336,13 +349,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--plans", type=int, default=50, help="allocations that predictions are compared with")
     made.add_argument("--randoms", type=int, default=20, help="random allocations of equal bytes")
     made.add_argument("--noise-calls", type=int, default=5, help="recorded calls that noise is measured on")
+    made.add_argument("--equal-bytes", action="store_true", help="only what allocations are worth, in a file of its own")
     args = made.parse_args(arguments)
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
     bench = Bench(clips, args.every, args.plans, args.randoms, args.noise_calls)
-    text = report(bench)
+    name, text = ("equal-bytes", allocated(bench)) if args.equal_bytes else ("sensitivity", report(bench))
     args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / f"sensitivity-{bench.clips.name}.md"
+    file = args.output / f"{name}-{bench.clips.name}.md"
     file.write_text(text)
     print(file)
 
