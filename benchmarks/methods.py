@@ -20,6 +20,7 @@ from reelquant.recipes.recipe import Recipe, load_recipe, names
 
 PIPELINES = ("tiny-dit", "tiny-unet", "tiny-ltx")
 PAGE, ROWS = Path("docs/methods.md"), Path("benchmarks/results/rows.jsonl")
+DIVIDED = Path("benchmarks/results/sensitivity-rows-tiny-dit.md")
 OTHER = ("trust", "first frame")  # rows of other calibrations and conditions; calibrated as usual counts
 START = """# Methods
 
@@ -31,6 +32,14 @@ This page is written by `python -m benchmarks.methods`. Figures are mean PSNR to
 clips: captions and noise that nothing was calibrated on. They were measured with the recipes as they are; a dash says that it was not
 measured. 16 clips tell rows apart that are 3 to 4 dB apart, 64 clips rows that are 1 to 2 dB apart. *simulated* means that no kernel
 multiplies these numbers: quality is real, speed is not.
+"""
+
+
+BITS = """## Methods that divide bits
+
+Methods that say which layer gets which bits are not recipes. They measure and allocate ([sensitivity.md](sensitivity.md)); the recipe
+`mixed-w4.5a8` has one of them inside. What their papers claim, held against ours on `tiny-dit` (`python -m benchmarks.sensitivity_rows`):
+16 clips of evaluation captions, 8 steps, weights rounded to nearest, float inputs, 4.5 bits a weight where nothing else is said.
 """
 
 
@@ -67,7 +76,8 @@ def page(recipes: Iterable[Recipe], rows: list[Mapping[str, Any]]) -> str:
     recipes = list(recipes)
     shown = [name for name in PIPELINES if any(figures(recipe, rows, name) != "-" for recipe in recipes)]
     lines = [[f"[`{one.name}`](#{_anchor(one.name)})", numbers(one), *(figures(one, rows, name) for name in shown)] for one in recipes]
-    parts = [START, markdown(["recipe", "weights / inputs", *shown], lines), "", *map(_section, recipes)]
+    divided = [line for line in DIVIDED.read_text(encoding="utf-8").splitlines() if line.startswith("|")] if DIVIDED.is_file() else []
+    parts = [START, markdown(["recipe", "weights / inputs", *shown], lines), "", BITS, *divided, "", *map(_section, recipes)]
     return "\n".join(parts).rstrip() + "\n"
 
 

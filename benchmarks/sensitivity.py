@@ -309,10 +309,11 @@ def _settings(bench: Bench) -> dict[str, Any]:
 def allocated(bench: Bench) -> str:
     """What allocations of equal bytes are worth, and nothing else."""
     table, clips = bench.table, bench.clips
+    steps = len(table.timesteps[table.components[0]])
     return "\n".join([
         f"# {UNIFORM} and allocations within its bytes, {clips.name}\n",
-        f"{len(table.layers)} layers, {len(table.timesteps[table.components[0]])} steps, {clips.count} clips of evaluation captions; the map by "
-        f"gradients on {MAP_CLIPS} other clips. Weights are rounded to nearest, inputs are float. `benchmarks/sensitivity.py --equal-bytes`.\n",
+        f"{len(table.layers)} layers, {steps} steps, {clips.count} clips of evaluation captions; the map by gradients on {MAP_CLIPS} other "
+        "clips. Weights are rounded to nearest, inputs are float. `benchmarks/sensitivity.py --equal-bytes`.\n",
         equal_bytes(bench),
     ])  # fmt: skip
 
