@@ -121,11 +121,10 @@ PIPELINES = ("tiny-dit", "tiny-unet")
 FEW = "the mean is enough; 16 clips do not tell it from zero"
 EVEN = "channels are even on both pipelines, so there is nothing to equalize, and factors of two cost range"
 COMQ = "errors of blocks fall by 3 % over GPTQ: it leaves little to coordinate descent"
-NARROW = "NVFP4 inputs are 0.8 dB nearer to float than int4's here, 1.8 dB on tiny-dit (input-formats-tiny-unet.md)"
 BLOCKS = "errors of blocks fall by {}, which is {} dB; more steps and more calls to train on were not measured"
 CHECKS: dict[str, Check] = {
     "svdquant-w4a4": _library("svdquant-w4a4", INT4_10, 1.5),
-    "nvfp4-w4a4": _library("nvfp4-w4a4", INT4, 1.5, reasons={"tiny-unet": NARROW}),
+    "nvfp4-w4a4": _library("nvfp4-w4a4", INT4, 1.5),
     "mxfp4-w4a4": Check("mxfp4-w4a4", GROUPS["int4, groups of 64"][0], "int4, groups of 64", 0.0, reasons={"tiny-dit": FEW}),
     "hq-dit-w4a4": _library("hq-dit-w4a4", INT4, 1.0),
     "viditq-w4a8": Check(

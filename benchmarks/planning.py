@@ -382,6 +382,7 @@ def written(records: Records, output: Path) -> str:
     about = machine()
     parts.append(f"One thread of {about['cpu']}, torch {torch.__version__}.\n")
     text = "\n".join(parts)
+    output.mkdir(parents=True, exist_ok=True)
     (output / "planning.md").write_text(text)
     return text
 
