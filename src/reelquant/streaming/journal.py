@@ -136,7 +136,8 @@ class Journal:
         self._generator = generator
         done = next(call for call in itertools.count() if not self._calls.good(self._record(call).name))
         for record in (self.folder / "calls" / self._phase).glob("*.safetensors"):
-            if int(record.stem) >= done:  # their looks come after one that is made again
+            # half-written ones of a killed process, and those whose looks come after one that is made again
+            if record.name.startswith(".") or int(record.stem) >= done:
                 record.unlink()
         watched, empty = make()
         logs = [(number, kind) for number, seen in enumerate(watched.values()) for kind in (INPUTS, *_compacting(seen))]

@@ -43,6 +43,7 @@
   }
 
   function draw() {
+    if (at >= rounds.length) return; // a frame that was asked for before the last vote
     const { clip, sides } = rounds[at];
     ["a", "b"].forEach((side, i) => clip.piece($(`blind-${side}`).getContext("2d"), Number(sides[i]), 0));
   }
