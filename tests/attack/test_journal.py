@@ -33,6 +33,14 @@ def test_a_log_that_is_gone_is_sampled_again(interrupted: Interrupted, source: P
     assert contents(tmp_path / "out") == interrupted.whole
 
 
+def test_a_call_that_a_killed_run_was_writing_is_removed(interrupted: Interrupted, source: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(interrupted.work, tmp_path / "out.partial"))
+    (call, *_) = work.glob("work/*/journal/calls/calibrate-*/[0-9]*.safetensors")
+    call.with_name(".writing-000004.safetensors").write_bytes(b"half")
+    reelquant.quantize_folder(source, tmp_path / "out", RECIPE, resume=True)
+    assert contents(tmp_path / "out") == interrupted.whole
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "null", "{}", '{"reelquant": []}', "[" * 5000])
 def test_a_broken_work_json_is_one_sentence(source: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "out.partial").mkdir()
