@@ -10,8 +10,8 @@ blocks are told by their timesteps; ProfilingDiT (arXiv 2504.03140) looks at att
 how much their change differs from step to step; fitted are weights of the last results, the same for all channels (CacheQuant: a scale
 and an offset for every channel of the last one); a UNet's blocks are kept or computed as a whole (DeepCache cuts between their layers);
 steps of Faster Diffusion do not run in parallel. A step can also be computed because the blocks before the stretch say that much has
-changed, as in TeaCache (arXiv 2411.19108) and the first-block cache of ParaAttention; compared is what enters the stretch (theirs: the
-modulated input of the first block, or the change that it makes).
+changed, see :mod:`reelquant.reuse.criteria`; or a schedule is planned from the size of what the blocks change, see
+:mod:`reelquant.reuse.magnitude`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from reelquant.clock import timestep_reader
 from reelquant.nn import get_module
 from reelquant.reuse.answer import Answer
 from reelquant.reuse.chain import Link
+from reelquant.reuse.criteria import check_criterion
 from reelquant.reuse.history import check_order
+from reelquant.reuse.magnitude import computed_at, norms
 from reelquant.reuse.outputs import Output
 from reelquant.reuse.profile import steadiest
 from reelquant.reuse.reuse import Reuse
@@ -40,6 +42,11 @@ from reelquant.stages import ModelWork
 
 KEEPS: dict[str, type[StandIn]] = {"change": Link, "outputs": Output, "answer": Answer}
 """What is kept of a stretch."""
+MEASURED = {
+    "profiled": "profile its blocks; give a stretch instead of 'profiled'",
+    "magnitude": "measure what its blocks change; give 'every' or 'at' instead of 'magnitude'",
+}
+"""Parameters that need sampled clips -> what for, and what to give instead."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,13 @@ class BlockReuse(Reuse):
         fitted: weights of the last ``order + 1`` results at steps that are not computed, instead of those of the polynomial: for every such
             step its timestep and the weights, oldest first, all in one list. ``reelquant tune`` fits them. Timesteps that are not listed
             get the polynomial.
-        threshold: the stretch is also computed where what enters it has changed by more than this since it was last computed: the mean
-            absolute difference over the mean absolute value. 0 leaves this test out. ``every`` then says after how many steps the stretch
-            is computed at the latest.
+        threshold: the stretch is also computed where the signal of the criterion has changed by more than this since it was last computed:
+            the mean absolute difference over the mean absolute value. 0 leaves this test out. ``every`` then says after how many steps the
+            stretch is computed at the latest.
+        criterion: ``change`` compares what enters the stretch with that of the last computed step, ``sum`` adds up its changes from step
+            to step, ``content`` those of the latents without their noise.
+        magnitude: instead of a schedule of every n-th step, one whose pauses cost so much at most, planned while quantizing from the size
+            of what the blocks change, see :mod:`reelquant.reuse.magnitude`. ``every`` then says how long a pause may be. 0 for none.
         profiled: instead of a stretch, this share of the blocks of a chain: those whose change differs least from step to step, see
             :mod:`reelquant.reuse.profile`. 0 for none.
         late: another stretch, which takes the place of ``stretch`` late in a trajectory; empty for none.
@@ -81,6 +92,8 @@ class BlockReuse(Reuse):
     order: int = 0
     fitted: tuple[float, ...] = ()
     threshold: float = 0.0
+    criterion: str = "change"
+    magnitude: float = 0.0
     profiled: float = 0.0
     late: tuple[float, ...] = ()
     boundary: float = 0.5
@@ -89,6 +102,7 @@ class BlockReuse(Reuse):
     def __post_init__(self) -> None:
         _ = self.schedule
         check_order(self.order)
+        check_criterion(self.criterion)
         if len(self.fitted) % (self.order + 2):
             raise RecipeError(
                 f"'fitted' of reuse 'blocks' lists a timestep and {self.order + 1} weights for every step, {self.order + 2} numbers each, "
@@ -101,6 +115,12 @@ class BlockReuse(Reuse):
             raise RecipeError("reuse 'blocks' without a stretch keeps the whole answer; drop 'late' and 'profiled', or give a stretch")
         if not self.threshold >= 0:
             raise RecipeError(f"'threshold' of reuse 'blocks' is a relative change like 0.1, or 0 for none, got {self.threshold}")
+        if not self.threshold and self.criterion != "change":
+            raise RecipeError(f"'criterion' of reuse 'blocks' belongs to a threshold, and there is none; add one, or drop {self.criterion}")
+        if not self.magnitude >= 0:
+            raise RecipeError(f"'magnitude' of reuse 'blocks' is the cost of a pause like 0.06, or 0 for none, got {self.magnitude}")
+        if self.magnitude and (self.at or self.profiled or self.late or self.threshold):
+            raise RecipeError("'magnitude' of reuse 'blocks' plans a schedule of its own; drop 'at', 'profiled', 'late' and 'threshold'")
         if not 0 <= self.profiled <= 1:
             raise RecipeError(f"'profiled' of reuse 'blocks' is a share of the blocks, 0 to 1, got {self.profiled}")
         if self.profiled and self.late:
@@ -121,21 +141,29 @@ class BlockReuse(Reuse):
 
     @property
     def in_memory(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "reuse 'blocks' samples it to profile its blocks; give a stretch instead of 'profiled'" if self.profiled else None
+        return next((f"reuse 'blocks' samples it to {why}" for name, why in MEASURED.items() if getattr(self, name)), None)
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.profiled)
+        return any(getattr(self, name) for name in MEASURED)
 
     def held_out_runs(self, steps: int) -> int:
-        return 1 if self.profiled else 0
+        return int(self.needs_data)
 
     def facts(self, work: ModelWork) -> dict[str, Any]:
         """Paths of the blocks in execution order, what is kept of them, and the names of two arguments of the denoiser.
 
         ``late`` are the blocks of the late stretch, where there is one; ``runs`` the blocks in groups of consecutive ones, if they are
-        more than one stretch.
+        more than one stretch; ``at`` the timesteps that were planned.
         """
+        found = self._where(work)
+        if not self.magnitude:
+            return found
+        sizes = norms(work, BlockReuse(every=1, stretch=self.stretch), found)
+        return found | {"at": computed_at(sizes, self.magnitude, first=self.first, longest=self.every)}
+
+    def _where(self, work: ModelWork) -> dict[str, Any]:
+        """The facts that discovery knows, and those of profiled blocks."""
         timestep, latent = work.map.timestep_argument, work.map.latent_argument
         if timestep is None or latent is None:
             raise UnsupportedError(f"reuse 'blocks' follows the timestep, and '{work.component}' has none; use it for a denoiser")
@@ -160,7 +188,8 @@ class BlockReuse(Reuse):
     def widest(self, work: ModelWork) -> tuple[BlockReuse, dict[str, Any]]:
         """Profiled blocks keep most where none of them are neighbours: each has a change of its own then."""
         if not self.profiled:
-            return self, self.facts(work)
+            plain = replace(self, magnitude=0.0)
+            return plain, plain.facts(work)
         plain = replace(self, profiled=0.0, stretch=(0.0, 1.0))
         facts = plain.facts(work)
         blocks = facts["blocks"]
@@ -212,8 +241,10 @@ class InstalledBlocks:
         self.boundary, stands = stage.boundary, KEEPS[facts.get("keeps", "change")]
         self.blocks: list[StandIn] = []
 
+        schedule = replace(stage.schedule, at=tuple(facts.get("at", stage.at)))
+
         def made(names: Sequence[str]) -> Stretch:
-            stretch = Stretch(stage.schedule, stage.order, stage.rows, stage.threshold)
+            stretch = Stretch(schedule, stage.order, stage.rows, stage.threshold, stage.criterion)
             ends = {"first": names[0], "last": names[-1]}
             self.blocks += [
                 stands(name, get_module(model, name), stretch, **{end: name == one for end, one in ends.items()}) for name in names

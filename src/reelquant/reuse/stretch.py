@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
+from reelquant.reuse.criteria import CRITERIA, Seen
 from reelquant.reuse.history import History
 from reelquant.reuse.schedule import TOLERANCE, Schedule
 from reelquant.reuse.trajectory import Trajectory
@@ -23,8 +24,8 @@ Watcher = Callable[[Trajectory, Any, tuple[Tensor, ...]], None]
 """Hears what is kept: the trajectory, what it belongs to, the tensors."""
 
 
-ENTERED = "features that entered"
-"""A note of a trajectory, by the number of the call: for the test of how much they change."""
+SEEN = "the signal of the criterion"
+"""A note of a trajectory, by the number of the call: :class:`reelquant.reuse.criteria.Seen`."""
 
 
 @dataclass(eq=False)
@@ -52,14 +53,16 @@ class _Now(threading.local):
 class Stretch:
     """What the blocks of a stretch share. A copy starts with nothing to reuse."""
 
-    def __init__(self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = (), threshold: float = 0.0) -> None:
-        self.schedule, self.order, self.fitted, self.threshold = schedule, order, tuple(fitted), threshold
+    def __init__(
+        self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = (), threshold: float = 0.0, criterion: str = "change"
+    ) -> None:
+        self.schedule, self.order, self.fitted, self.threshold, self.criterion = schedule, order, tuple(fitted), threshold, criterion
         self.now = _Now()
         self.counted: Counter[tuple[str, int]] = Counter()  # passes that were computed or reused, and at which step
         self.watcher: Watcher | None = None
 
     def __reduce__(self) -> Any:
-        return Stretch, (self.schedule, self.order, self.fitted, self.threshold)
+        return Stretch, (self.schedule, self.order, self.fitted, self.threshold, self.criterion)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -102,21 +105,25 @@ class Stretch:
     def enter(self, taken: Mapping[Slot, Any], fits: Callable[[Trajectory], bool]) -> None:
         """The first block is called: decide whether the stretch is computed."""
         running, trajectory = self.running, self.trajectory
-        computes = self.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before) or self._changed(taken)
+        change = self._change(taken)
+        computes = self.schedule.computes(trajectory.step, trajectory.timestep, trajectory.before) or change > self.threshold
         running.entered, running.reuses = taken, not computes and fits(trajectory)
         self.counted["reused" if running.reuses else "computed", trajectory.step] += 1
-        if self.threshold and not running.reuses:
-            trajectory.notes[ENTERED, trajectory.call] = _features(taken).clone()  # a block may write into what it takes
+        if self.threshold:
+            self._see(taken, change)
 
-    def _changed(self, taken: Mapping[Slot, Any]) -> bool:
-        """Whether what enters has changed too much since the stretch was last computed."""
-        before = self.trajectory.notes.get((ENTERED, self.trajectory.call))
-        if before is None:
-            return False
-        now = _features(taken)
-        if now.shape != before.shape:
-            return True
-        return float((now - before).float().abs().mean()) > self.threshold * float(before.float().abs().mean())
+    def _change(self, taken: Mapping[Slot, Any]) -> float:
+        """How much has changed since the stretch was last computed; 0 without a threshold."""
+        seen = self.trajectory.notes.get((SEEN, self.trajectory.call)) if self.threshold else None
+        return 0.0 if seen is None else seen.changed(CRITERIA[self.criterion].signal(taken, self.trajectory))
+
+    def _see(self, taken: Mapping[Slot, Any], change: float) -> None:
+        """Note the signal that the next step is compared with."""
+        criterion, reuses = CRITERIA[self.criterion], self.running.reuses
+        if reuses and not criterion.adds:
+            return
+        signal = criterion.signal(taken, self.trajectory).clone()  # a block may write into what it takes
+        self.trajectory.notes[SEEN, self.trajectory.call] = Seen(signal, change if reuses else 0.0)
 
     def history(self, name: Any) -> History | None:
         """What this call of earlier steps gave, or None."""
@@ -142,12 +149,6 @@ class Stretch:
     def leave(self) -> None:
         """The last block was called."""
         self.now.running = None
-
-
-def _features(taken: Mapping[Slot, Any]) -> Tensor:
-    """What a block takes first of all tensors that are more than vectors: the hidden states. Embeddings of the timestep are vectors."""
-    tensors = [value for value in taken.values() if isinstance(value, Tensor) and value.is_floating_point()]
-    return next((one for one in tensors if one.ndim > 2), tensors[0])
 
 
 class StandIn(ABC):

@@ -18,7 +18,12 @@ from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.discover import discover
 from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.reuse.blocks import InstalledBlocks
+from reelquant.reuse.criteria import content
+from reelquant.reuse.magnitude import computed_at
 from reelquant.reuse.profile import differences
+from reelquant.reuse.schedule import Schedule
+from reelquant.reuse.stretch import Stretch
+from reelquant.reuse.trajectory import Trajectory
 from reelquant.sites import DenoiserMap
 from tests.families.models import FAMILIES
 
@@ -94,6 +99,10 @@ def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
         ({"late": (0.5, 0.25)}, r"'late' of reuse 'blocks' is a start and an end, like \[0.25, 0.75\], got \[0.5, 0.25\]"),
         ({"threshold": -0.1}, "a relative change like 0.1, or 0 for none, got -0.1"),
         ({"threshold": float("nan")}, "or 0 for none, got nan"),
+        ({"threshold": 0.1, "criterion": "sums"}, "unknown 'criterion' of reuse 'blocks': 'sums'; did you mean 'sum'"),
+        ({"criterion": "sum"}, "belongs to a threshold, and there is none; add one, or drop sum"),
+        ({"magnitude": -1.0}, "the cost of a pause like 0.06, or 0 for none, got -1.0"),
+        ({"magnitude": 0.1, "at": (2.0, 1.0)}, "plans a schedule of its own; drop 'at'"),
         ({"boundary": 1.0}, "between 0 and 1, got 1.0"),
         ({"profiled": 1.5}, "a share of the blocks, 0 to 1, got 1.5"),
         ({"profiled": 0.5, "late": (0.0, 0.5)}, r"takes the place of stretches; drop it, or 'late': \[0.0, 0.5\]"),
@@ -391,6 +400,37 @@ def test_a_stretch_is_computed_where_what_enters_it_has_changed(threshold: float
     assert reuse.counts() == {"computed": computed, "reused": 4 - computed}
 
 
+@pytest.mark.parametrize(("criterion", "computed"), [("change", [0, 3, 5]), ("sum", [0, 2, 3, 5])])
+def test_changes_are_added_up_or_counted_from_the_last_computed_step(criterion: str, computed: list[int]) -> None:
+    """What enters the stretch comes back to where it was at the third step, which only their sum takes for a change."""
+    seen = [1.0, 0.8, 1.0, 0.6, 0.6, 1.0]
+    stretch, trajectory = Stretch(Schedule(9), 0, threshold=0.3, criterion=criterion), Trajectory(10.0, torch.zeros(1))
+    found = []
+    for step, value in enumerate(seen):
+        trajectory.step, stretch.now.trajectory = step, trajectory
+        stretch.begin()
+        stretch.enter({0: torch.full((1, 1, 1), value)}, lambda _: True)
+        found += [] if stretch.running.reuses else [step]
+    assert found == computed
+
+
+def test_content_is_what_the_filter_leaves_of_the_latents() -> None:
+    """Noise alone is left out at the start; at the end all is content; in between low frequencies weigh most."""
+    steps = torch.arange(8.0)
+    slow, fast = (torch.cos(2 * torch.pi * steps * waves / 8).expand(1, 1, 8, 8) for waves in (1, 4))
+    at = {time: [content({}, _at(time, wave)) for wave in (slow, fast)] for time in (10.0, 5.0, 0.0)}
+    assert all(float(one.abs().max()) == 0 for one in at[10.0])
+    assert all(torch.allclose(one, wave, atol=1e-6) for one, wave in zip(at[0.0], (slow, fast), strict=True))
+    kept = [float((one * wave).sum() / wave.square().sum()) for one, wave in zip(at[5.0], (slow, fast), strict=True)]
+    assert 0.5 < kept[0] < 1 and kept[1] < kept[0] / 2
+
+
+def _at(timestep: float, latent: Tensor) -> Trajectory:
+    trajectory = Trajectory(10.0, latent)
+    trajectory.timestep = timestep
+    return trajectory
+
+
 def test_every_call_of_a_step_is_compared_with_its_own() -> None:
     model = Denoiser()
     reuse = BlockReuse(every=9, threshold=0.5).install(model, FACTS)
@@ -443,6 +483,37 @@ def test_profiled_are_the_blocks_that_change_least_from_step_to_step(share: floa
     facts = BlockReuse(profiled=share).facts(steps)
     assert facts["runs"] == runs and facts["blocks"] == [name for run in runs for name in run]
     assert not installed_reuse(steps.denoiser)
+
+
+@pytest.mark.parametrize(
+    ("threshold", "first", "longest", "expected"),
+    [
+        (0.0, 1, 9, [10, 9, 8, 7, 6, 5]),  # every step costs something
+        (0.25, 1, 9, [10, 8, 6]),  # costs of 0.1 and 0.2, then of 1/8 and 2/8
+        (0.25, 3, 9, [10, 9, 8, 6]),
+        (9.0, 1, 2, [10, 8, 6]),
+        (9.0, 1, 9, [10]),
+    ],
+)
+def test_pauses_cost_what_the_size_of_the_change_has_moved(threshold: float, first: int, longest: int, expected: list[float]) -> None:
+    sizes = {float(time): time / 10 for time in range(5, 11)}
+    assert computed_at(sizes, threshold, first=first, longest=longest) == expected
+
+
+def test_a_schedule_by_magnitude_is_measured_on_clips_and_kept_in_the_facts() -> None:
+    steps = Steps()
+    facts = BlockReuse(magnitude=0.25, every=9).facts(steps)
+    assert facts["at"] == [10.0, 6.0] and not installed_reuse(steps.denoiser)  # 8 costs 0.2, 6 another 0.4
+    assert BlockReuse(magnitude=0.25).needs_data and BlockReuse(magnitude=0.25).in_memory
+    reuse = BlockReuse(magnitude=0.25, every=9).install(steps.denoiser, facts)
+    for time in steps.timesteps:
+        added(steps.denoiser, time)
+    assert reuse.by_step() == {0: (1, 0), 1: (0, 1), 2: (1, 0)}
+
+
+def test_a_stretch_that_changes_nothing_has_no_magnitude() -> None:
+    with pytest.raises(UnsupportedError, match="at timestep 9 the size of their change is 0; give a schedule instead"):
+        computed_at({10.0: 1.0, 9.0: 0.0}, 0.1, first=1, longest=9)
 
 
 def test_a_block_counts_by_the_square_of_what_its_change_differs() -> None:
