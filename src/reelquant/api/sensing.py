@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reelquant.api.asked import anywhere, verb
+from reelquant.recipes.usual import MAPPED
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ def sensitivity(
     model: Any,
     output: str | Path | None = None,
     *,
-    recipe: RecipeSource = "w4a16",
+    recipe: RecipeSource = MAPPED,
     measures: Sequence[Measure] = ("gradient",),
     formats: Sequence[str] | None = None,
     inputs: Sequence[str] | None = None,

@@ -10,6 +10,7 @@ import typer
 
 from reelquant.cli import console
 from reelquant.cli.options import (
+    SEEDS,
     Device,
     Force,
     Frames,
@@ -17,6 +18,7 @@ from reelquant.cli.options import (
     Height,
     Json,
     Model,
+    NewFolder,
     Prompts,
     Steps,
     Variant,
@@ -27,6 +29,7 @@ from reelquant.cli.options import (
     one_of,
     opened,
 )
+from reelquant.recipes.usual import FIRST
 
 if TYPE_CHECKING:
     from reelquant.cli.layout import Plain
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 CHOICES = ("measured", "shallow", "deep")
 WORK = ".removal"
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)]
 Count = Annotated[
     str | None,
     typer.Option("--blocks", metavar="NUMBERS", help="The blocks to drop, counted from 0: 1,4. Else --count chooses.", show_default=False),
@@ -53,7 +55,7 @@ Calls = Annotated[int, typer.Option("--calls", min=1, help="Calls of the denoise
 Iterations = Annotated[int, typer.Option("--iterations", min=0, help="Steps of training, a recorded call each; 0 for none.")]
 Rate = Annotated[float, typer.Option("--rate", help="Learning rate of Adam; it falls to zero.")]
 Motion = Annotated[float, typer.Option("--motion", help="Weight of the differences of neighbouring frames beside the output.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the recorded clips and the order of training.")]
+Seed = Annotated[int, typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Of the recorded clips and the order of training.")]
 
 
 @more_help("""
@@ -76,7 +78,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the recorded clips and the
 """)
 def drop_blocks(
     model: Model,
-    output: Output,
+    output: NewFolder,
     blocks: Count = None,
     count: Number = 1,
     choose: Choose = "measured",
@@ -120,7 +122,7 @@ def drop_blocks(
         return
     console.out.print(table(report))
     console.out.print()
-    console.done(output, f"next: reelquant quantize {output} -r qvd-w8a8 -o quantized")
+    console.done(output, f"next: reelquant quantize {output} -r {FIRST} -o quantized")
 
 
 def _kept(work: Path) -> Any:

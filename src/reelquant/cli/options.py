@@ -32,6 +32,7 @@ def recipe_names(incomplete: str) -> list[str]:
 
 
 BUNDLED, GATES = one_of("tiny-dit", "tiny-unet"), one_of("strict", "default", "loose")
+ALLOCATORS = one_of("milp", "greedy", "sampled", "surrogate")
 MODEL = typer.Argument(
     help="A bundled pipeline (tiny-dit, tiny-unet), a folder, a hub id (owner/name), or FILE@PIPELINE: "
     "its denoiser from a .safetensors or .gguf file.",
@@ -87,6 +88,8 @@ Prompts = Annotated[
         show_default=False,
     ),
 ]
+NEW_FOLDER = typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)
+NewFolder = Annotated[Path, NEW_FOLDER]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])

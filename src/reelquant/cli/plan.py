@@ -12,6 +12,7 @@ import typer
 from reelquant.cli import console
 from reelquant.cli.benchmark import BothDtype, Threads
 from reelquant.cli.options import (
+    ALLOCATORS,
     Force,
     Frames,
     Guidance,
@@ -22,7 +23,6 @@ from reelquant.cli.options import (
     Width,
     call_options,
     more_help,
-    one_of,
     recipe_names,
     torch_dtype,
 )
@@ -58,7 +58,7 @@ Allocate = Annotated[
     str,
     typer.Option(
         "--allocate", help="How bits are divided among layers: milp, greedy, sampled, surrogate.",
-        autocompletion=one_of("milp", "greedy", "sampled", "surrogate"),
+        autocompletion=ALLOCATORS,
     ),
 ]  # fmt: skip
 Output = Annotated[

@@ -10,6 +10,7 @@ import typer
 
 from reelquant.cli.options import (
     GATES,
+    NEW_FOLDER,
     SEEDS,
     Device,
     Dtype,
@@ -52,10 +53,6 @@ Recipes = Annotated[
         show_default=False,
         autocompletion=recipe_names,
     ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False),
 ]
 Components = Annotated[
     str | None,
@@ -163,7 +160,7 @@ class Delivery:
 def quantize(
     model: Model,
     recipe: Recipes,
-    output: Output = None,
+    output: Annotated[Path | None, NEW_FOLDER] = None,
     components: Components = None,
     prompts: Prompts = None,
     steps: Steps = None,

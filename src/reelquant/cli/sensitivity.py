@@ -9,6 +9,7 @@ import typer
 
 from reelquant.cli import console
 from reelquant.cli.options import (
+    ALLOCATORS,
     Device,
     Dtype,
     Force,
@@ -27,6 +28,7 @@ from reelquant.cli.options import (
     recipe_names,
     torch_dtype,
 )
+from reelquant.recipes.usual import MAPPED
 
 if TYPE_CHECKING:
     from reelquant.allocate import Allocation, SensitivityTable, StepPlan
@@ -43,7 +45,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for 
 BaseRecipe = Annotated[
     str | None,
     typer.Option(
-        "--recipe", "-r", help="Which layers, ranges of weights, granularity of inputs; w4a16.", show_default=False,
+        "--recipe", "-r", help=f"Which layers, ranges of weights, granularity of inputs. Default: {MAPPED}.", show_default=False,
         autocompletion=recipe_names,
     ),
 ]  # fmt: skip
@@ -75,7 +77,7 @@ StepWeightBits = Annotated[
 ]
 Method = Annotated[
     str,
-    typer.Option("--method", help="milp, greedy, sampled or surrogate.", autocompletion=one_of("milp", "greedy", "sampled", "surrogate")),
+    typer.Option("--method", help="milp, greedy, sampled or surrogate.", autocompletion=ALLOCATORS),
 ]
 
 
@@ -135,7 +137,7 @@ def sensitivity(
         table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
     else:
         told = dict(
-            recipe=recipe or "w4a16", measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
+            recipe=recipe or MAPPED, measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
             clips=clips, ranges=ranges, configurations=configurations, components=component, steps=by_step, skip=skip or (),
             prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip

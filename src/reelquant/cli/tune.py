@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reelquant.cli import console
+from reelquant.cli.evaluate import Weights
 from reelquant.cli.options import (
     Device,
     Dtype,
@@ -16,6 +17,7 @@ from reelquant.cli.options import (
     Guidance,
     Height,
     Json,
+    NewFolder,
     Prompts,
     QuantizedFolder,
     Steps,
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 FAILED = 1
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)]
 TargetSpeedup = Annotated[
     float | None,
     typer.Option("--target-speedup", help="Times faster that a clip has to be, like 1.8; the best schedule that is.", show_default=False),
@@ -62,9 +63,6 @@ Component = Annotated[
     str | None,
     typer.Option("--component", help="Which denoiser, where there are several: transformer_2.", show_default=False),
 ]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", help="Folder with networks of metrics; else the user's cache.", show_default=False)
-]
 
 
 @more_help("""
@@ -86,7 +84,7 @@ Weights = Annotated[
 """)
 def tune(
     model: QuantizedFolder,
-    output: Output,
+    output: NewFolder,
     target_speedup: TargetSpeedup = None,
     gate: Gate = None,
     max_lpips: MaxLpips = None,

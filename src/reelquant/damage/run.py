@@ -34,6 +34,7 @@ from reelquant.models.defaults import missing
 from reelquant.models.described import described
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import check_call
+from reelquant.recipes.usual import MAPPED
 
 FORMATS = ("int3/group-64", "int4/group-64", "int5/channel", "int6/channel", "int8/channel")
 INPUT_BITS, STEP_BITS = (3, 4, 5, 6, 7, 8), (4, 6, 8)
@@ -59,7 +60,7 @@ class Wanted:
         skip: patterns of layers that are not measured.
     """
 
-    recipe: Any = "w4a16"
+    recipe: Any = MAPPED
     measures: tuple[Measure, ...] = ("gradient",)
     formats: tuple[str, ...] = FORMATS
     inputs: tuple[str, ...] | None = None
