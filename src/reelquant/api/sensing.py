@@ -83,6 +83,7 @@ def sensitivity(
     """
     import torch
 
+    from reelquant.checkpoint import check_folder
     from reelquant.damage import Wanted, measure
     from reelquant.damage.run import FORMATS
     from reelquant.models.pipelines import open_pipeline
@@ -99,7 +100,9 @@ def sensitivity(
         steps=steps,
         skip=tuple(skip),
     )
-    opened = open_pipeline(model, dtype=dtype or torch.float32, device=device) if isinstance(model, str | Path) else model
     folder = None if output is None else Path(output)
+    if folder is not None:
+        check_folder(folder)
+    opened = open_pipeline(model, dtype=dtype or torch.float32, device=device) if isinstance(model, str | Path) else model
     prompts = [prompts] if isinstance(prompts, str) else prompts
     return measure(opened, model, folder, wanted, prompts, force=force, progress=progress or None, call=call).table

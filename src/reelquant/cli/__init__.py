@@ -19,7 +19,7 @@ from reelquant.cli.benchmark import benchmark
 from reelquant.cli.compare import compare
 from reelquant.cli.demo import demo
 from reelquant.cli.drop_blocks import drop_blocks
-from reelquant.cli.errors import Verbs
+from reelquant.cli.errors import Verb, Verbs
 from reelquant.cli.evaluate import evaluate
 from reelquant.cli.export import export
 from reelquant.cli.generate import generate
@@ -102,4 +102,4 @@ VERBS = (
 )  # fmt: skip
 """In the order of ``--help``."""
 for verb in VERBS:
-    app.command()(verb)
+    app.command(cls=Verb)(verb)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -195,9 +194,6 @@ def conditions(file: Path | None) -> list[Condition] | None:
 def call_options(**given: Any) -> dict[str, Any]:
     """Arguments of the pipeline call from options: those that were given, by the names diffusers uses."""
     names = {"steps": "num_inference_steps", "frames": "num_frames", "guidance": "guidance_scale"}
-    for key, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"--{key} is a finite number, got {value}")
     return {names.get(key, key): value for key, value in given.items() if value is not None}
 
 

@@ -26,6 +26,7 @@ from reelquant.cli.options import (
     recipe_names,
     torch_dtype,
 )
+from reelquant.recipes.usual import FIRST, SAFE
 
 if TYPE_CHECKING:
     from reelquant.cli.layout import Plain
@@ -67,6 +68,15 @@ Output = Annotated[
 
 
 FLOAT = "float"
+
+
+def _names(text: str) -> list[str]:
+    from reelquant._errors import RecipeError
+
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise RecipeError(f"--recipes names none, got '{text}'; for example --recipes {FIRST},{SAFE}")
+    return found
 
 
 @more_help("""
@@ -112,6 +122,9 @@ def plan(
     kind = None if dtype is None else torch_dtype(dtype)
     if output is not None and output.exists() and not force:
         raise CheckpointError(f"'{output}' exists; choose another file, or --force")
+    if map is not None and map.exists() and not map.is_dir():
+        raise CheckpointError(f"--map: '{map}' is a file; give the folder that reelquant sensitivity wrote, or the name of a new one")
+    names = None if recipes is None else _names(recipes)
     console.quiet_loading()
     if threads is not None:
         import torch
@@ -119,7 +132,6 @@ def plan(
         torch.set_num_threads(threads)
     from reelquant.api import plan as run
 
-    names = [name.strip() for name in recipes.split(",") if name.strip()] if recipes else None
     call = call_options(frames=frames, height=height, width=width, steps=steps, guidance=guidance)
     how = dict(device=device, dtype=kind, min_speed=min_speed, bits=bits, recipes=names, map=map, allocate=allocate)
     with console.Bars() as bars:

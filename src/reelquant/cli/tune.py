@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reelquant._errors import printable
 from reelquant.cli import console
 from reelquant.cli.evaluate import Weights
 from reelquant.cli.options import (
@@ -140,6 +141,8 @@ def tune(
             console.out.print(part)
             console.out.print()
     if made.output is None:
+        for reason in _missed(made):
+            typer.echo(printable(f"reelquant: no schedule keeps the limits: {reason}"), err=True)
         raise typer.Exit(FAILED)
     if not json:
         console.done(made.output, f"what was tried: {made.work}")
@@ -182,6 +185,11 @@ def _limits(pairs: list[str], max_lpips: float | None) -> dict[str, float]:
     return {name.strip().lower().replace("-", "_"): float(value) for name, value in named} | own
 
 
+def _missed(made: Tuned) -> list[str]:
+    """What the two gentlest schedules missed."""
+    return list(dict.fromkeys(sentence for trial in made.trials[:2] for sentence in trial.failures))
+
+
 def tables(made: Tuned) -> list[Plain]:
     """What was tried, what was chosen, and where quality falls."""
     from reelquant.cli.layout import facts, table
@@ -212,9 +220,8 @@ def _choice(made: Tuned) -> list[tuple[str, str]]:
     chosen = made.chosen
     found: list[tuple[str, str]] = []
     if chosen is None:
-        reasons = [sentence for trial in made.trials[:2] for sentence in trial.failures]
         found.append(("chosen", "nothing: no schedule kept the limits"))
-        found += [("missed", sentence) for sentence in dict.fromkeys(reasons)]
+        found += [("missed", sentence) for sentence in _missed(made)]
     else:
         share, steps = len(chosen.computed) / chosen.steps, ", ".join(str(step + 1) for step in chosen.computed)
         found.append(("blocks", f"computed at {_count(chosen)} steps ({share:.0%}): {steps}"))

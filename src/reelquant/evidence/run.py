@@ -388,8 +388,12 @@ def _store(options: Options, settings: Mapping[str, Any]) -> Iterator[tuple[Stor
             store.borrow(options.reuse, settings)
 
     if not options.shared:
-        begin()
-        yield store, None
+        try:
+            begin()
+            yield store, None
+        except BaseException:
+            store.leave()
+            raise
         return
     with sharing(store, settings, begin, force=options.force) as shared:
         yield store, shared
