@@ -23,6 +23,17 @@ def one_of(*names: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
+def seed_within_bounds(value: int | None) -> int | None:
+    """Refuse a seed after which clips could not be counted within 64 bits.
+
+    Raises:
+        typer.BadParameter: with the bounds.
+    """
+    if value is not None and abs(value) > SEEDS:
+        raise typer.BadParameter(f"give a number from -{SEEDS} to {SEEDS}, got {value}")
+    return value
+
+
 def recipe_names(incomplete: str) -> list[str]:
     """Completion of a recipe."""
     from reelquant.recipes.text import names

@@ -39,25 +39,31 @@ FAILED = 1
 
 TargetSpeedup = Annotated[
     float | None,
-    typer.Option("--target-speedup", help="Times faster that a clip has to be, like 1.8; the best schedule that is.", show_default=False),
+    typer.Option(
+        "--target-speedup", help="How many times faster a clip has to be, like 1.8: the best schedule that reaches it.", show_default=False
+    ),
 ]
 Gate = Annotated[
     str | None,
     typer.Option(
-        "--gate", help="strict, default or loose: the fastest schedule that passes. This is what is sought if nothing is said.",
+        "--gate", help="strict, default or loose: the fastest schedule that passes. Without any goal: --gate default.",
         show_default=False,
     ),
 ]  # fmt: skip
 MaxLpips = Annotated[
-    float | None, typer.Option("--max-lpips", help="The fastest schedule with no more than this LPIPS, like 0.1.", show_default=False)
+    float | None, typer.Option("--max-lpips", help="The fastest schedule whose LPIPS is at most this, like 0.1.", show_default=False)
 ]
 FailUnder = Annotated[list[str] | None, typer.Option("--fail-under", metavar="METRIC=VALUE", help="A further limit: psnr=30. Repeatable.")]
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that every schedule is tried on.")]
-Record = Annotated[int, typer.Option("--record", min=1, help="Clips that schedules are planned from; each is sampled once for every step.")]
+Record = Annotated[
+    int, typer.Option("--record", min=1, help="Clips that schedules are planned from; each is sampled as many times as it has steps.")
+]
 Stretch = Annotated[
     str,
     typer.Option(
-        "--stretch", metavar="START:END", help="The share of the blocks that is reused; 0:1 is all of them, answer the whole denoiser."
+        "--stretch",
+        metavar="START:END",
+        help="Which share of the blocks is reused: 0:1 is all of them; 'answer' is the output of the whole denoiser.",
     ),
 ]
 Component = Annotated[
@@ -69,16 +75,16 @@ Component = Annotated[
 @more_help("""
     [bold]Examples[/bold]
 
-    [cyan]reelquant tune out -o fast[/cyan]      as fast as the default gate lets it be
+    [cyan]reelquant tune out -o fast[/cyan]      the fastest schedule that passes the default gate
     [cyan]reelquant tune out -o fast --target-speedup 1.8[/cyan]
     [cyan]reelquant tune out -o fast --max-lpips 0.1 --fail-under psnr=30[/cyan]
     [cyan]reelquant tune out -o half --component transformer[/cyan]      two experts, one after the other
     [cyan]reelquant tune half -o fast --component transformer_2[/cyan]
     [cyan]reelquant tune out -o fast --steps 30 --clips 16 --prompts texts.txt[/cyan]
 
-    Blocks change little from step to step. Where that is so, their last results stand for them, or a line through the last two.
-    Which steps these are depends on the model and on its quantization, so it is measured here: a few clips are recorded, the
-    schedule of the least error is planned for every number of computed steps, and some are tried out on other texts.
+    What blocks compute often changes little from one step to the next. At such steps their last result is used again, or a line
+    through the last two. Which steps these are depends on the model and on its quantization, so it is measured: a few clips are
+    recorded, the schedule of the least error is planned for every number of computed steps, and some schedules are tried on other texts.
 
     What was tried is kept in the folder OUTPUT.tuning: clips, figures, curve.png, and recipe.yaml for [cyan]reelquant quantize -r[/cyan].
     A run that was stopped goes on from there.
@@ -106,7 +112,7 @@ def tune(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Find out at which steps the blocks of a quantized pipeline need not be computed, and write it with that schedule."""
+    """Find the steps at which blocks of a quantized pipeline need not be computed, and write the pipeline with that schedule."""
     from reelquant.models.pipelines import locate
 
     locate(model)
