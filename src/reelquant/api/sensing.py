@@ -66,7 +66,7 @@ def sensitivity(
         dtype: of a pipeline that is opened, float32 by default.
         device: where it runs.
         force: replace the table of another measurement.
-        progress: receives the progress; by default bars where somebody looks, False for none.
+        progress: receives the progress; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames`` ...).
 
     Returns:

@@ -65,7 +65,7 @@ def check_writable(target: str | Path) -> None:
 
 
 def check_folder(target: str | Path) -> None:
-    """Refuse a place where files are added to what is there, if it is no folder or takes no files.
+    """Refuse a place where files are added to what is there, if it is not a folder or takes no files.
 
     Raises:
         CheckpointError: with the reason.

@@ -96,7 +96,7 @@ class Verbs(TyperGroup):
             _end("interrupted", f"reelquant: interrupted, {told(error) or NOTHING}", INTERRUPTED, json)
         except Terminated as error:
             _end("terminated", f"reelquant: terminated, {told(error) or NOTHING}", TERMINATED, json)
-        except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
+        except BrokenPipeError:  # the reader of the output has seen enough, as `| head` has
             from reelquant.cli.console import to_nowhere
 
             to_nowhere()

@@ -191,7 +191,7 @@ def _before(output: Path, settings: Mapping[str, Any], *, force: bool) -> Sensit
     """The table that an earlier run left, if it is of the same measurement.
 
     Raises:
-        CheckpointError: if it is of another one, and nobody said that it may go.
+        CheckpointError: if it is of another one, and the caller did not say that it may go.
     """
     if not (output / FILE).is_file():
         return None

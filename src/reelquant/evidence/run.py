@@ -294,7 +294,7 @@ def _proof(test: Any) -> dict[str, Any] | None:
     """The report that quantizing left in the folder of the pipeline; None without one, or if it names the source alone.
 
     Raises:
-        CheckpointError: if it is damaged, or is no such report.
+        CheckpointError: if it is damaged, or is not such a report.
     """
     from reelquant.evidence.report.data import ReportData
 

@@ -18,7 +18,7 @@ from reelquant.observe import RecordedCall
 
 SETTINGS, CALLS, CHOICE, TRAINING = "settings.json", "calls.safetensors", "choice.json", "training.safetensors"
 TREE = "tree"
-"""Key of the metadata that holds what is no tensor."""
+"""Key of the metadata that holds everything but tensors."""
 EVERY = 50
 """Iterations between two files of training."""
 

@@ -30,7 +30,7 @@ METRICS = ("quick", "default")  # quick needs no downloaded networks
 
 
 Fresh = Callable[[list[Model], bool], Any]
-"""What makes a list anew from the models in the folder; True if the page has just been opened."""
+"""Makes a list again from the models in the folder; True if the page has just been opened."""
 
 
 def blocks(served: Served, start: Launch) -> gr.Blocks:
@@ -83,7 +83,7 @@ def _choices(found: list[Model], kinds: tuple[bool, ...]) -> list[tuple[str, str
 
 
 def _models(label: str, *kinds: bool) -> tuple[gr.Dropdown, Fresh]:
-    """A list of models of some kinds (quantized or not), and what makes it anew."""
+    """A list of models of some kinds (quantized or not), and what makes it again."""
 
     def fresh(found: list[Model], first: bool) -> Any:
         choices = _choices(found, kinds)
