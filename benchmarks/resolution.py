@@ -45,6 +45,11 @@ SCHEDULES: dict[str, Stages] = {
     "bottleneck 0.75, short": three(0.3, 0.4, 0.75),
     "early 0.75": three(0.05, 0.55, 0.75),
     "early 0.5": three(0.05, 0.35, 0.5),
+    "bottleneck 0.5, details": three(0.2, 0.6, 0.5, details=1.0),
+    "late 0.5": three(0.35, 0.6, 0.5),
+    "late 0.5, details": three(0.35, 0.6, 0.5, details=1.0),
+    "late 0.5, two steps at the end, details": three(0.3, 0.6, 0.5, details=1.0),
+    "late 0.75, details": three(0.25, 0.7, 0.75, details=1.0),
     "early 0.5, last part from more noise": three(0.05, 0.55, 0.5, restart=0.7),
 }
 LARGER: dict[str, Stages] = {

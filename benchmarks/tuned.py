@@ -33,10 +33,10 @@ from reelquant.evidence import bootstrap
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.reuse import BlockReuse, installed_reuse
+from reelquant.reuse.plans import Errors, even, plans
 from reelquant.tuning.recording import Clips as Recorded
 from reelquant.tuning.recording import Seconds, record, reusing, site_of
 from reelquant.tuning.run import RECORDED, SEED, tune
-from reelquant.tuning.schedules import Errors, even, plans
 from reelquant.tuning.search import Goal, Search
 from reelquant.tuning.trials import Trial
 

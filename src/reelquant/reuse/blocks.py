@@ -32,6 +32,7 @@ from reelquant.reuse.answer import Answer
 from reelquant.reuse.chain import Link
 from reelquant.reuse.history import check_order
 from reelquant.reuse.outputs import Output
+from reelquant.reuse.planned import planned
 from reelquant.reuse.profile import steadiest
 from reelquant.reuse.reuse import Reuse
 from reelquant.reuse.schedule import Schedule
@@ -70,6 +71,9 @@ class BlockReuse(Reuse):
             is computed at the latest.
         profiled: instead of a stretch, this share of the blocks of a chain: those whose change differs least from step to step, see
             :mod:`reelquant.reuse.profile`. 0 for none.
+        budget: instead of a schedule, the share of the steps at which the stretch is computed; which ones, and the weights of the last
+            ``order + 1`` results at the others, is planned on held-out clips while quantizing, see :mod:`reelquant.reuse.planned`. 0 for
+            none.
         late: another stretch, which takes the place of ``stretch`` late in a trajectory; empty for none.
         boundary: ``late`` begins at this share of the first timestep.
     """
@@ -82,6 +86,7 @@ class BlockReuse(Reuse):
     fitted: tuple[float, ...] = ()
     threshold: float = 0.0
     profiled: float = 0.0
+    budget: float = 0.0
     late: tuple[float, ...] = ()
     boundary: float = 0.5
     always: ClassVar[Mapping[str, Any]] = {"every": 1}
@@ -105,8 +110,16 @@ class BlockReuse(Reuse):
             raise RecipeError(f"'profiled' of reuse 'blocks' is a share of the blocks, 0 to 1, got {self.profiled}")
         if self.profiled and self.late:
             raise RecipeError(f"'profiled' of reuse 'blocks' takes the place of stretches; drop it, or 'late': {list(self.late)}")
+        self._check_budget()
         if not 0 < self.boundary < 1:
             raise RecipeError(f"'boundary' of reuse 'blocks' lies between 0 and 1, got {self.boundary}")
+
+    def _check_budget(self) -> None:
+        if not 0 <= self.budget <= 1:
+            raise RecipeError(f"'budget' of reuse 'blocks' is a share of the steps, above 0 and up to 1, or 0 for none, got {self.budget}")
+        others = {"at": self.at, "fitted": self.fitted, "threshold": self.threshold, "profiled": self.profiled, "late": self.late}
+        if self.budget and (given := next((name for name, value in others.items() if value), None)):
+            raise RecipeError(f"'budget' of reuse 'blocks' plans when one stretch is computed; drop it, or '{given}'")
 
     @property
     def schedule(self) -> Schedule:
@@ -121,21 +134,28 @@ class BlockReuse(Reuse):
 
     @property
     def in_memory(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.budget:
+            return "reuse 'blocks' samples it to plan; give a schedule instead of 'budget'"
         return "reuse 'blocks' samples it to profile its blocks; give a stretch instead of 'profiled'" if self.profiled else None
 
     @property
     def needs_data(self) -> bool:
-        return bool(self.profiled)
+        return bool(self.profiled or self.budget)
 
     def held_out_runs(self, steps: int) -> int:
-        return 1 if self.profiled else 0
+        return 1 if self.needs_data else 0
 
     def facts(self, work: ModelWork) -> dict[str, Any]:
         """Paths of the blocks in execution order, what is kept of them, and the names of two arguments of the denoiser.
 
         ``late`` are the blocks of the late stretch, where there is one; ``runs`` the blocks in groups of consecutive ones, if they are
-        more than one stretch.
+        more than one stretch; ``at`` and ``fitted`` what was planned for a budget.
         """
+        found = self._facts(work)
+        always = BlockReuse(every=1, stretch=self.stretch)
+        return found | (planned(work, found, always, self.budget, self.order) if self.budget else {})
+
+    def _facts(self, work: ModelWork) -> dict[str, Any]:
         timestep, latent = work.map.timestep_argument, work.map.latent_argument
         if timestep is None or latent is None:
             raise UnsupportedError(f"reuse 'blocks' follows the timestep, and '{work.component}' has none; use it for a denoiser")
@@ -160,7 +180,8 @@ class BlockReuse(Reuse):
     def widest(self, work: ModelWork) -> tuple[BlockReuse, dict[str, Any]]:
         """Profiled blocks keep most where none of them are neighbours: each has a change of its own then."""
         if not self.profiled:
-            return self, self.facts(work)
+            plain = replace(self, budget=0.0)
+            return plain, plain.facts(work)
         plain = replace(self, profiled=0.0, stretch=(0.0, 1.0))
         facts = plain.facts(work)
         blocks = facts["blocks"]
@@ -168,7 +189,8 @@ class BlockReuse(Reuse):
         return plain, facts | {"blocks": alone, "runs": [[name] for name in alone]}
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledBlocks:
-        return InstalledBlocks(model, self, facts)
+        acting = replace(self, budget=0.0, at=tuple(facts["at"]), fitted=tuple(facts["fitted"])) if self.budget else self
+        return InstalledBlocks(model, acting, facts)
 
 
 def _inside(blocks: Sequence[str], stretch: Sequence[float], cls: str) -> list[str]:

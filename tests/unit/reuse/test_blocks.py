@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.discover import discover
 from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.reuse.blocks import InstalledBlocks
+from reelquant.reuse.planned import recorded
 from reelquant.reuse.profile import differences
 from reelquant.sites import DenoiserMap
 from tests.families.models import FAMILIES
@@ -97,6 +99,8 @@ def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
         ({"boundary": 1.0}, "between 0 and 1, got 1.0"),
         ({"profiled": 1.5}, "a share of the blocks, 0 to 1, got 1.5"),
         ({"profiled": 0.5, "late": (0.0, 0.5)}, r"takes the place of stretches; drop it, or 'late': \[0.0, 0.5\]"),
+        ({"budget": 1.5}, "a share of the steps, above 0 and up to 1, or 0 for none, got 1.5"),
+        ({"budget": 0.5, "at": (2.0, 1.0)}, "plans when one stretch is computed; drop it, or 'at'"),
         ({"at": (1.0, 2.0)}, r"from the largest to the smallest, each once, got \[1.0, 2.0\]"),
     ],
 )
@@ -512,3 +516,58 @@ def test_blocks_are_counted_by_themselves_where_stretches_take_turns() -> None:
         added(model, time)
     both = {0: (1, 0), 1: (0, 1), 2: (1, 0), 3: (0, 1)}
     assert reuse.by_cell() == {"blocks.1": both, "blocks.2": both, "blocks.0": {2: (1, 0), 3: (0, 1)}}
+
+
+# --- planned while quantizing -------------------------------------------------------------------------------------------------------
+
+
+class Early(Block):
+    """Turns what it adds above a timestep of 6, and not below."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        angle = timestep.clamp(min=6)
+        return x + self.number * torch.stack([angle.cos(), angle.sin()])
+
+
+class FewSteps(Steps):
+    """Eight steps of a denoiser that gives the same at the last five."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoiser = Denoiser(Early)
+        self.timesteps = [10.0, 9.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+        self.steps = len(self.timesteps)
+
+    def clip(self) -> list[float]:
+        """What is added at each step."""
+        return [added(self.denoiser, time, torch.zeros(2)) for time in self.timesteps]
+
+    def held_out_latents(self) -> None:
+        for _ in range(2):
+            self.clip()
+
+
+def test_a_budget_computes_where_the_result_changes() -> None:
+    steps = FewSteps()
+    stage = BlockReuse(budget=0.5, stretch=(0.0, 1.0), order=0)
+    facts = stage.facts(steps)
+    assert facts["at"] == [10.0, 9.0, 7.0, 6.0] and not installed_reuse(steps.denoiser)
+    assert facts["fitted"][::2] == [5.0, 4.0, 3.0, 2.0] and facts["fitted"][1::2] == pytest.approx([1.0] * 4, abs=1e-4)
+    plain = steps.clip()
+    reuse = stage.install(steps.denoiser, facts)
+    assert steps.clip() == pytest.approx(plain, rel=1e-4)
+    assert reuse.counts() == {"computed": 4, "reused": 4}
+
+
+def test_clips_that_are_sampled_one_by_one_all_count() -> None:
+    steps = FewSteps()
+    gram = recorded(steps, BlockReuse(stretch=(0.0, 1.0)).facts(steps), BlockReuse(every=1)).gram
+    assert gram[0, 1] == pytest.approx(2 * (1 + 2 + 3 + 4) ** 2 * math.cos(10 - 9), rel=1e-5)  # two clips, one after the other
+
+
+def test_steps_that_do_not_fall_are_refused_with_a_budget() -> None:
+    steps = FewSteps()
+    steps.timesteps = [1.0, 2.0, 3.0]
+    with pytest.raises(UnsupportedError, match="'budget' of reuse 'blocks' needs three steps or more"):
+        BlockReuse(budget=0.5).facts(steps)
+    assert not installed_reuse(steps.denoiser)
