@@ -165,8 +165,13 @@ class QuantLayer(nn.Module):
         The bias that belongs to it is :meth:`float_bias`.
 
         Raises:
-            UnsupportedError: if a branch is not a product with a weight.
+            UnsupportedError: if a branch is not a product with a weight, or the layer stores its outputs alone.
         """
+        if self.layout.folded:
+            raise UnsupportedError(
+                f"a temporal layer of shape {self.weight_shape} stores its outputs alone (temporal: fold) and has no weight; quantize with "
+                "temporal: table"
+            )
         weight = self._unscaled_weight()
         weight = unmixed(hadamard(weight, 1) if self.layout.rotate else weight, mixes_of(self))
         for branch in self.layout.branches:

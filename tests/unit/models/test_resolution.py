@@ -157,7 +157,7 @@ def test_guidance_keeps_the_low_frequencies_of_the_smaller_clip() -> None:
 
 @pytest.mark.parametrize(("details", "kept"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
 def test_details_come_back_with_their_size(details: float, kept: float) -> None:
-    """A denoiser that sees a board of zeros and twos, in half the size a grey of three: what comes back is that grey, and the board's details."""
+    """A denoiser that sees a board of zeros and twos, and a grey of three in half the size: back come that grey and the board's details."""
     stages = ({"share": 0.3}, {"share": 0.4, "scale": 0.5}, {"share": 0.3, "details": details})
     scheduler = scheduler_of("flow euler")
     one = Following(scheduler, ChangeResolution(stages), grain=1)
