@@ -39,7 +39,7 @@ ROWS: Rows = {
     **{
         name: (name, "qvd-w8a8")
         for name in (
-            "deepcache", "faster-diffusion", "taylor", "delta-dit", "first-block", "profilingdit", "ditfastattn", "half-attention-w8a8",
+            "deepcache", "faster-diffusion", "cachequant-w8a8", "taylor", "delta-dit", "first-block", "profilingdit", "ditfastattn", "half-attention-w8a8",
             "adaspa", "sparse24-w8a8", "prune-35",
         )
     },
