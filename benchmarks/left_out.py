@@ -3,7 +3,7 @@
 Run it from the repository root::
 
     python -m benchmarks.left_out --output benchmarks/results            # the table, from the rows that are there
-    python -m benchmarks.left_out --output benchmarks/results --pipeline tiny-unet --clips 16    # speeds, and CacheQuant's joint calibration
+    python -m benchmarks.left_out --output benchmarks/results --pipeline tiny-unet    # speeds, and CacheQuant's joint calibration
     python -m benchmarks.methods                                         # puts the table into docs/methods.md
 
 Most figures are rows of other benchmarks in ``rows.jsonl``: with as many clips as both rows of a gain have. A gain is *passed* if its
@@ -26,7 +26,7 @@ import torch
 import reelquant
 from benchmarks.checks import verdict
 from benchmarks.common import Clips, Records, markdown, measure
-from benchmarks.tuned import KEPT, RECIPE, quantized, times_in_turns
+from benchmarks.tuned import KEPT, quantized, times_in_turns
 from reelquant.evidence import bootstrap
 from reelquant.recipes.recipe import load_recipe
 from reelquant.reuse import installed_reuse
@@ -151,19 +151,213 @@ class Line:
     why: str = ""
 
 
-DIT, UNET = "tiny-dit", "tiny-unet"
-TUNED, ATTENTION, LIBRARY, REMOVAL = "`tuned`", "`attention_reuse`", "`library`", "`removal`"
-BEST, EVEN, LAST = (
-    "tuned planned, fitted weights of two, 10 steps",
-    "tuned even, fitted weights of two, 10 steps",
-    "tuned planned, last result repeated, 10 steps",
+DIT, UNET, NONE = "tiny-dit", "tiny-unet", "-"
+TUNED, ATTENTION, LIBRARY, REMOVAL, DROPPED = "`tuned`", "`attention_reuse`", "`library`", "`removal`", "`dropped`"
+BEST, EVEN, LAST, OF_FLOAT = (
+    f"tuned {words}, 10 steps"
+    for words in (
+        "planned, fitted weights of two",
+        "even, fitted weights of two",
+        "planned, last result repeated",
+        "planned on the float pipeline, fitted weights of two",
+    )
 )
-OF_FLOAT = "tuned planned on the float pipeline, fitted weights of two, 10 steps"
-BLOCKS, PLACES = "tests/unit/reuse/test_blocks.py", "tests/unit/reuse/test_attention.py"
-CACHE, NOISY = "`cachequant-w8a8`, `reelquant tune`", "damages of single steps on four clips are noisy there; from twelve clips the plan gains 2.0 dB more"
+REUSE, PLACES = "tests/contracts/test_reuse.py", "tests/unit/reuse/test_attention.py"
+EXACT = Shown(f"{REUSE}::test_told_to_compute_everything_it_changes_no_bit")
+CACHE = "`cachequant-w8a8`, `reelquant tune`"
+NOISY = "what single steps do to four clips is noisy there; from twelve clips the plan gains 2.0 dB more"
+PADDED = "places over frames have to be computed often there; a plan for a budget (`half-attention-w8a8`) passes"
+SMALL = "models of one size lose motion and shape at smaller ones, whatever the schedule ([resolution](resolution.md))"
+SPARE = "no spare weights in so small a model; below 4.5 bits a weight fewer bits are better"
+
+
+def _both(method: str, ours: str, asked: str, found: Found, why: str = "", unet: str | None = None) -> tuple[Line, Line]:
+    """A line on each pipeline."""
+    return Line(method, ours, asked, found, DIT, why), Line(method, ours, asked, found, UNET, why if unet is None else unet)
+
+
 LINES: tuple[Line, ...] = (
-    Line("CacheQuant", CACHE, "the schedule at half of the blocks: +1 dB over even spacing", Gain(BEST, EVEN, 1.0, TUNED), DIT),
-    Line("CacheQuant", CACHE, "the schedule at half of the blocks: +1 dB over even spacing", Gain(BEST, EVEN, 1.0, TUNED), UNET, NOISY),
-    Line("CacheQuant", CACHE, "the repair at half of the blocks: +1 dB over the last result", Gain(BEST, LAST, 1.0, TUNED), DIT),
-    Line("CacheQuant", CACHE, "the repair at half of the blocks: +1 dB over the last result", Gain(BEST, LAST, 1.0, TUNED), UNET),
+    *_both("CacheQuant", CACHE, "schedule: +1 dB over even spacing at half of the blocks", Gain(BEST, EVEN, 1.0, TUNED), unet=NOISY),
+    *_both("CacheQuant", CACHE, "repair: +1 dB over the last result at half of the blocks", Gain(BEST, LAST, 1.0, TUNED)),
+    *_both(
+        "CacheQuant", CACHE, "calibrated with the cache: no worse than apart", Gain("recipe cachequant-w8a8", SEPARATE, 0.0, "`left_out`")
+    ),
+    *_both("CacheQuant", CACHE, "30 dB to float at half of the blocks", Quality("recipe cachequant-w8a8", 30.0, LIBRARY)),
+    *_both(
+        "(ours)", "`reelquant tune`", "planned on the quantized model: +0.5 dB over float", Gain(BEST, OF_FLOAT, 0.5, TUNED), unet=NOISY
+    ),
+    Line("DeepCache", "`deepcache`", "every third step: 25 dB", Quality("recipe deepcache", 25.0, LIBRARY), UNET),
+    Line("DeepCache", "`deepcache`", "1.5 times as fast", Speed("deepcache", 1.5), UNET),
+    Line("Faster Diffusion", "`faster-diffusion`", "25 dB", Quality("recipe faster-diffusion", 25.0, LIBRARY), UNET),
+    Line("Faster Diffusion", "`faster-diffusion`", "1.4 times as fast", Speed("faster-diffusion", 1.4), UNET),
+    Line("Delta-DiT", "`delta-dit`", "27 dB with 1.6 times fewer blocks (1.76 times)", Quality("recipe delta-dit", 27.0, LIBRARY), DIT),
+    Line(
+        "ProfilingDiT",
+        "`profilingdit`",
+        "+1 dB over other lists of as many blocks",
+        Figure("-1.2 to +0.4 dB over seven lists of three blocks", "8", "missed", "[reuse](reuse.md)"),
+        DIT,
+        "all six blocks change alike; meant for models with more of them",
+    ),
+    Line("all of these", "`reuse: blocks`", "the same bits when everything is computed", EXACT, NONE),
+    *_both(
+        "DiTFastAttn",
+        "`ditfastattn`",
+        "30 dB at half of the multiplications of attention",
+        Quality("attention reuse a threshold chooses, 50%", 30.0, ATTENTION),
+        unet=PADDED,
+    ),
+    *_both(
+        "(ours)",
+        "`half-attention-w8a8`",
+        "30 dB at half of the multiplications of attention",
+        Quality("attention reuse a plan for 50%", 30.0, ATTENTION),
+    ),
+    Line("DiTFastAttn", "`ditfastattn`", "the same bits with the threshold 0", EXACT, NONE),
+    Line("AdaSpa", "`adaspa`", "all blocks: the same bits", Shown(f"{PLACES}::test_all_blocks_are_attention_bit_for_bit"), NONE),
+    Line(
+        "AdaSpa",
+        "`adaspa`",
+        "half of the blocks hold 0.9 of the weights",
+        Figure("0.84; 0.92 with groups of 2 queries and blocks of 2 keys", "1", "missed", "`attention_reuse --recall`"),
+        DIT,
+        "28 tokens of a frame: blocks of seven keys are coarse; single queries and keys have 0.94",
+    ),
+    Line(
+        "Variable-size",
+        "`policy: scale_logits`",
+        "half the size: the judge sees no less than unscaled",
+        Figure("45.8 % of what the texts say, both", "24", "passed", "`attention_reuse --sizes`"),
+        DIT,
+        "no gain either: what is missing at that size is not sharper attention",
+    ),
+    Line(
+        "Bottleneck Sampling",
+        "`bottleneck`",
+        "one size in all stages: the same bits",
+        Shown("tests/unit/models/test_resolution.py::test_one_size_changes_nothing_bit_for_bit"),
+        NONE,
+    ),
+    Line(
+        "DiffuseHigh",
+        "`diffuse-high`",
+        "twice the size: the judge sees no less than at once",
+        Figure("1.00, 1.00, 0.33, 1.00 (at once 0.50, 0.50, 0.17, 0.50)", "8", "passed", "`resolution`"),
+        DIT,
+    ),
+    Line("LowDiff", "no", "as Bottleneck Sampling", Figure("-", "-", "not built", "-"), NONE, "needs a model that is trained for it"),
+    Line(
+        "GPUSQ-ViT",
+        "`sparse24-w8a8`",
+        "two of every four weights are zero",
+        Shown("tests/unit/solvers/test_sparse.py::test_every_group_keeps_as_many_weights_as_it_should"),
+        NONE,
+    ),
+    *_both(
+        "GPUSQ-ViT",
+        "`sparse24-w8a8`",
+        "+2 dB over the largest weights",
+        Gain("recipe sparse24-w8a8", "beside keep 2:4, largest", 2.0, REMOVAL),
+    ),
+    *_both("Pruning SD", "`solve: sparse, keep: 45:64`", "30 dB with 30 % gone", Quality("beside keep 45:64", 30.0, REMOVAL), SPARE),
+    Line(
+        "COMCAT",
+        "no recipe",
+        "values and outputs with a quarter fewer ranks: 25 dB",
+        Figure("29.9 dB in float", "4", "passed, not kept", "[removal](removal.md)"),
+        DIT,
+        "no stock class has narrower values, so from_pretrained could not open the result",
+    ),
+    Line("UVC", "no", "no worse than magnitudes at equal multiplications", Figure("-", "-", "not built", "-"), NONE, "heads: as COMCAT"),
+    Line(
+        "AdcSR",
+        "`temporal: fold`",
+        "folded timesteps: the same bits",
+        Shown("tests/tiny/test_engine.py::test_folded_layers_have_their_outputs_alone_and_refuse_other_timesteps"),
+        NONE,
+        "a fixed prompt is not folded: its outputs are larger than the layers ([removal](removal.md))",
+    ),
+    Line(
+        "Shortcut-V2V",
+        "no recipe",
+        "a block at every second frame: 25 dB",
+        Figure("20.8 to 24.6 dB at all steps; 26.3 to 27.7 dB from the fifth on, for 13 % less work", "4", "missed", "[reuse](reuse.md)"),
+        DIT,
+        "leaving out whole steps gives 34 dB at a quarter of the work",
+    ),
+    Line("FlashFFTConv", "no", "-", Figure("-", "-", "not built", "-"), NONE, "no denoiser here has long convolutions"),
 )
+
+
+def page(rows: Rows) -> str:
+    """The table."""
+    return markdown(HEADINGS, [_cells(line, rows) for line in LINES])
+
+
+def _cells(line: Line, rows: Rows) -> list[str]:
+    words, clips, said, command = line.found.told(rows, line.on)
+    return [
+        line.method,
+        line.ours,
+        line.asked,
+        line.on,
+        words,
+        clips,
+        said,
+        "" if said == "passed" and "no" not in line.why else line.why,
+        command,
+    ]
+
+
+def measure_speeds(clips: Clips, records: Records) -> None:
+    """Clips of one prompt in turns with those of the same quantized pipeline that leaves out nothing."""
+    for name in FAST:
+        key, digest = SPEED.format(name), f"{clips.digest}-{load_recipe(name).digest()}"
+        if records.done(key, digest):
+            continue
+        folder = KEPT / f"{clips.name}-{name}"
+        if not folder.is_dir():
+            pipe = clips.open()
+            reelquant.save(pipe, folder, reelquant.quantize(pipe, name))
+        ratios = times_in_turns(clips, folder, quantized(clips, KEPT))
+        facts = {"name": key, "digest": digest, "pipeline": clips.name, "clips": 1, "status": "measured"}
+        records.add(facts | {"ratios": ratios})
+        print(f"{clips.name}: {key}", flush=True)
+
+
+def measure_apart(clips: Clips, records: Records, folder: Path) -> None:
+    """The plan of ``cachequant-w8a8`` on a pipeline that was calibrated without it."""
+    digest = f"{clips.digest}-{load_recipe('cachequant-w8a8').digest()}-apart"
+    if records.done(SEPARATE, digest):
+        return
+    own = clips.open()
+    reelquant.quantize(own, "cachequant-w8a8")
+    acting = installed_reuse(site_of(own).denoiser)["blocks"]
+    pipe = reelquant.open_pipeline(quantized(clips, KEPT))
+    put(site_of(pipe).denoiser, "blocks", acting.stage, acting.facts)
+    facts = {"name": SEPARATE, "digest": digest, "pipeline": clips.name, "clips": clips.count, "status": "measured"}
+    records.add(facts | measure(clips.frames(pipe), clips.float_frames(folder), clips.prompts))
+    print(f"{clips.name}: {SEPARATE}", flush=True)
+
+
+def main() -> None:
+    """Parse the command line, measure what is missing, write the table."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--output", type=Path, default=ROWS.parent)
+    options.add_argument("--pipeline", help="measure on it what no other benchmark measures")
+    options.add_argument("--clips", type=int, default=16)
+    args = options.parse_args()
+    torch.set_num_threads(1)
+    records = Records(args.output / ROWS.name)
+    if args.pipeline:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        clips = Clips(args.pipeline, args.clips)
+        if clips.name == UNET:
+            measure_speeds(clips, records)
+        measure_apart(clips, records, args.output)
+    (args.output / PAGE.name).write_text(text := page(records.load()))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
