@@ -167,7 +167,7 @@ EXACT = Shown(f"{REUSE}::test_told_to_compute_everything_it_changes_no_bit")
 CACHE = "`cachequant-w8a8`, `reelquant tune`"
 NOISY = "what single steps do to four clips is noisy there; from twelve clips the plan gains 2.0 dB more"
 PADDED = "places over frames have to be computed often there; a plan for a budget (`half-attention-w8a8`) passes"
-SMALL = "models of one size lose motion and shape at smaller ones, whatever the schedule ([resolution](resolution.md))"
+SMALL = "models of one size lose motion and shape at smaller ones, whatever the schedule (docs/resolution.md)"
 SPARE = "no spare weights in so small a model; below 4.5 bits a weight fewer bits are better"
 
 
@@ -195,7 +195,7 @@ LINES: tuple[Line, ...] = (
         "ProfilingDiT",
         "`profilingdit`",
         "+1 dB over other lists of as many blocks",
-        Figure("-1.2 to +0.4 dB over seven lists of three blocks", "8", "missed", "[reuse](reuse.md)"),
+        Figure("-1.2 to +0.4 dB over seven lists of three blocks", "8", "missed", "`docs/reuse.md`"),
         DIT,
         "all six blocks change alike; meant for models with more of them",
     ),
@@ -264,7 +264,7 @@ LINES: tuple[Line, ...] = (
         "COMCAT",
         "no recipe",
         "values and outputs with a quarter fewer ranks: 25 dB",
-        Figure("29.9 dB in float", "4", "passed, not kept", "[removal](removal.md)"),
+        Figure("29.9 dB in float", "4", "passed, not kept", "`docs/removal.md`"),
         DIT,
         "no stock class has narrower values, so from_pretrained could not open the result",
     ),
@@ -275,13 +275,13 @@ LINES: tuple[Line, ...] = (
         "folded timesteps: the same bits",
         Shown("tests/tiny/test_engine.py::test_folded_layers_have_their_outputs_alone_and_refuse_other_timesteps"),
         NONE,
-        "a fixed prompt is not folded: its outputs are larger than the layers ([removal](removal.md))",
+        "a fixed prompt is not folded: its outputs are larger than the layers (docs/removal.md)",
     ),
     Line(
         "Shortcut-V2V",
         "no recipe",
         "a block at every second frame: 25 dB",
-        Figure("20.8 to 24.6 dB at all steps; 26.3 to 27.7 dB from the fifth on, for 13 % less work", "4", "missed", "[reuse](reuse.md)"),
+        Figure("20.8 to 24.6 dB at all steps; 26.3 to 27.7 dB from the fifth on, for 13 % less work", "4", "missed", "`docs/reuse.md`"),
         DIT,
         "leaving out whole steps gives 34 dB at a quarter of the work",
     ),
