@@ -4,7 +4,7 @@ The loop belongs to the pipeline, and all that it knows of the size of its laten
 where they change: at the last step of a stage the scheduler hands out latents of the next size. At a change
 
 1. the clean clip is estimated from the denoiser's output, the latents and their level of noise (:mod:`reelquant.models.noise`),
-2. resized along height and width; where the size comes back, with details of the clip that was estimated at its end, if wanted,
+2. resized along height and width; where the size comes back, mixed with the clip that was estimated at its end, if wanted,
 3. noised to the level at which the next step begins, with noise that follows from the clip's first latents (so a clip does not depend on
    those that are sampled beside it), and
 4. the scheduler forgets the steps before: what multistep solvers remember has another size.
@@ -234,14 +234,15 @@ class Following:
         return level.alpha * self.left + level.sigma * noise_like(self.left, self.seeds, after.stage)
 
     def _resized(self, clean: Tensor, stage: SizeStage) -> Tensor:
-        """The clean clip in the size of a stage, and what an earlier one of that size had beyond this one's."""
+        """The clean clip in the size of a stage, mixed with the one that was estimated last in that size."""
         size, enlarge = self._target(stage), self.schedule.enlarge
         small: tuple[int, int] = (clean.shape[-2], clean.shape[-1])
         self.estimates[small], before = clean, self.estimates.get(size)
         made = resized(clean, size, enlarge)
-        if before is None or not stage.details or size == small:
+        if before is None or size == small:
             return made
-        return made + stage.details * (before - resized(resized(before, small, enlarge), size, enlarge))
+        low = resized(resized(before, small, enlarge), size, enlarge)
+        return made + stage.details * (before - low) + stage.hold * (low - made)
 
 
 def _runs(sizes: Sequence[SizeStage]) -> list[list[int]]:
