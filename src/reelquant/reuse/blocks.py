@@ -74,6 +74,8 @@ class BlockReuse(Reuse):
         budget: instead of a schedule, the share of the steps at which the stretch is computed; which ones, and the weights of the last
             ``order + 1`` results at the others, is planned on held-out clips while quantizing, see :mod:`reelquant.reuse.planned`. 0 for
             none.
+        rounded: results are kept in 8 bits, with a scale for every row of their last axis (a token of a transformer): a quarter of the
+            memory of float32.
         late: another stretch, which takes the place of ``stretch`` late in a trajectory; empty for none.
         boundary: ``late`` begins at this share of the first timestep.
     """
@@ -87,6 +89,7 @@ class BlockReuse(Reuse):
     threshold: float = 0.0
     profiled: float = 0.0
     budget: float = 0.0
+    rounded: bool = False
     late: tuple[float, ...] = ()
     boundary: float = 0.5
     always: ClassVar[Mapping[str, Any]] = {"every": 1}
@@ -235,7 +238,7 @@ class InstalledBlocks:
         self.blocks: list[StandIn] = []
 
         def made(names: Sequence[str]) -> Stretch:
-            stretch = Stretch(stage.schedule, stage.order, stage.rows, stage.threshold)
+            stretch = Stretch(stage.schedule, stage.order, stage.rows, stage.threshold, rounded=stage.rounded)
             ends = {"first": names[0], "last": names[-1]}
             self.blocks += [
                 stands(name, get_module(model, name), stretch, **{end: name == one for end, one in ends.items()}) for name in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -52,14 +53,16 @@ class _Now(threading.local):
 class Stretch:
     """What the blocks of a stretch share. A copy starts with nothing to reuse."""
 
-    def __init__(self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = (), threshold: float = 0.0) -> None:
-        self.schedule, self.order, self.fitted, self.threshold = schedule, order, tuple(fitted), threshold
+    def __init__(
+        self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = (), threshold: float = 0.0, *, rounded: bool = False
+    ) -> None:
+        self.schedule, self.order, self.fitted, self.threshold, self.rounded = schedule, order, tuple(fitted), threshold, rounded
         self.now = _Now()
         self.counted: Counter[tuple[str, int]] = Counter()  # passes that were computed or reused, and at which step
         self.watcher: Watcher | None = None
 
     def __reduce__(self) -> Any:
-        return Stretch, (self.schedule, self.order, self.fitted, self.threshold)
+        return functools.partial(Stretch, rounded=self.rounded), (self.schedule, self.order, self.fitted, self.threshold)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -130,7 +133,9 @@ class Stretch:
     def keep(self, name: Any, tensors: Sequence[Tensor]) -> None:
         """Keep what a computed call gave."""
         trajectory = self.trajectory
-        trajectory.histories.setdefault((name, trajectory.call), History(self.order)).keep(trajectory.timestep, tensors)
+        trajectory.histories.setdefault((name, trajectory.call), History(self.order, rounded=self.rounded)).keep(
+            trajectory.timestep, tensors
+        )
         if self.watcher is not None:
             self.watcher(trajectory, name, tuple(tensors))
 

@@ -571,3 +571,19 @@ def test_steps_that_do_not_fall_are_refused_with_a_budget() -> None:
     with pytest.raises(UnsupportedError, match="'budget' of reuse 'blocks' needs three steps or more"):
         BlockReuse(budget=0.5).facts(steps)
     assert not installed_reuse(steps.denoiser)
+
+
+@pytest.mark.parametrize("keeps", ["change", "outputs", "answer"])
+def test_rounded_results_are_reused(keeps: str) -> None:
+    model = Denoiser()
+    blocks = [""] if keeps == "answer" else ["blocks.1", "blocks.2"]
+    stretch = () if keeps == "answer" else (0.25, 0.75)
+    reuse = BlockReuse(rounded=True, stretch=stretch).install(model, FACTS | {"blocks": blocks, "keeps": keeps})
+    latents = torch.tensor([0.0, 1.0])
+    first = added(model, 10.0, latents)
+    assert first == pytest.approx(10.0)
+    later = {"change": 0.8 * (1 + 4) + 1.0 * (2 + 3), "outputs": 1.0 * (1 + 2 + 3) + 0.8 * 4, "answer": 10.0}
+    assert added(model, 8.0, latents) == pytest.approx(later[keeps], rel=0.01)
+    assert reuse.counts() == {"computed": 1, "reused": 1}
+    twin = pickle.loads(pickle.dumps(reuse.stretches[0]))
+    assert twin.rounded
