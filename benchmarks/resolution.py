@@ -9,7 +9,7 @@ The pipeline is quantized with ``qvd-w8a8`` at its own size; ``calibrated with i
 Every schedule is held against the pipeline as it is, from the same noise; a few clips of both are sampled in turns for their CPU times.
 Clips of twice the size are held against clips that the pipeline samples at that size at once. Rows of ``float at`` are clips of the
 float pipeline that are sampled at a smaller size from the first step to the last, and enlarged for the judge: no schedule that rests on
-that size alone can see more. Rows that are already in the output are not measured again.
+that size alone can see more. Rows that are already in the output are not measured again; the quantized pipeline is kept in ``runs/tuned``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from torch.nn import functional as F
 
 import reelquant
 from benchmarks.common import SAMPLING_SEED, Clips, Records, denoiser, judged, markdown, measure, parser
+from benchmarks.tuned import KEPT, RECIPE, quantized
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.policies import ChangeResolution, put_resolution
 from reelquant.recipes.recipe import load_recipe
 
-RECIPE = "qvd-w8a8"
 Stages = Sequence[Mapping[str, float]]
 
 
@@ -135,10 +135,10 @@ def smaller_row(pipe: Any, clips: Clips, share: tuple[float, float]) -> dict[str
     return {"fewer": 1 / (share[0] * share[1]), "judge": judged(large, clips.prompts)}
 
 
-def quantized(clips: Clips, **overrides: Any) -> Any:
-    """The pipeline in eight bits."""
+def calibrated(clips: Clips, stages: Stages) -> Any:
+    """The pipeline in eight bits, calibrated with a schedule."""
     pipe = clips.open()
-    reelquant.quantize(pipe, RECIPE, overrides=overrides)
+    reelquant.quantize(pipe, RECIPE, overrides={"resolution": stages})
     return pipe
 
 
@@ -167,16 +167,21 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
+    KEPT.mkdir(parents=True, exist_ok=True)
     records = Records(args.output / "rows.jsonl")
     digest = f"{clips.digest}-resolution-{load_recipe(RECIPE).digest()}"  # another one than that of the recipe's own rows
     pipes: dict[str, Any] = {}
     plains: dict[str, Tensor] = {}
 
+    makers = {
+        FLOAT: clips.open,
+        TRAINED: lambda: calibrated(clips, SCHEDULES["bottleneck 0.5"]),
+        "": lambda: reelquant.open_pipeline(quantized(clips, KEPT)),
+    }
+
     def pipe(label: str) -> Any:
-        if label == FLOAT and label not in pipes:
-            pipes[label] = clips.open()
         if label not in pipes:
-            pipes[label] = quantized(clips, **({"resolution": SCHEDULES["bottleneck 0.5"]} if label == TRAINED else {}))
+            pipes[label] = makers[label]()
         return pipes[label]
 
     def scheduled(label: str, stages: Stages) -> dict[str, Any]:
