@@ -192,7 +192,7 @@ CACHE = "`cachequant-w8a8`, `reelquant tune`"
 NOISY = "what single steps do to four clips is noisy there; from twelve clips the plan gains 2.0 dB more"
 PADDED = "places over frames have to be computed often there; a plan for a budget (`half-attention-w8a8`) passes"
 SMALL = "models of one size lose motion and shape at smaller ones, whatever the schedule (docs/resolution.md)"
-TRAINED = "the error of held-out calls falls from 0.130 to 0.009; clips part at the first steps all the same"
+TRAINED = "the error of held-out calls falls from 0.130 to 0.009; clips part at the first steps all the same (docs/removal.md)"
 SPARE = "no spare weights in so small a model; below 4.5 bits a weight fewer bits are better"
 
 
