@@ -49,9 +49,9 @@ from reelquant.reuse.attention.recorded import Recorded, record
 from reelquant.reuse.attention.share import Share
 from reelquant.reuse.attention.sparse import Sparse, heaviest, masses
 from reelquant.reuse.attention.window import Window
+from reelquant.reuse.plans import even
 from reelquant.reuse.reuse import put
 from reelquant.tuning.recording import Site, site_of
-from reelquant.tuning.schedules import even
 
 HEADINGS = ("attention", "multiplications left of its places", "of all attention", "PSNR to no reuse, dB (95 %)", "worst clip, dB")
 SEED, RECORDED, ROUNDS = 7_000, 4, 5

@@ -25,29 +25,33 @@ from reelquant.tuning.recording import Site, reusing
 
 TOKENS = {"wan-1.3b-deep": 32_760, "wan-14b-deep": 32_760}
 """Of a clip of 81 frames in 480p."""
-HEADINGS = ("model", "order", "full step, s", "reused step, s", "full over reused", "kept at this size, MB", "kept at full size, GB")
+HEADINGS = (
+    "model",
+    "order",
+    "results kept in",
+    "full step, s",
+    "reused step, s",
+    "full over reused",
+    "kept at this size, MB",
+    "kept at full size, GB",
+)
 
 
 def kept_bytes(installed: Any) -> int:
     """Of all results that the running trajectory holds."""
-    trajectory = installed.stretches[0].now.trajectory
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for history in trajectory.histories.values()
-        for _, tensors in history.kept
-        for tensor in tensors
-    )
+    return sum(history.bytes for history in installed.stretches[0].now.trajectory.histories.values())
 
 
 @torch.no_grad()
-def row(model: str, order: int, rounds: int) -> list[str]:
+def row(model: str, order: int, rounds: int, *, rounded: bool) -> list[str]:
     """Full and reused steps in turns."""
     spec = DENOISERS[model]
     denoiser = spec.make()
     reelquant.quantize(Sampler(spec, denoiser), "quarot-w8a8")
     site = Site(denoiser, "denoiser", discover(denoiser))
     spent: dict[str, list[float]] = {"computed": [], "reused": []}
-    with reusing(site, BlockReuse(every=2, first=order + 1, stretch=(0.0, 1.0), order=order)) as installed:
+    stage = BlockReuse(every=2, first=order + 1, stretch=(0.0, 1.0), order=order, rounded=rounded)
+    with reusing(site, stage) as installed:
         latent = spec.inputs(denoiser, torch.float32)["hidden_states"]
         for number in range(order + 1 + 2 * rounds):
             given = spec.inputs(denoiser, torch.float32, timestep=900.0 - number, latent=latent)
@@ -59,7 +63,7 @@ def row(model: str, order: int, rounds: int) -> list[str]:
     full, reused = (statistics.median(spent[kind]) for kind in ("computed", "reused"))
     whole = kept / tokens * TOKENS[model] / 1e9
     numbers = [f"{full:.1f}", f"{reused:.3f}", f"{full / reused:.0f}", f"{kept / 1e6:.1f}", f"{whole:.2f}"]
-    return [f"{model}, {spec.reduced}", str(order), *numbers]
+    return [f"{model}, {spec.reduced}", str(order), "int8" if rounded else "float32", *numbers]
 
 
 def main() -> None:
@@ -71,7 +75,8 @@ def main() -> None:
     made.add_argument("--output", type=Path, default=Path("runs"))
     args = made.parse_args()
     torch.set_num_threads(1)
-    text = markdown(HEADINGS, [row(args.model, order, args.rounds) for order in args.orders])
+    rows = [row(args.model, order, args.rounds, rounded=rounded) for order in args.orders for rounded in (False, True)]
+    text = markdown(HEADINGS, rows)
     note = "Kept: results of one call a step; guidance in two calls keeps twice as much. Full size: 81 frames in 480p, 32,760 tokens.\n"
     (args.output / "cached-step.md").write_text(f"{note}\n{text}")
     print(text)

@@ -20,7 +20,7 @@ from reelquant.recipes.recipe import Recipe, load_recipe, names
 
 PIPELINES = ("tiny-dit", "tiny-unet", "tiny-ltx")
 PAGE, ROWS = Path("docs/methods.md"), Path("benchmarks/results/rows.jsonl")
-DIVIDED = Path("benchmarks/results/sensitivity-rows-tiny-dit.md")
+DIVIDED, LEFT_OUT = Path("benchmarks/results/sensitivity-rows-tiny-dit.md"), Path("benchmarks/results/left-out.md")
 OTHER = ("trust", "first frame")  # rows of other calibrations and conditions; calibrated as usual counts
 START = """# Methods
 
@@ -40,6 +40,13 @@ BITS = """## Methods that divide bits
 Methods that say which layer gets which bits are not recipes. They measure and allocate ([sensitivity.md](sensitivity.md)); the recipe
 `mixed-w4.5a8` has one of them inside. What their papers claim, held against ours on `tiny-dit` (`python -m benchmarks.sensitivity_rows`):
 16 clips of evaluation captions, 8 steps, weights rounded to nearest, float inputs, 4.5 bits a weight where nothing else is said.
+"""
+
+WORK = """## Methods that leave out work
+
+What the plan asks of published methods that compute less (blocks, attention, sizes, weights), and what was found (`python -m
+benchmarks.left_out`). Gains are clip by clip, with 95 % intervals; more of each is in [reuse.md](reuse.md),
+[resolution.md](resolution.md) and [removal.md](removal.md).
 """
 
 
@@ -76,9 +83,13 @@ def page(recipes: Iterable[Recipe], rows: list[Mapping[str, Any]]) -> str:
     recipes = list(recipes)
     shown = [name for name in PIPELINES if any(figures(recipe, rows, name) != "-" for recipe in recipes)]
     lines = [[f"[`{one.name}`](#{_anchor(one.name)})", numbers(one), *(figures(one, rows, name) for name in shown)] for one in recipes]
-    divided = [line for line in DIVIDED.read_text(encoding="utf-8").splitlines() if line.startswith("|")] if DIVIDED.is_file() else []
-    parts = [START, markdown(["recipe", "weights / inputs", *shown], lines), "", BITS, *divided, "", *map(_section, recipes)]
+    tables = [BITS, *_table_of(DIVIDED), "", WORK, *_table_of(LEFT_OUT), ""]
+    parts = [START, markdown(["recipe", "weights / inputs", *shown], lines), "", *tables, *map(_section, recipes)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _table_of(file: Path) -> list[str]:
+    return [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("|")] if file.is_file() else []
 
 
 def _anchor(name: str) -> str:

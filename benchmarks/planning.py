@@ -229,7 +229,7 @@ def vae_rows(model: str, clip: str, work: Path) -> Iterator[dict[str, Any]]:
 
         def opened(tiled: bool = tiled) -> Callable[[], object]:
             vae = kind.from_pretrained(folder, torch_dtype=torch.bfloat16).eval()
-            for weight in vae.parameters():  # files are mapped, and pages of an encoder that nobody calls would not count
+            for weight in vae.parameters():  # files are mapped, and pages of an encoder that is not called would not count
                 weight.data = weight.data.clone()
             return decoding(vae, latent, tiled)
 
@@ -245,7 +245,7 @@ def vae_rows(model: str, clip: str, work: Path) -> Iterator[dict[str, Any]]:
 
 
 def time_rows(model: str, work: Path, rounds: int) -> Iterator[dict[str, Any]]:
-    """Each size; kernels are timed anew, before and apart from what is predicted."""
+    """Each size; kernels are timed again, before and apart from what is predicted."""
     import diffusers
 
     subject = Subject(model, work)

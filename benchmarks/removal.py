@@ -24,13 +24,14 @@ def keeping(keep: str, *, compensate: bool = True) -> dict[str, Any]:
     return {"extends": PARENT, "name": f"keep {keep}{'' if compensate else ', largest'}", "steps": steps}
 
 
-SHARES = ("60:64", "52:64", "42:64", "32:64")
+SHARES = ("60:64", "52:64", "45:64", "42:64", "32:64")
 ROWS: Rows = {
     "qvd-w8a8": ("qvd-w8a8", ""),
     "2:4, largest": (keeping("2:4", compensate=False), "qvd-w8a8"),
     "sparse24-w8a8": ("sparse24-w8a8", "2:4, largest"),
     **{f"keep {keep}, largest": (keeping(keep, compensate=False), "qvd-w8a8") for keep in SHARES},
-    **{f"keep {keep}": (keeping(keep), f"keep {keep}, largest") for keep in SHARES},
+    **{f"keep {keep}": (keeping(keep), f"keep {keep}, largest") for keep in SHARES if keep != "42:64"},
+    "prune-35": (PARENT, "keep 42:64, largest"),
 }
 
 

@@ -6,16 +6,18 @@ Run it from the repository root::
     python -m benchmarks.resolution --pipeline tiny-unet --clips 64 --output benchmarks/results
 
 The pipeline is quantized with ``qvd-w8a8`` at its own size; ``calibrated with it`` is the row whose calibration followed the schedule.
-Every schedule is sampled call by call in turns with the pipeline as it is, from the same noise. Clips of twice the size are held against
-clips that the pipeline samples at that size at once. Rows of ``float at`` are clips of the float pipeline that are sampled at a smaller
-size from the first step to the last, and enlarged for the judge: no schedule that rests on that size can see more. Rows that are already
-in the output are not measured again.
+Every schedule is held against the pipeline as it is, from the same noise; a few clips of both are sampled in turns for their CPU times.
+Clips of twice the size are held against clips that the pipeline samples at that size at once. Rows of ``float at`` are clips of the
+float pipeline that are sampled at a smaller size from the first step to the last, and enlarged for the judge: no schedule that rests on
+that size alone can see more. Rows that are already in the output are not measured again; the quantized pipeline is kept in ``runs/tuned``.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,11 +26,11 @@ from torch.nn import functional as F
 
 import reelquant
 from benchmarks.common import SAMPLING_SEED, Clips, Records, denoiser, judged, markdown, measure, parser
+from benchmarks.tuned import KEPT, RECIPE, quantized
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.policies import ChangeResolution, put_resolution
 from reelquant.recipes.recipe import load_recipe
 
-RECIPE = "qvd-w8a8"
 Stages = Sequence[Mapping[str, float]]
 
 
@@ -45,6 +47,12 @@ SCHEDULES: dict[str, Stages] = {
     "bottleneck 0.75, short": three(0.3, 0.4, 0.75),
     "early 0.75": three(0.05, 0.55, 0.75),
     "early 0.5": three(0.05, 0.35, 0.5),
+    "bottleneck 0.5, details": three(0.2, 0.6, 0.5, details=1.0),
+    "late 0.5": three(0.35, 0.6, 0.5),
+    "late 0.5, details": three(0.35, 0.6, 0.5, details=1.0),
+    "late 0.5, details, half held": three(0.35, 0.6, 0.5, details=1.0, hold=0.5),
+    "late 0.5, details, all held": three(0.35, 0.6, 0.5, details=1.0, hold=1.0),
+    "late 0.75, details": three(0.25, 0.7, 0.75, details=1.0),
     "early 0.5, last part from more noise": three(0.05, 0.55, 0.5, restart=0.7),
 }
 LARGER: dict[str, Stages] = {
@@ -63,7 +71,10 @@ HEADINGS = (
     "time, times shorter",
     "PSNR to no schedule, dB (95 %)",
     "judge: motion, shape, digit, colour",
+    "all that texts say, points to no schedule",
 )
+TIMED = 8
+"""Clips of every row that are sampled in turns with no schedule, for the times."""
 
 
 def judge_words(judge: Mapping[str, float]) -> str:
@@ -71,27 +82,34 @@ def judge_words(judge: Mapping[str, float]) -> str:
     return ", ".join(f"{judge[kind]:.2f}" if kind in judge else "-" for kind in ("motion", "shape", "digit", "color"))
 
 
-def in_turns(pipe: Any, clips: Clips, stages: Stages) -> tuple[Tensor, Tensor, list[float]]:
-    """Clips without and with a schedule, call by call in turns, and the seconds of both."""
-    model, seconds = denoiser(pipe)[1], [0.0, 0.0]
-    made: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for start in range(0, clips.count, clips.batch):
-        for which, schedule in enumerate((None, ChangeResolution(tuple(stages)))):
-            put_resolution(model, schedule)
-            began = time.perf_counter()
-            prompts = clips.prompts[start : start + clips.batch]
-            made[which].append(sample(pipe, prompts, seed=SAMPLING_SEED + start, batch=clips.batch, **clips.call).float())
-            seconds[which] += time.perf_counter() - began
-    put_resolution(model, None)
-    return torch.cat(made[0]), torch.cat(made[1]), seconds
+def sampled(pipe: Any, clips: Clips, stages: Stages | None) -> Tensor:
+    """Clips by a schedule, or without."""
+    model = denoiser(pipe)[1]
+    put_resolution(model, None if stages is None else ChangeResolution(tuple(stages)))
+    try:
+        return clips.frames(pipe)
+    finally:
+        put_resolution(model, None)
 
 
-def scheduled_row(pipe: Any, clips: Clips, stages: Stages) -> dict[str, Any]:
+def shorter(pipe: Any, clips: Clips, stages: Stages) -> float:
+    """CPU time without a schedule over that with it, of some clips in turns."""
+    seconds = [0.0, 0.0]
+    few = replace(clips, count=clips.batch)
+    for _ in range(max(min(TIMED, clips.count) // clips.batch, 1)):
+        for which, schedule in enumerate((None, stages)):
+            began = time.process_time()
+            sampled(pipe, few, schedule)
+            seconds[which] += time.process_time() - began
+    return seconds[0] / seconds[1]
+
+
+def scheduled_row(pipe: Any, clips: Clips, stages: Stages, plain: Tensor) -> dict[str, Any]:
     """A schedule beside none."""
-    plain, found, seconds = in_turns(pipe, clips, stages)
+    found = sampled(pipe, clips, stages)
     steps = call_arguments(pipe, **clips.call)["num_inference_steps"]
     fewer = ChangeResolution(tuple(stages)).fewer(steps)
-    facts = {"fewer": fewer, "shorter": seconds[0] / seconds[1], "judge_plain": judged(plain, clips.prompts)}
+    facts = {"fewer": fewer, "shorter": shorter(pipe, clips, stages), "judge_plain": judged(plain, clips.prompts)}
     if found.shape != plain.shape:
         return facts | {"judge": judged(found, clips.prompts)}
     return facts | measure(found, plain, clips.prompts)
@@ -117,11 +135,16 @@ def smaller_row(pipe: Any, clips: Clips, share: tuple[float, float]) -> dict[str
     return {"fewer": 1 / (share[0] * share[1]), "judge": judged(large, clips.prompts)}
 
 
-def quantized(clips: Clips, **overrides: Any) -> Any:
-    """The pipeline in eight bits."""
+def calibrated(clips: Clips, stages: Stages) -> Any:
+    """The pipeline in eight bits, calibrated with a schedule."""
     pipe = clips.open()
-    reelquant.quantize(pipe, RECIPE, overrides=overrides)
+    reelquant.quantize(pipe, RECIPE, overrides={"resolution": stages})
     return pipe
+
+
+def _seen(judge: Mapping[str, float]) -> float:
+    """Share of what the texts say that the judge sees, percent: the mean over kinds."""
+    return 100 * statistics.mean(judge.values())
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -130,9 +153,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     for label, row in rows.items():
         distance = f"{row['psnr_mean']:.1f} ({row['psnr_low']:.1f} to {row['psnr_high']:.1f})" if "psnr_mean" in row else "another size"
         shorter = f"{row['shorter']:.2f}" if "shorter" in row else "-"
-        lines.append([label, f"{row['fewer']:.2f}", shorter, distance, judge_words(row["judge"])])
+        points = f"{_seen(row['judge']) - _seen(row['judge_plain']):+.1f}" if "judge_plain" in row else "-"
+        lines.append([label, f"{row['fewer']:.2f}", shorter, distance, judge_words(row["judge"]), points])
     plain = next((row["judge_plain"] for row in rows.values() if "judge_plain" in row), None)
-    first = [["no schedule", "1.00", "1.00", "-", judge_words(plain)]] if plain else []
+    first = [["no schedule", "1.00", "1.00", "-", judge_words(plain), "-"]] if plain else []
     return markdown(HEADINGS, first + lines)
 
 
@@ -143,21 +167,32 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
+    KEPT.mkdir(parents=True, exist_ok=True)
     records = Records(args.output / "rows.jsonl")
     digest = f"{clips.digest}-resolution-{load_recipe(RECIPE).digest()}"  # another one than that of the recipe's own rows
     pipes: dict[str, Any] = {}
+    plains: dict[str, Tensor] = {}
+
+    makers = {
+        FLOAT: clips.open,
+        TRAINED: lambda: calibrated(clips, SCHEDULES["bottleneck 0.5"]),
+        "": lambda: reelquant.open_pipeline(quantized(clips, KEPT)),
+    }
 
     def pipe(label: str) -> Any:
-        if label == FLOAT and label not in pipes:
-            pipes[label] = clips.open()
         if label not in pipes:
-            pipes[label] = quantized(clips, **({"resolution": SCHEDULES["bottleneck 0.5"]} if label == TRAINED else {}))
+            pipes[label] = makers[label]()
         return pipes[label]
 
-    work = {label: lambda stages=stages: scheduled_row(pipe(""), clips, stages) for label, stages in (SCHEDULES | LARGER).items()}
+    def scheduled(label: str, stages: Stages) -> dict[str, Any]:
+        if label not in plains:
+            plains[label] = sampled(pipe(label), clips, None)
+        return scheduled_row(pipe(label), clips, stages, plains[label])
+
+    work = {label: lambda stages=stages: scheduled("", stages) for label, stages in (SCHEDULES | LARGER).items()}
     work |= {label: lambda share=share: smaller_row(pipe(FLOAT), clips, share) for label, share in SMALLER.items()}
     work["twice the size at once"] = lambda: direct_row(pipe(""), clips)
-    work[TRAINED] = lambda: scheduled_row(pipe(TRAINED), clips, SCHEDULES["bottleneck 0.5"])
+    work[TRAINED] = lambda: scheduled(TRAINED, SCHEDULES["bottleneck 0.5"])
     for label, make in work.items():
         if args.table or records.done(f"resolution: {label}", digest) or (args.only and label not in args.only):
             continue

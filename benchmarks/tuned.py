@@ -33,10 +33,10 @@ from reelquant.evidence import bootstrap
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.reuse import BlockReuse, installed_reuse
+from reelquant.reuse.plans import Errors, even, plans
 from reelquant.tuning.recording import Clips as Recorded
 from reelquant.tuning.recording import Seconds, record, reusing, site_of
 from reelquant.tuning.run import RECORDED, SEED, tune
-from reelquant.tuning.schedules import Errors, even, plans
 from reelquant.tuning.search import Goal, Search
 from reelquant.tuning.trials import Trial
 
@@ -177,6 +177,12 @@ def _kept(folder: Path) -> str:
 
 def in_turns(clips: Clips, fast: Path, other: Path | None, runtime: str = "torch") -> str:
     """Ratio of the CPU times of whole clips, median and extremes; the other one is float if no folder is given."""
+    ratios = times_in_turns(clips, fast, other, runtime)
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def times_in_turns(clips: Clips, fast: Path, other: Path | None, runtime: str = "torch") -> list[float]:
+    """Ratios of the CPU times of whole clips, one for each round of turns; the first round does not count."""
     pipes = [reelquant.open_pipeline(fast), clips.open() if other is None else reelquant.open_pipeline(other)]
     reelquant.configure(pipes[0], runtime=runtime)
     ratios = []
@@ -188,7 +194,7 @@ def in_turns(clips: Clips, fast: Path, other: Path | None, runtime: str = "torch
             spent[which] = time.process_time() - began
         if number:
             ratios.append(spent[1] / spent[0])
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return ratios
 
 
 def main() -> None:

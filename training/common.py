@@ -1,13 +1,15 @@
-"""What the training scripts share: Muon, an average of the weights, a schedule planned in wall time, the loop, logs, contact sheets."""
+"""What the training scripts share: Muon, an average of the weights, a schedule planned in wall time, the loop, logs, clips, options."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -309,3 +311,45 @@ def clip_pool(seeds: Sequence[int], frames: int) -> tuple[Tensor, list[Scene]]:
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of pictures in [0, 1], one figure per first index."""
     return -10 * (x - y).square().flatten(1).mean(1).clamp_min(1e-10).log10()
+
+
+def split_parameters(module: nn.Module, is_matrix: Callable[[str, nn.Parameter], bool]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters for Muon (``is_matrix(name, p)``) and for AdamW."""
+    matrices = [p for name, p in module.named_parameters() if is_matrix(name, p)]
+    rest = [p for name, p in module.named_parameters() if not is_matrix(name, p)]
+    return matrices, rest
+
+
+@torch.no_grad()
+def generate(pipe: Any, captions: Sequence[str], batch: int = 10, **call: Any) -> Tensor:
+    """Clips ``[n, frames, 3, 64, 64]`` in [0, 1]; clip i starts from the noise of seed i. ``call`` goes to the pipeline."""
+    clips = []
+    for start in range(0, len(captions), batch):
+        part = list(captions[start : start + batch])
+        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        clips.append(pipe(part, generator=generators, output_type="pt", **call).frames.float().clamp(0, 1))
+    return torch.cat(clips)
+
+
+def rounded(figures: dict[str, float]) -> dict[str, float]:
+    """For printing."""
+    return {key: round(value, 3) for key, value in figures.items()}
+
+
+def stage_parser(about: str | None, stages: Sequence[str], run: Path, *, minutes: float, count: int) -> argparse.ArgumentParser:
+    """Options that the scripts share.
+
+    Args:
+        about: what the help says of the script.
+        stages: names; one of them is run.
+        run: folder of the checkpoints.
+        minutes: default length of a training.
+        count: default number of clips to evaluate on.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=stages)
+    changed = f"{run.relative_to(ROOT)}/STAGE-minutes.txt"
+    parser.add_argument("--minutes", type=float, default=minutes, help=f"planned length of a training; may be changed in {changed}")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
+    parser.add_argument("--count", type=int, default=count, help="clips to evaluate on")
+    return parser

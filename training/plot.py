@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -26,14 +27,15 @@ def read(path: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     return stages
 
 
-def gather(stages: dict[str, Path], path: Path) -> Path:
-    """Write the figures of several trainings into one file, with a column that names the stage."""
+def gather(stages: dict[str, Path], path: Path, columns: Sequence[str] = ()) -> Path:
+    """Write the figures of several trainings into one file, with a column that names the stage; ``columns``: these only."""
     rows = []
     for stage, file in stages.items():
         with file.open() as opened:
             rows += [{"stage": stage, **row} for row in csv.DictReader(opened)]
     with path.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+        names = ["stage", *(columns or dict.fromkeys(name for row in rows for name in row if name != "stage"))]
+        writer = csv.DictWriter(opened, names, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return path

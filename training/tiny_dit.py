@@ -12,30 +12,28 @@ Stages, in this order (one core; each writes below ``runs/tiny-dit``)::
 
 from __future__ import annotations
 
-import argparse
-import math
 import shutil
 import time
 import types
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from autoencoder import around_object, from_model, judge_reconstructions, loss_of, save_latents, to_model, train_autoencoder
 from common import (
     CURVES,
     RUNS,
     TEST_SEED,
     WEIGHTS,
-    Clock,
-    Curve,
     Ema,
     Muon,
-    Training,
     averaged,
-    clip_pool,
     contact_sheet,
-    psnr,
-    save_atomically,
+    generate,
+    rounded,
     say,
+    split_parameters,
+    stage_parser,
 )
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
@@ -114,50 +112,14 @@ def decode_whole(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     return unpatchify(vae.decoder(vae.post_quant_conv(latents), first_chunk=True), 4)
 
 
-def to_model(clips: Tensor) -> Tensor:
-    """uint8 ``[n, frames, 3, h, w]`` to float ``[n, 3, frames, h, w]`` in [-1, 1]."""
-    return clips.transpose(1, 2).float() / 127.5 - 1
-
-
-def from_model(clips: Tensor) -> Tensor:
-    """Inverse of :func:`to_model`, but float in [0, 1]."""
-    return ((clips + 1) / 2).clamp(0, 1).transpose(1, 2)
-
-
-def saturation(clips: Tensor) -> Tensor:
-    """How colourful each pixel is, ``[n, 1, frames, h, w]`` in [0, 1]: all backgrounds are gray, so this finds the object."""
-    return ((clips.amax(1, keepdim=True) - clips.amin(1, keepdim=True)) / 1.2).clamp(0, 1)
-
-
 def crop_objects(clips: Tensor, generator: torch.Generator, size: int = 32) -> Tensor:
     """Cut a window around the object's place in a random frame, aligned to the latent grid: ``[n, 3, frames, size, size]``."""
     crops = []
     for clip in clips:
         frame = clip[:, int(torch.randint(clip.shape[1], (), generator=generator))]
-        mass = saturation(frame[None, :, None])[0, 0, 0] + 1e-4
-        axis = torch.arange(clip.shape[-1]) + 0.5
-        center = torch.stack([(mass.sum(1) * axis).sum(), (mass.sum(0) * axis).sum()]) / mass.sum()
-        center = center + torch.rand(2, generator=generator) * 16 - 8
-        top, left = ((center - size / 2) / 8).round().mul(8).clamp(0, clip.shape[-1] - size).int().tolist()
-        crops.append(clip[..., top : top + size, left : left + size])
+        rows, columns = around_object(frame[:, None], size, 8, generator)
+        crops.append(clip[..., rows, columns])
     return torch.stack(crops)
-
-
-def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Squared and absolute errors, up to sevenfold on the object, plus a little on the image gradients."""
-    weight = 1 + 6 * saturation(target)
-    error = output.float() - target
-    loss = (weight * (error.square() + 0.05 * error.abs())).mean()
-    for dim in (-1, -2):
-        loss = loss + 0.05 * error.diff(dim=dim).abs().mean()
-    return loss
-
-
-def split_parameters(module: nn.Module, is_matrix) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters for Muon (``is_matrix(name, p)``) and for AdamW."""
-    matrices = [p for name, p in module.named_parameters() if is_matrix(name, p)]
-    rest = [p for name, p in module.named_parameters() if not is_matrix(name, p)]
-    return matrices, rest
 
 
 @torch.no_grad()
@@ -166,76 +128,30 @@ def reconstruct(vae: AutoencoderKLWan, clips: Tensor) -> Tensor:
     return torch.cat([from_model(decode_whole(vae, encode_whole(vae, to_model(part))[0])) for part in clips.split(16)])
 
 
-def train_vae(minutes: float, seed: int = 0, pool: int = 4000) -> None:
+def train_vae(minutes: float, seed: int = 0, resume: bool = False) -> None:
     """Train the autoencoder: three steps of four on windows around the object, every fourth on whole clips."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
     vae = use_whole_sequences(make_vae())
-    ema = Ema(vae, 0.995)
-    clips, _ = clip_pool(range(seed, seed + pool), FRAMES)
-    held_out, _ = clip_pool(range(TEST_SEED, TEST_SEED + 32), FRAMES)
-    matrices, rest = split_parameters(vae, lambda _, p: p.ndim >= 4)
-    optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    training = Training(vae, ema, optimizers, RUN / "vae.pt", Clock(minutes, RUN / "vae-minutes.txt"))
-    curve, figures = Curve(RUN / "vae.csv"), dict[str, float]()
-
-    def rate(step: int, progress: float) -> float:
-        return min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-    def backward(step: int) -> None:
-        whole = step % 4 == 3
-        batch = to_model(clips[torch.randint(pool, (4 if whole else 16,), generator=generator)])
-        loss, found = vae_loss(vae, batch if whole else crop_objects(batch, generator))
-        loss.backward()
-        figures.update(found)
-
-    def after(step: int) -> None:
-        if step % 100 == 0 or training.clock.progress() >= 1:
-            training.save()
-            curve.add(seconds=training.clock.elapsed(), step=step, **figures, psnr=evaluate_vae(ema, held_out))
-
-    training.run(rate, backward, after)
+    loss = partial(loss_of, partial(encode_whole, vae), partial(decode_whole, vae))
+    train_autoencoder(vae, loss, crop_objects, reconstruct_averaged, RUN / "vae.pt", minutes, frames=FRAMES, seed=seed, resume=resume)
 
 
-def vae_loss(vae: AutoencoderKLWan, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss on clips ``[n, 3, frames, h, w]`` in [-1, 1], and the figures worth noting."""
-    with torch.autocast("cpu", torch.bfloat16):
-        mean, log_var = (x.float() for x in encode_whole(vae, batch))
-        latents = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
-        output = decode_whole(vae, latents)
-    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
-    loss = reconstruction_loss(output, batch)
-    return loss + 1e-4 * kl, {"loss": loss.item(), "kl": kl.item()}
-
-
-def evaluate_vae(ema: Ema, held_out: Tensor) -> float:
-    """Mean PSNR in dB of the averaged weights on held-out clips."""
+def reconstruct_averaged(ema: Ema, clips: Tensor) -> Tensor:
+    """As :func:`reconstruct`, by the averaged weights."""
     vae = use_whole_sequences(make_vae())
     ema.copy_to(vae)
     with torch.autocast("cpu", torch.bfloat16):
-        return psnr(reconstruct(vae, held_out).float(), held_out.float() / 255).mean().item()
+        return reconstruct(vae, clips)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ latents
 
 
-@torch.no_grad()
 def make_latents(count: int = 10_000) -> None:
     """Encode clips of the seeds 0 to ``count`` and note the latents' mean and deviation per channel."""
     vae = use_whole_sequences(make_vae())
     vae.load_state_dict(averaged(RUN / "vae.pt"))
-    latents, scenes = [], []
-    for start in range(0, count, 100):
-        clips, part = clip_pool(range(start, start + 100), FRAMES)
-        scenes += part
-        for batch in clips.split(10):
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(encode_whole(vae, to_model(batch))[0].half())
-    stacked = torch.cat(latents)
-    flat = stacked.float().transpose(0, 1).flatten(1)
-    mean, std = flat.mean(1), flat.std(1)
-    save_atomically({"latents": stacked, "scenes": [vars(scene) for scene in scenes], "mean": mean, "std": std}, RUN / "latents.pt")
-    say("latents", tuple(stacked.shape), "mean", mean.tolist(), "std", std.tolist())
+    save_latents(lambda clips: encode_whole(vae, clips)[0], count, FRAMES, RUN / "latents.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- dit
@@ -438,25 +354,14 @@ def write_curve() -> None:
     draw(gather({stage: RUN / f"{stage}.csv" for stage in ("vae", "dit")}, CURVES / "tiny-dit.csv"))
 
 
-def generate(pipe: WanPipeline, captions: list[str], *, guidance: float, steps: int, batch: int = 10) -> Tensor:
-    """Clips ``[n, frames, 3, 64, 64]`` in [0, 1]; clip i starts from the noise of seed i."""
-    clips = []
-    for start in range(0, len(captions), batch):
-        part = captions[start : start + batch]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        size = {"height": 64, "width": 64, "num_frames": FRAMES}
-        call = {"num_inference_steps": steps, "guidance_scale": guidance, "generator": generators, "output_type": "pt"}
-        clips.append(pipe(part, **size, **call).frames)
-    return torch.cat(clips)
-
-
 def evaluate(count: int, guidance: float, steps: int, latest: bool) -> None:
     """The judge on generated clips of unseen seeds, and a contact sheet. ``latest`` weights, or the exported folder."""
     pipe = build_pipeline() if latest else DiffusionPipeline.from_pretrained(WEIGHTS / "tiny-dit", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     captions = [random_clip(TEST_SEED + 10_000 + i, frames=1)[1] for i in range(count)]
     start = time.perf_counter()
-    clips = generate(pipe, captions, guidance=guidance, steps=steps)
+    call = CALL | {"guidance_scale": guidance, "num_inference_steps": steps}
+    clips = generate(pipe, captions, **call)
     seconds = (time.perf_counter() - start) / count
     say(f"generated n={count} guidance={guidance} steps={steps} {seconds:.2f} s a clip:", rounded(accuracy(clips, captions)))
     contact_sheet(clips[:12], RUN / f"sheet-g{guidance:g}-s{steps}.png", captions[:12])
@@ -465,34 +370,20 @@ def evaluate(count: int, guidance: float, steps: int, latest: bool) -> None:
 def ceilings(count: int) -> None:
     """The judge on real clips of unseen seeds and on their reconstructions by the exported autoencoder."""
     vae = AutoencoderKLWan.from_pretrained(WEIGHTS / "tiny-dit", subfolder="vae", torch_dtype=torch.float32)
-    clips, scenes = clip_pool(range(TEST_SEED + 20_000, TEST_SEED + 20_000 + count), FRAMES)
-    real, again = clips.float() / 255, reconstruct(use_whole_sequences(vae), clips)
-    say("real", rounded(accuracy(real, scenes)))
-    say("reconstructed", rounded(accuracy(again, scenes)), f"PSNR {psnr(again, real).mean():.2f} dB")
-    contact_sheet(torch.stack([real[:6], again[:6]], 1).flatten(0, 1), RUN / "sheet-vae.png")
-
-
-def rounded(figures: dict[str, float]) -> dict[str, float]:
-    """For printing."""
-    return {key: round(value, 3) for key, value in figures.items()}
+    vae = use_whole_sequences(vae)
+    judge_reconstructions(partial(reconstruct, vae), count, FRAMES, RUN / "sheet-vae.png")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "latents", "dit", "export", "evaluate", "ceilings"))
-    parser.add_argument(
-        "--minutes", type=float, default=11.0, help="planned length of a training; may be changed in runs/tiny-dit/*-minutes.txt"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted dit stage")
-    parser.add_argument("--count", type=int, default=200, help="clips to evaluate on")
+    parser = stage_parser(__doc__, ("vae", "latents", "dit", "export", "evaluate", "ceilings"), RUN, minutes=11.0, count=200)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--latest", action="store_true", help="evaluate the latest checkpoint instead of the exported folder")
     args = parser.parse_args()
     torch.set_num_threads(1)
     stages = {
-        "vae": lambda: train_vae(args.minutes),
+        "vae": lambda: train_vae(args.minutes, resume=args.resume),
         "latents": make_latents,
         "dit": lambda: train_dit(args.minutes, resume=args.resume),
         "export": lambda: (export(), write_curve()),

@@ -11,18 +11,31 @@ picture and has the timestep 0, the others are noisy as before (``expand_timeste
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import CURVES, ROOT, RUNS, TEST_SEED, Muon, averaged, clip_pool, contact_sheet, save_atomically, say
+from autoencoder import encoded
+from common import (
+    CURVES,
+    ROOT,
+    RUNS,
+    TEST_SEED,
+    Muon,
+    averaged,
+    contact_sheet,
+    rounded,
+    save_atomically,
+    say,
+    split_parameters,
+    stage_parser,
+)
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
 from flow import Plan, matched_noise, noise_levels, some_captions, train_flow
 from PIL import Image
 from plot import draw
-from tiny_dit import CALL, FRAMES, TextToLatents, encode_whole, rounded, split_parameters, to_model, tokenize, use_whole_sequences
+from tiny_dit import CALL, FRAMES, TextToLatents, encode_whole, tokenize, use_whole_sequences
 from torch import Tensor
 
 from reelquant.models.judge import accuracy
@@ -61,12 +74,8 @@ def encode_pool(pipe: Any) -> dict[str, Tensor]:
     """The clips of the seeds 0 to ``POOL``."""
     vae = use_whole_sequences(pipe.vae)
     mean, std = (torch.tensor(getattr(vae.config, f"latents_{name}")).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
-    latents: list[Tensor] = []
-    for start in range(0, POOL, 100):
-        for part in clip_pool(range(start, start + 100), FRAMES)[0].split(10):
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(((encode_whole(vae, to_model(part))[0].float() - mean) / std).half())
-    return {"latents": torch.cat(latents)}
+    latents, _ = encoded(lambda clips: (encode_whole(vae, clips)[0].float() - mean) / std, POOL, FRAMES)
+    return {"latents": latents}
 
 
 def levels(sigma: Tensor, latents: Tensor) -> Tensor:
@@ -144,11 +153,7 @@ def evaluate(count: int) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("train", "export", "build", "evaluate"))
-    parser.add_argument("--minutes", type=float, default=15.0, help="planned length; may be changed in runs/tiny-i2v/train-minutes.txt")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
-    parser.add_argument("--count", type=int, default=100, help="clips to evaluate on")
+    parser = stage_parser(__doc__, ("train", "export", "build", "evaluate"), RUN, minutes=15.0, count=100)
     parser.add_argument("--output", type=Path, default=RUN / "pipeline", help="folder of the whole pipeline")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -14,36 +14,33 @@ trained. Stages, in this order (one core)::
 
 from __future__ import annotations
 
-import argparse
-import math
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from autoencoder import around_object, from_model, judge_reconstructions, loss_of, save_latents, to_model, train_autoencoder
 from common import (
     CURVES,
     ROOT,
     RUNS,
     TEST_SEED,
-    Clock,
-    Curve,
     Ema,
     Muon,
-    Training,
     averaged,
-    clip_pool,
     contact_sheet,
-    psnr,
-    save_atomically,
+    rounded,
     say,
+    split_parameters,
+    stage_parser,
 )
 from diffusers import AutoencoderKLLTXVideo, DiffusionPipeline, LTXPipeline, LTXVideoTransformer3DModel
 from flow import Plan, matched_noise, noise_levels, some_captions, train_flow
 from plot import draw, gather
-from tiny_dit import FRAMES, TEXT_LENGTH, from_model, reconstruction_loss, rotate, rounded, saturation, split_parameters, to_model
+from tiny_dit import FRAMES, TEXT_LENGTH, rotate
 from torch import Tensor, nn
 
 from reelquant.models.judge import accuracy
@@ -89,24 +86,9 @@ def windows(clips: Tensor, generator: torch.Generator, size: int = 48, frames: i
     for clip in clips:
         first = 2 * int(torch.randint((clip.shape[1] - frames) // 2 + 1, (), generator=generator))
         clip = clip[:, first : first + frames]
-        mass = saturation(clip[None])[0, 0].mean(0) + 1e-4
-        axis = torch.arange(clip.shape[-1]) + 0.5
-        center = torch.stack([(mass.sum(1) * axis).sum(), (mass.sum(0) * axis).sum()]) / mass.sum()
-        center = center + torch.rand(2, generator=generator) * 16 - 8
-        top, left = ((center - size / 2) / 16).round().mul(16).clamp(0, clip.shape[-1] - size).int().tolist()
-        parts.append(clip[..., top : top + size, left : left + size])
+        rows, columns = around_object(clip, size, 16, generator)
+        parts.append(clip[..., rows, columns])
     return torch.stack(parts)
-
-
-def vae_loss(vae: AutoencoderKLLTXVideo, batch: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Loss on clips ``[n, 3, frames, h, w]`` in [-1, 1], and the figures worth noting."""
-    with torch.autocast("cpu", torch.bfloat16):
-        mean, log_var = (x.float() for x in vae.encoder(batch).chunk(2, 1))
-        latents = mean + torch.randn_like(mean) * (0.5 * log_var).exp()
-        output = vae.decoder(latents)
-    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
-    loss = reconstruction_loss(output, batch)
-    return loss + 1e-4 * kl, {"loss": loss.item(), "kl": kl.item()}
 
 
 @torch.no_grad()
@@ -123,53 +105,25 @@ def trained_vae(file: Path) -> AutoencoderKLLTXVideo:
     return vae
 
 
-def train_vae(minutes: float, seed: int = 0, pool: int = 4000, resume: bool = False) -> None:
+def train_vae(minutes: float, seed: int = 0, resume: bool = False) -> None:
     """Train the autoencoder: three steps of four on windows around the object, every fourth on whole clips."""
     torch.manual_seed(seed)
     vae = make_vae()
-    clips, _ = clip_pool(range(seed, seed + pool), FRAMES)
-    held_out, _ = clip_pool(range(TEST_SEED, TEST_SEED + 32), FRAMES)
-    matrices, rest = split_parameters(vae, lambda _, p: p.ndim >= 4)
-    optimizers = [Muon(matrices, lr=2e-3), torch.optim.AdamW(rest, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.0)]
-    training = Training(vae, Ema(vae, 0.995), optimizers, RUN / "vae.pt", Clock(minutes, RUN / "vae-minutes.txt"))
-    if resume:
-        training.resume()
-    generator = torch.Generator().manual_seed(seed + training.step)
-    curve, figures = Curve(RUN / "vae.csv", append=resume), dict[str, float]()
-
-    def rate(step: int, progress: float) -> float:
-        return min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-    def backward(step: int) -> None:
-        whole = step % 4 == 3
-        batch = to_model(clips[torch.randint(pool, (4 if whole else 16,), generator=generator)])
-        loss, found = vae_loss(vae, batch if whole else windows(batch, generator))
-        loss.backward()
-        figures.update(found)
-
-    def after(step: int) -> None:
-        if step % 100 == 0 or training.clock.progress() >= 1:
-            training.save()
-            found = psnr(reconstruct(trained_vae(training.file), held_out), held_out.float() / 255).mean().item()
-            curve.add(seconds=training.clock.elapsed(), step=step, **figures, psnr=found)
-
-    training.run(rate, backward, after)
+    loss = partial(loss_of, lambda clips: vae.encoder(clips).chunk(2, 1), vae.decoder)
+    train_autoencoder(vae, loss, windows, reconstruct_averaged, RUN / "vae.pt", minutes, frames=FRAMES, seed=seed, resume=resume)
 
 
-@torch.no_grad()
+def reconstruct_averaged(ema: Ema, clips: Tensor) -> Tensor:
+    """As :func:`reconstruct`, by the averaged weights."""
+    vae = make_vae()
+    ema.copy_to(vae)
+    return reconstruct(vae, clips)
+
+
 def make_latents() -> None:
     """Encode the clips of the seeds 0 to ``POOL``, and note the latents' mean and deviation per channel."""
-    vae, latents, scenes = trained_vae(RUN / "vae.pt"), list[Tensor](), list[Scene]()
-    for start in range(0, POOL, 100):
-        clips, drawn = clip_pool(range(start, start + 100), FRAMES)
-        scenes += drawn
-        with torch.autocast("cpu", torch.bfloat16):
-            latents += [vae.encode(to_model(part)).latent_dist.mean.half() for part in clips.split(10)]
-    stacked = torch.cat(latents)
-    flat = stacked.float().transpose(0, 1).flatten(1)
-    mean, std = flat.mean(1), flat.std(1)
-    save_atomically({"latents": stacked, "scenes": [vars(scene) for scene in scenes], "mean": mean, "std": std}, RUN / "latents.pt")
-    say("latents", tuple(stacked.shape), f"mean {mean.min():.2f} to {mean.max():.2f}, deviation {std.min():.2f} to {std.max():.2f}")
+    vae = trained_vae(RUN / "vae.pt")
+    save_latents(lambda clips: vae.encode(clips).latent_dist.mean, POOL, FRAMES, RUN / "latents.pt")
 
 
 # ------------------------------------------------------------------------------------------------------------------------- transformer
@@ -324,19 +278,12 @@ def evaluate(count: int) -> None:
     clips = sample(pipe, captions, seed=0, batch=10, **CALL).float()
     say(f"generated n={count} {(time.perf_counter() - start) / count:.2f} s a clip:", rounded(accuracy(clips, captions)))
     contact_sheet(clips[:16], RUN / "sheet.png", captions[:16])
-    clips, scenes = clip_pool(range(TEST_SEED + 20_000, TEST_SEED + 20_000 + count), FRAMES)
-    real, again = clips.float() / 255, reconstruct(pipe.vae, clips)
-    say("reconstructed", rounded(accuracy(again, scenes)), f"PSNR {psnr(again, real).mean():.2f} dB")
-    contact_sheet(torch.stack([real[:6], again[:6]], 1).flatten(0, 1), RUN / "sheet-vae.png")
+    judge_reconstructions(partial(reconstruct, pipe.vae), count, FRAMES, RUN / "sheet-vae.png")
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("vae", "latents", "train", "export", "build", "evaluate"))
-    parser.add_argument("--minutes", type=float, default=20.0, help="planned length; may be changed in runs/tiny-ltx/STAGE-minutes.txt")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted training")
-    parser.add_argument("--count", type=int, default=200, help="clips to evaluate on")
+    parser = stage_parser(__doc__, ("vae", "latents", "train", "export", "build", "evaluate"), RUN, minutes=20.0, count=200)
     parser.add_argument("--output", type=Path, default=RUN / "pipeline", help="folder of the whole pipeline")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import os
 import shutil
@@ -27,8 +26,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from common import CURVES, RUNS, WEIGHTS, Clock, Curve, Ema, Muon, contact_sheet, linear_decay, save_atomically, set_lr
-from plot import draw
+from common import (
+    CURVES,
+    RUNS,
+    WEIGHTS,
+    Clock,
+    Curve,
+    Ema,
+    Muon,
+    contact_sheet,
+    generate,
+    linear_decay,
+    save_atomically,
+    set_lr,
+)
+from plot import draw, gather
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -604,17 +616,8 @@ def export(args: argparse.Namespace) -> None:
 
 def write_curve() -> None:
     """Gather the figures of both trainings in one file, and draw it."""
-    rows = []
-    for stage in ("vae", "unet"):
-        with (RUN / f"{stage}.csv").open() as file:
-            rows += [{"stage": stage} | row for row in csv.DictReader(file)]
-    path = CURVES / "tiny-unet.csv"
-    with path.open("w", newline="") as file:
-        columns = ["stage", "seconds", "step", "loss", "psnr", "loss_early", "loss_middle", "loss_late"]
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(path)
+    columns = ("seconds", "step", "loss", "psnr", "loss_early", "loss_middle", "loss_late")
+    draw(gather({stage: RUN / f"{stage}.csv" for stage in ("vae", "unet")}, CURVES / "tiny-unet.csv", columns))
 
 
 def polish(folder: Path) -> None:
@@ -636,17 +639,6 @@ def edit_json(path: Path, **changes) -> None:
     """Change some values of a JSON file; None drops one."""
     values = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in values.items() if key not in changes or value is not None}, indent=2) + "\n")
-
-
-@torch.no_grad()
-def generate(pipe, captions: list[str], batch: int = 10, **call) -> Tensor:
-    """Clips ``[n, frames, 3, 64, 64]`` in [0, 1]; clip i starts from the noise of seed i. ``call`` goes to the pipeline."""
-    clips = []
-    for start in range(0, len(captions), batch):
-        part = captions[start : start + batch]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        clips.append(pipe(part, generator=generators, output_type="pt", **call).frames.float().clamp(0, 1))
-    return torch.cat(clips)
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ Every message says what went wrong, where, the value that was given, and what wo
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 
@@ -63,8 +64,11 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
 
 
+MOST = 600  # letters of a list of names in an error
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Close of an error message: the nearest known name if one is near, else all of them (the first 40 of many).
+    """Close of an error message: the nearest known name if one is near, else all of them (of many the first 40, or :data:`MOST` letters).
 
     Example:
         >>> nearest("qvd-w8a9", ["qvd-w8a8", "w4a16"])
@@ -74,5 +78,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
-    more = f" ... ({len(options)} in all)" if len(options) > 40 else ""
-    return f"known: {', '.join(options[:40]) or 'none'}{more}"
+    ends = itertools.accumulate(len(option) + 2 for option in options[:40])
+    told = options[: max(1, sum(end <= MOST for end in ends))]
+    more = f" ... ({len(options)} in all)" if len(told) < len(options) else ""
+    return f"known: {', '.join(told) or 'none'}{more}"

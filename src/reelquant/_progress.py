@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Hears how far a long run is. The command line draws bars, and so do the verbs of :mod:`reelquant.api` where somebody looks."""
+    """Hears how far a long run is. The command line draws bars, and so do the verbs of :mod:`reelquant.api` in a terminal or a notebook."""
 
     def phase(self, name: str, total: int) -> None:
         """A new phase of ``total`` steps begins."""

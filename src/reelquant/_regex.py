@@ -26,7 +26,7 @@ def safe(text: str) -> re.Pattern[str]:
     """The compiled pattern.
 
     Raises:
-        ValueError: if it is no regular expression, or may backtrack for long; with the reason.
+        ValueError: if it is not a regular expression, or may backtrack for long; with the reason.
     """
     if len(text) > LETTERS:
         raise ValueError(f"cannot be used: it has {len(text)} letters, and a pattern has at most {LETTERS}")

@@ -13,7 +13,7 @@ _kept: ContextVar[tuple[list[str], ...]] = ContextVar("reelquant_remarks", defau
 
 
 def remark(sentence: str) -> None:
-    """Say something to whoever listens, and log it as a warning unless it was logged before."""
+    """Tell the listeners something, and log it as a warning unless it was logged before."""
     for kept in _kept.get():
         if sentence not in kept:
             kept.append(sentence)

@@ -29,6 +29,9 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str]] = {
     "generate gif": (GENERATE, ".gif"),
     "generate png": (GENERATE, ".png"),
     "evaluate": (EVALUATE, ""),
+    "tune": (("tune", "QUANTIZED", "--steps", "4", "--clips", "1", "--record", "1", "--fail-under", "psnr=1"), ""),
+    "drop-blocks": (("drop-blocks", "FLOAT", "--steps", "2", "--calls", "4", "--iterations", "1"), ""),
+    "sensitivity": (("sensitivity", "FLOAT", "--steps", "1", "--clips", "1", "--formats", "int4/channel", "--inputs", "none"), ""),
     "comfyui": (("export", "QUANTIZED", "-f", "comfyui"), ".safetensors"),
     "gguf": (("export", "QUANTIZED", "-f", "gguf"), ".gguf"),
     "torchao": (("export", "QUANTIZED", "-f", "torchao"), ""),
@@ -75,6 +78,10 @@ def _below_a_file(out: Path, _: Path) -> None:
     out.parent.joinpath("deep").write_text("a file where a folder is wanted")
 
 
+KEPT = {
+    "stream": {"out.partial"}, "evaluate": {"out"}, "tune": {"out.tuning"}, "drop-blocks": {"out.removal"}, "sensitivity": {"out"}
+}  # fmt: skip
+"""What a command that fails may leave for a later run."""
 WRONGS: dict[str, Callable[[Path], Any]] = {
     "full at once": _full(0),
     "full after 300 bytes": _full(300),
@@ -122,7 +129,7 @@ def attack(case: tuple[str, str, str], source: Path, quantized: Path, folder: Pa
         raise SilentError("replaced a folder of others")
     if result.exit_code == 0 and not _an_output(command, out):
         raise SilentError("ended well without an output")
-    kept = {"stream": {"out.partial"}, "evaluate": {"out"}}.get(command, set())  # work that a later run goes on with
+    kept = KEPT.get(command, set())  # work that a later run goes on with
     if result.exit_code and (left := sorted(set(os.listdir(folder)) - before - kept)):
         raise SilentError(f"failed and left {left[0]}")
 

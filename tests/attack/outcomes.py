@@ -35,7 +35,7 @@ class Finding:
     Attributes:
         fault: one of :data:`FAULTS`.
         case: what was done.
-        detail: what came of it.
+        detail: how it ended.
     """
 
     fault: str

@@ -268,3 +268,16 @@ def test_a_budget_of_attention_is_kept_and_opens_as_it_was_planned(tmp_path: Pat
     pipe.transformer = WanTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
     assert installed_reuse(pipe.transformer)["attention"].facts == facts and len(facts["timesteps"]) == STEPS
     assert torch.equal(latents(pipe), expected) and counts(pipe.transformer, "attention")["reused"] > 0
+
+
+def test_a_budget_of_blocks_is_kept_and_opens_as_it_was_planned(tmp_path: Path) -> None:
+    pipe, report = quantized(step("blocks", {"budget": 0.5, "stretch": [0.0, 1.0], "order": 1}))
+    made = report.reuse["blocks"]
+    assert made["computed"] == made["reused"] > 0
+    expected = latents(pipe)
+    reelquant.save(pipe, tmp_path / "out")
+    facts = installed_reuse(pipe.transformer)["blocks"].facts
+    assert len(facts["at"]) == STEPS // 2 and len(facts["fitted"]) == 3 * STEPS // 2
+    pipe.transformer = WanTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    assert installed_reuse(pipe.transformer)["blocks"].facts == facts
+    assert torch.equal(latents(pipe), expected) and counts(pipe.transformer, "blocks")["reused"] > 0

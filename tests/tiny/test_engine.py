@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib
 import json
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reelquant._errors import CalibrationError, ReelQuantError
+from reelquant._errors import CalibrationError, ReelQuantError, UnsupportedError
 from reelquant.discover import discover
 from reelquant.engine import components
 from reelquant.engine import run as engine
@@ -322,6 +323,23 @@ def test_unused_layers_are_really_not_needed() -> None:
         layer.weight.data.zero_()
         layer.register_forward_hook(lambda module, args, out: torch.full_like(out, 1e9))
     assert torch.equal(clip(pipe), before)
+
+
+def test_folded_layers_have_their_outputs_alone_and_refuse_other_timesteps() -> None:
+    made = {}
+    for word in ("table", "fold"):
+        pipe = FakePipeline(TINY["WanTransformer3DModel"]())
+        made[word] = pipe, quantize(pipe, recipe("qvd-w8a8", temporal=word)), clip(pipe)
+    (table, stored, expected), (folded, report, found) = made.values()
+    assert torch.equal(found, expected)
+    layers = {name: layer for name, layer in quantized_layers(folded.denoiser).items() if layer.layout.table}
+    assert len(layers) == 3 and all(layer.weight.numel() == 0 for layer in layers.values())
+    weights = sum(quantized_layers(table.denoiser)[name].weight.numel() for name in layers)
+    assert report.bytes_tables == stored.bytes_tables and stored.bytes_quantized - report.bytes_quantized > weights
+    with pytest.raises(UnsupportedError, match=r"3 stored outputs has no weight \(temporal: fold\)"):
+        clip(folded, steps=5)
+    folded.components["transformer"] = copy.deepcopy(folded.denoiser)
+    assert torch.equal(clip(folded), expected)
 
 
 def test_a_layer_that_depends_on_more_than_the_timestep_has_no_table() -> None:

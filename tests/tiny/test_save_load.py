@@ -258,3 +258,20 @@ def test_broken_folders_are_one_clear_error(folder: Path, tmp_path: Path, break_
     break_it(broken)
     with pytest.raises(CheckpointError, match=message):
         reelquant.load(broken)
+
+
+def test_folded_layers_are_opened_with_their_outputs_and_never_stand_for_weights(tmp_path: Path) -> None:
+    size, made = {}, {}
+    for word in ("table", "fold"):
+        pipe = wan_pipeline()
+        report = reelquant.quantize(pipe, MIXED | {"temporal": word}, PROMPTS, **CALL)
+        folder = reelquant.save(pipe, tmp_path / word, report)
+        reelquant.verify(folder)
+        size[word] = (folder / "transformer" / WEIGHTS).stat().st_size
+        made[word] = DiffusionPipeline.from_pretrained(folder)
+    assert torch.equal(frames(made["fold"]), frames(made["table"])) and size["fold"] < size["table"]
+    with pytest.raises(UnsupportedError, match="stores its outputs alone"):
+        made["fold"].transformer.dequantize()
+    reelquant.configure(made["fold"], temporal_table=False)
+    with pytest.raises(UnsupportedError, match="tables turned off"):
+        frames(made["fold"])

@@ -68,3 +68,6 @@ def test_nearest_does_not_print_hundreds_of_names() -> None:
     text = nearest("zzz", (f"blocks.{i}" for i in range(500)))
     assert text.startswith("known: blocks.0, blocks.1, ")
     assert text.endswith(", blocks.39 ... (500 in all)")
+    long = [f"transformer_blocks.{number}.attention.to_out.0" for number in range(30)]
+    assert nearest("zzz", long) == f"known: {', '.join(long[:14])} ... (30 in all)"
+    assert nearest("zzz", ["x" * 900]) == f"known: {'x' * 900}"

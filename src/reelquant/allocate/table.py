@@ -277,7 +277,7 @@ def load_table(file: str | Path) -> SensitivityTable:
         file: the file, or the folder in which ``reelquant sensitivity`` left it.
 
     Raises:
-        CheckpointError: if it cannot be read, is no sensitivity table, or is of a later version.
+        CheckpointError: if it cannot be read, is not a sensitivity table, or is of a later version.
         SiteError: if a pattern of ``skip`` or ``fixed`` matches no layer.
         RecipeError: if a format of ``fixed`` cannot be a weight's.
     """
@@ -290,7 +290,7 @@ def load_table(file: str | Path) -> SensitivityTable:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"'{file}' is not JSON ({error}); correct the place, or measure again") from None
     if not isinstance(data, dict) or data.get("kind") != KIND:
-        raise CheckpointError(f'\'{file}\' is no sensitivity table (no "kind": "{KIND}"); reelquant sensitivity writes one')
+        raise CheckpointError(f'\'{file}\' is not a sensitivity table (no "kind": "{KIND}"); reelquant sensitivity writes one')
     if data.get("version") != VERSION:
         raise CheckpointError(
             f"'{file}' has version {data.get('version')!r:.20}, and this release reads version {VERSION}; update reelquant"

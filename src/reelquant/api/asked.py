@@ -20,7 +20,7 @@ Expects = Callable[[str, Any], None]  # refuses a first argument of another kind
 
 
 def verb(expects: Expects) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A verb of the library: its arguments are checked, torch is as it starts while it runs, and somebody hears its progress.
+    """A verb of the library: its arguments are checked, torch is as it starts while it runs, and its progress is shown.
 
     A verb with an argument ``progress`` draws bars of its own if that is None, and none if it is False.
 
@@ -93,7 +93,7 @@ def _call(model: Any) -> tuple[type | None, list[str] | None]:
 
 
 def in_memory(name: str, model: Any) -> None:
-    """Refuse what is no pipeline in memory.
+    """Refuse anything but a pipeline in memory.
 
     Raises:
         UnsupportedError: saying what was given, and what to write instead.
@@ -114,7 +114,7 @@ def anywhere(name: str, model: Any) -> None:
 
 
 def each_anywhere(name: str, models: Any) -> None:
-    """Refuse what is no list of places of pipelines and pipelines in memory.
+    """Refuse anything but a list of places of pipelines and pipelines in memory.
 
     Raises:
         UnsupportedError: saying what was given.

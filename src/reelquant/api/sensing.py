@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reelquant.api.asked import anywhere, verb
+from reelquant.recipes.usual import MAPPED
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ def sensitivity(
     model: Any,
     output: str | Path | None = None,
     *,
-    recipe: RecipeSource = "w4a16",
+    recipe: RecipeSource = MAPPED,
     measures: Sequence[Measure] = ("gradient",),
     formats: Sequence[str] | None = None,
     inputs: Sequence[str] | None = None,
@@ -65,7 +66,7 @@ def sensitivity(
         dtype: of a pipeline that is opened, float32 by default.
         device: where it runs.
         force: replace the table of another measurement.
-        progress: receives the progress; by default bars where somebody looks, False for none.
+        progress: receives the progress; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames`` ...).
 
     Returns:
@@ -82,6 +83,7 @@ def sensitivity(
     """
     import torch
 
+    from reelquant.checkpoint import check_folder
     from reelquant.damage import Wanted, measure
     from reelquant.damage.run import FORMATS
     from reelquant.models.pipelines import open_pipeline
@@ -98,7 +100,9 @@ def sensitivity(
         steps=steps,
         skip=tuple(skip),
     )
-    opened = open_pipeline(model, dtype=dtype or torch.float32, device=device) if isinstance(model, str | Path) else model
     folder = None if output is None else Path(output)
+    if folder is not None:
+        check_folder(folder)
+    opened = open_pipeline(model, dtype=dtype or torch.float32, device=device) if isinstance(model, str | Path) else model
     prompts = [prompts] if isinstance(prompts, str) else prompts
     return measure(opened, model, folder, wanted, prompts, force=force, progress=progress or None, call=call).table

@@ -64,7 +64,7 @@ def tune(
         device: where it runs.
         force: replace an existing output.
         shared: the processes that torchrun, ``accelerate launch`` or ``srun`` started share the sampling; see docs/ranks.md.
-        progress: receives the progress; by default bars where somebody looks, False for none.
+        progress: receives the progress; by default bars in a terminal or a notebook, False for none.
         call: arguments of the pipeline call (``num_inference_steps``, ``num_frames``, ``height`` ...).
 
     Returns:

@@ -2,7 +2,7 @@
 computed does not belong here."""
 
 from reelquant.checkpoint.card import write_card
-from reelquant.checkpoint.folder import INDEX, absolute, check_target, check_writable, new_folder, refuse_source
+from reelquant.checkpoint.folder import INDEX, absolute, check_folder, check_target, check_writable, keeping_work, new_folder, refuse_source
 from reelquant.checkpoint.own_module import OwnModule, adopt_module, save_module
 from reelquant.checkpoint.save import REPORT_FILE, forget_paths, save
 from reelquant.checkpoint.shards import Shards, Spec, write_tensors
@@ -24,10 +24,12 @@ __all__ = [
     "absolute",
     "adopt",
     "adopt_module",
+    "check_folder",
     "check_target",
     "check_writable",
     "describe",
     "forget_paths",
+    "keeping_work",
     "layer_sum",
     "new_folder",
     "refuse_source",

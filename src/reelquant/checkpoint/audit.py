@@ -89,8 +89,8 @@ def _layers(component: Path) -> int:
     if CLASS not in config or not isinstance(described, dict) or described.get("quant_method") != METHOD:
         return 0
     with ExportSource(component) as source:
-        for name in source.stored.layers:
-            source.layer(name)
+        for name, layout in source.stored.layers.items():
+            (source.checked if layout.folded else source.layer)(name)
         return len(source.stored.layers)
 
 

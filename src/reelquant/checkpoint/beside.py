@@ -23,7 +23,7 @@ def beside(path: Path, kind: str = NEW) -> Path:
 
 @contextmanager
 def held(temporary: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however it ends, and by which :func:`tidy` knows that somebody is at work."""
+    """Hold a lock that ends with the process, however it ends, and by which :func:`tidy` knows that a process is at work."""
     handle = os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         with suppress(OSError):  # some network disks have no locks

@@ -64,6 +64,18 @@ def check_writable(target: str | Path) -> None:
         raise CheckpointError(f"cannot write '{path}': '{place}' takes no files ({error.strerror}); choose another place") from None
 
 
+def check_folder(target: str | Path) -> None:
+    """Refuse a place where files are added to what is there, if it is not a folder or takes no files.
+
+    Raises:
+        CheckpointError: with the reason.
+    """
+    path = absolute(target)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"'{path}' is a file; give a folder, or the name of a new one")
+    check_writable(path)
+
+
 def refuse_source(target: str | Path, source: str | Path) -> None:
     """Refuse to replace the folder that is read: with ``force`` the original would be gone.
 
@@ -73,6 +85,28 @@ def refuse_source(target: str | Path, source: str | Path) -> None:
     path, read = absolute(target), absolute(source)
     if read.is_relative_to(path) and read.is_dir():
         raise CheckpointError(f"'{path}' is, or holds, the pipeline that is read ('{read}') and is not replaced; choose another folder")
+
+
+@contextmanager
+def keeping_work(folder: Path) -> Iterator[None]:
+    """One kind of error for a disk that does not take the files of work with which a later run goes on.
+
+    Args:
+        folder: of the work.
+
+    Raises:
+        CheckpointError: instead of the errors of files and of safetensors.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"cannot write '{folder}': {error}; what is done is kept there: free space and run again, it goes on"
+        ) from error
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _locked(work: Workspace) -> Iterator[None]:
     try:
         state = os.fstat(handle)
         if not stat.S_ISREG(state.st_mode) or state.st_nlink > 1:
-            raise CheckpointError(f"'{work.folder / LOCK}' is no file of its own (a link, or a pipe); remove it, or choose another folder")
+            raise CheckpointError(f"'{work.folder / LOCK}' is a link or a pipe; remove it, or choose another folder")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -112,7 +112,7 @@ def _locked(work: Workspace) -> Iterator[None]:
 
 
 def _check_own(folder: Path) -> None:
-    """In a folder that many may write to, somebody else may have put links in the place of ours."""
+    """In a folder that many may write to, another user may have put links in the place of ours."""
     if folder.is_symlink():
         raise CheckpointError(f"'{folder}' is a link, and work is not written through links; remove it, or choose another folder")
     if (owner := folder.stat().st_uid) != os.getuid():

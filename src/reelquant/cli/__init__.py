@@ -19,7 +19,7 @@ from reelquant.cli.benchmark import benchmark
 from reelquant.cli.compare import compare
 from reelquant.cli.demo import demo
 from reelquant.cli.drop_blocks import drop_blocks
-from reelquant.cli.errors import Verbs
+from reelquant.cli.errors import Verb, Verbs
 from reelquant.cli.evaluate import evaluate
 from reelquant.cli.export import export
 from reelquant.cli.generate import generate
@@ -72,21 +72,21 @@ def main(
 ) -> None:
     """Quantize diffusers video pipelines after training, and see that the videos are still good.
 
-    [bold]The way through:[/bold]
+    [bold]A session, step by step:[/bold]
 
-    [cyan]reelquant recipes[/cyan]                                   the recipes
+    [cyan]reelquant recipes[/cyan]                                   list the recipes
     [cyan]reelquant inspect tiny-dit[/cyan]                          look inside
-    [cyan]reelquant plan tiny-dit --max-memory 1GB[/cyan]            which bits fit
-    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]   every layer
-    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]      the job
-    [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   watch it
-    [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         the proof
-    [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        the speed
-    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]               layers that need bits
-    [cyan]reelquant tune out -o fast[/cyan]                          blocks skip steps
-    [cyan]reelquant drop-blocks tiny-dit -o smaller[/cyan]           a smaller model
-    [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      for other programs
-    [cyan]reelquant serve[/cyan]                                     a page for all of it
+    [cyan]reelquant plan tiny-dit --max-memory 1GB[/cyan]            recipes that fit
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]   what every layer becomes
+    [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]      quantize
+    [cyan]reelquant generate out -p "a red circle" -o a.mp4[/cyan]   make a clip
+    [cyan]reelquant evaluate out --reference tiny-dit[/cyan]         compare with float
+    [cyan]reelquant benchmark out --reference tiny-dit[/cyan]        measure the speed
+    [cyan]reelquant sensitivity tiny-dit -o map[/cyan]               find layers that need bits
+    [cyan]reelquant tune out -o fast[/cyan]                          skip blocks at some steps
+    [cyan]reelquant drop-blocks tiny-dit -o smaller[/cyan]           remove blocks
+    [cyan]reelquant export out --format gguf -o out.gguf[/cyan]      write for other programs
+    [cyan]reelquant serve[/cyan]                                     do all of it in a browser
     """
     from reelquant.cli.console import show_progress_as
 
@@ -102,4 +102,4 @@ VERBS = (
 )  # fmt: skip
 """In the order of ``--help``."""
 for verb in VERBS:
-    app.command()(verb)
+    app.command(cls=Verb)(verb)

@@ -46,7 +46,7 @@ BothDtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="Type of both: float32, bfloat16 or float16. Default: bfloat16, or float32 on processors that only emulate it.",
+        help="Type of both pipelines: float32, bfloat16 or float16. Default: bfloat16, or float32 on processors that only emulate it.",
         show_default=False,
     ),
 ]
@@ -64,8 +64,8 @@ Memory = Annotated[bool, typer.Option("--memory/--no-memory", help="Also measure
     [cyan]reelquant benchmark out --reference tiny-dit --runtime openvino[/cyan]
     [cyan]reelquant benchmark out --reference svd --conditions first.png[/cyan]      the first condition of a file is the clip that is made
 
-    Both make the same clip A B, B A, A B ...; a speed-up is a ratio of two times of one round, and the table shows its
-    median and quartiles. 2x means half the time. Other work on the machine changes times much and ratios little.
+    Both pipelines make the same clip in turns: A B, B A, A B ... A speed-up is the ratio of the two times of one round; the table
+    shows its median and quartiles. 2x means half the time. Other work on the machine changes times much and ratios little.
 """)
 def benchmark(
     model: QuantizedFolder,

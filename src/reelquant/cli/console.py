@@ -94,7 +94,7 @@ def quiet_libraries() -> None:
     told = logging.getLogger("reelquant")
     if not any(isinstance(one, _Remarks) for one in told.handlers):
         told.addHandler(_Remarks(logging.WARNING))
-    if logging.lastResort is not None:  # what libraries log that nobody listens to, torchao among them
+    if logging.lastResort is not None:  # what libraries log without a handler, torchao among them
         logging.lastResort.setLevel(logging.ERROR)
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category)
@@ -185,7 +185,7 @@ class Bars(Lane):
         return Lane(self._bars, keep=False)
 
     def tell(self, sentence: str) -> None:
-        """A line above the bars; also where stderr is no terminal."""
+        """A line above the bars; also where stderr is not a terminal."""
         err.print(f"[dim]reelquant:[/dim] {safe(sentence)}", soft_wrap=True)
 
     def __enter__(self) -> Bars:

@@ -254,14 +254,14 @@ def label(outcome: Outcome, short: bool = False) -> str:
     if outcome.report is None or outcome.psnr is None:
         return f"{outcome.name}\n{'reference' if short else 'the reference'}"
     ratio, psnr = f"{outcome.report.ratio:.1f}x smaller", f"{outcome.psnr.mean:.1f} dB"
-    return f"{outcome.name}\n{psnr}" if short else f"{outcome.name}\n{ratio}\n{psnr} to float\njudge {_judge(outcome)}"
+    return f"{outcome.name}\n{psnr}" if short else f"{outcome.name}\n{ratio}\n{psnr} to float\n{_text_match(outcome)}"
 
 
-def _judge(outcome: Outcome) -> str:
-    return "/".join(f"{100 * outcome.judge[kind]:.0f}" for kind in JUDGED if kind in outcome.judge) + " %"
+def _text_match(outcome: Outcome) -> str:
+    return "text match " + "/".join(f"{100 * outcome.judge[kind]:.0f}" for kind in KINDS if kind in outcome.judge) + " %"
 
 
-JUDGED = ("color", "shape", "motion")
+KINDS = ("color", "shape", "motion")
 COLUMNS = ("bytes", "smaller", "PSNR, dB", "95 % interval", "TDScore", "colour", "shape", "motion", "quantize", "a clip")
 HIDES = ("95 % interval", "quantize", "a clip", "TDScore")
 
@@ -276,7 +276,7 @@ def results_table(name: str, variants: list[dict[str, Any]], clips: int) -> Tabl
         made.add_row(one["variant"], *_cells(one | {"bytes": one["bytes"] or floats}, clips))
     made.caption = (
         "bytes: of the quantized layers, scales included; PSNR: to the float clips, mean and interval; TDScore: 1 is lossless; "
-        "colour, shape, motion: clips that show what their text says"
+        "colour, shape, motion: text match, the share of clips that show what their text says"
     )
     return made
 
@@ -284,10 +284,10 @@ def results_table(name: str, variants: list[dict[str, Any]], clips: int) -> Tabl
 def _cells(one: dict[str, Any], clips: int) -> tuple[str, ...]:
     from reelquant.cli.console import figure, size
 
-    judge = [figure(one.get(f"judge_{kind}"), "{:.0%}") for kind in JUDGED]
+    matches = [figure(one.get(f"judge_{kind}"), "{:.0%}") for kind in KINDS]
     psnr = ("-", "") if one["psnr"] is None else (f"{one['psnr']:.1f}", f"{one['psnr_low']:.1f} to {one['psnr_high']:.1f}")
     seconds = figure(one["seconds_quantize"] or None, "{:.1f} s"), f"{one['seconds_sample'] / clips:.2f} s"
-    return size(one["bytes"]), f"{one['ratio']:.2f}x", *psnr, figure(one["tdscore"]), *judge, *seconds
+    return size(one["bytes"]), f"{one['ratio']:.2f}x", *psnr, figure(one["tdscore"]), *matches, *seconds
 
 
 def _goodbye(data: dict[str, Any], target: Path, json: bool) -> None:

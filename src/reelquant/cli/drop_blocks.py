@@ -17,6 +17,7 @@ from reelquant.cli.options import (
     Height,
     Json,
     Model,
+    NewFolder,
     Prompts,
     Steps,
     Variant,
@@ -26,7 +27,9 @@ from reelquant.cli.options import (
     more_help,
     one_of,
     opened,
+    seed_within_bounds,
 )
+from reelquant.recipes.usual import FIRST
 
 if TYPE_CHECKING:
     from reelquant.cli.layout import Plain
@@ -35,10 +38,14 @@ if TYPE_CHECKING:
 CHOICES = ("measured", "shallow", "deep")
 WORK = ".removal"
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)]
 Count = Annotated[
     str | None,
-    typer.Option("--blocks", metavar="NUMBERS", help="The blocks to drop, counted from 0: 1,4. Else --count chooses.", show_default=False),
+    typer.Option(
+        "--blocks",
+        metavar="NUMBERS",
+        help="The blocks to drop, counted from 0: 1,4. Without it, --count and --choose decide.",
+        show_default=False,
+    ),
 ]
 Number = Annotated[int, typer.Option("--count", min=1, help="How many blocks to drop.")]
 Choose = Annotated[
@@ -49,11 +56,13 @@ Choose = Annotated[
         autocompletion=one_of(*CHOICES),
     ),
 ]
-Calls = Annotated[int, typer.Option("--calls", min=1, help="Calls of the denoiser to record; a quarter decides, the others train.")]
+Calls = Annotated[
+    int, typer.Option("--calls", min=1, help="Calls of the denoiser to record: a quarter is held out to decide, the others train.")
+]
 Iterations = Annotated[int, typer.Option("--iterations", min=0, help="Steps of training, a recorded call each; 0 for none.")]
 Rate = Annotated[float, typer.Option("--rate", help="Learning rate of Adam; it falls to zero.")]
 Motion = Annotated[float, typer.Option("--motion", help="Weight of the differences of neighbouring frames beside the output.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of the recorded clips and the order of training.")]
+Seed = Annotated[int, typer.Option("--seed", callback=seed_within_bounds, help="Seed of the recorded clips and of the order of training.")]
 
 
 @more_help("""
@@ -61,7 +70,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the recorded clips and the
 
     [cyan]reelquant drop-blocks tiny-dit -o smaller[/cyan]      one block less, and 300 steps of training
     [cyan]reelquant drop-blocks tiny-dit -o smaller --count 2 --iterations 2000 --calls 256[/cyan]
-    [cyan]reelquant drop-blocks tiny-dit -o smaller --blocks 3 --iterations 0[/cyan]      what the block does, nothing trained
+    [cyan]reelquant drop-blocks tiny-dit -o smaller --blocks 3 --iterations 0[/cyan]      without training
     [cyan]reelquant quantize smaller -r qvd-w8a8 -o out[/cyan]
 
     Blocks of a transformer are a chain, and a chain without one of them is a smaller model of the same class. Clips are sampled, and
@@ -76,7 +85,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the recorded clips and the
 """)
 def drop_blocks(
     model: Model,
-    output: Output,
+    output: NewFolder,
     blocks: Count = None,
     count: Number = 1,
     choose: Choose = "measured",
@@ -120,7 +129,7 @@ def drop_blocks(
         return
     console.out.print(table(report))
     console.out.print()
-    console.done(output, f"next: reelquant quantize {output} -r qvd-w8a8 -o quantized")
+    console.done(output, f"next: reelquant quantize {output} -r {FIRST} -o quantized")
 
 
 def _kept(work: Path) -> Any:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 from typing import Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from reelquant._errors import RanksError, RecipeError, ReelQuantError, SiteError, UnsupportedError, printable
 from reelquant.cli.signals import TERMINATED, Terminated, asked_to_stop, terminable, told
@@ -14,6 +17,14 @@ from reelquant.ranks import Rank, this_rank
 FAILED, INTERRUPTED, UNREAD = 1, 130, 141  # as shells have them: 128 and the number of the signal
 ASKED = (RecipeError.__name__, SiteError.__name__, UnsupportedError.__name__)  # about what was asked for
 NOTHING = "nothing is left behind: run the same command again"
+LIMITS = {
+    errno.EMFILE: "let processes open more files (ulimit -n)",
+    errno.ENFILE: "close other programs: all of them together have too many files open",
+    errno.ENOSPC: "free space on the disk",
+    errno.EDQUOT: "free space: your share of the disk is used up",
+    errno.EFBIG: "let processes write larger files (ulimit -f)",
+}
+"""What a system may run out of, and what helps."""
 _USAGE: Any = typer.BadParameter.__mro__[2]  # errors of usage, which typer itself explains
 _INSTEAD = {"-r": "--reference"}  # what verbs without a recipe once called their reference
 
@@ -25,7 +36,26 @@ def one_line(error: BaseException) -> str:
         return f"reelquant: {text}"
     if isinstance(error, OSError) and error.filename is not None:  # a disk, a permission, a name: nothing unexpected
         return printable(f"reelquant: cannot use '{error.filename!s:.300}': {error.strerror}")
+    for code, advice in LIMITS.items():  # libraries raise errors of other kinds that end in these words
+        if os.strerror(code) in text:
+            return f"reelquant: {text}; {advice}"
     return f"reelquant: unexpected {type(error).__name__}: {text or 'no message'} (`reelquant --debug ...` shows where)"
+
+
+class Verb(TyperCommand):
+    """A verb, whose numbers are finite."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it.
+
+        Raises:
+            typer.BadParameter: for an option that is NaN or infinite.
+        """
+        for option in self.params:
+            value = ctx.params.get(option.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"give a finite number, got {value}", ctx=ctx, param=option)
+        return super().invoke(ctx)
 
 
 class Verbs(TyperGroup):
@@ -66,7 +96,7 @@ class Verbs(TyperGroup):
             _end("interrupted", f"reelquant: interrupted, {told(error) or NOTHING}", INTERRUPTED, json)
         except Terminated as error:
             _end("terminated", f"reelquant: terminated, {told(error) or NOTHING}", TERMINATED, json)
-        except BrokenPipeError:  # whoever read the output has seen enough, as `| head` has
+        except BrokenPipeError:  # the reader of the output has seen enough, as `| head` has
             from reelquant.cli.console import to_nowhere
 
             to_nowhere()

@@ -11,7 +11,6 @@ import typer
 
 from reelquant.cli.options import (
     GATES,
-    SEEDS,
     Device,
     Dtype,
     Force,
@@ -28,6 +27,7 @@ from reelquant.cli.options import (
     check_device,
     conditions,
     more_help,
+    seed_within_bounds,
     torch_dtype,
 )
 from reelquant.cli.ranks import sharing
@@ -92,7 +92,7 @@ GrainSteps = Annotated[
     str | None,
     typer.Option("--grain-steps", metavar="5,20,50", help="Also sample flat scenes at these steps: does noise grow?"),
 ]
-Seed = Annotated[int, typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Noise of the first clip.")]
+Seed = Annotated[int, typer.Option("--seed", callback=seed_within_bounds, help="Noise of the first clip.")]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Clips per pipeline call.")]
 Reuse = Annotated[
     Path | None,
@@ -112,7 +112,7 @@ Map = Annotated[
     [cyan]reelquant evaluate out --reference Wan-AI/Wan2.1-T2V-1.3B-Diffusers --prompts texts.txt --dtype bfloat16 --device cuda[/cyan]
     [cyan]reelquant evaluate out --reference wan-i2v --conditions clips.jsonl -n 8[/cyan]      pictures and texts, see [cyan]quantize[/cyan]
     [cyan]reelquant evaluate out --reference tiny-dit -m fvd,psnr --data real-clips --weights weights[/cyan]
-    [cyan]reelquant evaluate w8a8 w4a8 w4a16 --speed -o recipes[/cyan]      several of one float pipeline: one page, float clips made once
+    [cyan]reelquant evaluate w8a8 w4a8 w4a16 --speed -o recipes[/cyan]      one page for several; float clips are made once
     [cyan]reelquant evaluate out --reference tiny-dit --fail-under psnr=30 --fail-under motion_deviation=0.1[/cyan]
 
     Every figure stands beside the noise floor: the float pipeline run again in bf16 (or rounded to it where the processor has

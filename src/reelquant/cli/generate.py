@@ -10,7 +10,6 @@ import typer
 
 from reelquant._errors import CalibrationError, CheckpointError
 from reelquant.cli.options import (
-    SEEDS,
     Device,
     Dtype,
     Force,
@@ -29,6 +28,7 @@ from reelquant.cli.options import (
     more_help,
     opened,
     run_by,
+    seed_within_bounds,
 )
 from reelquant.cli.signals import keeping
 
@@ -41,7 +41,7 @@ Output = Annotated[
     typer.Option("--output", "-o", help="clip.mp4, clip.gif, or clip.png (a file per frame).", show_default=False),
 ]
 WATCHED = 8  # in one of so many steps, saturation is counted
-Seed = Annotated[int, typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Seed of the noise; the same seed gives the same clip.")]
+Seed = Annotated[int, typer.Option("--seed", callback=seed_within_bounds, help="Seed of the noise; the same seed gives the same clip.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep the clips that are there and make the others.")]
 Fps = Annotated[int, typer.Option("--fps", min=1, help="Frames per second of the file.")]
 

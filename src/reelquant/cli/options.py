@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -24,6 +23,17 @@ def one_of(*names: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
+def seed_within_bounds(value: int | None) -> int | None:
+    """Refuse a seed after which clips could not be counted within 64 bits.
+
+    Raises:
+        typer.BadParameter: with the bounds.
+    """
+    if value is not None and abs(value) > SEEDS:
+        raise typer.BadParameter(f"give a number from -{SEEDS} to {SEEDS}, got {value}")
+    return value
+
+
 def recipe_names(incomplete: str) -> list[str]:
     """Completion of a recipe."""
     from reelquant.recipes.text import names
@@ -32,6 +42,7 @@ def recipe_names(incomplete: str) -> list[str]:
 
 
 BUNDLED, GATES = one_of("tiny-dit", "tiny-unet"), one_of("strict", "default", "loose")
+ALLOCATORS = one_of("milp", "greedy", "sampled", "surrogate")
 MODEL = typer.Argument(
     help="A bundled pipeline (tiny-dit, tiny-unet), a folder, a hub id (owner/name), or FILE@PIPELINE: "
     "its denoiser from a .safetensors or .gguf file.",
@@ -87,6 +98,8 @@ Prompts = Annotated[
         show_default=False,
     ),
 ]
+NEW_FOLDER = typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)
+NewFolder = Annotated[Path, NEW_FOLDER]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output once the new one is complete.")]
 
 Verb = TypeVar("Verb", bound=Callable[..., None])
@@ -192,9 +205,6 @@ def conditions(file: Path | None) -> list[Condition] | None:
 def call_options(**given: Any) -> dict[str, Any]:
     """Arguments of the pipeline call from options: those that were given, by the names diffusers uses."""
     names = {"steps": "num_inference_steps", "frames": "num_frames", "guidance": "guidance_scale"}
-    for key, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise RecipeError(f"--{key} is a finite number, got {value}")
     return {names.get(key, key): value for key, value in given.items() if value is not None}
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reelquant.cli import console
-from reelquant.cli.benchmark import BothDtype, Threads
+from reelquant.cli.benchmark import Threads
 from reelquant.cli.options import (
+    ALLOCATORS,
     Force,
     Frames,
     Guidance,
@@ -22,43 +23,56 @@ from reelquant.cli.options import (
     Width,
     call_options,
     more_help,
-    one_of,
     recipe_names,
     torch_dtype,
 )
+from reelquant.recipes.usual import FIRST, SAFE
 
 if TYPE_CHECKING:
     from reelquant.cli.layout import Plain
     from reelquant.planning import Planned, Way
 
+FloatDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Type of the float parts: float32, bfloat16 or float16. Default: bfloat16, or float32 on processors that only emulate it.",
+        show_default=False,
+    ),
+]
 MaxMemory = Annotated[
     str, typer.Option("--max-memory", metavar="SIZE", help="12GB, 500MB: of the device, or of the process on a CPU.", show_default=False)
 ]
-Where = Annotated[str, typer.Option("--device", help="Where the pipeline shall run; it need not be on this machine.")]
+Where = Annotated[str, typer.Option("--device", help="Device that the pipeline will run on; it may be on another machine.")]
 MinSpeed = Annotated[
     float | None, typer.Option("--min-speed", min=0.01, help="How many times faster than in float a step has to be.", show_default=False)
 ]
 Bits = Annotated[
     float | None,
-    typer.Option("--bits", help="A format for every layer of the denoiser, so many bits per weight on average.", show_default=False),
+    typer.Option(
+        "--bits", help="Bits per weight on average: every layer of the denoiser then gets a format of its own.", show_default=False
+    ),
 ]
 Recipes = Annotated[
     str | None,
     typer.Option(
-        "--recipes", help="Those that the denoiser may get, with commas, the best first.", show_default=False, autocompletion=recipe_names
+        "--recipes",
+        help="Recipes to try for the denoiser, with commas, the preferred one first.",
+        show_default=False,
+        autocompletion=recipe_names,
     ),
 ]
 Map = Annotated[
     Path | None,
     typer.Option(
-        "--map", help="A map of reelquant sensitivity to choose formats by; measured into this folder if none is there.", show_default=False
+        "--map", help="Folder of `reelquant sensitivity`, by which formats are chosen; an empty or new one is filled.", show_default=False
     ),
 ]
 Allocate = Annotated[
     str,
     typer.Option(
         "--allocate", help="How bits are divided among layers: milp, greedy, sampled, surrogate.",
-        autocompletion=one_of("milp", "greedy", "sampled", "surrogate"),
+        autocompletion=ALLOCATORS,
     ),
 ]  # fmt: skip
 Output = Annotated[
@@ -67,6 +81,15 @@ Output = Annotated[
 
 
 FLOAT = "float"
+
+
+def _names(text: str) -> list[str]:
+    from reelquant._errors import RecipeError
+
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise RecipeError(f"--recipes names none, got '{text}'; for example --recipes {FIRST},{SAFE}")
+    return found
 
 
 @more_help("""
@@ -78,11 +101,11 @@ FLOAT = "float"
     [cyan]reelquant plan wan-1.3b --max-memory 12GB --min-speed 1.5 --recipes qvd-w8a8,qvd-w4a8[/cyan]
     [cyan]reelquant plan wan-1.3b --max-memory 6GB --bits 4.5 --map map -o recipe.yaml[/cyan]
 
-    The stock pipeline makes a clip of this size whose models compute nothing. Speeds are of kernels that are timed
-    on this machine, once, at the shapes of the layers. Quality is told where it was measured, and nowhere else.
+    The stock pipeline is run once at this size with models that compute nothing, and what it would hold in memory is counted. Speeds
+    come from kernels that are timed on this machine, once, at the shapes of the layers. Quality is printed only where it was measured.
 
-    Weights are loaded only for formats by layer (--bits, or where no whole recipe fits): what rounding each layer does is measured, unless
-    --map names a folder where it was. A run that was stopped goes on with the same command.
+    Weights are loaded only to choose a format for each layer (--bits, or where no whole recipe fits). The effect of rounding each layer
+    is then measured, unless --map names a folder that holds it. A run that was stopped goes on with the same command.
 """)
 def plan(
     model: Model,
@@ -93,7 +116,7 @@ def plan(
     steps: Steps = None,
     guidance: Guidance = None,
     device: Where = "cpu",
-    dtype: BothDtype = None,
+    dtype: FloatDtype = None,
     min_speed: MinSpeed = None,
     bits: Bits = None,
     recipes: Recipes = None,
@@ -104,7 +127,7 @@ def plan(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Which bits for this card: recipes that fit into a budget of memory, with size, peak, speed and the command to run."""
+    """Find recipes that fit into a memory budget, and print size, peak, speed and the command to run."""
     from reelquant._errors import CheckpointError
     from reelquant.models.pipelines import locate
 
@@ -112,6 +135,9 @@ def plan(
     kind = None if dtype is None else torch_dtype(dtype)
     if output is not None and output.exists() and not force:
         raise CheckpointError(f"'{output}' exists; choose another file, or --force")
+    if map is not None and map.exists() and not map.is_dir():
+        raise CheckpointError(f"--map: '{map}' is a file; give the folder that reelquant sensitivity wrote, or the name of a new one")
+    names = None if recipes is None else _names(recipes)
     console.quiet_loading()
     if threads is not None:
         import torch
@@ -119,7 +145,6 @@ def plan(
         torch.set_num_threads(threads)
     from reelquant.api import plan as run
 
-    names = [name.strip() for name in recipes.split(",") if name.strip()] if recipes else None
     call = call_options(frames=frames, height=height, width=width, steps=steps, guidance=guidance)
     how = dict(device=device, dtype=kind, min_speed=min_speed, bits=bits, recipes=names, map=map, allocate=allocate)
     with console.Bars() as bars:

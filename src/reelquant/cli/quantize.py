@@ -10,7 +10,7 @@ import typer
 
 from reelquant.cli.options import (
     GATES,
-    SEEDS,
+    NEW_FOLDER,
     Device,
     Dtype,
     Force,
@@ -27,6 +27,7 @@ from reelquant.cli.options import (
     conditions,
     more_help,
     recipe_names,
+    seed_within_bounds,
     settings,
 )
 from reelquant.cli.publish import Push, upload
@@ -53,10 +54,6 @@ Recipes = Annotated[
         autocompletion=recipe_names,
     ),
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False),
-]
 Components = Annotated[
     str | None,
     typer.Option(
@@ -69,7 +66,7 @@ Components = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", min=-SEEDS, max=SEEDS, help="Seed of the first calibration clip.", show_default=False),
+    typer.Option("--seed", callback=seed_within_bounds, help="Seed of the first calibration clip.", show_default=False),
 ]
 Skip = Annotated[
     list[str] | None,
@@ -144,7 +141,7 @@ class Delivery:
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 -o out[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --dry-run[/cyan]      the plan, nothing else
     [cyan]reelquant quantize Wan-AI/Wan2.1-T2V-1.3B-Diffusers -r w8a16 -o wan[/cyan]
-    [cyan]reelquant quantize wan-14b -r w8a16 -o out --max-memory 8GB[/cyan]      never the whole model
+    [cyan]reelquant quantize wan-14b -r w8a16 -o out --max-memory 8GB[/cyan]      the whole model is never in memory
     [cyan]reelquant quantize wan-14b -r w8a16 -o out --max-memory 8GB --resume[/cyan]
     [cyan]reelquant quantize wan-a14b -r transformer=qvd-w8a8 -r transformer_2=qvd-w4a8 -o out[/cyan]
     [cyan]reelquant quantize tiny-dit -r qvd-w8a8 --components transformer,text_encoder,vae -o out[/cyan]
@@ -163,7 +160,7 @@ class Delivery:
 def quantize(
     model: Model,
     recipe: Recipes,
-    output: Output = None,
+    output: Annotated[Path | None, NEW_FOLDER] = None,
     components: Components = None,
     prompts: Prompts = None,
     steps: Steps = None,

@@ -9,6 +9,7 @@ import typer
 
 from reelquant.cli import console
 from reelquant.cli.options import (
+    ALLOCATORS,
     Device,
     Dtype,
     Force,
@@ -27,6 +28,7 @@ from reelquant.cli.options import (
     recipe_names,
     torch_dtype,
 )
+from reelquant.recipes.usual import MAPPED
 
 if TYPE_CHECKING:
     from reelquant.allocate import Allocation, SensitivityTable, StepPlan
@@ -43,7 +45,7 @@ Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for 
 BaseRecipe = Annotated[
     str | None,
     typer.Option(
-        "--recipe", "-r", help="Which layers, ranges of weights, granularity of inputs; w4a16.", show_default=False,
+        "--recipe", "-r", help=f"Takes layers, ranges of weights and granularity of inputs from it. Default: {MAPPED}.", show_default=False,
         autocompletion=recipe_names,
     ),
 ]  # fmt: skip
@@ -54,8 +56,14 @@ MeasureBy = Annotated[
         autocompletion=one_of("trajectory", "gradient", "noise"),
     ),
 ]  # fmt: skip
-Formats = Annotated[str | None, typer.Option("--formats", help="Of weights: int3/group-64,int4/group-64,int6/channel.", show_default=False)]
-Inputs = Annotated[str | None, typer.Option("--inputs", help="Of inputs: int4/token,int8/token; none for none.", show_default=False)]
+Formats = Annotated[
+    str | None,
+    typer.Option("--formats", help="Formats of weights to measure: int3/group-64,int4/group-64,int6/channel.", show_default=False),
+]
+Inputs = Annotated[
+    str | None,
+    typer.Option("--inputs", help="Formats of inputs to measure: int4/token,int8/token; none leaves inputs out.", show_default=False),
+]
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that are sampled.")]
 Ranges = Annotated[int, typer.Option("--ranges", min=1, help="Ranges of steps in the map of layers over steps.")]
 Configurations = Annotated[int, typer.Option("--configurations", min=0, help="Whole allocations to try out, for --method surrogate.")]
@@ -64,18 +72,22 @@ BySteps = Annotated[
 ]
 Components = Annotated[list[str] | None, typer.Option("--component", help="Only this denoiser. Repeatable.", show_default=False)]
 Skip = Annotated[list[str] | None, typer.Option("--skip", help="Pattern of layers that stay float. Repeatable.", show_default=False)]
-Bits = Annotated[float | None, typer.Option("--bits", help="Divide so many bits a weight among the layers, like 4.5.", show_default=False)]
-Size = Annotated[str | None, typer.Option("--size", help="Or so many bytes for all quantized weights, like 2.5GB.", show_default=False)]
-StepBits = Annotated[float | None, typer.Option("--step-bits", help="Divide so many input bits among the steps.", show_default=False)]
+Bits = Annotated[
+    float | None, typer.Option("--bits", help="Give layers formats with so many bits per weight on average, like 4.5.", show_default=False)
+]
+Size = Annotated[
+    str | None, typer.Option("--size", help="The same, by the bytes of all quantized weights, like 2.5GB.", show_default=False)
+]
+StepBits = Annotated[float | None, typer.Option("--step-bits", help="Give steps so many bits of inputs on average.", show_default=False)]
 StepWeightBits = Annotated[
     float | None,
     typer.Option(
-        "--step-weight-bits", help="Read so many bits of each weight, mean over the steps; stored as -r says.", show_default=False
+        "--step-weight-bits", help="Give steps so many bits of weights on average; weights are stored as -r says.", show_default=False
     ),
 ]
 Method = Annotated[
     str,
-    typer.Option("--method", help="milp, greedy, sampled or surrogate.", autocompletion=one_of("milp", "greedy", "sampled", "surrogate")),
+    typer.Option("--method", help="How bits are divided: milp, greedy, sampled or surrogate.", autocompletion=ALLOCATORS),
 ]
 
 
@@ -92,8 +104,8 @@ Method = Annotated[
 
     The table is map/sensitivity.json, the picture map/sensitivity.png. A run that was stopped goes on with the same command.
 
-    Edit the file to have the last word: "skip": ["proj_out"] keeps layers float, "fixed": {"blocks.0.*": "int8/channel"} says what
-    layers get. Every budget that is divided afterwards obeys.
+    You may edit the table: "skip": ["proj_out"] keeps layers float, "fixed": {"blocks.0.*": "int8/channel"} gives layers a format.
+    Budgets that are divided afterwards follow it.
 """)
 def sensitivity(
     model: MapOrModel,
@@ -125,17 +137,18 @@ def sensitivity(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Measure what rounding each layer does to the clips, as a table, and divide budgets of bits by it."""
+    """Measure how much rounding each layer changes the clips, write it as a table, and divide a budget of bits by it."""
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     over_steps = {"input": step_bits, "weight": step_weight_bits}
     if any(one is not None for one in (bits, size, *over_steps.values())) and output is None and not is_table(model):
         names = "--bits, --size, --step-bits, --step-weight-bits"
         raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint=names)
+    _check(bits, size, over_steps, method)
     if is_table(model):
         table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
     else:
         told = dict(
-            recipe=recipe or "w4a16", measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
+            recipe=recipe or MAPPED, measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
             clips=clips, ranges=ranges, configurations=configurations, components=component, steps=by_step, skip=skip or (),
             prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
@@ -152,6 +165,25 @@ def sensitivity(
     if folder is not None and not written:
         console.done(folder, "sensitivity.json, sensitivity.png")
     return None
+
+
+def _check(bits: float | None, size: str | None, over_steps: dict[str, float | None], method: str) -> None:
+    """Refuse budgets that no table meets before hours of measuring.
+
+    Raises:
+        RecipeError: for a number that is not positive, a size that is none, or an unknown method.
+    """
+    from reelquant._errors import RecipeError
+    from reelquant.allocate.budget import check_method
+    from reelquant.streaming import parse_bytes
+
+    check_method(method)
+    if size is not None:
+        parse_bytes(size)
+    wanted = {"--bits": bits, "--step-bits": over_steps["input"], "--step-weight-bits": over_steps["weight"]}
+    for name, value in wanted.items():
+        if value is not None and value <= 0:
+            raise RecipeError(f"{name} is a number of bits above 0, like 4.5, got {value:g}")
 
 
 def is_table(model: str) -> bool:

@@ -41,7 +41,7 @@ def left_in(folder: Path | None, further: str = "continue with --resume") -> Abs
 
 
 def told(error: BaseException) -> str:
-    """What is kept and how to go on, as far as somebody said so."""
+    """What is kept and how to go on, as far as it is known."""
     return (error.where if isinstance(error, Terminated) else str(error)).strip()
 
 

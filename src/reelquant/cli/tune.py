@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reelquant._errors import printable
 from reelquant.cli import console
+from reelquant.cli.evaluate import Weights
 from reelquant.cli.options import (
     Device,
     Dtype,
@@ -16,6 +18,7 @@ from reelquant.cli.options import (
     Guidance,
     Height,
     Json,
+    NewFolder,
     Prompts,
     QuantizedFolder,
     Steps,
@@ -34,59 +37,61 @@ if TYPE_CHECKING:
 
 FAILED = 1
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must not exist yet.", show_default=False)]
 TargetSpeedup = Annotated[
     float | None,
-    typer.Option("--target-speedup", help="Times faster that a clip has to be, like 1.8; the best schedule that is.", show_default=False),
+    typer.Option(
+        "--target-speedup", help="How many times faster a clip has to be, like 1.8: the best schedule that reaches it.", show_default=False
+    ),
 ]
 Gate = Annotated[
     str | None,
     typer.Option(
-        "--gate", help="strict, default or loose: the fastest schedule that passes. This is what is sought if nothing is said.",
+        "--gate", help="strict, default or loose: the fastest schedule that passes. Without any goal: --gate default.",
         show_default=False,
     ),
 ]  # fmt: skip
 MaxLpips = Annotated[
-    float | None, typer.Option("--max-lpips", help="The fastest schedule with no more than this LPIPS, like 0.1.", show_default=False)
+    float | None, typer.Option("--max-lpips", help="The fastest schedule whose LPIPS is at most this, like 0.1.", show_default=False)
 ]
 FailUnder = Annotated[list[str] | None, typer.Option("--fail-under", metavar="METRIC=VALUE", help="A further limit: psnr=30. Repeatable.")]
 Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that every schedule is tried on.")]
-Record = Annotated[int, typer.Option("--record", min=1, help="Clips that schedules are planned from; each is sampled once for every step.")]
+Record = Annotated[
+    int, typer.Option("--record", min=1, help="Clips that schedules are planned from; each is sampled as many times as it has steps.")
+]
 Stretch = Annotated[
     str,
     typer.Option(
-        "--stretch", metavar="START:END", help="The share of the blocks that is reused; 0:1 is all of them, answer the whole denoiser."
+        "--stretch",
+        metavar="START:END",
+        help="Which share of the blocks is reused: 0:1 is all of them; 'answer' is the output of the whole denoiser.",
     ),
 ]
 Component = Annotated[
     str | None,
     typer.Option("--component", help="Which denoiser, where there are several: transformer_2.", show_default=False),
 ]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", help="Folder with networks of metrics; else the user's cache.", show_default=False)
-]
 
 
 @more_help("""
     [bold]Examples[/bold]
 
-    [cyan]reelquant tune out -o fast[/cyan]      as fast as the default gate lets it be
+    [cyan]reelquant tune out -o fast[/cyan]      the fastest schedule that passes the default gate
     [cyan]reelquant tune out -o fast --target-speedup 1.8[/cyan]
     [cyan]reelquant tune out -o fast --max-lpips 0.1 --fail-under psnr=30[/cyan]
     [cyan]reelquant tune out -o half --component transformer[/cyan]      two experts, one after the other
     [cyan]reelquant tune half -o fast --component transformer_2[/cyan]
     [cyan]reelquant tune out -o fast --steps 30 --clips 16 --prompts texts.txt[/cyan]
 
-    Blocks change little from step to step. Where that is so, their last results stand for them, or a line through the last two.
-    Which steps these are depends on the model and on its quantization, so it is measured here: a few clips are recorded, the
-    schedule of the least error is planned for every number of computed steps, and some are tried out on other texts.
+    What blocks compute often changes little from one step to the next. At such steps their last result is used again, or a line
+    through the last two. Which steps these are depends on the model and on its quantization, so it is measured: a few clips are
+    recorded, the schedule of the least error is planned for every number of computed steps, and some schedules are tried on other texts.
 
     What was tried is kept in the folder OUTPUT.tuning: clips, figures, curve.png, and recipe.yaml for [cyan]reelquant quantize -r[/cyan].
     A run that was stopped goes on from there.
 """)
 def tune(
     model: QuantizedFolder,
-    output: Output,
+    output: NewFolder,
     target_speedup: TargetSpeedup = None,
     gate: Gate = None,
     max_lpips: MaxLpips = None,
@@ -107,7 +112,7 @@ def tune(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Find out at which steps the blocks of a quantized pipeline need not be computed, and write it with that schedule."""
+    """Find the steps at which blocks of a quantized pipeline need not be computed, and write the pipeline with that schedule."""
     from reelquant.models.pipelines import locate
 
     locate(model)
@@ -142,6 +147,8 @@ def tune(
             console.out.print(part)
             console.out.print()
     if made.output is None:
+        for reason in _missed(made):
+            typer.echo(printable(f"reelquant: no schedule keeps the limits: {reason}"), err=True)
         raise typer.Exit(FAILED)
     if not json:
         console.done(made.output, f"what was tried: {made.work}")
@@ -184,6 +191,11 @@ def _limits(pairs: list[str], max_lpips: float | None) -> dict[str, float]:
     return {name.strip().lower().replace("-", "_"): float(value) for name, value in named} | own
 
 
+def _missed(made: Tuned) -> list[str]:
+    """What the two gentlest schedules missed."""
+    return list(dict.fromkeys(sentence for trial in made.trials[:2] for sentence in trial.failures))
+
+
 def tables(made: Tuned) -> list[Plain]:
     """What was tried, what was chosen, and where quality falls."""
     from reelquant.cli.layout import facts, table
@@ -214,9 +226,8 @@ def _choice(made: Tuned) -> list[tuple[str, str]]:
     chosen = made.chosen
     found: list[tuple[str, str]] = []
     if chosen is None:
-        reasons = [sentence for trial in made.trials[:2] for sentence in trial.failures]
         found.append(("chosen", "nothing: no schedule kept the limits"))
-        found += [("missed", sentence) for sentence in dict.fromkeys(reasons)]
+        found += [("missed", sentence) for sentence in _missed(made)]
     else:
         share, steps = len(chosen.computed) / chosen.steps, ", ".join(str(step + 1) for step in chosen.computed)
         found.append(("blocks", f"computed at {_count(chosen)} steps ({share:.0%}): {steps}"))

@@ -16,6 +16,7 @@ from reelquant.allocate.problem import Problem
 from reelquant.allocate.sampled import around, random_picks
 from reelquant.allocate.sizes import check_weight, weight_bytes
 from reelquant.allocate.table import FILE, Configuration, Damage, Measure, Part, SensitivityTable, load_table
+from reelquant.checkpoint import keeping_work
 from reelquant.damage.gains import Gains, gains
 from reelquant.damage.gradient import by_gradient
 from reelquant.damage.kept import Kept
@@ -34,6 +35,7 @@ from reelquant.models.defaults import missing
 from reelquant.models.described import described
 from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import check_call
+from reelquant.recipes.usual import MAPPED
 
 FORMATS = ("int3/group-64", "int4/group-64", "int5/channel", "int6/channel", "int8/channel")
 INPUT_BITS, STEP_BITS = (3, 4, 5, 6, 7, 8), (4, 6, 8)
@@ -59,7 +61,7 @@ class Wanted:
         skip: patterns of layers that are not measured.
     """
 
-    recipe: Any = "w4a16"
+    recipe: Any = MAPPED
     measures: tuple[Measure, ...] = ("gradient",)
     formats: tuple[str, ...] = FORMATS
     inputs: tuple[str, ...] | None = None
@@ -144,7 +146,8 @@ def measure(
         table = replace(table, skip=before.skip, fixed=before.fixed)
     if output is not None:
         table.save(output / FILE)
-        draw(table, output / PICTURE)
+        with keeping_work(output):
+            draw(table, output / PICTURE)
     return Measured(table, {one: kept.spent(one) for one in ("gain", "trajectory", "gradient", "noise", "configuration")}, output)
 
 
@@ -188,7 +191,7 @@ def _before(output: Path, settings: Mapping[str, Any], *, force: bool) -> Sensit
     """The table that an earlier run left, if it is of the same measurement.
 
     Raises:
-        CheckpointError: if it is of another one, and nobody said that it may go.
+        CheckpointError: if it is of another one, and the caller did not say that it may go.
     """
     if not (output / FILE).is_file():
         return None

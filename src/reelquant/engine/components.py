@@ -36,11 +36,11 @@ from reelquant.nn import check_finite, quantized_layers
 from reelquant.recipes.entry import Entry
 from reelquant.recipes.recipe import Recipe, load_recipe
 from reelquant.recipes.text import EXTENDS
+from reelquant.recipes.usual import SAFE
 from reelquant.sites import DenoiserMap, select
 from reelquant.stages import HOOKS
 
 RecipeSource = str | Path | Mapping[str, Any] | Recipe
-SAFE = "w8a16"  # of encoders and VAEs: needs no data, and nothing of it was ever seen in a clip
 SEEN = (*TIMED, "image encoder")  # components whose inputs are seen while a pipeline samples latents
 TEXTS = 8  # prompts whose embeddings are compared
 
@@ -54,7 +54,7 @@ def assign(
         pipe: a pipeline.
         recipe: one for all denoisers and ControlNets, or a mapping from component to recipe.
         components: which to quantize; all denoisers by default, and those that the mapping names. Encoders and VAEs that the mapping does
-            not name get :data:`SAFE`.
+            not name get :data:`~reelquant.recipes.usual.SAFE`.
         overrides: dotted changes to the recipes that were given.
 
     Raises:
@@ -87,14 +87,14 @@ def check_stepless(recipe: Recipe, name: str, kind: str) -> None:
     if kind != "vae":
         raise RecipeError(
             f"recipe '{recipe.name}' calibrates over denoising steps, and component '{name}' ({kind}) has none; "
-            "give it one that needs no data: w8a16 or w4a16"
+            f"give it one that needs no data: {SAFE} or w4a16"
         )
     stages = {entry.name: entry for entry in recipe.entries}
     whole = next((word for word, entry in stages.items() if _of_steps(entry)), None)
     several = next((word for word, entry in stages.items() if len(entry.alternatives) > 1), None)
     if whole or several:
         why = f"'{whole}' of it works on calls of a denoiser" if whole else f"'{several}' of it is chosen by sampling latents"
-        raise RecipeError(f"recipe '{recipe.name}' does not suit component '{name}' ({kind}): {why}; give it minmax-w8a8 or w8a16")
+        raise RecipeError(f"recipe '{recipe.name}' does not suit component '{name}' ({kind}): {why}; give it minmax-w8a8 or {SAFE}")
 
 
 def _of_steps(entry: Entry) -> bool:

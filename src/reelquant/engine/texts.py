@@ -15,7 +15,7 @@ HELD_OUT_SEED = 100_000  # held-out clips never start from the noise of a calibr
 
 
 class Texts(NamedTuple):
-    """The conditions of calibration: those that somebody wrote, and probes, which are sampled after them."""
+    """The conditions of calibration: those that people wrote, and probes, which are sampled after them."""
 
     written: list[str | Condition]
     probes: list[str | Condition]

@@ -88,7 +88,9 @@ def differences(reference: Any, test: Any, files: str | None = None) -> list[str
 def refuse_pair(reference: Any, test: Any, files: str | None = None) -> None:
     """Refuse two pipelines of which a comparison says nothing, before anything is sampled: damaged, the same, of two kinds.
 
-    A pipeline in memory may be changed in ways that nobody sees from here, so of those only the kinds are compared.
+    A pipeline in memory may have been changed in ways that cannot be seen from here, so of those only the kinds are compared. A folder
+    under test is read here, for its sums, and again when it is opened: the float clips are made in between, and to keep it from here on
+    would hold both pipelines in memory.
 
     Args:
         reference, test, files: as for :func:`differences`.

@@ -131,7 +131,7 @@ PAIRED: dict[str, Callable[[Tensor, Tensor], float]] = {
     "color_shift": temporal.color_shift,
     "dropped": temporal.dropped,
 }
-DIFFERENT = ("motion_energy", "flicker")  # whose deviations are no differences, but among PAIRED
+DIFFERENT = ("motion_energy", "flicker")  # whose deviations are differences only among PAIRED
 
 
 def figures(reference: Tensor, test: Tensor) -> Figures:

@@ -1,6 +1,6 @@
 """How long an evaluation will take: told as soon as the first steps were timed, and again where it turns out otherwise.
 
-It hears the progress on its way to whoever shows it, so sampling knows nothing of it. The second step of the first call gives the
+It hears the progress before it is shown, so sampling knows nothing of it. The second step of the first call gives the
 time of a step. The end of that call gives the time of decoding and writing, and a look at its first clip that of measuring.
 The quantized pipeline and the floor count like the float one until a step of their own was timed.
 """
@@ -24,7 +24,7 @@ class Expected:
         calls: pipeline calls that are still to be made, by the name of their phase.
         measured: how many clips are measured after sampling.
         look: measures a clip of the first call and returns the seconds it took; None leaves measuring out.
-        more: calls that follow and are no phase of this evaluation: those of further tests, of a benchmark.
+        more: calls that follow and do not belong to this evaluation: those of further tests, of a benchmark.
         now: a clock, in seconds.
 
     Attributes:
@@ -71,7 +71,7 @@ class Expected:
         self._last = self._now()
 
     def tell(self, sentence: str) -> None:
-        """Handed on to whoever shows the progress."""
+        """Handed on to what shows the progress."""
         tell(self._heard, sentence)
 
     def _call_ends(self, after_its_steps: float) -> None:

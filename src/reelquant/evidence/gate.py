@@ -171,6 +171,8 @@ def _limit(name: str, value: Any) -> Limit:
         number = float(value)
     except ValueError:
         raise RecipeError(f"--fail-under {name}: '{value}' is not a number; for example --fail-under {name}=1") from None
+    if not math.isfinite(number):
+        raise RecipeError(f"--fail-under {name}: a limit is finite, got {number}; for example --fail-under {name}=1")
     shapes = {
         "higher": Limit(name, low=number),
         "lower": Limit(name, high=number),

@@ -188,7 +188,7 @@ def _needs_captions(tools: Tools, prompts: Sequence[str] | None) -> str | None:
 
     if understood(prompts or ()):
         return None
-    return "the bundled judge reads only captions of the bundled pipelines' world of moving shapes"
+    return "text match is measured on captions of the bundled pipelines only: moving shapes and digits"
 
 
 MECHANISMS: dict[str, Mechanism] = {

@@ -294,7 +294,7 @@ def _proof(test: Any) -> dict[str, Any] | None:
     """The report that quantizing left in the folder of the pipeline; None without one, or if it names the source alone.
 
     Raises:
-        CheckpointError: if it is damaged, or is no such report.
+        CheckpointError: if it is damaged, or is not such a report.
     """
     from reelquant.evidence.report.data import ReportData
 
@@ -388,8 +388,12 @@ def _store(options: Options, settings: Mapping[str, Any]) -> Iterator[tuple[Stor
             store.borrow(options.reuse, settings)
 
     if not options.shared:
-        begin()
-        yield store, None
+        try:
+            begin()
+            yield store, None
+        except BaseException:
+            store.leave()
+            raise
         return
     with sharing(store, settings, begin, force=options.force) as shared:
         yield store, shared

@@ -215,7 +215,7 @@ class SamplingJob:
         self.progress.phase(f"sample {variant.words or name}", len(left) * steps)
         for chunk in left:
             with nullcontext(self.store.root) if units is None else units.making(self._number(chunk)) as folder:
-                replace(self, store=Store(folder))._chunk(pipe, name, variant, chunk)
+                replace(self, store=replace(self.store, root=folder))._chunk(pipe, name, variant, chunk)
         del pipe
         gc.collect()
 

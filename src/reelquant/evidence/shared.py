@@ -40,7 +40,7 @@ class SharedClips:
         return there if there.is_file() else self.store.clip("reference", name)
 
     def take_over(self, variant: str, numbers: Iterable[int]) -> None:
-        """Put calls into the evaluation's folder, in order, whoever made them."""
+        """Put calls into the evaluation's folder, in order, whichever process made them."""
         for number in numbers:
             unit = Store(self.units(variant).wait(number))
             for file in sorted(unit.root.rglob("*"), key=lambda file: (file.name != Sealed.LIST, file)):  # listed before it is there

@@ -36,9 +36,15 @@ RUN = "run.json"
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of one evaluation."""
+    """The folder of one evaluation.
+
+    Attributes:
+        root: the folder.
+        again: what an error about the disk says of going on.
+    """
 
     root: Path
+    again: str = "continue with --resume, or choose another --output"
 
     def begin(self, settings: Mapping[str, Any], *, resume: bool, force: bool) -> None:
         """Claim the folder for these settings.
@@ -63,6 +69,14 @@ class Store:
         for left in self.root.rglob(f".*{UNFINISHED}*"):
             left.unlink(missing_ok=True)
         write_json(file, settings)
+
+    def leave(self) -> None:
+        """Remove what :meth:`begin` wrote if nothing was made since, and the folder if it is empty."""
+        made = [file for file in self.root.rglob("*") if file.is_file() and file != self.root / RUN]
+        if not made:
+            (self.root / RUN).unlink(missing_ok=True)
+            with suppress(OSError):
+                self.root.rmdir()
 
     def borrow(self, other: Path, settings: Mapping[str, Any]) -> None:
         """Take over what another evaluation made of the float pipeline: clips, latents and features, linked or copied.
@@ -105,8 +119,19 @@ class Store:
             CheckpointError: if the disk does not take it.
         """
         file = self.clip(variant, name)
-        with _writing(file):
+        with self._writing(file):
             Sealed(file.parent).write(file.name, lambda path: write_video(clip, path, fps, lossless=True))
+
+    @contextmanager
+    def _writing(self, file: Path) -> Iterator[None]:
+        """One kind of error for a disk that does not take a file."""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            yield
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"cannot write '{file}': {error}; free space and {self.again}") from error
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -152,7 +177,7 @@ class Store:
         file.parent.mkdir(parents=True, exist_ok=True)
         whole = not file.is_file() or file.read_bytes()[-1:] in (b"", b"\n")
         plain = json.loads(json.dumps(dict(row)))
-        with _writing(file), file.open("a", encoding="utf-8") as opened:
+        with self._writing(file), file.open("a", encoding="utf-8") as opened:
             opened.write(("" if whole else "\n") + json.dumps(plain | {OWN: json_sum(plain)}) + "\n")
             opened.flush()
             os.fsync(opened.fileno())
@@ -171,7 +196,7 @@ class Store:
     def put(self, kind: str, variant: str, name: str, value: Tensor) -> None:
         """Write a tensor, complete or not at all."""
         file = self.tensor_file(kind, variant, name)
-        with _writing(file):
+        with self._writing(file):
             Sealed(file.parent).write(file.name, lambda path: save_file({kind: value.contiguous()}, path))
 
     def get(self, kind: str, variant: str, name: str) -> Tensor:
@@ -185,20 +210,6 @@ class Store:
             return load_file(file)[kind]
         except (SafetensorError, OSError, KeyError) as error:
             raise CheckpointError(f"cannot read '{file}' ({error}); delete it and resume, it will be made again") from None
-
-
-@contextmanager
-def _writing(file: Path) -> Iterator[None]:
-    """One kind of error for a disk that does not take a file."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"cannot write '{file}': {error}; free space and continue with --resume, or choose another --output"
-        ) from error
 
 
 ROWS: dict[str, dict[str, type]] = {  # what rows hold

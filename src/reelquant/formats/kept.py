@@ -14,6 +14,8 @@ from reelquant._errors import CheckpointError, RecipeError
 from reelquant.formats.packing import pack, packed_width, unpack
 
 MOST = 4096  # weights of a group
+NOTHING = "0:1"
+"""How a layout writes that no weight of a layer is stored: its outputs are."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Kept:
             raise RecipeError(f"what is kept of weights is written KEPT:OF, as 2:4 or 42:64 with OF up to {MOST}, got {text!r:.40}")
         return cls(keep, of)
 
+    @classmethod
+    def stored(cls, text: str) -> Kept:
+        """Read what a layout says: as :meth:`parse`, or :data:`NOTHING`."""
+        return cls(0, 1) if text == NOTHING else cls.parse(text)
+
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}"
 
@@ -50,6 +57,8 @@ class Kept:
 
     def row_bytes(self, width: int, bits: int) -> int:
         """Bytes of a stored row of so many codes of so many bits."""
+        if not self.keep:
+            return 0
         groups = self.groups(width)
         return packed_width(groups * self.of, 1) + packed_width(groups * self.keep, bits)
 
@@ -81,6 +90,8 @@ class Kept:
         used = self.in_groups((codes != zeros).to(torch.uint8))
         if used.numel() and int(used.sum(-1, dtype=torch.int32).max()) > self.keep:
             raise CheckpointError(f"a weight of which {self} are kept has groups with more weights that are not zero")
+        if not self.keep:
+            return codes.new_empty(len(codes), 0)
         kept = self.best(used)
         values = self.in_groups(codes)[kept].reshape(len(codes), -1)
         return torch.cat([pack(kept.flatten(1).to(torch.uint8), 1), pack(values, bits)], 1)
@@ -98,6 +109,8 @@ class Kept:
             raise CheckpointError(
                 f"{width} codes of {bits} bits, {self} kept, take {self.row_bytes(width, bits)} bytes a row, got {tuple(stored.shape)}"
             )
+        if not self.keep:
+            return zeros.clone()
         kept = unpack(stored[:, :place].contiguous(), 1, groups * self.of).bool().reshape(rows, groups, self.of)
         if bool((kept.sum(-1) != self.keep).any()):
             raise CheckpointError(f"a weight of which {self} are kept has groups with more or fewer: its bytes are damaged")

@@ -29,6 +29,7 @@ from reelquant.graphs.processor import PAIRS, integers_saturate
 from reelquant.kernels import InputQuant, Mix, Operands, Permutation, Rotation, Scaling, block_size, hadamard
 from reelquant.kernels.cpu import int8, nibbles
 from reelquant.nn import QuantLayer
+from reelquant.nn.runners.table import folded_refusal
 
 Node = Any  # openvino.Output or openvino.Node, whichever the operator before gave
 LEVELS = 256  # the only number of levels that low-precision transformations take
@@ -106,6 +107,8 @@ def emit(layer: QuantLayer, x: Node, to: Conversion) -> Node:
     """The output of a layer."""
     if layer.layout.table and to.exact:
         return _from_table(layer, x, to)
+    if layer.layout.folded:
+        raise UnsupportedError(folded_refusal(layer))
     return Emission(layer.operands, to, f"{NAMED}{layer.handle}").product(x)
 
 

@@ -142,7 +142,7 @@ def argument_default(kind: type, name: str) -> Any:
 
 
 def needed_arguments(kind: type) -> list[str]:
-    """The arguments without a default, but for those that whoever samples gives."""
+    """The arguments without a default, but for those that the sampling code gives."""
     own = ("prompt", "generator", "output_type")
     return [name for name in named_arguments(kind) if name not in own and _parameters(kind)[name].default is inspect.Parameter.empty]
 

@@ -1,7 +1,7 @@
 """Pictures and clips of our own, for pipelines that cannot do without and are given none.
 
 They are there so that a pipeline can be calibrated and compared in one command. Results are better with pictures of the kind that the
-pipeline is used for, so whoever uses these says so. ``training/conditions.py`` draws them.
+pipeline is used for, so a report that uses these says so. ``training/conditions.py`` draws them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The loop belongs to the pipeline, and all that it knows of the size of its laten
 where they change: at the last step of a stage the scheduler hands out latents of the next size. At a change
 
 1. the clean clip is estimated from the denoiser's output, the latents and their level of noise (:mod:`reelquant.models.noise`),
-2. resized along height and width,
+2. resized along height and width; where the size comes back, mixed with the clip that was estimated at its end, if wanted,
 3. noised to the level at which the next step begins, with noise that follows from the clip's first latents (so a clip does not depend on
    those that are sampled beside it), and
 4. the scheduler forgets the steps before: what multistep solvers remember has another size.
@@ -64,6 +64,7 @@ class Following:
         size: height and width of its first latents.
         seeds: one per clip, from its first latents.
         left: what the stage before left, in the size of this stage.
+        estimates: the clean clip as it was estimated last in each size that was left.
     """
 
     scheduler: Any
@@ -75,6 +76,7 @@ class Following:
     size: tuple[int, int] = (0, 0)
     seeds: list[int] = field(default_factory=list)
     left: Tensor | None = None
+    estimates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:
@@ -118,7 +120,7 @@ class Following:
         recall(self.scheduler, self.places[0].memory)
         self.shown = _joined(parts)
         recall(self.scheduler, self.shown)
-        self.done, self.size, self.seeds, self.left = 0, (0, 0), [], None
+        self.done, self.size, self.seeds, self.left, self.estimates = 0, (0, 0), [], None, {}
 
     def _check_steps(self, total: int) -> int:
         times = self.scheduler.timesteps
@@ -227,9 +229,20 @@ class Following:
         recall(self.scheduler, after.memory)
         if "_step_index" in vars(self.scheduler):
             recall(self.scheduler, {"_step_index": after.index, **kept})
-        self.left = resized(clean, self._target(self.schedule.sizes[after.stage]), self.schedule.enlarge)
+        self.left = self._resized(clean, self.schedule.sizes[after.stage])
         level = self._level(after)
         return level.alpha * self.left + level.sigma * noise_like(self.left, self.seeds, after.stage)
+
+    def _resized(self, clean: Tensor, stage: SizeStage) -> Tensor:
+        """The clean clip in the size of a stage, mixed with the one that was estimated last in that size."""
+        size, enlarge = self._target(stage), self.schedule.enlarge
+        small: tuple[int, int] = (clean.shape[-2], clean.shape[-1])
+        self.estimates[small], before = clean, self.estimates.get(size)
+        made = resized(clean, size, enlarge)
+        if before is None or size == small:
+            return made
+        low = resized(resized(before, small, enlarge), size, enlarge)
+        return made + stage.details * (before - low) + stage.hold * (low - made)
 
 
 def _runs(sizes: Sequence[SizeStage]) -> list[list[int]]:

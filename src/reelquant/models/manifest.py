@@ -103,7 +103,9 @@ def _entry(file: Path, name: str, one: Any) -> tuple[int, tuple[str, ...]]:
     size, sums = given.get("bytes"), given.get("sha256")
     inside = not path.is_absolute() and ".." not in path.parts and "\\" not in name
     if not (inside and isinstance(size, int) and isinstance(sums, list) and all(isinstance(word, str) for word in sums)):
-        raise CheckpointError(f"'{file}' is damaged: what it says of {name!r:.80} is no size and sums; download or save the folder again")
+        raise CheckpointError(
+            f"'{file}' is damaged: what it says of {name!r:.80} is not a size and sums; download or save the folder again"
+        )
     return size, tuple(sums)
 
 

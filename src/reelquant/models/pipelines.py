@@ -238,7 +238,7 @@ def check_folder(folder: Path, variant: str | None = None, *, verify: bool = Tru
 
     for file in files_in(folder):
         _check_link(folder, file)
-        if file.exists() and not file.is_file():  # reading a named pipe would wait for somebody to write to it
+        if file.exists() and not file.is_file():  # reading a named pipe would wait until something writes to it
             raise CheckpointError(f"'{file}' is a named pipe, a socket or a device and no file; remove it")
         if file.suffix == ".safetensors":
             check_hole(file)

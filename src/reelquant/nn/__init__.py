@@ -19,7 +19,8 @@ from reelquant.nn.around.attention_logits import ScaledLogits, count_tokens, sca
 from reelquant.nn.around.attention_plan import AttentionPlan, placed
 from reelquant.nn.extended import prepares_input, quantized_class
 from reelquant.nn.finite import broken, check_finite, check_tensors, is_finite
-from reelquant.nn.layers import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLayer, QuantLinear
+from reelquant.nn.layer_classes import LAYERS, QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
+from reelquant.nn.layers import QuantLayer
 from reelquant.nn.narrow import is_narrow, widened, widened_layer
 from reelquant.nn.runtime import set_attention, set_kernels, start_runtime, stop_runtime
 from reelquant.nn.saturation import Clipped, Saturation

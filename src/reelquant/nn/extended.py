@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from reelquant.nn.layers import LAYERS, QuantLayer
+from reelquant.nn.layer_classes import LAYERS
+from reelquant.nn.layers import QuantLayer
 
 logger = logging.getLogger(__name__)
 _VAE = "diffusers.models.autoencoders"

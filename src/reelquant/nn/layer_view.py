@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reelquant.branches import Branch
 from reelquant.clock import Clock, Moment
-from reelquant.kernels import Operands, Window
+from reelquant.kernels import Operands, PackedWeight, Window
 from reelquant.nn.spec import LayerLayout
 
 
@@ -25,6 +25,8 @@ class LayerView(Protocol):
     watch: Any
     kernels: str
     weight: Any
+    bias: Tensor | None
+    bias_made: bool
     residency: Any
     output_table: Any  # where ``layout.table`` is not zero
     _parameters: Mapping[str, Any]
@@ -33,6 +35,11 @@ class LayerView(Protocol):
     @property
     def operands(self) -> Operands:
         """The layer as kernels see it."""
+        ...
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight with its quantizer, dense."""
         ...
 
     @property

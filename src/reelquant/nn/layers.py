@@ -1,10 +1,9 @@
 """Quantized layers: stock ``nn.Linear`` / ``nn.ConvNd`` subclasses that hold packed codes and scales instead of a float weight.
 
-A layer is storage: it is built, filled, saved, moved, copied and dequantized here. It holds plain parameters and buffers only, so that
+A layer is storage: it is built, filled, saved, moved and copied here. It holds plain parameters and buffers only, so that
 offload, device maps, compile, peft and safetensors see nothing special. What happens in its forward is a chain of small links
 (:mod:`reelquant.nn.runners`), and who holds the weight while a kernel has repacked it is the business of :mod:`reelquant.nn.residency`.
-
-Convolutions pad their input *before* the shift, so a shifted zero is what the border sees and the rewrite is exact up to the edge.
+What it is as floats is in :mod:`reelquant.nn.as_floats`, and linear layers and convolutions are in :mod:`reelquant.nn.layer_classes`.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import UnsupportedError
-from reelquant.branches import Branch, branch_name
+from reelquant.branches import Branch
 from reelquant.clock import Clock, Moment, keeping_dtype
 from reelquant.formats import Quantizer, read_scales
-from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Window, hadamard, unmixed
+from reelquant.kernels import InputQuant, Kernel, Operands, PackedWeight, Window
+from reelquant.nn import as_floats
 from reelquant.nn.around.graph import call, handle_of, is_tracing, trace_opaque
 from reelquant.nn.residency import Prepared, Residency
 from reelquant.nn.runners import CallKind, Chain, Mode, assemble
 from reelquant.nn.spec import LayerLayout, LayerTensors, buffer_shapes, codes_dtype, codes_shape, mixes_of, number_format
 from reelquant.nn.weight_codes import dense_codes, stored_again
-from reelquant.observe import Geometry
 
 CHAINED = ("layout", "clock", "keeps", "watch")  # attributes that decide which links a layer needs
 NO_MOMENT, DESCRIPTION = Moment(), "reelquant"  # the key of what a state dict says about a quantized layer beside its tensors
@@ -160,55 +159,16 @@ class QuantLayer(nn.Module):
     # --- as floats --------------------------------------------------------------------------------------------------------------
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as floats, the input's rewrite undone and the branches added: what a float layer would hold.
-
-        The bias that belongs to it is :meth:`float_bias`.
-
-        Raises:
-            UnsupportedError: if a branch is not a product with a weight.
-        """
-        weight = self._unscaled_weight()
-        weight = unmixed(hadamard(weight, 1) if self.layout.rotate else weight, mixes_of(self))
-        for branch in self.layout.branches:
-            weight = weight + self._branch_weight(branch)
-        return weight.to(dtype)
-
-    def _branch_weight(self, branch: Branch) -> Tensor:
-        share = branch.weight(self.branch_tensors(branch), self.weight_shape)
-        if share is None:
-            raise UnsupportedError(
-                f"branch '{branch_name(branch)}' of a layer of shape {self.weight_shape} is not a product with a weight, so the layer has "
-                "no float weight and no gradient; run it as it is, or quantize without that branch"
-            )
-        return share
-
-    def _unscaled_weight(self) -> Tensor:
-        """The weight that meets the input after it is mixed and rotated, the per-channel input scale divided out."""
-        weight = self.packed.dequantize()
-        return weight / self.pre_quant_scale.float().view(1, -1, *[1] * (weight.ndim - 2)) if self.layout.scale else weight
+        """What a float layer would hold; see :func:`reelquant.nn.as_floats.weight_of`."""
+        return as_floats.weight_of(self).to(dtype)
 
     def float_bias(self) -> Tensor | None:
-        """The bias that belongs to :meth:`dequantized_weight`: without the compensation of the shift.
-
-        None if there is none, or if that compensation is all that quantization made it for.
-        """
-        if self.bias is None or not self.layout.shift:
-            return self.bias
-        weight = self._unscaled_weight()
-        shift = self.pre_quant_shift.float().view(1, -1, *[1] * (weight.ndim - 2))
-        left = self.bias.float() - (weight * shift).flatten(1).sum(1)
-        return None if self.bias_made and _is_rounding(left, self.bias.float()) else left.to(self.bias.dtype)
+        """The bias that belongs to :meth:`dequantized_weight`; see :func:`reelquant.nn.as_floats.bias_of`."""
+        return as_floats.bias_of(self)
 
     def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
-        """The gradient of an input of this shape, given that of the output: as if the input were not rounded.
-
-        The weight is dequantized for it, so adapters train on quantized layers; the layer itself does not.
-        """
-        x = gradient.new_zeros(shape).requires_grad_()
-        with torch.enable_grad():
-            operands = self.operands
-            out = operands.product(operands.padded(x), self.dequantized_weight(gradient.dtype), None)
-        return torch.autograd.grad(out, x, gradient)[0]
+        """The gradient of an input of this shape, given that of the output; see :func:`reelquant.nn.as_floats.input_gradient`."""
+        return as_floats.input_gradient(self, gradient, shape)
 
     # --- running ----------------------------------------------------------------------------------------------------------------
 
@@ -313,99 +273,3 @@ class QuantLayer(nn.Module):
     def extra_repr(self) -> str:
         inputs = self.layout.input
         return f"{super().extra_repr()}, weight={self.layout.weight.format}, input={inputs.format if inputs else 'float'}"
-
-
-def _is_rounding(left: Tensor, bias: Tensor) -> bool:
-    """Whether what is left of a bias is at most the rounding error of float16 and of a float32 sum whose terms cancel."""
-    size, eps = bias.abs(), torch.finfo(torch.float16).eps
-    return bool((left.abs() <= eps * (size + eps * size.amax())).all())
-
-
-class QuantLinear(QuantLayer, nn.Linear):
-    """A linear layer in few bits."""
-
-    channel_axis = -1
-
-    def __init__(self, in_features: int, out_features: int, bias: bool, layout: LayerLayout, device: Any = None, dtype: Any = None) -> None:
-        nn.Linear.__init__(self, in_features, out_features, bias, device="meta", dtype=dtype)
-        if self.bias is not None:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        self._build(layout, device)
-
-    @classmethod
-    def like(cls, module: nn.Linear, layout: LayerLayout, device: Any = None) -> QuantLinear:
-        """An empty layer of the same geometry."""
-        return cls(module.in_features, module.out_features, module.bias is not None, layout, device, module.weight.dtype)
-
-    def _channels(self) -> int:
-        return self.in_features
-
-    def output_shape(self, x: Tensor) -> tuple[int, ...]:
-        return (*x.shape[:-1], self.out_features)
-
-
-class _QuantConv(QuantLayer):
-    """Geometry shared by the convolution classes."""
-
-    channel_axis = 1
-
-    def __new__(cls, *geometry: Any, **options: Any) -> Any:
-        """Build a float convolution when called like one: peft makes the factors of an adapter with the class of the layer it adapts."""
-        if not geometry and not options:
-            return super().__new__(cls)
-        return next(base for base in cls.__mro__ if not issubclass(base, QuantLayer))(*geometry, **options)
-
-    @classmethod
-    def like(cls, module: Any, layout: LayerLayout, device: Any = None) -> _QuantConv:
-        """An empty layer of the same geometry."""
-        if module.groups != 1 or module.padding_mode != "zeros":
-            raise UnsupportedError(f"convolutions with groups={module.groups}, padding_mode='{module.padding_mode}' stay float")
-        new = cls.__new__(cls)
-        new.__init__(
-            module.in_channels,
-            module.out_channels,
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.dilation,
-            bias=module.bias is not None,
-            device="meta",
-            dtype=module.weight.dtype,
-        )
-        if new.bias is not None:
-            new.bias = nn.Parameter(torch.empty(module.out_channels, device=device, dtype=module.weight.dtype))
-        new._build(layout, device)
-        return new
-
-    def _channels(self) -> int:
-        return self.in_channels
-
-    def output_shape(self, x: Tensor) -> tuple[int, ...]:
-        window, places = self.window, x.shape[-len(self.kernel_size) :]
-        padding = [sum(pair) for pair in zip(window.padding[::2], window.padding[1::2], strict=True)][::-1] or [0] * len(places)
-        sizes = zip(places, padding, self.kernel_size, window.stride, window.dilation, strict=True)
-        return (*x.shape[: -1 - len(places)], self.out_channels, *((size + p - d * (k - 1) - 1) // s + 1 for size, p, k, s, d in sizes))
-
-    @property
-    def window(self) -> Window:
-        """How the convolution slides."""
-        return Window(self.stride, Geometry.of(self).padding, self.dilation)
-
-
-class QuantConv1d(_QuantConv, nn.Conv1d):
-    """A 1-D convolution in few bits."""
-
-
-class QuantConv2d(_QuantConv, nn.Conv2d):
-    """A 2-D convolution in few bits."""
-
-    output_format = torch.channels_last
-
-
-class QuantConv3d(_QuantConv, nn.Conv3d):
-    """A 3-D (or temporal) convolution in few bits."""
-
-    output_format = torch.channels_last_3d
-
-
-LAYERS: dict[type[nn.Module], Any] = {nn.Linear: QuantLinear, nn.Conv1d: QuantConv1d, nn.Conv2d: QuantConv2d, nn.Conv3d: QuantConv3d}

@@ -200,6 +200,6 @@ def _trim_sometimes(size: int) -> None:
 
 def _is_placeholder(weight: Tensor) -> bool:
     """Whether this is a placeholder, or a copy of one."""
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" or not weight.numel():
         return False
     return bool((weight[0] == PLACEHOLDER).all()) and bool((weight == PLACEHOLDER).all())

@@ -13,6 +13,7 @@ from reelquant._errors import CheckpointError, RecipeError
 from reelquant.branches import Branch, branch_feature, branch_from_json, branch_name, branch_to_json
 from reelquant.formats import (
     LEVEL_DTYPE,
+    NOTHING,
     RANGES,
     Granularity,
     Kept,
@@ -124,6 +125,11 @@ class LayerLayout:
     def steps(self) -> int:
         """Denoising steps that the layer tells apart."""
         return max(self.slots // (HALVES if self.cfg_halves else 1), self.table)
+
+    @property
+    def folded(self) -> bool:
+        """Whether the layer has its outputs alone, and no weight."""
+        return self.weight.kept == NOTHING
 
     @property
     def clips(self) -> bool:
@@ -267,9 +273,9 @@ def number_format(layout: TensorLayout, levels: Tensor | None) -> NumberFormat:
 def codes_shape(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, int]:
     """Shape of the packed codes of a float weight of this shape."""
     width, bits = math.prod(shape[1:]), parse_format(layout.format).bits
-    return shape[0], Kept.parse(layout.kept).row_bytes(width, bits) if layout.kept else packed_width(width, bits)
+    return shape[0], Kept.stored(layout.kept).row_bytes(width, bits) if layout.kept else packed_width(width, bits)
 
 
 def codes_dtype(layout: TensorLayout) -> torch.dtype:
     """Dtype of packed codes."""
-    return torch.int8 if layout.format == "int8" and not layout.kept else torch.uint8
+    return torch.int8 if layout.format == "int8" and layout.kept in ("", NOTHING) else torch.uint8

@@ -14,7 +14,8 @@ from torch import nn
 from reelquant._errors import SiteError, nearest
 from reelquant.clock import NAME, Clock, attach
 from reelquant.nn.extended import float_class, own_attributes
-from reelquant.nn.layers import LAYERS, QuantLayer
+from reelquant.nn.layer_classes import LAYERS
+from reelquant.nn.layers import QuantLayer
 
 HOOK = "_reelquant_clock_hook"
 

@@ -20,7 +20,8 @@ from reelquant._errors import UnsupportedError
 from reelquant.clock import NAME, Clock
 from reelquant.nn.around.graph import alive, by_handle, is_alive
 from reelquant.nn.extended import quantized_class
-from reelquant.nn.layers import DESCRIPTION, LAYERS, QuantLayer
+from reelquant.nn.layer_classes import LAYERS
+from reelquant.nn.layers import DESCRIPTION, QuantLayer
 from reelquant.nn.narrow import is_narrow
 from reelquant.nn.spec import LayerLayout
 

@@ -13,7 +13,7 @@ from reelquant.nn.spec import TensorLayout
 def stored_codes(codes: Tensor, quantizer: Quantizer, layout: TensorLayout) -> Tensor:
     """Codes ``[out, in]`` (uint8) as the parameter of a layer."""
     if layout.kept:
-        return Kept.parse(layout.kept).pack(codes, _zeros(quantizer, codes.shape, codes.device), quantizer.format.bits)
+        return Kept.stored(layout.kept).pack(codes, _zeros(quantizer, codes.shape, codes.device), quantizer.format.bits)
     return _dense(codes, quantizer, layout)
 
 
@@ -28,7 +28,7 @@ def dense_codes(stored: Tensor, quantizer: Quantizer, layout: TensorLayout, widt
     shape = torch.Size((stored.shape[0], width))
     if stored.device.type == "meta":
         return _dense(torch.empty(shape, dtype=torch.uint8, device="meta"), quantizer, layout)
-    codes = Kept.parse(layout.kept).unpack(stored, _zeros(quantizer, shape, stored.device), quantizer.format.bits)
+    codes = Kept.stored(layout.kept).unpack(stored, _zeros(quantizer, shape, stored.device), quantizer.format.bits)
     return _dense(codes, quantizer, layout)
 
 

@@ -157,7 +157,7 @@ class _Alive(TorchDispatchMode):
         weakref.finalize(storage, self._gone, key, number, size)
 
     def ignore(self, tensor: Tensor) -> None:
-        """A tensor that somebody else holds."""
+        """A tensor that other code holds."""
         storage = tensor.untyped_storage()
         self.known.add(storage._cdata)
         weakref.finalize(storage, self.known.discard, storage._cdata)  # another one may come to lie there

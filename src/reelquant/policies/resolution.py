@@ -34,6 +34,10 @@ class SizeStage:
             trajectory of the sampler has this share of its steps left (``strength`` of image-to-image pipelines). 0 goes on.
         guide: share of the stage's steps, from its start, at which the low frequencies of the estimated clip are those of the clip that
             the stage before left, enlarged.
+        details: where the clip comes back to this size: share of the details that the last estimated clip of this size had, beyond the
+            size of the stage before, and that are added.
+        hold: there, too: share of what that clip had within the size of the stage before, in the place of what the smaller clip shows.
+            With both at 1 the smaller clip is not taken at all.
     """
 
     share: float
@@ -41,9 +45,12 @@ class SizeStage:
     shift: float = 1.0
     restart: float = 0.0
     guide: float = 0.0
+    details: float = 0.0
+    hold: float = 0.0
 
     def __post_init__(self) -> None:
-        bounds = {"share": (0, 1), "scale": (SMALLEST, LARGEST), "shift": (0.1, 20), "restart": (0, 1), "guide": (0, 1)}
+        bounds = {"share": (0, 1), "scale": (SMALLEST, LARGEST), "shift": (0.1, 20), "restart": (0, 1)}
+        bounds |= {"guide": (0, 1), "details": (0, 1), "hold": (0, 1)}
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -82,7 +89,8 @@ class ChangeResolution(Stage):
     Papers: Bottleneck Sampling (arXiv 2503.18940), high, low and high sizes; DiffuseHigh (arXiv 2406.18459), a clip of the usual size,
     enlarged, noised to an intermediate step and guided by its low frequencies. Deviations: the clean clip is estimated, resized and
     noised in latents (DiffuseHigh: decoded, enlarged, sharpened, encoded); noise after a change is new and has the level of the next
-    step (Bottleneck Sampling: levels of its own for every change).
+    step (Bottleneck Sampling: levels of its own for every change); an earlier estimate can come back with its size (neither
+    has that).
 
     Attributes:
         stages: mappings with the fields of :class:`SizeStage`, in the order of the trajectory; shares add up to 1, and the first has the
@@ -105,7 +113,7 @@ class ChangeResolution(Stage):
             total = sum(stage.share for stage in sizes)
             raise RecipeError(f"the shares of the stages of 'resolution' add up to 1, got {total:g} from {len(sizes)} stages")
         first = sizes[0]
-        if first.scale != 1 or first.restart or first.guide:
+        if first.scale != 1 or first.restart or first.guide or first.details or first.hold:
             raise RecipeError(
                 f"the first stage of 'resolution' has the size of the call and nothing before it, got {first.to_json()}; other sizes are "
                 "relative to it: a clip of twice the size ends with the scale 2"

@@ -58,7 +58,7 @@ def this_rank(environment: Mapping[str, str] | None = None) -> Rank:
         environment: where to look, by default the environment of the process.
 
     Raises:
-        RanksError: if a variable is no number, or the numbers do not fit together.
+        RanksError: if a variable is not a number, or the numbers do not fit together.
     """
     given = os.environ if environment is None else environment
     launcher = next((one for one in LAUNCHERS if one.number in given and one.count in given), None)
@@ -75,7 +75,7 @@ def _number(given: Mapping[str, str], name: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise RanksError(f"{name} is no number: '{text}'; launchers set it (torchrun, accelerate launch, srun), so unset it") from None
+        raise RanksError(f"{name} is not a number: '{text}'; launchers set it (torchrun, accelerate launch, srun), so unset it") from None
 
 
 def own_device(device: str, rank: Rank) -> str:

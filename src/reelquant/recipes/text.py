@@ -188,7 +188,7 @@ def _content(text: str) -> str:
         raise RecipeError(f"no recipe is called '{text}'; {nearest(text, names())} (or give a .yaml file)")
     try:
         if not Path(text).is_file():
-            raise RecipeError(f"recipe file '{text}' {'is no plain file' if Path(text).exists() else 'does not exist'}")
+            raise RecipeError(f"recipe file '{text}' {'is not a plain file' if Path(text).exists() else 'does not exist'}")
         if (size := Path(text).stat().st_size) > BYTES:
             raise RecipeError(f"recipe file '{text}' has {size} bytes; a recipe has at most {BYTES}")
         return Path(text).read_text(encoding="utf-8")

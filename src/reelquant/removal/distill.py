@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,9 +76,10 @@ class Distillation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.iterations < 0 or self.rate <= 0 or self.motion < 0:
+        if self.iterations < 0 or not 0 < self.rate < math.inf or not 0 <= self.motion < math.inf:
             raise RecipeError(
-                f"training needs iterations >= 0, rate > 0 and motion >= 0, got {self.iterations}, {self.rate} and {self.motion}"
+                "training needs iterations >= 0, a finite rate > 0 and a finite motion >= 0, "
+                f"got {self.iterations}, {self.rate} and {self.motion}"
             )
 
     def train(

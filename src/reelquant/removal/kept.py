@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from reelquant.checkpoint.workspace import whole_file
+from reelquant.checkpoint import keeping_work, whole_file
 from reelquant.observe import RecordedCall
 
 SETTINGS, CALLS, CHOICE, TRAINING = "settings.json", "calls.safetensors", "choice.json", "training.safetensors"
 TREE = "tree"
-"""Key of the metadata that holds what is no tensor."""
+"""Key of the metadata that holds everything but tensors."""
 EVERY = 50
 """Iterations between two files of training."""
 
@@ -96,12 +96,17 @@ class Kept:
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            whole_file(self.folder / name, write)
+            with keeping_work(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                whole_file(self.folder / name, write)
 
 
 def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """What a file holds; None if it is not there, or damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError:
+        return None
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -114,8 +114,8 @@ def _checked(blocks: int | Sequence[int], choose: str, count: int) -> int | tupl
             raise RecipeError(f"of {count} blocks 1 to {count - 1} can be dropped, got {blocks}")
         return blocks
     gone = tuple(sorted(set(blocks)))
-    if not gone or len(gone) == count or any(number not in range(count) for number in gone):
-        raise RecipeError(f"blocks are numbers from 0 to {count - 1}, not all of them, got {list(blocks)}")
+    if not gone or len(gone) < len(blocks) or len(gone) == count or any(number not in range(count) for number in gone):
+        raise RecipeError(f"blocks are numbers from 0 to {count - 1}, each once and not all of them, got {list(blocks)}")
     return gone
 
 

@@ -17,34 +17,28 @@ changed, see :mod:`reelquant.reuse.criteria`; or a schedule is planned from the 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reelquant._errors import RecipeError, UnsupportedError
-from reelquant.clock import timestep_reader
 from reelquant.nn import get_module
-from reelquant.reuse.answer import Answer
-from reelquant.reuse.chain import Link
 from reelquant.reuse.criteria import check_criterion
 from reelquant.reuse.history import check_order
-from reelquant.reuse.magnitude import computed_at, norms
-from reelquant.reuse.outputs import Output
+from reelquant.reuse.installed import InstalledBlocks
+from reelquant.reuse.magnitude import computed_at
+from reelquant.reuse.planned import planned, recorded
 from reelquant.reuse.profile import steadiest
 from reelquant.reuse.reuse import Reuse
 from reelquant.reuse.schedule import Schedule
-from reelquant.reuse.stretch import StandIn, Stretch, Watcher
 from reelquant.stages import ModelWork
 
-KEEPS: dict[str, type[StandIn]] = {"change": Link, "outputs": Output, "answer": Answer}
-"""What is kept of a stretch."""
 MEASURED = {
     "profiled": "profile its blocks; give a stretch instead of 'profiled'",
     "magnitude": "measure what its blocks change; give 'every' or 'at' instead of 'magnitude'",
+    "budget": "plan; give a schedule instead of 'budget'",
 }
 """Parameters that need sampled clips -> what for, and what to give instead."""
 
@@ -81,6 +75,11 @@ class BlockReuse(Reuse):
             of what the blocks change, see :mod:`reelquant.reuse.magnitude`. ``every`` then says how long a pause may be. 0 for none.
         profiled: instead of a stretch, this share of the blocks of a chain: those whose change differs least from step to step, see
             :mod:`reelquant.reuse.profile`. 0 for none.
+        budget: instead of a schedule, the share of the steps at which the stretch is computed; which ones, and the weights of the last
+            ``order + 1`` results at the others, is planned on held-out clips while quantizing, see :mod:`reelquant.reuse.planned`. 0 for
+            none.
+        rounded: results are kept in 8 bits, with a scale for every row of their last axis (a token of a transformer): a quarter of the
+            memory of float32.
         late: another stretch, which takes the place of ``stretch`` late in a trajectory; empty for none.
         boundary: ``late`` begins at this share of the first timestep.
     """
@@ -95,6 +94,8 @@ class BlockReuse(Reuse):
     criterion: str = "change"
     magnitude: float = 0.0
     profiled: float = 0.0
+    budget: float = 0.0
+    rounded: bool = False
     late: tuple[float, ...] = ()
     boundary: float = 0.5
     always: ClassVar[Mapping[str, Any]] = {"every": 1}
@@ -125,8 +126,16 @@ class BlockReuse(Reuse):
             raise RecipeError(f"'profiled' of reuse 'blocks' is a share of the blocks, 0 to 1, got {self.profiled}")
         if self.profiled and self.late:
             raise RecipeError(f"'profiled' of reuse 'blocks' takes the place of stretches; drop it, or 'late': {list(self.late)}")
+        self._check_budget()
         if not 0 < self.boundary < 1:
             raise RecipeError(f"'boundary' of reuse 'blocks' lies between 0 and 1, got {self.boundary}")
+
+    def _check_budget(self) -> None:
+        if not 0 <= self.budget <= 1:
+            raise RecipeError(f"'budget' of reuse 'blocks' is a share of the steps, above 0 and up to 1, or 0 for none, got {self.budget}")
+        others = {"at": self.at, "fitted": self.fitted, "threshold": self.threshold, "profiled": self.profiled, "late": self.late}
+        if self.budget and (given := next((name for name, value in others.items() if value), None)):
+            raise RecipeError(f"'budget' of reuse 'blocks' plans when one stretch is computed; drop it, or '{given}'")
 
     @property
     def schedule(self) -> Schedule:
@@ -154,13 +163,15 @@ class BlockReuse(Reuse):
         """Paths of the blocks in execution order, what is kept of them, and the names of two arguments of the denoiser.
 
         ``late`` are the blocks of the late stretch, where there is one; ``runs`` the blocks in groups of consecutive ones, if they are
-        more than one stretch; ``at`` the timesteps that were planned.
+        more than one stretch; ``at`` and ``fitted`` what was planned.
         """
-        found = self._where(work)
-        if not self.magnitude:
-            return found
-        sizes = norms(work, BlockReuse(every=1, stretch=self.stretch), found)
-        return found | {"at": computed_at(sizes, self.magnitude, first=self.first, longest=self.every)}
+        found, always = self._where(work), BlockReuse(every=1, stretch=self.stretch)
+        if self.budget:
+            return found | planned(work, found, always, self.budget, self.order)
+        if self.magnitude:
+            errors = recorded(work, found, always, "magnitude")
+            return found | {"at": computed_at(errors, self.magnitude, first=self.first, longest=self.every)}
+        return found
 
     def _where(self, work: ModelWork) -> dict[str, Any]:
         """The facts that discovery knows, and those of profiled blocks."""
@@ -188,7 +199,7 @@ class BlockReuse(Reuse):
     def widest(self, work: ModelWork) -> tuple[BlockReuse, dict[str, Any]]:
         """Profiled blocks keep most where none of them are neighbours: each has a change of its own then."""
         if not self.profiled:
-            plain = replace(self, magnitude=0.0)
+            plain = replace(self, budget=0.0, magnitude=0.0)
             return plain, plain.facts(work)
         plain = replace(self, profiled=0.0, stretch=(0.0, 1.0))
         facts = plain.facts(work)
@@ -197,7 +208,8 @@ class BlockReuse(Reuse):
         return plain, facts | {"blocks": alone, "runs": [[name] for name in alone]}
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledBlocks:
-        return InstalledBlocks(model, self, facts)
+        own = {name: tuple(facts[name]) for name in ("at", "fitted") if name in facts}
+        return InstalledBlocks(model, replace(self, budget=0.0, magnitude=0.0, **own) if own else self, facts)
 
 
 def _inside(blocks: Sequence[str], stretch: Sequence[float], cls: str) -> list[str]:
@@ -231,88 +243,3 @@ def chain_of(denoiser: nn.Module, blocks: Sequence[str]) -> list[str] | None:
         return None
     first = blocks.index(own[0])
     return own if [*blocks[first : first + len(own)]] == own else None
-
-
-class InstalledBlocks:
-    """Stretches of blocks that are reused: one, several at once, or one early and one late in a trajectory."""
-
-    def __init__(self, model: nn.Module, stage: BlockReuse, facts: Mapping[str, Any]) -> None:
-        self.read_timestep, self.read_latent = (timestep_reader(model, facts[key]) for key in ("timestep", "latent"))
-        self.boundary, stands = stage.boundary, KEEPS[facts.get("keeps", "change")]
-        self.blocks: list[StandIn] = []
-
-        schedule = replace(stage.schedule, at=tuple(facts.get("at", stage.at)))
-
-        def made(names: Sequence[str]) -> Stretch:
-            stretch = Stretch(schedule, stage.order, stage.rows, stage.threshold, stage.criterion)
-            ends = {"first": names[0], "last": names[-1]}
-            self.blocks += [
-                stands(name, get_module(model, name), stretch, **{end: name == one for end, one in ends.items()}) for name in names
-            ]
-            return stretch
-
-        self.early = [made(names) for names in facts.get("runs", [facts["blocks"]])]
-        self.late = [made(facts["late"])] if "late" in facts else []
-        self.stretches = [*self.early, *self.late]
-        self.handle = model.register_forward_pre_hook(self.begin, with_kwargs=True)
-
-    @torch.compiler.disable
-    def begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before every call of the denoiser."""
-        if getattr(model, "is_cache_enabled", False):
-            raise UnsupportedError(f"{type(model).__name__} reuses blocks already; call disable_cache() to undo diffusers' own cache")
-        timestep, latent = self.read_timestep(args, kwargs), self.read_latent(args, kwargs)
-        if torch.is_grad_enabled() or timestep is None or not isinstance(latent, Tensor):
-            for stretch in self.stretches:
-                stretch.compute() if stretch in self.early else stretch.rest()
-            return
-        trajectories = [stretch.follow(float(torch.as_tensor(timestep).float().amax()), latent) for stretch in self.stretches]
-        late = bool(self.late) and trajectories[0].timestep <= self.boundary * trajectories[0].start
-        for stretch, trajectory in zip(self.stretches, trajectories, strict=True):
-            stretch.begin() if (stretch in self.late) == late else stretch.rest(trajectory)
-
-    def watch(self, watcher: Watcher | None) -> None:
-        """Let somebody hear what is kept, or nobody."""
-        for stretch in self.stretches:
-            stretch.watcher = watcher
-
-    def remove(self) -> None:
-        """Leave the model as it was."""
-        self.handle.remove()
-        for block in reversed(self.blocks):
-            block.remove()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget every trajectory, its tensors and all counts."""
-        for stretch in self.stretches:
-            stretch.reset()
-
-    def counts(self) -> dict[str, int]:
-        """Passes through stretches."""
-        found = {"computed": 0, "reused": 0}
-        for (name, _), count in self._counted.items():
-            found[name] += count
-        return found
-
-    def by_step(self) -> dict[int, tuple[int, int]]:
-        """Passes through stretches that were computed, and those that were reused, by the number of the step."""
-        counted = self._counted
-        return {step: (counted["computed", step], counted["reused", step]) for step in sorted({step for _, step in counted})}
-
-    def by_cell(self) -> dict[str, dict[int, tuple[int, int]]]:
-        """The same by block; a block that only stretches at rest hold at a step is not counted there, and computes."""
-        found: dict[str, Counter[tuple[str, int]]] = {}
-        for block in self.blocks:
-            found[block.name] = found.get(block.name, Counter()) + block.stretch.counted
-        steps = {name: sorted({step for _, step in counted}) for name, counted in found.items()}
-        return {name: {step: (found[name]["computed", step], found[name]["reused", step]) for step in steps[name]} for name in found}
-
-    @property
-    def _counted(self) -> Counter[tuple[str, int]]:
-        return sum((stretch.counted for stretch in self.stretches), Counter())
-
-    @property
-    def parts(self) -> list[str]:
-        """Module paths of the blocks that are reused at some time."""
-        return list(dict.fromkeys(block.name or type(block.block).__name__ for block in self.blocks))

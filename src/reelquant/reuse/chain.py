@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from reelquant.reuse.history import kind
 from reelquant.reuse.stretch import Slot, StandIn
-from reelquant.reuse.trajectory import Trajectory, kind
+from reelquant.reuse.trajectory import Trajectory
 
 CHANGE = "change"
 """The name of what a chain keeps."""
@@ -45,7 +46,7 @@ class Link(StandIn):
             return False
         wiring = trajectory.notes[trajectory.call]
         slots = itertools.compress(wiring.slots, wiring.last)
-        return all(kind(taken.get(slot)) == kind(tensor) for slot, tensor in zip(slots, history.last, strict=True))
+        return all(kind(taken.get(slot)) == kept for slot, kept in zip(slots, history.kinds, strict=True))
 
     def reused(self, taken: Mapping[Slot, Any]) -> Any:
         trajectory = self.stretch.trajectory

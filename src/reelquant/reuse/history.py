@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from reelquant._errors import RecipeError
@@ -22,6 +24,35 @@ def check_order(order: int) -> None:
         raise RecipeError(f"'order' of a reuse is 0 (the last result), 1 (a line) or 2 (a parabola), got {order}")
 
 
+class Rounded(NamedTuple):
+    """A tensor in 8 bits.
+
+    Attributes:
+        codes: int8, in its shape.
+        scale: in its dtype, one for every row of the last axis.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rounded:
+        """The nearest codes; the largest value of a row is 127."""
+        scale = (tensor.abs().amax(-1, keepdim=True) / 127).clamp(min=torch.finfo(tensor.dtype).tiny)
+        return cls((tensor.float() / scale.float()).round().to(torch.int8), scale)  # a bfloat16 has no place for 126.5
+
+    def tensor(self) -> Tensor:
+        """What the codes stand for."""
+        return self.codes * self.scale
+
+
+def kind(value: Any) -> Any:
+    """Shape, dtype and device of a tensor, rounded or not; None for anything else."""
+    if isinstance(value, Rounded):
+        return value.codes.shape, value.scale.dtype, value.codes.device
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
+
+
 class History:
     """Tensors of the last computed steps, oldest first.
 
@@ -31,22 +62,35 @@ class History:
 
     Args:
         order: of the polynomial; 0 repeats the last result.
+        rounded: whether floating-point tensors are kept in 8 bits.
     """
 
-    def __init__(self, order: int) -> None:
-        self.kept: deque[tuple[float, tuple[Tensor, ...]]] = deque(maxlen=order + 1)
+    def __init__(self, order: int, *, rounded: bool = False) -> None:
+        self.kept: deque[tuple[float, tuple[Tensor | Rounded, ...]]] = deque(maxlen=order + 1)
+        self.rounded = rounded
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def keep(self, timestep: float, tensors: Sequence[Tensor]) -> None:
         """Note what a computed step gave."""
-        self.kept.append((timestep, tuple(tensors)))
+        self.kept.append((timestep, tuple(Rounded.of(one) if self.rounded and _rounds(one) else one for one in tensors)))
 
     @property
     def last(self) -> tuple[Tensor, ...]:
         """What the last computed step gave."""
-        return self.kept[-1][1]
+        return tuple(_opened(one) for one in self.kept[-1][1])
+
+    @property
+    def kinds(self) -> list[Any]:
+        """Shape, dtype and device of what the last computed step gave, tensor by tensor."""
+        return [kind(one) for one in self.kept[-1][1]]
+
+    @property
+    def bytes(self) -> int:
+        """Of everything that is kept."""
+        parts = (part for _, tensors in self.kept for one in tensors for part in (one if isinstance(one, Rounded) else (one,)))
+        return sum(part.numel() * part.element_size() for part in parts)
 
     def at(self, timestep: float, fitted: Sequence[float] = ()) -> tuple[Tensor, ...]:
         """What is expected at a timestep.
@@ -56,7 +100,15 @@ class History:
         """
         shares = fitted[-len(self.kept) :] or weights([time for time, _ in self.kept], timestep)
         columns = zip(*(tensors for _, tensors in self.kept), strict=True)
-        return tuple(_sum(shares, column) for column in columns)
+        return tuple(_sum(shares, [_opened(one) for one in column]) for column in columns)
+
+
+def _opened(one: Tensor | Rounded) -> Tensor:
+    return one.tensor() if isinstance(one, Rounded) else one
+
+
+def _rounds(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.ndim > 0
 
 
 def _sum(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

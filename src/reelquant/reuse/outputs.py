@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from reelquant.reuse.history import kind
 from reelquant.reuse.stretch import Slot, StandIn
-from reelquant.reuse.trajectory import Trajectory, kind
+from reelquant.reuse.trajectory import Trajectory
 
 
 class Output(StandIn):

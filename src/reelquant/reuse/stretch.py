@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -54,15 +55,24 @@ class Stretch:
     """What the blocks of a stretch share. A copy starts with nothing to reuse."""
 
     def __init__(
-        self, schedule: Schedule, order: int, fitted: Sequence[Sequence[float]] = (), threshold: float = 0.0, criterion: str = "change"
+        self,
+        schedule: Schedule,
+        order: int,
+        fitted: Sequence[Sequence[float]] = (),
+        threshold: float = 0.0,
+        criterion: str = "change",
+        *,
+        rounded: bool = False,
     ) -> None:
-        self.schedule, self.order, self.fitted, self.threshold, self.criterion = schedule, order, tuple(fitted), threshold, criterion
+        self.schedule, self.order, self.fitted, self.rounded = schedule, order, tuple(fitted), rounded
+        self.threshold, self.criterion = threshold, criterion
         self.now = _Now()
         self.counted: Counter[tuple[str, int]] = Counter()  # passes that were computed or reused, and at which step
         self.watcher: Watcher | None = None
 
     def __reduce__(self) -> Any:
-        return Stretch, (self.schedule, self.order, self.fitted, self.threshold, self.criterion)
+        options = {"threshold": self.threshold, "criterion": self.criterion, "rounded": self.rounded}
+        return functools.partial(Stretch, **options), (self.schedule, self.order, self.fitted)
 
     @property
     def trajectory(self) -> Trajectory:
@@ -137,7 +147,9 @@ class Stretch:
     def keep(self, name: Any, tensors: Sequence[Tensor]) -> None:
         """Keep what a computed call gave."""
         trajectory = self.trajectory
-        trajectory.histories.setdefault((name, trajectory.call), History(self.order)).keep(trajectory.timestep, tensors)
+        trajectory.histories.setdefault((name, trajectory.call), History(self.order, rounded=self.rounded)).keep(
+            trajectory.timestep, tensors
+        )
         if self.watcher is not None:
             self.watcher(trajectory, name, tuple(tensors))
 

@@ -14,16 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from reelquant._errors import RecipeError
-from reelquant.nn import QuantLayer
+from reelquant.formats import NOTHING
+from reelquant.nn import LayerLayout, QuantLayer, TensorLayout
+from reelquant.nn.spec import codes_dtype
 from reelquant.stages import ModelWork, Stage, StageSite
 
-WORDS = {"quantize": None, "table": {}}
+WORDS: dict[str, dict[str, Any] | None] = {"quantize": None, "table": {}, "fold": {"fold": True}}
 """What recipes write under ``temporal``."""
 
 
 @dataclass(frozen=True)
 class TemporalTable(Stage):
-    """Store the exact outputs of temporal layers for the sampler's own steps, as far as they depend on the timestep alone."""
+    """Store the exact outputs of temporal layers for the sampler's own steps, as far as they depend on the timestep alone.
+
+    Attributes:
+        fold: store no weights of these layers. The model then samples with the timesteps of the calibration and no others, as models of
+            one or a few steps do. Paper: AdcSR (arXiv 2411.13383) folds what a one-step model computes from its timestep and its prompt
+            into constants. Deviation: what depends on the prompt stays computed (once per clip, see :mod:`reelquant.nn.output_cache`).
+    """
+
+    fold: bool = False
 
     statistics: ClassVar[frozenset[str]] = frozenset({"features"})
     key: ClassVar[str | None] = "temporal"
@@ -33,7 +43,7 @@ class TemporalTable(Stage):
     @classmethod
     def parse_key(cls, value: Any) -> Mapping[str, Any] | None:
         if value not in WORDS:
-            raise RecipeError(f"temporal is 'quantize' or 'table', got {value!r}")
+            raise RecipeError(f"temporal is 'quantize', 'table' or 'fold', got {value!r}")
         return WORDS[value]
 
     def needs(self, site: StageSite) -> frozenset[str]:
@@ -58,6 +68,8 @@ class TemporalTable(Stage):
                 add_table(layer, work.float_layer(name), features.features)
                 tabled[name] = layer
         drop_unused(tabled, lambda: _output(work))
+        for layer in tabled.values() if self.fold else ():
+            fold(layer)
 
 
 def _output(work: ModelWork) -> Tensor:
@@ -74,6 +86,19 @@ def add_table(layer: QuantLayer, module: nn.Module, features: Tensor) -> None:
         table = module(features.to(dtype)).float()
     layer.layout = replace(layer.layout, table=len(table))
     layer.register_buffer("output_table", table)
+
+
+def fold(layer: QuantLayer) -> None:
+    """Drop everything of a layer but its table and its bias. The bias stays because diffusers reads dtypes off first parameters."""
+    layer.residency.forget()
+    names = [name for name in layer._buffers if name != "output_table"]
+    for name in names:
+        delattr(layer, name)
+    rows, device = layer.weight_shape[0], layer.weight.device
+    nothing = TensorLayout("int8", "tensor", kept=NOTHING)
+    layer.layout = LayerLayout(nothing, bias=layer.layout.bias, table=layer.layout.table, unused=layer.layout.unused)
+    layer.weight = nn.Parameter(torch.empty(rows, 0, dtype=codes_dtype(nothing), device=device), requires_grad=False)
+    layer.register_buffer("weight_scale", torch.ones(1, device=device))
 
 
 @torch.no_grad()

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reelquant.reuse.history import History
-
-
-def kind(value: Any) -> Any:
-    """Shape, dtype and device of a tensor; None for anything else."""
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else None
+from reelquant.reuse.history import History, kind
 
 
 @dataclass(eq=False)

@@ -34,7 +34,7 @@ class Work:
         title: for people.
         commands: words of each command, one after the other.
         output: the folder that will appear, relative to the served one.
-        form: what the words were made from, complete: a job that is started again makes its words from it anew, because the record of a job
+        form: what the words were made from, complete: a job that is started again makes its words again, because the record of a job
             is a file that came with the folder and must not choose what is run.
     """
 

@@ -42,7 +42,7 @@ class Job:
         started, ended: seconds since 1970; None before.
         parts, part: how many commands it runs one after the other, and the number of the present one.
         phase, done, total, seconds: what the command does now, how many steps of it are done, and for how long.
-        said: what came of it: figures, the error, or what a cancelled run kept.
+        said: its result: figures, the error, or what a cancelled run kept.
     """
 
     number: str

@@ -14,6 +14,7 @@ from markupsafe import escape
 
 from reelquant._errors import ReelQuantError
 from reelquant.recipes.text import names, read_text
+from reelquant.recipes.usual import FIRST
 from reelquant.serve import commands, evaluations, plan
 from reelquant.serve.commands import DTYPES, new_number
 from reelquant.serve.folder import Model
@@ -21,7 +22,6 @@ from reelquant.serve.routes import Served, asset
 from reelquant.serve.work import Launch
 
 PROMPT = "a large red circle moving right on a black background"
-FIRST_RECIPE = "qvd-w8a8"
 NO_PLAN = '<p class="rq-quiet">The plan says what every layer becomes and what the work takes. Nothing is written before you start.</p>'
 NO_CLIPS = '<p class="rq-quiet">Both clips start from the same noise.</p>'
 NO_GATE = "none"
@@ -30,7 +30,7 @@ METRICS = ("quick", "default")  # quick needs no downloaded networks
 
 
 Fresh = Callable[[list[Model], bool], Any]
-"""What makes a list anew from the models in the folder; True if the page has just been opened."""
+"""Makes a list again from the models in the folder; True if the page has just been opened."""
 
 
 def blocks(served: Served, start: Launch) -> gr.Blocks:
@@ -83,7 +83,7 @@ def _choices(found: list[Model], kinds: tuple[bool, ...]) -> list[tuple[str, str
 
 
 def _models(label: str, *kinds: bool) -> tuple[gr.Dropdown, Fresh]:
-    """A list of models of some kinds (quantized or not), and what makes it anew."""
+    """A list of models of some kinds (quantized or not), and what makes it again."""
 
     def fresh(found: list[Model], first: bool) -> Any:
         choices = _choices(found, kinds)
@@ -103,8 +103,8 @@ def _machine() -> list[Any]:
 def _quantize(served: Served, start: Launch) -> dict[Any, Any]:
     with gr.Row():
         model, models = _models("Float pipeline", False)
-        recipe = gr.Dropdown([FIRST_RECIPE], label="Recipe", value=FIRST_RECIPE, min_width=240)
-    about = gr.HTML(_about(FIRST_RECIPE))
+        recipe = gr.Dropdown([FIRST], label="Recipe", value=FIRST, min_width=240)
+    about = gr.HTML(_about(FIRST))
     with gr.Row():
         name = gr.Textbox(label="Name of the new folder", placeholder="made from pipeline and recipe", min_width=240)
         memory = gr.Textbox(label="Most memory", placeholder="what is free, or 8GB", min_width=240)

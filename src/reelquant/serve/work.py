@@ -42,12 +42,18 @@ Launch = Callable[[list[str], Path, Path, Path], Running]
 def launch(words: list[str], folder: Path, out: Path, err: Path) -> Running:
     """A new interpreter. It imports nothing from the folder that it works in, and asks no network."""
     cache = str(folder / STATE / "cache")
-    own = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": cache, "REELQUANT_CACHE": cache}
+    own = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": cache, "REELQUANT_CACHE": cache} | _search_path()
     command = [sys.executable, "-P", "-m", "reelquant", *words]
     with out.open("wb") as output, err.open("wb") as errors:
         return subprocess.Popen(
             command, cwd=folder, env=os.environ | own, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
         )
+
+
+def _search_path() -> dict[str, str]:
+    """``PYTHONPATH``, if it is set, with relative places (an empty one is the present folder) as this process means them."""
+    places = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join(os.path.abspath(one) for one in places.split(os.pathsep))} if places else {}
 
 
 class Queue:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reelquant._errors import RecipeError, nearest
 from reelquant.formats import Quantizer
-from reelquant.solvers.comq import STARTS
+from reelquant.solvers.descent import STARTS
 from reelquant.solvers.gptq import PER_MOMENT
 from reelquant.solvers.problem import Problem
 from reelquant.solvers.solver import Solver

@@ -3,47 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from reelquant.formats import Quantizer
-from reelquant.solvers.comq import STARTS, check_descent, descend
-from reelquant.solvers.gptq import PER_MOMENT
+from reelquant.solvers.descent import STARTS, Descent, descend
 from reelquant.solvers.problem import Problem
-from reelquant.solvers.solver import Solver, columns_problem
-from reelquant.stages import Solution, StageSite, storable
+from reelquant.stages import Solution, storable
 
 
 @dataclass(frozen=True)
-class Als(Solver):
+class Als(Descent):
     """Least squares on the second moments of the input, for scales and codes in turns.
 
     A weight is a scale times a level, so the objective is a parabola in each scale, too: ``s - (E C, u) / (u C, u)`` is the best
     scale of a unit with levels ``u`` while all others stay. It is rounded to a number that the layer can store. Codes follow by
     coordinate descent. No change raises the objective.
 
-    Attributes:
-        start: the solver whose scales and codes are improved, ``nearest`` or ``gptq``.
-        passes: over scales and codes, at most.
-
     Papers: BitsFusion (arXiv 2406.04333) finds scales and codes of few bits in turns, on the weight alone; COMQ (arXiv 2403.07134)
     has scales among its coordinates. Ours: both on the covariance of the input, one scale after the other; zero points stay.
     """
-
-    start: str = "gptq"
-    passes: int = 4
-    statistics: ClassVar[frozenset[str]] = frozenset({"gram"})
-
-    def __post_init__(self) -> None:
-        check_descent("als", self.start, self.passes)
-
-    def supports(self, site: StageSite) -> str | None:
-        return columns_problem("als", site)
-
-    def peak_bytes(self, rows: int, width: int) -> int:
-        return PER_MOMENT * width**2
 
     def solve(self, problem: Problem) -> Solution:
         best = found = STARTS[self.start].checked(problem)

@@ -54,12 +54,12 @@ class Solver(Stage):
 
     def checked(self, problem: Problem) -> Solution:
         """The solution, or rounding to nearest with its scales where the solver loses to that on its own objective."""
-        solution = replace(self.solve(problem), solver=_name(type(self)))
+        solution = replace(self.solve(problem), solver=name_of(type(self)))
         codes = solution.quantizer.codes(problem.weight)
         nearest = replace(solution, codes=codes, solver="nearest", replaced=solution.solver)
         return solution if problem.objective(solution.values) <= problem.objective(nearest.values) else nearest
 
 
-def _name(member: type[Solver]) -> str:
+def name_of(member: type[Solver]) -> str:
     """How reports call a solver: the name of its class in the form of recipes, ``SigmaDelta`` as ``sigma_delta``."""
     return re.sub("(?<=[a-z])(?=[A-Z])", "_", member.__name__).lower()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -19,15 +19,13 @@ from reelquant._remarks import remark
 from reelquant.discover import denoisers_of, discover, plain
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.reuse import BlockReuse, all_computed, installed_reuse, put, remove_reuse
-from reelquant.reuse.trajectory import Trajectory
+from reelquant.reuse.plans import Errors
+from reelquant.reuse.recorded import Results
 from reelquant.sites import DenoiserMap
 from reelquant.tuning.fresh_noise import noisy_steps
-from reelquant.tuning.schedules import Errors
 from reelquant.tuning.shared import Together
 
 LEAST_STEPS = 4  # of a denoiser: with fewer there is nothing to leave out
-ELEMENTS = 65_536
-"""Values of a result that are looked at, of every clip's call and tensor."""
 
 
 class Site(NamedTuple):
@@ -143,23 +141,13 @@ def timesteps_and_gram(
     Raises:
         UnsupportedError: if the sampler calls the denoiser in a way that nothing could be reused from step to step.
     """
-    seen: dict[Hashable, dict[int, Tensor]] = {}
-    times: dict[int, float] = {}
     with reusing(site, stage) as installed:
-        last = installed.blocks[-1].name
-
-        def watch(trajectory: Trajectory, name: Any, tensors: tuple[Tensor, ...]) -> None:
-            if isinstance(name, tuple) and name[0] != last:
-                return
-            times[trajectory.step] = trajectory.timestep
-            for number, tensor in enumerate(tensors):
-                if tensor.is_floating_point():
-                    seen.setdefault((name, trajectory.call, number), {})[trajectory.step] = _sampled(tensor)
-
-        installed.watch(watch)
+        results = Results(installed.blocks[-1].name)
+        installed.watch(results)
         progress.phase("record", clips.steps(pipe))
         with noisy_steps(pipe.scheduler) as drawn:
             latents = clips.latents(pipe, progress)
+    times = results.times
     steps = len(times)
     wanted = clips.steps(pipe)
     if site.others and steps < LEAST_STEPS:
@@ -177,16 +165,7 @@ def timesteps_and_gram(
             f"{type(pipe.scheduler).__name__} adds fresh noise at {noisy} of {wanted} steps: what was computed at one step says less about "
             "the next, so expect to leave out few; a sampler without fresh noise lets you leave out more"
         )
-    columns = [torch.stack([values[step] for step in range(steps)]) for values in seen.values() if len(values) == steps]
-    gram = sum((column.double() @ column.double().T for column in columns), start=torch.zeros(steps, steps, dtype=torch.float64))
-    return [times[step] for step in range(steps)], gram.numpy(), latents
-
-
-def _sampled(tensor: Tensor) -> Tensor:
-    """Some of the values, the same ones every time, in float32 on the CPU."""
-    flat = tensor.detach().flatten()
-    stride = -(-flat.numel() // ELEMENTS)
-    return flat[::stride].float().cpu()
+    return [times[step] for step in range(steps)], results.gram(), latents
 
 
 def single(timesteps: Sequence[float], step: int, stage: BlockReuse, order: int = 0) -> BlockReuse:

@@ -16,7 +16,8 @@ import torch
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant._progress import Progress, Silent
 from reelquant._version import __version__
-from reelquant.checkpoint import check_target, check_writable, refuse_source, save
+from reelquant.checkpoint import check_target, check_writable, keeping_work, refuse_source, save
+from reelquant.evidence.networks.weights import check_place
 from reelquant.evidence.sampling import ClipSource
 from reelquant.evidence.store import write_json, write_text
 from reelquant.models.condition import Prompts
@@ -115,6 +116,7 @@ def tune(
     refuse_source(str(model), output)
     check_writable(output)
     _ = BlockReuse(stretch=stretch)
+    check_place(weights)
     pipe = open_pipeline(model, dtype=dtype or torch.float32, device=device)
     site = site_of(pipe, component)
     if not quantized_layers(site.denoiser):
@@ -162,7 +164,8 @@ def tune(
 def _write(made: Tuned, pipe: Any, site: Site, model: str | Path, *, force: bool) -> None:
     """What was found, as files; and the pipeline with the schedule, if there is one."""
     write_json(made.work / "tuning.json", made.to_json())
-    draw(made.trials, made.chosen, made.work / "curve.png")
+    with keeping_work(made.work):
+        draw(made.trials, made.chosen, made.work / "curve.png")
     if made.stage is not None and made.output is not None:
         write_text(made.work / "recipe.yaml", recipe_text(site.denoiser, made.stage))
         put(site.denoiser, "blocks", made.stage, made.stage.facts(site))
@@ -223,9 +226,10 @@ class KnownDamage:
 
     def keep(self, step: int, damage: float) -> None:
         """Note what was measured."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as opened:
-            opened.write(json.dumps({"settings": self.settings, "step": step, "damage": damage}) + "\n")
+        with keeping_work(self.file.parent):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps({"settings": self.settings, "step": step, "damage": damage}) + "\n")
 
 
 def _held_out(pipe: Any, given: Prompts | None, clips: int, recorded: Sequence[Any]) -> list[Any]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.evidence.gate import check_preset, parse_limits
 from reelquant.reuse import BlockReuse
+from reelquant.reuse.plans import Errors, Plan, flat_weights, plans
 from reelquant.tuning.recording import Seconds
-from reelquant.tuning.schedules import Errors, Plan, plans
 from reelquant.tuning.trials import Trial, Trials
 
 VARIANTS = ((1, False), (1, True), (0, False))
@@ -80,13 +80,10 @@ class Search:
 
     def stage(self, computed: Sequence[int], order: int) -> BlockReuse:
         """The reuse that computes these steps."""
-        times = [round(time, 4) for time in self.errors.timesteps]
-        fitted: list[float] = []
-        for history, pause in Plan(tuple(computed), order, 0.0).pauses(self.steps) if self.errors.fitted else ():
-            for step, shares in zip(pause, self.errors.shares(history, pause), strict=True):
-                padded = [0.0] * (order + 1 - len(history)) + [round(float(share), 5) for share in shares]
-                fitted += [times[step], *padded]
-        return BlockReuse(at=tuple(times[step] for step in computed), stretch=self.stretch, order=order, fitted=tuple(fitted))
+        times = self.errors.timesteps
+        fitted = flat_weights(self.errors, computed, order) if self.errors.fitted else ()
+        at = tuple(round(times[step], 4) for step in computed)
+        return BlockReuse(at=at, stretch=self.stretch, order=order, fitted=tuple(fitted))
 
     def speedup(self, number: int) -> float:
         """Expected of a clip in which so many steps are computed."""

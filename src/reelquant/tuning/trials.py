@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from reelquant.evidence.clips import Clip
 from reelquant.evidence.evaluation import Evaluation
 from reelquant.evidence.judging import Options, Subject, Times, judge
 from reelquant.evidence.sampling import ClipSource, SamplingJob, Variant
-from reelquant.evidence.store import Store
+from reelquant.evidence.store import Store, write_json
 from reelquant.models.condition import texts_of
 from reelquant.models.described import described
 from reelquant.reuse import BlockReuse
@@ -117,12 +116,12 @@ class Trials:
         subject = Subject(self._clips(job), self._origin(), *self._named(job))
         made = judge(self._options(), store, subject, Times())
         trial = Trial(tuple(computed), steps, stage.order, _figures(made), _worst(made), _failures(made), round(speedup, 3))
-        store.root.joinpath("trial.json").write_text(json.dumps(asdict(trial), indent=2) + "\n", encoding="utf-8")
+        write_json(store.root / "trial.json", asdict(trial))
         return trial
 
     def _store(self, name: str, stage: BlockReuse | None, settings: Mapping[str, Any], base: Path | None = None) -> Any:
         """A folder with the clips of one variant in it."""
-        store = Store(self.folder / name)
+        store = Store(self.folder / name, "run again, it goes on")
         if self.shared.first:
             store.begin(settings, resume=True, force=False)
             if base is not None:

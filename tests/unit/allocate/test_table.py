@@ -61,7 +61,7 @@ def test_a_table_is_what_was_saved(tmp_path: Path) -> None:
     ("change", "error", "message"),
     [
         ({"version": 2}, CheckpointError, "has version 2, and this release reads version 1"),
-        ({"kind": "else"}, CheckpointError, "is no sensitivity table"),
+        ({"kind": "else"}, CheckpointError, "is not a sensitivity table"),
         ({"rows": [["unet", "a", "weight", "int4/channel", "gradient", None, None, -1.0, 0, 0]]}, CheckpointError, "a damage is a number"),
         ({"rows": [["unet", "a", "weight", "int4/channel", "guess", None, None, 1.0, 0, 0]]}, CheckpointError, "measure of layer 'a'"),
         ({"rows": [[1]]}, CheckpointError, "is damaged"),

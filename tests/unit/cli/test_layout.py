@@ -122,7 +122,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Plain]]:
             found[verb] = [part for part in seen if isinstance(part, Plain)]
     demo = importlib.import_module("reelquant.cli.demo")
     figures = {"bytes": 3_950_000, "bytes_float": 15_400_000, "ratio": 3.89, "psnr": 36.9, "psnr_low": 30.1, "psnr_high": 41.2}
-    more = {"tdscore": 0.999, "seconds_quantize": 74.9, "seconds_sample": 4.4} | {f"judge_{kind}": 1.0 for kind in demo.JUDGED}
+    more = {"tdscore": 0.999, "seconds_quantize": 74.9, "seconds_sample": 4.4} | {f"judge_{kind}": 1.0 for kind in demo.KINDS}
     return found | {"demo": [demo.results_table("tiny-unet", [figures | more | {"variant": name} for name in demo.VARIANTS], 4)]}
 
 

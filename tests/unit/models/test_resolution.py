@@ -155,6 +155,24 @@ def test_guidance_keeps_the_low_frequencies_of_the_smaller_clip() -> None:
     torch.testing.assert_close(last, torch.zeros_like(last), rtol=0, atol=1e-4)  # the guided half of the stage is over
 
 
+@pytest.mark.parametrize(("details", "hold"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (1.0, 0.25), (0.5, 1.0)])
+def test_details_and_what_is_held_come_back_with_their_size(details: float, hold: float) -> None:
+    """A denoiser that sees a board of zeros and twos, and a grey of three in half the size: back come both."""
+    stages = ({"share": 0.3}, {"share": 0.4, "scale": 0.5}, {"share": 0.3, "details": details, "hold": hold})
+    scheduler = scheduler_of("flow euler")
+    one = Following(scheduler, ChangeResolution(stages), grain=1)
+    one.install()
+    scheduler.set_timesteps(10)
+    x = noise([1])
+    board = (torch.arange(16).view(16, 1) + torch.arange(16)).remainder(2).mul(2.0).expand_as(x)
+    for number, timestep in enumerate(scheduler.timesteps[:7]):
+        assert x.shape[-1] == (16 if number < 3 else 8)
+        clean = board if number < 3 else torch.full_like(x, 3.0)
+        x = scheduler.step((x - clean) / (float(timestep) / 1000), timestep, x, return_dict=False)[0]
+    assert one.left is not None
+    torch.testing.assert_close(one.left, 3.0 + details * (board - 1.0) + hold * (1.0 - 3.0), rtol=0, atol=1e-3)
+
+
 def test_the_low_band_by_hand() -> None:
     clip = torch.tensor([[1.0, 3.0, 0.0, 0.0, 5.0], [5.0, 7.0, 0.0, 4.0, 7.0]])[None, None]
     expected = torch.tensor([[4.0, 4.0, 1.0, 1.0, 6.0], [4.0, 4.0, 1.0, 1.0, 6.0]])
@@ -213,7 +231,10 @@ def test_more_stages_than_steps_are_refused() -> None:
     [
         ([{"share": 0.5}, {"share": 0.4}], "add up to 1, got 0.9"),
         ([{"share": 0.5, "scale": 0.5}, {"share": 0.5}], "first stage"),
+        ([{"share": 0.5, "details": 0.5}, {"share": 0.5}], "first stage"),
         ([{"share": 0.5}, {"share": 0.5, "scale": 9}], "'scale' of a stage"),
+        ([{"share": 0.5}, {"share": 0.5, "details": 2}], "'details' of a stage"),
+        ([{"share": 0.5}, {"share": 0.5, "hold": -1}], "'hold' of a stage"),
         ([{"share": 0.5}, {"share": 0.5, "size": 2}], "has no 'size'"),
         ([{"scale": 1.0}], "mapping like"),
         ([], "add up to 1"),

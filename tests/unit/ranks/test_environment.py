@@ -31,7 +31,7 @@ def test_launchers_say_which_process_this_is(given: dict[str, str], expected: Ra
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"RANK": "one"}, "RANK is no number: 'one'"), ({"RANK": "16"}, "RANK=16 and WORLD_SIZE=16 do not fit")],
+    [({"RANK": "one"}, "RANK is not a number: 'one'"), ({"RANK": "16"}, "RANK=16 and WORLD_SIZE=16 do not fit")],
 )
 def test_what_cannot_be_is_refused(change: dict[str, str], message: str) -> None:
     with pytest.raises(RanksError, match=message):

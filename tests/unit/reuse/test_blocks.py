@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.discover import discover
 from reelquant.reuse import BlockReuse, installed_reuse
-from reelquant.reuse.blocks import InstalledBlocks
 from reelquant.reuse.criteria import content
+from reelquant.reuse.installed import InstalledBlocks
 from reelquant.reuse.magnitude import computed_at
+from reelquant.reuse.planned import recorded
+from reelquant.reuse.plans import Errors
 from reelquant.reuse.profile import differences
 from reelquant.reuse.schedule import Schedule
 from reelquant.reuse.stretch import Stretch
@@ -106,6 +110,8 @@ def test_the_stretch_is_the_middle_half(count: int, numbers: str) -> None:
         ({"boundary": 1.0}, "between 0 and 1, got 1.0"),
         ({"profiled": 1.5}, "a share of the blocks, 0 to 1, got 1.5"),
         ({"profiled": 0.5, "late": (0.0, 0.5)}, r"takes the place of stretches; drop it, or 'late': \[0.0, 0.5\]"),
+        ({"budget": 1.5}, "a share of the steps, above 0 and up to 1, or 0 for none, got 1.5"),
+        ({"budget": 0.5, "at": (2.0, 1.0)}, "plans when one stretch is computed; drop it, or 'at'"),
         ({"at": (1.0, 2.0)}, r"from the largest to the smallest, each once, got \[1.0, 2.0\]"),
     ],
 )
@@ -466,6 +472,10 @@ class Steps:
         )
         self.component, self.timesteps = "transformer", [10.0, 8.0, 6.0]
 
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
     def held_out_latents(self) -> None:
         for time in (*self.timesteps, *self.timesteps):  # two clips
             added(self.denoiser, time)
@@ -496,8 +506,12 @@ def test_profiled_are_the_blocks_that_change_least_from_step_to_step(share: floa
     ],
 )
 def test_pauses_cost_what_the_size_of_the_change_has_moved(threshold: float, first: int, longest: int, expected: list[float]) -> None:
-    sizes = {float(time): time / 10 for time in range(5, 11)}
-    assert computed_at(sizes, threshold, first=first, longest=longest) == expected
+    assert computed_at(_sizes(range(10, 4, -1)), threshold, first=first, longest=longest) == expected
+
+
+def _sizes(sizes: Sequence[float]) -> Errors:
+    """What was recorded of a stretch with changes of these sizes at timesteps 10, 9, ..."""
+    return Errors([10.0 - step for step in range(len(sizes))], np.diag([float(size) ** 2 for size in sizes]), np.ones(len(sizes)))
 
 
 def test_a_schedule_by_magnitude_is_measured_on_clips_and_kept_in_the_facts() -> None:
@@ -512,8 +526,8 @@ def test_a_schedule_by_magnitude_is_measured_on_clips_and_kept_in_the_facts() ->
 
 
 def test_a_stretch_that_changes_nothing_has_no_magnitude() -> None:
-    with pytest.raises(UnsupportedError, match="at timestep 9 the size of their change is 0; give a schedule instead"):
-        computed_at({10.0: 1.0, 9.0: 0.0}, 0.1, first=1, longest=9)
+    with pytest.raises(UnsupportedError, match="at timestep 9 they change nothing; give a schedule instead"):
+        computed_at(_sizes([1.0, 0.0]), 0.1, first=1, longest=9)
 
 
 def test_a_block_counts_by_the_square_of_what_its_change_differs() -> None:
@@ -583,3 +597,73 @@ def test_blocks_are_counted_by_themselves_where_stretches_take_turns() -> None:
         added(model, time)
     both = {0: (1, 0), 1: (0, 1), 2: (1, 0), 3: (0, 1)}
     assert reuse.by_cell() == {"blocks.1": both, "blocks.2": both, "blocks.0": {2: (1, 0), 3: (0, 1)}}
+
+
+# --- planned while quantizing -------------------------------------------------------------------------------------------------------
+
+
+class Early(Block):
+    """Turns what it adds above a timestep of 6, and not below."""
+
+    def forward(self, x: Tensor, timestep: Tensor) -> Tensor:
+        angle = timestep.clamp(min=6)
+        return x + self.number * torch.stack([angle.cos(), angle.sin()])
+
+
+class FewSteps(Steps):
+    """Eight steps of a denoiser that gives the same at the last five."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.denoiser = Denoiser(Early)
+        self.timesteps = [10.0, 9.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+
+    def clip(self) -> list[float]:
+        """What is added at each step."""
+        return [added(self.denoiser, time, torch.zeros(2)) for time in self.timesteps]
+
+    def held_out_latents(self) -> None:
+        for _ in range(2):
+            self.clip()
+
+
+def test_a_budget_computes_where_the_result_changes() -> None:
+    steps = FewSteps()
+    stage = BlockReuse(budget=0.5, stretch=(0.0, 1.0), order=0)
+    facts = stage.facts(steps)
+    assert facts["at"] == [10.0, 9.0, 7.0, 6.0] and not installed_reuse(steps.denoiser)
+    assert facts["fitted"][::2] == [5.0, 4.0, 3.0, 2.0] and facts["fitted"][1::2] == pytest.approx([1.0] * 4, abs=1e-4)
+    plain = steps.clip()
+    reuse = stage.install(steps.denoiser, facts)
+    assert steps.clip() == pytest.approx(plain, rel=1e-4)
+    assert reuse.counts() == {"computed": 4, "reused": 4}
+
+
+def test_clips_that_are_sampled_one_by_one_all_count() -> None:
+    steps = FewSteps()
+    gram = recorded(steps, BlockReuse(stretch=(0.0, 1.0)).facts(steps), BlockReuse(every=1), "budget").gram
+    assert gram[0, 1] == pytest.approx(2 * (1 + 2 + 3 + 4) ** 2 * math.cos(10 - 9), rel=1e-5)  # two clips, one after the other
+
+
+def test_steps_that_do_not_fall_are_refused_with_a_budget() -> None:
+    steps = FewSteps()
+    steps.timesteps = [1.0, 2.0, 3.0]
+    with pytest.raises(UnsupportedError, match="'budget' of reuse 'blocks' needs three steps or more"):
+        BlockReuse(budget=0.5).facts(steps)
+    assert not installed_reuse(steps.denoiser)
+
+
+@pytest.mark.parametrize("keeps", ["change", "outputs", "answer"])
+def test_rounded_results_are_reused(keeps: str) -> None:
+    model = Denoiser()
+    blocks = [""] if keeps == "answer" else ["blocks.1", "blocks.2"]
+    stretch = () if keeps == "answer" else (0.25, 0.75)
+    reuse = BlockReuse(rounded=True, stretch=stretch).install(model, FACTS | {"blocks": blocks, "keeps": keeps})
+    latents = torch.tensor([0.0, 1.0])
+    first = added(model, 10.0, latents)
+    assert first == pytest.approx(10.0)
+    later = {"change": 0.8 * (1 + 4) + 1.0 * (2 + 3), "outputs": 1.0 * (1 + 2 + 3) + 0.8 * 4, "answer": 10.0}
+    assert added(model, 8.0, latents) == pytest.approx(later[keeps], rel=0.01)
+    assert reuse.counts() == {"computed": 1, "reused": 1}
+    twin = pickle.loads(pickle.dumps(reuse.stretches[0]))
+    assert twin.rounded

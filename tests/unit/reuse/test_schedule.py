@@ -51,3 +51,18 @@ def test_whole_numbers_are_not_forecast() -> None:
     for time, value in ((9.0, 1), (7.0, 4)):
         history.keep(time, [torch.tensor([value])])
     assert history.at(5.0)[0].tolist() == [4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounded_results_are_half_a_code_away_and_take_a_byte_a_value(dtype: torch.dtype) -> None:
+    history, exact = History(1, rounded=True), History(1)
+    values = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    values[0, 0] = 0.0
+    for timestep in (9.0, 7.0):
+        for one in (history, exact):
+            one.keep(timestep, [values * timestep, torch.arange(3)])
+    (found, numbers), (wanted, _) = history.at(9.0), exact.at(9.0)
+    half = 9.0 * values.float().abs().amax(-1, keepdim=True) / 127 / 2
+    assert ((found.float() - wanted.float()).abs() <= half * 1.01 + 2 * torch.finfo(dtype).eps * wanted.float().abs()).all()
+    assert found.dtype == dtype and torch.equal(numbers, torch.arange(3)) and history.kinds == exact.kinds
+    assert history.bytes == 2 * (2 * 8 * (64 + dtype.itemsize) + 3 * 8) and exact.bytes == 2 * (2 * 8 * 64 * dtype.itemsize + 3 * 8)

@@ -231,7 +231,11 @@ def test_records_are_forgotten_once_a_job_has_ended(queue: Made) -> None:
         found.cancel("nonsense")
 
 
-def test_the_interpreter_of_a_job_imports_nothing_from_the_served_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("places", ["", ".", "src::."])
+def test_the_interpreter_of_a_job_imports_nothing_from_the_served_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: str
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", places)  # relative places are those of the server, not of the job
     for name in ("reelquant", "typer", "json", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')")
     process = work.launch(["--version"], tmp_path, tmp_path / "out", tmp_path / "err")

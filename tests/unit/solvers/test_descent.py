@@ -14,7 +14,7 @@ from reelquant._errors import RecipeError
 from reelquant.formats import RANGES, Granularity, Int, Quantizer, QuantSpec, parse_format, parse_granularity
 from reelquant.solvers import SOLVERS, Problem
 from reelquant.solvers.als import better_scales
-from reelquant.solvers.comq import descend
+from reelquant.solvers.descent import descend
 
 GRAINS = ("tensor", "channel", "group-8")
 
@@ -69,7 +69,7 @@ def test_no_single_code_can_be_better_in_the_end() -> None:
 def test_the_block_of_columns_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     given = problem(width=30)
     codes = SOLVERS["comq"]().solve(given).codes
-    monkeypatch.setattr("reelquant.solvers.comq.BLOCK", 7)
+    monkeypatch.setattr("reelquant.solvers.descent.BLOCK", 7)
     assert torch.equal(SOLVERS["comq"]().solve(given).codes, codes)
 
 

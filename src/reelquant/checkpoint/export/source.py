@@ -174,6 +174,18 @@ class ExportSource:
 
         Raises:
             CheckpointError: if a tensor is missing or the values are not those that were saved.
+            UnsupportedError: if the layer has no float weight.
+        """
+        quant = self.checked(name)
+        if quant.bias is not None:
+            quant.bias.data = quant.bias.float()  # folds are computed, and handed on, in float32
+        return Layer(name, quant, quant.dequantized_weight(), quant.float_bias())
+
+    def checked(self, name: str) -> QuantLayer:
+        """A quantized layer with its tensors, checked against its checksum.
+
+        Raises:
+            CheckpointError: as :meth:`layer`.
         """
         module: Any = get_module(self.blank, name)
         quant = quantized_class(module).like(module, self.stored.layers[name], device="meta")
@@ -185,9 +197,7 @@ class ExportSource:
             is_parameter = tensor in quant._parameters
             setattr(quant, tensor, nn.Parameter(value, requires_grad=False) if is_parameter else value)
         verify_layer(name, quant, self.stored.checksums[name], None if self._covered else self.stored.sums.get(name))
-        if quant.bias is not None:
-            quant.bias.data = quant.bias.float()  # folds are computed, and handed on, in float32
-        return Layer(name, quant, quant.dequantized_weight(), quant.float_bias())
+        return quant
 
 
 DTYPES = {

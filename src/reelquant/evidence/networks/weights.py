@@ -27,6 +27,16 @@ def cache() -> Path:
     return cache_folder() / "weights"
 
 
+def check_place(folder: str | Path | None, example: str = "lpips_alex.safetensors") -> None:
+    """Refuse a folder of weights that is not there.
+
+    Raises:
+        CheckpointError: naming a file that it could hold.
+    """
+    if folder is not None and not Path(folder).is_dir():
+        raise CheckpointError(f"no folder of weights at '{folder}'; name one that holds e.g. '{example}', or leave it out")
+
+
 def find(name: str, folder: str | Path | None = None) -> Path | None:
     """The weights' file in ``folder``, else in the cache; never asks the network.
 
@@ -35,8 +45,7 @@ def find(name: str, folder: str | Path | None = None) -> Path | None:
         RecipeError: for an unknown name.
     """
     weights = of(name)
-    if folder is not None and not Path(folder).is_dir():
-        raise CheckpointError(f"no folder of weights at '{folder}'; name one that holds e.g. '{weights.files[-1]}', or leave it out")
+    check_place(folder, weights.files[-1])
     for place in ([Path(folder)] if folder is not None else []) + [cache()]:
         for file in weights.files:
             if (place / file).is_file():

@@ -59,7 +59,7 @@ class RoundedAttention:
 
     def __init__(self, plan: AttentionPlan, kernels: str = "auto") -> None:
         self.plan, self.kernels = plan, kernels
-        self.outside = plan.row_of("")  # of calls that the denoiser makes itself, and of modules that nobody names
+        self.outside = plan.row_of("")  # of calls that the denoiser makes itself, and of modules without a name in the plan
         self.calls: Counter[str] = Counter()
         self.rounded: Counter[str] = Counter()
         self.handle = handle_of(self)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.kernels.gates import gate
 from reelquant.nn.around.class_patch import ClassPatch, patch, unpatch, untouched
-from reelquant.nn.layers import QuantLayer, QuantLinear
+from reelquant.nn.layer_classes import QuantLinear
+from reelquant.nn.layers import QuantLayer
 
 
 class Fused(ClassPatch):

@@ -66,6 +66,6 @@ def route(module: nn.Module) -> None:
 
 
 def keep_if_used(module: nn.Module) -> None:
-    """Undo :func:`route` unless somebody has called ``module.forward``."""
+    """Undo :func:`route` unless other code has called ``module.forward``."""
     if routed(module) and not vars(module).get("reelquant_direct"):
         module.__class__ = type(module).reelquant_unrouted

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 from reelquant.clock import AS_STORED
 from reelquant.nn.around.class_patch import ClassPatch, patch, unpatch, untouched, unwatched
 from reelquant.nn.around.graph import call_tokenwise, handle_of
-from reelquant.nn.layers import QuantLayer, QuantLinear
+from reelquant.nn.layer_classes import QuantLinear
+from reelquant.nn.layers import QuantLayer
 
 ACTIVATIONS_AT_ONCE = 1 << 22  # numbers between two layers at a time: a share of the last cache, and memory that the allocator keeps
 ROWS = 64  # tokens in a block are a multiple of it, which suits the products

@@ -163,6 +163,17 @@ def _traced(state: Steps | None, number: int, came: dict[Steps, list]) -> Steps:
     return tuple(reversed(steps))
 
 
+def flat_weights(errors: Errors, steps: Sequence[int], order: int) -> list[float]:
+    """For every step that a schedule does not compute its timestep and the weights of the last ``order + 1`` results, oldest first, all in
+    one list; see :attr:`reelquant.reuse.BlockReuse.fitted`."""
+    found: list[float] = []
+    for history, pause in Plan(tuple(steps), order, 0.0).pauses(len(errors.timesteps)):
+        for step, shares in zip(pause, errors.shares(history, pause), strict=True):
+            padded = [0.0] * (order + 1 - len(history)) + [round(float(share), 5) for share in shares]
+            found += [round(errors.timesteps[step], 4), *padded]
+    return found
+
+
 def even(count: int, number: int) -> Steps:
     """``number`` of ``count`` steps, as evenly spaced as they can be, the first among them."""
     return tuple(sorted({round(i * count / number) for i in range(number)}))

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from reelquant.tuning.schedules import Errors, even, expected, plans
+from reelquant.reuse.plans import Errors, even, expected, plans
 
 COUNT = 8
 
