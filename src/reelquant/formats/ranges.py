@@ -100,10 +100,7 @@ class Mse(RangeRule):
     Paper: QVD's port searches 50 symmetric candidates with p = 2.4; BRECQ and Q-Diffusion 80 candidates. Ours are ``candidates`` factors
     evenly from ``largest`` down to ``smallest``.
 
-    Factors above 1 leave codes at the ends unused. That pays for small floats, whose numbers lie closer together there: the last ones of
-    e2m1 are 3, 4 and 6, and with 1.5 a group's largest value becomes 4 instead of 6. The two factors 1.5 and 1 (``candidates: 2, largest:
-    1.5, smallest: 1``) are *four over six* (arXiv 2512.02010). Deviation: its number for the whole tensor leaves room for the larger scales
-    (256 in the place of 448, the end of e4m3); ours is found from the ranges that were chosen.
+    Factors above 1 leave codes at the ends unused; see :class:`FourOverSix` for why that may pay.
 
     Attributes:
         p: power of the error.
@@ -131,6 +128,23 @@ class Mse(RangeRule):
             factor = torch.where(loss < best, torch.full_like(factor, trial), factor)
             best = torch.minimum(best, loss)
         return low * factor, high * factor
+
+
+@dataclass(frozen=True)
+class FourOverSix(Mse):
+    """Let the largest value of each unit become 6 or 4, the last numbers of e2m1, whichever has the smaller squared error.
+
+    The numbers of e2m1 lie wide apart at the end: 3, 4, 6. A unit whose large values lie between 4 and 6 loses less where its range is
+    half as large again, so that they lie between 2.7 and 4. Of no use for numbers that are evenly spaced.
+
+    Source: four over six (arXiv 2512.02010). Deviation: its number for the whole tensor leaves room for the larger scales (it puts the
+    largest at 256 in the place of 448, the end of e4m3); ours is found from the ranges that were chosen.
+    """
+
+    p: float = 2.0
+    candidates: int = 2
+    smallest: float = 1.0
+    largest: float = 1.5
 
 
 @dataclass(frozen=True)
@@ -170,7 +184,13 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "tdscore": criteria.temporal_objective,
     "nmse": criteria.negative_nmse,
 }
-RANGES: dict[str, type[RangeRule]] = {"minmax": MinMax, "percentile": Percentile, "mse": Mse, "criterion": ByCriterion}
+RANGES: dict[str, type[RangeRule]] = {
+    "minmax": MinMax,
+    "percentile": Percentile,
+    "mse": Mse,
+    "four_over_six": FourOverSix,
+    "criterion": ByCriterion,
+}
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, fmt: NumberFormat, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ import torch
 from reelquant._errors import RecipeError
 from reelquant.formats import (
     ByCriterion,
+    FourOverSix,
     Granularity,
     Int,
     MinMax,
@@ -123,7 +124,7 @@ def test_mse_clips_an_outlier_that_costs_the_rest_its_precision() -> None:
 def test_four_over_six_lets_each_group_end_where_it_loses_less(scale: str) -> None:
     """e2m1 has 0, 1/2, 1, 3/2, 2, 3, 4 and 6: the first group is exact where its largest value becomes 4, the second where it becomes 6."""
     groups = torch.tensor([[448.0, 336.0, -224.0, 112.0, 6.0, 4.0, -3.0, 0.5]])
-    spec = QuantSpec(parse_format("e2m1"), Granularity("group", 4, scale=scale), Mse(p=2.0, candidates=2, largest=1.5, smallest=1.0))
+    spec = QuantSpec(parse_format("e2m1"), Granularity("group", 4, scale=scale), FourOverSix())
     quantizer = fit(spec, groups)
     torch.testing.assert_close(quantizer.scale, torch.tensor([112.0, 1.0]), rtol=0, atol=0)
     assert torch.equal(quantizer(groups), groups)
