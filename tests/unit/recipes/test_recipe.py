@@ -234,5 +234,5 @@ def test_a_range_of_the_forward_has_no_parameters() -> None:
         return {"name": "mine", "defaults": {"weight": {"format": "int8"}, "input": {"format": "int8", "dynamic": True, "range": rule}}}
 
     assert load_recipe(recipe("mse")).defaults.input is not None
-    with pytest.raises(RecipeError, match="defaults.input: range .* a checkpoint keeps the name alone"):
+    with pytest.raises(RecipeError, match=r"defaults.input: range .* a checkpoint keeps the name alone"):
         load_recipe(recipe({"name": "mse", "candidates": 4}))
