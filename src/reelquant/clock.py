@@ -77,7 +77,7 @@ class Clock(nn.Module):
         protected_slots: steps at which layers do not round their inputs, or do it more finely; set by :meth:`protect`.
         protects: ``[slots]`` bool, the same as a table.
         protected: 0-d bool, whether the current slot is one of them.
-        inputs: what happens there: ``float`` leaves inputs unrounded, ``8-bit`` rounds integers of fewer bits to eight.
+        inputs: what happens there: ``float`` leaves inputs unrounded, ``8-bit`` rounds to eight bits what has fewer.
         pairs: how guidance calls come, if its halves have scales of their own: both in one ``batched`` call, which then holds the
             latents twice, or ``sequential``, a second call on the latents of the first.
         which: 0-d int64, what the current call computes: :data:`ANY`, :data:`FIRST`, :data:`SECOND` or :data:`BOTH`.

@@ -269,7 +269,7 @@ OF_INPUTS = [Granularity("token", axis=-1), Granularity("sample"), Granularity("
 def test_every_range_includes_zero_and_stays_inside_the_values(rule: type, granularity: Granularity, seed: int, offset: float) -> None:
     values = normal(seed, 4, 6) + offset
     find = rule().find(values, granularity, lambda v, low, high: bind(parse_format("uint4"), granularity, low, high)(v))
-    least, most = bounds(values, granularity)
+    least, most = (end * getattr(rule(), "largest", 1.0) for end in bounds(values, granularity))
     for low, high in [find]:
         assert low.shape == high.shape == least.shape
         assert (low <= 0).all()

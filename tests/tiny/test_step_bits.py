@@ -230,4 +230,23 @@ def test_other_formats_are_the_same_at_all_steps() -> None:
 
     inputs = InputQuant(parse_format("e4m3"), Granularity(), torch.ones(1, 1))
     assert inputs.with_bits(4) is inputs
+    static = InputQuant(parse_format("e2m1"), Granularity(), torch.ones(1, 1))
+    assert static.with_bits(8) is static
+
+
+@pytest.mark.parametrize("scale", ["float", "e4m3", "e8m0"])
+def test_small_floats_become_integers_of_the_same_groups(scale: str) -> None:
+    """NVFP4 inputs at a step of 8 bits: the error falls by the ratio of the steps at least, and groups keep scales of their own."""
+    from reelquant.formats import FourOverSix, parse_format
+
+    grain = Granularity("group", 16, -1, scale)
+    rule = QuantSpec(parse_format("e2m1"), grain, FourOverSix(), dynamic=True)
+    inputs = InputQuant(parse_format("e2m1"), grain, rule=rule)
+    sizes = torch.logspace(-2, 2, 4).repeat_interleave(16)
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * sizes
+    wider = inputs.with_bits(8)
+    assert inputs.with_bits(4) is inputs
+    assert wider.format == Int(8) and wider.rule is not None and wider.rule.range == MinMax()
+    errors = [float(((one.quantizer(x, 0)(x) - x) / sizes).square().mean().sqrt()) for one in (inputs, wider)]
+    assert errors[1] < errors[0] / 6
     assert Clock([1.0]).at(0) == AS_STORED

@@ -11,7 +11,7 @@ from reelquant.formats.kept import NOTHING, Kept
 from reelquant.formats.number import LEVEL_DTYPE, Criterion, Int, LevelFormat, Levels, MiniFloat, NumberFormat
 from reelquant.formats.packing import pack, packed_width, unpack
 from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit, in_bits
-from reelquant.formats.ranges import CRITERIA, RANGES, ByCriterion, MinMax, Mse, Percentile, RangeRule
+from reelquant.formats.ranges import CRITERIA, RANGES, ByCriterion, FourOverSix, MinMax, Mse, Percentile, RangeRule
 from reelquant.formats.scales import SCALES, read_scales, scale_tensors
 from reelquant.formats.skewed import Log2, LogUniform, Power
 
@@ -25,6 +25,7 @@ __all__ = [
     "SCALES",
     "ByCriterion",
     "Criterion",
+    "FourOverSix",
     "Granularity",
     "Int",
     "Kept",

@@ -12,7 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reelquant.formats import Granularity, Int, Mse, NumberFormat, Quantizer, QuantSpec, dynamic, fit, in_bits, pack, unpack
+from reelquant.formats import (
+    Granularity,
+    Int,
+    MiniFloat,
+    MinMax,
+    Mse,
+    NumberFormat,
+    Quantizer,
+    QuantSpec,
+    dynamic,
+    fit,
+    in_bits,
+    pack,
+    unpack,
+)
 from reelquant.kernels.features import features_in_use, grain_features
 from reelquant.kernels.hadamard import hadamard
 from reelquant.kernels.mixing import Mix
@@ -105,7 +119,14 @@ class InputQuant:
     rule: QuantSpec | None = None
 
     def with_bits(self, bits: int) -> InputQuant:
-        """The same range in finer or coarser steps, see :func:`reelquant.formats.in_bits`; what is no integer stays as it is."""
+        """The same range in finer or coarser steps, see :func:`reelquant.formats.in_bits`.
+
+        A small float whose scales are found in the forward becomes an integer of more bits, with a scale for the same values. Other
+        numbers stay as they are: fewer bits have no format of their own, and a static scale belongs to its format.
+        """
+        if isinstance(self.format, MiniFloat) and self.rule is not None and self.format.bits < bits:
+            wider = Int(bits)
+            return replace(self, format=wider, rule=replace(self.rule, format=wider, range=MinMax()))
         if not isinstance(self.format, Int) or self.format.bits == bits:
             return self
         if self.rule is not None:

@@ -23,7 +23,8 @@ class ProtectSteps(Stage):
     Attributes:
         steps: of the sampler that calibrates, from 0, or from -1 backwards; or ``auto``: found by what each step does to
             held-out clips.
-        inputs: ``float`` rounds no inputs at these steps, ``8-bit`` rounds them to eight bits where the recipe says fewer.
+        inputs: ``float`` rounds no inputs at these steps, ``8-bit`` rounds them to eight bits where the recipe says fewer (small floats
+            become integers where their scales are found at run time, and stay as they are where these are static).
         share: ``auto`` protects at most this share of the steps, in (0, 1].
     """
 

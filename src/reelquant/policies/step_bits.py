@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from reelquant._errors import CalibrationError, RecipeError
 from reelquant.clock import FEWEST, MOST, OWN, Widths
-from reelquant.formats import Int, NumberFormat
+from reelquant.formats import Int, MiniFloat, NumberFormat, QuantSpec
 from reelquant.stages import ModelWork, Stage
 
 
@@ -18,8 +18,8 @@ class StepBits(Stage):
 
     Inputs that are rounded to integers are rounded to so many bits at a step, over the range that is stored, or that is found at run
     time. Weights are stored once, in the bits that the recipe gives them, and are read in fewer bits at a step
-    (:meth:`reelquant.kernels.PackedWeight.narrowed`); those with as few or fewer bits stay as they are. Other formats than integers
-    are the same at all steps.
+    (:meth:`reelquant.kernels.PackedWeight.narrowed`); those with as few or fewer bits stay as they are. Small floats with scales that are
+    found at run time become integers where a step has more bits than they have. Other formats are the same at all steps.
 
     Papers: MaGNeTS (arXiv 2502.00382) computes early steps with a smaller part of one nested network; Double Rounding (arXiv 2502.01101)
     reads fewer bits from one stored code. Deviation: what is nested here are bits, which needs no training, and which step gets which
@@ -75,14 +75,19 @@ class StepBits(Stage):
 
 def _unmoved(stage: StepBits, work: ModelWork) -> dict[str, str]:
     """What a recipe gives bits to that no layer has, and why."""
-    inputs = [spec.input.format for spec in work.specs.values() if spec.input is not None]
+    inputs = [spec.input for spec in work.specs.values() if spec.input is not None]
     weights = [spec.weight.format for spec in work.specs.values()]
     found = {}
-    if stage.inputs and not any(isinstance(fmt, Int) for fmt in inputs):
-        found["inputs"] = "no input is rounded to integers"
+    if stage.inputs and not any(_moves(spec, max(stage.inputs)) for spec in inputs):
+        found["inputs"] = "no input is rounded to integers, or to small floats of fewer bits with scales found at run time"
     if stage.weights and not any(_bits(fmt) > min(stage.weights) for fmt in weights):
         found["weights"] = f"no integer weight has more than {min(stage.weights)} bits"
     return found
+
+
+def _moves(spec: QuantSpec, most: int) -> bool:
+    """Whether inputs of this specification have other bits at some step; see :meth:`reelquant.kernels.InputQuant.with_bits`."""
+    return isinstance(spec.format, Int) or (isinstance(spec.format, MiniFloat) and spec.dynamic and spec.format.bits < most)
 
 
 def _bits(fmt: NumberFormat) -> int:

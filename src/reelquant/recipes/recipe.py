@@ -52,7 +52,11 @@ class TensorRecipe(_Strict):
 
     @model_validator(mode="after")
     def _names_exist(self) -> TensorRecipe:
-        self.spec()
+        rule = self.spec().range
+        if self.dynamic and rule != type(rule)():
+            raise RecipeError(
+                f"range {self.range}: of a rule that runs in the forward a checkpoint keeps the name alone; drop its parameters"
+            )
         return self
 
     @model_serializer(mode="wrap")

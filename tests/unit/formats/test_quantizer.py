@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from reelquant._errors import RecipeError
 from reelquant.formats import (
     ByCriterion,
+    FourOverSix,
     Granularity,
     Int,
     MinMax,
@@ -117,6 +120,17 @@ def test_mse_clips_an_outlier_that_costs_the_rest_its_precision() -> None:
     assert low.item() > -1.0  # both ends shrink by the same factor
 
 
+@pytest.mark.parametrize("scale", ["float", "e4m3"])
+def test_four_over_six_lets_each_group_end_where_it_loses_less(scale: str) -> None:
+    """e2m1 has 0, 1/2, 1, 3/2, 2, 3, 4 and 6: the first group is exact where its largest value becomes 4, the second where it becomes 6."""
+    groups = torch.tensor([[448.0, 336.0, -224.0, 112.0, 6.0, 4.0, -3.0, 0.5]])
+    spec = QuantSpec(parse_format("e2m1"), Granularity("group", 4, scale=scale), FourOverSix())
+    quantizer = fit(spec, groups)
+    torch.testing.assert_close(quantizer.scale, torch.tensor([112.0, 1.0]), rtol=0, atol=0)
+    assert torch.equal(quantizer(groups), groups)
+    assert not torch.equal(fit(replace(spec, range=MinMax()), groups)(groups), groups)
+
+
 def test_a_criterion_range_never_clips_what_is_exact_already() -> None:
     """uint2 meets 0, 1, 2, 3 exactly: nothing scores better than the whole range."""
     features = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 2.0, 1.0, 0.0], [0.0, 3.0, 0.0, 3.0]])
@@ -145,6 +159,12 @@ def test_factors_of_a_search_are_checked(rule: type[RangeRule]) -> None:
     for smallest in (0.0, -1.0, 1.5):
         with pytest.raises(RecipeError, match=rf"in \(0, 1\], got {smallest}"):
             rule(smallest=smallest)
+
+
+@pytest.mark.parametrize("largest", [0.9, 2.5])
+def test_a_range_grows_to_twice_its_size_at_most(largest: float) -> None:
+    with pytest.raises(RecipeError, match=rf"largest is the first factor of the range, in \[1, 2\], got {largest}"):
+        Mse(largest=largest)
 
 
 def test_an_unknown_criterion_is_an_error_with_the_nearest_name() -> None:
