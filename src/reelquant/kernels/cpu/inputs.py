@@ -19,7 +19,7 @@ from reelquant.kernels.operands import InputQuant, Operands
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
 NARROW = 128  # places of a plane below which channels are brought to the end before: starting a row takes as long as the row there, too
-MORE = 3  # bytes behind the codes that may be read
+MORE = 64  # bytes behind the codes that may be read
 PARTS = 8  # in which a sample is searched for its extremes, where its places divide by it: threads share the work on a single clip
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
 _last = threading.local()  # memory of codes, per thread

@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from reelquant.kernels.cpu.addresses import address
+from reelquant.kernels.cpu.finish import finish
 from reelquant.kernels.cpu.loops import write
 from reelquant.kernels.cpu.options import EXACT, compiled
 from reelquant.kernels.cpu.powers import activate
@@ -129,23 +131,19 @@ def multiply(start, stop, codes, starts, taps, panels, scale, sums, bias, zero, 
         first = unit * ROWS_AT_ONCE
         last = min(first + ROWS_AT_ONCE, rows)
         for r in range(ROWS_AT_ONCE):  # the last tile repeats its last row
-            addresses[r] = codes.ctypes.data + starts[min(first + r, last - 1)]
+            addresses[r] = address(codes) + starts[min(first + r, last - 1)]
         for p in range(panels.shape[0]):
             left, right = p * COLUMNS, min((p + 1) * COLUMNS, columns)
             for j in range(COLUMNS):
                 less[j] = np.int32(zero * sums[left + j])
             for m in range(first, last, ROWS):
-                _tile(addresses.ctypes.data + 8 * (m - first), taps.ctypes.data, panels.shape[1], panels.shape[2],
-                      panels[p].ctypes.data, kept.ctypes.data)  # fmt: skip
+                here = address(panels) + p * panels.shape[1] * panels.shape[2] * 4 * COLUMNS
+                _tile(address(addresses) + 8 * (m - first), address(taps), panels.shape[1], panels.shape[2], here, address(kept))
                 for r in range(m, min(m + ROWS, last)):
                     one = tokens[r // share] if tokens.shape[0] else factor
-                    _finish(kept[r - m], less, scale[left : left + COLUMNS], one, bias[left : left + COLUMNS], line)
                     if which:
+                        finish(kept, (r - m) * COLUMNS, less, scale, bias, left, one, line, 0, COLUMNS)
                         activate(line, which)
-                    write(line[: right - left], out[r, left:right])
-
-
-@compiled(**EXACT)
-def _finish(total: Any, less: Any, scale: Any, factor: Any, bias: Any, line: Any) -> None:
-    for j in range(COLUMNS):
-        line[j] = np.float32(np.int32(total[j] - less[j])) * (scale[j] * factor) + bias[j]
+                        write(line[: right - left], out[r, left:right])
+                    else:
+                        finish(kept, (r - m) * COLUMNS, less, scale, bias, left, one, out, r * columns + left, right - left)
