@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
+
+from reelquant.kernels.cpu.options import EXACT, compiled
 
 
 def emit_address(context: Any, builder: Any, kind: Any, array: Any) -> Any:
@@ -40,3 +43,17 @@ def copy_bytes(typing: Any, target: Any, source: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), code
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any, kind: Any) -> Any:
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind.dtype)(types.int64, kind), code
+
+
+@compiled(**EXACT)
+def matrix_at(address: int, kind: Any, rows: int, columns: int) -> Any:
+    """``[rows, columns]`` of the memory at an address; its numbers are of the dtype of the array ``kind``."""
+    return numba.carray(_pointer(address, kind), (rows, columns))

@@ -17,7 +17,7 @@ from torch import Tensor
 from reelquant.kernels.cpu import inputs, int8
 from reelquant.kernels.cpu.int8 import signed
 from reelquant.kernels.cpu.page_alloc import alloc_pages
-from reelquant.kernels.cpu.quad_tile import COLUMNS, ROWS_AT_ONCE, multiply
+from reelquant.kernels.cpu.quad_tile import COLUMNS, ROWS_AT_ONCE, linear, multiply
 from reelquant.kernels.cpu.row_product import RowProduct, bias_of, padded_columns, refuses_weight
 from reelquant.kernels.operands import Operands
 
@@ -41,7 +41,7 @@ def refuses(operands: Operands) -> str | None:
 class QuadProduct(RowProduct):
     """Four products of bytes at a time, added in 32 bits."""
 
-    loop, rate = multiply, 128
+    loop, call, rate = multiply, (linear,), 128
 
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reelquant.kernels.cpu import int8_quads
-from reelquant.kernels.cpu.amx_tile import BYTES, COLUMNS, CONFIG, ROWS_AT_ONCE, multiply
+from reelquant.kernels.cpu.amx_tile import BYTES, COLUMNS, CONFIG, ROWS_AT_ONCE, linear, multiply
 from reelquant.kernels.cpu.int8 import signed
 from reelquant.kernels.cpu.page_alloc import alloc_pages
 from reelquant.kernels.cpu.row_product import RowProduct, bias_of, padded_columns
@@ -40,7 +40,7 @@ def refuses(operands: Operands) -> str | None:
 class TileProduct(RowProduct):
     """Tiles of 16 rows and 16 columns, 64 bytes of each at a time."""
 
-    loop, rate = multiply, 256
+    loop, call, rate = multiply, (linear,), 256
 
     def __init__(self, operands: Operands) -> None:
         super().__init__(operands)

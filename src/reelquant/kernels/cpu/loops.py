@@ -26,6 +26,8 @@ from reelquant.kernels.cpu.options import EXACT, FAST, PART, SUMS, compiled
 SMALL = 1 << 20  # elements below which a second thread costs more than it saves (benchmarks.end_to_end --cores)
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
 NONE = np.empty(0, np.float32)  # a vector that is not there
+KINDS = {torch.float32: NONE, torch.bfloat16: np.empty(0, np.int16)}
+"""dtype of a tensor -> an array of the dtype in which loops see it."""
 LEAST = np.finfo(np.float32).tiny  # of scales
 
 
@@ -35,13 +37,18 @@ def view(x: Tensor) -> np.ndarray[Any, Any]:
     return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
+def alone(elements: int) -> bool:
+    """Whether a loop over so many elements stays in the caller's thread."""
+    return elements <= SMALL or torch.get_num_threads() == 1
+
+
 def spread(loop: Callable[..., bool | None], rows: int, elements: int, *arguments: Any) -> bool:
     """Run a loop over all rows, by as many threads as torch uses; whether any share of it answered True.
 
     A share that no thread has begun when the caller is done with its own is taken back: PyTorch's own threads keep a core for a while
     after each of their products, and a thread of ours would wait for it longer than the share takes.
     """
-    threads = min(torch.get_num_threads(), rows) if elements > SMALL else 1
+    threads = 1 if alone(elements) else min(torch.get_num_threads(), rows)
     if threads <= 1:
         return bool(loop(0, rows, *arguments))
     edges = [rows * i // threads for i in range(threads + 1)]
@@ -181,6 +188,26 @@ def quantize_tokens(start, stop, x, block, multiply, add, zero, levels, codes, s
 
 
 @compiled(**EXACT)
+def quantize_linear(x, block, joined, multiply, add, inverse, zero, low, high, levels, codes, scales):  # type: ignore[no-untyped-def]
+    """:func:`quantize_tokens` of all rows if there are scales to be written, else :func:`quantize_rows`.
+
+    Args:
+        joined: rows that may be passed as one, a power of two; fewer if they do not divide by it.
+        multiply, add: ``[joined * channels]`` float32, or empty.
+        codes: ``[rows * channels]``, written.
+        scales: ``[rows]`` float32, written; or empty.
+    """
+    rows, channels = x.shape
+    if scales.shape[0]:
+        return quantize_tokens(0, rows, x, block, multiply[:channels], add[:channels], zero, levels, codes.reshape((rows, channels)), scales)
+    while rows % joined:
+        joined //= 2
+    lines, length = rows // joined, joined * channels
+    long, written = x.reshape((lines, length)), codes.reshape((lines, length))
+    return quantize_rows(0, lines, long, block, multiply[:length], add[:length], inverse, zero, low, high, written)
+
+
+@compiled(**EXACT)
 def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, offset, codes):  # type: ignore[no-untyped-def]
     """Channels first to channels last, into the inside of a padded tensor.
 
@@ -281,6 +308,27 @@ def quantize_pixels(start, stop, x, block, multiply, add, inverse, zero, low, hi
                 first = (row * pieces + piece) * length
                 strange |= encode(x, first, length, multiply, add, inverse[n], zero, low, high, codes, place)
     return strange
+
+
+@compiled(**EXACT)
+def write_border(codes, inside, memory):  # type: ignore[no-untyped-def]
+    """The codes of zero around the inside of a padded tensor.
+
+    Args:
+        codes: ``[N, C]``, or ``[1, C]`` for all samples.
+        inside: ``[6]``, begin and end of the inside along depth, height and width.
+        memory: ``[N, D', H', W', C]``; written outside of it.
+    """
+    samples, depth, height, width, channels = memory.shape
+    for n in range(samples):
+        line = codes[min(n, codes.shape[0] - 1)]
+        for d in range(depth):
+            for h in range(height):
+                within = inside[0] <= d < inside[1] and inside[2] <= h < inside[3]
+                for w in range(width):
+                    if not within or w < inside[4] or w >= inside[5]:
+                        for c in range(channels):
+                            memory[n, d, h, w, c] = line[c]
 
 
 @compiled(**EXACT)

@@ -15,9 +15,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from reelquant.kernels.cpu.addresses import address
+from reelquant.kernels.cpu.addresses import address, matrix_at
 from reelquant.kernels.cpu.finish import finish
-from reelquant.kernels.cpu.loops import write
+from reelquant.kernels.cpu.loops import quantize_linear, write
 from reelquant.kernels.cpu.options import EXACT, compiled
 from reelquant.kernels.cpu.powers import activate
 
@@ -147,3 +147,27 @@ def multiply(start, stop, codes, starts, taps, panels, scale, sums, bias, zero, 
                         write(line[: right - left], out[r, left:right])
                     else:
                         finish(kept, (r - m) * COLUMNS, less, scale, bias, left, one, out, r * columns + left, right - left)
+
+
+@compiled(**EXACT)
+def linear(
+    x, kind, out, written, rows, columns, known, block, joined, multiplied, added, inverse, base, low, high, levels, codes, tokens,
+    starts, taps, panels, scale, sums, bias, zero, factor, which,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Inputs to codes, and their product, in one call: to begin a loop costs as much as a small product.
+
+    Args:
+        x, out: addresses of ``[rows, channels]`` and ``[rows, columns]``; of what is told by the arrays ``kind`` and ``written``.
+        known: whether the codes are there already.
+        block, ..., tokens: of :func:`~reelquant.kernels.cpu.loops.quantize_linear`.
+
+    Returns:
+        Whether the input may hold NaN or infinities; nothing is multiplied then.
+    """
+    if not known:
+        given = matrix_at(x, kind, rows, codes.shape[0] // rows)
+        if quantize_linear(given, block, joined, multiplied, added, inverse, base, low, high, levels, codes, tokens):
+            return True
+    target, units = matrix_at(out, written, rows, columns), -(-rows // ROWS_AT_ONCE)
+    multiply(0, units, codes, starts, taps, panels, scale, sums, bias, zero, factor, tokens, 1, which, target)
+    return False

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from reelquant.formats import Int
 from reelquant.kernels.cpu import loops
-from reelquant.kernels.cpu.inputs import Inputs
+from reelquant.kernels.cpu.inputs import Codes, Inputs, scratch
 from reelquant.kernels.cpu.int8 import NATIVE
 from reelquant.kernels.cpu.powers import ACTIVATION_CODES
+from reelquant.kernels.input_code_cache import recall, remember
 from reelquant.kernels.operands import Operands, Window
 
 LARGEST = 255  # distance of an input code from the code of zero, at most
@@ -46,6 +47,8 @@ class RowProduct(ABC):
         kind: dtype of the codes of inputs.
         loop: ``(start, stop, codes, starts, taps, *weight, zero, factor, tokens, share, which, out)``, see
             :func:`~reelquant.kernels.cpu.quad_tile.multiply`.
+        call: rounds the input of a linear layer and multiplies, see :func:`~reelquant.kernels.cpu.quad_tile.linear`; in a tuple, as it
+            is no method. None if there is none.
         rate: products in the time in which a loop over memory passes one element: how much work is worth a second thread.
         weight: what the loop reads of the layer.
     """
@@ -53,6 +56,7 @@ class RowProduct(ABC):
     fused = tuple(ACTIVATION_CODES)
     kind: ClassVar[type[np.generic]] = np.uint8
     loop: ClassVar[Callable[..., None]]
+    call: ClassVar[tuple[Callable[..., bool]] | None] = None
     rate: ClassVar[int]
     weight: tuple[Any, ...]
 
@@ -78,11 +82,38 @@ class RowProduct(ABC):
         return made if dtype == x.dtype else made.to(x.dtype)
 
     def _linear(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype) -> Tensor:
+        size = x.numel()
+        work = max(size, size * self.rows // self.rate)
+        if self.call is not None and size and x.dtype in loops.KINDS and x.is_contiguous() and loops.alone(work):
+            made = self._in_one_call(self.call[0], x, size // self.channels, slot, which, dtype)
+            if made is not None:
+                return made
         codes, scales, poisoned = self.inputs.rows(x, slot)
         out = torch.empty(*x.shape[:-1], self.rows, dtype=dtype)
         if poisoned:
             return out.fill_(torch.nan)
         self._product(codes, rows_of(codes.shape[0], self.channels), ORIGIN, slot, scales, 1, which, out)
+        return out
+
+    def _in_one_call(self, call: Any, x: Tensor, rows: int, slot: int | Tensor, which: int, dtype: torch.dtype) -> Tensor | None:
+        """Codes, if they are not known yet, and their product; None if the input may hold NaN."""
+        inputs = self.inputs
+        key = inputs.key, inputs.index(slot)
+        found = recall(x, key)
+        if found is None:
+            codes, tokens = scratch(rows * self.channels, inputs.dtype), np.empty(rows, np.float32) if inputs.dynamic else loops.NONE
+        elif found.poisoned:
+            return None
+        else:
+            codes, tokens = found.codes.reshape(-1), loops.NONE if found.scales is None else found.scales
+        out = torch.empty(*x.shape[:-1], self.rows, dtype=dtype)
+        places = x.data_ptr(), loops.KINDS[x.dtype], out.data_ptr(), loops.KINDS[dtype], rows, self.rows, found is not None
+        scale, zero = inputs.step(slot)
+        weight = rows_of(rows, self.channels), ORIGIN, *self.weight
+        if call(*places, *inputs.of_linear[key[1]], codes, tokens, *weight, zero, np.float32(scale), which):
+            return None
+        if found is None:
+            remember(x, key, Codes(codes.reshape(rows, self.channels), tokens if inputs.dynamic else None, False))
         return out
 
     def _convolved(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype, window: Window) -> Tensor:
@@ -102,7 +133,7 @@ class RowProduct(ABC):
 
     def _product(self, codes: Any, starts: Any, taps: Any, slot: Any, scales: Any, share: int, which: int, out: Tensor) -> None:
         """Write the product of codes in any shape to ``[..., rows of the weight]``."""
-        scale, zero = (1.0, self.inputs.offset) if scales is not None else self.inputs.step(slot)
+        scale, zero = self.inputs.step(slot)
         numbers = zero, np.float32(scale), loops.NONE if scales is None else scales, share, which
         target = loops.view(out).reshape(len(starts), self.rows)
         work = self.units(len(starts)), len(starts) * math.prod(self.shape) // self.rate
