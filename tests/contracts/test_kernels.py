@@ -20,7 +20,20 @@ from reelquant.clock import Clock
 from reelquant.formats import fit, pack
 from reelquant.kernels import KERNELS, Kernel, Reference, backend, current_backend, select
 from reelquant.kernels.activations import ACTIVATIONS
-from reelquant.kernels.cpu import attention, attention_bfloat16, attention_fixed, int8, int8_quads, int16_madd, loops, nibbles, quad_tile
+from reelquant.kernels.cpu import (
+    amx_tile,
+    attention,
+    attention_bfloat16,
+    attention_fixed,
+    int8,
+    int8_quads,
+    int8_tiles,
+    int16_madd,
+    loops,
+    nibbles,
+    quad_tile,
+    row_product,
+)
 from reelquant.kernels.cpu import inputs as inputs_module
 from reelquant.kernels.cpu.inputs import Inputs
 from reelquant.nn import LayerLayout, LayerTensors, QuantLayer, TensorLayout, quantized_class, start_clock
@@ -29,6 +42,7 @@ from tests.grids import sampled
 
 vnni = pytest.mark.skipif(int8.available() is not None, reason=str(int8.available()))
 integers = pytest.mark.skipif(None not in (int8.available(), int16_madd.available()), reason=str(int16_madd.available()))
+amx = pytest.mark.skipif(int8_tiles.available() is not None, reason=str(int8_tiles.available()))
 FOLDED = {"onednn int8 from int4": 64, "int16 pairs": 64}
 """Kernels that fold the scales of 4-bit groups into integers, and which part of an output that may move at most."""
 
@@ -100,14 +114,17 @@ def kernels_of(name: str, weight: Any, numbers: str, rewrite: str = "") -> tuple
 
 @vnni
 def test_the_table_says_what_runs_and_why_the_better_ones_do_not() -> None:
-    assert kernels_of("Linear", ("int8", "channel"), "int8") == ("int8 quads", {})
-    assert kernels_of("Conv3d", ("int6", "channel"), "uint8") == ("int8 quads", {})
+    without = int8_tiles.available()
+    small = ("int8 quads", {"int8 tiles": without}) if without else ("int8 tiles", {})
+    assert kernels_of("Linear", ("int8", "channel"), "int8") == small
+    assert kernels_of("Conv3d", ("int6", "channel"), "uint8") == small
     name, refused = kernels_of("Linear", ("int4", "group-64"), "int8 token")
     grouped = "weights have a scale per group-64"
-    assert name == "onednn int8 from int4" and refused == {"int8 quads": grouped, "onednn int8": grouped}
+    assert name == "onednn int8 from int4"
+    assert refused == {"int8 tiles": without or grouped, "int8 quads": grouped, "onednn int8": grouped}
     name, refused = kernels_of("Linear", ("int8", "channel"), "float")
     assert name == "float products" and refused["onednn int8"] == "the input stays float"
-    assert kernels_of("Conv1d", ("int8", "channel"), "int8") == ("int8 quads", {})
+    assert kernels_of("Conv1d", ("int8", "channel"), "int8") == small
     layer, _ = make("Linear", ("e4m3", "channel"), INPUTS["int8"])
     assert layer.kernel.name == "reference" and layer.simulated
     assert set(layer.selected[1]) == {kernel.name for kernel in KERNELS["cpu"]()} and "e4m3" in layer.selected[1]["onednn int8"]
@@ -116,7 +133,9 @@ def test_the_table_says_what_runs_and_why_the_better_ones_do_not() -> None:
 @vnni
 def test_large_layers_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_quads, "SMALL", 10)
-    assert kernels_of("Linear", ("int8", "channel"), "int8") == ("onednn int8", {"int8 quads": "more than 10 weights"})
+    large = "more than 10 weights"
+    expected = {"int8 tiles": int8_tiles.available() or large, "int8 quads": large}
+    assert kernels_of("Linear", ("int8", "channel"), "int8") == ("onednn int8", expected)
     name, refused = kernels_of("Conv1d", ("int8", "channel"), "int8")
     assert name == "int16 pairs" and "one-dimensional" in refused["onednn int8"]
 
@@ -137,6 +156,48 @@ def test_products_of_the_largest_codes_are_exact(channels: int, zero: int) -> No
     given = codes, rows, np.zeros(1, np.int64), panels.numpy(), scale, sums, bias, zero, np.float32(1), loops.NONE, 1, 0
     quad_tile.multiply(0, 2, *given, out)
     assert np.array_equal(out, np.tile((255 - zero) * sums[:33].astype(np.float32), (97, 1)))
+
+
+@amx
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("numbers", ["int8", "uint8"])
+def test_tiles_multiply_what_quads_multiply(name: str, numbers: str) -> None:
+    """To the last bit, for layers of any geometry, also where rows end within 64 bytes or 32 rows; both give the weight back."""
+    layer, x = make(name, ("int8", "channel"), INPUTS[numbers], shift=True)
+    tiles, quads = int8_tiles.TileProduct(layer.operands), int8_quads.QuadProduct(layer.operands)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(tiles(x.to(dtype), 0), quads(x.to(dtype), 0))
+        assert torch.equal(tiles(x.to(dtype), 0, "gelu"), quads(x.to(dtype), 0, "gelu"))
+    assert torch.equal(tiles._stored(), quads._stored())
+
+
+@amx
+@pytest.mark.parametrize("channels", [3, 64, 509])
+@pytest.mark.parametrize("zero", [0, 255])
+def test_tiles_of_the_largest_codes_are_exact(channels: int, zero: int) -> None:
+    """Rows that lie equally far apart are multiplied where they are, others are copied; 97 rows are both."""
+    weight = torch.full((33, channels), -128, dtype=torch.int8)
+    weight[::2] = 127
+    panels = int8_tiles.panelled(weight[..., None])
+    codes = np.full(97 * channels + amx_tile.BYTES, 255, np.uint8)
+    scale, bias, sums = np.ones(64, np.float32), np.zeros(64, np.float32), np.zeros(64, np.int32)
+    sums[:33] = weight.sum(1, dtype=torch.int32).numpy()
+    rows, out = np.arange(97, dtype=np.int64) * channels, np.empty((97, 33), np.float32)
+    weights = panels.numpy(), channels, amx_tile.CONFIG, scale, sums, bias
+    amx_tile.multiply(0, 2, codes, rows, np.zeros(1, np.int64), *weights, zero, np.float32(1), loops.NONE, 1, 0, out)
+    assert np.array_equal(out, np.tile((255 - zero) * sums[:33].astype(np.float32), (97, 1)))
+
+
+@vnni
+@pytest.mark.parametrize("numbers", ["int8", "uint8", "int8 token"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_call_is_two_loops(numbers: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding and multiplying in one call gives the bits of the two loops, whether the codes are known or not."""
+    layer, x = make("Linear", ("int8", "channel"), INPUTS[numbers], shift=True, scale=True)
+    given, runner = x.to(dtype), layer.kernel.prepare(layer.operands)
+    first, again = runner(given, 0), runner(given, 0)
+    monkeypatch.setattr(loops, "alone", lambda elements: False)
+    assert torch.equal(first, again) and torch.equal(first, runner(given.clone(), 0))
 
 
 @pytest.mark.parametrize("rewrite", ["", "shift and scale"])
@@ -359,7 +420,8 @@ def test_every_step_has_its_own_scale(name: str, numbers: str) -> None:
 def test_layers_that_read_one_tensor_share_its_codes_until_it_is_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
     (query, x), (key, _) = (make("Linear", ("int8", "channel"), INPUTS["int8"]) for _ in range(2))
     encoded: list[Any] = []
-    monkeypatch.setattr(loops, "quantize_rows", _counted(loops.quantize_rows, encoded))
+    for module in (inputs_module, row_product):
+        monkeypatch.setattr(module, "scratch", _counted(module.scratch, encoded))
     assert torch.equal(query(x), key(x)) and len(encoded) == 1
     key.input_scale *= 2
     key.release()
@@ -376,10 +438,10 @@ def test_layers_that_read_one_tensor_share_its_codes_until_it_is_written_to(monk
         assert not torch.equal(query(inference), before)
 
 
-def _counted(loop: Any, calls: list[Any]) -> Any:
-    def run(*arguments: Any) -> None:
+def _counted(function: Any, calls: list[Any]) -> Any:
+    def run(*arguments: Any) -> Any:
         calls.append(arguments)
-        loop(*arguments)
+        return function(*arguments)
 
     return run
 

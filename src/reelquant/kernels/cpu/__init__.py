@@ -3,12 +3,13 @@ devices, and code that needs a compiler on the user's machine, do not belong her
 
 from __future__ import annotations
 
-from reelquant.kernels.cpu import floats, int8, int8_quads, int16_groups, int16_madd, nibbles
+from reelquant.kernels.cpu import floats, int8, int8_quads, int8_tiles, int16_groups, int16_madd, nibbles
 from reelquant.kernels.kernel import Kernel
 
 TAKES = frozenset({"input", "shift", "scale", "rotate", "window"})
 GROUPS = TAKES - {"window"} | {"input_groups", "scale_codes"}
 KERNELS = (
+    Kernel("int8 tiles", TAKES, int8_tiles.refuses, int8_tiles.TileProduct),
     Kernel("int8 quads", TAKES, int8_quads.refuses, int8_quads.QuadProduct),
     Kernel("onednn int8", TAKES, int8.refuses, int8.prepare),
     Kernel("onednn int8 from int4", TAKES, nibbles.refuses, nibbles.prepare),

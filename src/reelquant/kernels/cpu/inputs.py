@@ -19,7 +19,7 @@ from reelquant.kernels.operands import InputQuant, Operands
 
 LINE = 2048  # numbers that a loop should meet in one row: narrow rows are joined, or starting each would take as long as the row
 NARROW = 128  # places of a plane below which channels are brought to the end before: starting a row takes as long as the row there, too
-MORE = 3  # bytes behind the codes that may be read
+MORE = 64  # bytes behind the codes that may be read
 PARTS = 8  # in which a sample is searched for its extremes, where its places divide by it: threads share the work on a single clip
 OFFSET = 128  # signed codes are stored with it: oneDNN's fast products take unsigned inputs
 _last = threading.local()  # memory of codes, per thread
@@ -61,6 +61,7 @@ class Inputs:
     Results differ from the reference by at most one code, where a value lies within float32 rounding of the middle between two.
 
     Attributes:
+        of_linear: by step, what :func:`~reelquant.kernels.cpu.loops.quantize_linear` takes before the codes.
         dtype: of the codes: uint8, where signed codes are stored with :data:`OFFSET` added, or int16, where codes are what they are.
     """
 
@@ -82,6 +83,8 @@ class Inputs:
         self.rounds = [
             (np.float32(1 / one), np.float32(zero), self.low, self.high) for one, zero in zip(self.scales, self.zeros, strict=True)
         ]
+        rounds = self.rounds or [(np.float32(0), np.float32(offset), np.float32(0), np.float32(0))]
+        self.of_linear = [(self.block, self.joined, *self.lines, *one, self.levels) for one in rounds]
         self.key = self._digest()
 
     @property
@@ -90,16 +93,20 @@ class Inputs:
         return not self.scales
 
     def step(self, slot: Any) -> tuple[float, int]:
-        """Scale and zero point of a step."""
-        index = 0 if len(self.scales) == 1 else int(slot)
-        return self.scales[index], self.zeros[index]
+        """Scale and zero point of a step; of units of codes, where scales are found in the forward."""
+        index = self.index(slot)
+        return (self.scales[index], self.zeros[index]) if self.scales else (1.0, self.offset)
+
+    def index(self, slot: Any) -> int:
+        """Which of the scales is that of a step."""
+        return 0 if len(self.scales) <= 1 else int(slot)
 
     def rows(self, x: Tensor, slot: Any) -> Codes:
         """Codes of an input ``[..., channels]``.
 
         Layers of a group read the same tensor with the same numbers: the codes of the last one are kept, and given again.
         """
-        index = 0 if len(self.scales) <= 1 else int(slot)
+        index = self.index(slot)
         if (kept := recall(x, (self.key, index))) is not None:
             return kept
         found = self._encode(x, index)
@@ -135,9 +142,10 @@ class Inputs:
         Returns:
             Codes ``[N, *padded places, C]``.
         """
-        if not self._by_pixel(x) and math.prod(x.shape[-2:]) < NARROW:
-            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        scales = self._of_samples(x, any(border)) if self.dynamic else None
+        by_pixel = self._by_pixel(x)
+        if not by_pixel and math.prod(x.shape[-2:]) < NARROW:
+            x, by_pixel = x.movedim(1, -1).contiguous().movedim(-1, 1), True
+        scales = self._of_samples(x, any(border), by_pixel) if self.dynamic else None
         numbers = self._numbers(len(x), slot, scales)
         places, dims = x.shape[2:], x.ndim - 2
         before, after = border[-2::-2] or (0,) * dims, border[::-2] or (0,) * dims
@@ -146,17 +154,17 @@ class Inputs:
         shape = (x.shape[0], *lead, *size, x.shape[1])
         memory = scratch(math.prod(shape), self.dtype).reshape(shape)
         if any(border):
-            self._write_border(memory, *numbers)
-        way = self._from_last if self._by_pixel(x) else self._from_first
+            self._write_border(memory, *numbers, [(0, 0)] * (3 - dims) + list(zip(before, after, strict=True)))
+        way = self._from_last if by_pixel else self._from_first
         strange = way(x, lead, [0] * (3 - dims) + list(before), numbers, memory)
         bad = strange and bool(x.isnan().any() if scales is None else not x.isfinite().all())
         return Codes(memory.reshape(x.shape[0], *size, x.shape[1]), scales, bad)
 
-    def _of_samples(self, x: Tensor, bordered: bool) -> np.ndarray[Any, Any]:
+    def _of_samples(self, x: Tensor, bordered: bool, by_pixel: bool) -> np.ndarray[Any, Any]:
         """``[N]``: the smallest scale with which symmetric codes cover a sample, its border included."""
         samples, channels = x.shape[:2]
         least = self.border if bordered else loops.LEAST
-        if not self._by_pixel(x):
+        if not by_pixel:
             plain = not self.multiply.size  # channels do not differ then, and a sample is one row
             planes, scales = loops.view(readable(x)).reshape(samples, 1 if plain else channels, -1), np.empty(samples, np.float32)
             loops.spread(loops.plane_scales, samples, planes.size, planes, self.multiply, self.add, self.levels, least, scales)
@@ -201,13 +209,18 @@ class Inputs:
             loop, target = loops.quantize_plane_quads, memory.view(np.int32)
         return loops.spread(loop, planes, x.numel(), loops.view(data), self.multiply, self.add, *numbers, offset, target)
 
-    def _write_border(self, memory: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], zero: Any, low: Any, high: Any) -> None:
-        """Write the code of zero everywhere; it is another one in every channel and sample where the rewrite adds something."""
-        if not self.add.size:
-            memory.fill(np.clip(np.rint(zero), low, high))
-            return
-        value = inverse[:, None] * self.add
-        memory[:] = np.clip(np.rint(value + zero), low, high).astype(self.dtype)[:, None, None, None]
+    def _write_border(
+        self, memory: np.ndarray[Any, Any], inverse: np.ndarray[Any, Any], zero: Any, low: Any, high: Any, widths: list[tuple[int, int]]
+    ) -> None:
+        """Write the code of zero to the border; it is another one in every channel and sample where the rewrite adds something.
+
+        Args:
+            widths: places before and after, along depth, height and width.
+        """
+        value = inverse[:, None] * self.add + zero if self.add.size else np.full((1, memory.shape[-1]), zero)
+        codes = np.clip(np.rint(value), low, high).astype(self.dtype)
+        inside = [end for (before, after), size in zip(widths, memory.shape[1:4], strict=True) for end in (before, size - after)]
+        loops.write_border(codes, np.array(inside), memory)
 
     def _digest(self) -> bytes:
         digest = hashlib.sha256(repr((self.block, self.scales, self.zeros, self.low, self.high, self.dtype)).encode())

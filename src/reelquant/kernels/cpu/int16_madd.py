@@ -1,6 +1,5 @@
 """Integer products on x86 processors without VNNI: linear layers and convolutions over one to three axes, one loop for all of them.
 
-A convolution is a product whose rows are made of pieces that lie apart, one for each place of its window; nothing is copied for it.
 Results equal the reference but for the rounding of the output's dtype, and one input code where
 :class:`~reelquant.kernels.cpu.inputs.Inputs` says so. 4-bit weights in groups are folded into integers of up to 12 bits with one scale a
 row (:func:`top_of`): a weight moves by half of one of those at most.
@@ -8,9 +7,6 @@ row (:func:`top_of`): a weight moves by half of one of those at most.
 
 from __future__ import annotations
 
-import copy
-import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,18 +17,15 @@ from torch import Tensor
 
 from reelquant.formats import Granularity, Int, Quantizer, unpack
 from reelquant.kernels.cpu import inputs, loops, nibbles
-from reelquant.kernels.cpu.inputs import Inputs, readable
-from reelquant.kernels.cpu.int8 import NATIVE, signed
+from reelquant.kernels.cpu.inputs import readable
+from reelquant.kernels.cpu.int8 import signed
 from reelquant.kernels.cpu.page_alloc import alloc_pages
-from reelquant.kernels.cpu.powers import ACTIVATION_CODES
+from reelquant.kernels.cpu.row_product import LARGEST, SUM, RowProduct, bias_of, padded_columns, refuses_weight
 from reelquant.kernels.cpu.tile import COLUMNS, PANELS, ROWS_AT_ONCE, add_up, multiply
-from reelquant.kernels.operands import Operands, PackedWeight, Window
+from reelquant.kernels.operands import Operands, PackedWeight
 
-LARGEST = 255  # distance of an input code from the code of zero, at most
-SUM = 2**31 - 1  # what a product can add up to
 WIDEST = 2047  # weights that 4-bit codes are folded into
 NO_GROUPS = np.zeros((1, 1), np.int16)
-ORIGIN = np.zeros(1, np.int64)
 WEIGHTS_AT_ONCE = 1 << 16  # weights that are brought into panels at a time: larger temporaries would fragment the heap
 
 
@@ -45,12 +38,10 @@ def available() -> str | None:
 def refuses(operands: Operands) -> str | None:
     """Why a layer cannot take this path, or None."""
     weight = operands.weight.quantizer
-    if not isinstance(weight.format, Int) or not weight.format.signed or weight.format.bits > 8:
-        return f"weights are {weight.format.name}, not symmetric integers"
+    if (reason := refuses_weight(operands)) is not None:
+        return reason
     if weight.granularity.kind not in ("tensor", "channel") and not _in_groups(operands.weight):
         return f"weights have a scale per {weight.granularity}; 4-bit ones in groups of whole bytes may"
-    if operands.weight.width * LARGEST * 2 ** (weight.format.bits - 1) > SUM:
-        return f"rows of {operands.weight.width} weights add up to more than 32 bits hold"
     return inputs.refuses(operands) or available()
 
 
@@ -59,22 +50,23 @@ def _in_groups(weight: PackedWeight) -> bool:
     return weight.quantizer.format.bits == 4 and grain.kind == "group" and grain.size % 2 == 0
 
 
-class Int16Product:
-    """``y = (codes - zero) . weight * input_scale * weight_scale + bias``, with or without a window."""
+class Int16Product(RowProduct):
+    """Two products of 16-bit numbers at a time, added in 32 bits."""
 
-    fused = tuple(ACTIVATION_CODES)
+    kind, loop, rate = np.int16, multiply, 32
 
     def __init__(self, operands: Operands) -> None:
-        self.inputs = Inputs(operands, np.int16)
-        self.shape, self.window = operands.weight.shape, operands.window
-        self.rows, self.channels, self.taps = self.shape[0], self.shape[1], math.prod(self.shape[2:])
+        super().__init__(operands)
         self.scales, self.group = NO_GROUPS, 1
         self._pack(operands.weight)
-        self.bias = columns_of(torch.zeros(self.rows) if operands.bias is None else operands.bias.detach().float())
         self.sums = np.zeros(len(self.panels) * COLUMNS, np.int32)
         if operands.input is not None and operands.input.zero_point is not None:
             weights = self.panels, self.scales, self.scale, self.group
             loops.spread(add_up, len(self.panels), self.panels.size, *weights, self.sums.reshape(-1, COLUMNS))
+        self.weight = self.panels, self.scales, self.group, self.scale, self.sums, columns_of(bias_of(operands))
+
+    def units(self, rows: int) -> int:
+        return -(-rows // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
 
     def _pack(self, weight: PackedWeight) -> None:
         """Bring the weight into panels; 8-bit codes, and 4-bit ones of linear layers, are kept there and nowhere else."""
@@ -112,52 +104,6 @@ class Int16Product:
     def _stored_nibbles(self) -> Tensor:
         return unpanelled(torch.from_numpy(self.panels), self.rows)[:, 0].contiguous()
 
-    def rounding(self, operands: Operands) -> Int16Product:
-        """The same weight, in the same memory, with another rounding of its inputs."""
-        twin = copy.copy(self)
-        twin.inputs = Inputs(operands, np.int16)
-        return twin
-
-    def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
-        dtype = x.dtype if x.dtype in NATIVE else torch.float32
-        which = ACTIVATION_CODES[activation]
-        made = self._linear(x, slot, which, dtype) if self.window is None else self._convolved(x, slot, which, dtype, self.window)
-        return made if dtype == x.dtype else made.to(x.dtype)
-
-    def _linear(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype) -> Tensor:
-        codes, scales, poisoned = self.inputs.rows(x, slot)
-        out = torch.empty(*x.shape[:-1], self.rows, dtype=dtype)
-        if poisoned:
-            return out.fill_(torch.nan)
-        tokens = loops.NONE if scales is None else scales
-        self._product(codes, rows_of(codes.shape[0], self.channels), ORIGIN, slot, tokens, which, out)
-        return out
-
-    def _convolved(self, x: Tensor, slot: int | Tensor, which: int, dtype: torch.dtype, window: Window) -> Tensor:
-        if not x.numel():
-            padded = F.pad(x, window.padding) if any(window.padding) else x
-            return window.convolve(padded, x.new_empty(self.shape))  # the shape of nothing, in torch's own words
-        batched = x if x.ndim == len(self.shape) else x[None]
-        codes, scales, poisoned = self.inputs.pixels(batched, slot, window.padding)
-        starts, taps, places = pixels_of(codes.shape, self.shape[2:], window)
-        out = torch.empty(len(batched), *places, self.rows, dtype=dtype)
-        if poisoned:
-            out.fill_(torch.nan)
-        else:
-            samples = loops.NONE if scales is None else np.repeat(scales, math.prod(places))
-            self._product(codes, starts, taps, slot, samples, which, out)
-        out = out.movedim(-1, 1)
-        return out if batched is x else out[0]
-
-    def _product(self, codes: Any, starts: Any, taps: Any, slot: Any, tokens: Any, which: int, out: Tensor) -> None:
-        """Write the product of codes in any shape to ``[..., rows of the weight]``."""
-        scale, zero = (1.0, 0) if self.inputs.dynamic else self.inputs.step(slot)
-        units = -(-len(starts) // ROWS_AT_ONCE) * -(-len(self.panels) // PANELS)
-        weights = self.panels, self.scales, self.group, self.scale, self.sums, self.bias
-        numbers = zero, np.float32(scale), tokens, which
-        target = loops.view(out).reshape(len(starts), self.rows)
-        loops.spread(multiply, units, len(starts) * self.panels.size, codes.reshape(-1), starts, taps, *weights, *numbers, target)
-
 
 def top_of(width: int) -> int:
     """The largest integer that 4-bit weights are folded into, so that no row of this many of them adds up to more than 32 bits hold."""
@@ -178,7 +124,7 @@ def _folded(weight: PackedWeight) -> tuple[Any, Any, int]:
 
 def columns_of(vector: Tensor) -> np.ndarray[Any, Any]:
     """``[rows]`` to ``[panels * COLUMNS]``."""
-    return F.pad(vector.float(), (0, -len(vector) % COLUMNS)).numpy()
+    return padded_columns(vector.float(), COLUMNS)
 
 
 def panelled(pieces: Tensor) -> Tensor:
@@ -190,34 +136,3 @@ def panelled(pieces: Tensor) -> Tensor:
 def unpanelled(panels: Tensor, rows: int) -> Tensor:
     """Undo :func:`panelled`."""
     return panels.movedim(3, 1).flatten(0, 1)[:rows]
-
-
-@functools.lru_cache(maxsize=64)
-def rows_of(count: int, channels: int) -> Any:
-    """Where the codes of rows begin that lie behind each other."""
-    return np.arange(count, dtype=np.int64) * channels
-
-
-@functools.lru_cache(maxsize=64)
-def pixels_of(shape: tuple[int, ...], kernel: tuple[int, ...], window: Window) -> tuple[Any, Any, tuple[int, ...]]:
-    """Where the codes of every output place begin, where the pieces of its window lie from there, and the places of an output.
-
-    Args:
-        shape: ``[N, *padded places, C]`` of codes.
-        kernel: size of the window.
-    """
-    clips, *sizes, channels = shape
-    places = [
-        (size - step * (taps - 1) - 1) // stride + 1
-        for size, taps, stride, step in zip(sizes, kernel, window.stride, window.dilation, strict=True)
-    ]
-    steps = [math.prod(sizes[axis + 1 :]) * channels for axis in range(len(sizes))]
-    begin = [np.arange(count, dtype=np.int64) * stride * step for count, stride, step in zip(places, window.stride, steps, strict=True)]
-    first = np.arange(clips, dtype=np.int64) * math.prod(shape[1:])
-    taps = [np.arange(count, dtype=np.int64) * spread * step for count, spread, step in zip(kernel, window.dilation, steps, strict=True)]
-    return _all_sums([first, *begin]), _all_sums(taps), tuple(places)
-
-
-def _all_sums(axes: list[Any]) -> Any:
-    """Sums of one number of each axis, the last axis fastest."""
-    return functools.reduce(lambda sums, axis: (sums[:, None] + axis).reshape(-1), axes)

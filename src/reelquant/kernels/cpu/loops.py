@@ -19,12 +19,15 @@ import torch
 from numba.extending import overload
 from torch import Tensor
 
+from reelquant.kernels.cpu.encode import encode, ends
 from reelquant.kernels.cpu.hadamard import rotate
 from reelquant.kernels.cpu.options import EXACT, FAST, PART, SUMS, compiled
 
 SMALL = 1 << 20  # elements below which a second thread costs more than it saves (benchmarks.end_to_end --cores)
 PIECE = 256  # places of a plane whose codes are turned to channels last at a time
 NONE = np.empty(0, np.float32)  # a vector that is not there
+KINDS = {torch.float32: NONE, torch.bfloat16: np.empty(0, np.int16)}
+"""dtype of a tensor -> an array of the dtype in which loops see it."""
 LEAST = np.finfo(np.float32).tiny  # of scales
 
 
@@ -34,13 +37,18 @@ def view(x: Tensor) -> np.ndarray[Any, Any]:
     return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
 
 
+def alone(elements: int) -> bool:
+    """Whether a loop over so many elements stays in the caller's thread."""
+    return elements <= SMALL or torch.get_num_threads() == 1
+
+
 def spread(loop: Callable[..., bool | None], rows: int, elements: int, *arguments: Any) -> bool:
     """Run a loop over all rows, by as many threads as torch uses; whether any share of it answered True.
 
     A share that no thread has begun when the caller is done with its own is taken back: PyTorch's own threads keep a core for a while
     after each of their products, and a thread of ours would wait for it longer than the share takes.
     """
-    threads = min(torch.get_num_threads(), rows) if elements > SMALL else 1
+    threads = 1 if alone(elements) else min(torch.get_num_threads(), rows)
     if threads <= 1:
         return bool(loop(0, rows, *arguments))
     edges = [rows * i // threads for i in range(threads + 1)]
@@ -104,20 +112,6 @@ def _write_of(buffer: Any, row: Any) -> Any:
     return to_float32
 
 
-@compiled(**EXACT)
-def _affine(buffer: Any, multiply: Any, add: Any) -> None:
-    if multiply.shape[0]:
-        for j in range(buffer.shape[0]):
-            buffer[j] = buffer[j] * multiply[j] + add[j]
-
-
-@compiled(**EXACT)
-def _encode(buffer: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: Any) -> None:
-    for j in range(buffer.shape[0]):
-        value = np.rint(buffer[j] * inverse + zero)
-        codes[j] = np.int32(min(max(value, low), high))
-
-
 @compiled(**SUMS)
 def _strange(buffer: Any) -> bool:
     """Whether a row may hold NaN or infinities: codes cannot, so the caller has to look. Its sum is finite if it does not."""
@@ -128,23 +122,14 @@ def _strange(buffer: Any) -> bool:
 
 
 @compiled(**EXACT)
-def _scale(buffer: Any, levels: Any, least: Any, ends: Any) -> Any:
-    """The smallest symmetric scale that covers a row, at least ``least``.
-
-    The ends of the row are found among integers that are ordered like the floats of the same bits: a smallest float would have to heed
-    NaN, number by number.
+def _covering(found: Any, levels: Any, least: Any) -> Any:
+    """The smallest symmetric scale that covers what lies between two ends, at least ``least``.
 
     Args:
+        found: the ends, a negative and a positive one.
         levels: the largest magnitudes that a negative and a positive code stand for, 128 and 127 for 8 bits.
-        ends: memory for two float32.
     """
-    lowest, highest = np.int32(0), np.int32(0)
-    bits, found = buffer.view(np.int32), ends.view(np.int32)
-    for j in range(bits.shape[0]):
-        ordered = np.int32(bits[j] ^ ((bits[j] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-        lowest, highest = min(lowest, ordered), max(highest, ordered)
-    found[0], found[1] = lowest ^ ((lowest >> np.int32(31)) & np.int32(0x7FFFFFFF)), highest
-    return max(max(-ends[0] / levels[0], ends[1] / levels[1]), least)
+    return max(max(-found[0] / levels[0], found[1] / levels[1]), least)
 
 
 # --- inputs: floats to codes ----------------------------------------------------------------------------------------------------------
@@ -165,13 +150,14 @@ def quantize_rows(start, stop, x, block, multiply, add, inverse, zero, low, high
     """
     strange = False
     buffer = np.empty(x.shape[1], np.float32)
+    width = x.shape[1]
     for i in range(start, stop):
-        read(x[i], buffer)
         if block > 1:
+            read(x[i], buffer)
             rotate(buffer, block)
-        _affine(buffer, multiply, add)
-        strange |= _strange(buffer)
-        _encode(buffer, inverse, zero, low, high, codes[i])
+            strange |= encode(buffer, 0, width, multiply, add, inverse, zero, low, high, codes, i * width)
+        else:
+            strange |= encode(x, i * width, width, multiply, add, inverse, zero, low, high, codes, i * width)
     return strange
 
 
@@ -181,20 +167,44 @@ def quantize_tokens(start, stop, x, block, multiply, add, zero, levels, codes, s
 
     Args:
         zero: the code that stands for zero.
-        levels: see :func:`_scale`.
+        levels: see :func:`_covering`.
         scales: ``[rows]`` float32, written.
     """
     strange = False
-    buffer, ends = np.empty(x.shape[1], np.float32), np.empty(2, np.float32)
+    buffer, found = np.empty(x.shape[1], np.float32), np.empty(2, np.float32)
+    low, high, width = zero - levels[0], zero + levels[1], x.shape[1]
     for i in range(start, stop):
-        read(x[i], buffer)
         if block > 1:
+            read(x[i], buffer)
             rotate(buffer, block)
-        _affine(buffer, multiply, add)
-        strange |= _strange(buffer)
-        scales[i] = _scale(buffer, levels, LEAST, ends)
-        _encode(buffer, np.float32(1) / scales[i], zero, zero - levels[0], zero + levels[1], codes[i])
+            strange |= ends(buffer, 0, width, multiply, add, found)
+            scales[i] = _covering(found, levels, LEAST)
+            encode(buffer, 0, width, multiply, add, np.float32(1) / scales[i], zero, low, high, codes, i * width)
+        else:
+            strange |= ends(x, i * width, width, multiply, add, found)
+            scales[i] = _covering(found, levels, LEAST)
+            encode(x, i * width, width, multiply, add, np.float32(1) / scales[i], zero, low, high, codes, i * width)
     return strange
+
+
+@compiled(**EXACT)
+def quantize_linear(x, block, joined, multiply, add, inverse, zero, low, high, levels, codes, scales):  # type: ignore[no-untyped-def]
+    """:func:`quantize_tokens` of all rows if there are scales to be written, else :func:`quantize_rows`.
+
+    Args:
+        joined: rows that may be passed as one, a power of two; fewer if they do not divide by it.
+        multiply, add: ``[joined * channels]`` float32, or empty.
+        codes: ``[rows * channels]``, written.
+        scales: ``[rows]`` float32, written; or empty.
+    """
+    rows, channels = x.shape
+    if scales.shape[0]:
+        return quantize_tokens(0, rows, x, block, multiply[:channels], add[:channels], zero, levels, codes.reshape((rows, channels)), scales)
+    while rows % joined:
+        joined //= 2
+    lines, length = rows // joined, joined * channels
+    long, written = x.reshape((lines, length)), codes.reshape((lines, length))
+    return quantize_rows(0, lines, long, block, multiply[:length], add[:length], inverse, zero, low, high, written)
 
 
 @compiled(**EXACT)
@@ -212,17 +222,16 @@ def quantize_planes(start, stop, x, multiply, add, inverse, zero, low, high, off
     width = offset[3]
     affine, strange = multiply.shape[0] > 0, False
     piece = min(places, PIECE)
-    buffer, lines = np.empty(piece, np.float32), np.empty((channels, piece), codes.dtype)
+    lines, none = np.empty((channels, piece), codes.dtype), np.empty(0, np.float32)
     for plane in range(start, stop):
         n, d = plane // depth, plane % depth
         target = codes[n, d + offset[0]]
         for first in range(0, places, piece):
             count = min(piece, places - first)
             for c in range(channels):
-                read(x[n, c, d, first : first + count], buffer[:count])
-                strange |= _strange(buffer[:count])
                 slope, level = (multiply[c] * inverse[n], add[c] * inverse[n] + zero) if affine else (inverse[n], zero)
-                _encode(buffer[:count], slope, level, low, high, lines[c])
+                begin = ((n * channels + c) * depth + d) * places + first
+                strange |= encode(x, begin, count, none, none, slope, level, low, high, lines, c * piece)
             for p in range(count):
                 h, w = (first + p) // width, (first + p) % width
                 pixel = target[h + offset[1], w + offset[2]]
@@ -288,16 +297,38 @@ def quantize_pixels(start, stop, x, block, multiply, add, inverse, zero, low, hi
     buffer, strange = np.empty(length, np.float32), False
     for row in range(start, stop):
         n, d, h = row // (depth * height), row // height % depth, row % height
-        line = codes[n, d + offset[0], h + offset[1]]
+        line = ((n * codes.shape[1] + d + offset[0]) * codes.shape[2] + h + offset[1]) * codes.shape[3] + offset[2]
         for piece in range(pieces):
-            read(x[n, d, h, piece], buffer)
+            place = line + piece * length
             if block > 1:
+                read(x[n, d, h, piece], buffer)
                 rotate(buffer, block)
-            _affine(buffer, multiply, add)
-            strange |= _strange(buffer)
-            first = offset[2] + piece * length
-            _encode(buffer, inverse[n], zero, low, high, line[first : first + length])
+                strange |= encode(buffer, 0, length, multiply, add, inverse[n], zero, low, high, codes, place)
+            else:
+                first = (row * pieces + piece) * length
+                strange |= encode(x, first, length, multiply, add, inverse[n], zero, low, high, codes, place)
     return strange
+
+
+@compiled(**EXACT)
+def write_border(codes, inside, memory):  # type: ignore[no-untyped-def]
+    """The codes of zero around the inside of a padded tensor.
+
+    Args:
+        codes: ``[N, C]``, or ``[1, C]`` for all samples.
+        inside: ``[6]``, begin and end of the inside along depth, height and width.
+        memory: ``[N, D', H', W', C]``; written outside of it.
+    """
+    samples, depth, height, width, channels = memory.shape
+    for n in range(samples):
+        line = codes[min(n, codes.shape[0] - 1)]
+        for d in range(depth):
+            for h in range(height):
+                within = inside[0] <= d < inside[1] and inside[2] <= h < inside[3]
+                for w in range(width):
+                    if not within or w < inside[4] or w >= inside[5]:
+                        for c in range(channels):
+                            memory[n, d, h, w, c] = line[c]
 
 
 @compiled(**EXACT)
@@ -306,31 +337,35 @@ def pixel_scales(start, stop, x, block, multiply, add, levels, least, scales):  
 
     Args:
         x: ``[parts, rows, columns]`` float32, or bfloat16 as int16.
-        levels, least: see :func:`_scale`.
+        levels, least: see :func:`_covering`.
     """
-    buffer, ends = np.empty(x.shape[2], np.float32), np.empty(2, np.float32)
+    buffer, found = np.empty(x.shape[2], np.float32), np.empty(2, np.float32)
+    rows, width = x.shape[1:]
     for part in range(start, stop):
         scales[part] = least
-        for row in range(x.shape[1]):
-            read(x[part, row], buffer)
+        for row in range(rows):
             if block > 1:
+                read(x[part, row], buffer)
                 rotate(buffer, block)
-            _affine(buffer, multiply, add)
-            scales[part] = _scale(buffer, levels, scales[part], ends)
+                ends(buffer, 0, width, multiply, add, found)
+            else:
+                ends(x, (part * rows + row) * width, width, multiply, add, found)
+            scales[part] = _covering(found, levels, scales[part])
 
 
 @compiled(**EXACT)
 def plane_scales(start, stop, x, multiply, add, levels, least, scales):  # type: ignore[no-untyped-def]
     """The same for every sample ``[channels, places]`` of ``x``; ``multiply`` and ``add`` are of channels, or empty."""
-    buffer, ends = np.empty(x.shape[2], np.float32), np.empty(2, np.float32)
+    found, none = np.empty(2, np.float32), np.empty(0, np.float32)
+    channels, places = x.shape[1:]
     for sample in range(start, stop):
         scales[sample] = least
-        for c in range(x.shape[1]):
-            read(x[sample, c], buffer)
+        for c in range(channels):
+            ends(x, (sample * channels + c) * places, places, none, none, found)
             if multiply.shape[0]:
-                for j in range(buffer.shape[0]):
-                    buffer[j] = buffer[j] * multiply[c] + add[c]
-            scales[sample] = _scale(buffer, levels, scales[sample], ends)
+                one, other = found[0] * multiply[c] + add[c], found[1] * multiply[c] + add[c]
+                found[0], found[1] = min(one, other), max(one, other)
+            scales[sample] = _covering(found, levels, scales[sample])
 
 
 # --- products of rows -----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from reelquant.kernels.cpu.loops import write
+from reelquant.kernels.cpu.addresses import address, matrix_at
+from reelquant.kernels.cpu.finish import finish
+from reelquant.kernels.cpu.loops import quantize_linear, write
 from reelquant.kernels.cpu.options import EXACT, compiled
 from reelquant.kernels.cpu.powers import activate
 
@@ -129,23 +131,43 @@ def multiply(start, stop, codes, starts, taps, panels, scale, sums, bias, zero, 
         first = unit * ROWS_AT_ONCE
         last = min(first + ROWS_AT_ONCE, rows)
         for r in range(ROWS_AT_ONCE):  # the last tile repeats its last row
-            addresses[r] = codes.ctypes.data + starts[min(first + r, last - 1)]
+            addresses[r] = address(codes) + starts[min(first + r, last - 1)]
         for p in range(panels.shape[0]):
             left, right = p * COLUMNS, min((p + 1) * COLUMNS, columns)
             for j in range(COLUMNS):
                 less[j] = np.int32(zero * sums[left + j])
             for m in range(first, last, ROWS):
-                _tile(addresses.ctypes.data + 8 * (m - first), taps.ctypes.data, panels.shape[1], panels.shape[2],
-                      panels[p].ctypes.data, kept.ctypes.data)  # fmt: skip
+                here = address(panels) + p * panels.shape[1] * panels.shape[2] * 4 * COLUMNS
+                _tile(address(addresses) + 8 * (m - first), address(taps), panels.shape[1], panels.shape[2], here, address(kept))
                 for r in range(m, min(m + ROWS, last)):
                     one = tokens[r // share] if tokens.shape[0] else factor
-                    _finish(kept[r - m], less, scale[left : left + COLUMNS], one, bias[left : left + COLUMNS], line)
                     if which:
+                        finish(kept, (r - m) * COLUMNS, less, scale, bias, left, one, line, 0, COLUMNS)
                         activate(line, which)
-                    write(line[: right - left], out[r, left:right])
+                        write(line[: right - left], out[r, left:right])
+                    else:
+                        finish(kept, (r - m) * COLUMNS, less, scale, bias, left, one, out, r * columns + left, right - left)
 
 
 @compiled(**EXACT)
-def _finish(total: Any, less: Any, scale: Any, factor: Any, bias: Any, line: Any) -> None:
-    for j in range(COLUMNS):
-        line[j] = np.float32(np.int32(total[j] - less[j])) * (scale[j] * factor) + bias[j]
+def linear(
+    x, kind, out, written, rows, columns, known, block, joined, multiplied, added, inverse, base, low, high, levels, codes, tokens,
+    starts, taps, panels, scale, sums, bias, zero, factor, which,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Inputs to codes, and their product, in one call: to begin a loop costs as much as a small product.
+
+    Args:
+        x, out: addresses of ``[rows, channels]`` and ``[rows, columns]``; of what is told by the arrays ``kind`` and ``written``.
+        known: whether the codes are there already.
+        block, ..., tokens: of :func:`~reelquant.kernels.cpu.loops.quantize_linear`.
+
+    Returns:
+        Whether the input may hold NaN or infinities; nothing is multiplied then.
+    """
+    if not known:
+        given = matrix_at(x, kind, rows, codes.shape[0] // rows)
+        if quantize_linear(given, block, joined, multiplied, added, inverse, base, low, high, levels, codes, tokens):
+            return True
+    target, units = matrix_at(out, written, rows, columns), -(-rows // ROWS_AT_ONCE)
+    multiply(0, units, codes, starts, taps, panels, scale, sums, bias, zero, factor, tokens, 1, which, target)
+    return False

@@ -219,7 +219,7 @@ def add_up(start, stop, panels, scales, step, group, out):  # type: ignore[no-un
 
 
 @compiled(**EXACT)
-def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sums, bias, zero, factor, tokens, which, out):  # type: ignore[no-untyped-def]
+def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sums, bias, zero, factor, tokens, share, which, out):  # type: ignore[no-untyped-def]
     """``out[m, n] = (codes of row m . weights of column n - zero * sums[n]) * scale[n] * factor + bias[n]``.
 
     Args:
@@ -232,7 +232,7 @@ def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sum
         scale, bias: ``[panels * COLUMNS]`` float32.
         sums: ``[panels * COLUMNS]`` int32, of the widened weights; read where ``zero``, the code that stands for zero, is not 0.
         factor: the scale of the inputs, where they share one.
-        tokens: ``[rows]`` float32, the scale of every row instead; or empty.
+        tokens: ``[rows / share]`` float32, the scale of every row, or of every ``share`` rows, instead; or empty.
         which: activation, of :data:`~reelquant.kernels.cpu.powers.ACTIVATION_CODES`.
         out: ``[rows, columns]`` float32, or bfloat16 as int16; written.
     """
@@ -263,7 +263,7 @@ def multiply(start, stop, codes, starts, taps, panels, scales, group, scale, sum
         for m in range(first, last):
             if zero:
                 _less(kept[m - first], sums[left:right], np.int32(zero))
-            _finish(kept[m - first], scale[left:right], tokens[m] if tokens.shape[0] else factor, bias[left:right], line)
+            _finish(kept[m - first], scale[left:right], tokens[m // share] if tokens.shape[0] else factor, bias[left:right], line)
             if which:
                 activate(line[: right - left], which)
             write(line[: right - left], out[m, left:right])
