@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ from reelquant.allocate import Damage, SensitivityTable
 from reelquant.cli import app
 from reelquant.cli.plan import _written, tables
 from reelquant.damage.scene import layers_of
+from reelquant.discover.components import TIMED, Kind
 from reelquant.engine.sizes import layers_bytes, quantized_bytes
 from reelquant.models.sampling import sample
 from reelquant.nn import quantized_layers
 from reelquant.planning import Planned, Way, quality
-from reelquant.planning.candidates import Bench, Candidate
+from reelquant.planning.candidates import FLOAT, Bench, Candidate, tried
 from reelquant.planning.formats import MEASURED, Formats
 from reelquant.planning.memory import Footprint, peak
 from reelquant.planning.plan import Survey, files_of, recipe_yaml, survey
@@ -55,6 +56,14 @@ def tight(plan: Planned, share: float) -> int:
     """A budget between the smallest way and the float pipeline."""
     least = min(way.peak for way in plan.others)
     return round(least + share * (plan.as_it_is.peak - least))
+
+
+def test_what_is_tried_for_every_kind_of_component_is_in_the_library() -> None:
+    """A recipe that is renamed, or a new kind of component, is noticed here and not by a user."""
+    for kind in ("denoiser", *(one for one in get_args(Kind) if one not in TIMED)):
+        first, *others = tried(kind)
+        assert first == FLOAT
+        assert others and set(others) <= set(names())
 
 
 @pytest.mark.parametrize("model", BUNDLED)
