@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import Clips, Records, markdown, parser
+from benchmarks.common import Clips, markdown, parser
+from benchmarks.recipe_search import Trials, searched
 from benchmarks.sensitivity import FORMATS, MAP_CLIPS, UNIFORM, Bench, correlation, figure, gain, hash_of, predicted
 from reelquant.allocate import SensitivityTable, allocate
 from reelquant.allocate.milp import solve
@@ -30,12 +31,9 @@ from reelquant.damage.gains import gains
 from reelquant.damage.noise import by_noise
 from reelquant.damage.rounding import rounded_weight
 from reelquant.damage.trajectory import try_configurations
-from reelquant.recipes.recipe import names
 
 LOW_UNIFORM = "int3/group-32"  # 3.5 bits a weight with its scales
 BINS = 256  # of histograms of weights
-OTHERS = ("tiny-dit", "tiny-unet", "tiny-ltx")
-SHARE, LEAST_RECIPES = 0.25, 4  # of all recipes that a search over recipes tries; how many there have to be
 RATIOS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of the bytes that attention over the prompt gets in the joint optimum
 
 
@@ -199,33 +197,16 @@ def shared(problem: Problem, apart: np.ndarray, joint: Picks) -> list[Picks]:
 
 
 def recipes_row(claims: Claims) -> list[Row]:
-    """Quantune (arXiv 2202.05048): a search over whole recipes that begins with what was measured of another model.
-
-    Ours orders recipes by their quality on the other pipeline, instead of learning boosted trees: there are tens of recipes, not hundreds.
-    """
-    name = claims.bench.clips.name
-    mine, rows = measured_recipes(name), []
-    for other in OTHERS:
-        known = {} if other == name else measured_recipes(other)
-        common = sorted(mine.keys() & known.keys(), key=lambda one: -known[one])
-        if len(common) < LEAST_RECIPES:
-            continue
-        trials = max(int(SHARE * len(common)), 1)
-        lost = max(mine[one] for one in common[:trials]) - max(mine[one] for one in common)
-        told = f"{lost:+.1f} (Spearman {correlation([mine[one] for one in common], [known[one] for one in common])})"
-        way = f"{trials} of {len(common)} recipes of 4-bit weights, in the order of {other}"
-        rows.append(["search over recipes (Quantune)", "-0.3 dB to all of them in 25 % of the trials", way, "-", "the best of all", told])
+    """Quantune (arXiv 2202.05048): a search over whole recipes that begins with what was measured of other models."""
+    rows = []
+    for one in searched(Trials.load(Path("benchmarks/results/rows.jsonl")), splits=0):
+        if one.pipeline == claims.bench.clips.name:
+            way = f"{len(one.tried)} of {len(one.figures)} recipes ({one.words}), after trials on {' and '.join(one.others)}"
+            told = f"{-one.lost:+.1f}"
+            rows.append(
+                ["search over recipes (Quantune)", "-0.3 dB to all of them in 25 % of the trials", way, "-", "the best of all", told]
+            )
     return rows
-
-
-def measured_recipes(pipeline: str) -> dict[str, float]:
-    """PSNR of the library's recipes with weights of 4 bits on a pipeline, as ``benchmarks.library`` has measured them last."""
-    found: dict[str, float] = {}
-    for row in Records(Path("benchmarks/results/rows.jsonl")).load():
-        name = row["name"].removeprefix("beside ")
-        if row.get("pipeline") == pipeline and row.get("status") == "measured" and "-w4" in name and name in names():
-            found[name] = row["psnr_mean"]
-    return found
 
 
 def _parts(problem: Problem) -> tuple[np.ndarray, np.ndarray, float]:
