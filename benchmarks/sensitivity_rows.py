@@ -17,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.stats import spearmanr
 
-from benchmarks.common import Clips, markdown, parser
+from benchmarks import attention, groups
+from benchmarks.common import Clips, Records, markdown, parser
+from benchmarks.divergences import damages
 from benchmarks.recipe_search import Trials, searched
 from benchmarks.sensitivity import FORMATS, MAP_CLIPS, UNIFORM, Bench, correlation, figure, gain, hash_of, predicted
 from reelquant.allocate import SensitivityTable, allocate
@@ -29,11 +31,11 @@ from reelquant.allocate.sampled import TRIED, cross_entropy
 from reelquant.allocate.sizes import weight_bytes
 from reelquant.damage.gains import gains
 from reelquant.damage.noise import by_noise
-from reelquant.damage.rounding import rounded_weight
 from reelquant.damage.trajectory import try_configurations
+from reelquant.recipes.recipe import load_recipe
 
 LOW_UNIFORM = "int3/group-32"  # 3.5 bits a weight with its scales
-BINS = 256  # of histograms of weights
+ATTENTION_CLIPS = 16
 RATIOS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of the bytes that attention over the prompt gets in the joint optimum
 
 
@@ -126,28 +128,15 @@ def relevance_row(claims: Claims) -> list[Row]:
 
 
 def histogram_row(claims: Claims) -> list[Row]:
-    """AdaPT (arXiv 2107.13490): word lengths from what rounding does to the histogram of the weights. Nothing is run."""
-    target = claims.bench.target
-    damage = np.array(
-        [
-            [
-                layer.weights * divergence(target.module(layer.name).weight.detach(), rounded_weight(target, layer.name, fmt))
-                for fmt in FORMATS
-            ]
-            for layer in claims.table.layers
-        ]
-    )
-    exact = claims.of(solve(*_parts(claims.problem())))
-    values = claims.of(solve(*_parts(claims.problem(damage))))
-    return [_row("histograms of weights (AdaPT)", "-0.3 dB to milp without a trial", "milp by divergence", values, "milp", exact)]
-
-
-def divergence(weight: Tensor, rounded: Tensor) -> float:
-    """Of the histogram of rounded weights from that of the weights, in nats (Kullback and Leibler)."""
-    low, high = float(weight.min()), float(weight.max())
-    p, q = ((one.float().histc(BINS, low, high) + 1e-3).double() for one in (weight, rounded))
-    p, q = p / p.sum(), q / q.sum()
-    return float((p * (p / q).log()).sum())
+    """AdaPT (arXiv 2107.13490): word lengths from what rounding does to histograms. No format is tried in the denoiser."""
+    problem = claims.problem()
+    exact, rows = solve(*_parts(problem)), []
+    for words, damage in damages(claims.bench.target, FORMATS):
+        rho = float(spearmanr(damage.ravel(), problem.damage.ravel()).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+        values = claims.of(solve(*_parts(claims.problem(damage))))
+        way = f"milp by {words} (Spearman {rho:.2f} with the map)"
+        rows.append(_row("histograms (AdaPT)", "-0.3 dB to milp without a trial", way, values, "milp", claims.of(exact)))
+    return rows
 
 
 def noise_row(claims: Claims) -> list[Row]:
@@ -209,6 +198,25 @@ def recipes_row(claims: Claims) -> list[Row]:
     return rows
 
 
+def attention_row(claims: Claims) -> list[Row]:
+    """Mixed Non-linear Quantization (arXiv 2407.18437): numbers by signal to noise, for every softmax by itself.
+
+    Ours: the weights of attention, by place and step, by the error of the output of attention. Rows of ``benchmarks.attention``, 16 clips
+    in the pipeline's own steps, with the layers' weights in 8 bits.
+    """
+    clips = Clips(claims.bench.clips.pipeline, ATTENTION_CLIPS)
+    known = {(row["name"], row["digest"]): row["psnr"] for row in Records(Path("benchmarks/results/rows.jsonl")).load() if row.get("psnr")}
+    rows = []
+    for bits, candidates in attention.CHOICES.items():
+        chosen = known.get(groups.key(clips, load_recipe(attention.chosen(bits))))
+        for one in candidates if chosen else ():
+            single = known.get(groups.key(clips, load_recipe(attention.single(one))))
+            if single:
+                way = f"one of {', '.join(candidates)} by place and step"
+                rows.append(_row("attention weights (Mixed Non-linear)", "at least as good as every single one", way, chosen, one, single))
+    return rows
+
+
 def _parts(problem: Problem) -> tuple[np.ndarray, np.ndarray, float]:
     return problem.damage, problem.sizes, problem.budget
 
@@ -222,6 +230,7 @@ CLAIMS: tuple[Claim, ...] = (
     groups_row,
     noise_row,
     recipes_row,
+    attention_row,
 )
 HEADINGS = ("method", "claim", "ours", "PSNR, dB (95 %)", "held against", "difference, clip by clip, dB (95 %)")
 
