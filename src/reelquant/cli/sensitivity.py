@@ -128,9 +128,8 @@ def sensitivity(
     """Measure what rounding each layer does to the clips, as a table, and divide budgets of bits by it."""
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     over_steps = {"input": step_bits, "weight": step_weight_bits}
-    if any(one is not None for one in (bits, size, *over_steps.values())) and output is None and not is_table(model):
-        names = "--bits, --size, --step-bits, --step-weight-bits"
-        raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint=names)
+    if not is_table(model):
+        _check(model, output, bits, size, over_steps, method, _list(formats))
     if is_table(model):
         table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
     else:
@@ -162,6 +161,43 @@ def is_table(model: str) -> bool:
     return (path.is_dir() and (path / FILE).is_file() and not (path / "model_index.json").is_file()) or path.suffix == ".json"
 
 
+def _check(
+    model: str,
+    output: Path | None,
+    bits: float | None,
+    size: str | None,
+    over_steps: dict[Any, float | None],
+    method: str,
+    formats: tuple[str, ...] | None,
+) -> None:
+    """Refuse what would be refused after measuring, which takes minutes.
+
+    Raises:
+        ReelQuantError: if there is no pipeline, the method is not known, or the budget is below the codes of the smallest format.
+    """
+    from reelquant._errors import CheckpointError, RecipeError, nearest
+    from reelquant.allocate import METHODS
+    from reelquant.allocate.sizes import weight_bits
+    from reelquant.allocate.table import FILE
+    from reelquant.damage import Wanted
+    from reelquant.models.pipelines import locate
+    from reelquant.streaming import parse_bytes
+
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise CheckpointError(f"'{model}' holds no pipeline to measure (model_index.json) and no map to read ({FILE})")
+    locate(model)
+    if method not in METHODS:
+        raise RecipeError(f"unknown method '{method}' of allocation; {nearest(method, METHODS)}")
+    if size is not None:
+        parse_bytes(size)
+    known = formats or Wanted().formats
+    if bits is not None and bits < (least := min(map(weight_bits, known))):
+        raise RecipeError(f"--bits {bits:g} is less than the codes of {', '.join(known)} take, {least:g} bits and more with scales")
+    if any(one is not None for one in (bits, size, *over_steps.values())) and output is None:
+        names = "--bits, --size, --step-bits, --step-weight-bits"
+        raise typer.BadParameter("the map and the recipe need a folder to lie in: give --output", param_hint=names)
+
+
 def _read(model: str, call: dict[str, Any], measure: list[str] | None) -> SensitivityTable:
     from reelquant.allocate import load_table
 
@@ -172,9 +208,7 @@ def _read(model: str, call: dict[str, Any], measure: list[str] | None) -> Sensit
 
 def _measure(model: str, output: Path | None, dtype: str, told: dict[str, Any], call: dict[str, Any]) -> SensitivityTable:
     from reelquant.cli.signals import keeping
-    from reelquant.models.pipelines import locate
 
-    locate(model)
     check_device(told["device"])
     number = torch_dtype(dtype)
     console.quiet_loading()

@@ -121,6 +121,22 @@ def test_without_a_map_formats_are_chosen_while_quantizing(surveys: dict[str, Su
         reelquant.plan("tiny-dit", max_memory=ROOM, allocate="mlip")
 
 
+def test_bits_out_of_reach_are_refused_before_a_map_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a map is measured")
+
+    monkeypatch.setattr("reelquant.api.sensing.sensitivity", measured)
+    for place in (None, tmp_path / "no-map-yet"):
+        for bits in (1.0, 9.0):
+            with pytest.raises(RecipeError, match=rf"--bits lies between 3\.26 and 8\.00 bits .* got {bits:g}"):
+                reelquant.plan("tiny-dit", max_memory=ROOM, bits=bits, map=place)
+
+
+def test_a_budget_without_a_unit_is_told_to_be_bytes(surveys: dict[str, Survey]) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 12 bytes \(a number without a unit is bytes\) is too little"):
+        surveys["tiny-dit"].within(parse_bytes("12"))
+
+
 @pytest.fixture(scope="module")
 def table(surveys: dict[str, Survey]) -> SensitivityTable:
     """A map of tiny-dit with made-up damages."""
