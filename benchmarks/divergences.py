@@ -94,9 +94,9 @@ def observed(target: Target) -> dict[str, Seen]:
     found: dict[str, Seen] = {}
 
     def watching(name: str, weights: int) -> Callable[..., None]:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if name not in found:
-                x, y = args[0].detach(), output.detach()
+                x, y = (args[0] if args else kwargs["input"]).detach(), output.detach()
                 if isinstance(module, nn.Linear):
                     x, y = x.reshape(-1, x.shape[-1])[:ROWS], y.reshape(-1, y.shape[-1])[:ROWS]
                 found[name] = Seen(module, x, y, weights, float(output.float().square().sum()))
@@ -105,7 +105,7 @@ def observed(target: Target) -> dict[str, Seen]:
 
     with ExitStack() as stack, torch.no_grad():
         for layer in target.layers:
-            stack.callback(target.module(layer.name).register_forward_hook(watching(layer.name, layer.weights)).remove)
+            stack.callback(target.module(layer.name).register_forward_hook(watching(layer.name, layer.weights), with_kwargs=True).remove)
         again(target.denoiser, target.calls[number])
     return found
 

@@ -37,9 +37,9 @@ def _inputs(work: ModelWork, names: Mapping[str, Any], calls: Sequence[RecordedC
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def reading(name: str, number: int) -> Callable[..., None]:
-        def before(module: nn.Module, args: Any) -> None:
-            if args and len(found[name]) <= number:
-                found[name].append(_part(module, args[0]))
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if len(found[name]) <= number:
+                found[name].append(_part(module, args[0] if args else kwargs["input"]))
 
         return before
 
@@ -47,7 +47,7 @@ def _inputs(work: ModelWork, names: Mapping[str, Any], calls: Sequence[RecordedC
         with ExitStack() as stack:
             for name in names:
                 hook = reading(name, len(found[name]))
-                stack.callback(get_module(work.denoiser, name).register_forward_pre_hook(hook).remove)
+                stack.callback(get_module(work.denoiser, name).register_forward_pre_hook(hook, with_kwargs=True).remove)
             work.output(call)
         work.advance()
     return found

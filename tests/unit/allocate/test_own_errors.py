@@ -63,13 +63,13 @@ def test_a_few_tokens_of_a_call_are_enough_and_a_layer_that_never_runs_has_no_er
             self.used, self.spare = nn.Linear(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)
+            return self.used(input=x)  # as the motion modules of diffusers do
 
     work = Work((64,))
     work.denoiser = Half().requires_grad_(False)
     work.map, work.tried = one_group(work.denoiser, ["used", "spare"]), {"used": [], "spare": []}
     lengths: list[int] = []
-    work.denoiser.used.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
+    work.denoiser.used.register_forward_hook(lambda module, args, output: lengths.append(len(output)))
     x = torch.randn(1, 3 * ROWS, 8)
     (used,), (spare,) = own_errors(work, {"used": [FOUR], "spare": [FOUR]}, [RecordedCall((x,), {}, x, 0)])
     assert used > 0 and spare == 0
