@@ -123,7 +123,7 @@ def relevance_row(claims: Claims) -> list[Row]:
     by_size = np.array([[layer.weights * 4.0 ** -float(fmt[3]) for fmt in FORMATS] for layer in table.layers])
     found = allocate(table, nbytes=claims.problem().budget, measure="gradient", formats=FORMATS).of(table.components[0])
     sizes = claims.of(solve(*_parts(claims.problem(by_size))))
-    words = f"milp by gradients (Spearman {rho} with a layer at a time)"
+    words = f"milp by gradients (Spearman {rho} with a layer at a time, {len(pairs)} layers and formats)"
     return [_row("relevance (LRP-QViT)", "Spearman 0.6; better than by size", words, claims.psnr(found), "milp by size", sizes)]
 
 
