@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from reelquant._errors import CalibrationError, RecipeError, nearest
-from reelquant.allocate.own_errors import own_errors
+from reelquant._errors import CalibrationError, RecipeError
 from reelquant.allocate.problem import Picks, Problem
 from reelquant.allocate.sizes import check_weight
 from reelquant.formats.criteria import nmse
@@ -29,23 +28,20 @@ class Measured(Stage):
     """Give every layer one of several weight formats, from the damage that each was measured to do.
 
     The layer is quantized with the format, rounded to nearest, its input as the recipe says, and all other layers are float. The damage is
-    the squared error of the denoiser's output over its variance, mean over recorded calls; or that of the layer's own output, which takes
-    no call for a format. A member says in :meth:`pick` how the budget is divided then.
+    the squared error of the denoiser's output over its variance, mean over recorded calls. A member says in :meth:`pick` how the budget is
+    divided then.
 
     Attributes:
         formats: what a layer may get, each ``FORMAT/GRANULARITY``. The range rule is that of the layer's own weight.
         bits: most stored bits per weight, mean over the layers of the step; codes and scales count, biases do not.
         calls: recorded calls of the denoiser to measure on, spread over the trajectory. Measuring calls the denoiser
             ``(layers * formats + 1 + trials) * calls`` times.
-        damage: of whose output, ``denoiser`` or ``layer``. With ``layer`` measuring calls the denoiser ``(2 + trials) * calls`` times, and
-            all layers are taken to matter alike: see :func:`reelquant.allocate.own_errors.own_errors`.
         word: what recipes call the member.
     """
 
     formats: tuple[str, ...] = ("int4/group-64", "int6/channel", "int8/channel")
     bits: float = 4.5
     calls: int = 4
-    damage: str = "denoiser"
     exclusive: ClassVar[bool] = True
     default_on: ClassVar[str] = "*"
     word: ClassVar[str] = ""
@@ -59,8 +55,6 @@ class Measured(Stage):
             raise RecipeError(f"{self.word}.bits is a positive number of bits per weight, got {self.bits}")
         if self.calls < 1:
             raise RecipeError(f"{self.word}.calls is at least 1, got {self.calls}")
-        if self.damage not in DAMAGES:
-            raise RecipeError(f"{self.word}.damage is that of an output; {nearest(self.damage, DAMAGES)}")
 
     @property
     def trials(self) -> int:
@@ -72,7 +66,7 @@ class Measured(Stage):
         return self.calls
 
     def own_calls(self, layers: int) -> int:
-        return (DAMAGES[self.damage].calls(layers, len(self.formats)) + 1 + self.trials) * self.calls
+        return (layers * len(self.formats) + 1 + self.trials) * self.calls
 
     def pick(self, problem: Problem) -> Picks:
         """Divide the budget."""
@@ -125,9 +119,8 @@ class Measured(Stage):
         """Measure the damage of every format in every layer, and divide the budget."""
         with torch.no_grad():  # outputs are computed again: what was recorded may hold results that a reuse kept
             calls = [replace(call, output=work.output(call)) for call in _spread(work.calls, self.calls)]
-        way = DAMAGES[self.damage]
-        with work.timed("measure formats", way.units(len(options), len(self.formats), len(calls))):
-            damage = way.measure(self.word, work, options, calls)
+        with work.timed("measure formats", len(options) * len(self.formats)):
+            damage = np.array([[_damage(self.word, work, {name: one}, calls) for one in row] for name, row in options.items()])
         if not self.trials:
             return self.pick(Problem(damage, sizes, budget))
 
@@ -143,35 +136,6 @@ class Measured(Stage):
             for _ in range(left):  # those that were not needed
                 work.advance()
         return picked
-
-
-def _of_denoiser(word: str, work: ModelWork, options: Options, calls: Sequence[RecordedCall]) -> np.ndarray:
-    return np.array([[_damage(word, work, {name: one}, calls) for one in row] for name, row in options.items()])
-
-
-def _of_layers(word: str, work: ModelWork, options: Options, calls: Sequence[RecordedCall]) -> np.ndarray:
-    del word
-    return own_errors(work, options, calls)
-
-
-class Way(NamedTuple):
-    """How damages are measured.
-
-    Attributes:
-        measure: gives them, ``[layers, formats]``.
-        calls: of the denoiser for each recorded call, by the numbers of layers and formats.
-        units: of progress, by the numbers of layers, formats and recorded calls.
-    """
-
-    measure: Callable[[str, ModelWork, Options, Sequence[RecordedCall]], np.ndarray]
-    calls: Callable[[int, int], int]
-    units: Callable[[int, int, int], int]
-
-
-DAMAGES: Mapping[str, Way] = {
-    "denoiser": Way(_of_denoiser, lambda layers, formats: layers * formats, lambda layers, formats, calls: layers * formats),
-    "layer": Way(_of_layers, lambda layers, formats: 1, lambda layers, formats, calls: calls),
-}
 
 
 def _spread(calls: Sequence[RecordedCall], wanted: int) -> list[RecordedCall]:
