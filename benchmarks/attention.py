@@ -24,6 +24,13 @@ def like(parent: str, name: str, attention: Any) -> dict[str, Any]:
 
 
 WIDE, DGQ = "w8a16", "dgq-w4a6"
+SINGLE = {
+    "e4m3": "e4m3 weights and values",
+    "uint8": "uint8 weights, int8 values",
+    "uint4": "uint4 weights, int8 values",
+    "log2_4": "log2_4 weights",
+    "log2_8": "log2_8 weights",
+}
 BITS = {WIDE: 8.08, DGQ: 4.25}
 NUMBERS: dict[str, dict[str, Any]] = {
     WIDE: {
@@ -31,8 +38,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "int8 scores, queries smoothed too": {"scores": "int8", "smooth": "both"},
         "int4 scores, keys smoothed": {"scores": "int4", "smooth": "keys"},
         "int4 scores, queries smoothed too": {"scores": "int4"},
-        "e4m3 weights and values": {"scores": "float", "values": "e4m3"},
-        "uint8 weights, int8 values": {"scores": "float", "values": "uint8"},
+        **{words: {"scores": "float", "values": values} for values, words in SINGLE.items()},
         "log2_4 weights, cross": [CROSS | {"values": "log2_4"}],
         "log2_4 weights, cross, first key in float": [CROSS | FIRST | {"values": "log2_4"}],
         "log2_4 weights, self": [SELF | {"values": "log2_4"}],
@@ -44,6 +50,21 @@ NUMBERS: dict[str, dict[str, Any]] = {
         "log2_4 weights, cross, first key in float": [CROSS | FIRST | {"values": "log2_4"}],
     },
 }
+CHOICES = {"4 bits": ("uint4", "log2_4"), "8 bits": ("e4m3", "uint8", "log2_8")}
+"""Numbers of the weights that places and steps choose among, by the error of the output of attention in recorded calls."""
+
+
+def single(values: str) -> dict[str, Any]:
+    """:data:`WIDE` with one number for the weights everywhere."""
+    return like(WIDE, SINGLE[values], NUMBERS[WIDE][SINGLE[values]])
+
+
+def chosen(bits: str) -> dict[str, Any]:
+    """:data:`WIDE` with a choice; it records calls for that, and calibrates nothing else."""
+    asked = [{"on": "*", "scores": "float", "values": list(CHOICES[bits])}]
+    return like(WIDE, f"weights of {bits} chosen", asked) | {"calibrate": {}}
+
+
 PLAIN = {parent: f"{parent}, float attention" for parent in NUMBERS}
 ROWS: Rows = {
     label: (recipe, BITS[parent], other)
@@ -52,7 +73,7 @@ ROWS: Rows = {
         (PLAIN[parent], like(parent, "float", None), ""),
         *((f"{parent}, {name}", like(parent, name, asked), PLAIN[parent]) for name, asked in numbers.items()),
     ]
-}
+} | {f"{WIDE}, weights of {bits} chosen": (chosen(bits), BITS[WIDE], PLAIN[WIDE]) for bits in CHOICES}
 
 
 def main() -> None:

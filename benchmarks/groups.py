@@ -12,6 +12,7 @@ Every row rounds weights and inputs alike, input scales are found at run time, a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -91,11 +92,14 @@ def main() -> None:
 
 def compare(name: str, rows: Rows, purpose: str, against: str) -> None:
     """The command line of a benchmark that measures rows and writes ``NAME-PIPELINE.md``; ``against`` says what differences are to."""
-    args = parser(purpose).parse_args()
+    options = parser(purpose or "")
+    options.add_argument("--only", nargs="*", default=["*"], help="labels of rows to measure, or patterns")
+    args = options.parse_args()
     torch.set_num_threads(args.threads)
     clips, records = Clips(args.pipeline, args.clips, dict(args.set), args.batch), Records(args.output / "rows.jsonl")
     if not args.table:
-        run(rows, clips, records, clips.float_frames(args.output))
+        some = {label: row for label, row in rows.items() if any(fnmatch(label, pattern) for pattern in args.only)}
+        run(some, clips, records, clips.float_frames(args.output))
     (args.output / f"{name}-{clips.name}.md").write_text(text := table(rows, clips, records, against))
     print(text)
 

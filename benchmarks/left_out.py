@@ -1,4 +1,4 @@
-"""Published ways to leave out work: what the plan asks of each of them, and what was found here.
+"""Published ways to leave out work: what we expect of each of them, and what was found here.
 
 Run it from the repository root::
 

@@ -26,6 +26,21 @@ def static(weight: dict[str, Any], inputs: str, parent: str = "minmax-w4a8") -> 
     return {"extends": parent, "name": name, "defaults": {"weight": weight, "input": {"format": inputs}}}
 
 
+def three_bits() -> dict[str, Any]:
+    """``qua2-w3.5`` with one format for all layers, at its bytes."""
+    plain = {"format": "int3", "granularity": "group-32"}
+    steps = [{"solve": "gptq", "correct_bias": True}]
+    return {
+        "extends": "w4a16",
+        "name": "int3 group-32, float inputs",
+        "defaults": {"weight": plain},
+        "calibrate": {},
+        "rules": {1: {"weight": plain}},
+        "steps": steps,
+    }
+
+
+INT3 = "int3, groups of 32, float inputs"
 INT4, INT4_10, STATIC4 = "int4, groups of 32", "int4, groups of 10, inputs in groups of 64", "int4, groups of 64, inputs uint4 per tensor"
 W4A6, W8A4 = "int4, groups of 64, inputs uint6 per tensor", "int8, inputs uint4 per tensor"
 ELSEWHERE = {"bottleneck": "resolution", "diffuse-high": "resolution"}
@@ -54,6 +69,7 @@ ROWS: Rows = {
             "ditas-w4a8", "fp-w4a8",
         )
     },
+    "mixed-formats": ("mixed-formats", "mixed-w4.5a8"),
     "reel-w4a8": ("reel-w4a8", "qvd-w4a8"),
     W4A6: (static({}, "uint6"), ""),
     "dgq-w4a6": ("dgq-w4a6", W4A6),
@@ -76,6 +92,8 @@ ROWS: Rows = {
     "w8a16-fp8": ("w8a16-fp8", "w8a16"),
     "w4a16": ("w4a16", ""),
     "personalise-w4": ("personalise-w4", "w4a16"),
+    INT3: (three_bits(), ""),
+    "qua2-w3.5": ("qua2-w3.5", INT3),
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from reelquant.recipes.recipe import Recipe, load_recipe, names
 
 PIPELINES = ("tiny-dit", "tiny-unet", "tiny-ltx")
 PAGE, ROWS = Path("docs/methods.md"), Path("benchmarks/results/rows.jsonl")
-DIVIDED, LEFT_OUT = Path("benchmarks/results/sensitivity-rows-tiny-dit.md"), Path("benchmarks/results/left-out.md")
+DIVIDED, LEFT_OUT = Path("benchmarks/results"), Path("benchmarks/results/left-out.md")
 OTHER = ("trust", "first frame")  # rows of other calibrations and conditions; calibrated as usual counts
 START = """# Methods
 
@@ -37,14 +37,14 @@ multiplies these numbers: quality is real, speed is not.
 
 BITS = """## Methods that divide bits
 
-Methods that say which layer gets which bits are not recipes. They measure and allocate ([sensitivity.md](sensitivity.md)); the recipe
-`mixed-w4.5a8` has one of them inside. What their papers claim, held against ours on `tiny-dit` (`python -m benchmarks.sensitivity_rows`):
-16 clips of evaluation captions, 8 steps, weights rounded to nearest, float inputs, 4.5 bits a weight where nothing else is said.
+Methods that say which layer gets which bits measure and allocate ([sensitivity.md](sensitivity.md)); the recipes `mixed-w4.5a8`,
+`mixed-formats` and `qua2-w3.5` have one of them inside. What their papers claim is held against ours, with weights rounded to nearest and
+float inputs (`python -m benchmarks.sensitivity_rows`).
 """
 
 WORK = """## Methods that leave out work
 
-What the plan asks of published methods that compute less (blocks, attention, sizes, weights), and what was found (`python -m
+What we expect of published methods that compute less (blocks, attention, sizes, weights), and what was found (`python -m
 benchmarks.left_out`). Gains are clip by clip, with 95 % intervals; more of each is in [reuse.md](reuse.md),
 [resolution.md](resolution.md) and [removal.md](removal.md).
 """
@@ -83,9 +83,15 @@ def page(recipes: Iterable[Recipe], rows: list[Mapping[str, Any]]) -> str:
     recipes = list(recipes)
     shown = [name for name in PIPELINES if any(figures(recipe, rows, name) != "-" for recipe in recipes)]
     lines = [[f"[`{one.name}`](#{_anchor(one.name)})", numbers(one), *(figures(one, rows, name) for name in shown)] for one in recipes]
-    tables = [BITS, *_table_of(DIVIDED), "", WORK, *_table_of(LEFT_OUT), ""]
+    tables = [BITS, *map(_divided, PIPELINES), WORK, *_table_of(LEFT_OUT), ""]
     parts = [START, markdown(["recipe", "weights / inputs", *shown], lines), "", *tables, *map(_section, recipes)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _divided(pipeline: str) -> str:
+    """What methods that divide bits do on a pipeline, as ``benchmarks.sensitivity_rows`` wrote it; nothing if it did not."""
+    file = DIVIDED / f"sensitivity-rows-{pipeline}.md"
+    return f"### On {pipeline}\n\n{file.read_text(encoding='utf-8').partition(chr(10) * 2)[2]}" if file.is_file() else ""
 
 
 def _table_of(file: Path) -> list[str]:

@@ -17,9 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from scipy.stats import spearmanr
 
+from benchmarks import attention, groups
 from benchmarks.common import Clips, Records, markdown, parser
+from benchmarks.divergences import damages
+from benchmarks.recipe_search import Trials, searched
 from benchmarks.sensitivity import FORMATS, MAP_CLIPS, UNIFORM, Bench, correlation, figure, gain, hash_of, predicted
 from reelquant.allocate import SensitivityTable, allocate
 from reelquant.allocate.milp import solve
@@ -28,14 +31,11 @@ from reelquant.allocate.sampled import TRIED, cross_entropy
 from reelquant.allocate.sizes import weight_bytes
 from reelquant.damage.gains import gains
 from reelquant.damage.noise import by_noise
-from reelquant.damage.rounding import rounded_weight
 from reelquant.damage.trajectory import try_configurations
-from reelquant.recipes.recipe import names
+from reelquant.recipes.recipe import load_recipe
 
 LOW_UNIFORM = "int3/group-32"  # 3.5 bits a weight with its scales
-BINS = 256  # of histograms of weights
-OTHERS = ("tiny-dit", "tiny-unet", "tiny-ltx")
-SHARE, LEAST_RECIPES = 0.25, 4  # of all recipes that a search over recipes tries; how many there have to be
+ATTENTION_CLIPS = 16
 RATIOS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)  # of the bytes that attention over the prompt gets in the joint optimum
 
 
@@ -123,33 +123,20 @@ def relevance_row(claims: Claims) -> list[Row]:
     by_size = np.array([[layer.weights * 4.0 ** -float(fmt[3]) for fmt in FORMATS] for layer in table.layers])
     found = allocate(table, nbytes=claims.problem().budget, measure="gradient", formats=FORMATS).of(table.components[0])
     sizes = claims.of(solve(*_parts(claims.problem(by_size))))
-    words = f"milp by gradients (Spearman {rho} with a layer at a time)"
+    words = f"milp by gradients (Spearman {rho} with a layer at a time, {len(pairs)} layers and formats)"
     return [_row("relevance (LRP-QViT)", "Spearman 0.6; better than by size", words, claims.psnr(found), "milp by size", sizes)]
 
 
 def histogram_row(claims: Claims) -> list[Row]:
-    """AdaPT (arXiv 2107.13490): word lengths from what rounding does to the histogram of the weights. Nothing is run."""
-    target = claims.bench.target
-    damage = np.array(
-        [
-            [
-                layer.weights * divergence(target.module(layer.name).weight.detach(), rounded_weight(target, layer.name, fmt))
-                for fmt in FORMATS
-            ]
-            for layer in claims.table.layers
-        ]
-    )
-    exact = claims.of(solve(*_parts(claims.problem())))
-    values = claims.of(solve(*_parts(claims.problem(damage))))
-    return [_row("histograms of weights (AdaPT)", "-0.3 dB to milp without a trial", "milp by divergence", values, "milp", exact)]
-
-
-def divergence(weight: Tensor, rounded: Tensor) -> float:
-    """Of the histogram of rounded weights from that of the weights, in nats (Kullback and Leibler)."""
-    low, high = float(weight.min()), float(weight.max())
-    p, q = ((one.float().histc(BINS, low, high) + 1e-3).double() for one in (weight, rounded))
-    p, q = p / p.sum(), q / q.sum()
-    return float((p * (p / q).log()).sum())
+    """AdaPT (arXiv 2107.13490): word lengths from what rounding does to histograms. No format is tried in the denoiser."""
+    problem = claims.problem()
+    exact, rows = solve(*_parts(problem)), []
+    for words, damage in damages(claims.bench.target, FORMATS):
+        rho = float(spearmanr(damage.ravel(), problem.damage.ravel()).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+        values = claims.of(solve(*_parts(claims.problem(damage))))
+        way = f"milp by {words} (Spearman {rho:.2f} with the map)"
+        rows.append(_row("histograms (AdaPT)", "-0.3 dB to milp without a trial", way, values, "milp", claims.of(exact)))
+    return rows
 
 
 def noise_row(claims: Claims) -> list[Row]:
@@ -199,33 +186,35 @@ def shared(problem: Problem, apart: np.ndarray, joint: Picks) -> list[Picks]:
 
 
 def recipes_row(claims: Claims) -> list[Row]:
-    """Quantune (arXiv 2202.05048): a search over whole recipes that begins with what was measured of another model.
-
-    Ours orders recipes by their quality on the other pipeline, instead of learning boosted trees: there are tens of recipes, not hundreds.
-    """
-    name = claims.bench.clips.name
-    mine, rows = measured_recipes(name), []
-    for other in OTHERS:
-        known = {} if other == name else measured_recipes(other)
-        common = sorted(mine.keys() & known.keys(), key=lambda one: -known[one])
-        if len(common) < LEAST_RECIPES:
-            continue
-        trials = max(int(SHARE * len(common)), 1)
-        lost = max(mine[one] for one in common[:trials]) - max(mine[one] for one in common)
-        told = f"{lost:+.1f} (Spearman {correlation([mine[one] for one in common], [known[one] for one in common])})"
-        way = f"{trials} of {len(common)} recipes of 4-bit weights, in the order of {other}"
-        rows.append(["search over recipes (Quantune)", "-0.3 dB to all of them in 25 % of the trials", way, "-", "the best of all", told])
+    """Quantune (arXiv 2202.05048): a search over whole recipes that begins with what was measured of other models."""
+    rows = []
+    for one in searched(Trials.load(Path("benchmarks/results/rows.jsonl")), splits=0):
+        if one.pipeline == claims.bench.clips.name:
+            way = f"{len(one.tried)} of {len(one.figures)} recipes ({one.words}), after trials on {' and '.join(one.others)}"
+            told = f"{-one.lost:+.1f}"
+            rows.append(
+                ["search over recipes (Quantune)", "-0.3 dB to all of them in 25 % of the trials", way, "-", "the best of all", told]
+            )
     return rows
 
 
-def measured_recipes(pipeline: str) -> dict[str, float]:
-    """PSNR of the library's recipes with weights of 4 bits on a pipeline, as ``benchmarks.library`` has measured them last."""
-    found: dict[str, float] = {}
-    for row in Records(Path("benchmarks/results/rows.jsonl")).load():
-        name = row["name"].removeprefix("beside ")
-        if row.get("pipeline") == pipeline and row.get("status") == "measured" and "-w4" in name and name in names():
-            found[name] = row["psnr_mean"]
-    return found
+def attention_row(claims: Claims) -> list[Row]:
+    """Mixed Non-linear Quantization (arXiv 2407.18437): numbers by signal to noise, for every softmax by itself.
+
+    Ours: the weights of attention, by place and step, by the error of the output of attention. Rows of ``benchmarks.attention``, 16 clips
+    in the pipeline's own steps, with the layers' weights in 8 bits.
+    """
+    clips = Clips(claims.bench.clips.pipeline, ATTENTION_CLIPS)
+    known = {(row["name"], row["digest"]): row["psnr"] for row in Records(Path("benchmarks/results/rows.jsonl")).load() if row.get("psnr")}
+    rows = []
+    for bits, candidates in attention.CHOICES.items():
+        chosen = known.get(groups.key(clips, load_recipe(attention.chosen(bits))))
+        for one in candidates if chosen else ():
+            single = known.get(groups.key(clips, load_recipe(attention.single(one))))
+            if single:
+                way = f"one of {', '.join(candidates)} by place and step"
+                rows.append(_row("attention weights (Mixed Non-linear)", "at least as good as every single one", way, chosen, one, single))
+    return rows
 
 
 def _parts(problem: Problem) -> tuple[np.ndarray, np.ndarray, float]:
@@ -241,6 +230,7 @@ CLAIMS: tuple[Claim, ...] = (
     groups_row,
     noise_row,
     recipes_row,
+    attention_row,
 )
 HEADINGS = ("method", "claim", "ours", "PSNR, dB (95 %)", "held against", "difference, clip by clip, dB (95 %)")
 

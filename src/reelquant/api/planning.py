@@ -101,7 +101,9 @@ def plan(
         table = _table(model, map, allocate, parts, device, heard, call) if map is None or isinstance(map, str | Path) else map
         return Formats(table, allocate)
 
-    Formats(method=allocate)  # an unknown name is an error before anything is opened
+    usual = Formats(method=allocate)  # an unknown name is an error before anything is opened
+    if bits is not None and (map is None or (isinstance(map, str | Path) and _map_file(map) is None)):
+        usual.check_bits(bits)  # before a map of the usual formats is measured
     how = dict(device=device, dtype=dtype, min_speed=min_speed, bits=bits, recipes=recipes, formats=formats, progress=heard)
     return plan_memory(model, max_memory, call=call, **how)
 
@@ -120,7 +122,7 @@ def _table(
 
     from reelquant._numbers import size
     from reelquant._remarks import remark
-    from reelquant.allocate.table import FILE, load_table
+    from reelquant.allocate.table import load_table
     from reelquant.api.sensing import sensitivity
     from reelquant.planning.formats import BASE, MEASURED, measuring_bytes
     from reelquant.planning.timing import here
@@ -128,8 +130,8 @@ def _table(
 
     tried = TRIED if method == "surrogate" else 0
     place = Path(folder) if folder is not None else _own_folder(model, call, tried)
-    if place.suffix == ".json" or (place / FILE).is_file():
-        return load_table(place)
+    if (file := _map_file(place)) is not None:
+        return load_table(file)
     needed, free = measuring_bytes(parts), psutil.virtual_memory().available
     if needed > free:
         remark(
@@ -142,6 +144,15 @@ def _table(
         model, place, recipe=allocated(BASE, {}, name=BASE), formats=MEASURED, inputs=(), configurations=tried, ranges=1, device=where,
         progress=progress or False, **call,
     )  # fmt: skip
+
+
+def _map_file(place: str | Path) -> Path | None:
+    """The file of a map that was measured; None for a folder without one."""
+    from reelquant.allocate.table import FILE
+
+    place = Path(place)
+    file = place if place.suffix == ".json" else place / FILE
+    return file if file == place or file.is_file() else None
 
 
 def _own_folder(model: str | Path, call: Mapping[str, Any], tried: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -140,10 +141,12 @@ def sensitivity(
     """Measure how much rounding each layer changes the clips, write it as a table, and divide a budget of bits by it."""
     call = call_options(steps=steps, frames=frames, height=height, width=width, guidance=guidance)
     over_steps = {"input": step_bits, "weight": step_weight_bits}
-    if any(one is not None for one in (bits, size, *over_steps.values())) and output is None and not is_table(model):
-        names = "--bits, --size, --step-bits, --step-weight-bits"
-        raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint=names)
-    _check(bits, size, over_steps, method)
+    _check_budgets(bits, size, over_steps, method)
+    if not is_table(model):
+        _check_model(model, bits, _list(formats))
+        if output is None and any(one is not None for one in (bits, size, *over_steps.values())):
+            names = "--bits, --size, --step-bits, --step-weight-bits"
+            raise typer.BadParameter("the map and the recipe need a folder to lie in: give --output", param_hint=names)
     if is_table(model):
         table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
     else:
@@ -167,7 +170,7 @@ def sensitivity(
     return None
 
 
-def _check(bits: float | None, size: str | None, over_steps: dict[str, float | None], method: str) -> None:
+def _check_budgets(bits: float | None, size: str | None, over_steps: Mapping[Any, float | None], method: str) -> None:
     """Refuse budgets that no table meets before hours of measuring.
 
     Raises:
@@ -194,6 +197,26 @@ def is_table(model: str) -> bool:
     return (path.is_dir() and (path / FILE).is_file() and not (path / "model_index.json").is_file()) or path.suffix == ".json"
 
 
+def _check_model(model: str, bits: float | None, formats: tuple[str, ...] | None) -> None:
+    """Refuse what would be refused after measuring, which takes minutes.
+
+    Raises:
+        ReelQuantError: if there is no pipeline, or the budget is below the codes of the smallest format.
+    """
+    from reelquant._errors import CheckpointError, RecipeError
+    from reelquant.allocate.sizes import weight_bits
+    from reelquant.allocate.table import FILE
+    from reelquant.damage import Wanted
+    from reelquant.models.pipelines import locate
+
+    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
+        raise CheckpointError(f"'{model}' holds no pipeline to measure (model_index.json) and no map to read ({FILE})")
+    locate(model)
+    known = formats or Wanted().formats
+    if bits is not None and bits < (least := min(map(weight_bits, known))):
+        raise RecipeError(f"--bits {bits:g} is less than the codes of {', '.join(known)} take, {least:g} bits and more with scales")
+
+
 def _read(model: str, call: dict[str, Any], measure: list[str] | None) -> SensitivityTable:
     from reelquant.allocate import load_table
 
@@ -204,9 +227,7 @@ def _read(model: str, call: dict[str, Any], measure: list[str] | None) -> Sensit
 
 def _measure(model: str, output: Path | None, dtype: str, told: dict[str, Any], call: dict[str, Any]) -> SensitivityTable:
     from reelquant.cli.signals import keeping
-    from reelquant.models.pipelines import locate
 
-    locate(model)
     check_device(told["device"])
     number = torch_dtype(dtype)
     console.quiet_loading()

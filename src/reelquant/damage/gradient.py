@@ -16,7 +16,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.allocate.table import EVERY, Damage, Part
 from reelquant.clock import BOTH
 from reelquant.damage.kept import Kept
-from reelquant.damage.rounding import Steps, input_rounding, rounded_weight
+from reelquant.damage.rounding import Steps, input_of, input_rounding, rounded_weight, with_input
 from reelquant.damage.scene import HALVES, Scene, Target, following
 from reelquant.evidence import bootstrap
 
@@ -171,23 +171,24 @@ class _Pass:
         weight, axis = module.weight, self.target.plan.map.layers[name].channel_axis
         roundings = [input_rounding(self.target, name, written) for written in self.inputs]
 
-        def before(module: nn.Module, args: Any) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             place = (self.target.step, self.target.half)
             view = weight.view_as(weight)
             view.register_hook(lambda grad: _add(self.rows, (place, name), self._moved(name, grad)))
             module.__dict__["weight"] = view
-            if not roundings or not args or not isinstance(args[0], Tensor):
+            read = input_of(args, kwargs)
+            if not roundings or not isinstance(read, Tensor):
                 return None
-            x = args[0].detach().requires_grad_() if not args[0].requires_grad else args[0].view_as(args[0])
+            x = read.detach().requires_grad_() if not read.requires_grad else read.view_as(read)
             value = x.detach()
             x.register_hook(lambda grad: _add(self.squares, (place, name), _squares(grad, value, roundings, axis)))
-            return (x, *args[1:])
+            return with_input(args, kwargs, x)
 
         def after(*_: Any) -> None:
             module.__dict__.pop("weight", None)
 
         stack.callback(after)  # a call that is computed again ends as soon as it has what it needs, and then no hook runs
-        stack.callback(module.register_forward_pre_hook(before).remove)
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(after).remove)
 
     def _moved(self, name: str, grad: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reelquant._progress import Progress
 from reelquant.allocate.measured import flat
 from reelquant.damage.kept import Kept
-from reelquant.damage.rounding import disturbed, input_rounding, rounded_weight
+from reelquant.damage.rounding import disturbed, input_of, input_rounding, rounded_weight
 from reelquant.damage.scene import Target
 from reelquant.damage.spread import Seen
 from reelquant.engine.recorded import again
@@ -116,7 +116,7 @@ def _powers(
         for layer in target.layers:
             roundings = [input_rounding(target, layer.name, written) for written in inputs]
             hook = _watching(target, layer.name, deltas(layer.name), roundings, found)
-            stack.callback(target.module(layer.name).register_forward_hook(hook).remove)
+            stack.callback(target.module(layer.name).register_forward_hook(hook, with_kwargs=True).remove)
         again(target.denoiser, call)
     return [one for layer in target.layers for one in found.get(layer.name, [0.0] * (len(weights) + len(inputs)))]
 
@@ -127,10 +127,10 @@ def _watching(
     """Looks at the first call of a layer."""
     axis = target.plan.map.layers[name].channel_axis
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if name in found or not args or not isinstance(output, Tensor):
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if name in found or not isinstance(output, Tensor):
             return
-        x, weight = args[0].float(), module.weight.detach().float()
+        x, weight = input_of(args, kwargs).float(), module.weight.detach().float()
         bias = module.bias.detach().float() if module.bias is not None else None
         outputs = len(weight)
         product = output.float() if bias is None else output.float() - (bias if axis == -1 else bias.reshape(-1, *[1] * (x.ndim - 2)))

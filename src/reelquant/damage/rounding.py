@@ -102,6 +102,16 @@ def weights_rounded(target: Target, weights: Mapping[str, Tensor], steps: Steps 
         put(kept)
 
 
+def input_of(args: Any, kwargs: Any) -> Any:
+    """What a layer reads; motion modules of diffusers name it."""
+    return args[0] if args else kwargs["input"]
+
+
+def with_input(args: Any, kwargs: Any, x: Any) -> tuple[Any, Any]:
+    """The arguments of a layer that reads something else."""
+    return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
+
+
 @contextmanager
 def inputs_rounded(target: Target, formats: Mapping[str, str], steps: Steps = None) -> Iterator[None]:
     """Inside, these layers round what they read to these formats, at these steps only."""
@@ -109,10 +119,10 @@ def inputs_rounded(target: Target, formats: Mapping[str, str], steps: Steps = No
         for layer, written in formats.items():
             rounding = input_rounding(target, layer, written)
 
-            def before(module: nn.Module, args: Any, rounding: Callable[[Tensor], Tensor] = rounding) -> Any:
-                return (rounding(args[0]), *args[1:]) if args and _within(target.step, steps) else None
+            def before(module: nn.Module, args: Any, kwargs: Any, rounding: Callable[[Tensor], Tensor] = rounding) -> Any:
+                return with_input(args, kwargs, rounding(input_of(args, kwargs))) if _within(target.step, steps) else None
 
-            handle = target.module(layer).register_forward_pre_hook(before)
+            handle = target.module(layer).register_forward_pre_hook(before, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 

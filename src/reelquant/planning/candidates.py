@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 
 from reelquant._errors import ReelQuantError
 from reelquant._progress import Progress
 from reelquant._remarks import remark
+from reelquant.discover.components import Kind
 from reelquant.engine.components import check_stepless
 from reelquant.engine.plan import Plan, make_plan
 from reelquant.planning.formats import Formats
@@ -24,11 +27,16 @@ from reelquant.policies.resolution import ChangeResolution, SizeStage
 from reelquant.recipes.recipe import Recipe, load_recipe
 
 FLOAT = "float"
-DENOISER = (FLOAT, "qvd-w8a8", "w8a16", "reel-w6a6", "reel-w4a8", "w4a16")
-ENCODER, VAE = (FLOAT, "w8a16", "w4a16"), (FLOAT, "w8a16")
-BY_KIND: Mapping[str, Sequence[str]] = {"text encoder": ENCODER, "image encoder": ENCODER, "vae": VAE}
+FILE = "tried.json"
 DENOISERS = "denoisers"
 """The slot that all denoisers and ControlNets share: they get the same recipe."""
+
+
+@functools.cache
+def tried(kind: Kind) -> tuple[str, ...]:
+    """Recipes that are tried for components of a kind where nobody names any, :data:`FLOAT` among them, the most wanted first."""
+    table = json.loads(resources.files("reelquant.planning").joinpath(FILE).read_text(encoding="utf-8"))
+    return tuple(table[kind])
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +108,7 @@ class Bench:
         """Of every slot.
 
         Args:
-            recipes: those of the denoisers, in order of preference; by default :data:`DENOISER`.
+            recipes: those of the denoisers, in order of preference; by default those of :func:`tried`.
             bits: denoisers get formats by layer with so many bits on average, and nothing else.
 
         Raises:
@@ -112,7 +120,7 @@ class Bench:
                 found[slot] = [self.allocated(bits)]
                 continue
             asked = recipes if slot == DENOISERS else None
-            names = asked or (DENOISER if slot == DENOISERS else BY_KIND[parts[0].kind])
+            names = asked or tried("denoiser" if slot == DENOISERS else parts[0].kind)
             found[slot] = [one for rank, name in enumerate(names) if (one := self._try(slot, name, rank, strict=bool(asked))) is not None]
         return found
 

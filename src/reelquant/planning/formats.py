@@ -45,16 +45,25 @@ class Formats:
         """Fewest and most bits per weight that formats have, with scales."""
         return (LEAST, MOST) if self.table is None else reach(self.table)
 
+    def check_bits(self, bits: float) -> None:
+        """Refuse bits that no mixture of the formats has.
+
+        Raises:
+            RecipeError: naming the fewest and the most.
+        """
+        least, most = self.reach
+        if not least - 0.01 <= bits <= most + 0.01:
+            ends = f"{math.ceil(100 * least) / 100:g} and {most:.2f}"
+            raise RecipeError(f"--bits lies between {ends} bits per weight with scales, got {bits:g}")
+
     def recipes(self, bits: float, components: Iterable[str]) -> dict[str, Recipe]:
         """A recipe for each denoiser, together ``bits`` per weight on average, or a little less.
 
         Raises:
             RecipeError: for bits that no mixture of the formats has.
         """
+        self.check_bits(bits)
         least, most = self.reach
-        if not least - 0.01 <= bits <= most + 0.01:
-            ends = f"{math.ceil(100 * least) / 100:g} and {most:.2f}"
-            raise RecipeError(f"--bits lies between {ends} bits per weight with scales, got {bits:g}")
         if self.table is None:
             return dict.fromkeys(components, _chosen_later(round(bits, 2), self.method))
         found = allocate(self.table, bits=min(max(bits, least), most), method=self.method, formats=self._formats(self.table, bits))

@@ -3,13 +3,14 @@
 A tensor of at least 32 MiB gets pages of its own, and they go when it goes. Smaller ones lie in one heap: the smallest hole that is large
 enough is taken, else the heap grows, and it shrinks only at its end. So a process holds more than its tensors have. The rules are those of
 malloc(3) and mallopt(3): the mapping threshold follows the largest mapped chunk that was freed, up to 32 MiB, where it is in a process that
-has loaded a model; the heap is cut when the hole at its end is twice as large as that. What other threads allocate, what kernels allocate
-for themselves, and small things that lie between the holes are not followed.
+has loaded a model; the heap is cut when the hole at its end is twice as large as that. What other threads allocate, and small things that
+lie between the holes, are not followed: :func:`held` is the least that a process holds, and :func:`apart` the most.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -114,3 +115,23 @@ def held(events: Iterable[Event], rounds: int = 2) -> int:
     for _ in range(rounds):
         heap.follow(events)
     return heap.peak
+
+
+def apart(events: Iterable[Event]) -> int:
+    """Most bytes that a process holds beyond what it held before, if a hole only ever takes a tensor of the size that left it.
+
+    A tensor is aligned, so it needs a hole a little larger than itself: where small things have taken the rest, the hole that a tensor of
+    its size has left does for none of the larger ones, and smaller ones leave pieces.
+    """
+    now, most, sizes = Counter[int](), Counter[int](), dict[int, int]()
+    mapped = peak = 0
+    for event in events:
+        size = sizes.setdefault(event.tensor, event.size) if event.size > 0 else sizes.pop(event.tensor)
+        sign = 1 if event.size > 0 else -1
+        if size >= MOST:
+            mapped += sign * size
+            peak = max(peak, mapped)
+        elif size >= SMALL:
+            now[size] += sign
+            most[size] = max(most[size], now[size])
+    return peak + sum(size * count for size, count in most.items())

@@ -10,7 +10,7 @@ from torch import nn
 from reelquant.engine.plan import Plan
 from reelquant.engine.quality import model_bytes
 from reelquant.engine.sizes import quantized_bytes, table_bytes
-from reelquant.planning.heap import held
+from reelquant.planning.heap import apart, held
 from reelquant.planning.parts import Part
 from reelquant.planning.trace import Trace
 
@@ -64,14 +64,22 @@ def footprint(part: Part, plan: Plan | None, traces: Sequence[Trace], device: st
         weights,
         round((part.bytes - sum(blocks)) * share),
         round(max(blocks, default=0) * share),
-        max((running(trace, device) for trace in traces), default=0),
+        max((running(trace, device, once=not part.denoises) for trace in traces), default=0),
         kept,
     )
 
 
-def running(trace: Trace, device: str) -> int:
-    """Bytes that a call holds: on a CPU in the heap of the process, on other devices those of its tensors."""
-    return held(trace.events) if device == "cpu" else trace.peak
+def running(trace: Trace, device: str, *, once: bool = False) -> int:
+    """Bytes that a call holds: on a CPU in the heap of the process, on other devices those of its tensors.
+
+    Args:
+        once: of a component that runs once for a clip. Decoders have tensors of many sizes, whose holes do not suit each other: the middle
+            between the least and the most that a heap holds is taken.
+    """
+    if device != "cpu":
+        return trace.peak
+    least = held(trace.events)
+    return (least + max(apart(trace.events), least)) // 2 if once else least
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -30,6 +30,7 @@ from reelquant.streaming import Source, parse_bytes
 
 BANDS = {"memory": 0.10, "speed": 0.25}
 """Relative errors of predictions on a CPU, as far off as ``benchmarks/planning.py`` has found them; see benchmarks/results/planning.md."""
+WITHOUT_UNIT = 10_000  # bytes: who asks for less has left out the unit
 FINEST = 0.01  # bits per weight: budgets of formats by layer are multiples of it
 AskFormats = Callable[[Mapping[str, Part]], Formats]
 """Gives, or measures, what formats by layer are chosen by; it is asked if a plan needs them."""
@@ -300,8 +301,9 @@ class Survey:
         )
         needs = f" with {mode} offload" if mode != "none" else ""
         clip = "x".join(map(str, self.seen.clip))
+        unit = " (a number without a unit is bytes)" if budget < WITHOUT_UNIT else ""
         return (
-            f"--max-memory {size(budget)} is too little for '{self.model}' at {clip}: the smallest way, {first.name}{needs}, takes "
+            f"--max-memory {size(budget)}{unit} is too little for '{self.model}' at {clip}: the smallest way, {first.name}{needs}, takes "
             f"{size(least)}; allow --max-memory {_enough(least)}, or make shorter or smaller clips"
         )
 

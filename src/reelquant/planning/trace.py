@@ -1,7 +1,8 @@
 """What a model computes and holds in one call, followed on the meta device: no number is computed, every tensor has its true size.
 
 A trace sees each layer and each attention as one piece of work, and everything else operator by operator. The bytes of the tensors that are
-alive are added up as they come and go. What operators hold for themselves while they run (reordered copies inside of oneDNN) is not seen.
+alive are added up as they come and go. On a CPU a convolution holds its input and its weight a second time while it runs, in the order that
+oneDNN multiplies in: that is among the events, and not in the sum. What other operators hold for themselves is not seen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from reelquant.planning.heap import Event
 
-LAYERS: tuple[Callable[..., Tensor], ...] = (F.linear, torch.conv1d, torch.conv2d, torch.conv3d)
+CONVOLUTIONS: tuple[Callable[..., Tensor], ...] = (torch.conv1d, torch.conv2d, torch.conv3d)
+LAYERS: tuple[Callable[..., Tensor], ...] = (F.linear, *CONVOLUTIONS)
 ATTENTION = F.scaled_dot_product_attention
 GAP = 8
 NUMBER = torch.ops.aten._local_scalar_dense.default
@@ -93,7 +95,7 @@ class Trace:
         peak: most bytes that tensors held at a time, parameters and what the caller holds left out.
         alive: bytes that tensors hold now.
         calls: how often each piece of work was done.
-        events: memory that was taken and given back, in order.
+        events: memory that was taken and given back, in order; that of convolutions beside their tensors, too.
     """
 
     peak: int = 0
@@ -156,6 +158,13 @@ class _Alive(TorchDispatchMode):
         self.trace.events.append(Event(number, size))
         weakref.finalize(storage, self._gone, key, number, size)
 
+    def pass_by(self, *sizes: int) -> None:
+        """Memory that an operator takes and gives back, beside its tensors."""
+        events = self.trace.events
+        first = len(events)
+        events += [Event(first + place, size) for place, size in enumerate(sizes)]
+        events += [Event(first + place, -size) for place, size in enumerate(sizes)]
+
     def ignore(self, tensor: Tensor) -> None:
         """A tensor that other code holds."""
         storage = tensor.untyped_storage()
@@ -213,6 +222,8 @@ class _Work(TorchFunctionMode):
         with self._as_one():
             made = func(*args, **kwargs)
         del codes
+        if func in CONVOLUTIONS:
+            self.alive.pass_by(x.nbytes, args[1].nbytes if len(args) > 1 else kwargs["weight"].nbytes)
         return made
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

@@ -61,9 +61,28 @@ def test_what_cannot_be_is_said_and_nothing_is_written(folder: Path, words: tupl
     assert [file.name for file in folder.iterdir()] == ["sensitivity.json"]
 
 
-def test_a_budget_without_a_folder_is_refused_before_anything_is_opened() -> None:
-    result = invoke("sensitivity", "tiny-dit", "--bits", "4.5")
-    assert result.exit_code != 0 and "give --output" in " ".join(result.output.replace("│", " ").split())
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("tiny-dit", "--bits", "4.5"), "the map and the recipe need a folder to lie in: give --output"),
+        (("tiny-dit", "-o", "{}/map", "--bits", "2"), "--bits 2 is less than the codes of int3/group-64"),
+        (("tiny-dit", "-o", "{}/map", "--bits", "3", "--formats", "int4/channel,int8/channel"), "4 bits and more with scales"),
+        (("tiny-dit", "-o", "{}/map", "--size", "much"), "'much' is not an amount of memory"),
+        (("tiny-dit", "-o", "{}/map", "--bits", "4.5", "--method", "mlip"), "did you mean 'milp'"),
+        (("{}", "--bits", "4.5"), "holds no pipeline to measure (model_index.json) and no map to read (sensitivity.json)"),
+        (("{}/nothing", "--bits", "4.5"), "no pipeline at"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise AssertionError("something is measured")
+
+    monkeypatch.setattr("reelquant.api.sensitivity", measured)
+    result = invoke("sensitivity", *(word.format(tmp_path) for word in words))
+    said = " ".join((result.output + str(result.exception or "")).replace("│", " ").split())
+    assert result.exit_code != 0 and message in said, said
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -105,6 +105,19 @@ def test_all_inputs_at_a_step_are_predicted_by_their_gradients(table: Sensitivit
         assert 0.2 < found / true < 5
 
 
+def test_layers_that_are_called_by_the_name_of_their_input_are_measured(tmp_path: Path) -> None:
+    """Motion modules of diffusers call their first layer so."""
+    pipe, ways = FakePipeline(TINY["UNetMotionModel"]()), ("trajectory", "gradient", "noise")
+    own = dict(measures=ways, formats=FORMATS[:1], inputs=INPUTS[:1], clips=1, ranges=1, noise_calls=1)
+    wanted = Wanted(recipe="w8a16", skip=("re:^(?!.*motion_modules.*proj_in).*",), **own)  # type: ignore[arg-type]
+    table = measure(pipe, "tiny-unet", tmp_path, wanted, TEXTS[:1], call={"num_inference_steps": 1}).table
+    assert table.layers and all(layer.name.endswith("proj_in") for layer in table.layers)
+    for way in ways:
+        for part in ("weight", "input"):
+            rows = table.select(way, part)  # type: ignore[arg-type]
+            assert all(row.damage > 1e-12 for key, row in rows.items() if key[1] != "*"), (way, part)
+
+
 def test_ranges_of_steps_and_halves_of_guidance_are_apart(table: SensitivityTable) -> None:
     for way in ("gradient", "noise"):
         assert table.step_ranges("transformer", way) == ((0, 1), (2, 2))  # type: ignore[arg-type]

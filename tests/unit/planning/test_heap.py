@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reelquant.planning.heap import HEADER, Event, Heap, held
+from reelquant.planning.heap import HEADER, Event, Heap, apart, held
 
 MB = 1 << 20
 OWN = HEADER  # bytes of a chunk beside the tensor's
@@ -57,3 +57,13 @@ def test_a_second_round_finds_the_heap_of_the_first() -> None:
 
 def test_small_tensors_fit_into_what_is_there() -> None:
     assert held([take(0, 100), take(1, 4000)]) == 0
+
+
+def test_at_most_every_size_keeps_its_own_holes() -> None:
+    events = [take(0, 10 * MB), give(0), take(1, 9 * MB), take(2, 9 * MB), give(1), take(3, 9 * MB), give(2), give(3)]
+    assert apart(events) == (10 + 2 * 9) * MB
+    assert held(events) == 18 * MB + 2 * OWN < apart(events)
+
+
+def test_large_tensors_and_small_ones_are_no_holes() -> None:
+    assert apart([take(0, 40 * MB), give(0), take(1, 50 * MB), give(1), take(2, 100)]) == 50 * MB

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ from reelquant.allocate import Damage, SensitivityTable
 from reelquant.cli import app
 from reelquant.cli.plan import _written, tables
 from reelquant.damage.scene import layers_of
+from reelquant.discover.components import TIMED, Kind
 from reelquant.engine.sizes import layers_bytes, quantized_bytes
 from reelquant.models.sampling import sample
 from reelquant.nn import quantized_layers
 from reelquant.planning import Planned, Way, quality
-from reelquant.planning.candidates import Bench, Candidate
+from reelquant.planning.candidates import FLOAT, Bench, Candidate, tried
 from reelquant.planning.formats import MEASURED, Formats
 from reelquant.planning.memory import Footprint, peak
 from reelquant.planning.plan import Survey, files_of, recipe_yaml, survey
@@ -55,6 +56,14 @@ def tight(plan: Planned, share: float) -> int:
     """A budget between the smallest way and the float pipeline."""
     least = min(way.peak for way in plan.others)
     return round(least + share * (plan.as_it_is.peak - least))
+
+
+def test_what_is_tried_for_every_kind_of_component_is_in_the_library() -> None:
+    """A recipe that is renamed, or a new kind of component, is noticed here and not by a user."""
+    for kind in ("denoiser", *(one for one in get_args(Kind) if one not in TIMED)):
+        first, *others = tried(kind)
+        assert first == FLOAT
+        assert others and set(others) <= set(names())
 
 
 @pytest.mark.parametrize("model", BUNDLED)
@@ -110,6 +119,22 @@ def test_without_a_map_formats_are_chosen_while_quantizing(surveys: dict[str, Su
         Formats().recipes(2.0, ["transformer"])
     with pytest.raises(RecipeError, match="unknown method 'mlip' of allocation; did you mean 'milp'"):
         reelquant.plan("tiny-dit", max_memory=ROOM, allocate="mlip")
+
+
+def test_bits_out_of_reach_are_refused_before_a_map_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a map is measured")
+
+    monkeypatch.setattr("reelquant.api.sensing.sensitivity", measured)
+    for place in (None, tmp_path / "no-map-yet"):
+        for bits in (1.0, 9.0):
+            with pytest.raises(RecipeError, match=rf"--bits lies between 3\.26 and 8\.00 bits .* got {bits:g}"):
+                reelquant.plan("tiny-dit", max_memory=ROOM, bits=bits, map=place)
+
+
+def test_a_budget_without_a_unit_is_told_to_be_bytes(surveys: dict[str, Survey]) -> None:
+    with pytest.raises(RecipeError, match=r"--max-memory 12 bytes \(a number without a unit is bytes\) is too little"):
+        surveys["tiny-dit"].within(parse_bytes("12"))
 
 
 @pytest.fixture(scope="module")

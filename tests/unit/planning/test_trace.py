@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from reelquant.planning.heap import Event
+from reelquant.planning.memory import running
 from reelquant.planning.trace import AttentionCall, LayerCall, OperatorCall, Rounding, Shape, Trace, traced
 
 TOKENS = 1000
@@ -77,6 +80,23 @@ def test_codes_of_rounded_inputs_are_held_while_a_layer_runs() -> None:
     floats = TOKENS * 2 * 4
     assert followed(model=layer).peak == floats
     assert followed(Rounding({"": 1.0}), layer).peak == floats + TOKENS * 8  # a byte for every number of the input
+
+
+def test_a_convolution_holds_its_input_and_weight_twice_on_a_cpu_only() -> None:
+    layer, x = nn.Conv1d(8, 2, 3, device="meta"), torch.empty(1, 8, TOKENS, device="meta")
+    with torch.no_grad(), traced(layer) as trace:
+        layer(x)
+    output, copies = 2 * (TOKENS - 2) * 4, 8 * TOKENS * 4 + 2 * 8 * 3 * 4
+    assert running(trace, "cuda") == trace.peak == output
+    assert running(trace, "cpu") == pytest.approx(output + copies - 2 * 8 * 3 * 4, abs=1000)  # the weight is small enough for any hole
+
+
+def test_of_what_runs_once_the_middle_of_least_and_most_is_taken() -> None:
+    size = 1 << 20
+    events = [Event(0, 3 * size), Event(0, -3 * size), Event(1, 2 * size), Event(1, -2 * size)]
+    trace = Trace(events=events)
+    assert running(trace, "cpu") == pytest.approx(3 * size, rel=1e-3)
+    assert running(trace, "cpu", once=True) == pytest.approx((3 + 5) / 2 * size, rel=1e-3)
 
 
 def test_a_block_of_tokens_at_a_time_holds_one_block_and_counts_for_all() -> None:
