@@ -336,8 +336,8 @@ def _feature(case: Case, feature: Feature) -> bool:
 
 
 def step_bits(case: Case) -> str:
-    """Weights and inputs in fewer bits at a step, from the codes of the other, and half of the layers in other bits than the rest: a coarser
-    answer, saved and opened by stock diffusers."""
+    """Weights and inputs in fewer bits at a step, from the codes of the other, and half of the layers in other bits: a coarser answer,
+    saved and opened by stock diffusers."""
     model, name = realigned(case.quantized(DYNAMIC)), "timestep"
     steps = [case.inputs(), case.inputs() | {name: case.inputs()[name] / 2}]
     times = [float(one[name].max()) for one in steps]

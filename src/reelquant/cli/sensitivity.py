@@ -137,7 +137,7 @@ def sensitivity(
         told = dict(
             recipe=recipe or "w4a16", measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
             clips=clips, ranges=ranges, configurations=configurations, components=component, steps=by_step, skip=skip or (),
-            prompts=conditions(prompts), device=device, force=force,
+            step_bits=step_bits, step_weight_bits=step_weight_bits, prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
         table, folder = _measure(model, output, dtype, told, call), output
     found, plans = _divided(table, bits, size, over_steps, method)
@@ -214,9 +214,9 @@ def _recipes(table: SensitivityTable, folder: Path, base: str | None, found: All
         recipe: Any = base or table.settings.get("recipe") or table.recipe
         if found is not None:
             recipe = allocated(recipe, found.of(name), found.skipped[name])
-        mine = [one.overrides(table) for one in plans if one.component == name]
+        mine = [entry for one in plans if one.component == name for entry in one.entries(table)]
         if mine:
-            recipe = with_steps(recipe, {key: value for one in mine for key, value in one.items()})
+            recipe = with_steps(recipe, mine)
         file = folder / ("recipe.yaml" if len(table.components) == 1 else f"recipe-{name}.yaml")
         write_text(file, recipe_text(recipe))
         made.append(file)

@@ -118,6 +118,44 @@ def inputs_rounded(target: Target, formats: Mapping[str, str], steps: Steps = No
 
 
 @contextmanager
+def weights_by_step(target: Target, formats: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Inside, the weights of these layers have the format of the step, one for each; the target has to follow its calls for that."""
+    modules = {name: target.module(name) for name in formats}
+    kept = {name: module.weight.data for name, module in modules.items()}
+    known: dict[tuple[str, str], Tensor] = {}
+
+    def put(*_: Any) -> None:
+        for name, module in modules.items():
+            written = formats[name][target.step]
+            if (name, written) not in known:
+                module.weight.data = kept[name]
+                known[name, written] = rounded_weight(target, name, written)
+            module.weight.data = known[name, written]
+
+    handle = target.denoiser.register_forward_pre_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for name, module in modules.items():
+            module.weight.data = kept[name]
+
+
+@contextmanager
+def inputs_by_step(target: Target, formats: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Inside, these layers round what they read to the format of the step, one for each; the target has to follow its calls for that."""
+    with ExitStack() as stack:
+        for layer, written in formats.items():
+            roundings = {one: input_rounding(target, layer, one) for one in set(written)}
+
+            def before(module: nn.Module, args: Any, written: Sequence[str] = written, roundings: Mapping[str, Any] = roundings) -> Any:
+                return (roundings[written[target.step]](args[0]), *args[1:]) if args else None
+
+            stack.callback(target.module(layer).register_forward_pre_hook(before).remove)
+        yield
+
+
+@contextmanager
 def outputs_disturbed(target: Target, power: float, seed: int, due: Callable[[], int | None]) -> Iterator[None]:
     """Inside, white noise is added to what the denoiser gives: ``power`` times the variance of each output.
 

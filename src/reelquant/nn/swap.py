@@ -108,7 +108,19 @@ def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
     return new
 
 
-STATE = ("layout", "weight_shape", "clock", "bits_group", "handle", "bias_made", "residency", "_chains", "keeps", "kernels", "runtime_kernel")
+STATE = (
+    "layout",
+    "weight_shape",
+    "clock",
+    "bits_group",
+    "handle",
+    "bias_made",
+    "residency",
+    "_chains",
+    "keeps",
+    "kernels",
+    "runtime_kernel",
+)
 """Attributes that a quantized layer has and a float one has not."""
 _CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from reelquant._errors import CalibrationError, RecipeError, nearest
-from reelquant.clock import FEWEST, MOST, OWN, Apart, Widths
+from reelquant.clock import FEWEST, MOST, Apart, Widths
 from reelquant.formats import Int, NumberFormat
 from reelquant.sites import select
 from reelquant.stages import ModelWork, Stage
@@ -39,7 +39,7 @@ class StepBits(Stage):
 
     Papers: MaGNeTS (arXiv 2502.00382) computes early steps with a smaller part of one nested network; Double Rounding (arXiv 2502.01101)
     reads fewer bits from one stored code. Deviation: what is nested here are bits, which needs no training, and which step and layer gets
-    which is measured (:func:`reelquant.allocate.allocate_steps`, :func:`reelquant.allocate.allocate_map`).
+    which is measured (:func:`reelquant.allocate.allocate_steps`).
 
     Attributes:
         inputs: bits of inputs, one number for each step of the sampler that calibrates, from 2 to 8; none: those of the recipe.

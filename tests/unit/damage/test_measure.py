@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
 from reelquant.allocate import SensitivityTable, load_table
-from reelquant.allocate.steps import together
+from reelquant.allocate.exchange import together
 from reelquant.clock import FIRST, SECOND
 from reelquant.damage import Wanted, measure
 from reelquant.damage.kept import Kept
