@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import reelquant
-from benchmarks.common import Clips, denoiser, markdown, parser
+from benchmarks.common import SAMPLING_SEED, Clips, denoiser, markdown, parser
 from reelquant.allocate import LayerBits, LayerFacts, SensitivityTable, StepPlan, allocate_steps
 from reelquant.allocate.steps import OVER, plans_over
 from reelquant.allocate.table import EVERY, Measure, Part
@@ -33,10 +34,11 @@ from reelquant.damage import Wanted, measure
 from reelquant.damage.kept import Kept
 from reelquant.damage.run import EVERY_STEP, INPUT_BITS
 from reelquant.evidence import bootstrap, psnr
+from reelquant.models.sampling import sample
 from reelquant.nn import change_bits
 
 KEPT = Path("runs/step-budget")
-BITS, MAP_CLIPS = 6, 4
+BITS, MAP_CLIPS, CHUNK = 6, 4, 8
 MSE = {"name": "mse", "p": 2.0}
 STORED: dict[str, Any] = {
     "extends": "minmax-w8a8",
@@ -92,13 +94,22 @@ class Bench:
 
     @cached_property
     def kept(self) -> Kept:
-        """PSNR of clips by what was judged."""
-        return Kept(KEPT / f"{self.clips.name}-{self.clips.digest}", [self.clips.digest, self.clips.count])
+        """PSNR of clips by what was judged, :data:`CHUNK` clips at a time: more clips go on from fewer."""
+        digest = replace(self.clips, count=CHUNK).digest
+        return Kept(KEPT / f"{self.clips.name}-{digest}", digest)
 
-    @cached_property
-    def reference(self) -> Tensor:
-        """The clips in float."""
-        return self.clips.float_frames(KEPT)
+    def frames(self, pipe: Any, first: int) -> Tensor:
+        """Some clips, from the first one on."""
+        prompts = self.clips.prompts[first : first + CHUNK]
+        return sample(pipe, prompts, seed=SAMPLING_SEED + first, batch=self.clips.batch, **self.clips.call).float()
+
+    def reference(self, first: int) -> Tensor:
+        """The same in float."""
+        file = self.kept.file.parent / f"float-{first}.safetensors"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"frames": self.frames(self.clips.open(), first).contiguous()}, file)
+        return load_file(file)["frames"]
 
     @cached_property
     def _quantized(self) -> dict[str, Any]:
@@ -115,13 +126,14 @@ class Bench:
         """PSNR of every clip to the float one, dB, with the bits of these plans; those that are stored by default."""
         names = sorted(f"{part}s {plan.content}" for part, plan in (plans or {}).items())
 
-        def made() -> list[float]:
-            print(f"clips: {recipe}, {', '.join(names)[:200]}", flush=True)
-            pipe = self.pipe(recipe)
+        def made(first: int) -> list[float]:
+            print(f"clips from {first}: {recipe}, {', '.join(names)[:200]}", flush=True)
+            reference, pipe = self.reference(first), self.pipe(recipe)
             change_bits(denoiser(pipe)[1], *_widths(plans or {}, self.layers))
-            return psnr(self.reference, self.clips.frames(pipe).nan_to_num(0.0)).tolist()
+            return psnr(reference, self.frames(pipe, first).nan_to_num(0.0)).tolist()
 
-        return self.kept.of(f"{recipe}, {', '.join(names)}", made)
+        several = range(0, self.clips.count, CHUNK)
+        return [one for first in several for one in self.kept.of(f"{recipe}, {names}, from {first}", partial(made, first))]
 
     def plan(self, part: Part) -> StepPlan:
         """The plan of a budget of :data:`BITS` that is chosen."""

@@ -175,10 +175,10 @@ def _between(measured: Mapping[int, list[float]]) -> Mapping[int, list[float]]:
 def _alike(layers: Sequence[LayerFacts], damage: np.ndarray) -> list[list[int]]:
     """Numbers of layers by the rounded ideal of their bits, relative to the mean over multiplications."""
     products = np.array([layer.products for layer in layers])
-    ran = products > 0
-    ideal = 0.5 * np.log2(np.maximum(damage, 1e-300) / np.where(ran, products, 1.0))
-    ideal = np.where(ran, ideal - (ideal[ran] * products[ran]).sum() / products.sum(), 0.0)
-    rounded = ideal.round().clip(-FARTHEST, FARTHEST).astype(int).tolist()
+    known = (products > 0) & (damage > 0)
+    ideal = 0.5 * np.log2(np.where(known, damage, 1.0) / np.where(known, products, 1.0))
+    mean = np.average(ideal[known], weights=products[known]) if known.any() else 0.0
+    rounded = np.where(known, (ideal - mean).round().clip(-FARTHEST, FARTHEST), -FARTHEST).astype(int).tolist()
     return [[number for number, one in enumerate(rounded) if one == wanted] for wanted in sorted(set(rounded))]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from reelquant._errors import RecipeError
 from reelquant.allocate.sizes import check_weight
@@ -102,6 +103,18 @@ def weights_rounded(target: Target, weights: Mapping[str, Tensor], steps: Steps 
         put(kept)
 
 
+def on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let a layer read what this makes of its input, whether it is given by place or by name."""
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, kwargs | {name: change(kwargs[name])}
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
+
+
 @contextmanager
 def inputs_rounded(target: Target, formats: Mapping[str, str], steps: Steps = None) -> Iterator[None]:
     """Inside, these layers round what they read to these formats, at these steps only."""
@@ -109,11 +122,10 @@ def inputs_rounded(target: Target, formats: Mapping[str, str], steps: Steps = No
         for layer, written in formats.items():
             rounding = input_rounding(target, layer, written)
 
-            def before(module: nn.Module, args: Any, rounding: Callable[[Tensor], Tensor] = rounding) -> Any:
-                return (rounding(args[0]), *args[1:]) if args and _within(target.step, steps) else None
+            def change(x: Tensor, rounding: Callable[[Tensor], Tensor] = rounding) -> Tensor:
+                return rounding(x) if _within(target.step, steps) else x
 
-            handle = target.module(layer).register_forward_pre_hook(before)
-            stack.callback(handle.remove)
+            stack.callback(on_input(target.module(layer), change).remove)
         yield
 
 
@@ -148,10 +160,10 @@ def inputs_by_step(target: Target, formats: Mapping[str, Sequence[str]]) -> Iter
         for layer, written in formats.items():
             roundings = {one: input_rounding(target, layer, one) for one in set(written)}
 
-            def before(module: nn.Module, args: Any, written: Sequence[str] = written, roundings: Mapping[str, Any] = roundings) -> Any:
-                return (roundings[written[target.step]](args[0]), *args[1:]) if args else None
+            def change(x: Tensor, written: Sequence[str] = written, roundings: Mapping[str, Any] = roundings) -> Tensor:
+                return roundings[written[target.step]](x)
 
-            stack.callback(target.module(layer).register_forward_pre_hook(before).remove)
+            stack.callback(on_input(target.module(layer), change).remove)
         yield
 
 
