@@ -92,11 +92,15 @@ class Bench:
         """Those of the map."""
         return self.table.layers
 
+    @property
+    def folder(self) -> Path:
+        """What was judged with these weights and this call."""
+        return KEPT / f"{self.clips.name}-{replace(self.clips, count=CHUNK).digest}"
+
     @cached_property
     def kept(self) -> Kept:
         """PSNR of clips by what was judged, :data:`CHUNK` clips at a time: more clips go on from fewer."""
-        digest = replace(self.clips, count=CHUNK).digest
-        return Kept(KEPT / f"{self.clips.name}-{digest}", digest)
+        return Kept(self.folder, self.folder.name)
 
     def frames(self, pipe: Any, first: int) -> Tensor:
         """Some clips, from the first one on."""
@@ -105,7 +109,7 @@ class Bench:
 
     def reference(self, first: int) -> Tensor:
         """The same in float."""
-        file = self.kept.file.parent / f"float-{first}.safetensors"
+        file = self.folder / f"float-{first}-{min(self.clips.count, first + CHUNK)}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"frames": self.frames(self.clips.open(), first).contiguous()}, file)
@@ -118,8 +122,11 @@ class Bench:
     def pipe(self, recipe: str) -> Any:
         """The quantized pipeline."""
         if recipe not in self._quantized:
-            self._quantized[recipe] = self.clips.open()
-            reelquant.quantize(self._quantized[recipe], self.recipes[recipe], **self.clips.call)
+            folder = self.folder / recipe
+            if not folder.is_dir():
+                pipe = self.clips.open()
+                reelquant.save(pipe, folder, reelquant.quantize(pipe, self.recipes[recipe], **self.clips.call))
+            self._quantized[recipe] = reelquant.load(folder)
         return self._quantized[recipe]
 
     def judged(self, recipe: str, plans: Plans | None = None) -> list[float]:
@@ -133,7 +140,11 @@ class Bench:
             return psnr(reference, self.frames(pipe, first).nan_to_num(0.0)).tolist()
 
         several = range(0, self.clips.count, CHUNK)
-        return [one for first in several for one in self.kept.of(f"{recipe}, {names}, from {first}", partial(made, first))]
+        return [
+            one
+            for first in several
+            for one in self.kept.of(f"{recipe}, {names}, {first} to {min(first + CHUNK, self.clips.count)}", partial(made, first))
+        ]
 
     def plan(self, part: Part) -> StepPlan:
         """The plan of a budget of :data:`BITS` that is chosen."""

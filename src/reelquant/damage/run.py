@@ -237,7 +237,7 @@ Cosines = dict[tuple[Part, Measure], Any]  # between the errors of single steps,
 def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple[list[Damage], list[Configuration], Cosines]:
     """Everything that is wanted of one denoiser."""
     inputs = own_inputs(target, INPUT_BITS) if wanted.inputs is None else wanted.inputs
-    ranges = cut(len(target.timesteps), max(wanted.ranges, EVERY_STEP * wanted.steps))
+    ranges = cut(len(target.timesteps), max(wanted.ranges, EVERY_STEP if wanted.steps else 1))
     rows: list[Damage] = []
     cosines: Cosines = {}
     found: Gains | None = None
