@@ -139,6 +139,7 @@ def sensitivity(
             clips=clips, ranges=ranges, configurations=configurations, components=component, steps=by_step, skip=skip or (),
             step_bits=step_bits, step_weight_bits=step_weight_bits, prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
+        _check_budgets(recipe or "w4a16", over_steps)
         table, folder = _measure(model, output, dtype, told, call), output
     found, plans = _divided(table, bits, size, over_steps, method)
     written = _recipes(table, folder, recipe, found, plans) if folder is not None and (found or plans) else []
@@ -152,6 +153,15 @@ def sensitivity(
     if folder is not None and not written:
         console.done(folder, "sensitivity.json, sensitivity.png")
     return None
+
+
+def _check_budgets(recipe: str, over_steps: dict[Any, float | None]) -> None:
+    """Refuse a budget that the recipe has no bits for, before anything is measured."""
+    from reelquant.allocate.step_map import KEYS
+    from reelquant.recipes.allocated import with_steps
+
+    if entries := [{KEYS[part]: [int(bits)]} for part, bits in over_steps.items() if bits is not None]:
+        with_steps(recipe, entries)
 
 
 def is_table(model: str) -> bool:

@@ -95,6 +95,8 @@ class Wanted:
         for name in ("clips", "ranges", "noise_calls", "trials"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is at least 1, got {getattr(self, name)}")
+        if "input" in self.budgets and self.inputs == ():
+            raise RecipeError("a budget of bits of inputs needs their damages, and inputs is empty; leave inputs out, or name formats")
         if self.configurations < 0:
             raise RecipeError(f"configurations is at least 0, got {self.configurations}")
 

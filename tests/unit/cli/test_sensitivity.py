@@ -66,6 +66,13 @@ def test_a_budget_without_a_folder_is_refused_before_anything_is_opened() -> Non
     assert result.exit_code != 0 and "give --output" in " ".join(result.output.replace("│", " ").split())
 
 
+def test_a_budget_that_the_recipe_has_no_bits_for_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    for words, message in ((("--step-bits", "6"), "leaves inputs float"), (("--step-weight-bits", "6"), "stores weights as int4")):
+        result = invoke("sensitivity", "tiny-dit", "-o", tmp_path / "map", *words)
+        said = " ".join((result.output + str(result.exception or "")).replace("│", " ").split())
+        assert result.exit_code != 0 and message in said and not (tmp_path / "map").exists()
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_table_fits(width: int) -> None:
     from reelquant.allocate import allocate, allocate_steps
