@@ -8,7 +8,8 @@ Run it from the repository root::
 Which steps and layers get which bits is measured by ``reelquant sensitivity`` on other texts than the clips that plans are judged on, and
 plans are tried on further texts before one is chosen. They run in the quantized pipeline: static ranges per tensor, weights stored once as
 int8 per channel and read in fewer bits, integer products where the machine has them. What is measured is kept in ``runs/step-budget``; the
-result is ``step-budget-PIPELINE.md``, with ``--final`` only of the plans that were chosen.
+result is ``step-budget-PIPELINE.md``, with ``--final`` only of the plans that were chosen; ``--as-stored`` writes
+``step-budget-stored-PIPELINE.md``.
 """
 
 from __future__ import annotations
@@ -217,11 +218,12 @@ def report(bench: Bench, *, final: bool) -> str:
     for pair in pairs:
         now, words = bench.judged("stored", pair), ", ".join(f"{part}s over {plan.over}" for part, plan in pair.items())
         rows.append([words, figure(now), gain(now, both), means(pair["weight"], bench.layers)])
+    trials = f"plans tried on {bench.trials} further ones" if bench.trials else "plans chosen by what is predicted"
     plans = [row for part in chosen for row in _plans(bench, part, chosen[part])]
     parts = [
         f"# {BITS} bits a step on average, {bench.clips.name}\n",
         f"{bench.steps} steps, {bench.clips.count} clips of evaluation captions to judge on; maps by {bench.way} on {MAP_CLIPS} other "
-        f"clips, plans tried on {bench.trials} further ones. Weights are stored in 8 bits. dB with 95 % intervals over clips, then the "
+        f"clips, {trials}. Weights are stored in 8 bits. dB with 95 % intervals over clips, then the "
         "worst clip. Gains are clip by clip, over the row before that has a dash. Means of bits (of the last named part) are over steps "
         "and layers: layers by multiplications (the budget), by weights, all alike.\n",
         markdown(("bits", "PSNR, dB", "gain, dB", "means of bits"), rows),
@@ -229,6 +231,23 @@ def report(bench: Bench, *, final: bool) -> str:
         markdown(("", "over", "predicted", "tried", "chosen", "bits"), plans),
     ]
     return "\n".join(parts) + "\n"
+
+
+def as_stored(bench: Bench) -> str:
+    """Weights of 8 bits that are read in fewer, beside weights that are stored in these."""
+    both = bench.judged("stored", {part: bench.flat(part, BITS) for part in ("input", "weight")})
+    read = bench.judged("stored", {"input": bench.flat("input", 8), "weight": bench.flat("weight", 4)})
+    rows = [
+        [f"inputs {BITS}, weights {BITS}, read of the stored 8", figure(both), "-"],
+        [f"inputs {BITS}, weights {BITS}, stored as such", figure(own := bench.judged("dedicated")), gain(own, both)],
+        ["inputs 8, weights 4, read of the stored 8", figure(read), "-"],
+        ["inputs 8, weights 4, stored as such", figure(own := bench.judged("four")), gain(own, read)],
+    ]
+    head = (
+        f"# Weights read in fewer bits, {bench.clips.name}\n\n{bench.steps} steps, {bench.clips.count} clips of evaluation captions. "
+        "dB with 95 % intervals over clips, then the worst clip. Gains are clip by clip, over the row before.\n\n"
+    )
+    return head + markdown(("bits", "PSNR, dB", "gain, dB"), rows)
 
 
 def _plans(bench: Bench, part: Part, chosen: StepPlan) -> list[list[str]]:
@@ -248,12 +267,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--measure", default="gradient", choices=("gradient", "trajectory"), help="how single steps are measured")
     made.add_argument("--trials", type=int, default=8, help="clips that plans are tried on; 0 to choose by predictions")
     made.add_argument("--final", action="store_true", help="only uniform bits and the plans that are chosen")
+    made.add_argument("--as-stored", action="store_true", help="instead, weights read in fewer bits beside weights stored in these")
     args = made.parse_args(arguments)
     torch.set_num_threads(args.threads)
     bench = Bench(Clips(args.pipeline, args.clips, dict(args.set), args.batch), args.measure, args.trials)
-    text = report(bench, final=args.final)
+    text = as_stored(bench) if args.as_stored else report(bench, final=args.final)
     args.output.mkdir(parents=True, exist_ok=True)
-    file = args.output / f"step-budget-{bench.clips.name}.md"
+    file = args.output / f"step-budget-{'stored-' * args.as_stored}{bench.clips.name}.md"
     file.write_text(text)
     print(file)
 

@@ -123,4 +123,3 @@ def test_a_plan_is_a_recipe_that_says_the_same() -> None:
     assert first.on == "*" and first.weights == (8, 7, 6) and apart
     said = {name: part.inputs for part in apart for name in part.on.split(" | ")}
     assert all(said.get(name, first.inputs) == group.bits for group in plan.groups for name in group.layers)
-
