@@ -45,6 +45,18 @@ class Widths(NamedTuple):
 AS_STORED = Widths()
 
 
+class Apart(NamedTuple):
+    """Layers that have bits of steps of their own.
+
+    Attributes:
+        layers: their names.
+        widths: bits of every slot.
+    """
+
+    layers: tuple[str, ...]
+    widths: tuple[Widths, ...]
+
+
 class Moment(NamedTuple):
     """What a layer has to know about the call it is in.
 
@@ -54,7 +66,7 @@ class Moment(NamedTuple):
         protected: whether the step is protected.
         half: which half of a guidance pair the call computes.
         row: row of the layer's input scales; None where it is ``slot``.
-        widths: bits at this step.
+        widths: bits of the layer at this step.
     """
 
     slot: int | Tensor = 0
@@ -74,6 +86,7 @@ class Clock(nn.Module):
         stored: 0-d bool, True while the current call has a single timestep and it is a stored one. Only then may a table of outputs
             be used.
         widths: bits of every slot, in a recipe's words; empty where all steps have the same. Protected steps keep theirs beside it.
+        apart: groups of layers with other bits; :attr:`widths` are those of all others. Groups are numbered from 1, all others are group 0.
         protected_slots: steps at which layers do not round their inputs, or do it more finely; set by :meth:`protect`.
         protects: ``[slots]`` bool, the same as a table.
         protected: 0-d bool, whether the current slot is one of them.
@@ -106,9 +119,10 @@ class Clock(nn.Module):
         pairs: Pairs | None = None,
         latent: str | None = None,
         widths: Sequence[Widths] = (),
+        apart: Sequence[Apart] = (),
     ) -> None:
         super().__init__()
-        self.widths = tuple(widths)
+        self.widths, self.apart = tuple(widths), tuple(apart)
         self.register_buffer("timesteps", torch.tensor(list(timesteps) or [0.0], dtype=torch.float32), persistent=False)
         self.register_buffer("slot", torch.zeros((), dtype=torch.long), persistent=False)
         self.register_buffer("stored", torch.zeros((), dtype=torch.bool), persistent=False)
@@ -133,20 +147,34 @@ class Clock(nn.Module):
         self.protected_slots, self.inputs = tuple(chosen), inputs
         self._now = {}
 
-    def change_bits(self, widths: Sequence[Widths]) -> None:
-        """Give every slot its bits; none for the same at all steps. Protected steps stay protected."""
-        self.widths = tuple(widths)
+    def change_bits(self, widths: Sequence[Widths], apart: Sequence[Apart] = ()) -> None:
+        """Give every slot its bits; none for the same at all steps. Protected steps stay protected.
+
+        Layers know the number of their group: of a clock that has started, :func:`reelquant.nn.change_bits` tells them.
+        """
+        self.widths, self.apart = tuple(widths), tuple(apart)
         self._now = {}
+
+    def group_of(self, layer: str) -> int:
+        """The number of the group that a layer of this name is in."""
+        return next((number for number, group in enumerate(self.apart, 1) if layer in group.layers), 0)
 
     @property
     def changes_bits(self) -> bool:
         """Whether layers compute some steps in other bits than they store."""
-        return bool(self.protected_slots or self.widths)
+        return bool(self.protected_slots or self.widths or self.apart)
 
-    def at(self, slot: int) -> Widths:
-        """The bits of a step."""
-        widths = self.widths[slot] if self.widths else AS_STORED
+    def at(self, slot: int, group: int = 0) -> Widths:
+        """The bits that a group of layers has at a step."""
+        own = self.apart[group - 1].widths if group else self.widths
+        widths = own[slot] if own else AS_STORED
         return widths._replace(inputs=PROTECTED[self.inputs]) if slot in self.protected_slots else widths
+
+    @property
+    def bits(self) -> list[Any]:
+        """What layers compute in, at every step, as plain data."""
+        every = [[tuple(self.at(slot, group)) for slot in range(len(self.timesteps))] for group in range(1 + len(self.apart))]
+        return [*every, *(group.layers for group in self.apart)]
 
     @contextmanager
     def computing(self, half: int) -> Generator[None]:
@@ -208,17 +236,21 @@ class Clock(nn.Module):
             self._now[threading.get_ident()] = [slot, stored, protected, which]
             self._timestep, self._mixed = float(now), bool((times != now).any())
 
-    def now(self) -> Moment:
-        """This thread's call in Python values, read once per call."""
+    def now(self, group: int = 0) -> Moment:
+        """This thread's call in Python values, as layers of a group see it; read once per call."""
         thread = threading.get_ident()
         kept = self._now.get(thread)
-        if isinstance(kept, Moment):
-            return kept
-        slot, stored, protected, which = kept or self.state  # autograd recomputes in threads of its own
-        moment = self._moment(slot, stored, protected, which)
+        if isinstance(kept, tuple):
+            return kept[group]
+        moments = self._moments(*(kept or self.state))  # autograd recomputes in threads of its own
         if kept is not None:
-            self._now[thread] = moment
-        return moment
+            self._now[thread] = moments
+        return moments[group]
+
+    @property
+    def reads_stored(self) -> bool:
+        """Whether all layers compute this thread's call in the bits that they store."""
+        return all(self.now(group).widths == AS_STORED for group in range(1 + len(self.apart)))
 
     @property
     def state(self) -> list[Tensor]:
@@ -227,11 +259,13 @@ class Clock(nn.Module):
 
     def follow(self, state: Sequence[Tensor]) -> None:
         """Answer :meth:`now` with the :attr:`state` of a compiled graph: :meth:`tick` is a part of it, and keeps no Python value."""
-        self._now[threading.get_ident()] = self._moment(*state)
+        self._now[threading.get_ident()] = self._moments(*state)
 
-    def _moment(self, slot: Tensor, stored: Tensor, protected: Tensor, which: Tensor) -> Moment:
+    def _moments(self, slot: Tensor, stored: Tensor, protected: Tensor, which: Tensor) -> tuple[Moment, ...]:
+        """One for every group of layers."""
         number, protects = int(slot), bool(protected) and bool(self.protected_slots)
-        return Moment(number, bool(stored), protects, int(which) if self.pairs else ANY, widths=self.at(number))
+        moment = Moment(number, bool(stored), protects, int(which) if self.pairs else ANY)
+        return tuple(moment._replace(widths=self.at(number, group)) for group in range(1 + len(self.apart)))
 
     def fall_back(self) -> None:
         """Say once that a table of outputs is not used because the current timestep is not in it."""

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from reelquant import ReelQuantConfig
 from reelquant.checkpoint.stored import adopt
-from reelquant.clock import AS_STORED, NAME, Clock, Widths
+from reelquant.clock import AS_STORED, NAME, Apart, Clock, Widths
 from reelquant.discover import discover
 from reelquant.integrations import loading
-from reelquant.nn import QuantLayer, quantized_class, quantized_layers, start_clock
+from reelquant.nn import QuantLayer, change_bits, quantized_class, quantized_layers, start_clock
 from reelquant.reuse import AttentionReuse, BlockReuse
 from reelquant.reuse.attention import MODES
 from reelquant.sites import DenoiserMap
@@ -336,21 +336,26 @@ def _feature(case: Case, feature: Feature) -> bool:
 
 
 def step_bits(case: Case) -> str:
-    """Weights and inputs in fewer bits at a step, from the codes of the other: a coarser answer, saved and opened by stock diffusers."""
+    """Weights and inputs in fewer bits at a step, from the codes of the other, and half of the layers in other bits: a coarser answer,
+    saved and opened by stock diffusers."""
     model, name = realigned(case.quantized(DYNAMIC)), "timestep"
     steps = [case.inputs(), case.inputs() | {name: case.inputs()[name] / 2}]
     times = [float(one[name].max()) for one in steps]
     plain = [output(model, one) for one in steps]
     start_clock(model, Clock(times, widths=(AS_STORED, Widths(6, 4))), name)
+    coarse = [output(model, one) for one in steps]
+    assert torch.equal(coarse[0], plain[0]) and 0 < snr(plain[1], coarse[1]) < 60
+    layers = [*quantized_layers(model)]
+    change_bits(model, (AS_STORED, Widths(6, 4)), [half := Apart(tuple(layers[::2]), (Widths(4), AS_STORED))])
     found = [output(model, one) for one in steps]
-    assert torch.equal(found[0], plain[0]) and 0 < snr(plain[1], found[1]) < 60
+    assert all(0 < snr(one, other) < 60 for one, other in zip(coarse, found, strict=True))
     adopt(model)
     with folder() as here:
         model.save_pretrained(here)
         loaded = realigned(case.cls.from_pretrained(here))
-    assert loaded.get_submodule(NAME).widths == (AS_STORED, Widths(6, 4))
+    assert (loaded.get_submodule(NAME).widths, loaded.get_submodule(NAME).apart) == ((AS_STORED, Widths(6, 4)), (half,))
     assert all(torch.equal(output(loaded, one), answer) for one, answer in zip(reversed(steps), reversed(found), strict=True))
-    return f"{snr(plain[1], found[1]):.0f} dB"
+    return f"{snr(plain[1], coarse[1]):.0f} dB"
 
 
 @torch.no_grad()

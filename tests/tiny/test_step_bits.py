@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,15 @@ from torch import Tensor
 import reelquant
 from reelquant._errors import CheckpointError, RecipeError
 from reelquant.checkpoint.stored import Slots, Stored
-from reelquant.clock import AS_STORED, FLOAT, NAME, Clock, Moment, Widths
+from reelquant.clock import AS_STORED, FLOAT, NAME, Apart, Clock, Moment, Widths
+from reelquant.discover import discover
 from reelquant.engine.report import Report
 from reelquant.engine.run import quantize_pipeline
 from reelquant.formats import Granularity, Int, MinMax, Mse, Quantizer, QuantSpec, fit, in_bits, pack, parse_granularity
 from reelquant.formats.criteria import latent_psnr
 from reelquant.kernels import InputQuant, PackedWeight, Reference
 from reelquant.models.sampling import sample
-from reelquant.nn import QuantLayer, quantized_layers
+from reelquant.nn import QuantLayer, change_bits, quantized_layers
 from reelquant.policies import StepBits
 from reelquant.recipes.recipe import Recipe, load_recipe
 from tests.tiny.configs import TINY
@@ -87,6 +89,84 @@ def test_every_step_has_its_bits_from_the_same_stored_tensors(keys: dict[str, An
         assert torch.equal(layer.codes, codes)
 
 
+LAST = "role:main & blocks.1 | role:main & blocks.0.ffn"  # of the tiny denoiser
+GROUPED = [
+    {"inputs": [8, 4, 6, 3], "weights": [8, 4, 8, 5]},
+    {"on": "blocks.0", "inputs": [3, 3, 3, 3]},  # the next entry takes a part of it back
+    {"on": LAST, "inputs": [5, 8, 8, 7]},
+    {"on": "blocks.0.ffn.net.2", "weights": [6, 6, 6, 8]},
+]
+
+
+def rows(name: str) -> tuple[list[int], list[int]]:
+    """Bits of inputs and weights that a layer has by :data:`GROUPED`, worked out by hand."""
+    inputs = [5, 8, 8, 7] if name.startswith(("blocks.1.", "blocks.0.ffn.")) else [3] * 4 if name.startswith("blocks.0.") else [8, 4, 6, 3]
+    return inputs, [6, 6, 6, 8] if name == "blocks.0.ffn.net.2" else [8, 4, 8, 5]
+
+
+@pytest.mark.parametrize("keys", [{}, {"defaults.input": TOKENS}], ids=["shared", "dynamic"])
+def test_groups_of_layers_have_bits_of_their_own_and_the_last_entry_wins(keys: dict[str, Any]) -> None:
+    pipe, report = quantized(step_bits=GROUPED, **keys)
+    found = quantized_layers(pipe.denoiser)
+    mains = {name for name, layer in discover(TINY["WanTransformer3DModel"]()).layers.items() if layer.role == "main"}
+    tested = [name for name in found if name in mains and found[name].layout.input is not None]
+    assert len({layer.bits_group for layer in found.values()}) == 4
+    for name in [*tested[::4], "blocks.0.ffn.net.2"]:
+        layer, (inputs, weights) = found[name], rows(name)
+        x = 2 * torch.randn(3, 7, layer.weight_shape[1], generator=torch.Generator().manual_seed(0))
+        for slot, timestep in enumerate(report.timesteps):
+            layer.clock[0].tick(timestep)
+            right = expected(layer, x, Widths(inputs[slot], weights[slot]), slot)
+            assert latent_psnr(right, layer(x)) > 45, (name, slot)
+            other = expected(layer, x, Widths(9 - inputs[slot] if inputs[slot] in (3, 4, 5, 6) else 4, 8), slot)
+            assert latent_psnr(other, layer(x)) < 45, (name, slot)
+    assert report.step_bits["inputs"] == [8, 4, 6, 3] and len(report.step_bits["apart"]) == 3
+    single = next(one for one in report.step_bits["apart"] if one["layers"] == ["blocks.0.ffn.net.2"])
+    assert single == {"layers": ["blocks.0.ffn.net.2"], "inputs": [5, 8, 8, 7], "weights": [6, 6, 6, 8]}
+
+
+def test_groups_are_saved_copied_and_hold_after_loading(tmp_path: Path) -> None:
+    pipe = wan_pipeline()
+    steps = CALL["num_inference_steps"]
+    bits = [{"inputs": [8] * (steps - 1) + [4]}, {"on": "blocks.0", "inputs": [4] + [8] * (steps - 1), "weights": [6] * steps}]
+    report = reelquant.quantize(pipe, recipe(step_bits=bits), PROMPTS, **CALL)
+    reelquant.save(pipe, tmp_path / "out", report)
+    stored = json.loads((tmp_path / "out/transformer/config.json").read_text())["quantization_config"]["slots"]
+    assert stored["input_bits"] == bits[0]["inputs"] and "weight_bits" not in stored
+    (group,) = stored["groups"]
+    assert (group["input_bits"], group["weight_bits"]) == (bits[1]["inputs"], bits[1]["weights"])
+    assert all(name.startswith("blocks.0.") for name in group["layers"])
+    again = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    again.set_progress_bar_config(disable=True)
+    copied = copy.deepcopy(pipe.transformer)
+    for part in (pipe, again):
+        realigned(part.transformer), realigned(part.vae), realigned(part.text_encoder)
+    expected_clips = sample(pipe, PROMPTS, **CALL)
+    assert torch.equal(sample(again, PROMPTS, **CALL), expected_clips)
+    pipe.transformer = realigned(copied)
+    assert torch.equal(sample(pipe, PROMPTS, **CALL), expected_clips)
+    change_bits(again.transformer, again.transformer.get_submodule(NAME).widths)  # the group has the bits of all others
+    assert not torch.equal(sample(again, PROMPTS, **CALL), expected_clips)
+
+
+def test_a_protected_step_of_a_group_keeps_its_own_inputs() -> None:
+    bits = [{"inputs": [4] * 4}, {"on": "blocks.0", "inputs": [5] * 4, "weights": [6] * 4}]
+    pipe, _ = quantized(step_bits=bits, protect_steps=[1])
+    clock = pipe.denoiser.get_submodule(NAME)
+    assert [clock.at(slot) for slot in (0, 1)] == [Widths(4), Widths(FLOAT)]
+    assert [clock.at(slot, 1) for slot in (0, 1)] == [Widths(5, 6), Widths(FLOAT, 6)]
+    clock.tick(clock.timesteps[0])
+    assert not clock.reads_stored
+
+
+def test_a_group_at_a_step_as_stored_is_seen_by_all_who_ask() -> None:
+    clock = Clock([900.0, 100.0], apart=[Apart(("a",), (Widths(4), AS_STORED))])
+    clock.tick(900.0)
+    assert clock.now().widths == AS_STORED and clock.now(clock.group_of("a")).widths == Widths(4) and not clock.reads_stored
+    clock.tick(100.0)
+    assert clock.reads_stored and clock.group_of("b") == 0 and clock.changes_bits
+
+
 def test_a_step_with_the_stored_bits_is_computed_as_ever() -> None:
     pipe, report = quantized(step_bits={"inputs": [8, 4, 8, 8], "weights": [8, 8, 4, 8]})
     plain, _ = quantized()
@@ -111,8 +191,9 @@ def test_protected_steps_keep_theirs() -> None:
     assert report.protected == [1, 3]
 
 
-def test_compiled_graphs_follow_the_bits_with_one_compilation() -> None:
-    pipe, report = quantized(step_bits={"inputs": [8, 4, 6, 8], "weights": [8, 8, 4, 5]})
+@pytest.mark.parametrize("bits", [{"inputs": [8, 4, 6, 8], "weights": [8, 8, 4, 5]}, GROUPED], ids=["steps", "groups"])
+def test_compiled_graphs_follow_the_bits_with_one_compilation(bits: Any) -> None:
+    pipe, report = quantized(step_bits=bits)
     right = [call(pipe.denoiser, timestep) for timestep in report.timesteps]
     compiled = torch.compile(pipe.denoiser, fullgraph=True, backend="aot_eager")
     call(compiled, report.timesteps[1])
@@ -154,9 +235,25 @@ def test_bits_are_saved_and_hold_after_loading(tmp_path: Path) -> None:
 def test_a_damaged_description_is_refused(damage: dict[str, Any]) -> None:
     slots = Slots((900.0, 100.0), "timestep", widths=(Widths(4), Widths(8, 6)))
     data = Stored({}, {}, slots=slots).to_json()
+    assert "groups" not in data["slots"]  # as earlier versions wrote it
     assert Stored.from_json(data).slots == slots
     data["slots"] |= damage
     with pytest.raises(CheckpointError, match="slots is damaged"):
+        Stored.from_json(data)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([{"layers": ["a"], "input_bits": [8]}], "slots is damaged"),
+        ([{"input_bits": [8, 8]}], "slots is damaged"),
+        ([{"layers": ["a"], "input_bits": [8, 8]}], "slots.groups gives bits to 'a'"),
+    ],
+)
+def test_damaged_groups_are_refused(groups: Any, message: str) -> None:
+    data = Stored({}, {}, slots=Slots((900.0, 100.0), "timestep")).to_json()
+    data["slots"]["groups"] = groups
+    with pytest.raises(CheckpointError, match=message):
         Stored.from_json(data)
 
 
@@ -168,6 +265,11 @@ def test_a_damaged_description_is_refused(damage: dict[str, Any]) -> None:
         ({}, "step_bits says nothing"),
         ({"input": [8]}, "did you mean 'inputs'"),
         ({"inputs": ["float"]}, "inputs of"),
+        ([{"on": "blocks.0", "inputs": [8, 1]}], "step_bits.inputs are whole numbers from 2 to 8, got 1"),
+        ([{"on": "blocks.0"}], "step_bits says nothing"),
+        ([{"on": "blocks.0", "input": [8]}], "did you mean 'inputs'"),
+        ({"on": 3, "inputs": [8]}, "step_bits.on is a pattern of layers, got 3"),
+        ([{"inputs": 8}], "step_bits.inputs is a list with a number for each step, got 8"),
     ],
 )
 def test_bits_that_cannot_be(value: Any, message: str) -> None:

@@ -220,7 +220,7 @@ def test_one_of_two_experts(two: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "out" / "transformer") == contents(two / "transformer")
 
 
-STEP_BITS = {"inputs": [4, 8, 6], "weights": [3, 8, 8]}
+STEP_BITS = [{"inputs": [4, 8, 6], "weights": [3, 8, 8]}, {"on": "blocks.0", "inputs": [8, 5, 5]}]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from reelquant.allocate.budget import METHODS, Allocation, allocate
 from reelquant.allocate.greedy import Greedy
 from reelquant.allocate.milp import Milp
 from reelquant.allocate.sampled import Sampled
-from reelquant.allocate.steps import StepPlan, allocate_steps
+from reelquant.allocate.steps import LayerBits, StepPlan, allocate_steps
 from reelquant.allocate.surrogate import Surrogate
-from reelquant.allocate.table import Configuration, Damage, LayerFacts, SensitivityTable, load_table
+from reelquant.allocate.table import Configuration, Damage, LayerFacts, SensitivityTable, Tried, load_table
 from reelquant.stages import Stage, register
 
 ALLOCATORS: dict[str, type[Stage]] = {"milp": Milp, "greedy": Greedy, "sampled": Sampled, "surrogate": Surrogate}
@@ -29,12 +29,14 @@ __all__ = [
     "Configuration",
     "Damage",
     "Greedy",
+    "LayerBits",
     "LayerFacts",
     "Milp",
     "Sampled",
     "SensitivityTable",
     "StepPlan",
     "Surrogate",
+    "Tried",
     "allocate",
     "allocate_steps",
     "load_table",

@@ -1,62 +1,98 @@
-"""A budget of bits over the denoising steps: every step gets a number of bits for all inputs, or for all weights."""
+"""A budget of bits over denoising steps and groups of layers: bits of inputs, or of weights, for every group at every step."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from reelquant._errors import RecipeError, nearest
+from reelquant.allocate.exchange import descend, together
 from reelquant.allocate.greedy import greedy
 from reelquant.allocate.milp import solve
 from reelquant.allocate.problem import Picks, Problem
-from reelquant.allocate.table import EVERY, MEASURES, Measure, Part, SensitivityTable
+from reelquant.allocate.step_map import KEYS, StepMap, step_map
+from reelquant.allocate.table import EVERY, Measure, Part, SensitivityTable
 
 TAKEN: dict[Measure, int] = {"gradient": 1, "noise": 1}  # bits below the budget that a step may get, by what holds for small errors only
-KEYS: dict[Part, str] = {"input": "inputs", "weight": "weights"}  # of ``step_bits`` in recipes
 STARTS: dict[str, Callable[[Problem], Picks]] = {
     "milp": lambda problem: solve(problem.damage, problem.sizes, problem.budget),
     "greedy": greedy,
 }
-"""Method -> where :func:`descend` begins: the best choice if the damages of steps only add up, or one that is climbed to."""
+"""Method -> where the descent begins: the best choice if damages only add up, or one that is climbed to."""
+Over = Literal["nothing", "steps", "layers", "both"]
+OVER: tuple[Over, ...] = get_args(Over)
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """What a group of layers gets.
+
+    Attributes:
+        layers: their names; :data:`EVERY` for all of the denoiser.
+        share: of all multiplications.
+        bits: at each step of the denoiser.
+    """
+
+    layers: tuple[str, ...]
+    share: float
+    bits: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """Bits by step.
+    """Bits by group of layers and step.
 
     Attributes:
         component: the denoiser.
-        part: what has them, all inputs or all weights.
-        bits: of each step of the denoiser.
+        part: what has them, inputs or weights.
+        over: what has numbers of its own: single ``steps``, groups of ``layers``, ``both`` or ``nothing``.
+        groups: of layers, with their bits.
         damage: predicted.
-        uniform: the most bits for all steps within the budget, and what they are predicted to do.
+        uniform: the most bits for all within the budget, and what they are predicted to do.
+        tried: what the plan did to clips of other texts, and what the uniform bits did; None if they were not sampled.
     """
 
     component: str
     part: Part
-    bits: tuple[int, ...]
+    over: Over
+    groups: tuple[LayerBits, ...]
     damage: float
     uniform: tuple[int, float]
+    tried: tuple[float, float] | None = None
+
+    @property
+    def content(self) -> tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]:
+        """Layers and their bits."""
+        return tuple((group.layers, group.bits) for group in self.groups)
 
     @property
     def mean(self) -> float:
-        """Bits, mean over the steps."""
-        return sum(self.bits) / len(self.bits)
+        """Bits, mean over steps and layers, weighted by multiplications."""
+        return sum(group.share * sum(group.bits) / len(group.bits) for group in self.groups)
 
-    def overrides(self, table: SensitivityTable) -> dict[str, Any]:
-        """The keys of a recipe that say the same.
+    @property
+    def unweighted(self) -> float:
+        """Bits, mean over steps and layers, all layers alike."""
+        return sum(len(one.layers) * sum(one.bits) / len(one.bits) for one in self.groups) / sum(len(one.layers) for one in self.groups)
+
+    def entries(self, table: SensitivityTable) -> list[dict[str, Any]]:
+        """The entries of ``step_bits`` in a recipe that say the same: of the largest group without ``on``, then those of the others.
 
         Recipes count steps through the whole sampler, of which each of two experts makes its own part. Steps of the other one get the
         uniform bits; its own recipe says what it gets.
         """
-        own = dict(zip(table.timesteps[self.component], self.bits, strict=True))
         several = len(table.timesteps) > 1
-        whole = sorted({one for times in table.timesteps.values() for one in times}, reverse=True) if several else [*own]
-        return {f"step_bits.{KEYS[self.part]}": [own.get(time, self.uniform[0]) for time in whole]}
+        own = table.timesteps[self.component]
+        whole = sorted({one for times in table.timesteps.values() for one in times}, reverse=True) if several else own
+        made = []
+        for group in sorted(self.groups, key=lambda group: -len(group.layers)):
+            bits = dict(zip(own, group.bits, strict=True))
+            on = {"on": " | ".join(group.layers)} if made else {}
+            made.append(on | {KEYS[self.part]: [bits.get(time, self.uniform[0]) for time in whole]})
+        return made
 
 
 def allocate_steps(
@@ -67,121 +103,108 @@ def allocate_steps(
     *,
     part: Part = "input",
     method: str = "milp",
+    over: Over | None = None,
 ) -> StepPlan:
-    """Divide a budget of bits among the steps of a denoiser.
+    """Divide a budget of bits among the steps of a denoiser, and among its layers.
 
     Rounding at one step moves the final latents by an error; errors of several steps add up as vectors. Their squares are the damages of
     single steps, and :attr:`SensitivityTable.together` holds the cosines between them: near 1 between neighbouring steps for weights,
-    whose rounding error is the same at all steps, and small for inputs. Errors of different bits are taken to be independent. The plan
-    begins at the best one by damages alone, and steps exchange bits as long as the predicted square of the sum becomes less.
+    whose rounding error is the same at all steps, and small for inputs. Errors of different bits, and of different layers, are taken to be
+    independent. The plan begins at the best one by damages alone, and units exchange bits as long as the predicted square of the sum
+    becomes less.
 
-    Damages count with the upper end of their interval: where few bits change what a clip shows, they do it in one clip of many. Between
-    numbers of bits that were measured the logarithm of the damage is interpolated. Damages by gradients or noise hold for small errors,
-    so plans made of them take one bit at most from a step.
+    The budget is a mean over steps and layers, in which a layer counts by its multiplications. Layers are told apart where the table
+    holds rows of layers at ranges of steps that cover all steps, see :func:`reelquant.allocate.step_map.step_map`.
+
+    Damages of single steps count with the upper end of their interval: where few bits change what a clip shows, they do it in one clip of
+    many. Between numbers of bits that were measured the logarithm of the damage is interpolated. Damages by gradients or noise hold for
+    small errors, so plans made of them take one bit at most from the budget anywhere.
 
     Args:
         table: with damages of all inputs, or of all weights, at single steps.
-        bits: most bits, mean over the steps.
+        bits: most bits, mean over steps and multiplications.
         component: the denoiser; the only one if none is named.
-        measure: which damages count; by default the most trusted ones that the table has of single steps.
+        measure: which damages of single steps count; by default the most trusted ones that the table has.
         part: ``input`` or ``weight``.
         method: ``milp`` begins at the optimum of the sum of damages (HiGHS), ``greedy`` where bits are given one by one.
+        over: what may have bits of its own, ``nothing``, ``steps``, ``layers`` or ``both``; by default the least damage: of plans that were
+            tried (:attr:`SensitivityTable.tried`) what they did, else what is predicted.
 
     Raises:
         RecipeError: if the table has no such damages, or the budget is out of reach.
     """
+    name = component or table.components[0]
+    plans = plans_over(table, bits, name, measure, part=part, method=method)
+    if over is not None:
+        if over not in plans:
+            raise RecipeError(
+                f"no plan over '{over}' from the table of '{table.model}': it has {', '.join(plans)}"
+                + (", as it does not tell layers apart at all steps; measure with --by-step and gradients" if over in OVER else "")
+            )
+        return plans[over]
+    done = {one.groups: one.damage for one in table.tried if (one.component, one.part) == (name, part)}
+    if any(plan.content not in done for plan in plans.values()):
+        return min(plans.values(), key=lambda plan: plan.damage)
+    best = min(plans.values(), key=lambda plan: done[plan.content])
+    return replace(best, tried=(done[best.content], done[plans["nothing"].content]))
+
+
+def plans_over(
+    table: SensitivityTable, bits: float, component: str, measure: Measure | None = None, *, part: Part = "input", method: str = "milp"
+) -> dict[Over, StepPlan]:
+    """The plans that :func:`allocate_steps` chooses among, by what has bits of its own; uniform bits first."""
     if method not in STARTS:
         raise RecipeError(f"unknown method '{method}' of a plan over steps; {nearest(method, STARTS)}")
-    name = component or table.components[0]
-    table.of(name)
-    chosen, damages = _by_step(table, name, measure, part)
-    choices = [one for one in sorted(damages) if one >= int(bits) - TAKEN.get(chosen, one)]
-    if len(choices) < 2 or choices[0] > bits:
+    table.of(component)
+    found = step_map(table, component, measure, part)
+    found = found.restricted(int(bits) - TAKEN.get(found.measure, int(bits)))
+    if len(found.choices) < 2 or found.choices[0] > bits:
         raise RecipeError(
-            f"{bits} bits a step are out of reach: {KEYS[part]} were measured at single steps with {', '.join(map(str, choices)) or 'no'} "
-            "bits; a plan chooses among two numbers or more, one of them within the budget"
+            f"{bits} bits a step are out of reach: {KEYS[part]} were measured at single steps with "
+            f"{', '.join(map(str, found.choices)) or 'no'} bits; a plan chooses among two numbers or more, one of them within the budget"
         )
-    damage, steps = np.array([damages[one] for one in choices]), len(table.timesteps[name])  # [choices, steps]
-    cosines = table.together.get((name, part, chosen), np.eye(steps))
-    grams = np.asarray(cosines) * np.sqrt(damage[:, :, None] * damage[:, None])
-    problem = Problem(damage.T, np.tile(np.array(choices, dtype=float), (steps, 1)), bits * steps)
-    flat = max(number for number, one in enumerate(choices) if one <= bits)
-    starts = [[flat] * steps, STARTS[method](problem)]
-    picks = min((descend(grams, problem, start) for start in starts), key=lambda one: together(grams, one))
-    plan = tuple(choices[pick] for pick in picks)
-    return StepPlan(name, part, plan, together(grams, picks), (choices[flat], together(grams, [flat] * steps)))
+    known = OVER if found.groups != ((EVERY,),) else OVER[:2]
+    return {over: _plan(found, component, part, bits, method, over) for over in known}
 
 
-def together(grams: np.ndarray, picks: Sequence[int]) -> float:
-    """Predicted damage of picks.
-
-    Args:
-        grams: ``[choices, steps, steps]``, products of the errors of two steps with the same choice.
-        picks: the number of a choice for every step.
-    """
-    chosen = np.arange(len(grams))[:, None] == np.asarray(picks)
-    return float(np.einsum("cs,cst,ct->", chosen, grams, chosen))
-
-
-def descend(grams: np.ndarray, problem: Problem, start: Sequence[int]) -> Picks:
-    """The picks after all changes by one choice, of a step or of two, that do less damage and stay within the budget, the best first."""
-    picks, now = list(start), together(grams, start)
-    while True:
-        fitting = [one for one in _neighbours(picks, problem.formats) if problem.fits(one)]
-        best = min(fitting, key=lambda one: together(grams, one), default=picks)
-        if (found := together(grams, best)) >= now * (1 - 1e-9):
-            return picks
-        picks, now = best, found
+def _plan(found: StepMap, component: str, part: Part, bits: float, method: str, over: Over) -> StepPlan:
+    """The plan with bits of their own for what ``over`` says; all of them are judged on the whole map."""
+    own = found.merged(layers=over in ("nothing", "steps"), steps=over in ("nothing", "layers"))
+    choices = np.array(own.choices, dtype=float)
+    sizes = np.outer(np.outer(own.shares, own.lengths).ravel(), choices)
+    problem = Problem(own.damage.reshape(sizes.shape), sizes, bits * float(own.lengths.sum()))
+    flat = [max(number for number, one in enumerate(found.choices) if one <= bits)] * problem.layers
+    grams = _grams(own)
+    starts = [] if over == "nothing" else [flat, STARTS[method](problem)]
+    picks = min((descend(grams, problem, start) for start in starts), key=lambda one: together(grams, one), default=flat)
+    whole = _grams(found)
+    damages = [together(whole, _unmerged(own, found, one)) for one in (picks, flat)]
+    picks = picks if damages[0] <= damages[1] else flat
+    uniform = (found.choices[flat[0]], damages[1])
+    return StepPlan(component, part, over, _layer_bits(own, picks), min(damages), uniform)
 
 
-def _neighbours(picks: Picks, choices: int) -> list[Picks]:
-    """Picks with one step a choice up or down, and with two steps changed so."""
-    moves = [(step, pick) for step, now in enumerate(picks) for pick in (now - 1, now + 1) if 0 <= pick < choices]
-    pairs = [(one, other) for number, one in enumerate(moves) for other in moves[number + 1 :] if one[0] != other[0]]
-    return [_with(picks, *changes) for changes in [*((move,) for move in moves), *pairs]]
+def _grams(found: StepMap) -> np.ndarray:
+    """``[choices, units, units]``, a unit for each group and range of steps, group after group; different groups are independent."""
+    groups, spans, choices = found.damage.shape
+    grams = np.zeros((choices, groups, spans, groups, spans))
+    roots = np.sqrt(found.damage)
+    for group in range(groups):
+        grams[:, group, :, group] = found.cosines * np.einsum("sc,tc->cst", roots[group], roots[group])
+    return grams.reshape(choices, groups * spans, groups * spans)
 
 
-def _with(picks: Picks, *changes: tuple[int, int]) -> Picks:
-    made = list(picks)
-    for step, pick in changes:
-        made[step] = pick
-    return made
+def _unmerged(own: StepMap, found: StepMap, picks: Sequence[int]) -> list[int]:
+    """Picks of a merged map as picks of the whole one."""
+    shape = own.damage.shape[:2]
+    return np.broadcast_to(np.array(picks).reshape(shape), found.damage.shape[:2]).ravel().tolist()
 
 
-def bits_of(written: str) -> int:
-    """Bits of a format like ``int6/token``; 0 if it is no integer, which alone can have other bits at some steps."""
-    found = re.fullmatch(r"u?int(\d)/.*", written)
-    return int(found[1]) if found else 0
-
-
-def _by_step(table: SensitivityTable, component: str, measure: Measure | None, part: Part) -> tuple[Measure, Mapping[int, list[float]]]:
-    """How damages at single steps were measured, and bits -> damage of every step. Of several granularities, that with most bits."""
-    steps = len(table.timesteps[component])
-    rows = [
-        row
-        for row in table.rows
-        if (row.component, row.layer, row.part) == (component, EVERY, part) and row.steps is not None and row.steps[0] == row.steps[1]
-    ]
-    measures = [one for one in MEASURES if any(row.measure == one for row in rows)]
-    chosen = measure or next(iter(measures), None)
-    if chosen is None or chosen not in measures:
-        raise RecipeError(
-            f"the table of '{table.model}' holds no damages of {KEYS[part]} at single steps"
-            + (f" by '{measure}'; it has them by {', '.join(measures) or 'nothing'}" if measure else f"; measure with {KEYS[part]}")
-        )
-    found: dict[str, dict[int, dict[int, float]]] = {}
-    for row in rows:
-        if row.measure == chosen and row.steps is not None and (bits := bits_of(row.format)):
-            found.setdefault(row.format.partition("/")[2], {}).setdefault(bits, {})[row.steps[0]] = max(row.high, row.damage)
-    complete = [
-        {bits: [one[step] for step in range(steps)] for bits, one in by_bits.items() if len(one) == steps} for by_bits in found.values()
-    ]
-    return chosen, _between(max(complete, key=len, default={}))
-
-
-def _between(measured: Mapping[int, list[float]]) -> Mapping[int, list[float]]:
-    """The same with all numbers of bits from the fewest to the most: the logarithm of a damage falls evenly in between."""
-    known = sorted(measured)
-    logs = np.log(np.maximum(np.array([measured[one] for one in known]), 1e-300))  # [bits, steps]
-    every = range(known[0], known[-1] + 1) if known else ()
-    return {bits: [float(np.exp(np.interp(bits, known, step))) for step in logs.T] for bits in every}
+def _layer_bits(own: StepMap, picks: Sequence[int]) -> tuple[LayerBits, ...]:
+    """Bits by group and step; groups with the same bits are one."""
+    bits = np.array(own.choices)[np.array(picks).reshape(own.damage.shape[:2])].repeat(own.lengths, axis=1).tolist()
+    made: dict[tuple[int, ...], LayerBits] = {}
+    for group, share, row in zip(own.groups, own.shares.tolist(), bits, strict=True):
+        before = made.get(tuple(row), LayerBits((), 0.0, tuple(row)))
+        made[tuple(row)] = LayerBits((*before.layers, *group), before.share + share, tuple(row))
+    return tuple(made.values())

@@ -44,6 +44,7 @@ class LayerFacts:
         block: the block of the denoiser that holds it; empty outside of blocks.
         cross: whether it belongs to attention that reads the prompt.
         last: whether it is at the end of the denoiser, see :class:`reelquant.sites.Layer`.
+        products: multiplications of one clip in one step; 0 in tables of earlier versions, which did not count them.
     """
 
     roles: ClassVar[tuple[str, ...]] = ROLES
@@ -55,6 +56,7 @@ class LayerFacts:
     block: str = ""
     cross: bool = False
     last: bool = False
+    products: float = 0.0
 
     @property
     def weights(self) -> int:
@@ -106,6 +108,24 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """A plan over steps and layers, and what it did to clips of other texts than those of the map.
+
+    Attributes:
+        component, part: as in :class:`Damage`; everything else was float.
+        groups: names of layers (:data:`EVERY` for all), and their bits at every step.
+        damage, low, high: as in :class:`Damage`.
+    """
+
+    component: str
+    part: Part
+    groups: tuple[tuple[tuple[str, ...], tuple[int, ...]], ...]
+    damage: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class SensitivityTable:
     """Layers x formats (x steps x halves of guidance), each with its damage.
 
@@ -122,6 +142,7 @@ class SensitivityTable:
         together: (component, part, measure) -> ``[steps][steps]``, cosines between the errors of the final latents that rounding at two
             single steps makes, in the same format, all layers together; mean over formats and clips. Steps that were not compared
             have independent errors.
+        tried: plans over steps and layers that were sampled.
     """
 
     model: str
@@ -134,6 +155,7 @@ class SensitivityTable:
     skip: tuple[str, ...] = ()
     fixed: Mapping[str, str] = field(default_factory=dict)
     together: Mapping[tuple[str, Part, Measure], Sequence[Sequence[float]]] = field(default_factory=dict)
+    tried: tuple[Tried, ...] = ()
 
     # --- reading ------------------------------------------------------------------------------------------------------------
 
@@ -246,11 +268,17 @@ class SensitivityTable:
             "configurations": [json.dumps(asdict(one)) for one in self.configurations],
             "together": [json.dumps([*key, [[round(one, 3) for one in row] for row in rows]]) for key, rows in self.together.items()],
         }
+        if self.tried:
+            blocks["tried"] = [json.dumps(asdict(one)) for one in self.tried]
         parts = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         parts += [
             f" {json.dumps(key)}: [\n  " + ",\n  ".join(lines) + "\n ]" if lines else f' "{key}": []' for key, lines in blocks.items()
         ]
         return "{\n" + ",\n".join(parts) + "\n}\n"
+
+    def as_saved(self) -> SensitivityTable:
+        """The table with the digits that the file holds: what is planned from either is the same."""
+        return _parsed(json.loads(self.to_text()))
 
     def save(self, file: str | Path) -> Path:
         """Write the file, complete or not at all.
@@ -324,7 +352,16 @@ def _parsed(data: Mapping[str, Any]) -> SensitivityTable:
         tuple(_text(one, "skip") for one in data.get("skip", ())),
         {_text(key, "fixed"): _text(value, "fixed") for key, value in dict(data.get("fixed", {})).items()},
         dict(_cosines(data, *one) for one in data.get("together", ())),
+        tuple(_tried(one) for one in data.get("tried", ())),
     )
+
+
+def _tried(values: Mapping[str, Any]) -> Tried:
+    groups = tuple((tuple(map(str, layers)), tuple(map(int, bits))) for layers, bits in values["groups"])
+    figures = (values[name] for name in ("damage", "low", "high"))
+    if values["part"] not in PARTS or not all(is_number(one) and one >= 0 for one in (values["damage"], values["low"], values["high"])):
+        raise ValueError(f"'tried' holds {values['part']!r:.20} with a damage of {values['damage']!r:.20}")
+    return Tried(str(values["component"]), values["part"], groups, *figures)
 
 
 def _text(value: Any, key: str) -> str:

@@ -33,6 +33,9 @@ def sensitivity(
     components: Sequence[str] | None = None,
     steps: bool = False,
     skip: Sequence[str] = (),
+    step_bits: float | None = None,
+    step_weight_bits: float | None = None,
+    trials: int = 8,
     prompts: Prompts | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -60,8 +63,11 @@ def sensitivity(
         configurations: whole allocations that are tried out beside, for the method ``surrogate``.
         components: denoisers; by default all.
         steps: whether all inputs, and all weights, are rounded at single steps and sampled, for budgets over the steps;
-            ``trajectory`` does it anyway.
+            ``trajectory`` does it anyway. The map of layers over steps then has every step, up to 16.
         skip: patterns of layers that are left out.
+        step_bits, step_weight_bits: budgets of bits of inputs and weights over steps and layers; the plans for them are sampled on other
+            texts, and :func:`reelquant.allocate.allocate_steps` chooses by what they did.
+        trials: clips of these samplings.
         prompts: texts or conditions of the clips; by default the pipeline's own or general video prompts.
         dtype: of a pipeline that is opened, float32 by default.
         device: where it runs.
@@ -99,6 +105,8 @@ def sensitivity(
         components=None if components is None else tuple(components),
         steps=steps,
         skip=tuple(skip),
+        budgets={part: bits for part, bits in (("input", step_bits), ("weight", step_weight_bits)) if bits is not None},  # type: ignore[misc]
+        trials=trials,
     )
     folder = None if output is None else Path(output)
     if folder is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from reelquant._remarks import remark
 from reelquant._version import __version__
 from reelquant.checkpoint.needs import IMPORT_FIRST, check_here, needed
 from reelquant.checkpoint.verify import layer_sum, tile_checksum
-from reelquant.clock import FEWEST, MOST, NAME, OWN, Clock, Inputs, Pairs, Widths
+from reelquant.clock import FEWEST, MOST, NAME, OWN, Apart, Clock, Inputs, Pairs, Widths
 from reelquant.models.pipelines import mark_quantized
 from reelquant.nn import LAYERS, AttentionPlan, LayerLayout, QuantLayer, asked_attention, buffer_shapes, quantized_layers, scaled_logits
 from reelquant.policies import ChangeResolution, resolution_of
@@ -44,7 +45,8 @@ KNOWN = {"quant_method", "attention", *WISHES, *OPTIONAL, *REQUIRED}
 
 @dataclass(frozen=True)
 class Slots:
-    """The calibrated timesteps, in sampling order, the denoiser's argument that carries the timestep, and the bits of steps."""
+    """The calibrated timesteps, in sampling order, the denoiser's argument that carries the timestep, and the bits of steps: of some groups
+    of layers, and of all others."""
 
     timesteps: tuple[float, ...]
     argument: str
@@ -53,18 +55,25 @@ class Slots:
     pairs: Pairs | None = None
     latent: str | None = None
     widths: tuple[Widths, ...] = ()
+    apart: tuple[Apart, ...] = ()
 
     def clock(self) -> Clock:
         """The clock of a loaded denoiser."""
-        return Clock(self.timesteps, self.protected, self.inputs, self.pairs, self.latent, self.widths)
+        return Clock(self.timesteps, self.protected, self.inputs, self.pairs, self.latent, self.widths, self.apart)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; nothing of protection and guidance where there is none."""
         protection = {"protected": list(self.protected), "protected_inputs": self.inputs} if self.protected else {}
         guidance = {"pairs": self.pairs, "latent": self.latent} if self.pairs else {}
-        bits = {name: [getattr(one, name) for one in self.widths] for name in Widths._fields}
-        bits = {BITS[name]: numbers for name, numbers in bits.items() if any(numbers)}
+        groups = [{"layers": list(group.layers), **_written(group.widths)} for group in self.apart]
+        bits = _written(self.widths) | ({"groups": groups} if groups else {})
         return {"timesteps": list(self.timesteps), "argument": self.argument, **protection, **guidance, **bits}
+
+
+def _written(widths: Sequence[Widths]) -> dict[str, list[int]]:
+    """Bits of steps under the keys of slots; nothing of what is as stored at all of them."""
+    bits = {key: [getattr(one, name) for one in widths] for name, key in BITS.items()}
+    return {key: numbers for key, numbers in bits.items() if any(numbers)}
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,11 @@ class Stored:
                 raise CheckpointError(
                     f"layer '{name}' has parameters for {layout.steps} denoising steps, quantization_config.slots lists {count}"
                 )
+        named = Counter(name for group in (self.slots.apart if self.slots else ()) for name in group.layers)
+        if wrong := sorted(name for name, count in named.items() if count > 1 or name not in self.layers):
+            raise CheckpointError(
+                f"quantization_config.slots.groups gives bits to '{wrong[0]:.80}', which has to be a quantized layer and in one group"
+            )
 
 
 def describe(
@@ -242,9 +256,9 @@ def _clock_slots(model: nn.Module) -> Slots | None:
     clock = getattr(model, NAME, None)
     if not isinstance(clock, Clock):
         return None
-    return Slots(
-        tuple(clock.timesteps.tolist()), clock.argument, clock.protected_slots, clock.inputs, clock.pairs, clock.latent, clock.widths
-    )
+    times, guidance, layers = tuple(clock.timesteps.tolist()), (clock.pairs, clock.latent), quantized_layers(model)
+    apart = [group._replace(layers=tuple(name for name in group.layers if name in layers)) for group in clock.apart]
+    return Slots(times, clock.argument, clock.protected_slots, clock.inputs, *guidance, clock.widths, tuple(apart))
 
 
 def _check_keys(data: Mapping[str, Any]) -> None:
@@ -319,6 +333,7 @@ def _slots(data: Any, runtime: Mapping[str, Any]) -> Slots | None:
             data.get("pairs"),
             data.get("latent"),
             _widths(data, len(times)),
+            tuple(Apart(tuple(map(str, one["layers"])), _widths(one, len(times))) for one in data.get("groups", ())),
         )
         if found.inputs not in get_args(Inputs) or any(slot not in range(len(found.timesteps)) for slot in found.protected):
             raise ValueError(f"protected {list(found.protected)}, {found.inputs!r}")

@@ -144,6 +144,7 @@ def sensitivity(
     _check_budgets(bits, size, over_steps, method)
     if not is_table(model):
         _check_model(model, bits, _list(formats))
+        _check_recipe(recipe or MAPPED, over_steps)
         if output is None and any(one is not None for one in (bits, size, *over_steps.values())):
             names = "--bits, --size, --step-bits, --step-weight-bits"
             raise typer.BadParameter("the map and the recipe need a folder to lie in: give --output", param_hint=names)
@@ -153,7 +154,7 @@ def sensitivity(
         told = dict(
             recipe=recipe or MAPPED, measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
             clips=clips, ranges=ranges, configurations=configurations, components=component, steps=by_step, skip=skip or (),
-            prompts=conditions(prompts), device=device, force=force,
+            step_bits=step_bits, step_weight_bits=step_weight_bits, prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
         table, folder = _measure(model, output, dtype, told, call), output
     found, plans = _divided(table, bits, size, over_steps, method)
@@ -187,6 +188,15 @@ def _check_budgets(bits: float | None, size: str | None, over_steps: Mapping[Any
     for name, value in wanted.items():
         if value is not None and value <= 0:
             raise RecipeError(f"{name} is a number of bits above 0, like 4.5, got {value:g}")
+
+
+def _check_recipe(recipe: str, over_steps: Mapping[Any, float | None]) -> None:
+    """Refuse a budget that the recipe has no bits for, before anything is measured."""
+    from reelquant.allocate.step_map import KEYS
+    from reelquant.recipes.allocated import with_steps
+
+    if entries := [{KEYS[part]: [int(bits)]} for part, bits in over_steps.items() if bits is not None]:
+        with_steps(recipe, entries)
 
 
 def is_table(model: str) -> bool:
@@ -267,9 +277,9 @@ def _recipes(table: SensitivityTable, folder: Path, base: str | None, found: All
         recipe: Any = base or table.settings.get("recipe") or table.recipe
         if found is not None:
             recipe = allocated(recipe, found.of(name), found.skipped[name])
-        mine = [one.overrides(table) for one in plans if one.component == name]
+        mine = [entry for one in plans if one.component == name for entry in one.entries(table)]
         if mine:
-            recipe = with_steps(recipe, {key: value for one in mine for key, value in one.items()})
+            recipe = with_steps(recipe, mine)
         file = folder / ("recipe.yaml" if len(table.components) == 1 else f"recipe-{name}.yaml")
         write_text(file, recipe_text(recipe))
         made.append(file)

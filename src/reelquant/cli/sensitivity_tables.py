@@ -14,7 +14,7 @@ from reelquant.cli.console import size
 from reelquant.cli.layout import facts, table
 
 if TYPE_CHECKING:
-    from reelquant.allocate import Allocation, StepPlan
+    from reelquant.allocate import Allocation, LayerBits, StepPlan
     from reelquant.cli.layout import Plain
 
 WORDS = {"input": "inputs", "weight": "weights"}  # part of a layer -> what all of them are called
@@ -83,11 +83,21 @@ def allocation_facts(found: Allocation) -> Plain:
 
 
 def step_plan_facts(plan: StepPlan) -> Plain:
-    """How bits of inputs or of weights were divided among the steps."""
-    rows = [(WORDS[plan.part], f"{', '.join(map(str, plan.bits))} bits"), ("bits", f"{plan.mean:.2f} a step, mean")]
+    """How bits of inputs or of weights were divided among steps and layers."""
+    rows = [(_group_words(plan, group), f"{', '.join(map(str, group.bits))} bits") for group in plan.groups]
+    rows.append(("bits", f"{plan.mean:.2f} a step and multiplication, mean; {plan.unweighted:.2f} a step and layer"))
     rows.append(("damage", f"{_figure(plan.damage)} predicted"))
     rows.append(("uniform", f"{plan.uniform[0]} at all steps: {_figure(plan.uniform[1])}, {_gain(plan.uniform[1], plan.damage)} dB worse"))
-    return facts(f"Steps of {plan.component}", rows)
+    own, flat = plan.tried or (None, None)
+    tried = "no: name the model with the same budget, and plans are sampled" if own is None or flat is None else (
+        f"{_figure(own)} on other texts, uniform {_figure(flat)}, {_gain(flat, own)} dB worse"
+    )  # fmt: skip
+    return facts(f"Steps of {plan.component}", [*rows, ("tried", tried)])
+
+
+def _group_words(plan: StepPlan, group: LayerBits) -> str:
+    words = WORDS[plan.part]
+    return words if len(plan.groups) == 1 else f"{words} of {len(group.layers)} layers, {group.share:.0%}"
 
 
 def _gain(other: float, own: float) -> str:

@@ -16,7 +16,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.allocate.table import EVERY, Damage, Part
 from reelquant.clock import BOTH
 from reelquant.damage.kept import Kept
-from reelquant.damage.rounding import Steps, input_of, input_rounding, rounded_weight, with_input
+from reelquant.damage.rounding import Steps, input_rounding, on_input, rounded_weight
 from reelquant.damage.scene import HALVES, Scene, Target, following
 from reelquant.evidence import bootstrap
 
@@ -33,9 +33,10 @@ def by_gradient(
     An error ``d`` of a weight, the same at all steps, moves the final latents by ``J d``. For a random vector ``v`` of signs,
     ``E (v^T J d)^2 = |J d|^2``, and ``v^T J`` is one backward pass through the sampler, for all layers and formats together. Each call of
     the denoiser is computed again on the way back, so that the activations of one call are held at a time (those of all inputs if
-    formats of inputs are asked for). Rounding errors of different rows of a weight, and those of inputs at different positions and calls,
-    are taken to be independent: squares are summed row by row, which varies far less from one ``v`` to the next than the square of the
-    sum. The result is over the variance of the latents.
+    formats of inputs are asked for). Rounding errors of different rows of a weight, and those of different channels and calls of inputs,
+    are taken to be independent: squares are summed row by row or channel by channel, which varies far less from one ``v`` to the next
+    than the square of the sum. Errors of one channel at different positions are not: where a clip shows a plain surface they are equal, and
+    the next norm takes them out. The result is over the variance of the latents.
 
     Source: the Gauss-Newton matrix with Hutchinson's estimator, as HAWQ-V2 (arXiv 1911.03852) uses it for the trace of the Hessian.
     Deviations: the real rounding error of each format takes the place of the trace times its squared norm, the loss is the squared error
@@ -53,7 +54,7 @@ def by_gradient(
     steps = len(target.timesteps)
     cuts += [((step, step), None) for step in range(steps)]
     values, pairs = [], len(weights) * steps * steps
-    words = f"weights {', '.join(weights)}, inputs {', '.join(inputs)}, {len(ranges)} ranges"
+    words = f"weights {', '.join(weights)}, inputs {', '.join(inputs)}, {len(ranges)} ranges, by channel"
     for clip in range(len(scene.prompts)):
         for probe in range(PROBES):
 
@@ -171,24 +172,26 @@ class _Pass:
         weight, axis = module.weight, self.target.plan.map.layers[name].channel_axis
         roundings = [input_rounding(self.target, name, written) for written in self.inputs]
 
-        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def before(*_: Any) -> None:
             place = (self.target.step, self.target.half)
             view = weight.view_as(weight)
             view.register_hook(lambda grad: _add(self.rows, (place, name), self._moved(name, grad)))
             module.__dict__["weight"] = view
-            read = input_of(args, kwargs)
-            if not roundings or not isinstance(read, Tensor):
-                return None
-            x = read.detach().requires_grad_() if not read.requires_grad else read.view_as(read)
+
+        def read(given: Tensor) -> Tensor:
+            place = (self.target.step, self.target.half)
+            x = given.view_as(given) if given.requires_grad else given.detach().requires_grad_()
             value = x.detach()
             x.register_hook(lambda grad: _add(self.squares, (place, name), _squares(grad, value, roundings, axis)))
-            return with_input(args, kwargs, x)
+            return x
 
         def after(*_: Any) -> None:
             module.__dict__.pop("weight", None)
 
         stack.callback(after)  # a call that is computed again ends as soon as it has what it needs, and then no hook runs
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_pre_hook(before).remove)
+        if roundings:
+            stack.callback(on_input(module, read).remove)
         stack.callback(module.register_forward_hook(after).remove)
 
     def _moved(self, name: str, grad: Tensor) -> Tensor:
@@ -216,8 +219,8 @@ def _add(kept: dict[tuple[Place, str], Tensor], key: tuple[Place, str], value: T
 
 
 def _squares(grad: Tensor, value: Tensor, roundings: Sequence[Callable[[Tensor], Tensor]], axis: int) -> Tensor:
-    """Sum over positions of the square of what each position's error moves, for every format."""
-    moved = [(grad.float() * (rounding(value) - value).float()).sum(axis) for rounding in roundings]
+    """Sum over channels of the square of what the errors of a channel move, for every format."""
+    moved = [(grad.float() * (rounding(value) - value).float()).movedim(axis, -1).flatten(0, -2).sum(0) for rounding in roundings]
     return torch.stack([one.double().square().sum() for one in moved])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.hooks import RemovableHandle
 
 from reelquant._errors import RecipeError
 from reelquant.allocate.sizes import check_weight
@@ -107,9 +108,16 @@ def input_of(args: Any, kwargs: Any) -> Any:
     return args[0] if args else kwargs["input"]
 
 
-def with_input(args: Any, kwargs: Any, x: Any) -> tuple[Any, Any]:
-    """The arguments of a layer that reads something else."""
-    return ((x, *args[1:]), kwargs) if args else (args, kwargs | {"input": x})
+def on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Let a layer read what this makes of its input, whether it is given by place or by name."""
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, kwargs | {name: change(kwargs[name])}
+
+    return module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 @contextmanager
@@ -119,11 +127,48 @@ def inputs_rounded(target: Target, formats: Mapping[str, str], steps: Steps = No
         for layer, written in formats.items():
             rounding = input_rounding(target, layer, written)
 
-            def before(module: nn.Module, args: Any, kwargs: Any, rounding: Callable[[Tensor], Tensor] = rounding) -> Any:
-                return with_input(args, kwargs, rounding(input_of(args, kwargs))) if _within(target.step, steps) else None
+            def change(x: Tensor, rounding: Callable[[Tensor], Tensor] = rounding) -> Tensor:
+                return rounding(x) if _within(target.step, steps) else x
 
-            handle = target.module(layer).register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.callback(on_input(target.module(layer), change).remove)
+        yield
+
+
+@contextmanager
+def weights_by_step(target: Target, formats: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Inside, the weights of these layers have the format of the step, one for each; the target has to follow its calls for that."""
+    modules = {name: target.module(name) for name in formats}
+    kept = {name: module.weight.data for name, module in modules.items()}
+    known: dict[tuple[str, str], Tensor] = {}
+
+    def put(*_: Any) -> None:
+        for name, module in modules.items():
+            written = formats[name][target.step]
+            if (name, written) not in known:
+                module.weight.data = kept[name]
+                known[name, written] = rounded_weight(target, name, written)
+            module.weight.data = known[name, written]
+
+    handle = target.denoiser.register_forward_pre_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for name, module in modules.items():
+            module.weight.data = kept[name]
+
+
+@contextmanager
+def inputs_by_step(target: Target, formats: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """Inside, these layers round what they read to the format of the step, one for each; the target has to follow its calls for that."""
+    with ExitStack() as stack:
+        for layer, written in formats.items():
+            roundings = {one: input_rounding(target, layer, one) for one in set(written)}
+
+            def change(x: Tensor, written: Sequence[str] = written, roundings: Mapping[str, Any] = roundings) -> Tensor:
+                return roundings[written[target.step]](x)
+
+            stack.callback(on_input(target.module(layer), change).remove)
         yield
 
 

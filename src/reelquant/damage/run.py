@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,13 +15,15 @@ from reelquant.allocate.budget import allocate
 from reelquant.allocate.problem import Problem
 from reelquant.allocate.sampled import around, random_picks
 from reelquant.allocate.sizes import check_weight, weight_bytes
-from reelquant.allocate.table import FILE, Configuration, Damage, Measure, Part, SensitivityTable, load_table
+from reelquant.allocate.steps import plans_over
+from reelquant.allocate.table import FILE, Configuration, Damage, Measure, Part, SensitivityTable, Tried, load_table
 from reelquant.checkpoint import keeping_work
 from reelquant.damage.gains import Gains, gains
 from reelquant.damage.gradient import by_gradient
 from reelquant.damage.kept import Kept
 from reelquant.damage.noise import by_noise
 from reelquant.damage.picture import draw
+from reelquant.damage.plans import try_plans
 from reelquant.damage.rounding import check_input, own_inputs, own_weights
 from reelquant.damage.scene import SEED, Scene, Target
 from reelquant.damage.trajectory import by_trajectory, steps_by_trajectory, try_configurations
@@ -39,6 +41,7 @@ from reelquant.recipes.usual import MAPPED
 
 FORMATS = ("int3/group-64", "int4/group-64", "int5/channel", "int6/channel", "int8/channel")
 INPUT_BITS, STEP_BITS = (3, 4, 5, 6, 7, 8), (4, 6, 8)
+EVERY_STEP = 16  # ranges of steps that a budget over layers and steps is told apart by, at most
 PICTURE = "sensitivity.png"
 
 
@@ -52,13 +55,16 @@ class Wanted:
         formats: of weights.
         inputs: of inputs; None: the recipe's own with 3 to 8 bits; none to leave inputs alone.
         steps: whether all inputs, and all weights, are rounded at single steps and sampled, as ``trajectory`` always does; the recipe's own
-            formats with 4, 6 and 8 bits, for inputs those of ``inputs`` where these are named. Others lie between them.
+            formats with 4, 6 and 8 bits, for inputs those of ``inputs`` where these are named. Others lie between them. The map of layers
+            over steps then has every step, up to :data:`EVERY_STEP` of them.
         clips: how many are sampled at a time.
         ranges: into how many ranges the steps are divided, for the map of layers over steps.
         noise_calls: recorded calls that noise is measured on.
         configurations: whole allocations that are tried out beside.
         components: the denoisers; all by default.
         skip: patterns of layers that are not measured.
+        budgets: of bits over steps and layers, by part; the plans for them are sampled on other texts, see :func:`try_plans`.
+        trials: clips of a trial.
     """
 
     recipe: Any = MAPPED
@@ -72,6 +78,8 @@ class Wanted:
     configurations: int = 0
     components: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
+    budgets: Mapping[Part, float] = field(default_factory=dict)
+    trials: int = 8
 
     def __post_init__(self) -> None:
         known = get_args(Measure)
@@ -86,9 +94,11 @@ class Wanted:
             check_weight(one, "formats")
         for one in self.inputs or ():
             check_input(one)
-        for name in ("clips", "ranges", "noise_calls"):
+        for name in ("clips", "ranges", "noise_calls", "trials"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} is at least 1, got {getattr(self, name)}")
+        if "input" in self.budgets and self.inputs == ():
+            raise RecipeError("a budget of bits of inputs needs their damages, and inputs is empty; leave inputs out, or name formats")
         if self.configurations < 0:
             raise RecipeError(f"configurations is at least 0, got {self.configurations}")
 
@@ -137,11 +147,14 @@ def measure(
             rows += mine
             configurations += tried
             together |= {(target.component, *key): found.tolist() for key, found in cosines.items() if found is not None}
-    name = scene.targets[0].plan.recipe.name
-    table = SensitivityTable(
-        settings["model"], name, tuple(layer for target in scene.targets for layer in target.layers), tuple(rows), tuple(configurations),
-        {target.component: tuple(target.timesteps) for target in scene.targets}, settings, together=together,
-    )  # fmt: skip
+        name = scene.targets[0].plan.recipe.name
+        table = SensitivityTable(
+            settings["model"], name, tuple(layer for target in scene.targets for layer in target.layers), tuple(rows),
+            tuple(configurations), {target.component: tuple(target.timesteps) for target in scene.targets}, settings, together=together,
+        )  # fmt: skip
+        if wanted.budgets:
+            table = table.as_saved()
+            table = replace(table, tried=tuple(_tried(scene, table, wanted, prompts, kept)))
     if before is not None:  # what people wrote into the file stays there
         table = replace(table, skip=before.skip, fixed=before.fixed)
     if output is not None:
@@ -151,6 +164,25 @@ def measure(
     return Measured(table, {one: kept.spent(one) for one in ("gain", "trajectory", "gradient", "noise", "configuration")}, output)
 
 
+def _tried(scene: Scene, table: SensitivityTable, wanted: Wanted, prompts: Prompts | None, kept: Kept) -> list[Tried]:
+    """The plans of all budgets, sampled with the texts and the noise after those of the map."""
+    texts = _texts(scene.pipe, scene.call, prompts, wanted.clips, wanted.trials)
+    own = Scene(scene.pipe, scene.targets, texts, scene.call, scene.progress, SEED + wanted.clips)
+    return [
+        one
+        for target in scene.targets
+        for part, bits in wanted.budgets.items()
+        for one in try_plans(own, target, list(plans_over(table, bits, target.component, part=part).values()), kept)
+    ]
+
+
+def _texts(pipe: Any, call: Mapping[str, Any], prompts: Prompts | None, first: int, count: int) -> list[Any]:
+    """Texts or conditions of clips from the first one on; those of the pipeline if none are given."""
+    if prompts is None:
+        prompts = calibration_prompts(pipe, first + count) if reads_texts(type(pipe), call) else no_texts(first + count)
+    return list(fitted(type(pipe), [prompts[number % len(prompts)] for number in range(first, first + count)]))
+
+
 def scene_of(
     pipe: Any, wanted: Wanted, prompts: Prompts | None, *, progress: Progress | None = None, call: Mapping[str, Any] | None = None
 ) -> Scene:
@@ -158,16 +190,14 @@ def scene_of(
     call = {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
     recipes = assign(pipe, wanted.recipe, wanted.components)
-    if prompts is None:
-        prompts = calibration_prompts(pipe, wanted.clips) if reads_texts(type(pipe), call) else no_texts(wanted.clips)
-    texts = list(fitted(type(pipe), [prompts[number % len(prompts)] for number in range(wanted.clips)]))
+    texts = _texts(pipe, call, prompts, 0, wanted.clips)
     call |= missing(pipe, texts, call)
     check_given(type(pipe), call, texts)
     plans = plan_components(pipe, recipes, wanted.skip, mapping(pipe, texts, None, call))
     return Scene(pipe, [Target.of(pipe, name, plan) for name, plan in plans.items()], texts, call, progress or Silent())
 
 
-LATER = ("measures", "formats", "inputs", "ranges", "configurations", "noise_calls", "skip", "steps")
+LATER = ("measures", "formats", "inputs", "ranges", "configurations", "noise_calls", "skip", "steps", "budgets", "trials")
 """Settings that may change from run to run of one folder: what they ask for is measured beside what is there."""
 
 
@@ -212,7 +242,7 @@ Cosines = dict[tuple[Part, Measure], Any]  # between the errors of single steps,
 def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple[list[Damage], list[Configuration], Cosines]:
     """Everything that is wanted of one denoiser."""
     inputs = own_inputs(target, INPUT_BITS) if wanted.inputs is None else wanted.inputs
-    ranges = cut(len(target.timesteps), wanted.ranges)
+    ranges = cut(len(target.timesteps), max(wanted.ranges, EVERY_STEP if wanted.steps else 1))
     rows: list[Damage] = []
     cosines: Cosines = {}
     found: Gains | None = None

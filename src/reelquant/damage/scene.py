@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -107,6 +108,7 @@ class Scene:
         prompts: a text or condition per clip.
         call: arguments of the pipeline call.
         progress: hears of every unit of work.
+        seed: of the noise of the first clip.
         reference: final latents of the float pipeline, ``[clips, ...]``.
         found: those that :meth:`damages` sampled last.
     """
@@ -116,6 +118,7 @@ class Scene:
     prompts: Sequence[Any]
     call: Mapping[str, Any]
     progress: Progress
+    seed: int = SEED
     reference: Tensor = field(default_factory=lambda: torch.empty(0))
     found: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -126,7 +129,7 @@ class Scene:
 
     def latents(self, **told: Any) -> Tensor:
         """Final latents ``[clips, ...]`` float32 of the pipeline as it is now."""
-        seeds = range(SEED, SEED + len(self.prompts))
+        seeds = range(self.seed, self.seed + len(self.prompts))
         return sample(self.pipe, self.prompts, seeds=seeds, batch=BATCH, output="latent", **told, **self.call).float()
 
     def with_gradients(self, clip: int) -> Tensor:
@@ -137,7 +140,7 @@ class Scene:
         try:
             with torch.enable_grad():
                 sampled = sample.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]
-                return sampled(self.pipe, [self.prompts[clip]], seeds=[SEED + clip], first=clip, output="latent", **self.call).float()
+                return sampled(self.pipe, [self.prompts[clip]], seeds=[self.seed + clip], first=clip, output="latent", **self.call).float()
         finally:
             owner.__call__ = guarded
 
@@ -155,7 +158,7 @@ class Scene:
         return damages.tolist()
 
     def record(self) -> None:
-        """Sample the float pipeline once: its latents, its timesteps, and every call of its denoisers.
+        """Sample the float pipeline once: its latents, its timesteps, every call of its denoisers, and what its layers multiply.
 
         Raises:
             CalibrationError: if a denoiser is never called.
@@ -169,19 +172,34 @@ class Scene:
             return target.denoiser.register_forward_hook(see, with_kwargs=True)
 
         self.progress.phase("record", self.steps)
-        with following(self.targets):
-            handles = [hook(target) for target in self.targets]
-            try:
-                self.reference = self.latents(on_step=self.progress.advance)
-            finally:
-                for handle in handles:
-                    handle.remove()
-        for target in self.targets:
+        with following(self.targets), ExitStack() as stack:
+            for target in self.targets:
+                stack.callback(hook(target).remove)
+            counts = [stack.enter_context(counting(target)) for target in self.targets]
+            self.reference = self.latents(on_step=self.progress.advance)
+        for target, count in zip(self.targets, counts, strict=True):
             target.calls = recordings[target.component]
+            runs = max(len(target.timesteps) * len(self.prompts), 1)
+            target.layers = tuple(replace(layer, products=count[layer.name] / runs) for layer in target.layers)
             if not target.timesteps:
                 raise CalibrationError(
                     f"'{target.component}' is never called in {self.steps} steps; take more steps, or leave it out with --component"
                 )
+
+
+@contextmanager
+def counting(target: Target) -> Iterator[Counter[str]]:
+    """Inside, multiplications of every layer are counted, in all calls together."""
+    count: Counter[str] = Counter()
+    with ExitStack() as stack:
+        for layer in target.layers:
+
+            def after(module: nn.Module, args: Any, output: Any, layer: LayerFacts = layer) -> None:
+                if isinstance(output, Tensor):
+                    count[layer.name] += output.numel() // layer.shape[0] * layer.weights
+
+            stack.callback(target.module(layer.name).register_forward_hook(after).remove)
+        yield count
 
 
 @contextmanager

@@ -88,13 +88,13 @@ class Seen:
     def _weighed(self, table: np.ndarray, gains: Gains, steps: Steps, half: str | None) -> tuple[np.ndarray, np.ndarray]:
         """What each call stands for in the sum over steps and halves, ``[calls, ...]``, and the numbers of the calls that count.
 
-        A step that no call was recorded of is stood for by the nearest one that has calls.
+        A step that no call was recorded of is stood for by the nearest one that has calls, and a half without calls by all calls.
         """
         names = [next((name for name, value in HALVES.items() if value == one), None) for one in self.halves]
         wanted = range(len(gains.steps)) if steps is None else range(steps[0], steps[1] + 1)
         weights = np.zeros(len(self.values))
         for name in (half,) if half else (tuple(gains.halves) or (None,)):
-            mine = [number for number, one in enumerate(names) if name is None or one == name]
+            mine = [number for number, one in enumerate(names) if name is None or one == name] or range(len(names))
             share = 1.0 if name is None else gains.halves[name]
             for step in wanted:
                 near = min(abs(self.steps[number] - step) for number in mine)

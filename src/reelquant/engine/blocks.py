@@ -78,9 +78,9 @@ def _solve_unit(
         session.seed,
         told.append,
     )
-    for part in module.modules():
+    for path, part in module.named_modules():
         if isinstance(part, QuantLayer):
-            part.clock = () if session.clock is None else (session.clock,)
+            part.follow(session.clock, ".".join(one for one in (unit, path) if one))
     with all_computed(module):
         solutions = entry.stage.solve_block(block)
     for path, solution in solutions.items():

@@ -45,7 +45,8 @@ class Report:
         figures: what was measured on components that do not denoise: ``prompt_cosine``, ``prompt_cosine_min``, ``picture_cosine``,
             ``picture_cosine_min`` (unitless), ``round_trip_psnr`` (dB).
         protected: slots (indices into ``timesteps``) whose activations are more precise.
-        step_bits: bits of ``inputs`` and of ``weights`` at every slot, as far as a recipe gives them.
+        step_bits: bits of ``inputs`` and of ``weights`` at every slot, as far as a recipe gives them; ``apart`` lists groups of ``layers``
+            with others, 0 where a step is as stored.
         reuse: by mechanism, how often a part was computed in the final check, and how often an earlier result stood for it.
         steps: what each step's rounding costs, if that decided it.
         parts: report by component, if there are several.
@@ -86,7 +87,7 @@ class Report:
     adapters: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)
     protected: list[int] = field(default_factory=list)
-    step_bits: dict[str, list[int]] = field(default_factory=dict)
+    step_bits: dict[str, Any] = field(default_factory=dict)
     reuse: dict[str, dict[str, int]] = field(default_factory=dict)
     steps: list[StepError] = field(default_factory=list)
     saturation: dict[str, Any] = field(default_factory=dict)

@@ -219,7 +219,7 @@ class Session:
 
     def _begun_latents(self, **overrides: Any) -> Callable[[], Tensor]:
         arguments = {"on_step": self.progress.advance} | self.arguments | overrides
-        bits = [tuple(self.clock.at(slot)) for slot in range(len(self.clock.timesteps))] if self.clock else []
+        bits = self.clock.bits if self.clock else []
         first = len(self.texts.written) + len(self.texts.probes)  # conditions go on where calibration left off
         options = {"seed": self.seed + HELD_OUT_SEED, "first": first, "output": "latent", "one_size": True} | arguments
         content = arguments.get("num_inference_steps"), bits
@@ -291,7 +291,7 @@ class Session:
 
     def _swap(self, name: str, layer: Any) -> None:
         self.floats.setdefault(name, get_module(self.denoiser, name))
-        layer.clock = () if self.clock is None else (self.clock,)
+        layer.follow(self.clock, name)
         set_module(self.denoiser, name, layer)
 
     def _fold(self, built: BuiltGroup) -> None:

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from reelquant._errors import UnsupportedError
 from reelquant._torch_state import version_of
-from reelquant.clock import AS_STORED, NAME, Moment
+from reelquant.clock import NAME, Moment
 from reelquant.graphs.convert import in_integers
 from reelquant.graphs.parts import SubgraphCache, split_invariant, step_invariant
 from reelquant.graphs.refusals import refuse_call, refuse_model
@@ -228,7 +228,7 @@ def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     graphs = vars(model)[GRAPHS]
     if graphs is None:
         graphs = start(model)
-    if now.widths != AS_STORED or _oracle(graphs):
+    if (clock is not None and not clock.reads_stored) or _oracle(graphs):
         return type(model).forward(model, *args, **kwargs)
     if graphs.tables and not now.exact:
         clock.fall_back()

@@ -27,6 +27,7 @@ from reelquant.nn.saturation import Clipped, Saturation
 from reelquant.nn.spec import SHIFT_DTYPE, LayerLayout, LayerTensors, TensorLayout, buffer_shapes, mix_name
 from reelquant.nn.swap import (
     KernelFacts,
+    change_bits,
     count_tensors,
     count_weights,
     dequantized,
@@ -66,6 +67,7 @@ __all__ = [
     "best",
     "broken",
     "buffer_shapes",
+    "change_bits",
     "check_finite",
     "check_tensors",
     "compare_attention",

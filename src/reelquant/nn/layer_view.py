@@ -21,6 +21,7 @@ class LayerView(Protocol):
     weight_shape: tuple[int, ...]
     output_format: torch.memory_format
     clock: tuple[Clock, ...]
+    bits_group: int
     keeps: bool
     watch: Any
     kernels: str

@@ -45,6 +45,7 @@ class QuantLayer(nn.Module):
         kernels: ``auto``, or ``reference`` for this layer alone; see :func:`reelquant.nn.set_kernels`.
         runtime_kernel: what computes the layer if its denoiser runs as a graph, and why nothing better does.
         clock: a tuple hides the shared clock from nn.Module, and deepcopy still maps it to the copied denoiser's.
+        bits_group: the group of layers, by the clock's numbers, whose bits of steps it has; set by :meth:`follow`.
         residency: where the weight is.
         handle: by which compiled graphs find the layer.
     """
@@ -58,6 +59,7 @@ class QuantLayer(nn.Module):
     watch: Callable[[QuantLayer, Tensor, Moment], None] | None = None
     kernels = "auto"
     runtime_kernel: tuple[Kernel, dict[str, str]] | None = None
+    bits_group = 0
     clock: tuple[Clock, ...]
     residency: Residency
     handle: int
@@ -172,6 +174,10 @@ class QuantLayer(nn.Module):
 
     # --- running ----------------------------------------------------------------------------------------------------------------
 
+    def follow(self, clock: Clock | None, name: str) -> None:
+        """Take step and bits from this clock, or from none; it knows the layer by its name in the denoiser."""
+        self.clock, self.bits_group = ((), 0) if clock is None else ((clock,), clock.group_of(name))
+
     @property
     def kernel(self) -> Kernel:
         """What computes this layer on the device it lies on."""
@@ -204,7 +210,7 @@ class QuantLayer(nn.Module):
             return call(self.handle, input, self.clock, activation)
         if is_tracing():
             return trace_opaque(self.handle, input)
-        moment = self.clock[0].now() if self.clock else self._without_clock()
+        moment = self.clock[0].now(self.bits_group) if self.clock else self._without_clock()
         return self._chain("eager", input, moment)(input, moment, activation)
 
     def compute(self, input: Tensor, moment: Moment, activation: str = "") -> Tensor:

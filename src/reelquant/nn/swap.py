@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MethodType
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from reelquant._errors import SiteError, nearest
-from reelquant.clock import NAME, Clock, attach
+from reelquant.clock import NAME, Apart, Clock, Widths, attach
 from reelquant.nn.extended import float_class, own_attributes
 from reelquant.nn.layer_classes import LAYERS
 from reelquant.nn.layers import QuantLayer
@@ -109,7 +109,19 @@ def dequantized(layer: QuantLayer, dtype: torch.dtype) -> nn.Module:
     return new
 
 
-STATE = ("layout", "weight_shape", "clock", "handle", "bias_made", "residency", "_chains", "keeps", "kernels", "runtime_kernel")
+STATE = (
+    "layout",
+    "weight_shape",
+    "clock",
+    "bits_group",
+    "handle",
+    "bias_made",
+    "residency",
+    "_chains",
+    "keeps",
+    "kernels",
+    "runtime_kernel",
+)
 """Attributes that a quantized layer has and a float one has not."""
 _CONV_GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
 
@@ -120,8 +132,14 @@ def start_clock(model: nn.Module, clock: Clock, argument: str) -> None:
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))  # meta: offloaded
     watch = model.register_forward_pre_hook(_watch_adapters)
     object.__setattr__(model, HOOK, (watch, attach(model, clock.to(device), argument)))
-    for layer in quantized_layers(model).values():
-        layer.clock = (clock,)
+    _follow(model, clock)
+
+
+def change_bits(model: nn.Module, widths: Sequence[Widths], apart: Sequence[Apart] = ()) -> None:
+    """Give the steps of a model whose clock has started other bits, see :meth:`reelquant.clock.Clock.change_bits`."""
+    clock = getattr(model, NAME)
+    clock.change_bits(widths, apart)
+    _follow(model, clock)
 
 
 def stop_clock(model: nn.Module) -> None:
@@ -131,8 +149,12 @@ def stop_clock(model: nn.Module) -> None:
     for handle in handles:
         handle.remove()
     delattr(model, NAME)
-    for layer in quantized_layers(model).values():
-        layer.clock = ()
+    _follow(model, None)
+
+
+def _follow(model: nn.Module, clock: Clock | None) -> None:
+    for name, layer in quantized_layers(model).items():
+        layer.follow(clock, name)
 
 
 def _watch_adapters(model: nn.Module, args: object) -> None:

@@ -120,12 +120,13 @@ def _become(module: Any, name: str, facts: Mapping[str, Any]) -> None:
     kind, layout = quantized_class(module), LayerLayout.from_json(facts["layout"])
     if kind is None:
         raise UnsupportedError(f"'{name}' ({type(module).__name__}) is given the tensors of a quantized layer, and has no quantized form")
-    clock = _clock_for(module, name, layout, by_handle(facts["layer"]) if is_alive(facts["layer"]) else None)
+    source = by_handle(facts["layer"]) if is_alive(facts["layer"]) else None
+    clock = _clock_for(module, name, layout, source)
     device = module.weight.device
     module.__class__ = kind
     module._build(layout, device)
     module.requires_grad_(False)
-    module.clock = () if clock is None else (clock,)
+    module.clock, module.bits_group = ((), 0) if clock is None or source is None else ((clock,), source.bits_group)
 
 
 def _clock_for(module: nn.Module, name: str, layout: LayerLayout, source: QuantLayer | None) -> Clock | None:

@@ -50,28 +50,30 @@ def recipe_text(recipe: Recipe) -> str:
     return yaml.safe_dump(data, sort_keys=False, width=120, allow_unicode=True)
 
 
-def with_steps(base: str | Mapping[str, Any] | Recipe, changes: Mapping[str, Any]) -> Recipe:
+def with_steps(base: str | Mapping[str, Any] | Recipe, entries: Sequence[Mapping[str, Any]]) -> Recipe:
     """A recipe with bits of inputs or of weights that change over the steps.
 
     Args:
         base: the recipe to change; it has to round what gets the bits to integers, weights to more of them.
-        changes: as :meth:`reelquant.allocate.StepPlan.overrides` gives them.
+        entries: of ``step_bits``, as :meth:`reelquant.allocate.StepPlan.entries` gives them for a part; those of both parts in a row.
 
     Raises:
         RecipeError: if the base has no such inputs or weights.
     """
     recipe = load_recipe(base if isinstance(base, str | Recipe) else dict(base))
-    if recipe.defaults.input is None and any(key.endswith(".inputs") for key in changes):
+    if recipe.defaults.input is None and any("inputs" in one for one in entries):
         raise RecipeError(
             f"recipe '{recipe.name}' leaves inputs float, so they have no bits to divide; name one that rounds them: minmax-w6a6"
         )
-    most = max((max(bits) for key, bits in changes.items() if key.endswith(".weights")), default=0)
+    most = max((max(one["weights"]) for one in entries if "weights" in one), default=0)
     if most > _integer_bits(recipe.defaults.weight.format):
         raise RecipeError(
             f"recipe '{recipe.name}' stores weights as {recipe.defaults.weight.format}, and a step is to read {most} bits of them: "
             "name one that stores integers of as many bits, as minmax-w8a8 does"
         )
-    return load_recipe(recipe, {**changes, "name": f"{recipe.name}-steps"})
+    every = {key: value for one in entries if "on" not in one for key, value in one.items()}
+    apart = [dict(one) for one in entries if "on" in one]
+    return load_recipe(recipe, {"step_bits": [every, *apart] if apart else every, "name": f"{recipe.name}-steps"})
 
 
 def _integer_bits(name: str | Sequence[str]) -> int:

@@ -106,7 +106,7 @@ class SoftLayer(nn.Module):
         chain = with_branches(self, self._product)
         if self.layer.layout.cfg_halves:
             chain = GuidanceHalves(self.layer, chain)
-        return chain(input, clock[0].now() if clock else Moment(), "")
+        return chain(input, clock[0].now(self.layer.bits_group) if clock else Moment(), "")
 
     def _product(self, x: Tensor, moment: Moment, activation: str) -> Tensor:
         """Product of the rounded input with the weight as it is now; ``activation`` is always empty here."""

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from reelquant._errors import CheckpointError, RecipeError, SiteError
-from reelquant.allocate import METHODS, Configuration, Damage, LayerFacts, SensitivityTable, allocate, allocate_steps, load_table
+from reelquant.allocate import METHODS, Configuration, Damage, LayerFacts, SensitivityTable, StepPlan, allocate, allocate_steps, load_table
+from reelquant.allocate.exchange import together
 from reelquant.allocate.sizes import weight_bytes
-from reelquant.allocate.steps import together
 from reelquant.recipes.allocated import allocated, recipe_text, with_steps
 from reelquant.recipes.recipe import load_recipe
 
@@ -135,6 +135,12 @@ def test_a_recipe_says_the_allocation() -> None:
     assert {str(rule.weight.range["name"]) for rule in read.rules if rule.weight} == {"mse"}  # pyright: ignore[reportArgumentType]
 
 
+def bits_of(plan: StepPlan) -> tuple[int, ...]:
+    """Bits of all layers."""
+    (group,) = plan.groups
+    return group.bits
+
+
 def brute(grams: np.ndarray, choices: list[int], budget: float) -> float:
     """The least damage of all plans."""
     plans = itertools.product(range(len(choices)), repeat=grams.shape[1])
@@ -145,11 +151,11 @@ def brute(grams: np.ndarray, choices: list[int], budget: float) -> float:
 def test_bits_go_to_the_steps_that_hold_the_damage(method: str) -> None:
     plan = allocate_steps(made(), 6.0, method=method)
     # steps 1 and 4 do almost all of the damage: 8 bits each; the others share what is left, 20 bits of the 36
-    assert plan.bits == (5, 8, 5, 5, 8, 5) and plan.mean == 6.0 and plan.part == "input"
+    assert bits_of(plan) == (5, 8, 5, 5, 8, 5) and plan.mean == 6.0 and plan.part == "input"
     assert plan.damage == pytest.approx(4 * 64 + 100 + 50) and plan.uniform == (6, pytest.approx(16 * 154))
-    recipe = with_steps("minmax-w6a6", plan.overrides(made()))
+    recipe = with_steps("minmax-w6a6", plan.entries(made()))
     assert recipe.defaults.input is not None and recipe.defaults.input.format == "uint6"
-    assert next(entry.stage for entry in recipe.entries if entry.name == "step_bits").inputs == plan.bits
+    assert next(entry.stage for entry in recipe.entries if entry.name == "step_bits").inputs == bits_of(plan)
     assert load_recipe(yaml.safe_load(recipe_text(recipe))).digest() == recipe.digest()
 
 
@@ -170,7 +176,7 @@ def test_plans_are_the_best_of_all_or_near_it(method: str, seed: int) -> None:
     table = replace(table, rows=(*(row for row in table.rows if row.layer != "*"), *rows), timesteps=times, together={key: cosines})  # type: ignore[dict-item]
     plan = allocate_steps(table, 5.6, part="weight", method=method)
     grams = cosines * np.array([4.0**-bits * np.sqrt(np.outer(sizes, sizes)) for bits in choices])
-    assert plan.damage == pytest.approx(together(grams, [choices.index(one) for one in plan.bits]))
+    assert plan.damage == pytest.approx(together(grams, [choices.index(one) for one in bits_of(plan)]))
     best = brute(grams, choices, 5.6 * steps)
     assert best * (1 - 1e-9) <= plan.damage <= 1.03 * best and plan.mean <= 5.6 and plan.damage <= plan.uniform[1]
 
@@ -199,21 +205,21 @@ def test_steps_of_the_second_expert_are_numbered_through_the_whole_sampler() -> 
     table = replace(made("transformer", "transformer_2"))
     late = {"transformer": (900.0, 800.0, 700.0, 600.0, 500.0, 400.0), "transformer_2": (350.0, 300.0, 250.0, 200.0, 150.0, 100.0)}
     table = replace(table, timesteps=late)
-    assert allocate_steps(table, 6.0, "transformer_2").overrides(table) == {"step_bits.inputs": [6] * 6 + [5, 8, 5, 5, 8, 5]}
+    assert allocate_steps(table, 6.0, "transformer_2").entries(table) == [{"inputs": [6] * 6 + [5, 8, 5, 5, 8, 5]}]
 
 
 def test_equal_steps_keep_one_number_of_bits() -> None:
     table = made()
     flat = tuple(replace(row, damage=4.0 ** (8 - int(row.format[3]))) if row.part == "input" else row for row in table.rows)
     plan = allocate_steps(replace(table, rows=flat), 6.0)
-    assert plan.bits == (6,) * 6 and plan.damage == plan.uniform[1]
+    assert bits_of(plan) == (6,) * 6 and plan.damage == plan.uniform[1]
 
 
 def test_what_has_no_bits_to_divide_is_said() -> None:
     with pytest.raises(RecipeError, match="leaves inputs float"):
-        with_steps("w4a16", allocate_steps(made(), 6.0).overrides(made()))
+        with_steps("w4a16", allocate_steps(made(), 6.0).entries(made()))
     with pytest.raises(RecipeError, match="stores weights as int4, and a step is to read 8 bits"):
-        with_steps("minmax-w4a8", {"step_bits.weights": [8, 4]})
+        with_steps("minmax-w4a8", [{"weights": [8, 4]}])
     with pytest.raises(RecipeError, match="out of reach: inputs were measured at single steps with 4, 5, 6, 7, 8 bits"):
         allocate_steps(made(), 3.0)
     with pytest.raises(RecipeError, match="holds no damages of weights at single steps"):

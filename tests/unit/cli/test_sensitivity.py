@@ -41,7 +41,8 @@ def test_a_table_is_read_and_a_budget_divided_into_a_recipe(folder: Path) -> Non
 def test_both_budgets_make_one_recipe_and_json_is_one_document(folder: Path) -> None:
     result = invoke("sensitivity", folder, "-r", "minmax-w6a6", "--bits", "4.5", "--step-bits", "6", "--json")
     data = json.loads(result.stdout)
-    assert data["steps"][0]["bits"] == [5, 8, 5, 5, 8, 5] and data["allocation"]["bits"] <= 4.5 and data["table"]["version"] == 1
+    assert data["steps"][0]["groups"][0]["bits"] == [5, 8, 5, 5, 8, 5]
+    assert data["allocation"]["bits"] <= 4.5 and data["table"]["version"] == 1
     written = yaml.safe_load(Path(data["recipes"][0]).read_text())
     assert written["step_bits"] == {"inputs": [5, 8, 5, 5, 8, 5]}
 
@@ -85,6 +86,13 @@ def test_what_cannot_be_divided_is_refused_before_anything_is_measured(
     assert result.exit_code != 0 and message in said, said
 
 
+def test_a_budget_that_the_recipe_has_no_bits_for_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    for words, message in ((("--step-bits", "6"), "leaves inputs float"), (("--step-weight-bits", "6"), "stores weights as int4")):
+        result = invoke("sensitivity", "tiny-dit", "-o", tmp_path / "map", *words)
+        said = " ".join((result.output + str(result.exception or "")).replace("│", " ").split())
+        assert result.exit_code != 0 and message in said and not (tmp_path / "map").exists()
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_table_fits(width: int) -> None:
     from reelquant.allocate import allocate, allocate_steps
@@ -103,7 +111,7 @@ def test_weights_are_read_in_bits_of_a_budget(tmp_path: Path) -> None:
     ]
     replace(table, rows=(*table.rows, *rows)).save(tmp_path / "sensitivity.json")
     result = invoke("sensitivity", tmp_path, "-r", "minmax-w8a8", "--step-bits", "6", "--step-weight-bits", "5", "--json")
-    plans = {one["part"]: one["bits"] for one in json.loads(result.stdout)["steps"]}
+    plans = {one["part"]: one["groups"][0]["bits"] for one in json.loads(result.stdout)["steps"]}
     assert set(plans) == {"input", "weight"} and sum(plans["weight"]) <= 30 and plans["weight"] == sorted(plans["weight"])
     written = load_recipe(tmp_path / "recipe.yaml")
     stage = next(entry.stage for entry in written.entries if entry.name == "step_bits")

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch import nn
 
 from reelquant._errors import CheckpointError, RecipeError, UnsupportedError
-from reelquant.allocate import SensitivityTable, load_table
-from reelquant.allocate.steps import together
+from reelquant.allocate import SensitivityTable, allocate_steps, load_table
+from reelquant.allocate.exchange import together
 from reelquant.clock import FIRST, SECOND
 from reelquant.damage import Wanted, measure
 from reelquant.damage.kept import Kept
-from reelquant.damage.rounding import rounded_weight, rows_of, weights_rounded
+from reelquant.damage.rounding import inputs_by_step, on_input, rounded_weight, rows_of, weights_by_step, weights_rounded
 from reelquant.damage.run import cut, scene_of
-from reelquant.damage.scene import HALVES, Scene, following, typical
+from reelquant.damage.scene import HALVES, SEED, Scene, following, typical
 from tests.tiny.configs import TINY
-from tests.tiny.pipelines import FakePipeline
+from tests.tiny.pipelines import FRAMES, FakePipeline
 
 FORMATS, INPUTS = ("int3/channel", "int6/channel"), ("int4/token", "int8/token")
 WANTED = Wanted(recipe="w8a16", formats=FORMATS, inputs=INPUTS, clips=2, ranges=2, noise_calls=4)
@@ -166,6 +167,72 @@ def test_rounding_holds_at_the_steps_that_are_named_and_nowhere_else(scene: Scen
     handle.remove()
     assert {step for step, _ in seen} == {0, 1, 2} and all(changed == (step == 1) for step, changed in seen)
     assert not torch.equal(target.module(layer).weight, rounded)
+
+
+def test_an_input_that_is_given_by_name_is_rounded_as_one_that_is_given_by_place() -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(2, 4)
+    handle = on_input(layer, lambda given: given.round())
+    assert torch.equal(layer(input=x), layer(x)) and torch.equal(layer(x), nn.functional.linear(x.round(), layer.weight, layer.bias))
+    handle.remove()
+    assert not torch.equal(layer(x), nn.functional.linear(x.round(), layer.weight, layer.bias))
+
+
+def test_layers_have_the_bits_of_a_plan_at_every_step(scene: Scene) -> None:
+    (target,) = scene.targets
+    one, other = (layer.name for layer in target.layers[3:5])
+    plan = {one: ["int3/channel", "int8/channel", "int3/channel"], other: ["int8/channel"] * 3}
+    seen: list[tuple[int, str, str]] = []
+    rounded = {(name, fmt): rounded_weight(target, name, fmt) for name in plan for fmt in ("int3/channel", "int8/channel")}
+
+    def look(name: str) -> Any:
+        formats = {fmt: weight for (of, fmt), weight in rounded.items() if of == name}
+        return lambda module, *_: seen.extend((target.step, name, fmt) for fmt, one in formats.items() if torch.equal(module.weight, one))
+
+    handles = [target.module(name).register_forward_hook(look(name)) for name in plan]
+    before = target.module(one).weight.clone()
+    with following(scene.targets), weights_by_step(target, plan):
+        scene.latents()
+    for handle in handles:
+        handle.remove()
+    assert set(seen) == {(step, name, fmt) for name, written in plan.items() for step, fmt in enumerate(written)}
+    assert torch.equal(target.module(one).weight, before)
+
+
+def test_plans_for_a_budget_are_sampled_on_other_texts(tmp_path: Path) -> None:
+    call: dict[str, Any] = {"num_inference_steps": 3}
+    inputs = tuple(f"int{bits}/token" for bits in (4, 5, 6, 8))
+    wanted = replace(WANTED, inputs=inputs, ranges=3, budgets={"input": 6}, trials=2)
+    table = measure(pipeline(), "tiny-dit", tmp_path, wanted, [*TEXTS, "a green star", "a grey box"], call=call).table
+    assert load_table(tmp_path).tried == table.tried
+    uniform = next(one for one in table.tried if one.groups == ((("*",), (6, 6, 6)),))
+    pipe = pipeline()
+    other = scene_of(pipe, wanted, ["a green star", "a grey box"], call=call)
+    other.seed = SEED + 2
+    other.record()
+    (target,) = other.targets
+    with following(other.targets), inputs_by_step(target, {layer.name: ["int6/token"] * 3 for layer in target.layers}):
+        assert typical(other.damages()) == pytest.approx(uniform.damage, rel=1e-3)
+    plan = allocate_steps(table, 6.0)
+    assert plan.tried is not None and plan.tried[0] == min(one.damage for one in table.tried) <= plan.tried[1] == uniform.damage
+    assert allocate_steps(load_table(tmp_path), 6.0) == plan
+
+
+def test_multiplications_are_counted_for_a_clip_and_step(scene: Scene) -> None:
+    (target,) = scene.targets
+    facts = {layer.name: layer for layer in target.layers}
+    layer = next(one for name, one in facts.items() if name.endswith("attn1.to_q"))
+    tokens = 2 * FRAMES * 4 * 4  # both halves of guidance; patches of 1 x 2 x 2 of 8 x 8 latents
+    assert layer.products == tokens * layer.weights
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_noise_of_fewer_calls_than_there_are_halves_and_steps(calls: int) -> None:
+    made = pipeline()
+    table = measure(made, made, None, replace(WANTED, measures=("noise",), noise_calls=calls), TEXTS, call={"num_inference_steps": 2}).table
+    whole, halves = table.select("noise"), [table.select("noise", half=half) for half in HALVES]
+    for key in whole:
+        if key[1] != "*":
+            assert sum(one[key].damage for one in halves) == pytest.approx(whole[key].damage, rel=1e-3)
 
 
 def test_a_stopped_run_goes_on_where_it_was(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def _moment(layer: LayerView, x: Tensor, step: Sequence[Tensor]) -> Moment:
     exact, half = bool(stored) if layout.table else False, int(half) if layout.cfg_halves else ANY
     if not layer.clock[0].changes_bits:
         return Moment(slot if x.is_cuda and not exact else int(slot), exact, half=half)
-    return Moment(int(slot), exact, bool(protected), half, widths=layer.clock[0].at(int(slot)))
+    return Moment(int(slot), exact, bool(protected), half, widths=layer.clock[0].at(int(slot), layer.bits_group))
 
 
 def _as_declared(layer: LayerView, out: Tensor) -> Tensor:

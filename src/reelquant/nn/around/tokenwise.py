@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from reelquant.clock import AS_STORED
 from reelquant.nn.around.class_patch import ClassPatch, patch, unpatch, untouched, unwatched
 from reelquant.nn.around.graph import call_tokenwise, handle_of
 from reelquant.nn.layer_classes import QuantLinear
@@ -52,7 +51,7 @@ class Tokenwise(ClassPatch):
         clock = layers[0].clock
         if torch.compiler.is_compiling():
             return call_tokenwise(self.reelquant_handle, hidden_states, clock)
-        if clock and clock[0].now().widths != AS_STORED:  # what computes such a step may be made for every call
+        if clock and not clock[0].reads_stored:  # what computes such a step may be made for every call
             return super().forward(hidden_states)
         return self.reelquant_in_blocks(hidden_states)
 
