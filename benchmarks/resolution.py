@@ -160,6 +160,24 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return markdown(HEADINGS, first + lines)
 
 
+def digest_of(clips: Clips) -> str:
+    """Of rows of these clips: another one than that of the recipe's own rows."""
+    return f"{clips.digest}-resolution-{load_recipe(RECIPE).digest()}"
+
+
+def page(clips: Clips, records: Records, labels: Sequence[str]) -> str:
+    """A section for every number of clips that is measured."""
+    own = [row for row in records.load() if row["name"].startswith("resolution: ") and row["pipeline"] == clips.name]
+    parts = []
+    for count in sorted({row["clips"] for row in own}, reverse=True):
+        digest = digest_of(replace(clips, count=count))
+        known = {row["name"].removeprefix("resolution: "): row for row in own if row["digest"] == digest}
+        if known:
+            found = table({label: known[label] for label in labels if label in known})
+            parts.append(f"{clips.name}, {RECIPE}, {count} clips\n\n{found}")
+    return "\n".join(parts)
+
+
 def main() -> None:
     """Parse the command line, measure what is missing, write the table."""
     options = parser(__doc__)
@@ -169,7 +187,7 @@ def main() -> None:
     clips = Clips(args.pipeline, args.clips, dict(args.set), args.batch)
     KEPT.mkdir(parents=True, exist_ok=True)
     records = Records(args.output / "rows.jsonl")
-    digest = f"{clips.digest}-resolution-{load_recipe(RECIPE).digest()}"  # another one than that of the recipe's own rows
+    digest = digest_of(clips)
     pipes: dict[str, Any] = {}
     plains: dict[str, Tensor] = {}
 
@@ -199,8 +217,7 @@ def main() -> None:
         facts = {"name": f"resolution: {label}", "digest": digest, "pipeline": clips.name, "clips": clips.count, "status": "measured"}
         records.add(facts | make())
         print(f"{clips.name}: {label}", flush=True)
-    known = {row["name"].removeprefix("resolution: "): row for row in records.load() if row["digest"] == digest}
-    text = f"{clips.name}, {RECIPE}, {clips.count} clips\n\n{table({label: known[label] for label in work if label in known})}"
+    text = page(clips, records, list(work))
     (args.output / f"resolution-{clips.name}.md").write_text(text)
     print(text)
 
