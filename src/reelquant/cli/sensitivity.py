@@ -143,7 +143,6 @@ def sensitivity(
     if any(one is not None for one in (bits, size, *over_steps.values())) and output is None and not is_table(model):
         names = "--bits, --size, --step-bits, --step-weight-bits"
         raise typer.BadParameter("a recipe needs a folder to lie in: give --output", param_hint=names)
-    _check(bits, size, over_steps, method)
     if is_table(model):
         table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
     else:
@@ -165,25 +164,6 @@ def sensitivity(
     if folder is not None and not written:
         console.done(folder, "sensitivity.json, sensitivity.png")
     return None
-
-
-def _check(bits: float | None, size: str | None, over_steps: dict[str, float | None], method: str) -> None:
-    """Refuse budgets that no table meets before hours of measuring.
-
-    Raises:
-        RecipeError: for a number that is not positive, a size that is none, or an unknown method.
-    """
-    from reelquant._errors import RecipeError
-    from reelquant.allocate.budget import check_method
-    from reelquant.streaming import parse_bytes
-
-    check_method(method)
-    if size is not None:
-        parse_bytes(size)
-    wanted = {"--bits": bits, "--step-bits": over_steps["input"], "--step-weight-bits": over_steps["weight"]}
-    for name, value in wanted.items():
-        if value is not None and value <= 0:
-            raise RecipeError(f"{name} is a number of bits above 0, like 4.5, got {value:g}")
 
 
 def is_table(model: str) -> bool:
