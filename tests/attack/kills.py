@@ -35,9 +35,13 @@ KINDS: dict[str, tuple[str, ...]] = {
         "--resume",
     ),
     "export": ("export", "QUANTIZED", "-f", "torchao", "-o", "OUT", "--force"),
+    "drop-blocks": ("drop-blocks", "FLOAT", "-o", "OUT", "--steps", "2", "--calls", "8", "--iterations", "70", "--force"),
+    "sensitivity": ("sensitivity", "FLOAT", "-o", "OUT", "--steps", "2", "--clips", "1", "--measure", "trajectory", "--inputs", "none"),
 }
 """Each can be given again after a kill."""
-VARIES = ("report.json", "report.html", "summary.md", "reelquant-checksums.json", "SHA256SUMS")
+GROWS = ("evaluate", "sensitivity")
+"""Whose output is filled bit by bit, and is not whole before the end."""
+VARIES = ("report.json", "report.html", "summary.md", "reelquant-checksums.json", "SHA256SUMS", "measured.jsonl")
 """Hold timings, or sums of what does; a list of sums has a line more after a kill."""
 
 
@@ -79,10 +83,10 @@ class Killer:
         """
         kind, dice = list(self.whole)[seed % len(self.whole)], random.Random(seed)
         moment = dice.uniform(0, self.seconds[kind])
-        if kind != "evaluate" and dice.random() < 0.5:  # something is there to be replaced
+        if kind not in GROWS and dice.random() < 0.5:  # something is there to be replaced
             shutil.copytree(self.places / kind / "out", folder / "out")
         self._run(kind, folder, kill=lambda since: since >= moment)
-        if kind != "evaluate" and (folder / "out").exists() and _result(folder / "out") != self.whole[kind]:
+        if kind not in GROWS and (folder / "out").exists() and _result(folder / "out") != self.whole[kind]:
             raise SilentError(f"{kind} killed after {moment:.3f} s: the output is not whole")
         self._run(kind, folder, kill=lambda _: False)
         if left := sorted(path.name for path in folder.iterdir() if path.name not in ("out", "said.txt")):

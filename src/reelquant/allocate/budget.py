@@ -64,16 +64,6 @@ class Allocation:
         return dict(self.formats[component])
 
 
-def check_method(method: str) -> None:
-    """Refuse a method that is not in :data:`METHODS`.
-
-    Raises:
-        RecipeError: naming those that are.
-    """
-    if method not in METHODS:
-        raise RecipeError(f"unknown method '{method}' of allocation; {nearest(method, METHODS)}")
-
-
 def allocate(
     table: SensitivityTable,
     sizes: Sizes | None = None,
@@ -110,7 +100,8 @@ def allocate(
         >>> allocate(table, bits=4.5).of("transformer")
         {'blocks.0.attn1.to_q': 'int4/group-64', ...}
     """
-    check_method(method)
+    if method not in METHODS:
+        raise RecipeError(f"unknown method '{method}' of allocation; {nearest(method, METHODS)}")
     rows = table.select(measure)
     chosen = _formats(table, formats, {row.format for row in rows.values()})
     layers = [layer for name in components or table.components for layer in table.of(name)]

@@ -17,6 +17,7 @@ from reelquant.checkpoint.as_stored import keep_stored, sources
 from reelquant.checkpoint.card import write_card
 from reelquant.checkpoint.folder import INDEX, absolute, check_target, new_folder, refuse_source
 from reelquant.checkpoint.stored import adopt
+from reelquant.checkpoint.tokenizers import as_stored
 from reelquant.discover.components import plain
 from reelquant.models.blank import QUANTIZATION, check_names, read_config
 from reelquant.models.fused import drop_unused_projections
@@ -75,7 +76,8 @@ def save(
     _describe(pipe)
     _refuse_original(pipe, folder)
     with new_folder(folder, force=force) as temporary:
-        pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=max_shard_size)
+        with as_stored(pipe):
+            pipe.save_pretrained(temporary, safe_serialization=True, max_shard_size=max_shard_size)
         _check_complete(pipe, temporary)
         forget_paths(temporary)
         homes = sources(pipe, list(_modules(pipe)))

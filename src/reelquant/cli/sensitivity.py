@@ -177,11 +177,12 @@ def _check_budgets(bits: float | None, size: str | None, over_steps: Mapping[Any
     Raises:
         RecipeError: for a number that is not positive, a size that is none, or an unknown method.
     """
-    from reelquant._errors import RecipeError
-    from reelquant.allocate.budget import check_method
+    from reelquant._errors import RecipeError, nearest
+    from reelquant.allocate import METHODS
     from reelquant.streaming import parse_bytes
 
-    check_method(method)
+    if method not in METHODS:
+        raise RecipeError(f"unknown method '{method}' of allocation; {nearest(method, METHODS)}")
     if size is not None:
         parse_bytes(size)
     wanted = {"--bits": bits, "--step-bits": over_steps["input"], "--step-weight-bits": over_steps["weight"]}

@@ -11,6 +11,7 @@ import numpy as np
 
 from reelquant.allocate.roles import nearest_four
 from reelquant.allocate.table import EVERY, LayerFacts, Measure, SensitivityTable
+from reelquant.checkpoint import keeping_work
 
 NAMED = 90  # layers that are written out; of more, the blocks are
 MAP = "viridis"
@@ -33,8 +34,9 @@ def draw(table: SensitivityTable, file: Path) -> None:
         _formats(figure, formats, table, component, measure)
         _steps(figure, steps, table, component, stepped)
         _inputs(inputs, table, component)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
+    with keeping_work(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file, dpi=100)
 
 
 def _formats(figure: Any, axes: Any, table: SensitivityTable, component: str, measure: Measure) -> None:

@@ -17,7 +17,6 @@ from reelquant.allocate.sampled import around, random_picks
 from reelquant.allocate.sizes import check_weight, weight_bytes
 from reelquant.allocate.steps import plans_over
 from reelquant.allocate.table import FILE, Configuration, Damage, Measure, Part, SensitivityTable, Tried, load_table
-from reelquant.checkpoint import keeping_work
 from reelquant.damage.gains import Gains, gains
 from reelquant.damage.gradient import by_gradient
 from reelquant.damage.kept import Kept
@@ -159,8 +158,7 @@ def measure(
         table = replace(table, skip=before.skip, fixed=before.fixed)
     if output is not None:
         table.save(output / FILE)
-        with keeping_work(output):
-            draw(table, output / PICTURE)
+        draw(table, output / PICTURE)
     return Measured(table, {one: kept.spent(one) for one in ("gain", "trajectory", "gradient", "noise", "configuration")}, output)
 
 
