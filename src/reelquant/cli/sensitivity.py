@@ -146,8 +146,8 @@ def sensitivity(
     for part in tables(table, found, plans, None if everything else ROWS):
         console.out.print(part)
         console.out.print()
-    for file in written:
-        console.done(file, f"reelquant quantize MODEL -r {file} -o out")
+    for number, file in enumerate(written, 1):
+        console.done(file, _command(table, written) if number == len(written) else "")
     if folder is not None and not written:
         console.done(folder, "sensitivity.json, sensitivity.png")
     return None
@@ -255,6 +255,15 @@ def _recipes(table: SensitivityTable, folder: Path, base: str | None, found: All
         write_text(file, recipe_text(recipe))
         made.append(file)
     return made
+
+
+def _command(table: SensitivityTable, written: list[Path]) -> str:
+    """What makes a model of the recipes: all of them together."""
+    import shlex
+
+    names = [""] if len(written) == 1 else [f"{name}=" for name in table.components]
+    recipes = " ".join(f"-r {shlex.quote(f'{name}{file}')}" for name, file in zip(names, written, strict=True))
+    return f"reelquant quantize {shlex.quote(table.model)} {recipes} -o out"
 
 
 def as_data(table: SensitivityTable, found: Allocation | None, plans: list[StepPlan], written: list[Path]) -> dict[str, Any]:

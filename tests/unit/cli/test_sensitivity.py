@@ -35,7 +35,15 @@ def test_a_table_is_read_and_a_budget_divided_into_a_recipe(folder: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "bits a weight with scales" in said and "1 layers, as the table says" in said and "dB worse" in said
     recipe = load_recipe(folder / "recipe.yaml")
+    assert f"reelquant quantize made -r {folder}/recipe.yaml -o out" in said
     assert recipe.name == "w4a16-allocated" and any(rule.skip and rule.on == "blocks.0.to_q" for rule in recipe.rules)
+
+
+def test_recipes_of_two_experts_are_used_by_one_command(tmp_path: Path) -> None:
+    made("transformer", "transformer_2").save(tmp_path / "sensitivity.json")
+    said = " ".join(invoke("sensitivity", tmp_path, "--bits", "4.5").output.split())
+    names = " ".join(f"-r {name}={tmp_path}/recipe-{name}.yaml" for name in ("transformer", "transformer_2"))
+    assert f"reelquant quantize made {names} -o out" in said
 
 
 def test_both_budgets_make_one_recipe_and_json_is_one_document(folder: Path) -> None:
