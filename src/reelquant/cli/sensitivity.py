@@ -31,6 +31,7 @@ from reelquant.cli.options import (
 if TYPE_CHECKING:
     from reelquant.allocate import Allocation, SensitivityTable, StepPlan
 
+CLIPS, RANGES = 4, 5
 ROWS = 12  # layers that are printed; --all and --json give every one
 
 MapOrModel = Annotated[
@@ -102,8 +103,8 @@ def sensitivity(
     measure: MeasureBy = None,
     formats: Formats = None,
     inputs: Inputs = None,
-    clips: Clips = 4,
-    ranges: Ranges = 5,
+    clips: Clips = CLIPS,
+    ranges: Ranges = RANGES,
     configurations: Configurations = 0,
     by_step: BySteps = False,
     component: Components = None,
@@ -131,7 +132,12 @@ def sensitivity(
     if not is_table(model):
         _check(model, output, bits, size, over_steps, method, _list(formats))
     if is_table(model):
-        table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
+        asked = {
+            "--measure": measure, "--inputs": inputs, "--clips": clips != CLIPS, "--ranges": ranges != RANGES, "--by-step": by_step,
+            "--configurations": configurations, "--component": component, "--prompts": prompts, "--steps": steps, "--frames": frames,
+            "--height": height, "--width": width, "--guidance": guidance,
+        }  # fmt: skip
+        table, folder = _read(model, [name for name, given in asked.items() if given], skip), output or _folder_of(model)
     else:
         told = dict(
             recipe=recipe or "w4a16", measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
@@ -139,7 +145,7 @@ def sensitivity(
             prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
         table, folder = _measure(model, output, dtype, told, call), output
-    found, plans = _divided(table, bits, size, over_steps, method)
+    found, plans = _divided(table, bits, size, over_steps, method, _list(formats))
     written = _recipes(table, folder, recipe, found, plans) if folder is not None and (found or plans) else []
     if json:
         return console.emit(as_data(table, found, plans, written))
@@ -198,12 +204,24 @@ def _check(
         raise typer.BadParameter("the map and the recipe need a folder to lie in: give --output", param_hint=names)
 
 
-def _read(model: str, call: dict[str, Any], measure: list[str] | None) -> SensitivityTable:
+def _read(model: str, asked: list[str], skip: list[str] | None) -> SensitivityTable:
+    """The table of a folder or file; layers to skip are added to its own.
+
+    Args:
+        asked: what was asked of a measurement; nothing is measured here.
+    """
     from reelquant.allocate import load_table
 
-    if call or measure:
-        raise typer.BadParameter(f"'{model}' is a table that was measured already, and is only read: name the pipeline to measure")
-    return load_table(model)
+    if asked:
+        raise typer.BadParameter(
+            f"'{model}' is a table that was measured already, and is only read, so {', '.join(asked)} would change nothing: name the "
+            "pipeline to measure"
+        )
+    return load_table(model).edited(skip or ())
+
+
+def _folder_of(model: str) -> Path:
+    return Path(model) if Path(model).is_dir() else Path(model).parent
 
 
 def _measure(model: str, output: Path | None, dtype: str, told: dict[str, Any], call: dict[str, Any]) -> SensitivityTable:
@@ -226,14 +244,19 @@ def _list(text: str | None) -> tuple[str, ...] | None:
 
 
 def _divided(
-    table: SensitivityTable, bits: float | None, size: str | None, over_steps: dict[Any, float | None], method: str
+    table: SensitivityTable,
+    bits: float | None,
+    size: str | None,
+    over_steps: dict[Any, float | None],
+    method: str,
+    formats: tuple[str, ...] | None,
 ) -> tuple[Allocation | None, list[StepPlan]]:
     from reelquant.allocate import allocate, allocate_steps
     from reelquant.streaming import parse_bytes
 
     found = None
     if bits is not None or size is not None:
-        found = allocate(table, bits=bits, nbytes=None if size is None else parse_bytes(size), method=method)
+        found = allocate(table, bits=bits, nbytes=None if size is None else parse_bytes(size), method=method, formats=formats)
     wanted = [(part, budget) for part, budget in over_steps.items() if budget is not None]
     return found, [allocate_steps(table, budget, name, part=part) for name in table.components for part, budget in wanted]
 
