@@ -34,6 +34,7 @@ from reelquant.recipes.usual import MAPPED
 if TYPE_CHECKING:
     from reelquant.allocate import Allocation, SensitivityTable, StepPlan
 
+CLIPS, RANGES = 4, 5
 ROWS = 12  # layers that are printed; --all and --json give every one
 
 MapOrModel = Annotated[
@@ -115,8 +116,8 @@ def sensitivity(
     measure: MeasureBy = None,
     formats: Formats = None,
     inputs: Inputs = None,
-    clips: Clips = 4,
-    ranges: Ranges = 5,
+    clips: Clips = CLIPS,
+    ranges: Ranges = RANGES,
     configurations: Configurations = 0,
     by_step: BySteps = False,
     component: Components = None,
@@ -149,7 +150,12 @@ def sensitivity(
             names = "--bits, --size, --step-bits, --step-weight-bits"
             raise typer.BadParameter("the map and the recipe need a folder to lie in: give --output", param_hint=names)
     if is_table(model):
-        table, folder = _read(model, call, measure), Path(model) if Path(model).is_dir() else Path(model).parent
+        asked = {
+            "--measure": measure, "--inputs": inputs, "--clips": clips != CLIPS, "--ranges": ranges != RANGES, "--by-step": by_step,
+            "--configurations": configurations, "--component": component, "--prompts": prompts, "--steps": steps, "--frames": frames,
+            "--height": height, "--width": width, "--guidance": guidance,
+        }  # fmt: skip
+        table, folder = _read(model, [name for name, given in asked.items() if given], skip), output or _folder_of(model)
     else:
         told = dict(
             recipe=recipe or MAPPED, measures=tuple(measure or ("gradient",)), formats=_list(formats), inputs=_list(inputs),
@@ -157,15 +163,15 @@ def sensitivity(
             step_bits=step_bits, step_weight_bits=step_weight_bits, prompts=conditions(prompts), device=device, force=force,
         )  # fmt: skip
         table, folder = _measure(model, output, dtype, told, call), output
-    found, plans = _divided(table, bits, size, over_steps, method)
+    found, plans = _divided(table, bits, size, over_steps, method, _list(formats))
     written = _recipes(table, folder, recipe, found, plans) if folder is not None and (found or plans) else []
     if json:
         return console.emit(as_data(table, found, plans, written))
     for part in tables(table, found, plans, None if everything else ROWS):
         console.out.print(part)
         console.out.print()
-    for file in written:
-        console.done(file, f"reelquant quantize MODEL -r {file} -o out")
+    for number, file in enumerate(written, 1):
+        console.done(file, _command(table, written) if number == len(written) else "")
     if folder is not None and not written:
         console.done(folder, "sensitivity.json, sensitivity.png")
     return None
@@ -228,12 +234,24 @@ def _check_model(model: str, bits: float | None, formats: tuple[str, ...] | None
         raise RecipeError(f"--bits {bits:g} is less than the codes of {', '.join(known)} take, {least:g} bits and more with scales")
 
 
-def _read(model: str, call: dict[str, Any], measure: list[str] | None) -> SensitivityTable:
+def _read(model: str, asked: list[str], skip: list[str] | None) -> SensitivityTable:
+    """The table of a folder or file; layers to skip are added to its own.
+
+    Args:
+        asked: what was asked of a measurement; nothing is measured here.
+    """
     from reelquant.allocate import load_table
 
-    if call or measure:
-        raise typer.BadParameter(f"'{model}' is a table that was measured already, and is only read: name the pipeline to measure")
-    return load_table(model)
+    if asked:
+        raise typer.BadParameter(
+            f"'{model}' is a table that was measured already, and is only read, so {', '.join(asked)} would change nothing: name the "
+            "pipeline to measure"
+        )
+    return load_table(model).edited(skip or ())
+
+
+def _folder_of(model: str) -> Path:
+    return Path(model) if Path(model).is_dir() else Path(model).parent
 
 
 def _measure(model: str, output: Path | None, dtype: str, told: dict[str, Any], call: dict[str, Any]) -> SensitivityTable:
@@ -256,14 +274,19 @@ def _list(text: str | None) -> tuple[str, ...] | None:
 
 
 def _divided(
-    table: SensitivityTable, bits: float | None, size: str | None, over_steps: dict[Any, float | None], method: str
+    table: SensitivityTable,
+    bits: float | None,
+    size: str | None,
+    over_steps: dict[Any, float | None],
+    method: str,
+    formats: tuple[str, ...] | None,
 ) -> tuple[Allocation | None, list[StepPlan]]:
     from reelquant.allocate import allocate, allocate_steps
     from reelquant.streaming import parse_bytes
 
     found = None
     if bits is not None or size is not None:
-        found = allocate(table, bits=bits, nbytes=None if size is None else parse_bytes(size), method=method)
+        found = allocate(table, bits=bits, nbytes=None if size is None else parse_bytes(size), method=method, formats=formats)
     wanted = [(part, budget) for part, budget in over_steps.items() if budget is not None]
     return found, [allocate_steps(table, budget, name, part=part) for name in table.components for part, budget in wanted]
 
@@ -285,6 +308,15 @@ def _recipes(table: SensitivityTable, folder: Path, base: str | None, found: All
         write_text(file, recipe_text(recipe))
         made.append(file)
     return made
+
+
+def _command(table: SensitivityTable, written: list[Path]) -> str:
+    """What makes a model of the recipes: all of them together."""
+    import shlex
+
+    names = [""] if len(written) == 1 else [f"{name}=" for name in table.components]
+    recipes = " ".join(f"-r {shlex.quote(f'{name}{file}')}" for name, file in zip(names, written, strict=True))
+    return f"reelquant quantize {shlex.quote(table.model)} {recipes} -o out"
 
 
 def as_data(table: SensitivityTable, found: Allocation | None, plans: list[StepPlan], written: list[Path]) -> dict[str, Any]:

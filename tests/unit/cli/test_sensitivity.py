@@ -35,7 +35,26 @@ def test_a_table_is_read_and_a_budget_divided_into_a_recipe(folder: Path) -> Non
     assert result.exit_code == 0, result.output
     assert "bits a weight with scales" in said and "1 layers, as the table says" in said and "dB worse" in said
     recipe = load_recipe(folder / "recipe.yaml")
+    assert f"reelquant quantize made -r {folder}/recipe.yaml -o out" in said
     assert recipe.name == "w4a16-allocated" and any(rule.skip and rule.on == "blocks.0.to_q" for rule in recipe.rules)
+
+
+def test_recipes_of_two_experts_are_used_by_one_command(tmp_path: Path) -> None:
+    made("transformer", "transformer_2").save(tmp_path / "sensitivity.json")
+    said = " ".join(invoke("sensitivity", tmp_path, "--bits", "4.5").output.split())
+    names = " ".join(f"-r {name}={tmp_path}/recipe-{name}.yaml" for name in ("transformer", "transformer_2"))
+    assert f"reelquant quantize made {names} -o out" in said
+
+
+def test_what_is_asked_of_a_table_that_is_read_counts(folder: Path, tmp_path: Path) -> None:
+    """Formats, layers that stay float and another folder for the recipe."""
+    words = ("--formats", "int4/group-64,int8/channel", "--skip", "blocks.1", "-o", tmp_path / "other", "--bits", "5")
+    result = invoke("sensitivity", folder, *words, "--json")
+    found = json.loads(result.stdout)
+    assert set(found["allocation"]["formats"]["transformer"].values()) == {"int4/group-64", "int8/channel"}
+    assert found["allocation"]["skipped"]["transformer"] == ["blocks.0.to_q", "blocks.1.to_q"]
+    assert found["recipes"] == [str(tmp_path / "other" / "recipe.yaml")] and Path(found["recipes"][0]).is_file()
+    assert [file.name for file in folder.iterdir()] == ["sensitivity.json"]
 
 
 def test_both_budgets_make_one_recipe_and_json_is_one_document(folder: Path) -> None:
@@ -52,7 +71,10 @@ def test_both_budgets_make_one_recipe_and_json_is_one_document(folder: Path) -> 
     [
         (("--bits", "2"), "is out of reach"),
         (("--bits", "4.5", "--method", "mlip"), "did you mean 'milp'"),
-        (("--steps", "3"), "measured already"),
+        (("--steps", "3"), "measured already, and is only read, so --steps would change nothing"),
+        (("--clips", "8", "--by-step"), "--clips, --by-step would change nothing"),
+        (("--skip", "nowhere", "--bits", "4.5"), "nowhere"),
+        (("--formats", "int7/channel", "--bits", "4.5"), "was not measured with 'int7/channel'"),
         (("--step-bits", "6"), "leaves inputs float"),
     ],
 )
