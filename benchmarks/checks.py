@@ -122,8 +122,8 @@ FEW = "the mean is enough; 16 clips do not tell it from zero"
 EVEN = "channels are even on both pipelines, so there is nothing to equalize, and factors of two cost range"
 COMQ = "errors of blocks fall by 3 % over GPTQ: it leaves little to coordinate descent"
 BLOCKS = (
-    "errors of blocks fall by {}, which is {} dB; the last block makes 99.5 % of the error of the denoiser's output, and training it alone on "
-    "what reaches the output gained no more; more steps were not measured"
+    "errors of blocks fall by {}, which is {} dB; the last block makes 99.5 % of the error of the denoiser's output (GPTQ, W4A8), and "
+    "training it alone on what reaches the output gained no more (W3A8); more steps were not measured"
 )
 CHECKS: dict[str, Check] = {
     "svdquant-w4a4": _library("svdquant-w4a4", INT4_10, 1.5),
