@@ -51,6 +51,7 @@ def run(rows: Rows, clips: Clips, records: Records, reference: Tensor, labels: l
         facts = {"name": f"beside {recipe.name}", "digest": digest(clips, recipe), "pipeline": clips.name, "clips": clips.count}
         facts |= {"status": "measured", "bytes": report.bytes_quantized, "bytes_model": report.bytes_model, "kernel": report.kernel}
         facts |= {"seconds": {name: round(value) for name, value in report.seconds.items()}, "warnings": report.warnings}
+        facts["tdscore"] = report.mean("tdscore", "temporal")
         records.add(facts | measure(comparison.sample()[0], reference, clips.prompts))
         comparison.restore()
         print(f"{clips.name}: {label}", flush=True)
