@@ -7,7 +7,6 @@ Results equal the reference but for the rounding of the output's dtype, and one 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
