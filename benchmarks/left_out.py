@@ -193,6 +193,7 @@ NOISY = "what single steps do to four clips is noisy there; from twelve clips th
 PADDED = "places over frames have to be computed often there; a plan for a budget (`half-attention-w8a8`) passes"
 SMALL = "models of one size lose motion and shape at smaller ones (docs/resolution.md)"
 TRAINED = "the error of held-out calls falls from 0.130 to 0.009; clips part at the first steps all the same (docs/removal.md)"
+ZERO = "the mean is enough; 16 clips do not tell it from zero"
 USELESS = "what the small steps see is of no use: all held, which takes nothing of it, is better (32.0 dB to no schedule)"
 SPARE = "no spare weights in so small a model; below 4.5 bits a weight fewer bits are better"
 
@@ -206,7 +207,11 @@ LINES: tuple[Line, ...] = (
     *_both("CacheQuant", CACHE, "schedule: +1 dB over even spacing at half of the blocks", Gain(BEST, EVEN, 1.0, TUNED), unet=NOISY),
     *_both("CacheQuant", CACHE, "repair: +1 dB over the last result at half of the blocks", Gain(BEST, LAST, 1.0, TUNED)),
     *_both(
-        "CacheQuant", CACHE, "calibrated with the cache: no worse than apart", Gain("recipe cachequant-w8a8", SEPARATE, 0.0, "`left_out`")
+        "CacheQuant",
+        CACHE,
+        "calibrated with the cache: no worse than apart",
+        Gain("recipe cachequant-w8a8", SEPARATE, 0.0, "`left_out`"),
+        ZERO,
     ),
     *_both("CacheQuant", CACHE, "30 dB to float at half of the blocks", Quality("recipe cachequant-w8a8", 30.0, LIBRARY)),
     *_both(
