@@ -30,8 +30,7 @@ ROWS: Rows = {
     "2:4, largest": (keeping("2:4", compensate=False), "qvd-w8a8"),
     "sparse24-w8a8": ("sparse24-w8a8", "2:4, largest"),
     **{f"keep {keep}, largest": (keeping(keep, compensate=False), "qvd-w8a8") for keep in SHARES},
-    **{f"keep {keep}": (keeping(keep), f"keep {keep}, largest") for keep in SHARES if keep != "42:64"},
-    "prune-35": (PARENT, "keep 42:64, largest"),
+    **{f"keep {keep}": (keeping(keep), f"keep {keep}, largest") for keep in SHARES},
 }
 
 
