@@ -130,13 +130,24 @@ def new_folder(target: str | Path, *, force: bool = False, index: str = INDEX) -
             yield temporary
             take_place(temporary, path, force=force, index=index)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         for parent in created:  # innermost first
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, OSError | SafetensorError) and not isinstance(error, CheckpointError):
             raise CheckpointError(f"cannot write '{path}': {error}; nothing is left behind, free space or choose another folder") from error
         raise
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of ours, as far as the system lets it go; also where a process may open hardly any more files."""
+    shutil.rmtree(folder, ignore_errors=True)  # holds a handle for each level of folders
+    for place, folders, files in os.walk(folder, topdown=False):  # one handle at a time
+        for one in (os.path.join(place, name) for name in (*files, *folders)):
+            with suppress(OSError):
+                (os.rmdir if os.path.isdir(one) and not os.path.islink(one) else os.unlink)(one)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def take_place(temporary: Path, path: Path, *, force: bool, index: str = INDEX) -> None:

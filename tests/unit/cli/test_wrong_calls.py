@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from reelquant import CalibrationError, CheckpointError, RecipeError
 from reelquant.checkpoint import check_folder, keeping_work
+from reelquant.checkpoint.folder import remove
 from reelquant.cli import VERBS, app
 from reelquant.cli.errors import one_line
 from reelquant.cli.options import ALLOCATORS
@@ -169,6 +170,18 @@ def test_work_on_a_full_disk_says_where_it_is(tmp_path: Path) -> None:
 def test_what_a_system_runs_out_of_is_not_unexpected(error: Exception, said: str) -> None:
     line = one_line(error)
     assert said in line and ("unexpected" in line) == ("unexpected" in said)
+
+
+def test_a_folder_is_removed_where_hardly_any_file_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, kept = tmp_path / "whole", tmp_path / "kept"
+    (whole / "a" / "b").mkdir(parents=True)
+    kept.mkdir()
+    for file in (whole / "file", whole / "a" / "b" / "file", kept / "file"):
+        file.touch()
+    (whole / "a" / "link").symlink_to(kept)
+    monkeypatch.setattr("reelquant.checkpoint.folder.shutil.rmtree", lambda *_, **__: None)  # has found no handle for the next level
+    remove(whole)
+    assert not whole.exists() and (kept / "file").is_file()
 
 
 def test_a_folder_that_files_are_added_to_is_a_folder(tmp_path: Path) -> None:
