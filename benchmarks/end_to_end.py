@@ -126,8 +126,11 @@ def neighbours(count: int) -> Iterator[None]:
             one.wait()
 
 
-def on_cores(clips: Clips, recipe: str, work: Path, rounds: int) -> str:
-    """A table: speed over float32 by one thread and by two, on free cores and on cores that a busy process shares. By wall time."""
+def on_cores(clips: Clips, recipe: str, work: Path, rounds: int) -> Iterator[str]:
+    """A table that grows by a row: speed over float32 by one thread and by two, on free cores and on cores that a busy process shares.
+
+    By wall time. The last row may take a hundred times as long as the first: a thread of PyTorch's waits for a core at every product.
+    """
     pipes = {"float": clips.open(), "quantized": open_pipeline(quantized(clips, recipe, work))}
     functions = {name: functools.partial(clips.frames, pipe) for name, pipe in pipes.items()}
     found = []
@@ -139,7 +142,7 @@ def on_cores(clips: Clips, recipe: str, work: Path, rounds: int) -> str:
             ratio = speedup(times["float"], times["quantized"])
             where = "a busy neighbour each" if shared else "free"
             found.append([str(threads), where, f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"])
-    return markdown(("threads", "two cores", f"{recipe} over float32, quartiles"), found)
+            yield markdown(("threads", "two cores", f"{recipe} over float32, quartiles"), found)
 
 
 def line(row: Row) -> list[str]:
@@ -166,9 +169,10 @@ def main() -> None:
     args = options.parse_args()
     clips = Clips(args.pipeline, args.clips, dict(args.set))
     if args.cores:
-        text = f"{clips.name}, {clips.count} clips, {machine.cpu()['name']}\n\n{on_cores(clips, args.recipes[0], args.work, args.rounds)}"
-        (args.output / f"cores-{clips.name}.md").write_text(text)
-        print(text)
+        for table in on_cores(clips, args.recipes[0], args.work, args.rounds):
+            text = f"{clips.name}, {clips.count} clips, {machine.cpu()['name']}\n\n{table}"
+            (args.output / f"cores-{clips.name}.md").write_text(text)
+            print(text, flush=True)
         return
     torch.set_num_threads(args.threads)
     limits = machine.known(args.output, args.threads)

@@ -100,7 +100,7 @@ def test_eight_bits_at_protected_steps_come_from_the_same_bytes() -> None:
     pipe, report = quantized(protect_steps={"steps": [1], "inputs": "8-bit"})
     before = {name: layer.codes.clone() for name, layer in quantized_layers(pipe.denoiser).items()}
     outputs = {timestep: call(pipe.denoiser, timestep) for timestep in report.timesteps}
-    fast = [layer for layer in quantized_layers(pipe.denoiser).values() if layer.kernel.name == "int8 quads"]
+    fast = [layer for layer in quantized_layers(pipe.denoiser).values() if layer.kernel.name in ("int8 tiles", "int8 quads")]
     assert all(layer.prepare().roundings[8].panels is layer.prepare().runner.panels for layer in fast)  # type: ignore[union-attr]
     assert all(torch.equal(layer.codes, before[name]) for name, layer in quantized_layers(pipe.denoiser).items())
     with reelquant.kernels.backend("reference"):  # type: ignore[attr-defined]

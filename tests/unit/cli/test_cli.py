@@ -22,7 +22,7 @@ from reelquant.cli.console import QUIET, figure, plain, size
 from reelquant.cli.options import call_options, settings
 from reelquant.evidence import read_video
 from reelquant.evidence.networks.published import WEIGHTS
-from reelquant.kernels.cpu import int8, int16_madd
+from reelquant.kernels.cpu import int8, int8_tiles, int16_madd
 from tests.tiny.stock import stored_pipeline
 
 VERBS = ("demo", "quantize", "generate", "evaluate", "compare", "export", "verify", "inspect", "recipes", "metrics", "weights", "serve")
@@ -159,10 +159,13 @@ def test_notes_of_a_verb_are_paragraphs_and_commands_keep_their_lines() -> None:
     assert verb.__doc__ == ("Does something.\n\n[bold]Examples[/bold]\n\n[cyan]one[/cyan]\n[cyan]two[/cyan]\n\nA note over two lines.")
 
 
+KERNELS = ("int8 tiles", int8_tiles), ("int8 quads", int8), ("int16 pairs", int16_madd)
+
+
 def test_quantize_ends_with_the_proof(quantized: tuple[Path, Any]) -> None:
     out, result = quantized
     assert result.exit_code == 0, result.output
-    kernel = next(name for name, here in (("int8 quads", int8), ("int16 pairs", int16_madd)) if here.available() is None)
+    kernel = next(name for name, here in KERNELS if here.available() is None)
     layers = "quantized, 2 skipped (they stay float)"
     for words in (layers, "smaller than float32", kernel, "simulated", "Largest errors", "TDScore", str(out)):
         assert words in result.stdout

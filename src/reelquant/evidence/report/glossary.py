@@ -20,6 +20,7 @@ WORDS: dict[str, str] = {
 }
 
 KERNELS: dict[str, str] = {  # what computes layers: reelquant.kernels
+    "int8 tiles": "8-bit integers, multiplied a tile of 16 rows and 16 columns at a time; exact, for small layers on processors with AMX",
     "int8 quads": "8-bit integers, multiplied four at a time; exact, for small layers on processors with 8-bit products",
     "onednn int8": "8-bit integers, multiplied by the library oneDNN",
     "onednn int8 from int4": "4-bit weights, widened and multiplied as 8-bit integers by the library oneDNN",

@@ -1,7 +1,7 @@
 """Exact integer products on processors with AMX: one instruction multiplies 16 rows of 64 bytes with 16 columns and adds in 32 bits.
 
-It does eight times as many products a cycle as AVX512-VNNI. A tile is loaded from rows that lie equally far apart, as those of linear layers
-do; the rows of a convolution are copied behind each other first.
+It does eight times as many products a cycle as AVX512-VNNI. A tile is loaded from rows that lie equally far apart, as those of linear
+layers do; the rows of a convolution are copied behind each other first.
 
 The registers are configured when the loop begins and given back when it ends, so nothing that oneDNN left there is relied on, and
 switches of threads save nothing of them.

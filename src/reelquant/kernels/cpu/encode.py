@@ -16,6 +16,7 @@ from reelquant.kernels.cpu.lanes import BITS, F32, I32, I64, LANES, Lanes, loop,
 
 I1 = ir.IntType(1)
 
+
 @dataclass(frozen=True)
 class Run:
     """What is read.
@@ -66,7 +67,18 @@ def _run(context: Any, builder: Any, kinds: Any, x: Any, first: Any, count: Any,
 
 @intrinsic
 def encode(
-    typing: Any, x: Any, first: Any, count: Any, multiply: Any, add: Any, inverse: Any, zero: Any, low: Any, high: Any, codes: Any, place: Any
+    typing: Any,
+    x: Any,
+    first: Any,
+    count: Any,
+    multiply: Any,
+    add: Any,
+    inverse: Any,
+    zero: Any,
+    low: Any,
+    high: Any,
+    codes: Any,
+    place: Any,
 ) -> Any:
     """``codes[place + j] = clamp(round((x[first + j] * multiply[j] + add[j]) * inverse + zero), low, high)`` for ``count`` numbers.
 
@@ -132,7 +144,10 @@ def ends(typing: Any, x: Any, first: Any, count: Any, multiply: Any, add: Any, f
 
             def after(low: Any, high: Any, seen: Any) -> None:
                 single = Lanes(builder, 1)
-                for place, value, both, one in ((kept[0], low, lanes.smaller, single.smaller), (kept[1], high, lanes.larger, single.larger)):
+                for place, value, both, one in (
+                    (kept[0], low, lanes.smaller, single.smaller),
+                    (kept[1], high, lanes.larger, single.larger),
+                ):
                     builder.store(one(lanes.chosen(value, both), builder.load(place)), place)
                 builder.store(builder.or_(builder.load(strange), lanes.any_nan(seen)), strange)
 

@@ -199,7 +199,9 @@ def quantize_linear(x, block, joined, multiply, add, inverse, zero, low, high, l
     """
     rows, channels = x.shape
     if scales.shape[0]:
-        return quantize_tokens(0, rows, x, block, multiply[:channels], add[:channels], zero, levels, codes.reshape((rows, channels)), scales)
+        return quantize_tokens(
+            0, rows, x, block, multiply[:channels], add[:channels], zero, levels, codes.reshape((rows, channels)), scales
+        )
     while rows % joined:
         joined //= 2
     lines, length = rows // joined, joined * channels
