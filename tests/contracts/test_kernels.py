@@ -158,6 +158,20 @@ def test_products_of_the_largest_codes_are_exact(channels: int, zero: int) -> No
     assert np.array_equal(out, np.tile((255 - zero) * sums[:33].astype(np.float32), (97, 1)))
 
 
+@pytest.mark.parametrize(
+    ("able", "allowed", "reason"),
+    [
+        ({}, True, "the processor has no AMX instructions for bytes"),
+        ({"amx_tile": True, "amx_int8": True}, False, "the system does not let this process use AMX"),
+        ({"amx_tile": True, "amx_int8": True}, True, None),
+    ],
+)
+def test_tiles_need_the_processor_and_the_system(able: Any, allowed: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: allowed)
+    assert int8_tiles.available.__wrapped__() == reason
+
+
 @amx
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("numbers", ["int8", "uint8"])

@@ -25,7 +25,7 @@ from reelquant.kernels.operands import Operands
 @functools.cache
 def available() -> str | None:
     """Why this machine cannot run these loops, or None. The system lets a process use the registers when it asks once."""
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
     if not (able.get("amx_tile") and able.get("amx_int8")):
         return "the processor has no AMX instructions for bytes"
     return None if torch.cpu._init_amx() else "the system does not let this process use AMX"
