@@ -35,8 +35,8 @@ def by_gradient(
     the denoiser is computed again on the way back, so that the activations of one call are held at a time (those of all inputs if
     formats of inputs are asked for). Rounding errors of different rows of a weight, and those of different channels and calls of inputs,
     are taken to be independent: squares are summed row by row or channel by channel, which varies far less from one ``v`` to the next
-    than the square of the sum. Errors of one channel at different positions are not: where a clip shows a plain surface they are equal, and
-    the next norm takes them out. The result is over the variance of the latents.
+    than the square of the sum. Errors of one channel at different positions are not: on a plain surface of a clip they are alike. The
+    result is over the variance of the latents.
 
     Source: the Gauss-Newton matrix with Hutchinson's estimator, as HAWQ-V2 (arXiv 1911.03852) uses it for the trace of the Hessian.
     Deviations: the real rounding error of each format takes the place of the trace times its squared norm, the loss is the squared error

@@ -62,7 +62,8 @@ class Wanted:
         configurations: whole allocations that are tried out beside.
         components: the denoisers; all by default.
         skip: patterns of layers that are not measured.
-        budgets: of bits over steps and layers, by part; the plans for them are sampled on other texts, see :func:`try_plans`.
+        budgets: of bits over steps and layers, by part; the map of layers over steps has every step for them, too, and the plans are
+            sampled on other texts, see :func:`try_plans`.
         trials: clips of a trial.
     """
 
@@ -240,7 +241,7 @@ Cosines = dict[tuple[Part, Measure], Any]  # between the errors of single steps,
 def _measured(scene: Scene, target: Target, wanted: Wanted, kept: Kept) -> tuple[list[Damage], list[Configuration], Cosines]:
     """Everything that is wanted of one denoiser."""
     inputs = own_inputs(target, INPUT_BITS) if wanted.inputs is None else wanted.inputs
-    ranges = cut(len(target.timesteps), max(wanted.ranges, EVERY_STEP if wanted.steps else 1))
+    ranges = cut(len(target.timesteps), max(wanted.ranges, EVERY_STEP if wanted.steps or wanted.budgets else 1))
     rows: list[Damage] = []
     cosines: Cosines = {}
     found: Gains | None = None
