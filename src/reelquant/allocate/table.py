@@ -43,7 +43,7 @@ class LayerFacts:
         shape: of the weight.
         block: the block of the denoiser that holds it; empty outside of blocks.
         cross: whether it belongs to attention that reads the prompt.
-        last: whether it is at the end of the denoiser, see :class:`reelquant.sites.Layer`.
+        last, end: whether it is at the end of the denoiser, see :class:`reelquant.sites.Layer`.
     """
 
     roles: ClassVar[tuple[str, ...]] = ROLES
@@ -55,6 +55,7 @@ class LayerFacts:
     block: str = ""
     cross: bool = False
     last: bool = False
+    end: bool = False
 
     @property
     def weights(self) -> int:
