@@ -5,7 +5,7 @@ Run it from the repository root::
     python -m benchmarks.groups --pipeline tiny-dit --clips 16 --output benchmarks/results
 
 Every row rounds weights and inputs alike, input scales are found at run time, and first, last, temporal and prompt layers are those of
-``nvfp4-w4a4``. Float clips are sampled once and kept; rows that are already in the output are not measured again. Rows are kept in
+``mxfp4-w4a4``. Float clips are sampled once and kept; rows that are already in the output are not measured again. Rows are kept in
 ``rows.jsonl``; the table is ``groups-PIPELINE.md``.
 """
 
@@ -37,7 +37,6 @@ Rows = Mapping[str, tuple[Any, float, str]]  # label -> recipe, bits per weight 
 ROWS: Rows = {
     "int4, groups of 32": (integers("int4", "group-32"), 4.5, ""),
     "e2m1, groups of 16, e4m3 scales (NVFP4)": (integers("e2m1", "group-16", "e4m3"), 4.5, "int4, groups of 32"),
-    "nvfp4-w4a4": ("nvfp4-w4a4", 4.5, "int4, groups of 32"),
     "int4, groups of 16, e4m3 scales": (integers("int4", "group-16", "e4m3"), 4.5, "int4, groups of 32"),
     "int4, groups of 64": (integers("int4", "group-64"), 4.25, ""),
     "mxfp4-w4a4": ("mxfp4-w4a4", 4.25, "int4, groups of 64"),

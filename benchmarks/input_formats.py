@@ -7,7 +7,7 @@ Run it from the repository root::
 Float clips of calibration's captions are sampled, and what their layers read is rounded by each way. The table,
 ``input-formats-PIPELINE.md``, has the ratio of signal to error and how much lower the error is than that of int4 in groups of 32, both in
 dB and as means over the layers. *4 or 6* lets the largest number of a group become 6 or 4, whichever gives the group the smaller error
-(four over six, arXiv 2512.02010); no recipe has it. *rotated* mixes the channels of a group of 16 by a Hadamard matrix before.
+(four over six, arXiv 2512.02010; ``range: four_over_six``). *rotated* mixes the channels of a group of 16 by a Hadamard matrix before.
 """
 
 from __future__ import annotations

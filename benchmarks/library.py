@@ -41,7 +41,8 @@ def three_bits() -> dict[str, Any]:
 
 
 INT3 = "int3, groups of 32, float inputs"
-INT4, INT4_10, STATIC4 = "int4, groups of 32", "int4, groups of 10, inputs in groups of 64", "int4, groups of 64, inputs uint4 per tensor"
+INT4, INT4_12, INT4_10 = "int4, groups of 32", "int4, groups of 12", "int4, groups of 10, inputs in groups of 64"
+STATIC4 = "int4, groups of 64, inputs uint4 per tensor"
 W4A6, W8A4 = "int4, groups of 64, inputs uint6 per tensor", "int8, inputs uint4 per tensor"
 ELSEWHERE = {"bottleneck": "resolution", "diffuse-high": "resolution"}
 """Recipes that another benchmark measures: their clips are not those of the float pipeline, or of another size."""
@@ -79,7 +80,8 @@ ROWS: Rows = {
     "resq-w8a4": ("resq-w8a4", W8A4),
     INT4: (integers("int4", "group-32"), ""),
     INT4_10: ({"extends": "svdquant-w4a4", "name": "int4 group-10", "defaults": {"weight": TEN}, "steps": []}, INT4),
-    "nvfp4-w4a4": ("nvfp4-w4a4", INT4),
+    INT4_12: (integers("int4", "group-12"), INT4),
+    "nvfp4-w4a4": ("nvfp4-w4a4", INT4_12),
     "mxfp4-w4a4": ("mxfp4-w4a4", INT4),
     "hq-dit-w4a4": ("hq-dit-w4a4", INT4),
     "svdquant-w4a4": ("svdquant-w4a4", INT4_10),

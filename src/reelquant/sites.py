@@ -16,6 +16,7 @@ from reelquant._regex import safe
 
 Role = Literal["main", "temporal", "prompt", "constant", "entry", "exit"]
 ROLES: tuple[Role, ...] = ("main", "temporal", "prompt", "constant", "entry", "exit")
+PLACES = ("last", "end")  # of a layer among the blocks: fields of Layer
 Part = Literal["weight", "input", "output"]
 AttentionRole = Literal["self", "cross"]
 
@@ -47,6 +48,9 @@ class Addressed(Protocol):
     @property
     def last(self) -> bool: ...
 
+    @property
+    def end(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Site:
@@ -73,6 +77,7 @@ class Layer:
         calls: how many times the layer ran in one call of the denoiser (0: never).
         order: position of the first call, -1 if it never ran.
         last: whether it lies in the last block, of a block that is built of lists in the last member of one of them.
+        end: whether it lies anywhere in the last block.
     """
 
     roles: ClassVar[tuple[str, ...]] = ROLES
@@ -86,6 +91,7 @@ class Layer:
     calls: int = 1
     order: int = 0
     last: bool = False
+    end: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class AttentionSite:
 
     roles: ClassVar[tuple[str, ...]] = ("self", "cross")
     last: ClassVar[bool] = False  # not known
+    end: ClassVar[bool] = False
     name: str
     kind: str
     role: AttentionRole
@@ -180,8 +187,9 @@ def matches(pattern: str, layer: Addressed) -> bool:
     r"""Does a pattern name this layer, or this place of attention?
 
     A pattern is alternatives separated by ``|``; each is one of: ``role:temporal``; ``class:Conv2d``; ``block:last`` (of a UNet the last
-    member of each list in its last block); ``re:REGEX`` (full match on the name); a glob (``blocks.*.attn1.to_q``); an exact name, which
-    also stands for everything below it (``blocks.0``); ``maybe:GLOB`` for layers that not every denoiser has. A leading ``!`` negates a
+    member of each list in its last block) or ``block:end`` (all of the last block); ``re:REGEX`` (full match on the name); a glob
+    (``blocks.*.attn1.to_q``); an exact name, which also stands for everything below it (``blocks.0``); ``maybe:GLOB`` for layers that not
+    every denoiser has. A leading ``!`` negates a
     term and binds tightest; terms joined by ``&`` must all hold. A regex may hold ``|`` and ``&``, so it runs to the end of the pattern and
     comes last: ``role:main & re:blocks\.(0|1)\..*``. Roles of attention are ``self`` and ``cross``.
 
@@ -217,9 +225,9 @@ def _term(term: str, layer: Addressed) -> bool:
     if term.startswith("class:"):
         return layer.kind == term[6:].strip()
     if term.startswith("block:"):
-        if (place := term[6:].strip()) != "last":
-            raise SiteError(f"pattern '{term}' names no place of blocks; 'block:last' is known, got '{place}'")
-        return layer.last
+        if (place := term[6:].strip()) not in PLACES:
+            raise SiteError(f"pattern '{term}' names no place of blocks; {nearest(place, PLACES)}")
+        return bool(getattr(layer, place))
     if term.startswith("re:"):
         return _fits(term[3:], layer.name)
     term = term.removeprefix("maybe:").strip()

@@ -262,6 +262,8 @@ def test_the_end_of_a_transformer_is_its_last_block_and_of_a_unet_the_last_membe
     parts = {part for name in ends("UNetMotionModel") for part in [".".join(name.split(".")[:4])]}
     last = {name.split(".")[2]: ".".join(name.split(".")[:4]) for name in unet.layers if name.startswith(f"{unet.blocks[-1]}.")}
     assert parts == {last[kind] for kind in ("resnets", "attentions", "motion_modules")}
+    assert all(layer.end == name.startswith("up_blocks.1.") for name, layer in unet.layers.items())
+    assert all(layer.end == layer.last for layer in found("HunyuanVideoTransformer3DModel").layers.values())
 
 
 def test_dependencies_are_recorded_exactly() -> None:

@@ -67,7 +67,9 @@ def test_the_last_block_is_named_by_what_discovery_found() -> None:
     assert select("block:last & role:main", layers) == ("blocks.10.attn1.to_q",)
     assert select("block: last | conv_in", layers) == ("conv_in", "blocks.10.attn1.to_q")
     assert select("block:last", LAYERS) == ()  # where it is not known
-    with pytest.raises(SiteError, match="pattern 'block:0' names no place of blocks; 'block:last' is known, got '0'"):
+    assert select("block:end", layers) == ()
+    assert select("block:end", [replace(one, end=one.name == "conv_in") for one in layers]) == ("conv_in",)
+    with pytest.raises(SiteError, match="pattern 'block:0' names no place of blocks; known: last, end"):
         select("block:0", LAYERS)
 
 

@@ -43,7 +43,7 @@ class LayerFacts:
         shape: of the weight.
         block: the block of the denoiser that holds it; empty outside of blocks.
         cross: whether it belongs to attention that reads the prompt.
-        last: whether it is at the end of the denoiser, see :class:`reelquant.sites.Layer`.
+        last, end: whether it is at the end of the denoiser, see :class:`reelquant.sites.Layer`.
         products: multiplications of one clip in one step; 0 in tables of earlier versions, which did not count them.
     """
 
@@ -57,6 +57,7 @@ class LayerFacts:
     cross: bool = False
     last: bool = False
     products: float = 0.0
+    end: bool = False
 
     @property
     def weights(self) -> int:

@@ -94,7 +94,7 @@ def layers_of(component: str, map_: DenoiserMap) -> tuple[LayerFacts, ...]:
         block = next((block for block in map_.blocks if layer.name.startswith(f"{block}.")), "")
         over_prompt = any(layer.name.startswith(start) for start in cross)
         if layer.order >= 0:
-            found.append(LayerFacts(component, layer.name, layer.kind, layer.role, layer.shape, block, over_prompt, layer.last))
+            found.append(LayerFacts(component, layer.name, layer.kind, layer.role, layer.shape, block, over_prompt, layer.last, layer.end))
     return tuple(found)
 
 

@@ -90,7 +90,8 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
         groups = with_sources(denoiser, inputs, find_groups(denoiser, layers, traced), layers, traced)
     blocks = find_blocks(denoiser, layers)
     ends = tuple(f"{part}." for part in last_parts(denoiser, blocks, layers))
-    layers = {name: replace(layer, last=name.startswith(ends)) for name, layer in layers.items()}
+    end = tuple(f"{block}." for block in blocks[-1:])
+    layers = {name: replace(layer, last=name.startswith(ends), end=name.startswith(end)) for name, layer in layers.items()}
     return DenoiserMap(
         cls=type(denoiser).__name__,
         layers=layers,
