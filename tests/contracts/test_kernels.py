@@ -79,6 +79,23 @@ def test_fast_kernels_compute_what_the_reference_computes(name: str, weight: Any
             assert float(error.median()) <= rounding + folded / 4, kernel.name
 
 
+@pytest.mark.parametrize("width", [0.5, 2])
+@pytest.mark.parametrize("numbers", ["int8", "int8 token", "int8 sample", "float"])
+@pytest.mark.parametrize("weight", [("int8", "channel"), ("int4", "group-64")], ids="-".join)
+@pytest.mark.parametrize("name", ["Linear", "Conv2d"])
+def test_an_input_of_another_width_is_refused(name: str, weight: Any, numbers: str, width: float) -> None:
+    """Before any memory is read or written by it."""
+    if ("sample" if name == "Linear" else "token") in numbers:
+        pytest.skip("linear layers have tokens, convolutions samples")
+    layer, x = make(name, weight, INPUTS[numbers])
+    axis = x.ndim - 1 if name == "Linear" else 1
+    wrong = x.narrow(axis, 0, int(x.shape[axis] * width)) if width < 1 else torch.cat([x] * int(width), axis)
+    for kernel, given in itertools.product(KERNELS["cpu"](), (wrong.contiguous(), wrong[:1].contiguous())):
+        if kernel.declines(layer.operands) is None:
+            with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+                kernel.prepare(layer.operands)(given, 0)
+
+
 @pytest.mark.parametrize("rewrite", REWRITES)
 @pytest.mark.parametrize("name", ["Conv2d", "Conv2d same", "Conv3d"])
 def test_scales_per_sample_do_not_depend_on_the_rest_of_the_batch(name: str, rewrite: str) -> None:

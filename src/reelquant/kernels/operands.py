@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -164,6 +164,17 @@ class Window:
     def convolve(self) -> Callable[..., Tensor]:
         """The convolution without its padding."""
         return functools.partial(CONVOLVE[len(self.stride)], stride=self.stride, dilation=self.dilation)
+
+
+def check_width(x: Tensor, shape: Sequence[int], window: Window | None) -> None:
+    """Refuse an input whose channels are not those of a weight of this shape: loops read and write memory by them.
+
+    Raises:
+        RuntimeError: as torch's own products do.
+    """
+    axis = -1 if window is None else 1 - len(shape)
+    if x.ndim < -axis or x.shape[axis] != shape[1]:
+        raise RuntimeError(f"a layer with a weight of shape {tuple(shape)} cannot take an input of shape {tuple(x.shape)}")
 
 
 @dataclass(frozen=True, eq=False)

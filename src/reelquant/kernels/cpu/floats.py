@@ -8,7 +8,7 @@ from torch import Tensor
 
 from reelquant.formats import Int
 from reelquant.kernels.cpu import levels, loops
-from reelquant.kernels.operands import Operands
+from reelquant.kernels.operands import Operands, check_width
 
 FEW = 8  # rows up to which codes are multiplied as they are: a product of few rows waits for memory
 PIECE = 8 << 20  # bytes of widened weights at a time
@@ -51,6 +51,7 @@ class FloatProduct:
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0) -> Tensor:
         given = self.given
+        check_width(x, given.weight.shape, given.window)
         quantized = self.quantized_input(given.padded(x), slot) if self.exact else given.padded(x)
         if quantized.dtype not in (torch.float32, torch.bfloat16):
             quantized = quantized.float()

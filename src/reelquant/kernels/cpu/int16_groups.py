@@ -25,7 +25,7 @@ from reelquant.kernels.cpu.options import EXACT, PART, compiled
 from reelquant.kernels.cpu.powers import ACTIVATION_CODES, activate
 from reelquant.kernels.cpu.scaled_tile import look_up, scaled_tile
 from reelquant.kernels.cpu.tile import COLUMNS, PAIRS, PANELS, ROWS, ROWS_AT_ONCE, WIDTH
-from reelquant.kernels.operands import Operands, PackedWeight
+from reelquant.kernels.operands import Operands, PackedWeight, check_width
 
 LARGEST = 128  # of an integer that stands for a number of a weight
 GRAINS = ("tensor", "channel", "group")
@@ -93,6 +93,7 @@ class GroupProduct:
         return twin
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
+        check_width(x, (self.rows, self.channels), None)
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
         out = torch.empty(*x.shape[:-1], self.rows, dtype=dtype)
         if not x.numel():

@@ -23,7 +23,7 @@ from reelquant.kernels.cpu.inputs import Codes, Inputs, scratch
 from reelquant.kernels.cpu.int8 import NATIVE
 from reelquant.kernels.cpu.powers import ACTIVATION_CODES
 from reelquant.kernels.input_code_cache import recall, remember
-from reelquant.kernels.operands import Operands, Window
+from reelquant.kernels.operands import Operands, Window, check_width
 
 LARGEST = 255  # distance of an input code from the code of zero, at most
 SUM = 2**31 - 1  # what a product can add up to
@@ -76,6 +76,7 @@ class RowProduct(ABC):
         return twin
 
     def __call__(self, x: Tensor, slot: int | Tensor = 0, activation: str = "") -> Tensor:
+        check_width(x, self.shape, self.window)
         dtype = x.dtype if x.dtype in NATIVE else torch.float32
         which = ACTIVATION_CODES[activation]
         made = self._linear(x, slot, which, dtype) if self.window is None else self._convolved(x, slot, which, dtype, self.window)
