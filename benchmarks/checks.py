@@ -196,8 +196,8 @@ CHECKS: dict[str, Check] = {
     "reel-w6a6": _library("reel-w6a6", "qvd-w6a6", 2.0),
 }
 NOTES = """
-*asked* is the figure of the method's row in the plan, or of the issue that wanted the recipe; *> 0*: a gain, no figure. The plan also asks
-what no clip shows. Tests show it: rewrites keep the float output (`tests/contracts/test_transforms.py`), learned codes never end above
+*asked* is what we expect of a method before it is measured; *> 0*: a gain, no figure. We also expect what no clip
+shows. Tests show it: rewrites keep the float output (`tests/contracts/test_transforms.py`), learned codes never end above
 their start on held-out calls and leave every other tensor alone (`tests/contracts/test_reconstruct.py`). Not measured: HQ-DiT's choice of
 formats beside each format alone, TDScore of `tfmq-w4a8`, and `personalise-w4` on a changed model with a quantized folder.
 """
