@@ -23,7 +23,7 @@ def input_problem(spec: QuantSpec, layer: Layer) -> str | None:
     if spec.dynamic and spec.slots != "shared":
         return "dynamic scales follow every call by themselves; drop 'slots'"
     if spec.dynamic and (spec.alternatives or spec.range != type(spec.range)()):
-        return "a range that is found at run time takes one format and the rule's own parameters"
+        return "a range that is found at run time takes one format and the rule's own parameters, as a checkpoint keeps its name alone"
     if sampled and not spec.dynamic and _needs_per_tensor(spec, layer):
         return f"a choice of formats and range rules that look at samples work per tensor with shared slots, got {spec}; use range: minmax"
     return None

@@ -33,6 +33,7 @@ from reelquant.reuse.planned import planned, recorded
 from reelquant.reuse.profile import steadiest
 from reelquant.reuse.reuse import Reuse
 from reelquant.reuse.schedule import Schedule
+from reelquant.reuse.stretch import Stretch
 from reelquant.stages import ModelWork
 
 MEASURED = {
@@ -209,7 +210,12 @@ class BlockReuse(Reuse):
 
     def install(self, model: nn.Module, facts: Mapping[str, Any]) -> InstalledBlocks:
         own = {name: tuple(facts[name]) for name in ("at", "fitted") if name in facts}
-        return InstalledBlocks(model, replace(self, budget=0.0, magnitude=0.0, **own) if own else self, facts)
+        acting = replace(self, budget=0.0, magnitude=0.0, **own) if own else self
+        return InstalledBlocks(model, facts, acting.stretched, self.boundary)
+
+    def stretched(self) -> Stretch:
+        """What the blocks of a stretch share, with nothing to reuse yet."""
+        return Stretch(self.schedule, self.order, self.rows, self.threshold, self.criterion, rounded=self.rounded)
 
 
 def _inside(blocks: Sequence[str], stretch: Sequence[float], cls: str) -> list[str]:

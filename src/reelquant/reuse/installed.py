@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,26 @@ from reelquant.reuse.chain import Link
 from reelquant.reuse.outputs import Output
 from reelquant.reuse.stretch import StandIn, Stretch, Watcher
 
-if TYPE_CHECKING:
-    from reelquant.reuse.blocks import BlockReuse
-
 KEEPS: dict[str, type[StandIn]] = {"change": Link, "outputs": Output, "answer": Answer}
 """What is kept of a stretch."""
 
 
 class InstalledBlocks:
-    """Stretches of blocks that are reused: one, several at once, or one early and one late in a trajectory."""
+    """Stretches of blocks that are reused: one, several at once, or one early and one late in a trajectory.
 
-    def __init__(self, model: nn.Module, stage: BlockReuse, facts: Mapping[str, Any]) -> None:
+    Args:
+        facts: see :meth:`reelquant.reuse.BlockReuse.facts`.
+        new: makes a stretch.
+        boundary: the late stretch acts from this share of the first timestep on.
+    """
+
+    def __init__(self, model: nn.Module, facts: Mapping[str, Any], new: Callable[[], Stretch], boundary: float) -> None:
         self.read_timestep, self.read_latent = (timestep_reader(model, facts[key]) for key in ("timestep", "latent"))
-        self.boundary, stands = stage.boundary, KEEPS[facts.get("keeps", "change")]
+        self.boundary, stands = boundary, KEEPS[facts.get("keeps", "change")]
         self.blocks: list[StandIn] = []
 
         def made(names: Sequence[str]) -> Stretch:
-            stretch = Stretch(stage.schedule, stage.order, stage.rows, stage.threshold, stage.criterion, rounded=stage.rounded)
+            stretch = new()
             ends = {"first": names[0], "last": names[-1]}
             self.blocks += [
                 stands(name, get_module(model, name), stretch, **{end: name == one for end, one in ends.items()}) for name in names

@@ -225,14 +225,3 @@ def test_a_recipe_of_weights_alone_does_not_calibrate(caplog: pytest.LogCaptureF
 )
 def test_a_recipe_that_samples_for_a_reason_still_does(changes: dict[str, Any]) -> None:
     assert not load_recipe(WEIGHTS_ALONE | changes).data_free
-
-
-def test_a_range_of_the_forward_has_no_parameters() -> None:
-    """A checkpoint would forget them, and open with others."""
-
-    def recipe(rule: Any) -> dict[str, Any]:
-        return {"name": "mine", "defaults": {"weight": {"format": "int8"}, "input": {"format": "int8", "dynamic": True, "range": rule}}}
-
-    assert load_recipe(recipe("mse")).defaults.input is not None
-    with pytest.raises(RecipeError, match=r"defaults.input: range .* a checkpoint keeps the name alone"):
-        load_recipe(recipe({"name": "mse", "candidates": 4}))
