@@ -150,6 +150,7 @@ def test_adapters_are_weighed_deleted_and_swapped(name: str, file: Path, tmp_pat
 def test_adapters_go_with_every_way_to_offload(name: str, mode: str, file: Path) -> None:
     pipe = opened(name)
     pipe.load_lora_weights(str(file), adapter_name="style")
+    realigned(denoiser(pipe))
     changed = latents(pipe)
     OFFLOAD[mode](pipe, denoiser(pipe))
     assert torch.equal(latents(pipe), changed)

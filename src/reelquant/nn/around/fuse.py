@@ -52,8 +52,9 @@ class Gated(ClassPatch):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer: Any = getattr(self, self.reelquant_layer)
-        if args or kwargs or self.training or torch.compiler.is_compiling() or not untouched([layer]):
+        if args or kwargs or self.training or torch.compiler.is_compiling():
             return super().forward(hidden_states, *args, **kwargs)
+        # Hooks and adapters of the layer run in its own call, so an offloaded model computes the same bits.
         return gate(layer(hidden_states), self.reelquant_gate, self.reelquant_first)
 
 
