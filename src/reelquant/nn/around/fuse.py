@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from reelquant.kernels.activations import ACTIVATIONS
 from reelquant.kernels.gates import gate
 from reelquant.nn.around.class_patch import ClassPatch, patch, unpatch, untouched
+from reelquant.nn.around.graph import is_tracing
 from reelquant.nn.layer_classes import QuantLinear
 from reelquant.nn.layers import QuantLayer
 
@@ -52,7 +53,7 @@ class Gated(ClassPatch):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer: Any = getattr(self, self.reelquant_layer)
-        if args or kwargs or self.training or torch.compiler.is_compiling():
+        if args or kwargs or self.training or torch.compiler.is_compiling() or is_tracing():
             return super().forward(hidden_states, *args, **kwargs)
         # Hooks and adapters of the layer run in its own call, so an offloaded model computes the same bits.
         return gate(layer(hidden_states), self.reelquant_gate, self.reelquant_first)
