@@ -4,7 +4,7 @@ FIRST = "qvd-w8a8"
 """The first to try for a denoiser: in 8 bits, close to float."""
 
 SAFE = "w8a16"
-"""Of encoders and VAEs: it needs no data, and in no clip was anything of it ever seen."""
+"""Of encoders and VAEs: it needs no data."""
 
 MAPPED = "w4a16"
 """Says which layers a map of sensitivity has, and how their weights are ranged."""

@@ -64,7 +64,7 @@ class InstalledBlocks:
             stretch.begin() if (stretch in self.late) == late else stretch.rest(trajectory)
 
     def watch(self, watcher: Watcher | None) -> None:
-        """Let somebody hear what is kept, or nobody."""
+        """Call this with everything that is kept from now on; None stops that."""
         for stretch in self.stretches:
             stretch.watcher = watcher
 
