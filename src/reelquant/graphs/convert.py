@@ -25,6 +25,7 @@ from torch import Tensor
 
 from reelquant._errors import UnsupportedError
 from reelquant.formats import FOUND_AT_RUN_TIME, Int
+from reelquant.graphs.borders import added_by, by_position, keeps_sizes, zeros_become
 from reelquant.graphs.processor import PAIRS, integers_saturate
 from reelquant.kernels import InputQuant, Mix, Operands, Permutation, Rotation, Scaling, block_size, hadamard
 from reelquant.kernels.cpu import int8, nibbles
@@ -134,6 +135,8 @@ class Emission:
         self.integers = in_integers(given) is None
         self.channels = given.weight.shape[1]
         self.dims = 0 if given.window is None else len(given.window.stride)
+        self.kernel = given.weight.shape[2:]
+        self.border = self.border_values()
 
     def along(self, vector: Tensor) -> Tensor:
         """``[..., channels]`` in the shape in which it meets inputs or outputs."""
@@ -155,7 +158,8 @@ class Emission:
         if scale is not None and len(scale) > 1:
             out = ops.multiply(out, self.to.of_slot(self.along(scale)))
         bias = self.bias(weight, scale, zero)
-        return out if bias is None else ops.add(out, self.to.of_slot(self.along(bias)))
+        out = out if bias is None else ops.add(out, self.to.of_slot(self.along(bias)))
+        return out if self.border is None else ops.add(out, self.of_border(x))
 
     # --- the input ----------------------------------------------------------------------------------------------------------------
 
@@ -182,11 +186,28 @@ class Emission:
         ends = [ops.constant(np.float32(end)) for end in wide * 2]
         return ops.fake_quantize(unit if (fmt.low, fmt.high) == wide else ops.clamp(unit, fmt.low, fmt.high), *ends, LEVELS), scale
 
+    def border_values(self) -> Tensor | None:
+        """What the border of a convolution would hold, ``[channels]``, if its product adds it as a bias; else None.
+
+        Only for scales that are found in the forward: those of a step would need such a bias for every step.
+        """
+        given = self.operands
+        if not (self.integers and _found_at_run_time(given) and given.shift is not None and keeps_sizes(given.window, self.kernel)):
+            return None
+        return zeros_become(given)
+
+    def of_border(self, x: Node) -> Node:
+        """What the border adds to every output, ``[out, *sizes]``."""
+        assert self.border is not None
+        weight = self.operands.weight.dequantize().reshape(self.operands.weight.shape)
+        return by_position(added_by(self.border, weight), self.kernel, x)
+
     @property
     def pads_first(self) -> bool:
-        """Whether the code of zero differs between channels or is not zero, so that the input must be padded before it is rewritten."""
+        """Whether zeros around the input have other codes than zero, so that it must be padded before it is rewritten."""
         numbers = self.operands.input
-        return self.operands.rewritten or (self.integers and numbers is not None and numbers.zero_point is not None)
+        shifted = self.operands.shift is not None or (self.integers and numbers is not None and numbers.zero_point is not None)
+        return shifted and self.border is None
 
     @property
     def pads(self) -> tuple[list[int], list[int]]:
@@ -308,6 +329,9 @@ class Emission:
         axes = ops.constant(np.array([grain.axis] if grain.kind == "token" else [*range(1, rank)], np.int64))
         ends = [(ops.reduce_max, fmt.high), (ops.reduce_min, fmt.low)]
         scale = ops.maximum(*[ops.divide(end(x, axes, True), ops.constant(np.float32(level))) for end, level in ends])
+        if self.border is not None:  # the layer's scale covers its border
+            least = max(float(self.border.max()) / fmt.high, float(self.border.min()) / fmt.low)
+            scale = ops.maximum(scale, ops.constant(np.float32(least)))
         return ops.select(ops.greater(scale, ops.constant(np.float32(0))), scale, ops.constant(np.float32(1)))
 
     # --- the weight ---------------------------------------------------------------------------------------------------------------

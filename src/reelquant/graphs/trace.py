@@ -23,6 +23,7 @@ from reelquant._errors import UnsupportedError
 from reelquant.graphs.convert import NAMED, Conversion, emit
 from reelquant.graphs.rope_rewrite import FuseInterleave
 from reelquant.graphs.sdpa_workaround import fix_ambiguous_sdpa
+from reelquant.graphs.split_products import split_products
 from reelquant.nn import QuantLayer
 from reelquant.nn.around.graph import by_handle, opaque_tracing
 
@@ -122,6 +123,7 @@ def trace(model: nn.Module, leaves: Sequence[Any], tree: TreeSpec, exact: bool) 
             ) from error
     graph.reshape({index: list(tensor.shape) for index, tensor in enumerate(inputs)})
     fix_ambiguous_sdpa(graph)
+    split_products(graph)
     assert flat.answer is not None
     return Traced(graph, *flat.answer)
 
