@@ -114,6 +114,9 @@ class Int(NumberFormat):
         return unit.round().clamp(self.low, self.high)
 
 
+EXPONENT = 0x7F800000  # the bits of a float32 that are its exponent
+
+
 @dataclass(frozen=True)
 class MiniFloat(NumberFormat):
     """A float of ``1 + exponent + mantissa`` bits with subnormals and without infinities.
@@ -156,8 +159,8 @@ class MiniFloat(NumberFormat):
     def round(self, unit: Tensor) -> Tensor:
         bias = 2 ** (self.exponent - 1) - 1
         value = unit.float().clamp(self.low, self.high)
-        exponent = torch.frexp(value)[1].sub(1).clamp(min=1 - bias)
-        step = torch.exp2((exponent - self.mantissa).float())
+        below = (value.detach().view(torch.int32) & EXPONENT).view(torch.float32)  # without sign and mantissa: the power of two below it
+        step = below.clamp(min=2.0 ** (1 - bias)) * 2.0**-self.mantissa
         return ((value / step).round() * step).to(unit.dtype)
 
     def encode(self, unit: Tensor) -> Tensor:
