@@ -19,7 +19,7 @@ from reelquant.observe import ChannelRange, InputStatistics
 from reelquant.recipes.entry import Entry
 from reelquant.sites import Group
 from reelquant.solvers import Nearest
-from reelquant.stages import GroupView, LayerWork, Rewrite, bound, follows
+from reelquant.stages import GroupView, LayerWork, Rewrite, bound, follows, nearest_seen
 
 LayerOf = Callable[[str], nn.Module]
 COMPARED = 256  # rows that are compared with each other, at most: as many as a run has different timesteps, by far
@@ -237,21 +237,29 @@ def _input_quantizers(work: LayerWork) -> list[Quantizer] | None:
     if fixed:
         return [fit(spec, work.rewrite.input(features.features))]
     if spec.range.needs_samples or spec.alternatives or follows(work.rewrite, seen) is None:
-        return [fit(spec, _sampled(work, seen))]
+        return _from_samples(work, seen)
     return bound(spec, work.rewrite, seen, unseen=work.unseen, steps=len(work.timesteps))
 
 
-def _sampled(work: LayerWork, seen: InputStatistics) -> Tensor:
-    """Sampled rows of the rewritten input, ``[rows, channels * taps]``."""
+def _from_samples(work: LayerWork, seen: InputStatistics) -> list[Quantizer]:
+    """Quantizers from sampled rows of the rewritten input: one, or one per step from the rows of that step.
+
+    A step without rows has the quantizer of the nearest step that has some.
+    """
     spec = work.site.specs.input
     assert spec is not None
-    if seen.rows is None or spec.granularity.kind != "tensor" or spec.slots != "shared":
+    if seen.rows is None or spec.granularity.kind != "tensor":
         raise UnsupportedError(
-            f"ranges from samples (of rules that compare values, of rotations after other rewrites) work per tensor with shared slots, got "
-            f"{spec} for '{work.site.layer.name}'"
+            f"ranges from samples (of rules that compare values, of rotations after other rewrites) work per tensor, got {spec} for "
+            f"'{work.site.layer.name}'"
         )
-    rows = seen.rows.rows.to(work.weight.device)
-    return work.rewrite.per_tap(work.taps).input(distinct(rows) if spec.range.joint else rows)
+    rewrite, rows = work.rewrite.per_tap(work.taps), seen.rows.rows.to(work.weight.device)
+    if spec.slots == "shared":
+        return [fit(spec, rewrite.input(distinct(rows) if spec.range.joint else rows))]
+    steps = seen.rows.steps.to(rows.device)
+    sampled = steps.unique().tolist()  # in ascending order
+    found = [fit(spec, rewrite.input(rows[steps == step])) for step in sampled]
+    return [found[place] for place in nearest_seen(sampled, len(work.timesteps))]
 
 
 def distinct(rows: Tensor) -> Tensor:

@@ -24,11 +24,10 @@ def input_problem(spec: QuantSpec, layer: Layer) -> str | None:
         return "dynamic scales follow every call by themselves; drop 'slots'"
     if spec.dynamic and (spec.alternatives or spec.range != type(spec.range)()):
         return "a range that is found at run time takes one format and the rule's own parameters, as a checkpoint keeps its name alone"
-    if sampled and not spec.dynamic and _needs_per_tensor(spec, layer):
-        return f"a choice of formats and range rules that look at samples work per tensor with shared slots, got {spec}; use range: minmax"
+    if sampled and not spec.dynamic and (kind == "frame" or (kind == "channel" and layer.role != "temporal")):
+        return f"a choice of formats and range rules that look at samples work per tensor, got {spec}; use range: minmax"
+    if spec.slots != "shared" and (spec.alternatives or spec.range.joint):
+        return f"a choice of formats, and a rule that compares steps, look at all steps at once, got {spec}; drop 'slots'"
+    if spec.slots != "shared" and sampled and kind != "tensor":
+        return f"range rules that look at samples work per tensor where each step has its scales, got {spec}; use range: minmax"
     return None
-
-
-def _needs_per_tensor(spec: QuantSpec, layer: Layer) -> bool:
-    kind = spec.granularity.kind
-    return spec.slots != "shared" or kind == "frame" or (kind == "channel" and layer.role != "temporal")

@@ -80,7 +80,11 @@ class Quantizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize; keeps shape and dtype."""
-        rounded = self._from_unit(self.format.round(self._to_unit(self.granularity.blocks(x))))
+        blocks, scale = self.granularity.blocks(x), self.scale[:, None]
+        zero = None if self.zero_point is None else self.zero_point[:, None]
+        unit = blocks.float() / scale  # in place from here on: a new tensor for every step takes twice as long
+        number = self.format.round(unit if zero is None else unit.add_(zero))
+        rounded = (number if zero is None else number.sub_(zero)).mul_(scale)
         return self.granularity.unblock(rounded.to(x.dtype), x.shape)
 
     def ends(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reelquant.branches import Branch
@@ -50,6 +52,20 @@ class Fixed(SoftWeight):
 
     def solution(self) -> Solution:
         return self._solution
+
+
+class _Passed(torch.autograd.Function):
+    """The second tensor, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: Tensor) -> Tensor:
+        del ctx, x
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        del ctx
+        return grads[0], None
 
 
 class SoftLayer(nn.Module):
@@ -122,7 +138,7 @@ class SoftLayer(nn.Module):
             return x
         quantizer = inputs.quantizer(x.detach(), moment.slot if moment.row is None else moment.row)
         learned = None if self.hard else self.scales
-        found = quantizer(x.detach()) + (x - x.detach()) if learned is None else learned.rounded(quantizer, x)
+        found = _Passed.apply(x, quantizer(x.detach())) if learned is None else learned.rounded(quantizer, x)
         return found if self.hard or self.drop is None else self.drop(found, x)
 
     def _input_quant(self, moment: Moment) -> InputQuant | None:

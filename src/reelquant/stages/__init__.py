@@ -5,7 +5,7 @@ from reelquant.stages.block import BlockWork
 from reelquant.stages.group import GroupView, magnitude
 from reelquant.stages.layer import LayerWork, Solution, Specs, StageSite
 from reelquant.stages.model import ModelWork
-from reelquant.stages.ranges import Ranges, bound, follows
+from reelquant.stages.ranges import Ranges, bound, follows, nearest_seen
 from reelquant.stages.rewrite import Rewrite, is_plain
 from reelquant.stages.scales import storable
 from reelquant.stages.stage import HOOKS, Hook, Stage, register
@@ -28,6 +28,7 @@ __all__ = [
     "follows",
     "is_plain",
     "magnitude",
+    "nearest_seen",
     "register",
     "storable",
 ]

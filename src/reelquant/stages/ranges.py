@@ -72,9 +72,9 @@ def bound(spec: QuantSpec, rewrite: Rewrite, seen: Ranges, *, unseen: bool, step
     low = low.amin(over).reshape(len(low), -1).clamp(max=0)
     high = high.amax(over).reshape(len(high), -1).clamp(min=0)
     slots = [bind(spec.format.stored(), spec.granularity, *pair) for pair in zip(low, high, strict=True)]
-    return slots if len(slots) == 1 else [slots[row] for row in _nearest(seen.range.seen, steps)]
+    return slots if len(slots) == 1 else [slots[place] for place in nearest_seen(seen.range.seen, steps)]
 
 
-def _nearest(seen: Sequence[int], steps: int) -> list[int]:
+def nearest_seen(seen: Sequence[int], steps: int) -> list[int]:
     """For each of ``steps`` steps, the place in ``seen`` of the nearest step; of two, the earlier one."""
     return [min(range(len(seen)), key=lambda place: abs(seen[place] - step)) for step in range(steps)]

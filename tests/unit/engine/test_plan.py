@@ -97,7 +97,9 @@ INPUTS = {  # what is wrong -> an input, and the message
     "dynamic steps": ({"format": "int8", "dynamic": True, "slots": "per_step"}, "drop 'slots'"),
     "dynamic parameters": ({"format": "int8", "dynamic": True, "range": {"name": "mse", "p": 2.0}}, "own parameters"),
     "dynamic choice": ({"format": ["int8", "power_8"], "dynamic": True}, "takes one format"),
-    "samples per step": ({"format": "int8", "range": "mse", "slots": "per_step"}, "work per tensor"),
+    "a choice per step": ({"format": ["int8", "power_8"], "slots": "per_step"}, "look at all steps at once"),
+    "compared steps, per step": ({"format": "int8", "range": "criterion", "slots": "per_step"}, "look at all steps at once"),
+    "samples per frame": ({"format": "int8", "range": "mse", "granularity": "frame-4"}, "work per tensor"),
     "samples per channel": ({"format": "int8", "range": "mse", "granularity": "channel"}, "work per tensor"),
 }
 WEIGHTS = {

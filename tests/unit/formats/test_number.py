@@ -122,6 +122,15 @@ def test_small_floats_saturate_where_torch_gives_nan_or_inf() -> None:
     assert parse_format("e5m2").round(torch.tensor([61441.0, -1e9])).tolist() == [57344, -57344]
 
 
+@pytest.mark.parametrize("name", ["e4m3", "e5m2", "e3m4", "e3m2", "e2m3", "e2m1", "e3m0", "e1m2"])
+def test_small_floats_keep_nan_and_signs_of_zeros_and_round_float32_subnormals_to_zero(name: str) -> None:
+    fmt = parse_format(name)
+    rounded = fmt.round(torch.tensor([0.0, -0.0, 1e-42, -1e-42, float("nan"), float("inf")]))
+    assert rounded[:4].tolist() == [0, 0, 0, 0]
+    assert rounded[:4].signbit().tolist() == [False, True, False, True]
+    assert rounded[4].isnan() and float(rounded[5]) == fmt.high
+
+
 def test_reserved_codes_decode_to_the_largest_number_and_are_never_given() -> None:
     fmt = parse_format("e4m3")
     assert fmt.decode(torch.tensor([0x7F, 0xFF], dtype=torch.uint8)).tolist() == [448, -448]
