@@ -190,6 +190,7 @@ def record(
     done: Callable[[int], float | None],
     keep: Any,
     shared: Together | None = None,
+    further: Sequence[Clips] = (),
 ) -> tuple[Errors, Seconds]:
     """Record trajectories, and measure what reusing each single step does to the final latents.
 
@@ -197,12 +198,15 @@ def record(
         done: the damage of a step that an earlier run measured, or None.
         keep: called with the number of a step and its damage, in the process that writes.
         shared: processes that measure some of the steps each.
+        further: clips that only inner products are taken of; these take one sampling, and damages one for every step.
 
     Returns:
         What schedules are planned with, and what a call of the denoiser takes.
     """
     always = BlockReuse(every=1, stretch=stretch)
     timesteps, gram, latents = timesteps_and_gram(pipe, site, always, clips, progress)
+    for more in further:
+        gram = gram + timesteps_and_gram(pipe, site, always, more, progress)[1]
     flat, shared = Errors(timesteps, gram, np.ones(len(timesteps))), shared or Together()
     weight = np.zeros(len(timesteps))
     progress.phase("errors of single steps", len(timesteps) - 1)

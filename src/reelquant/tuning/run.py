@@ -37,6 +37,7 @@ from reelquant.tuning.trials import Trial, Trials, name_of
 from reelquant.tuning.written import recipe_text, report_of
 
 RECORDED = 4  # clips that schedules are planned from
+FURTHER = 3  # times as many clips of which only results are recorded
 SEARCHED = 8  # schedules that are sampled
 SAMPLED = 8  # clips that each of them is sampled on
 SEED, SAMPLED_SEED, HELD_OUT_SEED = 1_000, 2_000, 50_000
@@ -134,7 +135,7 @@ def tune(
         stretch = ()  # outputs of all blocks are forecast like the answer that is made of them, and the answer costs nothing
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
-    given = list(calibration_prompts(pipe, max(recorded, SAMPLED)) if prompts is None else prompts)
+    given = list(calibration_prompts(pipe, max(recorded * (1 + FURTHER), SAMPLED)) if prompts is None else prompts)
     texts = given[:recorded]
     trajectories = Clips(texts, range(SEED, SEED + len(texts)), call)
     if trajectories.steps(pipe) < LEAST_STEPS:
@@ -144,11 +145,12 @@ def tune(
         )
     identity = (Path(str(model)).name, ClipSource(model).identity)
     settings = [identity, [str(text) for text in texts], call, stretch, site.component]
-    judged = _held_out(pipe, held_out, clips, texts)
+    judged = _held_out(pipe, held_out, clips, given[: max(recorded * (1 + FURTHER), SAMPLED)])
     facts = {"tried": [str(text) for text in judged], "goal": repr(goal), "settings": settings, "version": __version__}
     with together(work, facts, shared=shared) as processes:
         known = KeptFigures(work / "steps.jsonl", settings, "step", "damage")
-        errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes)
+        further = _further(given, len(texts), call)
+        errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes, further)
         seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
         networks = None if weights is None else Path(weights)
         trials = Trials(
@@ -169,6 +171,13 @@ def tune(
         if processes.first:
             _write(made, pipe, site, model, force=force)
     return made
+
+
+def _further(given: Sequence[Any], recorded: int, call: Mapping[str, Any]) -> list[Clips]:
+    """Clips that are recorded once: the next texts, from the beginning where they end, as many at a time as are recorded."""
+    firsts = range(recorded, recorded * (1 + FURTHER), recorded)
+    parts = [range(first, first + recorded) for first in firsts]
+    return [Clips([given[number % len(given)] for number in part], [SEED + number for number in part], call) for part in parts]
 
 
 def _sampled_clips(given: Sequence[Any], call: Mapping[str, Any]) -> Clips:
