@@ -57,8 +57,8 @@ def tune(
             prompts.
         held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
         record: clips that schedules are planned from. They are sampled once for every step.
-        search: schedules that are sampled on eight clips of such texts. Their figures say whether damages of single steps are to be
-            believed when schedules are planned; 0 believes them.
+        search: schedules that are sampled on twice as many clips as are recorded. Their figures say whether damages of single steps
+            are to be believed when schedules are planned; 0 believes them.
         component: which denoiser, where there are several (two experts). The others stay as they are: what they reuse already they go on to
             reuse, and the limits are held against clips in which nothing is reused.
         stretch: the share of the blocks that is reused, in the order in which they run; empty for the whole answer of the denoiser.

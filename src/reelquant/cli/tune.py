@@ -63,7 +63,7 @@ Searched = Annotated[
     typer.Option(
         "--search",
         min=0,
-        help="Schedules that are sampled on eight clips each, to see which damages to plan with; 0 takes those of single steps.",
+        help="Schedules that are sampled on twice as many clips as --record has, to see which damages to plan with; 0 for none.",
     ),
 ]
 Stretch = Annotated[

@@ -39,7 +39,7 @@ from reelquant.tuning.written import recipe_text, report_of
 RECORDED = 4  # clips that schedules are planned from
 FURTHER = 3  # times as many clips of which only results are recorded
 SEARCHED = 8  # schedules that are sampled
-SAMPLED = 8  # clips that each of them is sampled on
+SAMPLED = 2  # times as many clips as are recorded, that each of them is sampled on
 SEED, SAMPLED_SEED, HELD_OUT_SEED = 1_000, 2_000, 50_000
 WORK = ".tuning"
 ALL = (0.0, 1.0)  # of the blocks
@@ -135,7 +135,8 @@ def tune(
         stretch = ()  # outputs of all blocks are forecast like the answer that is made of them, and the answer costs nothing
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
-    given = list(calibration_prompts(pipe, max(recorded * (1 + FURTHER), SAMPLED)) if prompts is None else prompts)
+    most = recorded * max(1 + FURTHER, SAMPLED)
+    given = list(calibration_prompts(pipe, most) if prompts is None else prompts)[:most]
     texts = given[:recorded]
     trajectories = Clips(texts, range(SEED, SEED + len(texts)), call)
     if trajectories.steps(pipe) < LEAST_STEPS:
@@ -145,7 +146,7 @@ def tune(
         )
     identity = (Path(str(model)).name, ClipSource(model).identity)
     settings = [identity, [str(text) for text in texts], call, stretch, site.component]
-    judged = _held_out(pipe, held_out, clips, given[: max(recorded * (1 + FURTHER), SAMPLED)])
+    judged = _held_out(pipe, held_out, clips, given)
     facts = {"tried": [str(text) for text in judged], "goal": repr(goal), "settings": settings, "version": __version__}
     with together(work, facts, shared=shared) as processes:
         known = KeptFigures(work / "steps.jsonl", settings, "step", "damage")
@@ -157,7 +158,7 @@ def tune(
             pipe, site, work / "trials", identity, judged, seeds, call, goal.preset, goal.limits, networks, progress, shared=processes
         )
         search = Search(stretch, errors, seconds, trials)
-        shown = _sampled_clips(given, call)
+        shown = _sampled_clips(given, SAMPLED * len(texts), call)
         figures = KeptFigures(work / "sampled.jsonl", [identity, list(map(str, shown.prompts)), call, site.component], "schedule", "psnr")
         learn(search, Sampler(pipe, site, shown, figures, processes, progress), searched)
         trials.base()
@@ -180,10 +181,10 @@ def _further(given: Sequence[Any], recorded: int, call: Mapping[str, Any]) -> li
     return [Clips([given[number % len(given)] for number in part], [SEED + number for number in part], call) for part in parts]
 
 
-def _sampled_clips(given: Sequence[Any], call: Mapping[str, Any]) -> Clips:
+def _sampled_clips(given: Sequence[Any], count: int, call: Mapping[str, Any]) -> Clips:
     """Clips that schedules are sampled on: the texts that may be recorded, from other noise."""
-    texts = [given[number % len(given)] for number in range(SAMPLED)]
-    return Clips(texts, range(SAMPLED_SEED, SAMPLED_SEED + SAMPLED), call)
+    texts = [given[number % len(given)] for number in range(count)]
+    return Clips(texts, range(SAMPLED_SEED, SAMPLED_SEED + count), call)
 
 
 def learn(search: Search, sampler: Sampler, most: int) -> list[Sample]:
@@ -194,7 +195,7 @@ def learn(search: Search, sampler: Sampler, most: int) -> list[Sample]:
     lasts = sum(search.seconds.of_clip(search.steps, len(steps)) for steps in [range(search.steps), *proposed]) * len(sampler.clips.seeds)
     tell(sampler.progress, f"{len(proposed)} schedules are sampled on {len(sampler.clips.seeds)} clips each: about {lasts:.0f} s")
     found = sampler.psnr([search.stage(steps, 1) for steps in proposed])
-    samples = [Sample(steps, 1, statistics.fmean(psnr)) for steps, psnr in zip(proposed, found, strict=True)]
+    samples = [Sample(steps, 1, tuple(psnr)) for steps, psnr in zip(proposed, found, strict=True)]
     search.believe(samples)
     return samples
 
