@@ -9,7 +9,9 @@ Run it from the repository root::
     python -m benchmarks.tuned --pipeline tiny-unet --clips 32 --output benchmarks/results --answers --gate    # tuned-PIPELINE-answers.md
 
 With ``--answers`` whole answers are kept, and planned with inner products of guided answers that count alike at all steps: what
-``reelquant tune`` comes to where sampled schedules are against the damages of single steps. Clips of evaluation captions, held against the same quantized pipeline without reuse; gains are clip by clip. Rows and recordings that are
+``reelquant tune`` comes to where sampled schedules are against the damages of single steps.
+
+Clips of evaluation captions, held against the same quantized pipeline without reuse; gains are clip by clip. Rows and recordings that are
 there are not made again. Rows are kept in ``rows.jsonl``; the table is ``tuned-PIPELINE.md``; pipelines, recordings and trials are kept in
 ``runs/tuned``. Whole clips are timed in turns (A B, B A), in CPU time, against the quantized and against the float pipeline.
 """
