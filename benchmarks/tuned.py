@@ -6,6 +6,10 @@ Run it from the repository root::
     python -m benchmarks.tuned --pipeline tiny-dit --clips 64 --output benchmarks/results
     python -m benchmarks.tuned --pipeline tiny-unet --clips 64 --output benchmarks/results
     python -m benchmarks.tuned --pipeline runs/tiny-ltx/pipeline --clips 16 --output benchmarks/results
+    python -m benchmarks.tuned --pipeline tiny-unet --clips 32 --output benchmarks/results --answers --gate    # tuned-PIPELINE-answers.md
+
+With ``--answers`` whole answers are kept, and planned with inner products of guided answers that count alike at all steps: what
+``reelquant tune`` comes to where sampled schedules are against the damages of single steps.
 
 Clips of evaluation captions, held against the same quantized pipeline without reuse; gains are clip by clip. Rows and recordings that are
 there are not made again. Rows are kept in ``rows.jsonl``; the table is ``tuned-PIPELINE.md``; pipelines, recordings and trials are kept in
@@ -35,7 +39,7 @@ from reelquant.models.sampling import sample
 from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.reuse.plans import Errors, even, plans
 from reelquant.tuning.recording import Clips as Recorded
-from reelquant.tuning.recording import Seconds, record, reusing, site_of
+from reelquant.tuning.recording import Seconds, record, reusing, site_of, timesteps_and_gram
 from reelquant.tuning.run import RECORDED, SEED, tune
 from reelquant.tuning.search import Goal, Search
 from reelquant.tuning.trials import Trial
@@ -45,6 +49,12 @@ SHARES = (0.6, 0.5, 0.4)
 STRETCH: tuple[float, ...] = (0.0, 1.0)
 HEADINGS = ("computed", "schedule", "PSNR to no reuse, dB (95 %)", "worst clip, dB", "planned over this, clip by clip, dB (95 %)")
 PLANNED, ROUNDS = "planned, fitted weights of two", 5
+WHOLE: tuple[float, ...] = ()
+"""The stretch of whole answers, which is what ``reelquant tune`` keeps of a denoiser without a chain of blocks."""
+GUIDED = 16
+"""Clips whose guided answers are recorded: one sampling each, with everything computed."""
+ALIKE = "all damages alike, weights of two, whole answers"
+EVEN_ALIKE, FLOAT_ALIKE = "even, weights of two, whole answers", "on the float pipeline, all damages alike, weights of two, whole answers"
 KEPT = Path("runs/tuned")
 
 
@@ -70,12 +80,25 @@ def recorded(pipe: Any, file: Path) -> Errors:
     return Errors(facts["timesteps"], np.array(facts["gram"]), np.array(facts["weight"]), fitted=True)
 
 
-def stage(errors: Errors, computed: tuple[int, ...], order: int) -> BlockReuse:
+def guided(pipe: Any, file: Path) -> Errors:
+    """The same of whole answers, where an error counts alike at all steps; recorded once."""
+    if not file.is_file():
+        texts = calibration_prompts(pipe, GUIDED)
+        clips = Recorded(texts, range(SEED, SEED + len(texts)))
+        timesteps, gram, _ = timesteps_and_gram(pipe, site_of(pipe), BlockReuse(every=1, stretch=WHOLE), clips, Silent())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"timesteps": timesteps, "gram": gram.tolist()}))
+    facts = json.loads(file.read_text())
+    return Errors(facts["timesteps"], np.array(facts["gram"]), np.ones(len(facts["timesteps"])), fitted=True)
+
+
+def stage(errors: Errors, computed: tuple[int, ...], order: int, stretch: tuple[float, ...] = STRETCH) -> BlockReuse:
     """The reuse that computes these steps."""
-    search = Search(STRETCH, errors, Seconds(1.0, 0.0, 0.0, 1), None)  # type: ignore[arg-type]  (nothing is tried here)
+    search = Search(stretch, errors, Seconds(1.0, 0.0, 0.0, 1), None)  # type: ignore[arg-type]  (nothing is tried here)
     return search.stage(computed, order)
 
 
+WHOLE_LABELS = (ALIKE, EVEN_ALIKE, FLOAT_ALIKE)
 Schedules = Mapping[str, Callable[[int], BlockReuse]]
 
 
@@ -94,6 +117,17 @@ def schedules(own: Errors, of_float: Errors) -> Schedules:
         "even, fitted weights of two": lambda number: stage(own, even(steps, number), 1),
         "even, last result repeated": lambda number: stage(polynomial, even(steps, number), 0),
         "planned on the float pipeline, fitted weights of two": planned(of_float, 1),
+    }
+
+
+def whole_answers(own: Errors, of_float: Errors) -> Schedules:
+    """Schedules of whole answers, planned with damages that are all alike: label -> number of computed steps -> reuse."""
+    steps = len(own.timesteps)
+    planned, rival = plans(own, 1), plans(of_float, 1)
+    return {
+        ALIKE: lambda number: stage(own, planned[number].steps, 1, WHOLE),
+        EVEN_ALIKE: lambda number: stage(own, even(steps, number), 1, WHOLE),
+        FLOAT_ALIKE: lambda number: stage(of_float, rival[number].steps, 1, WHOLE),
     }
 
 
@@ -134,7 +168,8 @@ def table(clips: Clips, records: Records, labels: Mapping[tuple[int, str], Block
     """The rows of these clips, as far as they are measured."""
     known = {(row["name"], row["digest"]): row for row in records.load()}
     found = {key: row for key, one in labels.items() if (row := known.get(_key(clips, key, one)))}
-    return markdown(HEADINGS, [_line(key, row, found.get((key[0], PLANNED)), steps) for key, row in found.items()])
+    best = {key: ALIKE if key[1] in WHOLE_LABELS else PLANNED for key in found}
+    return markdown(HEADINGS, [_line(key, row, found.get((key[0], best[key])), steps) for key, row in found.items()])
 
 
 def _line(key: tuple[int, str], row: Mapping[str, Any], best: Mapping[str, Any] | None, steps: int) -> list[str]:
@@ -204,13 +239,15 @@ def main() -> None:
     made.add_argument(
         "--shares", type=float, nargs="*", default=SHARES, help="of computed steps, whose rows are measured; none to only tune"
     )
+    made.add_argument("--answers", action="store_true", help="measure schedules of whole answers, of a denoiser without a chain of blocks")
     args = made.parse_args()
     torch.set_num_threads(args.threads)
     clips, records, folder = Clips(args.pipeline, args.clips, {}, args.batch), Records(args.output / "rows.jsonl"), KEPT
     folder.mkdir(parents=True, exist_ok=True)
-    own = recorded(reelquant.open_pipeline(quantized(clips, folder)), folder / f"{clips.name}-{RECIPE}.json")
-    of_float, steps = recorded(clips.open(), folder / f"{clips.name}-float.json"), len(own.timesteps)
-    known = schedules(own, of_float)
+    form, make = ("-answers", guided) if args.answers else ("", recorded)
+    own = make(reelquant.open_pipeline(quantized(clips, folder)), folder / f"{clips.name}-{RECIPE}{form}.json")
+    of_float, steps = make(clips.open(), folder / f"{clips.name}-float{form}.json"), len(own.timesteps)
+    known = (whole_answers if args.answers else schedules)(own, of_float)
     labels = {(round(share * steps), label): make(round(share * steps)) for share in SHARES for label, make in known.items()}
     if not args.table:
         asked = {round(share * steps) for share in args.shares}
@@ -218,7 +255,7 @@ def main() -> None:
     text = f"{clips.name}, {clips.count} clips, `{RECIPE}`\n\n{table(clips, records, labels, steps)}"
     for gate in () if args.table else args.gate:
         text += f"\n{whole(clips, folder, gate)}"
-    (args.output / f"tuned-{clips.name}.md").write_text(text)
+    (args.output / f"tuned-{clips.name}{form}.md").write_text(text)
     print(text)
 
 

@@ -40,6 +40,7 @@ PHASES = {
     "open": "opening the pipeline",
     "calibrate": "sampling calibration clips",
     "record": "recording clips",
+    "schedules": "sampling schedules",
     "choose blocks": "trying out blocks",
     "train": "training what is left",
     "float reference": "sampling held-out clips in float",

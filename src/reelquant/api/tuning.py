@@ -28,6 +28,7 @@ def tune(
     prompts: Prompts | None = None,
     held_out: Prompts | None = None,
     record: int = 4,
+    search: int = 8,
     component: str | None = None,
     stretch: tuple[float, ...] = (0.0, 1.0),
     weights: str | Path | None = None,
@@ -56,6 +57,8 @@ def tune(
             prompts.
         held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
         record: clips that schedules are planned from. They are sampled once for every step.
+        search: schedules that are sampled on twice as many clips as are recorded. Their figures say whether damages of single steps
+            are to be believed when schedules are planned; 0 believes them.
         component: which denoiser, where there are several (two experts). The others stay as they are: what they reuse already they go on to
             reuse, and the limits are held against clips in which nothing is reused.
         stretch: the share of the blocks that is reused, in the order in which they run; empty for the whole answer of the denoiser.
@@ -81,6 +84,16 @@ def tune(
     from reelquant.tuning import tune as run
 
     goal = Goal(target_speedup, gate, dict(limits or {}))
-    where = dict(stretch=stretch, clips=clips, recorded=record, held_out=held_out, weights=weights, dtype=dtype, device=device, force=force)
+    where = dict(
+        stretch=stretch,
+        clips=clips,
+        recorded=record,
+        searched=search,
+        held_out=held_out,
+        weights=weights,
+        dtype=dtype,
+        device=device,
+        force=force,
+    )
     where |= {"shared": shared, "component": component}
     return run(model, output, prompts, goal=goal, progress=progress or None, call=call, **where)

@@ -58,6 +58,14 @@ Clips = Annotated[int, typer.Option("--clips", min=1, help="Clips that every sch
 Record = Annotated[
     int, typer.Option("--record", min=1, help="Clips that schedules are planned from; each is sampled as many times as it has steps.")
 ]
+Searched = Annotated[
+    int,
+    typer.Option(
+        "--search",
+        min=0,
+        help="Schedules that are sampled on twice as many clips as --record has, to see which damages to plan with; 0 for none.",
+    ),
+]
 Stretch = Annotated[
     str,
     typer.Option(
@@ -85,6 +93,7 @@ Component = Annotated[
     What blocks compute often changes little from one step to the next. At such steps their last result is used again, or a line
     through the last two. Which steps these are depends on the model and on its quantization, so it is measured: a few clips are
     recorded, the schedule of the least error is planned for every number of computed steps, and some schedules are tried on other texts.
+    What single steps do may mislead: [cyan]--search[/cyan] schedules are sampled first, and the plan follows what explains them best.
 
     What was tried is kept in the folder OUTPUT.tuning: clips, figures, curve.png, and recipe.yaml for [cyan]reelquant quantize -r[/cyan].
     A run that was stopped goes on from there.
@@ -98,6 +107,7 @@ def tune(
     fail_under: FailUnder = None,
     clips: Clips = 8,
     record: Record = 4,
+    search: Searched = 8,
     component: Component = None,
     stretch: Stretch = "0:1",
     prompts: Prompts = None,
@@ -132,6 +142,7 @@ def tune(
         stretch=share,
         clips=clips,
         record=record,
+        search=search,
         prompts=conditions(prompts),
         device=device,
         dtype=number,

@@ -67,6 +67,11 @@ class Errors:
         line = np.polynomial.Polynomial.fit(later, np.log(np.maximum(self.weight[1:], 1e-30)), 1)
         return replace(self, weight=np.concatenate([self.weight[:1], np.exp(line(later))]))
 
+    def softened(self, power: float) -> Errors:
+        """The same with weights to a power: 1 leaves them, 0 makes errors of all steps count alike. Damages of single steps do not add up
+        where one of them is enough to lead a clip elsewhere."""
+        return replace(self, weight=np.concatenate([self.weight[:1], np.maximum(self.weight[1:], 1e-30) ** power]))
+
     def shares(self, history: Steps, steps: Sequence[int]) -> Array:
         """Weights of earlier results in the forecast of each step, ``[steps, history]``."""
         if not self.fitted:

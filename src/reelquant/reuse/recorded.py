@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Results:
         self.times[trajectory.step] = trajectory.timestep
         for number, tensor in enumerate(tensors):
             if tensor.is_floating_point():
-                self.values[self.clips, name, trajectory.call, number][trajectory.step] = _sampled(tensor)
+                self.values[self.clips, name, trajectory.call, number][trajectory.step] = sampled(tensor)
 
     @property
     def timesteps(self) -> list[float] | None:
@@ -51,11 +52,15 @@ class Results:
         """Inner products of what the stretch gave at each two steps, ``[steps, steps]``, summed over clips and calls."""
         steps = len(self.times)
         columns = [torch.stack([found[step] for step in range(steps)]) for found in self.values.values() if len(found) == steps]
-        products = (column.double() @ column.double().T for column in columns)
-        return sum(products, start=torch.zeros(steps, steps, dtype=torch.float64)).numpy()
+        return gram(columns) if columns else np.zeros((steps, steps))
 
 
-def _sampled(tensor: Tensor) -> Tensor:
+def gram(columns: Sequence[Tensor]) -> np.ndarray:
+    """Inner products of the rows of each ``[steps, values]``, summed: ``[steps, steps]``."""
+    return torch.stack([column.double() @ column.double().T for column in columns]).sum(0).numpy()
+
+
+def sampled(tensor: Tensor) -> Tensor:
     """Some of the values, the same ones every time, in float32 on the CPU."""
     flat = tensor.detach().flatten()
     stride = -(-flat.numel() // ELEMENTS)

@@ -23,6 +23,7 @@ from reelquant.reuse.plans import Errors
 from reelquant.reuse.recorded import Results
 from reelquant.sites import DenoiserMap
 from reelquant.tuning.fresh_noise import noisy_steps
+from reelquant.tuning.guided import guided_answers
 from reelquant.tuning.shared import Together
 
 LEAST_STEPS = 4  # of a denoiser: with fewer there is nothing to leave out
@@ -124,8 +125,11 @@ class Seconds:
 
     def speedup(self, steps: int, computed: int) -> float:
         """How many times faster a clip is made if the stretch is computed at so many steps."""
-        whole = self.rest + self.calls * steps * self.computed
-        return whole / (self.rest + self.calls * (computed * self.computed + (steps - computed) * self.reused))
+        return self.of_clip(steps, steps) / self.of_clip(steps, computed)
+
+    def of_clip(self, steps: int, computed: int) -> float:
+        """Seconds of a clip in which the stretch is computed at so many steps."""
+        return self.rest + self.calls * (computed * self.computed + (steps - computed) * self.reused)
 
 
 def timesteps_and_gram(
@@ -133,7 +137,8 @@ def timesteps_and_gram(
 ) -> tuple[list[float], np.ndarray, Tensor]:
     """Sample with everything computed, and note what the stretch gives.
 
-    Of a chain that is the change it makes, of other blocks the output of the last one.
+    Of a chain that is the change it makes, of other blocks the output of the last one, and of a whole answer what guidance makes of it,
+    where the sampler says so (:class:`reelquant.tuning.guided.Guided`).
 
     Returns:
         The timesteps, the inner products ``[steps, steps]`` of what the stretch gave at them, and the final latents.
@@ -145,7 +150,7 @@ def timesteps_and_gram(
         results = Results(installed.blocks[-1].name)
         installed.watch(results)
         progress.phase("record", clips.steps(pipe))
-        with noisy_steps(pipe.scheduler) as drawn:
+        with noisy_steps(pipe.scheduler) as drawn, guided_answers(pipe.scheduler) as answers:
             latents = clips.latents(pipe, progress)
     times = results.times
     steps = len(times)
@@ -165,7 +170,9 @@ def timesteps_and_gram(
             f"{type(pipe.scheduler).__name__} adds fresh noise at {noisy} of {wanted} steps: what was computed at one step says less about "
             "the next, so expect to leave out few; a sampler without fresh noise lets you leave out more"
         )
-    return [times[step] for step in range(steps)], results.gram(), latents
+    timesteps = [times[step] for step in range(steps)]
+    guided = None if stage.stretch else answers.gram(timesteps)
+    return timesteps, results.gram() if guided is None else guided, latents
 
 
 def single(timesteps: Sequence[float], step: int, stage: BlockReuse, order: int = 0) -> BlockReuse:
@@ -183,6 +190,7 @@ def record(
     done: Callable[[int], float | None],
     keep: Any,
     shared: Together | None = None,
+    further: Sequence[Clips] = (),
 ) -> tuple[Errors, Seconds]:
     """Record trajectories, and measure what reusing each single step does to the final latents.
 
@@ -190,12 +198,15 @@ def record(
         done: the damage of a step that an earlier run measured, or None.
         keep: called with the number of a step and its damage, in the process that writes.
         shared: processes that measure some of the steps each.
+        further: clips that only inner products are taken of; these take one sampling, and damages one for every step.
 
     Returns:
         What schedules are planned with, and what a call of the denoiser takes.
     """
     always = BlockReuse(every=1, stretch=stretch)
     timesteps, gram, latents = timesteps_and_gram(pipe, site, always, clips, progress)
+    for more in further:
+        gram = gram + timesteps_and_gram(pipe, site, always, more, progress)[1]
     flat, shared = Errors(timesteps, gram, np.ones(len(timesteps))), shared or Together()
     weight = np.zeros(len(timesteps))
     progress.phase("errors of single steps", len(timesteps) - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from reelquant._errors import RecipeError, UnsupportedError
-from reelquant._progress import Progress, Silent
+from reelquant._progress import Progress, Silent, tell
 from reelquant._version import __version__
 from reelquant.checkpoint import check_target, check_writable, keeping_work, refuse_source, save
 from reelquant.evidence.networks.weights import check_place
@@ -29,14 +28,19 @@ from reelquant.nn import quantized_layers
 from reelquant.reuse import BlockReuse, put
 from reelquant.reuse.blocks import chain_of
 from reelquant.tuning.curve import draw
+from reelquant.tuning.kept import KeptFigures
 from reelquant.tuning.recording import LEAST_STEPS, Clips, Seconds, Site, record, reusing, site_of
+from reelquant.tuning.sampled import Sample, Sampler
 from reelquant.tuning.search import Goal, Search
 from reelquant.tuning.shared import together
 from reelquant.tuning.trials import Trial, Trials, name_of
 from reelquant.tuning.written import recipe_text, report_of
 
 RECORDED = 4  # clips that schedules are planned from
-SEED, HELD_OUT_SEED = 1_000, 50_000
+FURTHER = 3  # times as many clips of which only results are recorded
+SEARCHED = 8  # schedules that are sampled
+SAMPLED = 2  # times as many clips as are recorded, that each of them is sampled on
+SEED, SAMPLED_SEED, HELD_OUT_SEED = 1_000, 2_000, 50_000
 WORK = ".tuning"
 ALL = (0.0, 1.0)  # of the blocks
 
@@ -99,6 +103,7 @@ def tune(
     stretch: tuple[float, ...] = ALL,
     clips: int = 8,
     recorded: int = RECORDED,
+    searched: int = SEARCHED,
     held_out: Prompts | None = None,
     weights: str | Path | None = None,
     dtype: torch.dtype | None = None,
@@ -112,6 +117,8 @@ def tune(
     goal, progress, output = goal or Goal(), progress or Silent(), Path(output)
     if min(clips, recorded) < 1:
         raise RecipeError(f"tune records and tries out at least one clip, got {recorded} to record and {clips} to try")
+    if searched < 0:
+        raise RecipeError(f"'search' is a number of schedules, 0 for none, got {searched}")
     check_target(output, force=force)
     refuse_source(str(model), output)
     check_writable(output)
@@ -128,7 +135,9 @@ def tune(
         stretch = ()  # outputs of all blocks are forecast like the answer that is made of them, and the answer costs nothing
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
-    texts = list(calibration_prompts(pipe, recorded) if prompts is None else prompts)[:recorded]
+    most = recorded * max(1 + FURTHER, SAMPLED)
+    given = list(calibration_prompts(pipe, most) if prompts is None else prompts)[:most]
+    texts = given[:recorded]
     trajectories = Clips(texts, range(SEED, SEED + len(texts)), call)
     if trajectories.steps(pipe) < LEAST_STEPS:
         raise UnsupportedError(
@@ -137,18 +146,22 @@ def tune(
         )
     identity = (Path(str(model)).name, ClipSource(model).identity)
     settings = [identity, [str(text) for text in texts], call, stretch, site.component]
-    judged = _held_out(pipe, held_out, clips, texts)
+    judged = _held_out(pipe, held_out, clips, given)
     facts = {"tried": [str(text) for text in judged], "goal": repr(goal), "settings": settings, "version": __version__}
     with together(work, facts, shared=shared) as processes:
-        known = KnownDamage(work, settings)
-        errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes)
+        known = KeptFigures(work / "steps.jsonl", settings, "step", "damage")
+        further = _further(given, len(texts), call)
+        errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes, further)
         seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
         networks = None if weights is None else Path(weights)
         trials = Trials(
             pipe, site, work / "trials", identity, judged, seeds, call, goal.preset, goal.limits, networks, progress, shared=processes
         )
-        trials.base()
         search = Search(stretch, errors, seconds, trials)
+        shown = _sampled_clips(given, SAMPLED * len(texts), call)
+        figures = KeptFigures(work / "sampled.jsonl", [identity, list(map(str, shown.prompts)), call, site.component], "schedule", "psnr")
+        learn(search, Sampler(pipe, site, shown, figures, processes, progress), searched)
+        trials.base()
 
         def timed(stage: BlockReuse) -> float:
             return processes.once(f"time-{name_of(stage)}", lambda: in_turns(pipe, site, stage, trajectories, progress))
@@ -159,6 +172,32 @@ def tune(
         if processes.first:
             _write(made, pipe, site, model, force=force)
     return made
+
+
+def _further(given: Sequence[Any], recorded: int, call: Mapping[str, Any]) -> list[Clips]:
+    """Clips that are recorded once: the next texts, from the beginning where they end, as many at a time as are recorded."""
+    firsts = range(recorded, recorded * (1 + FURTHER), recorded)
+    parts = [range(first, first + recorded) for first in firsts]
+    return [Clips([given[number % len(given)] for number in part], [SEED + number for number in part], call) for part in parts]
+
+
+def _sampled_clips(given: Sequence[Any], count: int, call: Mapping[str, Any]) -> Clips:
+    """Clips that schedules are sampled on: the texts that may be recorded, from other noise."""
+    texts = [given[number % len(given)] for number in range(count)]
+    return Clips(texts, range(SAMPLED_SEED, SAMPLED_SEED + count), call)
+
+
+def learn(search: Search, sampler: Sampler, most: int) -> list[Sample]:
+    """Sample so many schedules, and plan with the kind of errors that expects their figures best."""
+    proposed = search.proposals(most)
+    if len(proposed) < 2:
+        return []
+    lasts = sum(search.seconds.of_clip(search.steps, len(steps)) for steps in [range(search.steps), *proposed]) * len(sampler.clips.seeds)
+    tell(sampler.progress, f"{len(proposed)} schedules are sampled on {len(sampler.clips.seeds)} clips each: about {lasts:.0f} s")
+    found = sampler.psnr([search.stage(steps, 1) for steps in proposed])
+    samples = [Sample(steps, 1, tuple(psnr)) for steps, psnr in zip(proposed, found, strict=True)]
+    search.believe(samples)
+    return samples
 
 
 def _write(made: Tuned, pipe: Any, site: Site, model: str | Path, *, force: bool) -> None:
@@ -199,37 +238,6 @@ def in_turns(pipe: Any, site: Site, stage: BlockReuse, clips: Clips, progress: P
         ratios.append(spent[False] / spent[True])
         progress.advance()
     return statistics.median(ratios)
-
-
-class KnownDamage:
-    """What reusing single steps did, in a file of a line each: a run that was stopped goes on where it was.
-
-    Args:
-        folder: of the file.
-        settings: what a line has to agree with.
-    """
-
-    def __init__(self, folder: Path, settings: Any) -> None:
-        self.file, self.settings = folder / "steps.jsonl", json.dumps(settings, default=str)
-        self.found: dict[int, float] = {}
-        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else ():
-            try:
-                row = json.loads(line)
-            except ValueError:  # the last line of a run that was killed
-                continue
-            if row.get("settings") == self.settings:
-                self.found[int(row["step"])] = float(row["damage"])
-
-    def of(self, step: int) -> float | None:
-        """What an earlier run measured, or None."""
-        return self.found.get(step)
-
-    def keep(self, step: int, damage: float) -> None:
-        """Note what was measured."""
-        with keeping_work(self.file.parent):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps({"settings": self.settings, "step": step, "damage": damage}) + "\n")
 
 
 def _held_out(pipe: Any, given: Prompts | None, clips: int, recorded: Sequence[Any]) -> list[Any]:

@@ -8,13 +8,25 @@ from dataclasses import dataclass, field
 from reelquant._errors import RecipeError, UnsupportedError
 from reelquant.evidence.gate import check_preset, parse_limits
 from reelquant.reuse import BlockReuse
-from reelquant.reuse.plans import Errors, Plan, flat_weights, plans
+from reelquant.reuse.plans import Errors, Plan, Steps, even, flat_weights, plans
 from reelquant.tuning.recording import Seconds
+from reelquant.tuning.sampled import Sample, by_fit
 from reelquant.tuning.trials import Trial, Trials
 
-VARIANTS = ((1, False), (1, True), (0, False))
-"""What is tried for a number of computed steps: forecasts from the last two results and from the last one (a third brought nothing on the
-bundled pipelines), and whether the schedule is planned with the damage of every step as it was measured, or as an even trend."""
+MEASURED = "as measured"
+KINDS: Mapping[str, Callable[[Errors], Errors]] = {
+    MEASURED: lambda errors: errors,
+    "even trend": lambda errors: errors.steady,
+    "half of the trend": lambda errors: errors.steady.softened(0.5),
+    "all alike": lambda errors: errors.softened(0.0),
+}
+"""How damages of single steps are taken when schedules are planned. On some models they say which steps matter. On others one early step is
+enough to lead a clip elsewhere, and what single steps do says little about many."""
+VARIANTS = 3
+"""Schedules that are tried for a number of computed steps: two from the last two results (a third brought nothing on the bundled
+pipelines), and one from the last result alone."""
+SHARES = (0.5, 0.4, 0.6)
+"""Of the steps: so many are computed in the schedules that are sampled first."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +65,21 @@ class Search:
         errors: what schedules are planned with.
         seconds: of calls of the denoiser.
         trials: makes them.
-        found: those that were made, by the number of computed steps and the number of the variant.
-        planned: the best schedules of every variant, by the number of computed steps.
+        found: those that were made, by the computed steps and the order of the forecasts.
+        kinds: the errors as they may be taken, the kind that is believed most first.
+        planned: the best schedules of every kind from two results, and of every kind from one, by the number of computed steps.
     """
 
     stretch: tuple[float, ...]
     errors: Errors
     seconds: Seconds
     trials: Trials
-    found: dict[tuple[int, int], Trial] = field(default_factory=dict)
-    planned: dict[int, dict[int, Plan]] = field(default_factory=dict)
+    found: dict[tuple[Steps, int], Trial] = field(default_factory=dict)
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    planned: dict[tuple[str, int], dict[int, Plan]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kinds = {False: self.errors, True: self.errors.steady}
-        self.planned = {variant: plans(kinds[steady], order) for variant, (order, steady) in enumerate(VARIANTS)}
+        self.planned = {(name, order): plans(kind(self.errors), order) for name, kind in KINDS.items() for order in (1, 0)}
 
     @property
     def steps(self) -> int:
@@ -89,25 +102,37 @@ class Search:
         """Expected of a clip in which so many steps are computed."""
         return self.seconds.speedup(self.steps, number)
 
-    def tried(self, number: int, variant: int) -> Trial:
-        """The trial of the best schedule of a variant with so many computed steps."""
-        if (number, variant) not in self.found:
-            plan, order = self.planned[variant][number], VARIANTS[variant][0]
-            self.found[number, variant] = self.trials.run(self.stage(plan.steps, order), plan.steps, self.steps, self.speedup(number))
-        return self.found[number, variant]
+    def proposals(self, most: int) -> list[Steps]:
+        """Schedules from two results whose sampling tells the kinds of errors apart: plans of all kinds and even spacing, for half of the
+        steps first."""
+        counts = dict.fromkeys(max(round(share * self.steps), self.fewest) for share in SHARES)
+        found = (plan for number in counts for plan in (even(self.steps, number), *self._plans(number, 1)))
+        return list(dict.fromkeys(found))[:most]
+
+    def believe(self, samples: Sequence[Sample]) -> None:
+        """Order the kinds of errors by how well they expect what was sampled."""
+        self.kinds = by_fit({name: kind(self.errors) for name, kind in KINDS.items()}, samples)
+
+    def tried(self, computed: Steps, order: int) -> Trial:
+        """The trial of a schedule."""
+        if (computed, order) not in self.found:
+            self.found[computed, order] = self.trials.run(self.stage(computed, order), computed, self.steps, self.speedup(len(computed)))
+        return self.found[computed, order]
 
     def tried_all(self) -> tuple[Trial, ...]:
         """Every trial, from the most computed steps to the fewest."""
-        return tuple(self.found[key] for key in sorted(self.found, key=lambda one: (-one[0], one[1])))
+        return tuple(sorted(self.found.values(), key=lambda one: (-len(one.computed), -one.order)))
 
     def all_of(self, number: int) -> Iterator[Trial]:
-        """Trials of all variants, the one that promises most first; schedules that are the same are tried once."""
-        seen = set()
-        for variant, (order, _) in enumerate(VARIANTS):
-            plan = self.planned[variant].get(number)
-            if plan is not None and (order, plan.steps) not in seen:
-                seen.add((order, plan.steps))
-                yield self.tried(number, variant)
+        """Trials of so many computed steps, the one that promises most first; schedules that are the same are tried once."""
+        two, one = list(dict.fromkeys(self._plans(number, 1))), list(self._plans(number, 0))
+        for computed, order in [*((steps, 1) for steps in two[: VARIANTS - 1]), *((steps, 0) for steps in one[:1])]:
+            yield self.tried(computed, order)
+
+    def _plans(self, number: int, order: int) -> Iterator[Steps]:
+        """The schedule of every kind of errors with so many computed steps, if there is one."""
+        known = (self.planned[kind, order].get(number) for kind in self.kinds)
+        return (plan.steps for plan in known if plan is not None)
 
     def fastest(self) -> Trial | None:
         """The trial with the fewest computed steps that keeps the limits: by bisection, as quality falls with the steps."""

@@ -81,7 +81,7 @@ def test_the_recipe_quantizes_with_the_schedule(tuned: Tuned, quantized: Path) -
 def test_a_run_that_goes_on_makes_no_clip_twice(tuned: Tuned, quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
     monkeypatch.setattr("reelquant.tuning.trials.SamplingJob._chunk", lambda self, pipe, name, *_: made.append(name))
-    monkeypatch.setattr("reelquant.tuning.run.KnownDamage.keep", lambda *_: made.append("single step"))
+    monkeypatch.setattr("reelquant.tuning.run.KeptFigures.keep", lambda *_: made.append("single step or sampled schedule"))
     again = tune(quantized, tuned.output, force=True, **EASY)
     assert made == [] and again.chosen is not None and tuned.chosen is not None
     assert again.chosen.computed == tuned.chosen.computed and again.chosen.figures == tuned.chosen.figures
