@@ -41,7 +41,6 @@ def learn(name: str, **options: Any) -> dict[str, Any]:
 ADAROUND = learn("adaround")
 BOTH = {"drop": 0.5, "inputs": "mixed"}
 LONGER = {"iterations": 1200, "calls": 64}
-GUIDED = learn("adaround", guidance=5.0, unit="own", calls=64)
 SOLVED: dict[str, list[Any]] = {
     "nearest": [solve("nearest")],
     "adaround from nearest": [solve("adaround")],
@@ -50,7 +49,6 @@ SOLVED: dict[str, list[Any]] = {
     "comq from gptq": [solve("comq")],
     "als from gptq": [solve("als")],
     "gptq + adaround of blocks": [solve("gptq"), ADAROUND],
-    "gptq + adaround of blocks, guided": [solve("gptq"), GUIDED],
     "gptq + adaround of the last block, 1,200 steps": [solve("gptq"), learn("adaround", on="block:end & role:main", **LONGER)],
 }
 LEARNED: dict[str, list[Any]] = {

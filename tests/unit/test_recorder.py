@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reelquant.clock import FIRST, SECOND
 from reelquant.engine.recorder import Recorder
 
 
@@ -60,30 +59,3 @@ def test_all_calls_if_as_many_are_wanted_as_are_made() -> None:
 
 def test_none_if_none_are_wanted() -> None:
     assert recorded(0, 80, 1, 20) == []
-
-
-@pytest.mark.parametrize("wanted", [4, 8, 16, 40, 80])
-def test_pairs_are_recorded_as_a_whole(wanted: int) -> None:
-    recorder, denoiser = Recorder(wanted, 80, lambda args, kwargs: args[1], lambda args, kwargs: int(args[0]), pairs=True), Denoiser()
-    with recorder.watching(denoiser):
-        for _ in range(4):
-            for step in range(20):
-                for half in (FIRST, SECOND):
-                    denoiser(torch.tensor(float(half)), step)
-    calls = recorder.recording([float(step) for step in range(20)])
-    firsts, seconds = list(calls)[::2], list(calls)[1::2]
-    assert wanted <= len(firsts) == len(seconds) < 2 * wanted
-    assert all((one.half, other.half) == (FIRST, SECOND) and one.step == other.step for one, other in zip(firsts, seconds, strict=True))
-    single = [step for step, _ in recorded(wanted, 80, 4, 20)]
-    assert [one.step for one in firsts] == single  # the pairs that lie where single calls would
-
-
-def test_pairs_stay_whole_when_more_calls_come_than_expected() -> None:
-    recorder, denoiser = Recorder(3, 5, lambda args, kwargs: args[1], lambda args, kwargs: int(args[0]), pairs=True), Denoiser()
-    with recorder.watching(denoiser):
-        for step in range(97):
-            for half in (FIRST, SECOND):
-                denoiser(torch.tensor(float(half)), step)
-    calls = list(recorder.recording([float(step) for step in range(97)]))
-    assert 6 <= len(calls) < 12 and [call.half for call in calls] == [FIRST, SECOND] * (len(calls) // 2)
-    assert [call.step for call in calls[::2]] == [call.step for call in calls[1::2]]

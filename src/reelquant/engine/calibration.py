@@ -62,7 +62,6 @@ class Calibration:
         inputs: statistics by layer name; layers that share input and geometry share the object.
         prompts: what was sampled.
         calls: recorded calls of the denoiser.
-        whole_pairs: whether recorded calls know their half of a guidance pair, and no call is recorded without its other half.
         installed: the stages that changed what the sampler computed, by their parameters.
         references: final latents of the float pipeline on held-out prompts, by what they were sampled with.
     """
@@ -72,7 +71,6 @@ class Calibration:
     prompts: tuple[str | Condition, ...]
     calls: Recording = field(default_factory=Recording)
     installed: tuple[str, ...] = ()
-    whole_pairs: bool = False
     references: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -84,8 +82,6 @@ class Calibration:
     def suffices(self, plan: Plan, denoiser: nn.Module) -> bool:
         """True if another plan for the same float model finds everything it needs here."""
         if installed(plan) != self.installed or recorded_calls(plan) > len(self.calls):
-            return False
-        if reads_halves(plan) and not self.whole_pairs:
             return False
         return all(self._serves(plan, row, denoiser) for row in plan.quantized)
 
@@ -105,11 +101,6 @@ def installed(plan: Plan) -> tuple[str, ...]:
 def recorded_calls(plan: Plan) -> int:
     """How many calls of the float denoiser the stages want recorded."""
     return max((entry.stage.records for entry in plan.entries if not entry.stage.resamples), default=0)
-
-
-def reads_halves(plan: Plan) -> bool:
-    """Whether a stage asks recorded calls for their half of a guidance pair; then pairs are recorded as a whole."""
-    return any(entry.stage.reads_halves for entry in plan.entries)
 
 
 class Part(NamedTuple):
@@ -252,16 +243,15 @@ def _observed(part: Part, course: Course, run: Callable[[], None]) -> Calibratio
     if part.decodes:
         return Calibration(observe_methods(denoiser, METHODS, watched, run, **how), inputs, course.texts)
     reader = timestep_reader_of(denoiser, plan.map.timestep_argument or "timestep")
-    halves, apart = _reads_half(inputs) or reads_halves(plan), partial()
+    halves, apart = _reads_half(inputs), partial()
     looks = {"half_of": half_reader(denoiser, plan)} if halves else {}
-    wanted = 0 if apart else recorded_calls(plan)
-    recorder = Recorder.of(denoiser, plan, wanted, expected.calls, halves=halves, pairs=reads_halves(plan))
+    recorder = Recorder.of(denoiser, plan, 0 if apart else recorded_calls(plan), expected.calls, halves=halves)
     how |= {"on_call": _Beginning(generator if takes_timestep(denoiser) else None, seed, keeper)}
     if keeper is not None:
         how |= {"part_of": lambda: keeper.run() if expected.steps > 1 else None, "whole": not apart}  # one timestep tells no runs apart
     with recorder.watching(denoiser, lambda: not course.probing):
         steps = observe(denoiser, reader, watched, run, frames_of=frames_reader(denoiser, plan), **looks, **how)
-    return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan), reads_halves(plan))
+    return Calibration(steps, inputs, course.texts, recorder.recording(steps.timesteps), installed(plan))
 
 
 class _Beginning:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reelquant.clock import ANY, BOTH, SECOND, Clock, holds_twice, timestep_reader
+from reelquant.clock import ANY, BOTH, Clock, holds_twice, timestep_reader
 from reelquant.engine.plan import Plan
 from reelquant.observe import RecordedCall, Recording, time_of
 
@@ -72,32 +71,21 @@ class Recorder:
 
     Whenever it holds twice as many as wanted, one of every two goes, and from then on half as many are taken. Which of the two goes follows
     the same rule: of pairs of guidance halves, both kinds stay.
-
-    Args:
-        wanted: calls, at least; with ``pairs`` a guidance pair of two calls counts as one, and is recorded as a whole or not at all.
     """
 
     def __init__(
-        self,
-        wanted: int,
-        expected: int,
-        timestep_of: Callable[..., Any],
-        half_of: Callable[..., int] = lambda args, kwargs: ANY,
-        *,
-        pairs: bool = False,
+        self, wanted: int, expected: int, timestep_of: Callable[..., Any], half_of: Callable[..., int] = lambda args, kwargs: ANY
     ) -> None:
-        self.wanted, self.timestep_of, self.half_of, self.pairs = wanted, timestep_of, half_of, pairs
+        self.wanted, self.timestep_of, self.half_of = wanted, timestep_of, half_of
         self.stride, self.calls = max(expected // max(wanted, 1), 1), 0
         self._recording = Recording()
         self._timesteps: list[float] = []
-        self._units: list[int] = []  # how many recorded calls each counted one is
-        self._takes = False  # whether the last counted call was recorded
 
     @classmethod
-    def of(cls, denoiser: nn.Module, plan: Plan, wanted: int, expected: int, *, halves: bool, pairs: bool = False) -> Recorder:
+    def of(cls, denoiser: nn.Module, plan: Plan, wanted: int, expected: int, *, halves: bool) -> Recorder:
         """A recorder of this denoiser's calls that reads the halves of guidance itself: it knows a second call by the one before."""
         own = {"half_of": half_reader(denoiser, plan)} if halves else {}
-        return cls(wanted, expected, timestep_reader_of(denoiser, plan.map.timestep_argument or "timestep"), pairs=pairs, **own)
+        return cls(wanted, expected, timestep_reader_of(denoiser, plan.map.timestep_argument or "timestep"), **own)
 
     @contextmanager
     def watching(self, denoiser: nn.Module, due: Callable[[], bool] = lambda: True) -> Iterator[None]:
@@ -115,30 +103,19 @@ class Recorder:
                 hook.remove()
 
     def _see(self, args: Any, kwargs: Any, output: Any) -> None:
+        (part, place), self.calls = divmod(self.calls, self.stride), self.calls + 1
         half = self.half_of(args, kwargs)
-        follows = self.pairs and half == SECOND  # the call before
-        if not follows:
-            (part, place), self.calls = divmod(self.calls, self.stride), self.calls + 1
-            self._takes = place == int(self.stride * (part * GOLDEN % 1))
-        if not self._takes:
+        if place != int(self.stride * (part * GOLDEN % 1)):
             return
         self._timesteps.append(time_of(self.timestep_of(args, kwargs)))
         self._recording.append(RecordedCall(args, kwargs, output, half=half))
-        if follows and self._units:
-            self._units[-1] += 1
-            return
-        self._units.append(1)
-        if len(self._units) >= 2 * self.wanted:
+        if len(self._recording) >= 2 * self.wanted:
             self._thin()
 
     def _thin(self) -> None:
-        kept = [2 * pair + int(2 * (pair * GOLDEN % 1)) for pair in range(len(self._units) // 2)]
-        ends = [0, *itertools.accumulate(self._units)]
-        calls = [number for unit in kept for number in range(ends[unit], ends[unit + 1])]
-        self._takes = kept[-1] == len(self._units) - 1  # its second half follows it, or is left out as well
-        self._units = [self._units[unit] for unit in kept]
-        self._recording.keep(calls)
-        self._timesteps = [self._timesteps[number] for number in calls]
+        kept = [2 * pair + int(2 * (pair * GOLDEN % 1)) for pair in range(len(self._recording) // 2)]
+        self._recording.keep(kept)
+        self._timesteps = [self._timesteps[number] for number in kept]
         self.stride *= 2
 
     def recording(self, timesteps: Sequence[float]) -> Recording:

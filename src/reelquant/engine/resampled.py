@@ -28,8 +28,7 @@ def record_again(session: Session, entry: Entry, groups: Sequence[BuiltGroup]) -
     options = {"batch": batch, "output": "latent", "on_step": session.advance} | session.arguments
 
     def run() -> Recorder:
-        wanted, how = entry.stage.records, {"halves": session.halves, "pairs": entry.stage.reads_halves}
-        recorder = Recorder.of(session.denoiser, session.plan, wanted, expected.calls, **how)
+        recorder = Recorder.of(session.denoiser, session.plan, entry.stage.records, expected.calls, halves=session.halves)
         with recorder.watching(session.denoiser):
             sample(session.pipe, session.texts.written, seed=session.seed, first=0, **options)
         return recorder

@@ -25,12 +25,8 @@ def split(count: int) -> tuple[list[int], list[int]]:
 
 def output_error(found: Any, wanted: Any) -> Tensor:
     """Mean over the tensors of two outputs of squared error over the variance of the wanted tensor: 0-d."""
-    return torch.stack([nmse(other, one) for one, other in pairs(found, wanted)]).mean()
-
-
-def pairs(found: Any, wanted: Any) -> list[tuple[Tensor, Tensor]]:
-    """The tensors of two outputs, side by side."""
-    return list(zip(_tensors(found), _tensors(wanted), strict=True))
+    pairs = zip(_tensors(found), _tensors(wanted), strict=True)
+    return torch.stack([nmse(other, one) for one, other in pairs]).mean()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

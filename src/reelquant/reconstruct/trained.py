@@ -7,7 +7,6 @@ import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,9 +16,8 @@ from reelquant._errors import RecipeError, nearest
 from reelquant.nn import QuantLayer
 from reelquant.observe import RecordedCall
 from reelquant.reconstruct.drop import Drop
-from reelquant.reconstruct.error import HELD_OUT, split
+from reelquant.reconstruct.error import HELD_OUT, mean_error, output_error, split
 from reelquant.reconstruct.frame_relation import frame_axis, relation
-from reelquant.reconstruct.guided import as_one, guided_error, units_of
 from reelquant.reconstruct.input_scales import FOLLOWS, InputScales
 from reelquant.reconstruct.parts import SCOPES, WHOLE
 from reelquant.reconstruct.soft import SoftLayer, SoftWeight, harden, soften
@@ -29,7 +27,6 @@ from reelquant.stages import BlockWork, LayerWork, Solution, Stage, StageSite
 
 INPUTS = ("quantized", "float", "mixed")
 TRAJECTORIES = ("float", "quantized")
-UNITS = ("mean", "own")
 PASSES = 3
 """An iteration goes forward and backward; the way back takes about twice as long."""
 
@@ -72,10 +69,6 @@ class Trained(Stage):
         gradient: what moves them: the rounding ``step`` of every value (LSQ), or clipped values at the end of the ``range`` alone (PAMS).
         branch_rate: learning rate of the tensors of branches that may be trained (:attr:`reelquant.branches.Branch.learns`); 0 leaves them.
         relation: weight of the relations of frames beside the error (:mod:`reelquant.reconstruct.frame_relation`), with scope ``model``.
-        guidance: the scale of guidance that errors count for (:mod:`reelquant.reconstruct.guided`); 1 counts each half of a pair by itself.
-            Where halves are calls of their own, ``calls`` counts pairs, and an iteration makes both.
-        unit: what the error of a call counts in: the ``mean`` error that calls start with, or its ``own``. Late denoising steps have the
-            largest errors, and no more effect on clips than others; with ``own`` all steps count alike.
     """
 
     scope: str = "block"
@@ -90,14 +83,11 @@ class Trained(Stage):
     gradient: str = "step"
     branch_rate: float = 0.0
     relation: float = 0.0
-    guidance: float = 1.0
-    unit: str = "mean"
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
         tables = (
-            ("scope", SCOPES), ("inputs", INPUTS), ("follow", FOLLOWS), ("gradient", GRADIENTS), ("trajectory", TRAJECTORIES),
-            ("unit", UNITS),
+            ("scope", SCOPES), ("inputs", INPUTS), ("follow", FOLLOWS), ("gradient", GRADIENTS), ("trajectory", TRAJECTORIES)
         )  # fmt: skip
         for name, known in tables:
             if (value := getattr(self, name)) not in known:
@@ -112,8 +102,6 @@ class Trained(Stage):
                 f"{self.name} needs branch_rate >= 0 and relation >= 0, the latter with scope: model, because frames are those of the "
                 f"denoiser's output; got branch_rate={self.branch_rate}, relation={self.relation}, scope={self.scope}"
             )
-        if self.guidance < 1:
-            raise RecipeError(f"guidance of {self.name} is a scale of at least 1 (no guidance), got {self.guidance}")
         if not 0 <= self.drop < 1:
             raise RecipeError(f"drop of {self.name} is a share in [0, 1), got {self.drop}")
         if self.inputs == "mixed" and not self.drop:
@@ -126,10 +114,6 @@ class Trained(Stage):
     @property
     def resamples(self) -> bool:
         return self.trajectory == "quantized"
-
-    @property
-    def reads_halves(self) -> bool:
-        return self.guidance > 1
 
     @property
     def in_memory(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -168,7 +152,7 @@ class Trained(Stage):
 
     def solve_block(self, block: BlockWork) -> Mapping[str, Solution]:
         calls = block.calls(self.inputs != "float")
-        trained, held_out = split(len(self._units(calls)))
+        trained, held_out = split(len(calls))
         if not trained:
             block.warn(f"codes stay as they are, because fewer than 2 of {self.calls} wanted calls were recorded")
             return {}
@@ -184,9 +168,9 @@ class Trained(Stage):
                 f"codes stay as they are, because {self.name} has nothing to train there: inputs are float, or ranged in the forward"
             )
             return {}
-        before = self._errors(block, calls, held_out)
+        before = mean_error(block, calls, held_out)
         self.train(block, list(soft.values()), calls, trained)
-        if not self._mean(self._errors(block, calls, held_out), before) < self._mean(before, before):
+        if not mean_error(block, calls, held_out) < before:
             block.warn(f"codes stay as they are, because {self.name} does not lower the error on held-out calls")
             return {}
         return {path: dataclasses.replace(layer.solution(), solver=self.name) for path, layer in learning.items()}
@@ -195,8 +179,8 @@ class Trained(Stage):
         return InputScales(scale, work, self.follow, self.gradient)
 
     def train(self, block: BlockWork, soft: Sequence[SoftLayer], calls: Sequence[RecordedCall], numbers: Sequence[int]) -> None:
-        """Train the soft layers on these calls, or pairs of calls; they are hard again afterwards."""
-        start, units = self._counted(self._errors(block, calls, numbers)), self._units(calls)
+        """Train the soft layers on these calls; they are hard again afterwards."""
+        start = max(mean_error(block, calls, numbers), torch.finfo(torch.float32).tiny)
         groups = [group for group in (*self.rated(soft), self._rated_scales(soft), self._rated_branches(soft)) if group.parameters]
         optimizer = torch.optim.Adam([{"params": list(group.parameters), "lr": group.rate} for group in groups], fused=True)
         generator = torch.Generator().manual_seed(block.seed)
@@ -205,8 +189,8 @@ class Trained(Stage):
         harden(soft, False)
         with torch.enable_grad():
             for iteration, pick in enumerate(picks):
-                unit, done = [pick_call(number) for number in units[numbers[pick]]], iteration / self.iterations
-                loss = self._loss(block, unit) / start[numbers[pick]]
+                call, done = pick_call(numbers[pick]), iteration / self.iterations
+                loss = self._loss(block, call) / start
                 for state, group in zip(optimizer.param_groups, groups, strict=True):
                     state["lr"] = group.rate * (1 - done) if group.falls else group.rate
                 optimizer.zero_grad()
@@ -215,35 +199,12 @@ class Trained(Stage):
                 optimizer.step()
         harden(soft, True)
 
-    def _loss(self, block: BlockWork, unit: Sequence[RecordedCall]) -> Tensor:
-        """Of a call or pair: the error of the output, and how far the relations of its frames are from those in float."""
-        found, call = as_one(unit, [block.output(call) for call in unit])
-        error = guided_error(found, call, self.guidance)
+    def _loss(self, block: BlockWork, call: RecordedCall) -> Tensor:
+        """Of one call: the error of the output, and how far the relations of its frames are from those in float."""
+        found = block.output(call)
+        error = output_error(found, call.output)
         axis = frame_axis(block.module, call.output) if self.relation else None
         return error if axis is None else error + self.relation * relation(found, call.output, axis)
-
-    def _units(self, calls: Sequence[RecordedCall]) -> Sequence[tuple[int, ...]]:
-        """Numbers of the calls that an iteration makes, for every unit of which it picks one."""
-        return units_of(calls) if self.guidance > 1 else [(number,) for number in range(len(calls))]
-
-    @torch.no_grad()
-    def _errors(self, block: BlockWork, calls: Sequence[RecordedCall], numbers: Sequence[int]) -> Mapping[int, float]:
-        """The error of each of the units with these numbers."""
-        units, errors = self._units(calls), {}
-        for number in numbers:
-            unit = [calls[one] for one in units[number]]
-            errors[number] = float(guided_error(*as_one(unit, [block.output(call) for call in unit]), self.guidance))
-        return errors
-
-    def _counted(self, start: Mapping[int, float]) -> Mapping[int, float]:
-        """What the error of each unit counts in, from the errors that units start with."""
-        least, mean = torch.finfo(torch.float32).tiny, float(torch.tensor(list(start.values())).mean())
-        return {number: max(one if self.unit == "own" else mean, least) for number, one in start.items()}
-
-    def _mean(self, errors: Mapping[int, float], start: Mapping[int, float]) -> float:
-        """Mean error of units as they count."""
-        counted = self._counted(start)
-        return fmean(one / counted[number] for number, one in errors.items())
 
     def _rated_branches(self, soft: Sequence[SoftLayer]) -> Rated:
         return Rated([parameter for layer in soft for parameter in layer.tensors.values()], self.branch_rate)

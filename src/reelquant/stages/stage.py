@@ -90,11 +90,6 @@ class Stage:
         """
         return False
 
-    @property
-    def reads_halves(self) -> bool:
-        """Whether the stage reads of recorded calls which half of a guidance pair they compute."""
-        return False
-
     @classmethod
     def hooks(cls) -> tuple[str, ...]:
         """The hooks this stage overrides, in the order of a run."""
