@@ -65,8 +65,8 @@ ALONE: Mapping[str, tuple[Mapping[str, Any], float]] = {
     "window of a quarter, fewer steps": (WINDOW, 0.25),
     "halves": (HALVES, 0.5),
     "halves, fewer steps": (HALVES, 0.05),
-    "sparse, half of the blocks": ({"on": SELF, "mode": "sparse", "density": 0.5}, 0.4),
-    "sparse, a quarter of the blocks": ({"on": SELF, "mode": "sparse", "density": 0.25}, 0.25),
+    "sparse, half of the blocks": ({"on": SELF, "mode": "sparse", "density": 0.5, "block": 64}, 0.4),
+    "sparse, a quarter of the blocks": ({"on": SELF, "mode": "sparse", "density": 0.25, "block": 64}, 0.25),
 }
 """A rule, and the share of the steps that are computed: the first ones, and as many again that are evenly spaced."""
 DISTANCES = (0, 1, 2, 4, 8)

@@ -259,9 +259,9 @@ LINES: tuple[Line, ...] = (
         "AdaSpa",
         "`adaspa`",
         "half of the blocks hold 0.9 of the weights",
-        Figure("0.92; 0.91 eight steps after the search", "1", "passed", "`attention_reuse --recall`"),
+        Figure("0.84; 0.92 with groups of 2 queries and blocks of 2 keys", "1", "missed", "`attention_reuse --recall`"),
         DIT,
-        note="112 tokens: single keys, groups of four queries; with blocks of seven keys it was 0.84",
+        "28 tokens of a frame: blocks of seven keys are coarse; single queries and keys have 0.94",
     ),
     Line(
         "Variable-size",

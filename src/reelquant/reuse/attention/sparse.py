@@ -19,10 +19,8 @@ from reelquant.kernels.attention_quant import key_bias
 from reelquant.nn import AttentionCall
 from reelquant.reuse.attention.mode import Mode, Place, check_share
 
-BLOCKS, QUERIES = 64, 4
-"""Blocks of keys at least, and queries of a group for every key of a block, both at most. In larger blocks and groups of a short clip,
-heavy keys are computed together with light ones: of 112 tokens, half of 16 blocks held 0.84 of the weights, half of these 0.92. From 4,096
-tokens on, the sizes below hold."""
+LEAST = 16
+"""Blocks of keys, and groups of queries. With fewer there would be little to choose from."""
 AT_ONCE = 64
 """Queries whose weights are held at once."""
 GATHERED = 2**26
@@ -35,8 +33,8 @@ class Sparse(Mode):
 
     Attributes:
         density: the share of all blocks that is computed.
-        block: keys of a block at most; there are 64 blocks at least, or as many as keys.
-        queries: of a group, at most; there are 16 groups at least. Smaller groups hold more of the weights, and their products are slow: on
+        block: keys of a block at most; there are sixteen blocks at least.
+        queries: of a group, at most; there are sixteen groups at least. Fewer hold more of the weights, and their products are slow: on
             processors 64 take twice as long as 256.
     """
 
@@ -71,8 +69,7 @@ class Sparse(Mode):
 
     def sizes(self, call: AttentionCall) -> tuple[int, int]:
         """Queries of a group, and keys of a block, of this call."""
-        rows, size = call.query.shape[2] // BLOCKS * QUERIES, call.key.shape[2] // BLOCKS
-        return max(min(self.queries, rows), 1), max(min(self.block, size), 1)
+        return max(min(self.queries, call.query.shape[2] // LEAST), 1), max(min(self.block, call.key.shape[2] // LEAST), 1)
 
     def _head(self, place: Place, head: int, blocks: Tensor) -> Tensor:
         """Attention of one head, ``[batch, queries, head]``, to blocks ``[batch, groups, chosen]``."""
