@@ -2,9 +2,8 @@
 
     python -m benchmarks.cached_step --model wan-1.3b-deep --output benchmarks/results
 
-Random weights, quantized to 8 bits without data (``quarot-w8a8``), one thread; steps in turns, medians of CPU time, so that other work on
-the machine does not count. Timesteps fall by one from call to call, so all calls belong to one trajectory, and the schedule computes every
-second of them. The first computed step is not counted: kernels prepare themselves there. The file is ``cached-step.md``.
+Random weights, quantized to 8 bits without data (``quarot-w8a8``), one thread; steps in turns, medians. Timesteps fall by one from
+call to call, so all calls belong to one trajectory, and the schedule computes every second of them. The file is ``cached-step.md``.
 """
 
 from __future__ import annotations
@@ -43,30 +42,25 @@ def kept_bytes(installed: Any) -> int:
     return sum(history.bytes for history in installed.stretches[0].now.trajectory.histories.values())
 
 
-def quantized(model: str) -> Site:
-    """The denoiser in 8 bits, made once for all rows."""
+@torch.no_grad()
+def row(model: str, order: int, rounds: int, *, rounded: bool) -> list[str]:
+    """Full and reused steps in turns."""
     spec = DENOISERS[model]
     denoiser = spec.make()
     reelquant.quantize(Sampler(spec, denoiser), "quarot-w8a8")
-    return Site(denoiser, "denoiser", discover(denoiser))
-
-
-@torch.no_grad()
-def row(model: str, site: Site, order: int, rounds: int, *, rounded: bool) -> list[str]:
-    """Full and reused steps in turns."""
-    spec, denoiser = DENOISERS[model], site.denoiser
+    site = Site(denoiser, "denoiser", discover(denoiser))
     spent: dict[str, list[float]] = {"computed": [], "reused": []}
     stage = BlockReuse(every=2, first=order + 1, stretch=(0.0, 1.0), order=order, rounded=rounded)
     with reusing(site, stage) as installed:
         latent = spec.inputs(denoiser, torch.float32)["hidden_states"]
         for number in range(order + 1 + 2 * rounds):
             given = spec.inputs(denoiser, torch.float32, timestep=900.0 - number, latent=latent)
-            before, began = installed.counts()["reused"], time.process_time()
+            before, began = installed.counts()["reused"], time.perf_counter()
             denoiser(**given)
-            spent["reused" if installed.counts()["reused"] > before else "computed"].append(time.process_time() - began)
+            spent["reused" if installed.counts()["reused"] > before else "computed"].append(time.perf_counter() - began)
         kept = kept_bytes(installed)
         tokens = next(iter(installed.stretches[0].now.trajectory.histories.values())).last[0].shape[1]
-    full, reused = statistics.median(spent["computed"][1:]), statistics.median(spent["reused"])
+    full, reused = (statistics.median(spent[kind]) for kind in ("computed", "reused"))
     whole = kept / tokens * TOKENS[model] / 1e9
     numbers = [f"{full:.1f}", f"{reused:.3f}", f"{full / reused:.0f}", f"{kept / 1e6:.1f}", f"{whole:.2f}"]
     return [f"{model}, {spec.reduced}", str(order), "int8" if rounded else "float32", *numbers]
@@ -81,8 +75,7 @@ def main() -> None:
     made.add_argument("--output", type=Path, default=Path("runs"))
     args = made.parse_args()
     torch.set_num_threads(1)
-    site = quantized(args.model)
-    rows = [row(args.model, site, order, args.rounds, rounded=rounded) for order in args.orders for rounded in (False, True)]
+    rows = [row(args.model, order, args.rounds, rounded=rounded) for order in args.orders for rounded in (False, True)]
     text = markdown(HEADINGS, rows)
     note = "Kept: results of one call a step; guidance in two calls keeps twice as much. Full size: 81 frames in 480p, 32,760 tokens.\n"
     (args.output / "cached-step.md").write_text(f"{note}\n{text}")
