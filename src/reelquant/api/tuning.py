@@ -27,6 +27,7 @@ def tune(
     clips: int = 8,
     prompts: Prompts | None = None,
     held_out: Prompts | None = None,
+    reference: str | Path | None = None,
     record: int = 4,
     search: int = 8,
     component: str | None = None,
@@ -42,8 +43,8 @@ def tune(
     """Find out at which steps the blocks of a quantized pipeline need not be computed, and write the pipeline with that schedule.
 
     A few clips are recorded with everything computed. A schedule of the least expected error is planned for every number of computed
-    steps, and some of these are tried out on other texts, against the same pipeline without reuse. The result opens with stock
-    ``from_pretrained``; see :class:`reelquant.reuse.BlockReuse`.
+    steps, and some of these are tried out on other texts, against the same pipeline without reuse or against ``reference``. The result
+    opens with stock ``from_pretrained``; see :class:`reelquant.reuse.BlockReuse`.
 
     Args:
         model: folder of a quantized pipeline.
@@ -56,6 +57,8 @@ def tune(
         prompts: texts or conditions to record, of which the first ``record`` are used; by default the pipeline's own or general video
             prompts.
         held_out: texts or conditions of the trials; by default evaluation captions or bundled prompts that are not recorded.
+        reference: the float pipeline. Limits then hold for quantization and reuse together, as those of :func:`reelquant.evaluate` do;
+            by default for reuse alone.
         record: clips that schedules are planned from. They are sampled once for every step.
         search: schedules that are sampled on twice as many clips as are recorded. Their figures say whether damages of single steps
             are to be believed when schedules are planned; 0 believes them.
@@ -90,6 +93,7 @@ def tune(
         recorded=record,
         searched=search,
         held_out=held_out,
+        reference=reference,
         weights=weights,
         dtype=dtype,
         device=device,

@@ -110,7 +110,7 @@ def drop_blocks(
 
     wanted = _numbers(blocks) if blocks is not None else count
     check_target(output, force=force)
-    refuse_source(model, output)
+    refuse_source(output, model)
     check_writable(output)
     pipe = opened(model, device, "float32", variant)
     from reelquant.api import drop_blocks as run

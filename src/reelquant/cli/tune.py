@@ -74,6 +74,15 @@ Stretch = Annotated[
         help="Which share of the blocks is reused: 0:1 is all of them; 'answer' is the output of the whole denoiser.",
     ),
 ]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        help="The float pipeline: limits then hold for quantization and reuse together, as those of evaluate do. By default they hold for "
+        "reuse alone, against clips of MODEL without it.",
+        show_default=False,
+    ),
+]
 Component = Annotated[
     str | None,
     typer.Option("--component", help="Which denoiser, where there are several: transformer_2.", show_default=False),
@@ -85,6 +94,7 @@ Component = Annotated[
 
     [cyan]reelquant tune out -o fast[/cyan]      the fastest schedule that passes the default gate
     [cyan]reelquant tune out -o fast --target-speedup 1.8[/cyan]
+    [cyan]reelquant tune out -o fast --reference tiny-dit --clips 64[/cyan]      the fastest that evaluate passes on these clips
     [cyan]reelquant tune out -o fast --max-lpips 0.1 --fail-under psnr=30[/cyan]
     [cyan]reelquant tune out -o half --component transformer[/cyan]      two experts, one after the other
     [cyan]reelquant tune half -o fast --component transformer_2[/cyan]
@@ -105,6 +115,7 @@ def tune(
     gate: Gate = None,
     max_lpips: MaxLpips = None,
     fail_under: FailUnder = None,
+    reference: Reference = None,
     clips: Clips = 8,
     record: Record = 4,
     search: Searched = 8,
@@ -144,6 +155,7 @@ def tune(
         record=record,
         search=search,
         prompts=conditions(prompts),
+        reference=reference,
         device=device,
         dtype=number,
         weights=weights,

@@ -20,7 +20,7 @@ from reelquant.evidence.networks.weights import check_place
 from reelquant.evidence.sampling import ClipSource
 from reelquant.evidence.store import write_json, write_text
 from reelquant.models.condition import Prompts
-from reelquant.models.pipelines import calibration_prompts, open_pipeline
+from reelquant.models.pipelines import calibration_prompts, locate, open_pipeline
 from reelquant.models.prompts import bundled_prompts
 from reelquant.models.sampling import check_call, notes, sample
 from reelquant.models.shapes import evaluation_prompts, understood
@@ -105,6 +105,7 @@ def tune(
     recorded: int = RECORDED,
     searched: int = SEARCHED,
     held_out: Prompts | None = None,
+    reference: str | Path | None = None,
     weights: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
@@ -120,11 +121,14 @@ def tune(
     if searched < 0:
         raise RecipeError(f"'search' is a number of schedules, 0 for none, got {searched}")
     check_target(output, force=force)
-    refuse_source(str(model), output)
+    for read in (model, *(() if reference is None else (reference,))):
+        locate(read)
+        refuse_source(output, read)
     check_writable(output)
     _ = BlockReuse(stretch=stretch)
     check_place(weights)
-    pipe = open_pipeline(model, dtype=dtype or torch.float32, device=device)
+    number = dtype or torch.float32
+    pipe = open_pipeline(model, dtype=number, device=device)
     site = site_of(pipe, component)
     if not quantized_layers(site.denoiser):
         raise UnsupportedError(
@@ -133,6 +137,7 @@ def tune(
         )
     if tuple(stretch) == ALL and chain_of(site.denoiser, site.map.blocks) is None:
         stretch = ()  # outputs of all blocks are forecast like the answer that is made of them, and the answer costs nothing
+    against = None if reference is None else ClipSource(reference, number, device)
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
     most = recorded * max(1 + FURTHER, SAMPLED)
@@ -148,15 +153,15 @@ def tune(
     settings = [identity, [str(text) for text in texts], call, stretch, site.component]
     judged = _held_out(pipe, held_out, clips, given)
     facts = {"tried": [str(text) for text in judged], "goal": repr(goal), "settings": settings, "version": __version__}
+    facts |= {} if against is None else {"reference": against.identity}
     with together(work, facts, shared=shared) as processes:
         known = KeptFigures(work / "steps.jsonl", settings, "step", "damage")
         further = _further(given, len(texts), call)
         errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes, further)
         seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
         networks = None if weights is None else Path(weights)
-        trials = Trials(
-            pipe, site, work / "trials", identity, judged, seeds, call, goal.preset, goal.limits, networks, progress, shared=processes
-        )
+        held = dict(gate=goal.preset, limits=goal.limits, weights=networks, reference=against)
+        trials = Trials(pipe, site, work / "trials", identity, judged, seeds, call, **held, progress=progress, shared=processes)
         search = Search(stretch, errors, seconds, trials)
         shown = _sampled_clips(given, SAMPLED * len(texts), call)
         figures = KeptFigures(work / "sampled.jsonl", [identity, list(map(str, shown.prompts)), call, site.component], "schedule", "psnr")

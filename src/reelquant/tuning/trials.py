@@ -1,4 +1,5 @@
-"""Schedules tried out: clips with the reuse beside clips of the same pipeline without it, on texts that nothing was recorded on."""
+"""Schedules tried out: clips with the reuse beside those of the same pipeline without it, or of the float one, on texts that nothing was
+recorded on."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class Trials:
     Attributes:
         pipe: the pipeline.
         site: its denoiser.
-        folder: ``base`` holds the clips without reuse, one folder a trial the others.
+        folder: ``base`` holds the clips that trials are held against, one folder a trial the others.
         model: name and identity of what was opened.
         prompts, seeds: of the clips.
         call: arguments of the pipeline call.
@@ -84,6 +85,7 @@ class Trials:
         progress: receives the progress.
         batch: clips per call.
         shared: processes that make some of the clips each; the first one measures.
+        reference: the float pipeline, if trials are held against that; else the same pipeline without reuse.
     """
 
     pipe: Any
@@ -99,9 +101,15 @@ class Trials:
     progress: Progress = field(default_factory=Silent)
     batch: int = 4
     shared: Together = field(default_factory=Together)
+    reference: ClipSource | None = None
+
+    @property
+    def _against(self) -> tuple[str, str]:
+        """Name and identity of what trials are held against."""
+        return self.model if self.reference is None else (self.reference.name, self.reference.identity)
 
     def base(self) -> None:
-        """Make the clips without reuse."""
+        """Make the clips that trials are held against."""
         self._store("base", None, self._settings("nothing"))
 
     def run(self, stage: BlockReuse, computed: Sequence[int], steps: int, speedup: float) -> Trial:
@@ -129,7 +137,10 @@ class Trials:
         shared = self.shared.clips(store, name)
         job = SamplingJob(store, self.prompts, self.seeds, self.call, self.batch, self.progress, shared)
         words = "without reuse" if stage is None else name.partition("-order")[0].replace("-", " ") + f" steps, order {stage.order}"
-        side, variant = "reference" if stage is None else "test", Variant(Source(self.pipe, known_as=settings["test"]), words=words)
+        source = Source(self.pipe, known_as=settings["test"])
+        if stage is None and self.reference is not None:
+            source, words = self.reference, "in float"
+        side, variant = "reference" if stage is None else "test", Variant(source, words=words)
         with reusing(self.site, stage):
             job.make(side, variant)
         if shared is not None:
@@ -146,12 +157,12 @@ class Trials:
     def _settings(self, test: str) -> dict[str, Any]:
         """What a run that goes on must have in common with this one."""
         sampling = {"prompts": texts_of(self.prompts), "seeds": list(self.seeds), "call": described(dict(self.call)), "batch": self.batch}
-        return {"kind": "tune", "version": __version__, "reference": self.model[1], "test": test} | sampling
+        return {"kind": "tune", "version": __version__, "reference": self._against[1], "test": test} | sampling
 
     def _origin(self) -> dict[str, Any]:
         return {
             "kind": "evaluate",
-            "reference": {"name": self.model[0]},
+            "reference": {"name": self._against[0]},
             "test": {"name": f"{self.model[0]} with reuse"},
             "prompts": texts_of(self.prompts),
             "seeds": list(self.seeds),

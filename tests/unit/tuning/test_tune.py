@@ -21,6 +21,7 @@ from reelquant.recipes.recipe import load_recipe
 from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.tuning import Tuned
 from reelquant.tuning.recording import Clips, Seconds, reusing, site_of, timesteps_and_gram
+from reelquant.tuning.run import HELD_OUT_SEED
 from reelquant.tuning.trials import Trials
 from tests.tiny.stock import CALL, PROMPTS, stored_pipeline, wan_pipeline
 from tests.tiny.test_components import experts
@@ -215,6 +216,24 @@ def test_a_sampler_that_adds_fresh_noise_is_named_before_anything_is_tried(quant
     noisy = f"adds fresh noise at {STEPS - 1} of {STEPS} steps"
     assert [noisy in sentence for sentence in said] == [True] * ancestral
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_limits_against_the_float_pipeline_are_those_of_an_evaluation(quantized: Path, tmp_path: Path) -> None:
+    reference = quantized.parent / "float"
+    made = tune(quantized, tmp_path / "out", reference=reference, **EASY)
+    call = {name: value for name, value in RUN.items() if name != "num_inference_steps"}
+    how: dict[str, Any] = {"metrics": "psnr", "floor": [], "clips": 2, "num_inference_steps": STEPS, "seed": HELD_OUT_SEED, **call}
+    psnr = reelquant.evaluate(made.output, reference, PROMPTS, **how)["psnr"]
+    alone = reelquant.evaluate(made.output, quantized, PROMPTS, **how)["psnr"]
+    assert made.chosen.figures["psnr"] == pytest.approx(psnr, abs=1e-6) != pytest.approx(alone, abs=1e-3)
+
+
+def test_the_float_pipeline_is_never_replaced_and_has_to_be_there(quantized: Path, tmp_path: Path) -> None:
+    reference = quantized.parent / "float"
+    with pytest.raises(CheckpointError, match="is read"):
+        tune(quantized, reference, reference=reference, force=True, **EASY)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        tune(quantized, tmp_path / "out", reference=tmp_path / "nowhere", **EASY)
 
 
 def test_an_evaluation_says_which_blocks_were_computed_when(tuned: Tuned, quantized: Path, tmp_path: Path) -> None:
