@@ -38,9 +38,10 @@ from reelquant.models.pipelines import calibration_prompts
 from reelquant.models.sampling import sample
 from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.reuse.plans import Errors, even, plans
+from reelquant.tuning.material import SEED
 from reelquant.tuning.recording import Clips as Recorded
 from reelquant.tuning.recording import Seconds, record, reusing, site_of, timesteps_and_gram
-from reelquant.tuning.run import RECORDED, SEED, tune
+from reelquant.tuning.run import RECORDED, tune
 from reelquant.tuning.search import Goal, Search
 from reelquant.tuning.trials import Trial
 

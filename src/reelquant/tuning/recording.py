@@ -88,7 +88,7 @@ def reusing(site: Site, stage: BlockReuse | None) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Clips:
-    """The trajectories that are recorded.
+    """What some clips are made from.
 
     Attributes:
         prompts: a text or condition per clip.
@@ -99,6 +99,11 @@ class Clips:
     prompts: Sequence[Any]
     seeds: Sequence[int]
     call: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompts in words, to tell them from others."""
+        return [str(one) for one in self.prompts]
 
     def latents(self, pipe: Any, progress: Progress | None = None) -> Tensor:
         """The final latents, ``[clips, ...]`` float32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,14 @@ from reelquant.evidence.networks.weights import check_place
 from reelquant.evidence.sampling import ClipSource
 from reelquant.evidence.store import write_json, write_text
 from reelquant.models.condition import Prompts
-from reelquant.models.pipelines import calibration_prompts, locate, open_pipeline
-from reelquant.models.prompts import bundled_prompts
-from reelquant.models.sampling import check_call, notes, sample
-from reelquant.models.shapes import evaluation_prompts, understood
+from reelquant.models.pipelines import locate, open_pipeline
+from reelquant.models.sampling import check_call, sample
 from reelquant.nn import quantized_layers
 from reelquant.reuse import BlockReuse, put
 from reelquant.reuse.blocks import chain_of
 from reelquant.tuning.curve import draw
 from reelquant.tuning.kept import KeptFigures
+from reelquant.tuning.material import material
 from reelquant.tuning.recording import LEAST_STEPS, Clips, Seconds, Site, record, reusing, site_of
 from reelquant.tuning.sampled import Sample, Sampler
 from reelquant.tuning.search import Goal, Search
@@ -37,10 +36,7 @@ from reelquant.tuning.trials import Trial, Trials, name_of
 from reelquant.tuning.written import recipe_text, report_of
 
 RECORDED = 4  # clips that schedules are planned from
-FURTHER = 3  # times as many clips of which only results are recorded
 SEARCHED = 8  # schedules that are sampled
-SAMPLED = 2  # times as many clips as are recorded, that each of them is sampled on
-SEED, SAMPLED_SEED, HELD_OUT_SEED = 1_000, 2_000, 50_000
 WORK = ".tuning"
 ALL = (0.0, 1.0)  # of the blocks
 
@@ -116,56 +112,35 @@ def tune(
 ) -> Tuned:
     """Find a schedule, try it out, and write the pipeline with it; see :func:`reelquant.tune`."""
     goal, progress, output = goal or Goal(), progress or Silent(), Path(output)
-    if min(clips, recorded) < 1:
-        raise RecipeError(f"tune records and tries out at least one clip, got {recorded} to record and {clips} to try")
-    if searched < 0:
-        raise RecipeError(f"'search' is a number of schedules, 0 for none, got {searched}")
-    check_target(output, force=force)
-    for read in (model, *(() if reference is None else (reference,))):
-        locate(read)
-        refuse_source(output, read)
-    check_writable(output)
+    _check(model, output, reference, clips, recorded, searched, force=force)
     _ = BlockReuse(stretch=stretch)
     check_place(weights)
     number = dtype or torch.float32
     pipe = open_pipeline(model, dtype=number, device=device)
-    site = site_of(pipe, component)
-    if not quantized_layers(site.denoiser):
-        raise UnsupportedError(
-            f"'{model}' is not quantized, and a schedule fits the model that it was found on: quantize it first, "
-            f"for example reelquant quantize {model} -r w8a16 -o out"
-        )
+    site = _site(model, pipe, component)
     if tuple(stretch) == ALL and chain_of(site.denoiser, site.map.blocks) is None:
         stretch = ()  # outputs of all blocks are forecast like the answer that is made of them, and the answer costs nothing
     against = None if reference is None else ClipSource(reference, number, device)
     work, call = output.with_name(output.name + WORK), {name: value for name, value in (call or {}).items() if value is not None}
     check_call(type(pipe), call)
-    most = recorded * max(1 + FURTHER, SAMPLED)
-    given = list(calibration_prompts(pipe, most) if prompts is None else prompts)[:most]
-    texts = given[:recorded]
-    trajectories = Clips(texts, range(SEED, SEED + len(texts)), call)
-    if trajectories.steps(pipe) < LEAST_STEPS:
-        raise UnsupportedError(
-            f"clips are made in {trajectories.steps(pipe)} steps, and with fewer than {LEAST_STEPS} nothing can be left out; "
-            "make them in more steps, or leave a pipeline for so few steps as it is"
-        )
+    made_from = material(pipe, prompts, held_out, recorded, clips, call)
+    trajectories, judged = made_from.recorded, made_from.judged
+    _check_steps(trajectories.steps(pipe))
     identity = (Path(str(model)).name, ClipSource(model).identity)
-    settings = [identity, [str(text) for text in texts], call, stretch, site.component]
-    judged = _held_out(pipe, held_out, clips, given)
-    facts = {"tried": [str(text) for text in judged], "goal": repr(goal), "settings": settings, "version": __version__}
+    settings = [identity, trajectories.texts, call, stretch, site.component]
+    facts = {"tried": judged.texts, "goal": repr(goal), "settings": settings, "version": __version__}
     facts |= {} if against is None else {"reference": against.identity}
     with together(work, facts, shared=shared) as processes:
         known = KeptFigures(work / "steps.jsonl", settings, "step", "damage")
-        further = _further(given, len(texts), call)
-        errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes, further)
-        seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + len(judged))
+        errors, seconds = record(pipe, site, stretch, trajectories, progress, known.of, known.keep, processes, made_from.further)
         networks = None if weights is None else Path(weights)
         held = dict(gate=goal.preset, limits=goal.limits, weights=networks, reference=against)
-        trials = Trials(pipe, site, work / "trials", identity, judged, seeds, call, **held, progress=progress, shared=processes)
+        trials = Trials(
+            pipe, site, work / "trials", identity, judged.prompts, judged.seeds, call, **held, progress=progress, shared=processes
+        )
         search = Search(stretch, errors, seconds, trials)
-        shown = _sampled_clips(given, SAMPLED * len(texts), call)
-        figures = KeptFigures(work / "sampled.jsonl", [identity, list(map(str, shown.prompts)), call, site.component], "schedule", "psnr")
-        learn(search, Sampler(pipe, site, shown, figures, processes, progress), searched)
+        figures = KeptFigures(work / "sampled.jsonl", [identity, made_from.sampled.texts, call, site.component], "schedule", "psnr")
+        learn(search, Sampler(pipe, site, made_from.sampled, figures, processes, progress), searched)
         trials.base()
 
         def timed(stage: BlockReuse) -> float:
@@ -179,17 +154,36 @@ def tune(
     return made
 
 
-def _further(given: Sequence[Any], recorded: int, call: Mapping[str, Any]) -> list[Clips]:
-    """Clips that are recorded once: the next texts, from the beginning where they end, as many at a time as are recorded."""
-    firsts = range(recorded, recorded * (1 + FURTHER), recorded)
-    parts = [range(first, first + recorded) for first in firsts]
-    return [Clips([given[number % len(given)] for number in part], [SEED + number for number in part], call) for part in parts]
+def _check(model: str | Path, output: Path, reference: str | Path | None, clips: int, recorded: int, searched: int, *, force: bool) -> None:
+    """What can be told before anything is opened: numbers, and whether the output may be written."""
+    if min(clips, recorded) < 1:
+        raise RecipeError(f"tune records and tries out at least one clip, got {recorded} to record and {clips} to try")
+    if searched < 0:
+        raise RecipeError(f"'search' is a number of schedules, 0 for none, got {searched}")
+    check_target(output, force=force)
+    for read in (model, *(() if reference is None else (reference,))):
+        locate(read)
+        refuse_source(output, read)
+    check_writable(output)
 
 
-def _sampled_clips(given: Sequence[Any], count: int, call: Mapping[str, Any]) -> Clips:
-    """Clips that schedules are sampled on: the texts that may be recorded, from other noise."""
-    texts = [given[number % len(given)] for number in range(count)]
-    return Clips(texts, range(SAMPLED_SEED, SAMPLED_SEED + count), call)
+def _site(model: str | Path, pipe: Any, component: str | None) -> Site:
+    """The denoiser that is tuned, which has to be quantized."""
+    site = site_of(pipe, component)
+    if not quantized_layers(site.denoiser):
+        raise UnsupportedError(
+            f"'{model}' is not quantized, and a schedule fits the model that it was found on: quantize it first, "
+            f"for example reelquant quantize {model} -r w8a16 -o out"
+        )
+    return site
+
+
+def _check_steps(steps: int) -> None:
+    if steps < LEAST_STEPS:
+        raise UnsupportedError(
+            f"clips are made in {steps} steps, and with fewer than {LEAST_STEPS} nothing can be left out; "
+            "make them in more steps, or leave a pipeline for so few steps as it is"
+        )
 
 
 def learn(search: Search, sampler: Sampler, most: int) -> list[Sample]:
@@ -243,11 +237,3 @@ def in_turns(pipe: Any, site: Site, stage: BlockReuse, clips: Clips, progress: P
         ratios.append(spent[False] / spent[True])
         progress.advance()
     return statistics.median(ratios)
-
-
-def _held_out(pipe: Any, given: Prompts | None, clips: int, recorded: Sequence[Any]) -> list[Any]:
-    """Texts that nothing was recorded on, if there are any."""
-    if given is None:
-        given = evaluation_prompts(clips) if understood(notes(pipe).get("prompts", ())) else bundled_prompts()
-    left = [one for one in given if one not in recorded] or list(given)
-    return [left[number % len(left)] for number in range(clips)]

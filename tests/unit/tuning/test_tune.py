@@ -13,15 +13,15 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import reelquant
-from reelquant._errors import CheckpointError, RecipeError, SiteError, UnsupportedError
+from reelquant._errors import CalibrationError, CheckpointError, RecipeError, SiteError, UnsupportedError
 from reelquant._progress import Silent
 from reelquant._remarks import remarks
 from reelquant.models.sampling import sample
 from reelquant.recipes.recipe import load_recipe
 from reelquant.reuse import BlockReuse, installed_reuse
 from reelquant.tuning import Tuned
+from reelquant.tuning.material import HELD_OUT_SEED
 from reelquant.tuning.recording import Clips, Seconds, reusing, site_of, timesteps_and_gram
-from reelquant.tuning.run import HELD_OUT_SEED
 from reelquant.tuning.trials import Trials
 from tests.tiny.stock import CALL, PROMPTS, stored_pipeline, wan_pipeline
 from tests.tiny.test_components import experts
@@ -115,6 +115,8 @@ def test_a_wanted_speed_takes_the_best_schedule_that_reaches_it(quantized: Path,
         ({"record": 0}, RecipeError, "at least one clip, got 0 to record and 2 to try"),
         ({"gate": "hard"}, RecipeError, "unknown gate 'hard'"),
         ({"limits": {"psnrr": 3}}, RecipeError, "unknown metric 'psnrr'"),
+        ({"prompts": []}, CalibrationError, "give at least one to record"),
+        ({"held_out": []}, CalibrationError, "and one to try"),
         ({"nummer": 3}, UnsupportedError, "takes no argument 'nummer'"),
     ],
 )
@@ -223,9 +225,10 @@ def test_limits_against_the_float_pipeline_are_those_of_an_evaluation(quantized:
     made = tune(quantized, tmp_path / "out", reference=reference, **EASY)
     call = {name: value for name, value in RUN.items() if name != "num_inference_steps"}
     how: dict[str, Any] = {"metrics": "psnr", "floor": [], "clips": 2, "num_inference_steps": STEPS, "seed": HELD_OUT_SEED, **call}
-    psnr = reelquant.evaluate(made.output, reference, PROMPTS, **how)["psnr"]
-    alone = reelquant.evaluate(made.output, quantized, PROMPTS, **how)["psnr"]
-    assert made.chosen.figures["psnr"] == pytest.approx(psnr, abs=1e-6) != pytest.approx(alone, abs=1e-3)
+    assert made.chosen is not None and made.output is not None
+    both, alone = (reelquant.evaluate(made.output, one, PROMPTS, **how) for one in (reference, quantized))
+    assert both is not None and made.chosen.figures["psnr"] == pytest.approx(both["psnr"], abs=1e-6)
+    assert alone is not None and alone["psnr"] != pytest.approx(both["psnr"], abs=1e-3)
 
 
 def test_the_float_pipeline_is_never_replaced_and_has_to_be_there(quantized: Path, tmp_path: Path) -> None:
