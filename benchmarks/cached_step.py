@@ -18,7 +18,7 @@ import torch
 
 import reelquant
 from benchmarks.common import markdown
-from benchmarks.speed.denoisers import DENOISERS, Sampler
+from benchmarks.speed.denoisers import DENOISERS, Denoiser, Sampler
 from reelquant.discover import discover
 from reelquant.reuse import BlockReuse
 from reelquant.tuning.recording import Site, reusing
@@ -42,13 +42,17 @@ def kept_bytes(installed: Any) -> int:
     return sum(history.bytes for history in installed.stretches[0].now.trajectory.histories.values())
 
 
-@torch.no_grad()
-def row(model: str, order: int, rounds: int, *, rounded: bool) -> list[str]:
-    """Full and reused steps in turns."""
-    spec = DENOISERS[model]
+def quantized(spec: Denoiser) -> Site:
+    """The denoiser in 8 bits."""
     denoiser = spec.make()
     reelquant.quantize(Sampler(spec, denoiser), "quarot-w8a8")
-    site = Site(denoiser, "denoiser", discover(denoiser))
+    return Site(denoiser, "denoiser", discover(denoiser))
+
+
+@torch.no_grad()
+def row(model: str, site: Site, order: int, rounds: int, *, rounded: bool) -> list[str]:
+    """Full and reused steps in turns."""
+    spec, denoiser = DENOISERS[model], site.denoiser
     spent: dict[str, list[float]] = {"computed": [], "reused": []}
     stage = BlockReuse(every=2, first=order + 1, stretch=(0.0, 1.0), order=order, rounded=rounded)
     with reusing(site, stage) as installed:
@@ -63,7 +67,9 @@ def row(model: str, order: int, rounds: int, *, rounded: bool) -> list[str]:
     full, reused = (statistics.median(spent[kind]) for kind in ("computed", "reused"))
     whole = kept / tokens * TOKENS[model] / 1e9
     numbers = [f"{full:.1f}", f"{reused:.3f}", f"{full / reused:.0f}", f"{kept / 1e6:.1f}", f"{whole:.2f}"]
-    return [f"{model}, {spec.reduced}", str(order), "int8" if rounded else "float32", *numbers]
+    found = [f"{model}, {spec.reduced}", str(order), "int8" if rounded else "float32", *numbers]
+    print(", ".join(found), flush=True)
+    return found
 
 
 def main() -> None:
@@ -75,7 +81,9 @@ def main() -> None:
     made.add_argument("--output", type=Path, default=Path("runs"))
     args = made.parse_args()
     torch.set_num_threads(1)
-    rows = [row(args.model, order, args.rounds, rounded=rounded) for order in args.orders for rounded in (False, True)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    site = quantized(DENOISERS[args.model])
+    rows = [row(args.model, site, order, args.rounds, rounded=rounded) for order in args.orders for rounded in (False, True)]
     text = markdown(HEADINGS, rows)
     note = "Kept: results of one call a step; guidance in two calls keeps twice as much. Full size: 81 frames in 480p, 32,760 tokens.\n"
     (args.output / "cached-step.md").write_text(f"{note}\n{text}")
