@@ -8,6 +8,7 @@ import functools
 from reelquant.stages import GroupView, Rewrite, Stage, register
 from reelquant.transforms.equalize import Equalize
 from reelquant.transforms.mix_frames import MixFrames
+from reelquant.transforms.narrow_values import NarrowValues
 from reelquant.transforms.permute import Permute
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rotate import Rotate
@@ -26,6 +27,7 @@ TRANSFORMS: dict[str, type[Stage]] = {
     "permute": Permute,
     "equalize": Equalize,
     "mix_frames": MixFrames,
+    "narrow_values": NarrowValues,
     "split": Split,
 }
 register_transform = functools.partial(register, TRANSFORMS, "transform")
@@ -35,6 +37,7 @@ __all__ = [
     "Equalize",
     "GroupView",
     "MixFrames",
+    "NarrowValues",
     "Permute",
     "RangeIntegrate",
     "Rewrite",
