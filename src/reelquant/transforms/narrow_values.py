@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -131,8 +132,9 @@ class NarrowValues(Stage):
         pairs = self.pairs(work)
         moments = look(work, pairs, work.sampled_calls(self.clips, self.calls))
         for pair, seen in zip(pairs, moments, strict=True):
-            for parameter in (*pair.values.parameters(recurse=False), *pair.reader.parameters(recurse=False)):
-                work.undo(lambda parameter=parameter, before=parameter.detach().clone(): put(parameter, before))
+            parameters = [*pair.values.parameters(recurse=False), *pair.reader.parameters(recurse=False)]
+            before = [parameter.detach().clone() for parameter in parameters]
+            work.undo(functools.partial(put_all, parameters, before))
             narrow(pair, seen, self.part(pair.heads * seen.mean.shape[1], pair.heads).keep)
 
     def pairs(self, work: ModelWork) -> list[Pair]:
@@ -147,7 +149,7 @@ class NarrowValues(Stage):
             if not layers[group.name].heads_in or not touched.intersection(names):
                 continue
             if alone := [name for name in names if name not in touched]:
-                raise UnsupportedError(f"narrow_values changes '{names[0]}' and '{names[1]}' together, and '{alone[0]}' stays as it is here")
+                raise UnsupportedError(f"narrow_values changes '{names[0]}' and '{names[1]}' together, and '{alone[0]}' stays as it is")
             values, reader = (work.denoiser.get_submodule(name) for name in names)
             found.append(Pair(values, reader, layers[group.name].heads_in))
         if not found:
@@ -253,3 +255,9 @@ def padded(x: Tensor, size: int, axis: int) -> Tensor:
 def put(parameter: Tensor, value: Tensor) -> None:
     """Write values into the memory of a parameter."""
     parameter.copy_(value)
+
+
+def put_all(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """:func:`put` for each."""
+    for parameter, value in zip(parameters, values, strict=True):
+        put(parameter, value)
