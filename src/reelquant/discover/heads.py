@@ -75,9 +75,7 @@ def _place(layer: str, trace: Trace) -> str:
     return max((name for name in trace.heads if not name or layer.startswith(f"{name}.")), key=len, default="")
 
 
-def _mixing(
-    denoiser: nn.Module, inputs: dict[str, Any], candidates: Sequence[Candidate], base: Mapping[str, Tensor]
-) -> list[Candidate]:
+def _mixing(denoiser: nn.Module, inputs: dict[str, Any], candidates: Sequence[Candidate], base: Mapping[str, Tensor]) -> list[Candidate]:
     """The candidates whose mixes arrive. Every reader reads what it has always read, so one does not disturb another."""
     wrong: set[Candidate] = set()
 
@@ -102,7 +100,8 @@ def _mixing(
 
 
 def _mixed(x: Tensor, one: Candidate) -> Tensor:
-    """Channels ``[..., heads * width]`` with those of each head mixed by one orthonormal matrix, as sums in float32."""
-    drawn = torch.randn(one.width, one.width, generator=torch.Generator().manual_seed(one.width))
-    mix = torch.linalg.qr(drawn)[0].to(x.device)
-    return (x.float().unflatten(-1, (one.heads, one.width)) @ mix).flatten(-2).to(x.dtype)
+    """Channels ``[..., heads * width]`` with those of each head mixed by one orthonormal matrix, in float32 at least."""
+    drawn = torch.randn(one.width, one.width, generator=torch.Generator().manual_seed(one.width), dtype=torch.float64)
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    mix = torch.linalg.qr(drawn)[0].to(precise)
+    return (precise.unflatten(-1, (one.heads, one.width)) @ mix).flatten(-2).to(x.dtype)

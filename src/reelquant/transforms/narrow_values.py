@@ -18,6 +18,9 @@ from reelquant.stages import LayerWork, ModelWork, Stage, StageSite
 AFTER = frozenset({"rewrite", "split", "solve_layer", "solve_block"})
 """Hooks in which a stage works on weights that this one has changed already."""
 
+STILL = 1e-9
+"""Share of the largest variance of a head below which a direction counts as one that never moves: sums are float32."""
+
 
 class Pair(NamedTuple):
     """The two layers around the attention of some heads.
@@ -229,6 +232,8 @@ def narrow(pair: Pair, seen: Moments, keep: int) -> None:
 def directions(output: Tensor, covariance: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The channels of each head that an output projection keeps, and what it becomes for them.
 
+    A direction that never moved counts by its weights, behind all others: few tokens span few directions.
+
     Args:
         output: columns of the output projection ``[heads, out, width]``.
         covariance: of what they multiply, ``[heads, width, width]``.
@@ -239,7 +244,8 @@ def directions(output: Tensor, covariance: Tensor, keep: int) -> tuple[Tensor, T
         output: ``[heads, out, keep]``; times ``basis^T`` it is the matrix of rank ``keep`` with the least error.
     """
     sizes, axes = torch.linalg.eigh(covariance)
-    largest = torch.linalg.svd(output @ (axes * sizes.clamp(min=0).sqrt().unsqueeze(-2)), full_matrices=False)[0][..., :keep]
+    still = (STILL * sizes.amax(-1, keepdim=True)).clamp(min=torch.finfo(sizes.dtype).tiny)
+    largest = torch.linalg.svd(output @ (axes * sizes.maximum(still).sqrt().unsqueeze(-2)), full_matrices=False)[0][..., :keep]
     basis = torch.linalg.qr(output.mT @ largest)[0]
     return basis, largest @ (largest.mT @ output @ basis)
 
