@@ -1,5 +1,6 @@
-"""Exact rewrites of inputs and weights that come before rounding and leave the float output as it was, one file per mechanism. What adds
-tensors to a layer is a branch, and moving a rewrite into a norm is the engine's work: neither belongs here."""
+"""Exact rewrites of inputs and weights that come before rounding and leave the float output as it was (``narrow_values`` but for
+the channels that it leaves out), one file per mechanism. What adds tensors to a layer is a branch, and moving a rewrite into a norm is the
+engine's work: neither belongs here."""
 
 from __future__ import annotations
 

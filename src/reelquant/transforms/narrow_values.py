@@ -57,21 +57,21 @@ class NarrowValues(Stage):
     not, and the best ``r`` of them follow from what the output projection reads: with the covariance ``C`` of a head's mixed values and
     its columns ``W`` of the output projection, the nearest matrix of rank ``r`` is ``U U^T W`` with the first left singular vectors
     ``U`` of ``W C^(1/2)``, and its error is the sum of the squares of the other singular values. ``B`` spans the rows of ``U^T W``, and
-    the output projection becomes ``U U^T W B``. What is left out keeps its mean: weights of attention sum to one, so the mean of a
-    channel passes to the output, and the bias of the output projection takes it over. A projection without bias has moments around zero
-    instead of ``C``.
+    the output projection becomes ``U U^T W B``. What is left out keeps its mean, which the bias of the output projection takes
+    over. A projection without bias has moments around zero instead of ``C``.
 
     Both float weights are changed in place, before anything is observed: the last channels of each head are zero rows of the one and zero
     columns of the other. Quantized layers do not store them (:class:`reelquant.formats.Leading`), and compute them as zeros: the file is
-    smaller, and nothing is faster. Errors of heads add up as if they had nothing to do with each other. The covariance is that of what
-    the output projection reads in recorded calls; that of the values themselves would be larger, because attention averages tokens.
+    smaller, and nothing is faster. Errors of heads count as if they had nothing to do with each other. The covariance is that of what the
+    output projection reads in recorded calls; that of the values themselves would give an upper bound, because attention averages tokens.
 
     Pairs of layers are those that discovery saw (:attr:`reelquant.sites.Layer.heads_out`), self-attention and cross-attention alike.
     Heads that share values, projections that are fused with others, and norms, gates or adapters on values have no such pair.
 
     Attributes:
         keep: share of the channels of each head, rounded to a channel; 1 changes the order and leaves nothing out.
-        clips, calls: of how many texts of calibration the clips are sampled for the covariances, and how many calls are recorded.
+        clips: how many texts of calibration are sampled for the covariances.
+        calls: how many calls of the denoiser are recorded there, evenly over all; up to twice as many.
 
     Paper: COMCAT (arXiv 2305.17235), low rank of the product of value and output projections. Deviations: the best directions for the
     inputs that are seen (theirs: of the weights, then trained); the same share in every head (theirs: ranks are searched); queries and

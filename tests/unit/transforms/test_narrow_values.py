@@ -177,6 +177,18 @@ def test_what_a_layer_does_not_store_is_zero(made: tuple[Any, Any, Path]) -> Non
     assert not bool(values.bias.unflatten(0, (-1, of))[:, kept:].any())
 
 
+@torch.no_grad()
+def test_graphs_compute_the_zeros_that_are_not_stored(made: tuple[Any, Any, Path]) -> None:
+    graphs = pytest.importorskip("tests.contracts.test_graphs", reason="needs openvino", exc_type=ImportError)
+    layers = quantized_layers(made[0].transformer)
+    for name in ("blocks.0.attn1.to_v", "blocks.0.attn1.to_out.0"):
+        x = torch.randn(1, 5, layers[name].weight_shape[1], generator=torch.Generator().manual_seed(0))
+        found = graphs.answer(graphs.compiled(layers[name], x), x)
+        torch.testing.assert_close(found, layers[name](x), rtol=0, atol=0.02 * float(found.abs().amax()))
+    reelquant.configure(opened := reelquant.load(made[2]), runtime="openvino")
+    assert float((frames(opened) - frames(made[0])).square().mean()) < 1e-3
+
+
 def test_one_keeps_everything() -> None:
     pipe = wan_pipeline()
     expected = frames(wan_pipeline())
