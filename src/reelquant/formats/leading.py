@@ -36,7 +36,7 @@ class Leading:
         """
         if not text:
             return cls(1, 1)
-        found = re.fullmatch(r"(\d{1,5}):(\d{1,5})", text)
+        found = re.fullmatch(r"(\d{1,5}):(\d{1,5})", str(text))
         keep, of = (int(number) for number in found.groups()) if found else (0, 0)
         if not 0 < keep < of <= MOST:
             raise CheckpointError(f"which rows or columns of a weight are stored is written KEPT:OF, as 12:16, got {text!r:.40}")

@@ -174,7 +174,11 @@ class NarrowValues(Stage):
 
 @torch.no_grad()
 def look(work: ModelWork, pairs: Sequence[Pair], calls: Sequence[Any]) -> list[Moments]:
-    """Moments of what the second layer of each pair reads in these calls of the denoiser."""
+    """Moments of what the second layer of each pair reads in these calls of the denoiser.
+
+    Raises:
+        UnsupportedError: if there are no calls.
+    """
     sums = [_Sums(pair.heads) for pair in pairs]
     hooks = [pair.reader.register_forward_pre_hook(one.see, with_kwargs=True) for pair, one in zip(pairs, sums, strict=True)]
     try:
@@ -183,6 +187,10 @@ def look(work: ModelWork, pairs: Sequence[Pair], calls: Sequence[Any]) -> list[M
     finally:
         for hook in hooks:
             hook.remove()
+    if not all(one.count for one in sums):
+        raise UnsupportedError(
+            f"narrow_values sees no call of {work.map.cls} while the pipeline samples texts, so it knows of no directions"
+        )
     return [one.moments(around_mean=pair.reader.bias is not None) for pair, one in zip(pairs, sums, strict=True)]
 
 

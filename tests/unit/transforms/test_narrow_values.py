@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from reelquant.discover import discover
 from reelquant.nn import quantized_layers
 from reelquant.recipes.recipe import load_recipe
 from reelquant.transforms import NarrowValues
-from reelquant.transforms.narrow_values import Moments, Pair, directions, narrow
+from reelquant.transforms.narrow_values import Moments, Pair, directions, look, narrow
 from tests.tiny.stock import CALL, PROMPTS, contents, frames, stored_pipeline, wan_pipeline
 
 HEADS, WIDTH, KEPT = 2, 8, 6
@@ -232,6 +232,14 @@ def test_what_cannot_be_is_said(steps: list[dict[str, Any]], sentence: str) -> N
     with pytest.raises(UnsupportedError, match=sentence):
         reelquant.quantize(pipe, with_steps(*steps), PROMPTS, **CALL)
     assert all(torch.equal(value, before[name]) for name, value in pipe.transformer.state_dict().items())
+
+
+def test_no_calls_are_no_directions() -> None:
+    class Work:
+        map = discover(wan_pipeline().transformer)
+
+    with pytest.raises(UnsupportedError, match="sees no call of WanTransformer3DModel"):
+        look(cast(Any, Work()), [projections()], [])
 
 
 def test_formats_without_a_zero_are_refused() -> None:
