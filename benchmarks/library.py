@@ -56,7 +56,7 @@ ROWS: Rows = {
         name: (name, "qvd-w8a8")
         for name in (
             "deepcache", "faster-diffusion", "cachequant-w8a8", "taylor", "delta-dit", "first-block", "teacache", "seacache", "magcache",
-            "profilingdit", "ditfastattn", "half-attention-w8a8", "adaspa", "sparse24-w8a8", "prune-35",
+            "profilingdit", "ditfastattn", "half-attention-w8a8", "adaspa", "sparse24-w8a8", "prune-35", "narrow-w8a8",
         )
     },
     "minmax-w6a6": ("minmax-w6a6", ""),

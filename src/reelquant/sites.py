@@ -78,6 +78,9 @@ class Layer:
         order: position of the first call, -1 if it never ran.
         last: whether it lies in the last block, of a block that is built of lists in the last member of one of them.
         end: whether it lies anywhere in the last block.
+        heads_out: heads of attention whose values are its output channels, if nothing but the mixing of tokens lies between them and the
+            one layer that reads them: channels of a head may be mixed here and unmixed there. 0 otherwise.
+        heads_in: the same of the layer that reads them.
     """
 
     roles: ClassVar[tuple[str, ...]] = ROLES
@@ -92,6 +95,8 @@ class Layer:
     order: int = 0
     last: bool = False
     end: bool = False
+    heads_out: int = 0
+    heads_in: int = 0
 
 
 @dataclass(frozen=True)

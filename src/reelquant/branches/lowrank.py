@@ -51,6 +51,7 @@ class Lowrank(Branch):
     rank: int = 32
     share: float | None = None
     samples: ClassVar[bool] = False
+    fills: ClassVar[frozenset[str]] = frozenset({"rows", "columns"})  # by what a bfloat16 product is off
 
     def __post_init__(self) -> None:
         if self.rank < 0:

@@ -8,7 +8,7 @@
 Nothing is listed by layer name or by model class (see ``docs/design.md``, "discover, don't hand-write"). One file per question:
 ``arguments`` (what an argument means), ``learned`` (what calls tell of it where its name does not), ``inputs`` (tiny inputs), ``probe``
 (runs that leave no trace), ``roles``, ``lineage`` (which tensor came from where), ``groups``, ``sources``
-(whose channels a group reads), ``blocks``, ``components`` (the denoiser of a
+(whose channels a group reads), ``heads`` (which of these are the values of attention), ``blocks``, ``components`` (the denoiser of a
 pipeline), ``stand_in`` (a model to run before its weights are there), ``outline`` (the map of a model that cannot be run).
 """
 
@@ -36,6 +36,7 @@ from reelquant.discover.components import (
     takes_timestep,
 )
 from reelquant.discover.groups import find_groups
+from reelquant.discover.heads import with_heads
 from reelquant.discover.inputs import dummy_inputs
 from reelquant.discover.lineage import Trace, channel_axis, trace
 from reelquant.discover.outline import outline
@@ -88,6 +89,7 @@ def discover(denoiser: nn.Module, inputs: dict[str, Any] | None = None) -> Denoi
         traced = trace(denoiser, inputs, main)
         layers = _layers(denoiser, depends, traced)
         groups = with_sources(denoiser, inputs, find_groups(denoiser, layers, traced), layers, traced)
+        layers = with_heads(denoiser, inputs, groups, layers, traced)
     blocks = find_blocks(denoiser, layers)
     ends = tuple(f"{part}." for part in last_parts(denoiser, blocks, layers))
     end = tuple(f"{block}." for block in blocks[-1:])

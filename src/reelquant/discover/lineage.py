@@ -94,6 +94,7 @@ class Trace:
         shown: the layers whose outputs reach the denoiser's output without another layer in between.
         callers: the modules inside of which each module ran, innermost only; an empty name is the denoiser.
         attention: for every module that asked for attention itself, whether a main layer had a part in the keys of any of its calls.
+        heads: for the same modules, heads of the values and channels of a head; zeros where calls differ or heads are no axis.
     """
 
     reads: dict[str, list[Read]] = field(default_factory=dict)
@@ -104,6 +105,7 @@ class Trace:
     shown: frozenset[str] = frozenset()
     callers: dict[str, set[str]] = field(default_factory=dict)
     attention: dict[str, bool] = field(default_factory=dict)
+    heads: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class _Watch(TorchFunctionMode):
@@ -118,7 +120,7 @@ class _Watch(TorchFunctionMode):
         self.seam: dict[Key, tuple[int, int]] = {}
         self.after: dict[Key, int] = {}
         self.made_of: dict[Key, frozenset[str]] = {}
-        self.readers, self.attention = found.readers, found.attention
+        self.readers, self.attention, self.heads = found.readers, found.attention, found.heads
         self.running = [""]  # modules, the innermost last
         self.in_layer = False
 
@@ -134,7 +136,7 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         sources = [(x, self.key(x)) for x in tensors_in((args, kwargs))]
         if name == "scaled_dot_product_attention":
-            self._note_attention(args[1] if len(args) > 1 else kwargs["key"])
+            self._note_attention(*(args[place] if len(args) > place else kwargs[word] for place, word in ((1, "key"), (2, "value"))))
         result = func(*args, **kwargs)
         products = list(tensors_in(result)) or ([args[0]] if name == "__setitem__" else [])
         if sources and (products or name not in _METADATA):
@@ -159,8 +161,10 @@ class _Watch(TorchFunctionMode):
         elif len(fresh) == 1 and name in _SAME | _POINTWISE:
             self._pass_seam(sources, fresh[0])
 
-    def _note_attention(self, keys: Tensor) -> None:
+    def _note_attention(self, keys: Tensor, values: Tensor) -> None:
         where = self.running[-1]
+        heads = (values.shape[1], values.shape[3]) if values.ndim == 4 else (0, 0)
+        self.heads[where] = heads if self.heads.get(where, heads) == heads else (0, 0)
         self.attention[where] = self.attention.get(where, False) or self.after.get(self.key(keys), -1) >= 0
 
     def layers_of(self, keys: Iterable[Key]) -> frozenset[str]:

@@ -51,7 +51,7 @@ def with_sources(
     if not left:
         return tuple(groups)
     members = {group.name: group.layers for group in groups if group.name in left}
-    base = _inputs(denoiser, inputs, [name for names in members.values() for name in names])
+    base = inputs_of(denoiser, inputs, [name for names in members.values() for name in names])
     found: dict[str, Candidate] = {}
     for number in range(max(map(len, left.values()))):
         tried = {name: some[number] for name, some in left.items() if name not in found and number < len(some)}
@@ -88,7 +88,7 @@ def _factors(name: str, like: Tensor, axis: int, row: int = 0, rows: int | None 
 
 
 @contextlib.contextmanager
-def _hooked(hooks: Sequence[Any]) -> Iterator[None]:
+def hooked(hooks: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -96,7 +96,7 @@ def _hooked(hooks: Sequence[Any]) -> Iterator[None]:
             hook.remove()
 
 
-def _with_first(args: tuple, kwargs: dict, value: Tensor) -> tuple[tuple, dict]:
+def with_first(args: tuple, kwargs: dict, value: Tensor) -> tuple[tuple, dict]:
     """The arguments of a call with another first tensor."""
     for place, one in enumerate(args):
         if isinstance(one, Tensor):
@@ -105,7 +105,7 @@ def _with_first(args: tuple, kwargs: dict, value: Tensor) -> tuple[tuple, dict]:
     return args, kwargs | {key: value}
 
 
-def _inputs(denoiser: nn.Module, inputs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
+def inputs_of(denoiser: nn.Module, inputs: dict[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
     """What these layers read, which run once."""
     seen: dict[str, Tensor] = {}
 
@@ -117,7 +117,7 @@ def _inputs(denoiser: nn.Module, inputs: dict[str, Any], names: Sequence[str]) -
 
         return hook
 
-    with _hooked([denoiser.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True) for name in names]):
+    with hooked([denoiser.get_submodule(name).register_forward_pre_hook(remember(name), with_kwargs=True) for name in names]):
         run(denoiser, inputs)
     return seen
 
@@ -149,15 +149,15 @@ def _arrived(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             x = first_tensor(args, kwargs)
             assert x is not None
-            if not _near(x, base[name] * _factors(group, x, channel_axis(module)), 8):
+            if not near(x, base[name] * _factors(group, x, channel_axis(module)), 8):
                 wrong.add(group)
-            return _with_first(args, kwargs, base[name])
+            return with_first(args, kwargs, base[name])
 
         return hook
 
     pairs = [(group, name) for group in tried for name in members[group]]
     hooks = [denoiser.get_submodule(name).register_forward_pre_hook(compare(group, name), with_kwargs=True) for group, name in pairs]
-    with _hooked([*hooks, *_multiplied(denoiser, tried, layers)]):
+    with hooked([*hooks, *_multiplied(denoiser, tried, layers)]):
         run(denoiser, inputs)
     return {group: one for group, one in tried.items() if group not in wrong}
 
@@ -175,18 +175,18 @@ def _nothing_changes(
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             x = first_tensor(args, kwargs)
             assert x is not None
-            return _with_first(args, kwargs, x / _factors(group, x, channel_axis(module)))
+            return with_first(args, kwargs, x / _factors(group, x, channel_axis(module)))
 
         return hook
 
     expected = list(tensors_in(run(denoiser, inputs)))
     pairs = [(group, name) for group in found for name in members[group]]
     hooks = [denoiser.get_submodule(name).register_forward_pre_hook(divide(group), with_kwargs=True) for group, name in pairs]
-    with _hooked([*hooks, *_multiplied(denoiser, found, layers)]):
-        return all(_near(x, one, 64) for x, one in zip(tensors_in(run(denoiser, inputs)), expected, strict=True))
+    with hooked([*hooks, *_multiplied(denoiser, found, layers)]):
+        return all(near(x, one, 64) for x, one in zip(tensors_in(run(denoiser, inputs)), expected, strict=True))
 
 
-def _near(found: Tensor, expected: Tensor, steps: int) -> bool:
+def near(found: Tensor, expected: Tensor, steps: int) -> bool:
     """Whether two tensors differ by no more than so many roundings of their largest number: in half precision subnormals are rounded."""
     if not found.is_floating_point():
         return torch.equal(found, expected)

@@ -37,8 +37,9 @@ def _layout(row: LayerPlan, work: LayerWork) -> LayerLayout:
     if specs.input is not None:
         input_layout = TensorLayout.of(specs.input, work.inputs[0].format if work.inputs else specs.input.format)
     mixes, rotate = _mixes(work.inside)
+    weight = TensorLayout.of(specs.weight, work.solution.quantizer.format)
     return LayerLayout(
-        weight=replace(TensorLayout.of(specs.weight, work.solution.quantizer.format), kept=work.solution.kept),
+        weight=replace(weight, kept=work.solution.kept, rows=work.rows, columns=work.columns),
         input=input_layout,
         slots=len(rows) if rows else 1,
         cfg_halves=work.stored_inputs is not None,

@@ -286,12 +286,21 @@ def _check(row: LayerPlan) -> None:
     for number, entry in enumerate(row.entries):
         site = row.site_before(number)
         problem = problem or next(filter(None, (stage.supports(site) for stage in entry.alternatives)), None)
+        problem = problem or _filling(entry, row.entries[:number], site)
     if problem:
         raise UnsupportedError(f"layer '{name}': {problem}")
     axes = [entry.axis for entry in row.entries if entry.stage.exclusive]
     if twice := next((axis for axis in axes if axes.count(axis) > 1), None):
         lines = [entry.position for entry in row.entries if entry.axis == twice]
         raise RecipeError(f"layer '{name}' gets two '{twice}' steps, {lines} of the recipe; narrow the 'on' of one")
+
+
+def _filling(entry: Entry, before: Sequence[Entry], site: StageSite) -> str | None:
+    """Why a stage cannot follow those that leave rows or columns of the weight out, or None."""
+    for other in before:
+        if filled := entry.stage.fills & other.stage.leaves_out(site):
+            return f"{entry.axis} '{entry.name}' fills the {' and '.join(sorted(filled))} that '{other.name}' leaves out; narrow its 'on'"
+    return None
 
 
 def estimated_bytes(spec: QuantSpec, shape: tuple[int, ...]) -> int:

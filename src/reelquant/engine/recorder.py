@@ -71,6 +71,9 @@ class Recorder:
 
     Whenever it holds twice as many as wanted, one of every two goes, and from then on half as many are taken. Which of the two goes follows
     the same rule: of pairs of guidance halves, both kinds stay.
+
+    Attributes:
+        timesteps: of the recorded calls.
     """
 
     def __init__(
@@ -79,7 +82,7 @@ class Recorder:
         self.wanted, self.timestep_of, self.half_of = wanted, timestep_of, half_of
         self.stride, self.calls = max(expected // max(wanted, 1), 1), 0
         self._recording = Recording()
-        self._timesteps: list[float] = []
+        self.timesteps: list[float] = []
 
     @classmethod
     def of(cls, denoiser: nn.Module, plan: Plan, wanted: int, expected: int, *, halves: bool) -> Recorder:
@@ -107,7 +110,7 @@ class Recorder:
         half = self.half_of(args, kwargs)
         if place != int(self.stride * (part * GOLDEN % 1)):
             return
-        self._timesteps.append(time_of(self.timestep_of(args, kwargs)))
+        self.timesteps.append(time_of(self.timestep_of(args, kwargs)))
         self._recording.append(RecordedCall(args, kwargs, output, half=half))
         if len(self._recording) >= 2 * self.wanted:
             self._thin()
@@ -115,10 +118,10 @@ class Recorder:
     def _thin(self) -> None:
         kept = [2 * pair + int(2 * (pair * GOLDEN % 1)) for pair in range(len(self._recording) // 2)]
         self._recording.keep(kept)
-        self._timesteps = [self._timesteps[number] for number in kept]
+        self.timesteps = [self.timesteps[number] for number in kept]
         self.stride *= 2
 
     def recording(self, timesteps: Sequence[float]) -> Recording:
         """The calls, each with the index of its timestep."""
-        self._recording.number([timesteps.index(timestep) for timestep in self._timesteps])
+        self._recording.number([timesteps.index(timestep) for timestep in self.timesteps])
         return self._recording

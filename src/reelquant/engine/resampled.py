@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reelquant.engine.build import BuiltGroup
-from reelquant.engine.calibration import Expected
-from reelquant.engine.recorder import Recorder
 from reelquant.engine.session import Session
-from reelquant.models.conditions import at_once
-from reelquant.models.sampling import sample
 from reelquant.observe import RecordedCall
 from reelquant.recipes.entry import Entry
 
@@ -22,16 +18,6 @@ def record_again(session: Session, entry: Entry, groups: Sequence[BuiltGroup]) -
 
     A store that remembers calls of the denoiser answers those of an interrupted run, and the recording is the same.
     """
-    assert session.recipe.calibrate is not None
-    batch = at_once(type(session.pipe), session.arguments, session.recipe.calibrate.batch, session.texts.written)
-    expected = Expected.of(len(session.texts.written), batch, session.arguments)
-    options = {"batch": batch, "output": "latent", "on_step": session.advance} | session.arguments
-
-    def run() -> Recorder:
-        recorder = Recorder.of(session.denoiser, session.plan, entry.stage.records, expected.calls, halves=session.halves)
-        with recorder.watching(session.denoiser):
-            sample(session.pipe, session.texts.written, seed=session.seed, first=0, **options)
-        return recorder
-
-    with session.timed(f"sample for {entry.name}", expected.calls), session.having(groups):
-        return session.store.begun("resampled", run, entry.position)().recording(session.timesteps)
+    with session.having(groups):
+        recorder = session.recorded(entry.name, session.texts.written, entry.stage.records, entry.position, halves=session.halves)
+    return recorder.recording(session.timesteps)

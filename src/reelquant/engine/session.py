@@ -15,18 +15,19 @@ from reelquant._progress import Progress
 from reelquant.clock import Clock, Pairs
 from reelquant.discover import TIMED, kind_of_component
 from reelquant.engine.build import BuiltGroup, Context, build_group, folded
-from reelquant.engine.calibration import STEPS, Calibration
+from reelquant.engine.calibration import STEPS, Calibration, Expected
 from reelquant.engine.choice import Choice
 from reelquant.engine.components import Measure
 from reelquant.engine.plan import Plan
 from reelquant.engine.recorded import again
+from reelquant.engine.recorder import Recorder
 from reelquant.engine.report import Report
 from reelquant.engine.search import Assignment, family, trial_count
 from reelquant.engine.store import Store
 from reelquant.engine.texts import HELD_OUT_SEED, Texts, divided
 from reelquant.formats.criteria import mean_and_worst
 from reelquant.models.condition import Condition, Prompts
-from reelquant.models.conditions import check_given
+from reelquant.models.conditions import at_once, check_given
 from reelquant.models.described import described
 from reelquant.models.sampling import call_arguments, sample
 from reelquant.nn import get_module, set_module
@@ -206,6 +207,27 @@ class Session:
     def steps(self) -> int:
         """Denoising steps of a full run."""
         return self.arguments.get("num_inference_steps") or STEPS
+
+    def sampled_calls(self, clips: int, calls: int) -> Sequence[RecordedCall]:
+        """Recorded calls of the denoiser as it is now, evenly over a run of the first texts of calibration."""
+        recorder = self.recorded("first calls", self.texts.written[:clips], calls, halves=True)
+        return recorder.recording(sorted(set(recorder.timesteps), reverse=True))
+
+    def recorded(self, phase: str, texts: Prompts, calls: int, *content: Any, halves: bool) -> Recorder:
+        """Sample these texts of calibration by the pipeline as it is now, and record so many calls of the denoiser."""
+        assert self.recipe.calibrate is not None
+        batch = at_once(type(self.pipe), self.arguments, self.recipe.calibrate.batch, texts)
+        expected = Expected.of(len(texts), batch, self.arguments)
+        options = {"batch": batch, "output": "latent", "on_step": self.advance} | self.arguments
+
+        def run() -> Recorder:
+            recorder = Recorder.of(self.denoiser, self.plan, calls, expected.calls, halves=halves)
+            with recorder.watching(self.denoiser):
+                sample(self.pipe, texts, seed=self.seed, first=0, **options)
+            return recorder
+
+        with self.timed(f"sample for {phase}", expected.calls):
+            return self.store.begun("resampled", run, *content)()
 
     def held_out_frames(self) -> Tensor:
         """The held-out clips by the pipeline as it is now, decoded; of one size, as the float ones are."""

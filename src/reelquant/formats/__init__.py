@@ -8,6 +8,7 @@ from collections.abc import Callable
 from reelquant._errors import RecipeError, nearest
 from reelquant.formats.granularity import FOUND_AT_RUN_TIME, Granularity, parse_granularity
 from reelquant.formats.kept import NOTHING, Kept
+from reelquant.formats.leading import Leading
 from reelquant.formats.number import LEVEL_DTYPE, Criterion, Int, LevelFormat, Levels, MiniFloat, NumberFormat
 from reelquant.formats.packing import pack, packed_width, unpack
 from reelquant.formats.quantizer import Quantizer, QuantSpec, bind, dynamic, fit, in_bits
@@ -29,6 +30,7 @@ __all__ = [
     "Granularity",
     "Int",
     "Kept",
+    "Leading",
     "LevelFormat",
     "Levels",
     "Log2",

@@ -13,7 +13,9 @@ from reelquant.kernels import not_taken
 from reelquant.nn import quantized_layers
 from reelquant.nn.around.attention import around_attention, rounded_attention
 
-TAKES = frozenset({"input", "shift", "scale", "rotate", "mix", "window", "slots", "table", "unused", "step_invariant", "kept"})
+TAKES = frozenset(
+    {"input", "shift", "scale", "rotate", "mix", "window", "slots", "table", "unused", "step_invariant", "kept", "rows", "columns"}
+)
 """Features of layers (:attr:`reelquant.nn.QuantLayer.features`) that :mod:`reelquant.graphs.convert` emits."""
 BACK = "reelquant.configure(pipe, runtime='torch')"
 

@@ -20,7 +20,8 @@ CHECK = "check_adapters_to_merge"  # what every kind of adapter asks before it m
 
 
 def guard(layers: ModuleType) -> None:
-    """Let adapters be put beside packed convolutions, refuse merges into quantized layers, and variants of LoRA that need the float weight.
+    """Let adapters be put beside packed convolutions; refuse merges into quantized layers, variants of LoRA that need the float weight, and
+    adapters of layers whose channels are not the float model's.
 
     Args:
         layers: ``peft.tuners.lora.layer``.
@@ -52,8 +53,13 @@ def _guard_variants(layer: Any) -> None:
 
     @functools.wraps(resolve)
     def resolved(self: Any, **kwargs: Any) -> Any:
-        variant = resolve(self, **kwargs)
-        if variant is not None and isinstance(self.get_base_layer(), QuantLayer):
+        variant, base = resolve(self, **kwargs), self.get_base_layer()
+        if isinstance(base, QuantLayer) and base.layout.weight.removed & {"rows", "columns"}:
+            raise UnsupportedError(
+                f"this adapter was trained with other channels than {base} has: its rows or columns were mixed before some were left out. "
+                "Merge it before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"
+            )
+        if variant is not None and isinstance(base, QuantLayer):
             raise UnsupportedError(
                 f"this adapter's type is {type(variant).__name__.removesuffix('Variant')}, which needs the float weight of its layer; "
                 "beside quantized layers plain LoRA runs. Merge it before quantizing: reelquant.quantize(pipe, recipe, lora={file: scale})"

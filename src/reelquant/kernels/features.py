@@ -28,6 +28,8 @@ WORDS = {
     "scale_codes": "scales of eight bits",
     "bands": "inputs whose frames are mixed",
     "kept": "removed weights",
+    "rows": "rows that are not stored",
+    "columns": "columns that are not stored",
     "cfg_halves": "input scales for each half of guidance",
 }
 """How messages call the features that are known; others are called by their name."""

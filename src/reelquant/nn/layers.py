@@ -135,7 +135,7 @@ class QuantLayer(nn.Module):
     def packed(self) -> PackedWeight:
         """The weight with its quantizer, dense: weights that were removed are zeros."""
         quantizer, layout = self._weight_quantizer(), self.layout.weight
-        codes = dense_codes(self.codes, quantizer, layout, math.prod(self.weight_shape[1:]))
+        codes = dense_codes(self.codes, quantizer, layout, (self.weight_shape[0], math.prod(self.weight_shape[1:])))
         return PackedWeight(codes, quantizer, self.weight_shape, self.weight_scale if layout.scale == "float" else None)
 
     def _weight_quantizer(self) -> Quantizer:

@@ -17,6 +17,7 @@ from reelquant.formats import (
     RANGES,
     Granularity,
     Kept,
+    Leading,
     Levels,
     NumberFormat,
     QuantSpec,
@@ -40,6 +41,8 @@ class TensorLayout:
         range: name of the range rule that runs in the forward when dynamic.
         scale: which numbers the scales are, a name of :mod:`reelquant.formats.scales`.
         kept: of a weight: how many of consecutive codes are stored, ``2:4``; the others stand for zero. Empty for all.
+        rows, columns: of a weight: how many of consecutive rows, and of columns, are stored, the first ones, ``12:16``; the others are
+            zero. Empty for all. Scales are those of the whole weight.
     """
 
     format: str
@@ -49,6 +52,13 @@ class TensorLayout:
     range: str = "minmax"
     scale: str = "float"
     kept: str = ""
+    rows: str = ""
+    columns: str = ""
+
+    @property
+    def removed(self) -> frozenset[str]:
+        """Names of the fields that say what is not stored; empty if all codes are."""
+        return frozenset(name for name in ("kept", "rows", "columns") if getattr(self, name))
 
     @classmethod
     def of(cls, spec: QuantSpec, fmt: NumberFormat) -> TensorLayout:
@@ -140,8 +150,7 @@ class LayerLayout:
     def features(self) -> frozenset[str]:
         """Names of what the layer uses beside a weight and a bias. Graphs and exporters refuse layers with a name they do not know."""
         grains = grain_features(self.weight.grain(), None if self.input is None else self.input.grain(-1))
-        removed = frozenset({"kept"} if self.weight.kept else ())
-        return features_in_use(self, PLAIN) | grains | removed | {branch_feature(branch) for branch in self.branches}
+        return features_in_use(self, PLAIN) | grains | self.weight.removed | {branch_feature(branch) for branch in self.branches}
 
     def to_json(self) -> dict[str, Any]:
         """A dict without defaults, in the wording of ``config.json``."""
@@ -272,8 +281,9 @@ def number_format(layout: TensorLayout, levels: Tensor | None) -> NumberFormat:
 
 def codes_shape(shape: tuple[int, ...], layout: TensorLayout) -> tuple[int, int]:
     """Shape of the packed codes of a float weight of this shape."""
-    width, bits = math.prod(shape[1:]), parse_format(layout.format).bits
-    return shape[0], Kept.stored(layout.kept).row_bytes(width, bits) if layout.kept else packed_width(width, bits)
+    rows, width = Leading.read(layout.rows).count(shape[0]), Leading.read(layout.columns).count(math.prod(shape[1:]))
+    bits = parse_format(layout.format).bits
+    return rows, Kept.stored(layout.kept).row_bytes(width, bits) if layout.kept else packed_width(width, bits)
 
 
 def codes_dtype(layout: TensorLayout) -> torch.dtype:

@@ -64,5 +64,6 @@ def make_entry(position: int, axis: str, name: str, options: Mapping[str, Any], 
 
 
 def _searchable(member: type[Stage]) -> bool:
-    """Whether trials can tell alternatives apart: only stages of groups and layers act in a trial."""
-    return any(HOOKS[hook].scope in ("group", "layer") for hook in member.hooks())
+    """Whether trials can tell alternatives apart: only stages of groups and layers act in a trial, on one float model."""
+    hooks = member.hooks()
+    return "before_observing" not in hooks and any(HOOKS[hook].scope in ("group", "layer") for hook in hooks)

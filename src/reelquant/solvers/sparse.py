@@ -44,6 +44,7 @@ class Sparse(Solver):
     block: int = 64
     statistics: ClassVar[frozenset[str]] = frozenset({"gram"})
     untrainable: ClassVar[str | None] = "of which weights were removed, which training would bring back"
+    fills: ClassVar[frozenset[str]] = frozenset({"columns"})  # it counts all columns, stored or not
 
     def __post_init__(self) -> None:
         _ = self.pattern

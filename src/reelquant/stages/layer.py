@@ -87,6 +87,8 @@ class LayerWork:
         stored_bias: ``[out]`` float32, the bias of the quantized layer, once the codes are known.
         branches: (branch, its tensors by name), outermost first.
         bands: how the frames of the input are mixed around the product; None for no mix.
+        rows, columns: which rows and columns of the weight are not zero and are stored, as :class:`reelquant.formats.Leading` reads it;
+            empty for all.
     """
 
     site: StageSite
@@ -105,6 +107,8 @@ class LayerWork:
     stored_bias: Tensor | None = None
     branches: tuple[tuple[Any, Mapping[str, Tensor]], ...] = ()
     bands: FrameBands | None = None
+    rows: str = ""
+    columns: str = ""
 
     @property
     def matrix(self) -> Tensor:

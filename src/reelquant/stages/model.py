@@ -74,6 +74,15 @@ class ModelWork(Protocol):
         """The numbers of every layer that is going to be quantized, by name."""
         ...
 
+    def sampled_calls(self, clips: int, calls: int) -> Sequence[RecordedCall]:
+        """Calls of the denoiser as it is now, recorded evenly over a run of the first texts of calibration: for hooks before it.
+
+        Args:
+            clips: how many texts.
+            calls: how many calls, at least; as many as are made if those are fewer.
+        """
+        ...
+
     def touched(self, stage: object) -> list[str]:
         """The layers that are going to be quantized and that the ``on`` of this stage matches, in execution order."""
         ...

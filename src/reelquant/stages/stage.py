@@ -60,6 +60,7 @@ class Stage:
         takes_on: whether a step may have an ``on``; False for stages that act on the denoiser as a whole.
         in_memory: why the stage needs the whole model in memory, or None if it works from disk to disk as well.
         untrainable: what the stage makes of a layer that gradients cannot follow, in words; None if they can.
+        fills: ``rows`` and ``columns`` of a weight: where all weights are zero, the stage may make them something else.
     """
 
     statistics: ClassVar[frozenset[str]] = frozenset()
@@ -70,6 +71,7 @@ class Stage:
     takes_on: ClassVar[bool] = True
     in_memory: ClassVar[str | None] = None
     untrainable: ClassVar[str | None] = None
+    fills: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def records(self) -> int:
@@ -131,6 +133,11 @@ class Stage:
         """What the stage adds to the storage of a layer, beyond codes, scales and bias (for estimates)."""
         del site
         return 0
+
+    def leaves_out(self, site: StageSite) -> frozenset[str]:
+        """Whether the stage makes some of the ``rows`` or ``columns`` of a layer's weight zero, so that they are not stored."""
+        del site
+        return frozenset()
 
     def stored_by_step(self, site: StageSite) -> int:
         """What the stage stores of a layer for every step of the sampler, bytes at most (for estimates)."""

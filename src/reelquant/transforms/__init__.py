@@ -1,5 +1,6 @@
-"""Exact rewrites of inputs and weights that come before rounding and leave the float output as it was, one file per mechanism. What adds
-tensors to a layer is a branch, and moving a rewrite into a norm is the engine's work: neither belongs here."""
+"""Exact rewrites of inputs and weights that come before rounding and leave the float output as it was (``narrow_values`` but for
+the channels that it leaves out), one file per mechanism. What adds tensors to a layer is a branch, and moving a rewrite into a norm is the
+engine's work: neither belongs here."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import functools
 from reelquant.stages import GroupView, Rewrite, Stage, register
 from reelquant.transforms.equalize import Equalize
 from reelquant.transforms.mix_frames import MixFrames
+from reelquant.transforms.narrow_values import NarrowValues
 from reelquant.transforms.permute import Permute
 from reelquant.transforms.range_integrate import RangeIntegrate
 from reelquant.transforms.rotate import Rotate
@@ -26,6 +28,7 @@ TRANSFORMS: dict[str, type[Stage]] = {
     "permute": Permute,
     "equalize": Equalize,
     "mix_frames": MixFrames,
+    "narrow_values": NarrowValues,
     "split": Split,
 }
 register_transform = functools.partial(register, TRANSFORMS, "transform")
@@ -35,6 +38,7 @@ __all__ = [
     "Equalize",
     "GroupView",
     "MixFrames",
+    "NarrowValues",
     "Permute",
     "RangeIntegrate",
     "Rewrite",

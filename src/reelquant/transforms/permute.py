@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class Permute(Transform):
     """
 
     clusters: int = 8
+    fills: ClassVar[frozenset[str]] = frozenset({"columns"})
 
     def __post_init__(self) -> None:
         if self.clusters < 1:

@@ -44,6 +44,7 @@ class Rotate(Transform):
     seed: int = 0
     block: int = 0
     statistics: ClassVar[frozenset[str]] = frozenset({"rotated"})
+    fills: ClassVar[frozenset[str]] = frozenset({"columns"})
 
     def __post_init__(self) -> None:
         if self.block < 0 or self.block & (self.block - 1):
