@@ -396,7 +396,7 @@ DENOISERS = ("WanTransformer3DModel", "UNetMotionModel", "LTXVideoTransformer3DM
 @pytest.mark.parametrize("name", WHOLE)
 @torch.no_grad()
 def test_members_that_change_the_float_model_keep_its_output_and_can_be_undone(name: str, cls: str) -> None:
-    model = TINY[cls]().double()  # such weights make 0.06 of a rounding of float32
+    model = TINY[cls]().double()  # with such weights a rounding of float32 grows to 0.06
     for seed, parameter in enumerate(model.parameters()):  # norms with weights of many sizes, channels with different ranges
         width = torch.rand(parameter.shape[-1:], generator=torch.Generator().manual_seed(seed))
         parameter.mul_((4 * width - 2).exp())
