@@ -39,6 +39,14 @@ def three(first: float, middle: float, scale: float, **last: float) -> Stages:
     return [{"share": first}, {"share": middle, "scale": scale}, {"share": round(1 - first - middle, 3)} | last]
 
 
+def spread(hold: float) -> Stages:
+    """Eight of 20 steps at full size, spread over the trajectory, and small ones between them, from the noise that the clip has."""
+    stages: list[Mapping[str, float]] = [{"share": 0.15}]
+    for small in (0.1, 0.1, 0.1, 0.15, 0.15):
+        stages += [{"share": small, "scale": 0.5, "noise": 1.0}, {"share": 0.05, "details": 1.0, "hold": hold, "noise": 1.0}]
+    return stages
+
+
 SCHEDULES: dict[str, Stages] = {
     "one size in three stages": three(0.2, 0.6, 1.0),
     "bottleneck 0.5": three(0.2, 0.6, 0.5),
@@ -52,6 +60,8 @@ SCHEDULES: dict[str, Stages] = {
     "late 0.5, details": three(0.35, 0.6, 0.5, details=1.0),
     "late 0.5, details, half held": three(0.35, 0.6, 0.5, details=1.0, hold=0.5),
     "late 0.5, details, all held": three(0.35, 0.6, 0.5, details=1.0, hold=1.0),
+    "spread 0.5, details, half held, its noise": spread(0.5),
+    "spread 0.5, details, all held, its noise": spread(1.0),
     "late 0.75, details": three(0.25, 0.7, 0.75, details=1.0),
     "early 0.5, last part from more noise": three(0.05, 0.55, 0.5, restart=0.7),
 }

@@ -5,8 +5,8 @@ where they change: at the last step of a stage the scheduler hands out latents o
 
 1. the clean clip is estimated from the denoiser's output, the latents and their level of noise (:mod:`reelquant.models.noise`),
 2. resized along height and width; where the size comes back, mixed with the clip that was estimated at its end, if wanted,
-3. noised to the level at which the next step begins, with noise that follows from the clip's first latents (so a clip does not depend on
-   those that are sampled beside it), and
+3. noised to the level at which the next step begins, with noise that was in the clip before, if wanted, or new noise that follows from the
+   clip's first latents (so a clip does not depend on those that are sampled beside it), and
 4. the scheduler forgets the steps before: what multistep solvers remember has another size.
 
 A stage of the same size changes nothing, bit for bit.
@@ -65,6 +65,7 @@ class Following:
         seeds: one per clip, from its first latents.
         left: what the stage before left, in the size of this stage.
         estimates: the clean clip as it was estimated last in each size that was left.
+        noises: the noise in each size that was left, as it was estimated last.
     """
 
     scheduler: Any
@@ -77,6 +78,7 @@ class Following:
     seeds: list[int] = field(default_factory=list)
     left: Tensor | None = None
     estimates: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    noises: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:
@@ -120,7 +122,7 @@ class Following:
         recall(self.scheduler, self.places[0].memory)
         self.shown = _joined(parts)
         recall(self.scheduler, self.shown)
-        self.done, self.size, self.seeds, self.left, self.estimates = 0, (0, 0), [], None, {}
+        self.done, self.size, self.seeds, self.left, self.estimates, self.noises = 0, (0, 0), [], None, {}, {}
 
     def _check_steps(self, total: int) -> int:
         times = self.scheduler.timesteps
@@ -189,7 +191,9 @@ class Following:
         self.done += 1
         if not after or not self._changes(place, after[0]):
             return result
-        clean = prediction_of(self.scheduler).clean(model_output.float(), sample.float(), self._level(place))
+        noisy, level = sample.float(), self._level(place)
+        clean = prediction_of(self.scheduler).clean(model_output.float(), noisy, level)
+        self.noises[noisy.shape[-2], noisy.shape[-1]] = (noisy - level.alpha * clean) / level.sigma
         return _handed_out(result, self._entered(clean, after[0]).to(sample.dtype))
 
     def _begin(self, model_output: Tensor, sample: Tensor) -> None:
@@ -231,7 +235,18 @@ class Following:
             recall(self.scheduler, {"_step_index": after.index, **kept})
         self.left = self._resized(clean, self.schedule.sizes[after.stage])
         level = self._level(after)
-        return level.alpha * self.left + level.sigma * noise_like(self.left, self.seeds, after.stage)
+        return level.alpha * self.left + level.sigma * self._noise(self.left, after.stage, (clean.shape[-2], clean.shape[-1]))
+
+    def _noise(self, like: Tensor, number: int, before: tuple[int, int]) -> Tensor:
+        """Noise ``[clips, ...]`` of a stage: new, or what was in the clip, which had the size ``before``."""
+        new, share = noise_like(like, self.seeds, number), self.schedule.sizes[number].noise
+        size = (like.shape[-2], like.shape[-1])
+        if size[0] <= before[0] and size[1] <= before[1]:  # it shrinks: neighbours are averaged, and what is left has the variance 1 again
+            kept = resized(self.noises[before], size, "area")
+            kept = kept / kept.flatten(1).std(1).view(-1, *(1,) * (kept.ndim - 1))
+        else:
+            kept = self.noises.get(size, new)
+        return share**0.5 * kept + (1 - share) ** 0.5 * new if share else new
 
     def _resized(self, clean: Tensor, stage: SizeStage) -> Tensor:
         """The clean clip in the size of a stage, mixed with the one that was estimated last in that size."""

@@ -38,6 +38,8 @@ class SizeStage:
             size of the stage before, and that are added.
         hold: there, too: share of what that clip had within the size of the stage before, in the place of what the smaller clip shows.
             With both at 1 the smaller clip is not taken at all.
+        noise: share of the noise at the start of the stage, by variance, that is not new but was in the clip already: averaged where the
+            clip shrinks, that of the last time it had this size where it grows.
     """
 
     share: float
@@ -47,10 +49,11 @@ class SizeStage:
     guide: float = 0.0
     details: float = 0.0
     hold: float = 0.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         bounds = {"share": (0, 1), "scale": (SMALLEST, LARGEST), "shift": (0.1, 20), "restart": (0, 1)}
-        bounds |= {"guide": (0, 1), "details": (0, 1), "hold": (0, 1)}
+        bounds |= {"guide": (0, 1), "details": (0, 1), "hold": (0, 1), "noise": (0, 1)}
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -88,9 +91,9 @@ class ChangeResolution(Stage):
 
     Papers: Bottleneck Sampling (arXiv 2503.18940), high, low and high sizes; DiffuseHigh (arXiv 2406.18459), a clip of the usual size,
     enlarged, noised to an intermediate step and guided by its low frequencies. Deviations: the clean clip is estimated, resized and
-    noised in latents (DiffuseHigh: decoded, enlarged, sharpened, encoded); noise after a change is new and has the level of the next
-    step (Bottleneck Sampling: levels of its own for every change); an earlier estimate can come back with its size (neither
-    has that).
+    noised in latents (DiffuseHigh: decoded, enlarged, sharpened, encoded); noise after a change has the level of the next
+    step (Bottleneck Sampling: levels of its own for every change), and is new or what was in the clip; an earlier estimate can come back
+    with its size (neither paper has these two).
 
     Attributes:
         stages: mappings with the fields of :class:`SizeStage`, in the order of the trajectory; shares add up to 1, and the first has the
@@ -113,7 +116,7 @@ class ChangeResolution(Stage):
             total = sum(stage.share for stage in sizes)
             raise RecipeError(f"the shares of the stages of 'resolution' add up to 1, got {total:g} from {len(sizes)} stages")
         first = sizes[0]
-        if first.scale != 1 or first.restart or first.guide or first.details or first.hold:
+        if first.scale != 1 or first.restart or first.guide or first.details or first.hold or first.noise:
             raise RecipeError(
                 f"the first stage of 'resolution' has the size of the call and nothing before it, got {first.to_json()}; other sizes are "
                 "relative to it: a clip of twice the size ends with the scale 2"

@@ -173,6 +173,29 @@ def test_details_and_what_is_held_come_back_with_their_size(details: float, hold
     torch.testing.assert_close(one.left, 3.0 + details * (board - 1.0) + hold * (1.0 - 3.0), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["flow euler", "ddim"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_noise_that_was_in_the_clip_goes_on(name: str, share: float) -> None:
+    """A denoiser that always sees the same clip: at full size the noise stays what it was, half of the size has its averages."""
+    stages = ({"share": 0.3}, {"share": 0.4, "scale": 0.5, "noise": share}, {"share": 0.3, "noise": share})
+    entered, levels, _ = followed(name, ChangeResolution(stages), [1, 2])
+    drawn = [(x - level.alpha * clean_like(x)) / level.sigma for x, level in zip(entered, levels, strict=True)]
+    averages = drawn[0].unflatten(-1, (8, 2)).unflatten(-3, (8, 2)).mean((-1, -3))
+    for found, kept in ((drawn[3], averages / averages.std((1, 2, 3, 4), keepdim=True)), (drawn[7], drawn[0])):
+        alike = float((found * kept).mean() / kept.square().mean())
+        assert alike == pytest.approx(share**0.5, abs=0.15)  # new noise is like any other by 1 / sqrt(1024), at most
+        assert found.std().item() == pytest.approx(1, abs=0.1)
+    if share == 1:
+        torch.testing.assert_close(drawn[7], drawn[0], rtol=0, atol=2e-3)
+
+
+def test_noise_of_a_clip_does_not_depend_on_those_beside_it() -> None:
+    stages = ({"share": 0.3}, {"share": 0.4, "scale": 0.5, "noise": 1.0}, {"share": 0.3, "noise": 1.0})
+    together, alone = (followed("flow euler", ChangeResolution(stages), seeds)[0] for seeds in ([5, 6], [6]))
+    for both, one in zip(together, alone, strict=True):
+        torch.testing.assert_close(both[1:], one, rtol=0, atol=1e-5)
+
+
 def test_the_low_band_by_hand() -> None:
     clip = torch.tensor([[1.0, 3.0, 0.0, 0.0, 5.0], [5.0, 7.0, 0.0, 4.0, 7.0]])[None, None]
     expected = torch.tensor([[4.0, 4.0, 1.0, 1.0, 6.0], [4.0, 4.0, 1.0, 1.0, 6.0]])
@@ -235,6 +258,8 @@ def test_more_stages_than_steps_are_refused() -> None:
         ([{"share": 0.5}, {"share": 0.5, "scale": 9}], "'scale' of a stage"),
         ([{"share": 0.5}, {"share": 0.5, "details": 2}], "'details' of a stage"),
         ([{"share": 0.5}, {"share": 0.5, "hold": -1}], "'hold' of a stage"),
+        ([{"share": 0.5}, {"share": 0.5, "noise": 1.5}], "'noise' of a stage"),
+        ([{"share": 0.5, "noise": 0.5}, {"share": 0.5}], "first stage"),
         ([{"share": 0.5}, {"share": 0.5, "size": 2}], "has no 'size'"),
         ([{"scale": 1.0}], "mapping like"),
         ([], "add up to 1"),
