@@ -209,6 +209,9 @@ SMALL = "models of one size lose motion and shape at smaller ones (docs/resoluti
 TRAINED = "the error of held-out calls falls from 0.130 to 0.009; clips part at the first steps all the same (docs/removal.md)"
 ZERO = "the mean is enough; 16 clips do not tell it from zero"
 USELESS = "what the small steps see is of no use: all held, which takes nothing of it, is better (32.0 dB to no schedule)"
+DIGITS = "after seven of 20 steps its estimate of the clip has no digits yet, and one step at the end does not draw them"
+SPREAD = "spread 0.5, details, half held, its noise"
+USELESS_UNET = "as on tiny-dit: all held is nearer to no schedule (29.7 dB for 22.7)"
 SPARE = "no spare weights in so small a model; below 4.5 bits a weight fewer bits are better"
 
 
@@ -288,6 +291,8 @@ LINES: tuple[Line, ...] = (
     Line("Bottleneck Sampling", "`bottleneck`", TOKENS, Sizes("bottleneck 0.5", 1.8, 3.0), DIT, SMALL),
     Line("Bottleneck Sampling", "late 0.5, details", TOKENS, Sizes("late 0.5, details", 1.8, 3.0), DIT, SMALL),
     Line("(ours)", "late 0.5, details, half held", TOKENS, Sizes("late 0.5, details, half held", 1.8, 3.0), DIT, SMALL, USELESS),
+    Line("(ours)", "late 0.5, details, half held", TOKENS, Sizes("late 0.5, details, half held", 1.8, 3.0), UNET, DIGITS),
+    Line("(ours)", SPREAD, TOKENS, Sizes(SPREAD, 1.8, 3.0), UNET, "", USELESS_UNET),
     Line(
         "VDMini",
         "`reelquant drop-blocks`",
