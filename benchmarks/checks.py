@@ -135,6 +135,7 @@ SHORTCUTS = (
 COMQ_UNET = "GPTQ leaves it little: no gain on 16 clips (tiny-dit: errors of blocks fall by 3 % over GPTQ)"
 GRIDS = "exponents that are chosen for each layer gain nothing on the whole: the error of one call is 9.5e-3, with 0.5 everywhere 9.3e-3"
 PART = "a gain, but 16 clips do not tell whether it is what was asked"
+APART = "trained with their blocks, temporal layers make up for errors of others, too; 16 clips do not tell either way from the other"
 ONE_SCALE = (
     "4-bit inputs with one static scale for a layer bound it: without training they give 22.0 dB, where 8-bit ones of weights by GPTQ give "
     "32.1 dB; `svdquant-w4a4` has a scale for every 64 channels, found at run time"
@@ -187,7 +188,7 @@ CHECKS: dict[str, Check] = {
     "quest-w4a4": _part("quest-w4a4", "reconstruct", 2.0, "gptq"),
     "efficientdm-w4a4": _part("efficientdm-w4a4", "reconstruct", 2.0),
     "efficientdm-w4a4 over the best untrained": _library("efficientdm-w4a4", "svdquant-w4a4", 2.0, reasons={"tiny-dit": ONE_SCALE}),
-    "tfmq-w4a8": Check("tfmq-w4a8", JOINT, "temporal layers trained with their blocks", 0.5),
+    "tfmq-w4a8": Check("tfmq-w4a8", JOINT, "temporal layers trained with their blocks", 0.5, reasons={"tiny-unet": APART}),
     "tfm-w8a8": _library("tfm-w8a8", "minmax-w8a8", 0.0, reasons={"tiny-dit": FEW}),
     "tcaq-w4a4, its scale": Check(
         TCAQ["scale, weighted"],
@@ -199,10 +200,18 @@ CHECKS: dict[str, Check] = {
     "tcaq-w4a4, its second round": Check(TCAQ["two rounds, the second on the quantized trajectory"], TCAQ["one round"], "one round", 0.5),
     "tcaq-w4a4": _part("tcaq-w4a4", "reconstruct", 0.0),
     "q-vdit-w4a6": Check(
-        "q-vdit-w4a6", compensated("w4a6 token", branch=False, train=False), "gptq of the same bits", 0.0, reasons={"tiny-dit": FEW}
+        "q-vdit-w4a6",
+        compensated("w4a6 token", branch=False, train=False),
+        "gptq of the same bits",
+        0.0,
+        reasons=dict.fromkeys(PIPELINES, FEW),
     ),
     "q-vdit-w4a6, its branch": Check(
-        "q-vdit-w4a6", compensated("q-vdit scales", branch=False, train=True), "scales trained alone", 0.0, reasons={"tiny-dit": FEW}
+        "q-vdit-w4a6",
+        compensated("q-vdit scales", branch=False, train=True),
+        "scales trained alone",
+        0.0,
+        reasons=dict.fromkeys(PIPELINES, FEW),
     ),
     "w4a8-comq at W3A8": Check(THREE["comq from gptq"], THREE["gptq"], "gptq", 0.3, reasons={"tiny-dit": COMQ, "tiny-unet": COMQ_UNET}),
     "brecq-w4a8 (adaround of blocks)": Check(FOUR["nearest + adaround"], FOUR["nearest"], "nearest", 2.0),
