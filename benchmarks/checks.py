@@ -119,6 +119,7 @@ def _part(name: str, axis: str, asked: float, start: str = "", **rest: Any) -> C
 
 PIPELINES = ("tiny-dit", "tiny-unet")
 FEW = "the mean is enough; 16 clips do not tell it from zero"
+NOT_TOLD = dict.fromkeys(PIPELINES, FEW)
 EVEN = "channels are even on both pipelines, so there is nothing to equalize, and factors of two cost range"
 COMQ = "errors of blocks fall by 3 % over GPTQ: it leaves little to coordinate descent"
 POWERS = "its scales are powers of two: squared errors of weights are 1.5 times those of int4 (13.5e-3 against 9.2e-3 of their variance)"
