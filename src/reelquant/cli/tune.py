@@ -255,6 +255,8 @@ def _choice(made: Tuned) -> list[tuple[str, str]]:
         share, steps = len(chosen.computed) / chosen.steps, ", ".join(str(step + 1) for step in chosen.computed)
         found.append(("blocks", f"computed at {_count(chosen)} steps ({share:.0%}): {steps}"))
         found.append(("speed", f"{made.speedup:.2f}x as fast, whole clips in turns; expected {chosen.speedup:.2f}x"))
+    if made.reference is not None:
+        found.append(("held against", f"{made.reference}: PSNR and limits are those of quantization and reuse together"))
     if made.cliff is not None:
         more, fewer = made.cliff
         drop = more.figures["psnr"] - fewer.figures["psnr"]

@@ -10,8 +10,8 @@ from reelquant.tuning.trials import Trial
 COLORS = {True: "#1a7f37", False: "#cf222e"}
 
 
-def draw(trials: Sequence[Trial], chosen: Trial | None, file: Path) -> None:
-    """PSNR, the worst clip and motion against the expected speed, a dot a trial; green ones kept all limits."""
+def draw(trials: Sequence[Trial], chosen: Trial | None, file: Path, against: str) -> None:
+    """PSNR to what ``against`` names, the worst clip and motion against the expected speed, a dot a trial; green ones kept all limits."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -29,12 +29,12 @@ def draw(trials: Sequence[Trial], chosen: Trial | None, file: Path) -> None:
         )
     if chosen is not None:
         above.scatter(chosen.speedup, chosen.figures["psnr"], s=160, facecolors="none", edgecolors="black", zorder=3, label="chosen")
-    above.set_ylabel("PSNR to the pipeline without reuse, dB")
+    above.set_ylabel(f"PSNR to {against}, dB")
     above.legend(loc="upper right")
     above.set_title(
         "steps at which blocks are computed; green keeps all limits; circles: the last result, squares: the last two", fontsize=9
     )
-    above.margins(x=0.1, y=0.12)
+    above.margins(x=0.12, y=0.12)
     below.axhline(0.0, color="#cccccc", zorder=0)
     below.set_ylabel("motion deviation")
     below.set_xlabel("times faster, expected of a whole clip")

@@ -53,6 +53,7 @@ class Tuned:
         speedup: of a whole clip, measured in turns; None without a choice.
         output: the pipeline with the schedule; None without a choice.
         work: where trials, their clips, the curve and the recipe lie.
+        reference: name of the float pipeline that trials were held against; None for the same pipeline without reuse.
     """
 
     stage: BlockReuse | None
@@ -62,6 +63,7 @@ class Tuned:
     speedup: float | None
     output: Path | None
     work: Path
+    reference: str | None = None
 
     @property
     def cliff(self) -> tuple[Trial, Trial] | None:
@@ -80,6 +82,7 @@ class Tuned:
             "trials": [asdict(trial) for trial in self.trials],
             "seconds": asdict(self.seconds),
             "output": None if self.output is None else str(self.output),
+            "reference": self.reference,
         }
 
 
@@ -148,7 +151,8 @@ def tune(
 
         chosen, speedup = _chosen(search, goal, timed)
         stage = None if chosen is None else search.stage(chosen.computed, chosen.order)
-        made = Tuned(stage, chosen, search.tried_all(), seconds, speedup, None if stage is None else output.absolute(), work)
+        written = None if stage is None else output.absolute()
+        made = Tuned(stage, chosen, search.tried_all(), seconds, speedup, written, work, against and against.name)
         if processes.first:
             _write(made, pipe, site, model, force=force)
     return made
@@ -203,7 +207,7 @@ def _write(made: Tuned, pipe: Any, site: Site, model: str | Path, *, force: bool
     """What was found, as files; and the pipeline with the schedule, if there is one."""
     write_json(made.work / "tuning.json", made.to_json())
     with keeping_work(made.work):
-        draw(made.trials, made.chosen, made.work / "curve.png")
+        draw(made.trials, made.chosen, made.work / "curve.png", made.reference or "the pipeline without reuse")
     if made.stage is not None and made.output is not None:
         write_text(made.work / "recipe.yaml", recipe_text(site.denoiser, made.stage))
         put(site.denoiser, "blocks", made.stage, made.stage.facts(site))

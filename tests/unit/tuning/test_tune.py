@@ -225,7 +225,7 @@ def test_limits_against_the_float_pipeline_are_those_of_an_evaluation(quantized:
     made = tune(quantized, tmp_path / "out", reference=reference, **EASY)
     call = {name: value for name, value in RUN.items() if name != "num_inference_steps"}
     how: dict[str, Any] = {"metrics": "psnr", "floor": [], "clips": 2, "num_inference_steps": STEPS, "seed": HELD_OUT_SEED, **call}
-    assert made.chosen is not None and made.output is not None
+    assert made.chosen is not None and made.output is not None and made.reference == "float"
     both, alone = (reelquant.evaluate(made.output, one, PROMPTS, **how) for one in (reference, quantized))
     assert both is not None and made.chosen.figures["psnr"] == pytest.approx(both["psnr"], abs=1e-6)
     assert alone is not None and alone["psnr"] != pytest.approx(both["psnr"], abs=1e-3)
