@@ -55,6 +55,7 @@ WHOLE: tuple[float, ...] = ()
 GUIDED = 16
 """Clips whose guided answers are recorded: one sampling each, with everything computed."""
 ALIKE = "all damages alike, weights of two, whole answers"
+LAST_ALIKE = "all damages alike, last result repeated, whole answers"
 EVEN_ALIKE, FLOAT_ALIKE = "even, weights of two, whole answers", "on the float pipeline, all damages alike, weights of two, whole answers"
 KEPT = Path("runs/tuned")
 
@@ -99,7 +100,7 @@ def stage(errors: Errors, computed: tuple[int, ...], order: int, stretch: tuple[
     return search.stage(computed, order)
 
 
-WHOLE_LABELS = (ALIKE, EVEN_ALIKE, FLOAT_ALIKE)
+WHOLE_LABELS = (ALIKE, LAST_ALIKE, EVEN_ALIKE, FLOAT_ALIKE)
 Schedules = Mapping[str, Callable[[int], BlockReuse]]
 
 
@@ -124,9 +125,11 @@ def schedules(own: Errors, of_float: Errors) -> Schedules:
 def whole_answers(own: Errors, of_float: Errors) -> Schedules:
     """Schedules of whole answers, planned with damages that are all alike: label -> number of computed steps -> reuse."""
     steps = len(own.timesteps)
-    planned, rival = plans(own, 1), plans(of_float, 1)
+    plain = replace(own, fitted=False)
+    planned, repeated, rival = plans(own, 1), plans(plain, 0), plans(of_float, 1)
     return {
         ALIKE: lambda number: stage(own, planned[number].steps, 1, WHOLE),
+        LAST_ALIKE: lambda number: stage(plain, repeated[number].steps, 0, WHOLE),
         EVEN_ALIKE: lambda number: stage(own, even(steps, number), 1, WHOLE),
         FLOAT_ALIKE: lambda number: stage(of_float, rival[number].steps, 1, WHOLE),
     }
