@@ -190,7 +190,7 @@ CHECKS: dict[str, Check] = {
     "quest-w4a4": _part("quest-w4a4", "reconstruct", 2.0, "gptq", reasons={"tiny-unet": STATIC}),
     "efficientdm-w4a4": _part("efficientdm-w4a4", "reconstruct", 2.0),
     "efficientdm-w4a4 over the best untrained": _library("efficientdm-w4a4", "svdquant-w4a4", 2.0, reasons={"tiny-dit": ONE_SCALE}),
-    "tfmq-w4a8": Check("tfmq-w4a8", JOINT, "temporal layers trained with their blocks", 0.5, reasons={"tiny-unet": APART}),
+    "tfmq-w4a8": Check("tfmq-w4a8", JOINT, "temporal layers trained with their blocks", 0.5, reasons=dict.fromkeys(PIPELINES, APART)),
     "tfm-w8a8": _library("tfm-w8a8", "minmax-w8a8", 0.0, reasons={"tiny-dit": FEW}),
     "tcaq-w4a4, its scale": Check(
         TCAQ["scale, weighted"],
