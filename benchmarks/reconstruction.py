@@ -49,6 +49,7 @@ SOLVED: dict[str, list[Any]] = {
     "comq from gptq": [solve("comq")],
     "als from gptq": [solve("als")],
     "gptq + adaround of blocks": [solve("gptq"), ADAROUND],
+    "gptq + adaround of blocks, 600 steps": [solve("gptq"), learn("adaround", iterations=600, calls=96)],
     "gptq + adaround of the last block, 1,200 steps": [solve("gptq"), learn("adaround", on="block:end & role:main", **LONGER)],
 }
 LEARNED: dict[str, list[Any]] = {
