@@ -150,7 +150,9 @@ COMQ_UNET = "GPTQ leaves it little: no gain on 16 clips (tiny-dit: errors of blo
 GRIDS = "exponents that are chosen for each layer gain nothing on the whole: the error of one call is 9.5e-3, with 0.5 everywhere 9.3e-3"
 PART = "a gain, but 16 clips do not tell whether it is what was asked"
 STATIC = "4-bit inputs with one static scale for a layer and step bound it: 23.9 dB before, 24.3 dB after all training"
-STATIC_TOO = "the same inputs as those of `quest-w4a4`, 23.9 dB before training; so the end of what they allow is near"
+STATIC_TOO = (
+    "4-bit inputs with one static scale for a layer and step bound it, as they bound `quest-w4a4`: 23.9 dB before training, in both"
+)
 APART = "trained with their blocks, temporal layers make up for errors of others, too; 16 clips do not tell either way from the other"
 SECOND = "23.2 dB after one round, 23.5 after two: less than was asked; how much two rounds on the float trajectory bring was not measured"
 ONE_SCALE = (
@@ -255,8 +257,8 @@ CHECKS: dict[str, Check] = {
 NOTES = """
 *asked* is what we expect of a method before it is measured; *> 0*: a gain, no figure. We also expect what no clip
 shows. Tests show it: rewrites keep the float output (`tests/contracts/test_transforms.py`), learned codes never end above
-their start on held-out calls and leave every other tensor alone (`tests/contracts/test_reconstruct.py`). Not measured: HQ-DiT's choice of
-formats beside each format alone, TDScore of `tfmq-w4a8`, and `personalise-w4` on a changed model with a quantized folder.
+their start on held-out calls and leave every other tensor alone (`tests/contracts/test_reconstruct.py`). On `tiny-unet` the outputs of temporal layers of `tfmq-w4a8` reach a TDScore of 0.956 on average (0.926 before training); 0.99 was asked.
+Not measured: `personalise-w4` on a changed model with a quantized folder.
 """
 HEADINGS = ("check", "against", "asked, dB", "PSNR to float, dB", "worst clip, dB", "found, dB (95 %)", "clips", "verdict", "why not")
 
