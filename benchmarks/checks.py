@@ -257,7 +257,9 @@ CHECKS: dict[str, Check] = {
 NOTES = """
 *asked* is what we expect of a method before it is measured; *> 0*: a gain, no figure. We also expect what no clip
 shows. Tests show it: rewrites keep the float output (`tests/contracts/test_transforms.py`), learned codes never end above
-their start on held-out calls and leave every other tensor alone (`tests/contracts/test_reconstruct.py`). On `tiny-unet` the outputs of temporal layers of `tfmq-w4a8` reach a TDScore of 0.956 on average (0.926 before training); 0.99 was asked.
+their start on held-out calls and leave every other tensor alone (`tests/contracts/test_reconstruct.py`).
+On `tiny-unet` the outputs of temporal layers of `tfmq-w4a8` reach a TDScore of 0.956 on average (0.926 before training); 0.99
+was asked.
 Not measured: `personalise-w4` on a changed model with a quantized folder.
 """
 HEADINGS = ("check", "against", "asked, dB", "PSNR to float, dB", "worst clip, dB", "found, dB (95 %)", "clips", "verdict", "why not")
