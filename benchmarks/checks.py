@@ -73,6 +73,18 @@ def without(name: str, axis: str, start: str = "") -> dict[str, Any]:
     return {"extends": name, "name": f"{name} without {axis}{start and f', {start}'}", "steps": steps}
 
 
+def one_format(name: str) -> dict[str, Any]:
+    """``hq-dit-w4a4`` with one format for all weights."""
+    return {"extends": "hq-dit-w4a4", "name": f"hq-dit-w4a4, {name} alone", "defaults": {"weight": {"format": name}}}
+
+
+def temporal_alone(*, trained: bool) -> dict[str, Any]:
+    """``quest-w4a4`` as it starts, and with what it trains in temporal layers."""
+    known = load_recipe("quest-w4a4").model_dump(mode="json", exclude_unset=True)["steps"]
+    steps = [step for step in known if "reconstruct" not in step or (trained and step.get("scope") == "temporal")]
+    return {"extends": "quest-w4a4", "name": f"quest-w4a4, {'temporal layers' if trained else 'nothing'} trained", "steps": steps}
+
+
 def few_steps(follow: str) -> dict[str, Any]:
     """``tdq-w8a4`` calibrated with 8 denoising steps, where clips have 20; scales follow the step in this way."""
     solve = {"solve": "gptq", "correct_bias": True, "on": LAYERS}
@@ -154,6 +166,10 @@ CHECKS: dict[str, Check] = {
         "mxfp4-w4a4", GROUPS["int4, groups of 64"][0], "int4, groups of 64", 0.0, reasons={"tiny-dit": FEW, "tiny-unet": POWERS}
     ),
     "hq-dit-w4a4": _library("hq-dit-w4a4", INT4, 1.0, reasons={"tiny-unet": SHORTCUTS}),
+    **{
+        f"hq-dit-w4a4, its choice beside {name}": Check("hq-dit-w4a4", one_format(name), f"{name} for all weights", 0.0)
+        for name in ("e1m2", "e2m1", "e3m0")
+    },
     "viditq-w4a8": Check(
         "viditq-w4a8",
         FORMS[TOKEN8][0],
@@ -188,6 +204,7 @@ CHECKS: dict[str, Check] = {
         reasons={"tiny-unet": FEW},
     ),
     "quest-w4a4": _part("quest-w4a4", "reconstruct", 2.0, "gptq", reasons={"tiny-unet": STATIC}),
+    "quest-w4a4, temporal layers": Check(temporal_alone(trained=True), temporal_alone(trained=False), "the same, nothing trained", 0.5),
     "efficientdm-w4a4": _part("efficientdm-w4a4", "reconstruct", 2.0),
     "efficientdm-w4a4 over the best untrained": _library("efficientdm-w4a4", "svdquant-w4a4", 2.0, reasons={"tiny-dit": ONE_SCALE}),
     "tfmq-w4a8": Check("tfmq-w4a8", JOINT, "temporal layers trained with their blocks", 0.5, reasons=dict.fromkeys(PIPELINES, APART)),
