@@ -159,7 +159,8 @@ ONE_SCALE = (
     "4-bit inputs with one static scale for a layer bound it: without training they give 22.0 dB, where 8-bit ones of weights by GPTQ give "
     "32.1 dB; `svdquant-w4a4` has a scale for every 64 channels, found at run time"
 )
-SHORT = "300 steps on 32 calls are too few there: 600 on 96 pass (next line)"
+SHORT = "300 steps on 32 calls are too few there; see the next line"
+MOST_OF_IT = "errors of blocks fall by 39 %, that is 2.1 dB; the first 16 of the clips gain 2.0 dB (1.2 to 2.9), all 64 less"
 CHECKS: dict[str, Check] = {
     "svdquant-w4a4": _library("svdquant-w4a4", INT4_10, 1.5),
     "nvfp4-w4a4": _library("nvfp4-w4a4", INT4, 1.5),
@@ -244,11 +245,11 @@ CHECKS: dict[str, Check] = {
     "w4a8-comq at W3A8": Check(THREE["comq from gptq"], THREE["gptq"], "gptq", 0.3, reasons={"tiny-dit": COMQ, "tiny-unet": COMQ_UNET}),
     "brecq-w4a8 (adaround of blocks)": Check(FOUR["nearest + adaround"], FOUR["nearest"], "nearest", 2.0),
     "adaround of blocks over gptq, W4A8": Check(FOUR["gptq + adaround"], FOUR["gptq"], "gptq", 1.0, reasons={"tiny-unet": SHORT}),
-    "the same in 600 steps": Check(W4A8[LONG], W4A8["gptq"], "gptq", 1.0, only="tiny-unet"),
+    "the same in 600 steps, W4A8": Check(W4A8[LONG], W4A8["gptq"], "gptq", 1.0, only="tiny-unet"),
     "adaround of blocks over gptq, W3A8": Check(
         THREE["gptq + adaround of blocks"], THREE["gptq"], "gptq", 2.0, only="tiny-unet", reasons={"tiny-unet": SHORT}
     ),
-    "the same in 600 steps, W3A8": Check(THREE[LONG], THREE["gptq"], "gptq", 2.0, only="tiny-unet"),
+    "the same in 600 steps, W3A8": Check(THREE[LONG], THREE["gptq"], "gptq", 2.0, only="tiny-unet", reasons={"tiny-unet": MOST_OF_IT}),
     "personalise-w4, rounded anew": _part("personalise-w4", "reconstruct", 0.0),
     "reel-w4a4": _library("reel-w4a4", "svdquant-w4a4", 2.0),
     "reel-w4a8": _library("reel-w4a8", "qvd-w4a8", 2.0),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.beside import MOST
 from benchmarks.common import Clips, Records, parser
 from benchmarks.rounding import LAYERS, Rows, run, table
 
@@ -142,7 +143,8 @@ def main() -> None:
     for key in [] if args.table else args.sets:
         wanted = {label: recipe for label, recipe in named(key).items() if args.rows is None or label in args.rows}
         run(clips, records, clips.float_frames(args.output), wanted)
-    texts = [table(clips, records, named(key), about) for key, (about, _) in SETS.items()]
+    counts = [Clips(args.pipeline, count, dict(args.set), args.batch) for count in sorted({16, MOST, args.clips})]
+    texts = [table(one, records, named(key), about) for one in counts for key, (about, _) in SETS.items()]
     measured = [text for text in texts if text.count("\n|") > 2]
     (args.output / f"reconstruction-{clips.name}.md").write_text(text := "\n".join(measured))
     print(text)
