@@ -169,7 +169,9 @@ CHECKS: dict[str, Check] = {
     ),
     "hq-dit-w4a4": _library("hq-dit-w4a4", INT4, 1.0, reasons={"tiny-unet": SHORTCUTS}),
     **{
-        f"hq-dit-w4a4, its choice beside {name}": Check("hq-dit-w4a4", one_format(name), f"{name} for all weights", 0.0)
+        f"hq-dit-w4a4, its choice beside {name}": Check(
+            "hq-dit-w4a4", one_format(name), f"{name} for all weights", 0.0, reasons={"tiny-dit": FEW}
+        )
         for name in ("e1m2", "e2m1", "e3m0")
     },
     "viditq-w4a8": Check(
