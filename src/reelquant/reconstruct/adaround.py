@@ -28,6 +28,9 @@ class AdaRound(Trained):
     pushes ``h`` to 0 or 1 while ``beta`` falls. Then every weight takes its nearer level. The other attributes are those of
     :class:`reelquant.reconstruct.trained.Trained`; with ``drop`` this is QDrop, and ``input_rate`` learns scales of inputs along with it.
 
+    More calls pay off together with more iterations: 600 of them on 96 calls, in three times the time, gain 1.6 dB over GPTQ where the
+    defaults gain 0.8 (W4A8, 16 clips of a small UNet).
+
     Attributes:
         weight: of the regularizer. The error counts in units of the error that the part starts with. With few iterations it
             has to be strong: a weight that is undecided when they end is rounded without regard to the error.

@@ -55,8 +55,7 @@ class Trained(Stage):
         scope: what is trained at once. ``layer``: each layer by itself. ``block``: each block of the denoiser; layers
             outside of blocks keep their codes. ``temporal``: each largest module whose quantizable layers all follow
             the timestep alone. ``model``: the denoiser as a whole.
-        calls: denoiser calls to record, evenly over calibration; at least 4. More of them pay off together with more iterations: 96 calls
-            and 600 iterations doubled what adaround gains over GPTQ on a small UNet at W4A8, in three times the time.
+        calls: denoiser calls to record, evenly over calibration; at least 4.
         trajectory: whose calls are recorded: those of calibration with the ``float`` pipeline, or those of the ``quantized`` one, which
             samples the texts of calibration once more, as earlier stages left it. Targets are the float model's for the same arguments.
         iterations: steps of Adam for each part, one recorded call each.
